@@ -1,0 +1,48 @@
+"""How every job reaches Ray: the cluster it was submitted to, one named, or this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from pathflip.errors import ConfigError
+
+LOCAL_OBJECT_STORE_BYTES = 256 << 20  # rows hold metadata, never pixels: this is plenty
+
+
+def connect(address: str | None = None) -> None:
+    """Connect to Ray, starting it on this machine if no cluster is named.
+
+    Args:
+        address: ``auto``, ``host:port`` or ``ray://…``; None means the cluster this job was
+            submitted to (RAY_ADDRESS), else a private one on this machine that ends with it.
+
+    Raises:
+        ConfigError: The named cluster does not answer.
+    """
+    if ray.is_initialized():
+        return
+    # One data file per process would fill the terminal with lines nobody can act on.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address or os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address or "auto", logging_level=logging.WARNING)
+        except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"No Ray cluster answers at {address or os.environ['RAY_ADDRESS']}: {error}",
+                hint="Check the address and RAY_AUTH_MODE / the token, or leave --address out to "
+                "run on this machine.",
+                code="no_cluster",
+            ) from error
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        configure_logging=False,
+    )

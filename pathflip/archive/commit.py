@@ -1,0 +1,764 @@
+"""Writing an archive: the lock, fragments written by workers, and the one committer.
+
+Workers write immutable Lance fragments with :func:`write_fragment`; nothing of them is visible.
+The driver of a job holds the archive's lock through :class:`Committer` and alone commits, in this
+order: digests of the new files, features, embeddings, regions, and last the rows of ``slides``.
+A slide is visible when its ``slides`` row says ready, so a process that dies between two commits
+leaves rows nobody sees, and the next committer deletes them before it starts.
+
+Lance accepts the same fragment twice and upserts from two writers can duplicate keys, so the
+ledger (table ``slides``) is asked before anything is appended, rows of a slide that is to be
+written are removed first, and row counts are checked after every commit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pathflip.archive import READY, Archive, read_meta, slots_of
+from pathflip.archive.schema import (
+    SCHEMA_VERSION,
+    conform,
+    embeddings_schema,
+    embeddings_table,
+    features_schema,
+    features_table,
+    files_schema,
+    key_of,
+    meta_schema,
+    regions_schema,
+    slides_schema,
+)
+from pathflip.archive.storage import (
+    data_paths,
+    digest_file,
+    guarded,
+    is_local,
+    local_tables,
+    normalise,
+    open_table,
+    rows_per_batch,
+    sql_in,
+    table_uri,
+)
+from pathflip.errors import ArchiveError
+
+FEATURE_ROWS_PER_FRAGMENT = 4096
+_SELF_DIGEST = "sha256:"  # prefix of config keys in ``files``: digests of its own data files
+_IDS_PER_STATEMENT = 500
+
+
+class ArchiveLock:
+    """Exclusive right to write an archive, as a context manager.
+
+    For local paths it is ``flock`` on ``<archive>/.lock``, which the kernel frees when the process
+    dies however it dies; the file stays and holds pid, host and start of the last holder. It also
+    works between machines on NFSv4 and Lustre mounted with flock; on file systems without it, and
+    on object stores, where there is nothing to lock, the user has to start one job per archive at
+    a time: there the lock does nothing.
+
+    Raises:
+        ArchiveError: On entering, if another process holds it (``locked``) or the folder cannot be
+            written (``not_permitted``).
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        self.uri = normalise(uri)
+        self._handle: int | None = None
+
+    def __enter__(self) -> ArchiveLock:
+        if not is_local(self.uri):
+            return self
+        path = Path(self.uri, ".lock")
+        with guarded(self.uri, "lock the archive"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 1000, 0)
+            os.close(handle)
+            raise self._locked(holder) from None
+        note = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        with guarded(self.uri, "lock the archive"):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(note).encode(), 0)
+        self._handle = handle
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _locked(self, holder: bytes) -> ArchiveError:
+        try:
+            note = json.loads(holder)
+            who = f"process {note['pid']} on {note['host']} since {note['started']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        return ArchiveError(
+            f"The archive {self.uri} is locked by {who}.",
+            hint="Wait for it to finish, or stop it; the lock goes with the process.",
+            code="locked",
+        )
+
+
+def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
+    """Creates an archive, or opens the one that is there if it was made with the same tiling.
+
+    The table ``meta`` is written last: an archive exists once it does.
+
+    Args:
+        uri: Path or URI.
+        tiling: All fields of the tiling (JSON values); region_um and patch_um give the slots.
+
+    Raises:
+        ArchiveError: If the archive there has another tiling (``settings``), is damaged or locked,
+            or the folder holds other files (``not_empty``).
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    where = normalise(uri)
+    wanted = json.loads(json.dumps(dict(tiling)))
+    try:
+        return _with_tiling(Archive(where), wanted)
+    except ArchiveError as error:
+        # Without meta.lance, slides and regions are what a creation that was killed left.
+        unfinished = error.code == "damaged" and "meta" not in local_tables(where)
+        if error.code not in ("missing_archive", "missing_table") and not unfinished:
+            raise
+    if is_local(where) and Path(where).exists():
+        if not Path(where).is_dir():
+            raise ArchiveError(f"{where} is a file, not a folder.", code="not_empty")
+        names = [path.name for path in Path(where).iterdir()]
+        if alien := [n for n in names if not n.startswith(".") and not n.endswith(".lance")]:
+            raise _not_empty(where, alien[0])
+    try:
+        package = version("pathflip")
+    except PackageNotFoundError:
+        package = "unknown"
+    settings = {
+        "schema_version": SCHEMA_VERSION,
+        "tiling": wanted,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "package_version": package,
+    }
+    with ArchiveLock(where), guarded(where, "create the archive"):
+        # Another process may have created it while this one waited for its turn.
+        if not is_local(where) or "meta" not in local_tables(where):
+            noted = {key: json.dumps(value) for key, value in settings.items()}
+            _create_table(where, "slides", slides_schema())
+            _create_table(where, "regions", regions_schema(slots_of(wanted), noted))
+            _create_table(where, "files", files_schema())
+            _create_table(where, "meta", meta_schema(), meta_rows(settings))
+    with Committer(where):  # registers the first files
+        return _with_tiling(Archive(where), wanted)
+
+
+def _not_empty(uri: str, name: str) -> ArchiveError:
+    return ArchiveError(
+        f"{uri} is not an archive and not empty (it holds {name}).",
+        hint="Give a new or empty folder.",
+        code="not_empty",
+    )
+
+
+def _with_tiling(archive: Archive, wanted: Mapping[str, Any]) -> Archive:
+    made = archive.tiling()
+    if made != wanted:
+        other = ", ".join(
+            f"{key} {made.get(key)} instead of {wanted.get(key)}"
+            for key in sorted({*made, *wanted})
+            if made.get(key) != wanted.get(key)
+        )
+        raise ArchiveError(
+            f"The archive {archive.uri} was made with another tiling: {other}.",
+            hint="Use the archive's settings, or another archive.",
+            code="settings",
+        )
+    return archive
+
+
+def meta_rows(settings: Mapping[str, Any]) -> pa.Table:
+    """Returns rows of ``meta`` for settings (JSON values)."""
+    data = {
+        "key": list(settings),
+        "value": [json.dumps(value, sort_keys=True) for value in settings.values()],
+    }
+    return conform(pa.table(data), meta_schema())
+
+
+def _create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None = None) -> None:
+    import lance
+
+    where = table_uri(uri, table)
+    # A creation that was killed may have left an empty table; nothing refers to it yet.
+    if is_local(uri) and table in local_tables(uri) and lance.dataset(where).count_rows():
+        raise _not_empty(uri, f"{table}.lance")
+    lance.write_dataset(
+        schema.empty_table() if rows is None else rows, where, schema=schema, mode="overwrite"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Fragments of one table that lie in the archive but belong to no version yet.
+
+    Attributes:
+        table: The table.
+        rows: {slide_id: number of rows}.
+        files: {path relative to the archive: (sha256, bytes)}.
+        fragments: Lance's description of the fragments (JSON values).
+    """
+
+    table: str
+    rows: dict[str, int]
+    files: dict[str, tuple[str, int]]
+    fragments: list[dict[str, Any]] = field(repr=False)
+
+    def to_json(self) -> str:
+        """Returns the shard as one JSON line."""
+        return json.dumps(
+            {
+                "table": self.table,
+                "rows": self.rows,
+                "files": self.files,
+                "fragments": self.fragments,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Shard:
+        """Reads what :meth:`to_json` wrote."""
+        raw = json.loads(text)
+        files = {path: (sha256, size) for path, (sha256, size) in raw["files"].items()}
+        return cls(table=raw["table"], rows=raw["rows"], files=files, fragments=raw["fragments"])
+
+
+def write_fragment(uri: str | Path, table: str, data: pa.Table) -> str:
+    """Writes rows as immutable fragments of an existing table, invisible until committed.
+
+    For workers; safe to call from any number of processes at once.
+
+    Args:
+        uri: The archive.
+        table: The table, as from :func:`pathflip.archive.schema.features_table`.
+        data: Its columns (any order); ``checksum`` is computed here.
+
+    Returns:
+        A :class:`Shard` as JSON, to be handed to :meth:`Committer.commit`.
+
+    Raises:
+        ArchiveError: If the disk is full or the archive cannot be written.
+        ValueError: If the columns are not those of the table.
+    """
+    where = normalise(uri)
+    return _write_shard(where, table, data, open_table(where, table).schema).to_json()
+
+
+def _write_shard(uri: str, table: str, data: pa.Table, schema: pa.Schema) -> Shard:
+    from lance.fragment import write_fragments
+
+    rows = conform(data, schema)
+    with guarded(uri, f"write rows of table {table}"):
+        written = write_fragments(rows, table_uri(uri, table))
+        paths = [f"{table}.lance/data/{file.path}" for item in written for file in item.files]
+        files = {path: digest_file(uri, path) for path in paths}
+    owner = rows["slide_id"].to_pylist() if "slide_id" in rows.column_names else []
+    return Shard(
+        table=table,
+        rows=dict(Counter(owner)),
+        files=files,
+        fragments=[item.to_json() for item in written],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """What one call of :meth:`Committer.commit` did, as slide ids.
+
+    Attributes:
+        written: Slides whose rows were written.
+        extended: Ready slides that got the rows of further encoders.
+        skipped: Slides that were there already, with the same fingerprint and encoders.
+    """
+
+    written: list[str]
+    extended: list[str]
+    skipped: list[str]
+
+
+class Committer:
+    """The one writer of an archive, as a context manager that holds its lock.
+
+    On entering, it deletes what an earlier writer left half done; see :meth:`recover`.
+
+    Args:
+        uri: The archive.
+
+    Raises:
+        ArchiveError: On entering, if another process writes the archive (``locked``), or it is
+            missing or damaged.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        self.uri = normalise(uri)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Committer:
+        if is_local(self.uri):
+            read_meta(self.uri)  # do not leave a lock file where there is no archive
+        with self._stack:
+            self._stack.enter_context(ArchiveLock(self.uri))
+            self._refresh()
+            self.recovered = self.recover()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def archive(self) -> Archive:
+        """The archive as of the last commit of this committer."""
+        self._archive.refresh()
+        return self._archive
+
+    def ensure_encoder_table(
+        self, name: str, *, revision: str, dim: int, mpp: float | None, licence: str
+    ) -> str:
+        """Makes the tables of an encoder unless they are there.
+
+        Returns:
+            The name of its features table, for :func:`write_fragment`.
+
+        Raises:
+            ArchiveError: If the archive holds the encoder in another revision or size, or another
+                encoder whose name reduces to the same table (``settings``).
+        """
+        entry = {
+            "dim": dim,
+            "revision": revision,
+            "mpp": mpp,
+            "licence": licence,
+            "features_table": features_table(name),
+            "embeddings_table": embeddings_table(name),
+        }
+        known = self._archive.encoders()
+        for other, made in known.items():
+            if other != name and made["features_table"] == entry["features_table"]:
+                raise ArchiveError(
+                    f"Encoders {other} and {name} would share the table {made['features_table']}.",
+                    hint="Use another archive for one of them.",
+                    code="settings",
+                )
+        if name in known:
+            for key in ("revision", "dim", "mpp"):
+                if known[name][key] != entry[key]:
+                    raise ArchiveError(
+                        f"The archive {self.uri} holds encoder {name} with {key} "
+                        f"{known[name][key]}, not {entry[key]}.",
+                        hint="Use the same encoder as before, or another archive.",
+                        code="settings",
+                    )
+            return str(entry["features_table"])
+        noted = {"encoder": json.dumps({"name": name, **entry})}
+        with guarded(self.uri, f"add encoder {name}"):
+            _create_table(
+                self.uri, entry["features_table"],
+                features_schema(self._archive.slots, dim, noted),
+            )  # fmt: skip
+            _create_table(self.uri, entry["embeddings_table"], embeddings_schema(dim, noted))
+        self.upsert("meta", meta_rows({f"encoder:{name}": entry}))
+        self._refresh()
+        return str(entry["features_table"])
+
+    def commit(
+        self,
+        *,
+        slides: pa.Table,
+        regions: pa.Table | None = None,
+        embeddings: Mapping[str, pa.Table] | None = None,
+        fragments: Mapping[str, Sequence[str]] | None = None,
+    ) -> Committed:
+        """Makes slides visible with all of their rows, or leaves the archive as it was.
+
+        A ready slide that is there with the same fingerprint is skipped, or gets only the rows of
+        encoders it did not have. Any other ready slide is written anew: rows it had are deleted. A
+        slide that is not ready (empty, quarantined) only gets its row in ``slides``; it never
+        replaces a ready one of the same fingerprint, but does replace one of another.
+
+        Args:
+            slides: Rows of ``slides``; ``encoders`` names the encoders embedded in this run.
+            regions: Rows of ``regions`` of those slides.
+            embeddings: {encoder name: rows of its embeddings table}.
+            fragments: {encoder name: what :func:`write_fragment` returned}. Shards with rows of
+                slides that are skipped are fine.
+
+        Returns:
+            Which slides were written, extended, skipped.
+
+        Raises:
+            ArchiveError: If the disk is full or a commit did not have its effect; the slides are
+                then not visible, and the same call may be repeated.
+            ValueError: If rows are missing: n_regions of a slide must match its regions, its
+                features and its embeddings (one more: the slide's own).
+        """
+        try:
+            return self._commit(slides, regions, embeddings or {}, fragments or {})
+        except BaseException:
+            self._stale = True  # part of it may have happened
+            raise
+
+    def _commit(
+        self,
+        slides: pa.Table,
+        regions: pa.Table | None,
+        embeddings: Mapping[str, pa.Table],
+        fragments: Mapping[str, Sequence[str]],
+    ) -> Committed:
+        if self._stale:
+            self._refresh()
+        ledger = self._archive.ledger()
+        write: list[str] = []  # all rows anew
+        extend: dict[str, list[str]] = {}  # encoders to add
+        note: list[str] = []  # only the row in slides
+        skipped: list[str] = []
+        incoming: dict[str, dict[str, Any]] = {}
+        for row in slides.select(
+            ["slide_id", "status", "fingerprint", "encoders", "n_regions"]
+        ).to_pylist():
+            slide = row["slide_id"]
+            if slide in incoming:
+                raise ValueError(f"slide {slide} is there twice")
+            incoming[slide] = row
+            old = ledger.get(slide)
+            same = (
+                old is not None
+                and old["status"] == READY
+                and old["fingerprint"] == row["fingerprint"]
+            )
+            if row["status"] != READY:
+                (skipped if same else note).append(slide)
+            elif not same or old is None:
+                write.append(slide)
+            elif more := sorted(set(row["encoders"] or ()) - set(old["encoders"] or ())):
+                extend[slide] = more
+            else:
+                skipped.append(slide)
+        shards = {
+            name: [self._narrowed(Shard.from_json(text), self._wanted(name, write, extend, incoming))
+                   for text in dict.fromkeys(texts)]
+            for name, texts in fragments.items()
+        }  # fmt: skip
+        new = [shard for group in shards.values() for shard in group if shard is not None]
+        for name, rows in embeddings.items():
+            _, entry = self._archive.encoder(name)
+            wanted = self._wanted(name, write, extend, incoming)
+            if shard := self._shard(entry["embeddings_table"], rows, wanted):
+                new.append(shard)
+        if regions is not None and (shard := self._shard("regions", regions, write)):
+            new.append(shard)
+        self._assert_complete(new, write, extend, incoming)
+
+        replaced = [slide for slide in (*write, *note) if slide in ledger]
+        self._hide([slide for slide in replaced if ledger[slide]["status"] == READY])
+        self._delete_rows([*write, *note])
+        for slide, names in extend.items():
+            self._delete_rows([slide], encoders=names)
+        rows = slides.filter(pc.is_in(slides["slide_id"], pa.array([*write, *extend, *note])))
+        rows = self._with_encoders(rows, {s: ledger[s]["encoders"] or [] for s in extend})
+        self._register({path: d for shard in new for path, d in shard.files.items()})
+        for shard in new:
+            self._append(shard)
+        self.upsert("slides", rows)
+        self._refresh()
+        return Committed(written=[*write, *note], extended=list(extend), skipped=skipped)
+
+    def recover(self) -> dict[str, int]:
+        """Deletes rows of slides that are not ready and digests files that nobody digested.
+
+        Returns:
+            {table: rows deleted}.
+        """
+        removed: dict[str, int] = {}
+        for table in self._archive.tables():
+            if table in ("slides", "files"):
+                continue
+            dataset = self._archive.dataset(table)
+            allowed = self._archive.ready_ids(self._archive.encoder_of(table))
+            with guarded(self.uri, f"read the table {table}", damaged=is_local(self.uri)):
+                there = pc.unique(dataset.to_table(columns=["slide_id"])["slide_id"]).to_pylist()
+            if stray := [slide for slide in there if slide not in allowed]:
+                removed[table] = self._delete_from(table, "slide_id", stray)
+        self._register_missing()
+        self._refresh()
+        return removed
+
+    def drop_slides(self, slide_ids: Collection[str]) -> None:
+        """Removes slides and all of their rows, as when the file behind a URI has changed."""
+        self._hide(slide_ids)
+        self._delete_rows(slide_ids)
+        self._refresh()
+
+    def upsert(self, table: str, rows: pa.Table) -> None:
+        """Inserts or replaces rows by key in one commit; the file is digested before it counts.
+
+        Use :meth:`commit` for slides with rows in other tables; this alone is right for changing
+        the other columns of ``slides`` (aliases, labels, attempts).
+        """
+        import lance
+
+        if rows.num_rows == 0:
+            return
+        key = key_of(table)
+        dataset = open_table(self.uri, table)
+        rows = conform(rows, dataset.schema)
+        if len(set(rows[key].to_pylist())) != rows.num_rows:
+            raise ValueError(f"keys of table {table} are there twice")
+        with guarded(self.uri, f"write rows of table {table}"):
+            transaction, _ = (
+                dataset.merge_insert(key)
+                .when_matched_update_all()
+                .when_not_matched_insert_all()
+                .execute_uncommitted(rows)
+            )
+            paths = [
+                f"{table}.lance/data/{file.path}"
+                for item in transaction.operation.new_fragments
+                for file in item.files
+            ]
+            self._register({path: digest_file(self.uri, path) for path in paths})
+            done = lance.LanceDataset.commit(dataset, transaction)
+            there = sum(
+                done.count_rows(sql_in(key, ids)) for ids in _chunks(rows[key].to_pylist())
+            )
+        self._assert_count(table, there, rows.num_rows)
+
+    def compact(self) -> dict[str, int]:
+        """Merges small fragments and drops deleted rows from the files; digests the new files.
+
+        Returns:
+            {table: fragments now}.
+        """
+        fragments: dict[str, int] = {}
+        for table in ("meta", *self._archive.tables()):
+            dataset = open_table(self.uri, table)
+            rows = dataset.count_rows()
+            target = FEATURE_ROWS_PER_FRAGMENT if table.startswith("features_") else 1 << 20
+            with guarded(self.uri, f"compact the table {table}"):
+                dataset.optimize.compact_files(
+                    target_rows_per_fragment=target,
+                    batch_size=rows_per_batch(dataset.schema),
+                    num_threads=1,
+                )
+            dataset = open_table(self.uri, table)
+            self._assert_count(table, dataset.count_rows(), rows)
+            fragments[table] = len(dataset.get_fragments())
+        self._register_missing()
+        self._refresh()
+        return fragments
+
+    def forget_files(self, paths: Collection[str]) -> None:
+        """Drops the digests of files that no longer exist."""
+        self._delete_from("files", "path", list(paths))
+
+    # ---- pieces ----------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        self._archive = Archive(self.uri)
+        self._stale = False
+
+    def _wanted(
+        self,
+        encoder: str,
+        write: Sequence[str],
+        extend: Mapping[str, Sequence[str]],
+        incoming: Mapping[str, Mapping[str, Any]],
+    ) -> list[str]:
+        """Returns the slides whose rows of an encoder are to be written."""
+        anew = [slide for slide in write if encoder in (incoming[slide]["encoders"] or ())]
+        return anew + [slide for slide, names in extend.items() if encoder in names]
+
+    def _shard(self, table: str, rows: pa.Table, slides: Sequence[str]) -> Shard | None:
+        rows = rows.filter(pc.is_in(rows["slide_id"], pa.array(slides, pa.string())))
+        if rows.num_rows == 0:
+            return None
+        return _write_shard(self.uri, table, rows, self._archive.dataset(table).schema)
+
+    def _narrowed(self, shard: Shard, slides: Sequence[str]) -> Shard | None:
+        """Returns a shard that holds rows of these slides only, rewritten if it must be."""
+        if set(shard.rows) <= set(slides):
+            return shard
+        if not set(shard.rows) & set(slides):
+            return None
+        from lance.file import LanceFileReader
+
+        with guarded(self.uri, f"read rows of table {shard.table}"):
+            rows = pa.concat_tables(
+                LanceFileReader(f"{self.uri}/{path}").read_all().to_table() for path in shard.files
+            )
+        return self._shard(shard.table, rows, slides)
+
+    def _assert_complete(
+        self,
+        shards: Sequence[Shard],
+        write: Sequence[str],
+        extend: Mapping[str, Sequence[str]],
+        incoming: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        have: dict[str, Counter[str]] = {}
+        for shard in shards:
+            have.setdefault(shard.table, Counter()).update(shard.rows)
+        for slide in (*write, *extend):
+            regions = incoming[slide]["n_regions"]
+            expected = {} if slide in extend else {"regions": regions}
+            for name in extend.get(slide, incoming[slide]["encoders"] or ()):
+                _, entry = self._archive.encoder(name)
+                expected[entry["features_table"]] = regions
+                expected[entry["embeddings_table"]] = regions + 1
+            for table, count in expected.items():
+                if (found := have.get(table, Counter())[slide]) != count:
+                    raise ValueError(f"slide {slide} has {found} rows for {table}, not {count}")
+
+    def _with_encoders(self, rows: pa.Table, old: Mapping[str, Sequence[str]]) -> pa.Table:
+        names = [
+            sorted({*(row["encoders"] or ()), *old.get(row["slide_id"], ())})
+            for row in rows.select(["slide_id", "encoders"]).to_pylist()
+        ]
+        at = rows.schema.get_field_index("encoders")
+        return rows.set_column(at, "encoders", pa.array(names, pa.list_(pa.string())))
+
+    def _hide(self, slide_ids: Collection[str]) -> None:
+        self._delete_from("slides", "slide_id", list(slide_ids))
+
+    def _delete_rows(
+        self, slide_ids: Collection[str], *, encoders: Collection[str] | None = None
+    ) -> None:
+        """Deletes rows of slides from all tables but ``slides``, or from those of encoders."""
+        for table in self._archive.tables():
+            if table in ("slides", "files"):
+                continue
+            if encoders is None or self._archive.encoder_of(table) in encoders:
+                self._delete_from(table, "slide_id", list(slide_ids))
+
+    def _delete_from(self, table: str, column: str, values: Sequence[str]) -> int:
+        deleted = 0
+        with guarded(self.uri, f"delete rows of table {table}"):
+            dataset = open_table(self.uri, table)
+            for ids in _chunks(values):
+                where = sql_in(column, ids)
+                count = dataset.count_rows(where)
+                if count:  # a delete of nothing would still make a version
+                    dataset.delete(where)
+                    self._assert_count(table, dataset.count_rows(where), 0)
+                    deleted += count
+        return deleted
+
+    def _append(self, shard: Shard) -> None:
+        import lance
+        from lance.fragment import FragmentMetadata
+
+        dataset = open_table(self.uri, shard.table)
+        if twice := set(shard.files) & set(data_paths(dataset, shard.table)):
+            raise ValueError(f"the archive already holds {min(twice)}")
+        with guarded(self.uri, f"commit rows of table {shard.table}"):
+            before = dataset.count_rows()
+            added = [FragmentMetadata.from_json(json.dumps(item)) for item in shard.fragments]
+            done = lance.LanceDataset.commit(
+                dataset, lance.LanceOperation.Append(added), read_version=dataset.version
+            )
+            expected = before + sum(item.physical_rows for item in added)
+            self._assert_count(shard.table, done.count_rows(), expected)
+
+    def _register(self, files: Mapping[str, tuple[str, int]]) -> None:
+        """Writes digests to ``files``; those of its own data files go into its configuration."""
+        if not files:
+            return
+        rows = pa.table(
+            {
+                "path": list(files),
+                "table": [path.split(".lance/", 1)[0] for path in files],
+                "sha256": [sha256 for sha256, _ in files.values()],
+                "bytes": pa.array([size for _, size in files.values()], pa.int64()),
+            }
+        )
+        shard = _write_shard(self.uri, "files", rows, files_schema())
+        self._append(shard)
+        self._note_own_digests(shard.files)
+
+    def _note_own_digests(self, files: Mapping[str, tuple[str, int]]) -> None:
+        with guarded(self.uri, "write the digests"):
+            dataset = open_table(self.uri, "files")
+            dataset.update_config({_SELF_DIGEST + path: d for path, (d, _) in files.items()})
+
+    def _register_missing(self) -> None:
+        known = known_digests(self.uri)
+        missing = [
+            path
+            for table in ("meta", *self._archive.tables())
+            for path in data_paths(open_table(self.uri, table), table)
+            if path not in known
+        ]
+        with guarded(self.uri, "read new files", damaged=is_local(self.uri)):
+            found = {path: digest_file(self.uri, path) for path in missing}
+        own = {path: d for path, d in found.items() if path.startswith("files.lance/")}
+        if own:
+            self._note_own_digests(own)
+        self._register({path: d for path, d in found.items() if path not in own})
+
+    def _assert_count(self, table: str, found: int, expected: int) -> None:
+        if found != expected:
+            raise ArchiveError(
+                f"Table {table} of {self.uri} has {found} rows after a commit, not {expected}.",
+                hint="Is another program writing it? Run: pathflip archive verify "
+                f"--archive {self.uri}",
+                code="commit",
+            )
+
+
+def known_digests(uri: str) -> dict[str, tuple[str, int]]:
+    """Returns {path: (sha256, bytes)} of every data file that was digested; bytes -1 if unknown."""
+    dataset = open_table(uri, "files")
+    with guarded(uri, "read the table files", damaged=is_local(uri)):
+        rows = dataset.to_table(columns=["path", "sha256", "bytes"]).to_pylist()
+        config = dict(dataset.config())
+    known = {row["path"]: (row["sha256"], row["bytes"]) for row in rows}
+    for key, value in config.items():
+        if key.startswith(_SELF_DIGEST):
+            known[key.removeprefix(_SELF_DIGEST)] = (value, -1)
+    return known
+
+
+def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(values), _IDS_PER_STATEMENT):
+        yield values[start : start + _IDS_PER_STATEMENT]

@@ -1,0 +1,340 @@
+"""Tables of an archive: Arrow schemas, keys, names and row checksums.
+
+This module is the interface between the stages: whoever writes a table writes exactly these
+columns, in this order. An archive is a LanceDB database; every table is one Lance dataset.
+
+===================== ==================== ======================================================
+table                 key                  one row per
+===================== ==================== ======================================================
+meta                  key                  setting (JSON): schema_version, tiling, encoder:<name>
+slides                slide_id             slide, whatever became of it; visible when status=ready
+regions               region_id            region of the grid that holds tissue
+features_<encoder>    region_id            region: fp16 patch features, masked slots zero
+embeddings_<encoder>  id                   slide and region: L2-normalised mean of patch features
+files                 path                 immutable data file: sha256, so that bit rot is found
+===================== ==================== ======================================================
+
+Positions are level-0 pixels (``x0``, ``y0``, ``size0``) beside the slide's level-0 ``mpp`` (µm per
+pixel). ``slides.fingerprint`` identifies content and cut (slide sha256, tiling, tissue settings),
+not the encoders: those a slide has been embedded with are in ``slides.encoders``, and the revision
+of each is fixed for the whole archive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Version of the table layout. An archive with a higher one is refused."""
+
+CHECKSUM = "checksum"
+
+_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
+
+KEYS = {"meta": "key", "slides": "slide_id", "regions": "region_id", "files": "path"}
+
+
+def key_of(table: str) -> str:
+    """Returns the primary key column of a table."""
+    if table.startswith("features_"):
+        return "region_id"
+    if table.startswith("embeddings_"):
+        return "id"
+    return KEYS[table]
+
+
+def region_id(slide_id: str, *, rx: int, ry: int) -> str:
+    """Returns the key of the region at grid position (rx, ry) of a slide."""
+    return f"{slide_id}/{rx}_{ry}"
+
+
+def encoder_slug(encoder: str) -> str:
+    """Returns an encoder's name reduced to [a-z0-9_], as table names carry it.
+
+    Names too long for a file name are cut and told apart by a hash.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "_", encoder.lower()).strip("_")
+    if not slug:
+        raise ValueError(f"encoder name {encoder!r} holds no letter or digit")
+    if len(slug) > 80:
+        slug = f"{slug[:64]}_{hashlib.sha256(encoder.encode()).hexdigest()[:12]}"
+    return slug
+
+
+def features_table(encoder: str) -> str:
+    """Returns the name of the table that holds an encoder's patch features."""
+    return f"features_{encoder_slug(encoder)}"
+
+
+def embeddings_table(encoder: str) -> str:
+    """Returns the name of the table that holds an encoder's slide and region embeddings."""
+    return f"embeddings_{encoder_slug(encoder)}"
+
+
+def _schema(
+    key: str, fields: Sequence[tuple[str, pa.DataType]], metadata: Mapping[str, str] | None = None
+) -> pa.Schema:
+    columns = [
+        pa.field(name, kind, nullable=name != key, metadata=_KEY if name == key else None)
+        for name, kind in (*fields, (CHECKSUM, pa.string()))
+    ]
+    return pa.schema(columns, metadata=dict(metadata) if metadata else None)
+
+
+def meta_schema() -> pa.Schema:
+    """Returns the schema of ``meta``: settings of the archive as JSON values."""
+    return _schema("key", [("key", pa.string()), ("value", pa.string())])
+
+
+def slides_schema() -> pa.Schema:
+    """Returns the schema of ``slides``, the ledger: one row per slide, good or bad.
+
+    ``width``, ``height``, ``bounds_*`` are level-0 px, ``mpp`` is µm per level-0 px, ``tissue_mpp``
+    and ``thumbnail_mpp`` µm per pixel of those images, ``tissue_mm2`` mm². The thumbnail never
+    shows the label or the macro image.
+    """
+    i32, i64, f64, text = pa.int32(), pa.int64(), pa.float64(), pa.string()
+    return _schema(
+        "slide_id",
+        [
+            ("slide_id", text),
+            ("uri", text),
+            ("aliases", pa.list_(text)),
+            ("status", text),
+            ("reason", text),
+            ("message", text),
+            ("stage", text),
+            ("sha256", text),
+            ("bytes", i64),
+            ("mtime_ns", i64),
+            ("vendor", text),
+            ("width", i64),
+            ("height", i64),
+            ("levels", i32),
+            ("mpp", f64),
+            ("mpp_source", text),
+            ("bounds_x0", i64),
+            ("bounds_y0", i64),
+            ("reader", text),
+            ("reader_note", text),
+            ("patient_id", text),
+            ("split", text),
+            ("labels", text),
+            ("n_regions", i32),
+            ("n_patches", i64),
+            ("tiles_ok", i64),
+            ("tiles_bad", i64),
+            ("attempts", i32),
+            ("fingerprint", text),
+            ("encoders", pa.list_(text)),
+            ("tissue_png", pa.binary()),
+            ("tissue_mpp", f64),
+            ("tissue_mm2", f64),
+            ("thumbnail", pa.binary()),
+            ("thumbnail_mpp", f64),
+            ("run_id", text),
+            ("seconds", f64),
+            ("ingested_at", pa.timestamp("us", tz="UTC")),
+            ("package_version", text),
+        ],
+    )
+
+
+def regions_schema(slots: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """Returns the schema of ``regions``.
+
+    Args:
+        slots: Patch slots of a region, row-major (256 by default).
+        metadata: Schema metadata; the archive's settings, so that ``meta`` can be rebuilt.
+    """
+    scores = pa.list_(pa.float32(), slots)
+    return _schema(
+        "region_id",
+        [
+            ("region_id", pa.string()),
+            ("slide_id", pa.string()),
+            ("rx", pa.int32()),
+            ("ry", pa.int32()),
+            ("x0", pa.int64()),
+            ("y0", pa.int64()),
+            ("size0", pa.int32()),
+            ("mpp", pa.float64()),
+            ("tissue_fraction", pa.float32()),
+            ("n_patches", pa.int32()),
+            ("n_bad", pa.int32()),
+            ("patch_mask", pa.list_(pa.uint8(), slots)),
+            ("patch_tissue", scores),
+            ("patch_blur", scores),
+            ("patch_pen", scores),
+        ],
+        metadata,
+    )
+
+
+def features_schema(
+    slots: int, dim: int, metadata: Mapping[str, str] | None = None
+) -> pa.Schema:
+    """Returns the schema of ``features_<encoder>``: fp16 [slots * dim] a region, slot-major."""
+    return _schema(
+        "region_id",
+        [
+            ("region_id", pa.string()),
+            ("slide_id", pa.string()),
+            ("features", pa.list_(pa.float16(), slots * dim)),
+        ],
+        metadata,
+    )
+
+
+def embeddings_schema(dim: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """Returns the schema of ``embeddings_<encoder>``; ``kind`` is ``slide`` or ``region``."""
+    return _schema(
+        "id",
+        [
+            ("id", pa.string()),
+            ("kind", pa.string()),
+            ("slide_id", pa.string()),
+            ("patient_id", pa.string()),
+            ("x0", pa.int64()),
+            ("y0", pa.int64()),
+            ("size0", pa.int32()),
+            ("mpp", pa.float64()),
+            ("tissue_fraction", pa.float32()),
+            ("n_patches", pa.int32()),
+            ("vector", pa.list_(pa.float32(), dim)),
+        ],
+        metadata,
+    )
+
+
+def files_schema() -> pa.Schema:
+    """Returns the schema of ``files``; paths are relative to the archive."""
+    return _schema(
+        "path",
+        [
+            ("path", pa.string()),
+            ("table", pa.string()),
+            ("sha256", pa.string()),
+            ("bytes", pa.int64()),
+        ],
+    )
+
+
+def conform(data: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Brings rows into a schema's column order and types and fills ``checksum``.
+
+    Raises:
+        ValueError: If a column is missing or unknown, or the key holds nulls.
+    """
+    wanted = [name for name in schema.names if name != CHECKSUM]
+    missing = [name for name in wanted if name not in data.column_names]
+    unknown = [name for name in data.column_names if name not in schema.names]
+    if missing or unknown:
+        raise ValueError(f"columns missing: {missing}, unknown: {unknown}")
+    fields = [schema.field(name) for name in wanted]
+    columns = [data.column(field.name).cast(field.type) for field in fields]
+    for field, column in zip(fields, columns, strict=True):
+        if not field.nullable and column.null_count:
+            raise ValueError(f"column {field.name} holds nulls")
+    body = pa.Table.from_arrays(columns, schema=pa.schema(fields))
+    return body.append_column(schema.field(CHECKSUM), row_checksum(body)).cast(schema)
+
+
+def row_checksum(data: pa.Table | pa.RecordBatch) -> pa.Array:
+    """Returns the sha256 (hex) of every row over all columns but ``checksum``, in their order.
+
+    A value enters as one byte (1 valid, 0 null) and its bytes: numbers little-endian, every NaN the
+    same, null as zeros; text and binary with their length before them (int64); lists of text with
+    their count; fixed-size lists as their raw values. The result does not depend on how the rows
+    are cut into chunks.
+
+    Raises:
+        ValueError: If a column's type has no rule here, or a fixed-size list holds null items.
+    """
+    batches = [data] if isinstance(data, pa.RecordBatch) else data.to_batches()
+    digests: list[str] = []
+    for batch in batches:
+        parts: list[Any] = []
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if name != CHECKSUM:
+                parts += _row_bytes(column)
+        for row in range(batch.num_rows):
+            digest = hashlib.sha256()
+            for part in parts:
+                digest.update(part[row])
+            digests.append(digest.hexdigest())
+    return pa.array(digests, pa.string())
+
+
+def intact_rows(data: pa.Table | pa.RecordBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Returns bool [n]: rows whose stored checksum is the one of their values."""
+    stored = data.column(CHECKSUM).to_pylist()
+    computed = row_checksum(data).to_pylist()
+    return np.array([a == b for a, b in zip(stored, computed, strict=True)], dtype=np.bool_)
+
+
+def _row_bytes(column: pa.Array) -> list[Any]:
+    """Returns sequences whose items, row by row, are the bytes that are hashed."""
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        return [[_sized(value) for value in column.to_pylist()]]
+    if pa.types.is_list(kind) and pa.types.is_string(kind.value_type):
+        return [
+            [
+                b"\0"
+                if items is None
+                else b"\1" + struct.pack("<q", len(items)) + b"".join(map(_sized, items))
+                for items in column.to_pylist()
+            ]
+        ]
+    valid = np.asarray(column.is_valid()).astype(np.uint8)
+    if pa.types.is_fixed_size_list(kind):
+        width = kind.list_size
+        items = column.values.slice(column.offset * width, len(column) * width)
+        if column.null_count:
+            items = items.fill_null(0)
+        if items.null_count:
+            raise ValueError("fixed-size lists must not hold null items")
+        raw = _numbers(items).reshape(len(column), -1)
+        if column.null_count:
+            raw = raw * valid[:, None]
+        return [[b"\1" if ok else b"\0" for ok in valid], raw]
+    raw = _numbers(column).reshape(len(column), -1)
+    narrow = np.concatenate([valid[:, None], raw], axis=1)
+    width, flat = narrow.shape[1], narrow.tobytes()
+    return [[flat[i * width : (i + 1) * width] for i in range(len(column))]]
+
+
+def _sized(value: str | bytes | None) -> bytes:
+    if value is None:
+        return b"\0"
+    raw = value.encode() if isinstance(value, str) else value
+    return b"\1" + struct.pack("<q", len(raw)) + raw
+
+
+def _numbers(column: pa.Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Returns the raw little-endian bytes [n, width] of a column of numbers, null as zeros."""
+    kind = column.type
+    if pa.types.is_boolean(kind):
+        column = column.cast(pa.uint8())
+    elif pa.types.is_timestamp(kind):
+        column = column.cast(pa.int64())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise ValueError(f"no checksum rule for columns of type {kind}")
+    if column.null_count:
+        column = column.fill_null(pa.scalar(0, pa.int8()).cast(column.type))
+    values = column.to_numpy(zero_copy_only=False)
+    if values.dtype.kind == "f":
+        nan = np.isnan(values)
+        if nan.any():
+            values = np.where(nan, np.array(np.nan, values.dtype), values)
+    values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False))
+    raw: np.ndarray[Any, np.dtype[np.uint8]] = values.view(np.uint8)
+    return raw.reshape(len(values), values.dtype.itemsize)

@@ -1,0 +1,206 @@
+"""Where an archive's tables lie, how they are opened, and what is said when that fails.
+
+One code for local paths and object stores (s3://, gs://, az://): Lance and Arrow read credentials
+and endpoints from their usual environment variables. What exists for local paths only (the lock,
+manifest repair, free-space messages) asks :func:`is_local` and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pathflip.errors import ArchiveError, PathFLIPError
+
+FIXED_TABLES = ("slides", "regions", "files")
+
+
+def is_local(uri: str) -> bool:
+    """Says whether a normalised URI is a path of this machine."""
+    return "://" not in uri
+
+
+def normalise(uri: str | Path) -> str:
+    """Returns an absolute path for local archives, the URI without a trailing slash for others."""
+    text = str(uri)
+    if text.startswith("file://"):
+        text = text[len("file://") :]
+    if "://" in text:
+        return text.rstrip("/")
+    return str(Path(text).expanduser().absolute())
+
+
+def table_uri(uri: str, table: str) -> str:
+    """Returns the URI of one table's Lance dataset."""
+    return f"{uri}/{table}.lance"
+
+
+def open_table(uri: str, table: str) -> Any:
+    """Opens the newest version of a table as a ``lance.LanceDataset``.
+
+    Lance alone opens two kinds of damage without a word: a newest manifest that is gone (it falls
+    back to the version before) and one overwritten with zeros (an empty version 0). Both are
+    refused here.
+
+    Raises:
+        ArchiveError: If the table is missing (``missing_table``), damaged or unreachable.
+    """
+    import lance
+
+    where = table_uri(uri, table)
+    if is_local(uri) and not Path(where, "_versions").is_dir():
+        raise ArchiveError(
+            f"The archive {uri} has no table {table}.",
+            hint=_repair_hint(uri),
+            code="missing_table",
+        )
+    with guarded(uri, f"open the table {table}", damaged=is_local(uri)):
+        dataset = lance.dataset(where)
+        version = int(dataset.version)
+    if version < 1 or not dataset.schema.names or version < newest_known_version(uri, table):
+        raise damaged_error(uri, f"the newest manifest of table {table} is lost or emptied")
+    return dataset
+
+
+def newest_known_version(uri: str, table: str) -> int:
+    """Returns the version Lance noted after its last commit; 0 if it noted none (or is remote)."""
+    if not is_local(uri):
+        return 0
+    try:
+        note = json.loads(Path(table_uri(uri, table), "_versions/latest_version_hint.json").read_text())
+        return int(note["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def local_tables(uri: str) -> list[str]:
+    """Returns the names of the table folders of a local archive, sorted."""
+    return sorted(path.stem for path in Path(uri).glob("*.lance") if path.is_dir())
+
+
+def data_paths(dataset: Any, table: str) -> dict[str, int]:
+    """Returns {path relative to the archive: fragment id} of the data files a version refers to."""
+    return {
+        f"{table}.lance/data/{file.path}": fragment.fragment_id
+        for fragment in dataset.get_fragments()
+        for file in fragment.data_files()
+    }
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """Returns the Arrow file system of an archive and the archive's path in it."""
+    from pyarrow import fs
+
+    if is_local(uri):
+        return fs.LocalFileSystem(), uri
+    # Arrow knows Azure as abfs.
+    system, root = fs.FileSystem.from_uri(uri.replace("az://", "abfs://", 1))
+    return system, root
+
+
+def digest_file(uri: str, path: str) -> tuple[str, int]:
+    """Returns the sha256 (hex) and the size of one file of the archive, read as a stream.
+
+    Raises:
+        OSError: If the file is missing or cannot be read.
+    """
+    system, root = filesystem(uri)
+    digest, size = hashlib.sha256(), 0
+    with system.open_input_stream(f"{root}/{path}") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return digest.hexdigest(), size
+
+
+def rows_per_batch(schema: Any, *, budget: int = 32 << 20) -> int:
+    """Returns how many rows of a table fit a memory budget in bytes; 8192 at most."""
+    import pyarrow as pa
+
+    width = 0
+    for kind in schema.types:
+        if pa.types.is_fixed_size_list(kind):
+            width += kind.list_size * kind.value_type.bit_width // 8
+        else:
+            width += 32_768 if pa.types.is_binary(kind) else 32
+    return max(1, min(8192, budget // width))
+
+
+def sql_in(column: str, values: Sequence[str]) -> str:
+    """Returns ``column IN (...)`` with every value quoted as an SQL string literal."""
+    literals = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+    return f"{column} IN ({literals})"
+
+
+def is_failure(error: BaseException) -> bool:
+    """Says whether an exception is a fault of data or storage.
+
+    A panic in Lance's native code arrives as a ``BaseException`` that is not an ``Exception``.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def guarded(uri: str, doing: str, *, damaged: bool = False) -> Iterator[None]:
+    """Turns faults of storage inside the block into an :class:`ArchiveError`.
+
+    Args:
+        uri: The archive.
+        doing: What is being tried, as in "Cannot <doing>".
+        damaged: Whether an unexplained fault means that the archive is damaged.
+    """
+    try:
+        yield
+    except PathFLIPError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise _explained(uri, doing, error, damaged=damaged) from error
+
+
+def damaged_error(uri: str, what: str) -> ArchiveError:
+    """Returns the error for a damaged archive; its hint names the command that mends it."""
+    return ArchiveError(
+        f"The archive {uri} is damaged: {what}.", hint=_repair_hint(uri), code="damaged"
+    )
+
+
+def _repair_hint(uri: str) -> str:
+    return f"Run: pathflip archive repair --archive {uri}"
+
+
+def _explained(uri: str, doing: str, error: BaseException, *, damaged: bool) -> ArchiveError:
+    # Lance reports every fault of the file system as text of one exception type.
+    text = " ".join(str(error).split())
+    low = text.lower()
+    if "no space left" in low or "os error 28" in low or "quota exceeded" in low:
+        free = "unknown"
+        if is_local(uri):
+            free = f"{shutil.disk_usage(_existing(uri)).free / 2**20:,.0f} MiB"
+        return ArchiveError(
+            f"Cannot {doing}: the disk of {uri} is full (free: {free}).",
+            hint="Free some space and run the same command again; it continues where it stopped.",
+            code="disk_full",
+        )
+    if "permission denied" in low or "os error 13" in low or "read-only file system" in low:
+        return ArchiveError(
+            f"Cannot {doing}: {uri} does not permit it.",
+            hint="Check the owner and the permissions of the archive.",
+            code="not_permitted",
+        )
+    if damaged:
+        return damaged_error(uri, f"cannot {doing} ({text[:200]})")
+    return ArchiveError(f"Cannot {doing} in {uri}: {text[:300]}", code="io")
+
+
+def _existing(uri: str) -> Path:
+    path = Path(uri)
+    while not path.exists():
+        path = path.parent
+    return path

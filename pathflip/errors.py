@@ -1,0 +1,79 @@
+"""Errors a user can mend.
+
+The tree::
+
+    PathFLIPError          anything pathflip raises on purpose
+      ConfigError          a setting, flag or file the user gave is wrong (exit code 2)
+      SlideError           one slide cannot be used; carries the reason code stored in the archive
+      ArchiveError         the archive is missing, damaged, locked or made with other settings
+      EncoderError         an encoder is unknown, gated, missing its weights or does not fit
+
+Every error has a ``code`` (short, stable, for machines), a message (what, where) and a ``hint``
+(what to do about it). Programmer errors stay Python's own.
+"""
+
+from __future__ import annotations
+
+
+class PathFLIPError(Exception):
+    """Base of every error pathflip raises on purpose.
+
+    Args:
+        message: What is wrong and where, one sentence.
+        hint: What the user can do about it, one sentence.
+        code: Short stable code.
+    """
+
+    default_code = "error"
+
+    def __init__(self, message: str, *, hint: str = "", code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code or self.default_code
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class ConfigError(PathFLIPError):
+    """A setting, flag or file the user gave is wrong. The command line exits with 2."""
+
+    default_code = "config"
+
+
+class SlideError(PathFLIPError):
+    """One slide cannot be used. ``code`` is the reason code stored in the archive."""
+
+    default_code = "unreadable"
+
+
+class ArchiveError(PathFLIPError):
+    """The archive is missing, damaged, locked, or made with other settings."""
+
+    default_code = "archive"
+
+
+class EncoderError(PathFLIPError):
+    """An encoder is unknown, gated, missing its weights, or does not fit the tiling."""
+
+    default_code = "encoder"
+
+
+REASONS: dict[str, str] = {
+    "unreadable": "OpenSlide cannot open the file or it is damaged.",
+    "not_a_file": "The path is missing, a broken link, or not readable with these permissions.",
+    "unsupported": "The format is not one pathflip opens.",
+    "reader_limits": "The file declares a geometry beyond the reader's safety limits.",
+    "reader_crash": "The reader process died on this slide three times.",
+    "timeout": "Reading took longer than the deadline allows.",
+    "needs_mpp": "The file states no resolution and none was given for it.",
+    "mpp_out_of_range": "The resolution is outside 0.05 to 10 µm per pixel.",
+    "anisotropic_pixels": "Horizontal and vertical resolution differ by more than 5 %.",
+    "mpp_too_coarse": "The slide is coarser than the requested resolution.",
+    "source_changed": "The file changed between planning and reading.",
+    "too_many_bad_tiles": "More tiles are damaged than the run allows.",
+    "bad_features": "The encoder returned values that are not finite.",
+    "out_of_memory": "Embedding the slide ran out of memory even one patch at a time.",
+}
+"""Reason codes of quarantined slides and what each means."""

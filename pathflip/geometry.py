@@ -1,0 +1,362 @@
+"""Where a slide is cut: regions, patches and 5x to 40x patch trees. Numbers in, arrays out.
+
+One grid per slide starts at level-0 pixel (0, 0) and is laid out in µm. Line ``i`` of a grid of
+pitch ``unit_um`` falls on level-0 pixel ``floor(i * unit_um / mpp + 0.5)`` and that rounding is
+done in one place, :func:`edge`. Every rectangle is the space between two such lines, so patches
+tile their region, and children their parent, without gap or overlap whatever the slide's mpp;
+widths then differ by at most one pixel. Tissue is measured between the unrounded lines, so that
+the same tissue scanned at another resolution is cut the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pathflip.errors import ConfigError
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+TREE_PARENT_UM = 1024.0
+"""Side of a tree's root: 512 px at 5x (2 µm/px)."""
+TREE_NODE_PX = 512
+"""Side of every node of a tree, in pixels at the mpp of its own level."""
+TREE_OFFSETS = (0, 1, 5, 21)
+"""Index of the first node of each level; a whole tree has 85 nodes."""
+
+
+class Coverage(Protocol):
+    """What :func:`plan_regions` needs to know about tissue; a ``TissueMask`` is one."""
+
+    def coverage(
+        self, x_edges0: NDArray[np.float64], y_edges0: NDArray[np.float64]
+    ) -> NDArray[np.float32]:
+        """Tissue share [ny, nx] of each cell between ascending level-0 lines; outside is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How slides are cut.
+
+    Attributes:
+        region_um: Side of a region, µm.
+        patch_um: Side of a patch, µm; divides ``region_um`` into 1 to 64 slots a side.
+        mpp: Resolution patches are read at, µm/px; ``patch_um / mpp`` is a whole number >= 16.
+        min_patch_tissue: A patch is kept if at least this share of it is tissue.
+        min_region_patches: A region is kept if at least this share of all its slots is kept, and
+            never without one patch. Slots beyond the slide's edge count as not kept.
+
+    Raises:
+        ConfigError: A field is out of range or the sizes do not divide.
+    """
+
+    region_um: float = 2048.0
+    patch_um: float = 128.0
+    mpp: float = 0.5
+    min_patch_tissue: float = 0.5
+    min_region_patches: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("region_um", "patch_um", "mpp"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(
+                    f"{name} is {value}.", hint="Give a positive size in µm.", code="tiling"
+                )
+        for name in ("min_patch_tissue", "min_region_patches"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(
+                    f"{name} is {value}.", hint="Give a share between 0 and 1.", code="tiling"
+                )
+        side = self.region_um / self.patch_um
+        if abs(side - round(side)) > 1e-6 or not 1 <= round(side) <= 64:
+            raise ConfigError(
+                f"region_um {self.region_um:g} is {side:g} times patch_um {self.patch_um:g}.",
+                hint="Make it a whole number from 1 to 64 times, for example 2048 and 128.",
+                code="tiling",
+            )
+        px = self.patch_um / self.mpp
+        if abs(px - round(px)) > 1e-6 or round(px) < 16:
+            raise ConfigError(
+                f"patch_um {self.patch_um:g} at mpp {self.mpp:g} is {px:g} px.",
+                hint="Make it a whole number of pixels, 16 or more, for example 128 and 0.5.",
+                code="tiling",
+            )
+
+    @property
+    def side(self) -> int:
+        """Patch slots along one side of a region."""
+        return round(self.region_um / self.patch_um)
+
+    @property
+    def slots(self) -> int:
+        """Patch slots in a region; slot = row * side + col."""
+        return self.side**2
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a patch as it is read, px at :attr:`mpp`."""
+        return round(self.patch_um / self.mpp)
+
+    @property
+    def min_patches(self) -> int:
+        """Patches a region needs to be kept, at least 1."""
+        return max(1, math.ceil(self.min_region_patches * self.slots - 1e-9))
+
+    def fingerprint(self) -> str:
+        """Hash of all fields, 12 hex digits, the same on every machine."""
+        fields = {key: float(value) for key, value in dataclasses.asdict(self).items()}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The regions kept on one slide, R of them, ordered by (ry, rx).
+
+    Attributes:
+        rx: Grid column [R].
+        ry: Grid row [R].
+        x0: Left edge [R], level-0 px.
+        y0: Top edge [R], level-0 px.
+        size0: Nominal side, level-0 px: ``round(region_um / mpp)``; exact edges are those of
+            :func:`patch_rects`.
+        patch_mask: True where a patch is kept [R, slots], row-major.
+        patch_tissue: Tissue share of each kept patch [R, slots], 0 where masked.
+        tissue_fraction: Tissue share of the whole region's area [R], slide's outside included.
+    """
+
+    rx: NDArray[np.int32]
+    ry: NDArray[np.int32]
+    x0: NDArray[np.int64]
+    y0: NDArray[np.int64]
+    size0: int
+    patch_mask: NDArray[np.bool_]
+    patch_tissue: NDArray[np.float32]
+    tissue_fraction: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rx)
+
+    @property
+    def n_patches(self) -> NDArray[np.int32]:
+        """Kept patches of each region [R]."""
+        counts: NDArray[np.int32] = self.patch_mask.sum(axis=1, dtype=np.int32)
+        return counts
+
+
+def edge(index: ArrayLike, *, unit_um: float, mpp: float) -> NDArray[np.int64]:
+    """Level-0 pixel of grid lines.
+
+    Args:
+        index: Line numbers, any shape.
+        unit_um: Distance between lines, µm.
+        mpp: The slide's level-0 µm/px.
+
+    Returns:
+        ``floor(index * unit_um / mpp + 0.5)``, the shape of ``index``.
+    """
+    return np.floor(_line(index, unit_um=unit_um, mpp=mpp) + 0.5).astype(np.int64)
+
+
+def plan_regions(
+    tiling: Tiling, *, width: int, height: int, mpp: float, tissue: Coverage
+) -> Regions:
+    """Cut one slide into regions of masked patch slots.
+
+    A slot holds a patch if the patch lies wholly inside the slide and enough of it is tissue;
+    a region is kept if enough of its slots do, also where part of it is beyond the slide's edge.
+
+    Args:
+        tiling: Sizes and thresholds.
+        width: Level-0 width, px.
+        height: Level-0 height, px.
+        mpp: Level-0 µm/px.
+        tissue: Answers ``coverage(x_edges0, y_edges0)``.
+
+    Returns:
+        The kept regions; none for a slide smaller than a patch or without tissue.
+    """
+    side = tiling.side
+    columns = _whole_cells(width, unit_um=tiling.patch_um, mpp=mpp)
+    rows = _whole_cells(height, unit_um=tiling.patch_um, mpp=mpp)
+    n_x, n_y = -(-columns // side), -(-rows // side)
+
+    x_lines = _line(np.arange(columns + 1), unit_um=tiling.patch_um, mpp=mpp)
+    y_lines = _line(np.arange(rows + 1), unit_um=tiling.patch_um, mpp=mpp)
+    grid = np.zeros((n_y * side, n_x * side), np.float32)
+    kept = np.zeros(grid.shape, np.bool_)
+    if grid.size:
+        grid[:rows, :columns] = tissue.coverage(x_lines, y_lines)
+        kept[:rows, :columns] = grid[:rows, :columns] >= np.float32(tiling.min_patch_tissue)
+    grid[~kept] = 0
+
+    slots = _to_slots(kept, side=side)
+    ry, rx = np.nonzero(slots.sum(axis=-1) >= tiling.min_patches)
+    if len(rx):
+        fraction = tissue.coverage(
+            _line(np.arange(n_x + 1) * side, unit_um=tiling.patch_um, mpp=mpp),
+            _line(np.arange(n_y + 1) * side, unit_um=tiling.patch_um, mpp=mpp),
+        )[ry, rx]
+    else:
+        fraction = np.zeros(0, np.float32)
+    return Regions(
+        rx=rx.astype(np.int32),
+        ry=ry.astype(np.int32),
+        x0=edge(rx * side, unit_um=tiling.patch_um, mpp=mpp),
+        y0=edge(ry * side, unit_um=tiling.patch_um, mpp=mpp),
+        size0=round(tiling.region_um / mpp),
+        patch_mask=slots[ry, rx],
+        patch_tissue=_to_slots(grid, side=side)[ry, rx],
+        tissue_fraction=fraction,
+    )
+
+
+def patch_rects(tiling: Tiling, *, rx: int, ry: int, mpp: float) -> NDArray[np.int64]:
+    """Rectangles (x0, y0, w0, h0) of all slots of region (rx, ry), level-0 px [slots, 4]."""
+    steps = np.arange(tiling.side + 1)
+    x = edge(rx * tiling.side + steps, unit_um=tiling.patch_um, mpp=mpp)
+    y = edge(ry * tiling.side + steps, unit_um=tiling.patch_um, mpp=mpp)
+    row, col = np.divmod(np.arange(tiling.slots), tiling.side)
+    return np.stack([x[col], y[row], x[col + 1] - x[col], y[row + 1] - y[row]], axis=1)
+
+
+def locate(
+    tiling: Tiling, *, x0: ArrayLike, y0: ArrayLike, mpp: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The patch that holds each level-0 position: the inverse of :func:`patch_rects`.
+
+    Args:
+        tiling: Sizes.
+        x0: Level-0 px, >= 0, any shape; whole or fractional.
+        y0: As ``x0``.
+        mpp: Level-0 µm/px.
+
+    Returns:
+        (rx, ry, slot), each of the shape of ``x0``.
+    """
+    column = _cell(x0, unit_um=tiling.patch_um, mpp=mpp)
+    row = _cell(y0, unit_um=tiling.patch_um, mpp=mpp)
+    side = tiling.side
+    return column // side, row // side, (row % side) * side + column % side
+
+
+@dataclass(frozen=True)
+class PatchTree:
+    """The nodes of T patch trees. Node = ``TREE_OFFSETS[level] + row * 2**level + col``.
+
+    Attributes:
+        level: 0 (5x, 2 µm/px) to 3 (40x, 0.25 µm/px) [n].
+        row: Row inside the root at the node's own level [n].
+        col: Column likewise [n].
+        parent: Node this one is a quarter of [n]; -1 for the root.
+        mpp: Resolution the node is read at, µm/px [n]; all nodes are 512 px then.
+        rects: (x0, y0, w0, h0), level-0 px [T, n, 4].
+    """
+
+    level: NDArray[np.int32]
+    row: NDArray[np.int32]
+    col: NDArray[np.int32]
+    parent: NDArray[np.int32]
+    mpp: NDArray[np.float64]
+    rects: NDArray[np.int64]
+
+    @property
+    def edges(self) -> NDArray[np.int32]:
+        """(parent, child) node pairs [n - 1, 2]; 84 in a whole tree."""
+        return np.stack([self.parent[1:], np.arange(1, len(self.parent), dtype=np.int32)], axis=1)
+
+
+def tree_node(level: int, row: int, col: int) -> int:
+    """Index of a node of a patch tree."""
+    if not (0 <= level < len(TREE_OFFSETS) and 0 <= row < 1 << level and 0 <= col < 1 << level):
+        raise ValueError(f"no node at level {level}, row {row}, col {col}")
+    return TREE_OFFSETS[level] + (row << level) + col
+
+
+def tree_levels(mpp: float) -> int:
+    """Levels a slide can fill without being enlarged by more than 10 %.
+
+    Scanners sold as 40x have 0.22 to 0.274 µm/px, hence the margin; a 20x slide has 3 levels
+    (21 nodes).
+    """
+    finest = TREE_PARENT_UM / TREE_NODE_PX / 2.0 ** np.arange(len(TREE_OFFSETS))
+    return sum(1 for level_mpp in finest.tolist() if mpp <= 1.1 * level_mpp)
+
+
+def patch_tree(tx: ArrayLike, ty: ArrayLike, *, mpp: float, levels: int = 4) -> PatchTree:
+    """The 5x, 10x, 20x, 40x patch trees under roots of the 1024 µm grid (MR-PLIP).
+
+    The leaves of a whole tree are the patches of the default tiling, and four roots make one of
+    its regions.
+
+    Args:
+        tx: Grid columns of the roots, scalar or [T].
+        ty: Grid rows of the roots, like ``tx``.
+        mpp: The slide's level-0 µm/px.
+        levels: 1 to 4, coarsest first; see :func:`tree_levels`.
+
+    Returns:
+        Trees of 1, 5, 21 or 85 nodes.
+    """
+    if not 1 <= levels <= len(TREE_OFFSETS):
+        raise ValueError(f"levels is {levels}, must be 1 to {len(TREE_OFFSETS)}")
+    level = np.repeat(np.arange(levels), 4 ** np.arange(levels))
+    row, col = np.divmod(np.arange(len(level)) - np.array(TREE_OFFSETS)[level], 2**level)
+    above = np.maximum(level - 1, 0)
+    parent = np.array(TREE_OFFSETS)[above] + row // 2 * 2**above + col // 2
+    parent[0] = -1
+
+    # All levels use the lines of the finest one, or their edges would round apart.
+    finest = 2 ** (len(TREE_OFFSETS) - 1)
+    step = finest >> level
+    unit_um = TREE_PARENT_UM / finest
+    first_x = np.atleast_1d(np.asarray(tx))[:, None] * finest + col * step
+    first_y = np.atleast_1d(np.asarray(ty))[:, None] * finest + row * step
+    x0, y0 = (edge(first, unit_um=unit_um, mpp=mpp) for first in (first_x, first_y))
+    x1, y1 = (edge(first + step, unit_um=unit_um, mpp=mpp) for first in (first_x, first_y))
+    return PatchTree(
+        level=level.astype(np.int32),
+        row=row.astype(np.int32),
+        col=col.astype(np.int32),
+        parent=parent.astype(np.int32),
+        mpp=TREE_PARENT_UM / TREE_NODE_PX / 2.0**level,
+        rects=np.stack([x0, y0, x1 - x0, y1 - y0], axis=-1),
+    )
+
+
+def _line(index: ArrayLike, *, unit_um: float, mpp: float) -> NDArray[np.float64]:
+    """Unrounded level-0 position of grid lines."""
+    if not (mpp > 0 and unit_um >= mpp):
+        raise ValueError(f"grid of {unit_um} µm at {mpp} µm/px has cells below one pixel")
+    return np.asarray(index, np.float64) * unit_um / mpp
+
+
+def _cell(position: ArrayLike, *, unit_um: float, mpp: float) -> NDArray[np.int64]:
+    """Cell i with ``edge(i) <= position < edge(i + 1)``."""
+    position = np.asarray(position)
+    # edge() rounds by at most half a pixel, so the guess is off by at most one cell.
+    cell = np.floor(position * (mpp / unit_um)).astype(np.int64)
+    cell = cell + (edge(cell + 1, unit_um=unit_um, mpp=mpp) <= position)
+    return cell - (edge(cell, unit_um=unit_um, mpp=mpp) > position)
+
+
+def _whole_cells(length: int, *, unit_um: float, mpp: float) -> int:
+    """Number of cells from 0 that end at or before pixel ``length``."""
+    if length < 1:
+        raise ValueError(f"slide side is {length} px")
+    return int(_cell(length, unit_um=unit_um, mpp=mpp))
+
+
+def _to_slots(grid: NDArray[_Scalar], *, side: int) -> NDArray[_Scalar]:
+    """[n_y * side, n_x * side] patch grid to [n_y, n_x, side * side] slots."""
+    n_y, n_x = grid.shape[0] // side, grid.shape[1] // side
+    blocks = grid.reshape(n_y, side, n_x, side).transpose(0, 2, 1, 3)
+    return blocks.reshape(n_y, n_x, side * side)

@@ -1,0 +1,548 @@
+"""One slide: metadata, exact-scale reads, patches.
+
+Coordinates are level-0 pixels from the top-left corner of level 0; sizes are in pixels at a stated
+mpp. Reading at a resolution the file does not store takes the nearest finer level (or one equal
+within 1 %) and averages areas down to the exact scale: never the "closest level", never upsampled
+unless the caller asks for pixels finer than the slide has.
+
+OpenSlide is the reader of record. Tiled JPEG files take the direct path of ``tiff``, checked
+against OpenSlide on the tiles with most detail each time a file is opened.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+
+from pathflip.errors import SlideError
+from pathflip.slides.scale import Scale, resolve_scale
+from pathflip.slides.tiff import (
+    JpegLevel,
+    JpegTiles,
+    can_shrink,
+    check_limits,
+    jpeg_levels,
+    shrink_for,
+)
+
+Halving = Literal["exact", "dct"]
+
+EQUAL_SCALE = 0.01
+DIRECT_TOLERANCE = 2.0  # grey levels, mean, against OpenSlide
+_DIRECT_VENDORS = ("aperio", "generic-tiff")
+_CHECK_PX = 96
+_STRIP_PX = 1024
+
+
+class Slide:
+    """A whole-slide image, open for reading.
+
+    Args:
+        path: File, or folder of DICOM files of one series.
+        mpp: µm per level-0 pixel, if the file's own metadata is missing or wrong.
+        halving: How the direct path halves a twice finer base: "exact" averages areas, "dct" lets
+            libjpeg decode at half size (faster, about 43 dB from the exact average).
+
+    Attributes:
+        path: As given.
+        width, height: Level-0 pixels.
+        vendor: OpenSlide's name of the format.
+        level_mpps: µm per pixel of each stored level.
+        bounds_x0, bounds_y0: Offset of the scanned area in level 0 (MRXS and others), or 0.
+        reader: "direct" or "openslide"; ``reader_note`` says why not direct.
+
+    Raises:
+        SlideError: With the reason code to store (``unreadable``, ``reader_limits``,
+            ``not_a_file``, ``unsupported``). A missing resolution raises only when it is needed,
+            from ``mpp``.
+    """
+
+    def __init__(
+        self, path: str | Path, *, mpp: float | None = None, halving: Halving = "exact"
+    ) -> None:
+        self.path = Path(path)
+        self._file = -1
+        self._override = mpp
+        self._halving = halving
+        self._source = openable(self.path)
+        check_limits(self._source)
+        self._handle = self._open()
+        handle = self._handle
+        self.width, self.height = handle.dimensions
+        self.vendor = handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
+        self.bounds_x0 = int(handle.properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0))
+        self.bounds_y0 = int(handle.properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0))
+        self.levels = handle.level_count
+        self.level_dimensions: Sequence[tuple[int, int]] = handle.level_dimensions
+        self.level_downsamples: Sequence[float] = handle.level_downsamples
+        self._scale: Scale | None = None
+        self._jpeg = self._find_direct()
+        self.reader: Literal["direct", "openslide"] = "direct" if self._jpeg else "openslide"
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def scale(self) -> Scale:
+        """Resolution and where it came from. Raises SlideError (``needs_mpp`` and others)."""
+        if self._scale is None:
+            self._scale = resolve_scale(
+                self._handle.properties, name=self.path.name, override=self._override
+            )
+        return self._scale
+
+    @property
+    def mpp(self) -> float:
+        """µm per level-0 pixel."""
+        return self.scale.mpp
+
+    @property
+    def level_mpps(self) -> list[float]:
+        """µm per pixel of each stored level."""
+        return [self.mpp * downsample for downsample in self.level_downsamples]
+
+    def __repr__(self) -> str:
+        return f"Slide({str(self.path)!r}, {self.width} x {self.height} px, {self.vendor})"
+
+    def _repr_png_(self) -> bytes:
+        thumbnail = self.thumbnail(512)
+        return cv2.imencode(".png", cv2.cvtColor(thumbnail, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file."""
+        self._handle.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", -1) >= 0:
+            with suppress(OSError):
+                os.close(self._file)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def read(
+        self, x0: int, y0: int, size_px: int | tuple[int, int], *, mpp: float | None = None
+    ) -> NDArray[np.uint8]:
+        """Read a rectangle at an exact resolution.
+
+        Args:
+            x0: Left edge, level-0 px.
+            y0: Top edge, level-0 px.
+            size_px: Side, or (width, height), in pixels at ``mpp``.
+            mpp: µm per pixel of the result; None means level 0 as stored.
+
+        Returns:
+            uint8 RGB [h, w, 3]. What lies outside the slide is white, as are transparent pixels.
+
+        Raises:
+            SlideError: ``bad_tile`` when the file is damaged there; ``needs_mpp`` and the like
+                when ``mpp`` is given for a slide without a resolution.
+        """
+        out_w, out_h = (size_px, size_px) if isinstance(size_px, int) else size_px
+        ratio = 1.0 if mpp is None else mpp / self.mpp
+        if abs(ratio - 1) <= EQUAL_SCALE:
+            return self._level_rect(0, x0, y0, out_w, out_h)
+        return self._read_scaled(x0, y0, out_w * ratio, out_h * ratio, out_w, out_h)
+
+    def read_patches(
+        self, rects: NDArray[np.int64], *, mpp: float, out: NDArray[np.uint8]
+    ) -> NDArray[np.bool_]:
+        """Read square patches at an exact resolution, each stored tile decoded once.
+
+        Args:
+            rects: int64 [n, 4]: x0, y0, w0, h0 in level-0 px, inside the slide.
+            mpp: µm per pixel of the result.
+            out: uint8 [n, px, px, 3], filled.
+
+        Returns:
+            bool [n]: False where the file is damaged under the patch; ``out`` is undefined there.
+        """
+        ratio = mpp / self.mpp
+        level = self.level_for(ratio)
+        if self._jpeg and (tiles := self._tiles(level, ratio, rects)):
+            return _read_direct(tiles, rects, self.level_downsamples[level] * tiles.shrink, out)
+        return self._read_openslide(level, rects, out)
+
+    def thumbnail(self, max_px: int) -> NDArray[np.uint8]:
+        """The whole slide, its longer side ``max_px`` pixels, uint8 RGB [h, w, 3]."""
+        scale = max(self.width, self.height) / max_px
+        out_w, out_h = max(1, round(self.width / scale)), max(1, round(self.height / scale))
+        return self._read_scaled(0, 0, self.width, self.height, out_w, out_h)
+
+    def shown(self, x0: int, y0: int, size0: int, *, px: int) -> NDArray[np.uint8]:
+        """A square of ``size0`` level-0 px as a picture ``px`` wide, uint8 RGB [px, px, 3]."""
+        return self._read_scaled(x0, y0, size0, size0, px, px)
+
+    def overview(self, mpp: float) -> NDArray[np.uint8]:
+        """The whole slide at an exact coarse resolution, uint8 RGB [h, w, 3].
+
+        Covers at least the slide; what the last row and column have beyond it is white.
+        """
+        ratio = mpp / self.mpp
+        out_w, out_h = math.ceil(self.width / ratio), math.ceil(self.height / ratio)
+        return self._read_scaled(0, 0, out_w * ratio, out_h * ratio, out_w, out_h)
+
+    def level_for(self, ratio: float) -> int:
+        """The coarsest level at or finer than ``ratio`` level-0 px per pixel, within 1 %."""
+        fitting = [
+            level
+            for level, downsample in enumerate(self.level_downsamples)
+            if downsample <= ratio * (1 + EQUAL_SCALE)
+        ]
+        return fitting[-1] if fitting else 0
+
+    # -- OpenSlide -------------------------------------------------------------------------------
+
+    def _open(self) -> openslide.OpenSlide:
+        try:
+            return openslide.OpenSlide(str(self._source))
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            raise SlideError(
+                f"{self.path.name} is in no format OpenSlide knows.",
+                hint="It may be truncated, or an ordinary image: convert it to a tiled pyramid.",
+                code="unreadable",
+            ) from error
+        except openslide.OpenSlideError as error:
+            raise SlideError(
+                f"{self.path.name} cannot be opened: {error}.",
+                hint="The file is damaged; copy it again from its source.",
+                code="unreadable",
+            ) from error
+
+    def _level_rect(self, level: int, x0: int, y0: int, w: int, h: int) -> NDArray[np.uint8]:
+        """``w`` x ``h`` pixels of a level from the level-0 corner; white outside, RGB."""
+        if self._jpeg and level in self._jpeg:
+            tiles = JpegTiles(self._file, self._jpeg[level])
+            downsample = self.level_downsamples[level]
+            return _read_rect(tiles, round(x0 / downsample), round(y0 / downsample), w, h)
+        try:
+            rgba = np.asarray(self._handle.read_region((int(x0), int(y0)), level, (w, h)))
+        except openslide.OpenSlideError as error:
+            # OpenSlide's errors latch: the handle is dead for good after one bad tile.
+            self._handle.close()
+            self._handle = self._open()
+            raise SlideError(
+                f"{self.path.name} is damaged at ({x0}, {y0}): {error}", code="bad_tile"
+            ) from error
+        return _on_white(rgba)
+
+    def _read_scaled(
+        self, x0: float, y0: float, w0: float, h0: float, out_w: int, out_h: int
+    ) -> NDArray[np.uint8]:
+        """A level-0 rectangle resampled by area to ``out_w`` x ``out_h``, in bounded strips."""
+        ratio = min(w0 / out_w, h0 / out_h)
+        level = self.level_for(ratio)
+        downsample = self.level_downsamples[level]
+        tiles = None
+        if self._jpeg and level in self._jpeg:
+            layout = self._jpeg[level]
+            shrink = shrink_for(ratio / downsample) if ratio / downsample >= 2 else 1
+            # Shrinking in the DCT domain is for overviews; twice finer reads stay exact.
+            while shrink > 1 and (
+                not can_shrink(layout, shrink)
+                or (shrink == 2 and self._halving == "exact" and ratio / downsample < 4)
+            ):
+                shrink //= 2
+            tiles = JpegTiles(self._file, layout, shrink=shrink)
+            downsample *= shrink
+        step = max(1, int(_STRIP_PX / max(1.0, h0 / out_h / downsample)))
+        out = np.empty((out_h, out_w, 3), np.uint8)
+        left, width = round(x0 / downsample), max(1, round(w0 / downsample))
+        for row in range(0, out_h, step):
+            rows = min(step, out_h - row)
+            top = round((y0 + row * h0 / out_h) / downsample)
+            height = max(1, round((y0 + (row + rows) * h0 / out_h) / downsample) - top)
+            if tiles:
+                strip = _read_rect(tiles, left, top, width, height)
+            else:
+                strip = self._level_rect(
+                    level, round(left * downsample), round(top * downsample), width, height
+                )
+            out[row : row + rows] = _area(strip, out_w, rows)
+        return out
+
+    def _read_openslide(
+        self, level: int, rects: NDArray[np.int64], out: NDArray[np.uint8]
+    ) -> NDArray[np.bool_]:
+        """Row of patches by row of patches; a row with a damaged tile is read patch by patch."""
+        ok = np.zeros(len(rects), bool)
+        downsample = self.level_downsamples[level]
+        px = out.shape[1]
+        native = (
+            abs(rects[:, 2].mean() / downsample / px - 1) <= EQUAL_SCALE if len(rects) else True
+        )
+        for y0 in np.unique(rects[:, 1]):
+            row = np.flatnonzero(rects[:, 1] == y0)
+            for run in np.split(
+                row, np.flatnonzero(np.diff(rects[row, 0]) > 2 * rects[row[0], 2]) + 1
+            ):
+                left = int(rects[run, 0].min())
+                width0 = int((rects[run, 0] + rects[run, 2]).max()) - left
+                height = px if native else max(1, round(int(rects[run[0], 3]) / downsample))
+                width = round(width0 / downsample) + (px if native else 0)
+                try:
+                    strip = self._level_rect(level, left, int(y0), width, height)
+                except SlideError:
+                    strip = None
+                for index in run:
+                    x = round((int(rects[index, 0]) - left) / downsample)
+                    w = px if native else max(1, round(int(rects[index, 2]) / downsample))
+                    try:
+                        patch = (
+                            strip[:, x : x + w]
+                            if strip is not None
+                            else self._level_rect(level, int(rects[index, 0]), int(y0), w, height)
+                        )
+                    except SlideError:
+                        continue
+                    out[index] = patch if native else _area(patch, px, px)
+                    ok[index] = True
+        return ok
+
+    # -- the direct path -------------------------------------------------------------------------
+
+    def _find_direct(self) -> dict[int, JpegLevel]:
+        """The levels the direct path may read: level number -> layout; empty where it may not."""
+        self.reader_note = ""
+        if self.vendor not in _DIRECT_VENDORS:
+            self.reader_note = f"{self.vendor} has no direct path"
+            return {}
+        layouts = jpeg_levels(self._source)
+        sizes = Counter((layout.width, layout.height) for layout in layouts)
+        by_size = {(layout.width, layout.height): layout for layout in layouts}
+        levels = {
+            level: by_size[size]
+            for level, size in enumerate(self.level_dimensions)
+            if sizes[size] == 1
+        }
+        if 0 not in levels:
+            self.reader_note = "level 0 is no tiled 8-bit JPEG"
+            return {}
+        self._file = os.open(self._source, os.O_RDONLY | os.O_CLOEXEC)
+        if note := self._disagreement(levels):
+            self.reader_note = note
+            return {}
+        return levels
+
+    def _disagreement(self, levels: dict[int, JpegLevel]) -> str:
+        """Why direct reads cannot be trusted on this file, or an empty string.
+
+        Compares with OpenSlide where the most bytes are, so where the most detail is.
+        """
+        for level, layout in levels.items():
+            by_bytes = np.argsort(layout.counts)[::-1]
+            compared = 0
+            for tile in by_bytes[:: max(1, len(by_bytes) // 4)][: 3 if level == 0 else 1]:
+                column, row = int(tile) % layout.across, int(tile) // layout.across
+                x = max(0, min(column * layout.tile_w, layout.width - _CHECK_PX))
+                y = max(0, min(row * layout.tile_h, layout.height - _CHECK_PX))
+                w, h = min(_CHECK_PX, layout.width), min(_CHECK_PX, layout.height)
+                downsample = self.level_downsamples[level]
+                corner = (round(x * downsample), round(y * downsample))
+                if max(abs(corner[0] / downsample - x), abs(corner[1] / downsample - y)) > 0.01:
+                    continue  # OpenSlide would interpolate: nothing to compare
+                try:
+                    theirs = _on_white(np.asarray(self._handle.read_region(corner, level, (w, h))))
+                    ours = _read_rect(JpegTiles(self._file, layout), x, y, w, h)
+                except openslide.OpenSlideError:
+                    self._handle.close()
+                    self._handle = self._open()
+                    continue
+                except SlideError:
+                    continue  # a damaged tile says nothing about the others
+                compared += 1
+                gap = float(np.abs(ours.astype(np.int16) - theirs).mean())
+                if gap > DIRECT_TOLERANCE:
+                    return f"direct pixels of level {level} differ from OpenSlide by {gap:.1f}"
+            if level == 0 and not compared:
+                return "no tile could be compared with OpenSlide"
+        return ""
+
+    def _tiles(self, level: int, ratio: float, rects: NDArray[np.int64]) -> JpegTiles | None:
+        """How to decode ``level`` for patches at ``ratio``; None where the level is not direct."""
+        layout = self._jpeg.get(level)
+        if layout is None:
+            return None
+        downsample = self.level_downsamples[level]
+        if ratio / downsample < 2 * (1 - EQUAL_SCALE) or not can_shrink(layout, 2):
+            return JpegTiles(self._file, layout)
+        if self._halving == "dct":
+            shrink = shrink_for(ratio / downsample)
+            while not can_shrink(layout, shrink):
+                shrink //= 2
+            return JpegTiles(self._file, layout, shrink=shrink)
+        # Averaging a tile before it is cut is exact only if no patch edge splits a pixel pair.
+        if downsample == 1 and not (rects[:, :2] & 1).any() and not (rects[:, 2:] & 1).any():
+            return _HalvedTiles(self._file, layout)
+        return JpegTiles(self._file, layout)
+
+
+class _HalvedTiles(JpegTiles):
+    """Tiles decoded at full size, then halved by exact area averages."""
+
+    def __init__(self, file: int, level: JpegLevel) -> None:
+        super().__init__(file, level)
+        self._whole = JpegTiles(file, level)
+        self._full = np.empty((level.tile_h, level.tile_w, 3), np.uint8)
+        self.tile_w, self.tile_h = level.tile_w // 2, level.tile_h // 2
+        self.width, self.height = level.width // 2, level.height // 2
+        self.shrink = 2
+
+    def decode(self, tile: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Decode and halve one tile."""
+        full = self._whole.decode(tile, self._full)
+        halved = cv2.resize(full, (self.tile_w, self.tile_h), dst=out, interpolation=cv2.INTER_AREA)
+        return np.asarray(halved, np.uint8)
+
+
+def openable(path: Path) -> Path:
+    """The file to hand to OpenSlide: the path itself, or one DICOM file of a folder.
+
+    Raises:
+        SlideError: ``not_a_file`` for what is missing, unreadable, empty or neither.
+    """
+    try:
+        if path.is_dir():
+            files = sorted(path.glob("*.dcm"))
+            if not files:
+                raise SlideError(
+                    f"{path.name} is a folder without DICOM files (*.dcm).",
+                    hint="Name a slide file, or the folder of one DICOM series.",
+                    code="not_a_file",
+                )
+            return files[0]
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise SlideError(
+                    f"{path.name} is empty (0 bytes).",
+                    hint="Copy it again from its source.",
+                    code="not_a_file",
+                )
+    except OSError as error:
+        raise SlideError(
+            f"{path.name} cannot be read: {error.strerror}.",
+            hint="Check the path, the link and the permissions.",
+            code="not_a_file",
+        ) from error
+    return path
+
+
+def _on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Composite straight-alpha RGBA on white; the common opaque case is a plain copy."""
+    alpha = rgba[..., 3]
+    if alpha.min() == 255:
+        return np.asarray(cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB), np.uint8)
+    weight = alpha[..., None].astype(np.float32) / 255
+    rgb = rgba[..., :3] * weight + 255 * (1 - weight)
+    return (rgb + 0.5).astype(np.uint8)
+
+
+def _area(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """Resample by area (linear where it must enlarge)."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    finer = pixels.shape[0] >= height and pixels.shape[1] >= width
+    method = cv2.INTER_AREA if finer else cv2.INTER_LINEAR
+    resized = cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=method)
+    return np.asarray(resized, np.uint8)
+
+
+def _read_rect(tiles: JpegTiles, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
+    """A rectangle in pixels of ``tiles``, white outside, RGB [h, w, 3]."""
+    out = np.full((h, w, 3), 255, np.uint8)
+    right, bottom = min(x + w, tiles.width), min(y + h, tiles.height)
+    left, top = max(x, 0), max(y, 0)
+    if left >= right or top >= bottom:
+        return out
+    tile_w, tile_h = tiles.tile_w, tiles.tile_h
+    for row in range(top // tile_h, -(-bottom // tile_h)):
+        for column in range(left // tile_w, -(-right // tile_w)):
+            pixels = tiles.decode(row * tiles.level.across + column)
+            ax, bx = max(left, column * tile_w), min(right, (column + 1) * tile_w)
+            ay, by = max(top, row * tile_h), min(bottom, (row + 1) * tile_h)
+            out[ay - y : by - y, ax - x : bx - x] = pixels[
+                ay - row * tile_h : by - row * tile_h, ax - column * tile_w : bx - column * tile_w
+            ]
+    return out
+
+
+def _read_direct(
+    tiles: JpegTiles, rects: NDArray[np.int64], downsample: float, out: NDArray[np.uint8]
+) -> NDArray[np.bool_]:
+    """Fill ``out`` [n, px, px, 3] decoding each needed tile once; False where one is damaged.
+
+    Tiles are visited in file order and copied into every patch they touch. A patch that is not at
+    the target scale is gathered in a buffer of its own and averaged down when its last tile came,
+    so about two rows of patches are held at a time.
+    """
+    px = out.shape[1]
+    tile_w, tile_h, across = tiles.tile_w, tiles.tile_h, tiles.level.across
+    boxes = np.rint(rects / downsample).astype(np.int64)
+    native = bool(len(boxes)) and bool(
+        (np.abs(rects[:, 2:] / downsample / px - 1) <= EQUAL_SCALE).all()
+    )
+    if native:
+        boxes[:, 2:] = px
+        boxes[:, 0] = np.minimum(boxes[:, 0], tiles.width - px)
+        boxes[:, 1] = np.minimum(boxes[:, 1], tiles.height - px)
+    ok = np.ones(len(boxes), bool)
+    touching: dict[int, list[int]] = {}
+    waiting = np.zeros(len(boxes), np.int64)
+    for index, (x, y, w, h) in enumerate(boxes.tolist()):
+        for row in range(y // tile_h, -(-(y + h) // tile_h)):
+            for column in range(x // tile_w, -(-(x + w) // tile_w)):
+                touching.setdefault(row * across + column, []).append(index)
+                waiting[index] += 1
+    buffers: dict[int, NDArray[np.uint8]] = {}
+    corners = boxes.tolist()
+    scratch = np.empty((tile_h, tile_w, 3), np.uint8)
+    for tile in sorted(touching):
+        users = touching[tile]
+        left, top = tile % across * tile_w, tile // across * tile_h
+        first = users[0]
+        whole = native and len(users) == 1 and corners[first] == [left, top, tile_w, tile_h]
+        try:
+            pixels = tiles.decode(tile, out[first] if whole else scratch)
+        except SlideError:
+            ok[users] = False
+            for index in users:
+                buffers.pop(index, None)
+            continue
+        if whole:
+            continue
+        for index in users:
+            if not ok[index]:
+                continue
+            x, y, w, h = corners[index]
+            if native:
+                target = out[index]
+            else:
+                target = buffers.get(index)
+                if target is None:
+                    target = buffers[index] = np.empty((h, w, 3), np.uint8)
+            ax, bx = max(x, left), min(x + w, left + tile_w)
+            ay, by = max(y, top), min(y + h, top + tile_h)
+            target[ay - y : by - y, ax - x : bx - x] = pixels[
+                ay - top : by - top, ax - left : bx - left
+            ]
+            waiting[index] -= 1
+            if not native and waiting[index] == 0:
+                out[index] = _area(buffers.pop(index), px, px)
+    return ok

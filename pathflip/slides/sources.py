@@ -1,0 +1,157 @@
+"""Which files are slides, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathflip.errors import ConfigError, SlideError
+
+SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".czi")
+DICOM_SUFFIX = ".dcm"
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A slide on disk as found, before anything of it is read.
+
+    Attributes:
+        uri: Absolute path of the file, or of the folder of one DICOM series.
+        bytes: Size of all its files; -1 when it cannot be looked at.
+        mtime_ns: Newest modification time of its files.
+    """
+
+    uri: str
+    bytes: int
+    mtime_ns: int
+
+
+def discover(sources: Sequence[str]) -> list[Source]:
+    """Find every slide under the given files and folders, sorted by path.
+
+    A folder that holds DICOM files is one slide; MRXS side folders belong to their .mrxs file.
+    Links are followed once; nothing is opened. A file named outright is taken whatever its suffix.
+
+    Raises:
+        ConfigError: A source does not exist, or a folder holds no slide at all.
+    """
+    found: dict[str, Source] = {}
+    for source in sources:
+        path = Path(os.path.abspath(source))
+        if path.is_dir():
+            inside = list(_walk(path))
+            if not inside:
+                raise ConfigError(
+                    f"{source} holds no slides.",
+                    hint=f"pathflip looks for {' '.join(SUFFIXES)} and folders of "
+                    f"*{DICOM_SUFFIX}, at any depth.",
+                    code="no_slides",
+                )
+        elif os.path.lexists(path):
+            inside = [path]
+        else:
+            raise ConfigError(
+                f"{source} does not exist.", hint="Check the path.", code="missing_source"
+            )
+        for entry in inside:
+            found[str(entry)] = stat_source(entry)
+    return [found[uri] for uri in sorted(found)]
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a loop of links
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        here = Path(folder)
+        if any(name.lower().endswith(DICOM_SUFFIX) for name in files):
+            yield here
+        sides = {name[: -len(".mrxs")] for name in files if name.lower().endswith(".mrxs")}
+        folders[:] = [name for name in folders if name not in sides]
+        for name in sorted(files):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield here / name
+        for name in list(folders):  # a folder named like a slide is reported, not entered
+            if name.lower().endswith(SUFFIXES):
+                folders.remove(name)
+                yield here / name
+
+
+def source_files(path: Path) -> list[Path]:
+    """Every file a slide consists of, the named one first."""
+    if path.is_dir():
+        return sorted(path.glob(f"*{DICOM_SUFFIX}"))
+    side = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and side.is_dir():
+        return [path, *sorted(file for file in side.rglob("*") if file.is_file())]
+    return [path]
+
+
+def stat_source(path: Path) -> Source:
+    """Size and newest change of a slide; bytes -1 when it cannot be looked at."""
+    try:
+        statuses = [file.stat() for file in source_files(path)]
+    except OSError:
+        statuses = []
+    return Source(
+        uri=str(path),
+        bytes=sum(status.st_size for status in statuses) if statuses else -1,
+        mtime_ns=max((status.st_mtime_ns for status in statuses), default=0),
+    )
+
+
+def digest_source(path: Path) -> str:
+    """sha256 of the slide's bytes: of the file, or of its files' names and digests in order.
+
+    Raises:
+        SlideError: ``not_a_file`` when a file cannot be read.
+    """
+    files = source_files(path)
+    try:
+        if len(files) == 1:
+            return _digest_file(files[0])
+        whole = hashlib.sha256()
+        for file in files:
+            whole.update(f"{file.relative_to(path.parent)}\0{_digest_file(file)}\n".encode())
+        return whole.hexdigest()
+    except OSError as error:
+        raise SlideError(
+            f"{path.name} cannot be read: {error.strerror}.",
+            hint="Check the path, the link and the permissions.",
+            code="not_a_file",
+        ) from error
+
+
+def _digest_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(_BLOCK)
+        view = memoryview(buffer)
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+def slide_id(uri: str, identity: str) -> str:
+    """A slide's key: its file's stem and eight digits of its content's sha256.
+
+    Readable, and the same wherever and in whatever order slides are ingested; two files of one
+    name in two folders never collide. ``identity`` is the sha256, or the uri where none is known.
+    """
+    stem = Path(uri).name
+    for suffix in (*SUFFIXES, DICOM_SUFFIX):
+        if stem.lower().endswith(suffix):
+            stem = stem[: -len(suffix)]
+            break
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)[:120] or "slide"
+    if len(identity) != 64:
+        identity = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
+    return f"{safe}-{identity[:8]}"

@@ -1,0 +1,392 @@
+"""Writes the synthetic cohort: slides, reports, labels, questions and lesion outlines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.errors import ConfigError
+from pathflip.synth import text
+from pathflip.synth.atlas import GLASS_LEVEL, GRADES, NUCLEI, ORGANS, PATTERNS, Atlas
+from pathflip.synth.scene import (
+    FINDINGS,
+    RATES,
+    SITE_STAINS,
+    Scene,
+    lay_out,
+    polygons,
+    render,
+    sample_scenes,
+)
+from pathflip.synth.tiff import SlideFile, encode_tile, halve
+
+VERSION = 1
+"""Changes when the same seed gives other slides or other text."""
+_QUALITY = 85
+_TILE_PX = 256
+_NAMESPACE = uuid.UUID("6f1c3f56-5d0a-4b8e-9a53-6d2f1a7b90c4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """What ``make_cohort`` wrote.
+
+    Attributes:
+        directory: Where it lies.
+        slides, patients: How many.
+        rendered, skipped: Slides drawn now, and slides that were already there.
+        splits: Slides per split.
+        bytes: Size of all slide files.
+        seconds: Wall time.
+        vqa_majority: Accuracy per question kind of always answering what is most frequent in train.
+    """
+
+    directory: Path
+    slides: int
+    patients: int
+    rendered: int
+    skipped: int
+    splits: dict[str, int]
+    bytes: int
+    seconds: float
+    vqa_majority: dict[str, float]
+
+
+def make_cohort(
+    directory: str | Path,
+    *,
+    slides: int,
+    seed: int = 0,
+    processes: int | None = None,
+    size_um: float = 1024.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Cohort:
+    """Write a cohort whose truth is planted; the same seed gives the same bytes.
+
+    Running it again draws only the slides that are missing, and a larger ``slides`` extends the
+    cohort. Files: ``slides/*.svs|tif``, ``lesions/<slide>.geojson``, ``captions.csv``,
+    ``sentences.json``, ``labels.csv``, ``patients.csv``, ``vqa.jsonl``, ``cohort.json``.
+
+    Args:
+        directory: Where to; made when missing.
+        slides: How many.
+        seed: Of everything.
+        processes: Processes that draw; None for one per CPU.
+        size_um: Side of a slide in µm, at least 512; lesions grow with it, cells do not.
+        progress: Called with (slides done, slides in all) after each.
+
+    Raises:
+        ConfigError: The directory holds a cohort of another seed, size or version.
+        ValueError: ``slides`` or ``size_um`` is too small.
+    """
+    if slides < 1 or size_um < 512:
+        raise ValueError(f"slides is {slides} and size_um {size_um}; at least 1 and 512 are needed")
+    start = time.monotonic()
+    root = Path(directory)
+    scenes = sample_scenes(slides=slides, seed=seed, size_um=size_um)
+    spec = {"version": VERSION, "seed": seed, "size_um": size_um}
+    _check_same_cohort(root / "cohort.json", spec)
+    for folder in ("slides", "lesions"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for left in (root / folder).glob(".*.tmp"):  # of a run that was killed
+            left.unlink(missing_ok=True)
+    items = [item for scene in scenes for item in text.questions(scene)]
+    majority = text.majority_baseline(items)
+    _write_json(root / "cohort.json", {**spec, **_describe(scenes), "vqa_majority": majority})
+    _write_tables(root, scenes, items)
+    todo = [s for s in scenes if not _slide_path(root, s).exists()]
+    for done, _ in enumerate(_draw_all(root, todo, processes), start=slides - len(todo) + 1):
+        if progress is not None:
+            progress(done, slides)
+    return Cohort(
+        directory=root,
+        slides=slides,
+        patients=len({s.patient_id for s in scenes}),
+        rendered=len(todo),
+        skipped=slides - len(todo),
+        splits={name: sum(s.split == name for s in scenes) for name in ("train", "val", "test")},
+        bytes=sum(_slide_path(root, s).stat().st_size for s in scenes),
+        seconds=time.monotonic() - start,
+        vqa_majority=majority,
+    )
+
+
+def _check_same_cohort(path: Path, spec: dict[str, Any]) -> None:
+    if not path.exists():
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        same = all(there.get(key) == value for key, value in spec.items())
+    except (ValueError, AttributeError):
+        same = False
+    if not same:
+        raise ConfigError(
+            f"{path.parent} holds a cohort made with another seed, size or version.",
+            hint="Give an empty folder, or the seed and size it was made with.",
+        )
+
+
+def _slide_path(root: Path, scene: Scene) -> Path:
+    return root / "slides" / f"{scene.slide}.{'svs' if scene.layout == 'aperio' else 'tif'}"
+
+
+def _draw_all(root: Path, scenes: Sequence[Scene], processes: int | None) -> Iterator[str]:
+    count = min(processes or len(os.sched_getaffinity(0)), len(scenes))
+    if count <= 1:
+        atlas = _atlas(None)
+        for scene in scenes:
+            yield _draw(root, scene, atlas)
+        return
+    shared = root / ".atlas"
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir()
+    try:
+        with ProcessPoolExecutor(
+            count, mp_context=get_context("spawn"), initializer=_one_thread
+        ) as pool:
+            waiting = [pool.submit(_draw_shared, root, scene) for scene in scenes]
+            try:
+                for finished in as_completed(waiting):
+                    yield finished.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
+
+
+def _one_thread() -> None:
+    cv2.setNumThreads(1)
+
+
+@lru_cache(maxsize=1)
+def _atlas(shared: Path | None) -> Atlas:
+    return Atlas(shared)
+
+
+def _draw_shared(root: Path, scene: Scene) -> str:
+    return _draw(root, scene, _atlas(root / ".atlas"))
+
+
+def _draw(root: Path, scene: Scene, atlas: Atlas) -> str:
+    """Write one slide and its lesion outlines; the slide last, as it marks both as done."""
+    layout = lay_out(scene)
+    _write_json(root / "lesions" / f"{scene.slide}.geojson", _geojson(scene, layout.masks))
+    pixels = render(scene, atlas, layout=layout)
+    _write_slide(_slide_path(root, scene), scene, pixels)
+    return scene.slide
+
+
+def _write_slide(path: Path, scene: Scene, pixels: NDArray[np.uint8]) -> None:
+    aperio = scene.layout == "aperio"
+    components = "rgb" if aperio else "ycbcr"  # what real scanners of either kind store
+    step = 4 if aperio else 2
+    level = pixels
+    with SlideFile(
+        path, mpp=scene.mpp, aperio=aperio, quality=_QUALITY, components=components
+    ) as file:
+        while True:
+            height, width = level.shape[:2]
+            tiles = _cut(level, components)
+            file.level(width=width, height=height, tile_px=_TILE_PX, tiles=tiles)
+            if level is pixels and aperio:
+                shrink = min(1.0, 768 / width)
+                size = (round(width * shrink), round(height * shrink))
+                thumbnail = cv2.resize(level, size, interpolation=cv2.INTER_AREA)
+                file.thumbnail(np.asarray(thumbnail, np.uint8))
+            if width // step < 256:
+                break
+            level = halve(level, step)
+
+
+def _cut(level: NDArray[np.uint8], components: str) -> Iterator[tuple[bytes, bytes]]:
+    height, width = level.shape[:2]
+    for y in range(0, height, _TILE_PX):
+        for x in range(0, width, _TILE_PX):
+            tile = level[y : y + _TILE_PX, x : x + _TILE_PX]
+            if tile.shape[0] < _TILE_PX or tile.shape[1] < _TILE_PX:
+                whole = np.full((_TILE_PX, _TILE_PX, 4), GLASS_LEVEL, np.uint8)
+                whole[: tile.shape[0], : tile.shape[1]] = tile
+                tile = whole
+            yield encode_tile(tile, quality=_QUALITY, components=components)
+
+
+def _geojson(scene: Scene, masks: Iterable[NDArray[np.bool_]]) -> dict[str, Any]:
+    """QuPath annotations, one a lesion, each naming the caption's sentences it makes true."""
+    said = text.sentences(scene)
+    features = []
+    for i, (lesion, mask) in enumerate(zip(scene.lesions, masks, strict=True)):
+        shapes = polygons(mask, mpp=scene.mpp)
+        one = len(shapes) == 1
+        features.append(
+            {
+                "type": "Feature",
+                "id": lesion_id(scene.slide, i),
+                "geometry": {
+                    "type": "Polygon" if one else "MultiPolygon",
+                    "coordinates": shapes[0] if one else shapes,
+                },
+                "properties": {
+                    "objectType": "annotation",
+                    "name": lesion.finding,
+                    "classification": {
+                        "name": lesion.finding,
+                        "color": _COLOURS[FINDINGS.index(lesion.finding)],
+                    },
+                    "metadata": {
+                        "sentences": " ".join(str(k) for k, s in enumerate(said) if i in s.lesions)
+                    },
+                },
+            }
+        )
+    return {"type": "FeatureCollection", "features": features}
+
+
+_COLOURS = (
+    [220, 20, 60],
+    [105, 105, 105],
+    [30, 60, 200],
+    [90, 190, 220],
+    [250, 160, 30],
+    [160, 30, 30],
+    [60, 20, 90],
+    [40, 150, 90],
+)
+
+
+def lesion_id(slide: str, index: int) -> str:
+    """The GeoJSON id of a slide's lesion; ``sentences.json`` refers to it."""
+    return str(uuid.uuid5(_NAMESPACE, f"{slide}/{index}"))
+
+
+def _describe(scenes: Sequence[Scene]) -> dict[str, Any]:
+    return {
+        "slides": len(scenes),
+        "findings": FINDINGS,
+        "organs": ORGANS,
+        "grades": tuple(GRADES),
+        "patterns": PATTERNS,
+        "nuclei": NUCLEI,
+        "genes": text.GENES,
+        "sites": [{"stain_h": h, "stain_e": e} for h, e in SITE_STAINS],
+        "rates": RATES,
+        "forms": text.FORMS,
+        "details": text.DETAILS,
+        "organ_names": text.ORGAN_NAMES,
+        "gene_forms": {"1": text.GENE_FORMS[True], "0": text.GENE_FORMS[False]},
+        "negations": [n.format(a) for a in text.ABSENT_NAMES.values() for n in text.NEGATIONS],
+        "queries": text.QUERIES,
+    }
+
+
+def _write_tables(root: Path, scenes: Sequence[Scene], items: Sequence[text.Question]) -> None:
+    said = {s.slide: text.sentences(s) for s in scenes}
+    captions = [(s.slide, " ".join(x.text for x in said[s.slide])) for s in scenes]
+    _write_csv(root / "captions.csv", ("slide", "caption"), captions)
+    _write_csv(
+        root / "patients.csv", ("slide", "patient_id"), [(s.slide, s.patient_id) for s in scenes]
+    )
+    _write_csv(root / "labels.csv", LABEL_COLUMNS, [_labels(s) for s in scenes])
+    sentences = {
+        slide: [
+            {
+                "text": s.text,
+                "kind": s.kind,
+                "subject": s.subject,
+                "lesions": [lesion_id(slide, i) for i in s.lesions],
+            }
+            for s in report
+        ]
+        for slide, report in said.items()
+    }
+    _write_json(root / "sentences.json", sentences)
+    lines = [
+        json.dumps(
+            {
+                "slide": q.slide,
+                "split": q.split,
+                "kind": q.kind,
+                "question": q.question,
+                "options": q.options,
+                "answer": q.answer,
+            }
+        )
+        for q in items
+    ]
+    _write_text(root / "vqa.jsonl", "\n".join(lines) + "\n")
+
+
+LABEL_COLUMNS = (
+    "slide",
+    "patient_id",
+    "site",
+    "split",
+    "organ",
+    *FINDINGS,
+    "grade",
+    "pattern",
+    "nuclei",
+    "til",
+    "extent",
+    "necrotic_foci",
+    *text.GENES,
+    "artefact",
+    "mpp",
+    "layout",
+)
+"""Columns of labels.csv; truth values are 1 and 0, and empty where the slide cannot show it."""
+
+
+def _labels(scene: Scene) -> tuple[Any, ...]:
+    return (
+        scene.slide,
+        scene.patient_id,
+        scene.site,
+        scene.split,
+        scene.organ,
+        *(int(f in scene.findings) for f in FINDINGS),
+        scene.grade,
+        scene.pattern,
+        scene.nuclei,
+        scene.til,
+        scene.extent,
+        scene.necrotic_foci,
+        *(None if scene.genes[g] is None else int(bool(scene.genes[g])) for g in text.GENES),
+        scene.artefact,
+        scene.mpp,
+        scene.layout,
+    )
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    _write_text(path, out.getvalue())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write_text(path, json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def _write_text(path: Path, content: str) -> None:
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp.write_text(content, encoding="utf-8")
+    os.replace(temp, path)

@@ -1,0 +1,287 @@
+"""The files people deploy with: they parse, Ray accepts them, and they are safe by default."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+YAMLS = sorted([*ROOT.glob("*.y*ml"), *(ROOT / "platform").rglob("*.y*ml")])
+RAYJOB = ROOT / "platform" / "kuberay" / "rayjob-ingest.yaml"
+POLICY = ROOT / "platform" / "kuberay" / "networkpolicy.yaml"
+DOCKERFILE = ROOT / "platform" / "image" / "Dockerfile"
+
+
+def load(path: Path) -> Any:
+    """Parse a YAML file, anchors expanded into independent copies."""
+    return copy.deepcopy(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def lock(name: str) -> dict[str, str]:
+    """Return {canonical package name: pinned version}; every line must be exactly such a pin."""
+    pins: dict[str, str] = {}
+    for line in (ROOT / "requirements" / f"{name}.lock").read_text(encoding="utf-8").splitlines():
+        package, equals, version = line.partition("==")
+        assert equals, line
+        assert re.fullmatch(r"[\w.!+]+", version), line
+        assert canonicalize_name(package) not in pins, line
+        pins[canonicalize_name(package)] = version
+    return pins
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_yaml_parses(path: Path) -> None:
+    assert all(isinstance(doc, dict) for doc in yaml.safe_load_all(path.read_text("utf-8")))
+
+
+# ---- cluster.yaml ---------------------------------------------------------------------------
+
+
+def accept(config: dict[str, Any]) -> dict[str, Any]:
+    """Check a cluster configuration as `ray up` does before it touches the provider."""
+    util = pytest.importorskip("ray.autoscaler._private.util")
+    prepared: dict[str, Any] = util.prepare_config(config)
+    util.validate_config(prepared)
+    return prepared
+
+
+def test_ray_up_accepts_cluster_yaml() -> None:
+    config = accept(load(ROOT / "cluster.yaml"))
+    types = config["available_node_types"]
+    head = types.pop(config["head_node_type"])
+    assert head["resources"] == {"CPU": 0}
+    assert head["max_workers"] == 0
+    assert {"GPU" in node["resources"] for node in types.values()} == {True, False}
+    for node in types.values():
+        assert 0 <= node["min_workers"] <= node["max_workers"]
+    assert 1 <= sum(node["max_workers"] for node in types.values()) <= config["max_workers"]
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda c: c.update(max_worker=3),
+        lambda c: c.update(max_workers="three"),
+        lambda c: c.pop("head_node_type"),
+        lambda c: c["available_node_types"]["gpu"].update(maxworkers=3),
+        lambda c: c["available_node_types"]["cpu"].update(min_workers=99),
+        lambda c: c.update(head_node_type="heads"),
+    ],
+)
+def test_a_fault_planted_in_cluster_yaml_is_found(plant: Callable[[dict[str, Any]], Any]) -> None:
+    config = load(ROOT / "cluster.yaml")
+    plant(config)
+    with pytest.raises(Exception, match=r"unexpected|not of type|head_node_type|max_workers"):
+        accept(config)
+
+
+def test_cluster_yaml_is_closed_and_its_head_idle() -> None:
+    config = load(ROOT / "cluster.yaml")
+    starts = {
+        role: [c for c in config[f"{role}_start_ray_commands"] if "ray start" in c]
+        for role in ("head", "worker")
+    }
+    assert all(len(commands) == 1 for commands in starts.values())
+    for (command,) in starts.values():
+        assert "RAY_AUTH_MODE=token" in command.partition("ray start")[0]
+    head = starts["head"][0].split()
+    assert "--num-cpus=0" in head
+    assert "--dashboard-host=127.0.0.1" in head
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    for local in config["file_mounts"].values():
+        assert local.startswith("~") or (ROOT / local).exists(), local
+    for path in re.findall(r"~/pathflip/(requirements/\S+)", " ".join(config["setup_commands"])):
+        assert (ROOT / path).is_file(), path
+
+
+# ---- KubeRay --------------------------------------------------------------------------------
+
+
+def templates(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (who, pod template) for the head and every worker group."""
+    cluster = job["spec"]["rayClusterSpec"]
+    yield "head", cluster["headGroupSpec"]["template"]
+    for group in cluster["workerGroupSpecs"]:
+        yield group["groupName"], group["template"]
+
+
+def rayjob_faults(job: dict[str, Any]) -> list[str]:
+    """Return what would leave the cluster open, idle for ever, or unable to read and write."""
+    found = []
+    cluster = job["spec"]["rayClusterSpec"]
+    if cluster.get("authOptions", {}).get("mode") != "token":
+        found.append("no token mode")
+    if cluster["rayVersion"] != lock("cpu")["ray"]:
+        found.append("rayVersion differs from the lock")
+    if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
+        found.append("work is scheduled on the head")
+    for group in cluster["workerGroupSpecs"]:
+        if not 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] >= 1:
+            found.append(f"{group['groupName']}: replicas out of order")
+    paths = [word for word in shlex.split(job["spec"]["entrypoint"]) if word.startswith("/")]
+    for who, template in templates(job):
+        spec = template["spec"]
+        (container,) = spec["containers"]
+        env = {entry["name"]: entry["value"] for entry in container["env"]}
+        if env.get("RAY_AUTH_MODE") != "token":
+            found.append(f"{who}: RAY_AUTH_MODE is not token")
+        drain = float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "inf"))
+        if spec.get("terminationGracePeriodSeconds", 30) <= drain:
+            found.append(f"{who}: killed before it has drained")
+        limits, requests = container["resources"]["limits"], container["resources"]["requests"]
+        if not {"cpu", "memory"} <= set(limits) or limits["memory"] != requests["memory"]:
+            found.append(f"{who}: cpu and memory are not bounded")
+        if who == "gpu" and limits.get("nvidia.com/gpu", 0) < 1:
+            found.append(f"{who}: no GPU")
+        if not spec.get("securityContext", {}).get("runAsNonRoot"):
+            found.append(f"{who}: may run as root")
+        security = container.get("securityContext", {})
+        if security.get("allowPrivilegeEscalation") is not False or "ALL" not in security.get(
+            "capabilities", {}
+        ).get("drop", []):
+            found.append(f"{who}: keeps privileges")
+        volumes = {volume["name"] for volume in spec["volumes"]}
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        if not set(mounts.values()) <= volumes:
+            found.append(f"{who}: mounts an unknown volume")
+        for path in paths:
+            if not any(path == at or path.startswith(at + "/") for at in mounts):
+                found.append(f"{who}: {path} is on no volume")
+    return found
+
+
+def test_rayjob_is_safe_and_complete() -> None:
+    assert rayjob_faults(load(RAYJOB)) == []
+    assert [who for who, _ in templates(load(RAYJOB))] == ["head", "cpu", "gpu"]
+
+
+@pytest.mark.parametrize(
+    ("plant", "fault"),
+    [
+        (lambda s: s.pop("authOptions"), "no token mode"),
+        (lambda s: s["headGroupSpec"]["rayStartParams"].clear(), "on the head"),
+        (lambda s: s["workerGroupSpecs"][0].update(minReplicas=9), "replicas"),
+        (lambda s: s["workerGroupSpecs"][1].update(maxReplicas=0), "replicas"),
+        (
+            lambda s: s["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["env"].clear(),
+            "RAY_AUTH_MODE",
+        ),
+        (
+            lambda s: s["headGroupSpec"]["template"]["spec"].update(
+                terminationGracePeriodSeconds=60
+            ),
+            "drained",
+        ),
+        (
+            lambda s: s["workerGroupSpecs"][0]["template"]["spec"]["containers"][0][
+                "volumeMounts"
+            ].pop(),
+            "/archive/main is on no volume",
+        ),
+        (lambda s: s["headGroupSpec"]["template"]["spec"].pop("securityContext"), "root"),
+        (lambda s: s.update(rayVersion="2.9.0"), "lock"),
+    ],
+)
+def test_a_fault_planted_in_the_rayjob_is_found(
+    plant: Callable[[dict[str, Any]], Any], fault: str
+) -> None:
+    job = load(RAYJOB)
+    plant(job["spec"]["rayClusterSpec"])
+    assert any(fault in found for found in rayjob_faults(job))
+
+
+def test_network_policy_covers_every_pod_of_the_job() -> None:
+    job, policy = load(RAYJOB), load(POLICY)
+    selector = policy["spec"]["podSelector"]["matchLabels"].items()
+    pods = [*templates(job), ("submitter", job["spec"]["submitterPodTemplate"])]
+    for who, template in pods:
+        assert selector <= template["metadata"]["labels"].items(), who
+    assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+    # An entry without `from` would let everybody in.
+    assert all(rule.get("from") for rule in policy["spec"]["ingress"])
+
+
+def test_rayjob_entrypoint_is_one_our_command_line_accepts() -> None:
+    python, m, module, *words = shlex.split(load(RAYJOB)["spec"]["entrypoint"])
+    assert (python, m) == ("python", "-m")
+    if not (ROOT / (module.replace(".", "/") + ".py")).exists():
+        pytest.skip(f"{module} is not there yet")
+    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for flag in (word for word in words if word.startswith("--")):
+        assert re.search(rf"{flag}\b", done.stdout), f"{module} does not know {flag}"
+
+
+# ---- image ----------------------------------------------------------------------------------
+
+
+def test_image_is_pinned_not_root_and_holds_no_secret() -> None:
+    lines = DOCKERFILE.read_text(encoding="utf-8").splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users
+    assert users[-1].partition(":")[0] not in {"root", "0"}
+    (image,) = [line for line in lines if line.startswith("ARG PYTHON_IMAGE=")]
+    assert re.search(r":3\.11\.\d+-", image)
+    settings = [line for line in lines if re.match(r"\s*(ARG|ENV|[A-Z_]+=)", line)]
+    assert not [s for s in settings if re.search(r"(?i)password|secret|_token|index_url", s)]
+    copied = [line.split()[1:-1] for line in lines if line.startswith("COPY ")]
+    for source in {word for words in copied for word in words if not word.startswith("--from")}:
+        if not source.startswith("/"):
+            names = [source.replace("${VARIANT}", variant) for variant in ("cpu", "gpu")]
+            assert all((ROOT / name).exists() for name in names), source
+
+
+# ---- locks ----------------------------------------------------------------------------------
+
+CUDA = re.compile(r"nvidia-|cuda-|triton|torchvision|torchaudio|torchcodec")
+
+
+def test_the_cpu_lock_has_no_cuda_and_the_gpu_lock_has() -> None:
+    assert not [name for name in lock("cpu") if CUDA.match(name)]
+    assert lock("cpu")["torch"].endswith("+cpu")
+    assert [name for name in lock("gpu") if CUDA.match(name)]
+    assert "+" not in lock("gpu")["torch"]
+
+
+def test_both_locks_agree_where_they_overlap() -> None:
+    cpu, gpu = lock("cpu"), lock("gpu")
+    cpu["torch"] = cpu["torch"].removesuffix("+cpu")
+    assert {name: gpu.get(name) for name in cpu} == cpu
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_locks_satisfy_pyproject(name: str) -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = data["project"]["optional-dependencies"].values()
+    wanted = [
+        *data["project"]["dependencies"],
+        *data["build-system"]["requires"],
+        *(requirement for extra in extras for requirement in extra),
+    ]
+    pins = lock(name)
+    for requirement in map(Requirement, wanted):
+        pinned = pins.get(canonicalize_name(requirement.name))
+        assert pinned is not None, requirement
+        assert requirement.specifier.contains(pinned, prereleases=True), (requirement, pinned)
