@@ -24,9 +24,6 @@ def connect(address: str | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    # One data file per process would fill the terminal with lines nobody can act on.
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address or os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address=address or "auto", logging_level=logging.WARNING)
@@ -38,6 +35,9 @@ def connect(address: str | None = None) -> None:
                 code="no_cluster",
             ) from error
         return
+    # What Ray and Lance say to themselves is in Ray's session folder, not on the terminal.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("LANCE_LOG", "error")
     ray.init(
         address="local",
         include_dashboard=False,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 import sys
@@ -39,7 +40,7 @@ from pathflip.archive.commit import Committer, create_archive
 from pathflip.encoders import Encoder, EncoderInfo, encoder_info, load_encoder
 from pathflip.errors import ArchiveError, ConfigError, EncoderError, SlideError
 from pathflip.geometry import Tiling, patch_rects
-from pathflip.slides.reader import Patches, SlideReader
+from pathflip.slides.reader import Patches, SlidePlan, SlideReader
 from pathflip.slides.sources import Source, discover, slide_id, stat_source
 
 RETRIED = ("timeout", "reader_crash")
@@ -355,6 +356,7 @@ class Embedder:
                 continue
             values = [_encode(encoder, pixels) for encoder in self._encoders]
             finite = np.logical_and.reduce([np.isfinite(v).all(axis=1) for v in values])
+            record["not_finite"] = record.get("not_finite", 0) + int((~finite).sum())
             slot = slot[good[finite]]
             kept[i, slot] = 1
             for which, value in enumerate(values):
@@ -568,6 +570,11 @@ class DryRun:
     bytes_to_read: int
     archive_bytes: int
     estimated_seconds: float
+    problems: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The document ``pathflip ingest --dry-run --json`` prints."""
+        return asdict(self)
 
 
 def ingest(
@@ -611,13 +618,149 @@ def ingest(
             )
             for info in encoders
         ]
-        names = [info.name for info in encoders]
-        ledger = Ledger(committer, config, names, candidates, started, progress)
+        ledger = Ledger(committer, config, encoders, candidates, started, progress)
         groups = ledger.outstanding()
         if groups:
             for batch in _pipeline(groups, config, uri, tables):
                 ledger.take(batch)
         return ledger.finish()
+
+
+def dry_run(
+    sources: Sequence[str],
+    archive: str,
+    config: IngestConfig | None = None,
+    *,
+    address: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> DryRun:
+    """Plan every slide as ``ingest`` would, time the encoder on real patches, write nothing.
+
+    Opens every slide and finds its tissue; hashes nothing. Time is estimated from patches of the
+    first good slide read and embedded in this process, over the CPUs there are.
+    """
+    config = config or IngestConfig()
+    started = time.monotonic()
+    encoders = [encoder_info(spec) for spec in _specs(config.encoder)]
+    candidates = _candidates(sources, config)
+    _check(archive, config, encoders)
+    done = _done_rows(archive)
+    todo = [c for c in candidates if not _is_done(c, done.get(c.source.uri), config, encoders)]
+    counts = {"ready": 0, "quarantined": 0, "empty": 0, "skipped": len(candidates) - len(todo)}
+    regions = patches = bytes_done = 0
+    total = sum(max(0, c.source.bytes) for c in todo)
+    problems: dict[str, str] = {}
+    per_patch_s: float | None = None
+    tiling = config.tiling
+    with SlideReader(patches=tiling.slots, px=tiling.patch_px, halving=config.halving) as reader:
+        for index, candidate in enumerate(todo):
+            source = candidate.source
+            try:
+                plan = reader.plan(
+                    source.uri,
+                    tiling=tiling,
+                    mpp=candidate.mpp,
+                    tissue_geojson=candidate.geojson,
+                    timeout_s=config.plan_timeout_s,
+                )
+                counts["ready" if len(plan.regions) else "empty"] += 1
+                regions += len(plan.regions)
+                patches += int(plan.regions.patch_mask.sum())
+                if per_patch_s is None and len(plan.regions):
+                    per_patch_s = _time_patches(reader, candidate, plan, config)
+            except SlideError as error:
+                counts["quarantined"] += 1
+                problems[source.uri] = f"{error.code}: {error}"
+            bytes_done += max(0, source.bytes)
+            if progress is not None:
+                progress(
+                    Progress(
+                        slides_done=index + 1,
+                        slides_total=len(todo),
+                        quarantined=counts["quarantined"],
+                        regions=regions,
+                        patches=patches,
+                        bytes_done=bytes_done,
+                        bytes_total=total,
+                        seconds=time.monotonic() - started,
+                        stage="planning",
+                    )
+                )
+    width = sum(info.dim for info in encoders)
+    workers = config.actors or len(os.sched_getaffinity(0))
+    return DryRun(
+        slides=counts,
+        regions=regions,
+        patches=patches,
+        bytes_to_read=total,
+        archive_bytes=regions * (tiling.slots * (2 * width + 13) + 4 * width + 200),
+        estimated_seconds=round(patches * (per_patch_s or 0.0) / workers, 1),
+        problems=problems,
+    )
+
+
+def _time_patches(
+    reader: SlideReader, candidate: Candidate, plan: SlidePlan, config: IngestConfig
+) -> float:
+    """Seconds to read and embed one patch, from the slide's fullest region."""
+    encoders = [load_encoder(spec, device=config.device) for spec in _specs(config.encoder)]
+    fullest = int(plan.regions.patch_mask.sum(axis=1).argmax())
+    rects = patch_rects(
+        config.tiling,
+        rx=int(plan.regions.rx[fullest]),
+        ry=int(plan.regions.ry[fullest]),
+        mpp=plan.info["mpp"],
+    )[plan.regions.patch_mask[fullest]]
+    seconds = math.inf
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        reader.start_read(
+            candidate.source.uri,
+            rects,
+            mpp=config.tiling.mpp,
+            px=config.tiling.patch_px,
+            slide_mpp=candidate.mpp,
+            timeout_s=config.read_timeout_s,
+        )
+        patches = reader.finish_read(px=config.tiling.patch_px)
+        for encoder in encoders:
+            encoder(patches.pixels)
+        seconds = min(seconds, time.perf_counter() - started)
+    return seconds / len(rects)
+
+
+def _done_rows(archive: str) -> dict[str, dict[str, Any]]:
+    """What the archive, if there is one, says of each source: {uri: row}."""
+    columns = [
+        "slide_id", "uri", "status", "reason", "bytes", "mtime_ns", "sha256", "mpp", "encoders",
+    ]  # fmt: skip
+    try:
+        found = Archive(archive).slides(columns=columns).to_pylist()
+    except ArchiveError as error:
+        if error.code == "missing_archive":
+            return {}
+        raise
+    # Where a file has two rows (it was good, then became unreadable) the last state counts.
+    found.sort(key=lambda row: row["status"] == "quarantined")
+    return {row["uri"]: row for row in found}
+
+
+def _is_done(
+    candidate: Candidate,
+    row: dict[str, Any] | None,
+    config: IngestConfig,
+    encoders: Sequence[EncoderInfo],
+) -> bool:
+    """Whether nothing is left to do for a slide, given its row in the archive."""
+    source, given = candidate.source, candidate.mpp
+    if row is None or (row["bytes"], row["mtime_ns"]) != (source.bytes, source.mtime_ns):
+        return False
+    if row["status"] == "quarantined":
+        mendable = row["reason"] in ("needs_mpp", "mpp_out_of_range", "anisotropic_pixels")
+        return not (config.retry or (mendable and given is not None))
+    if given is not None and abs(row["mpp"] - given) > 1e-9 * given:
+        return False
+    return row["status"] == "empty" or {e.name for e in encoders} <= set(row["encoders"] or ())
 
 
 class Ledger:
@@ -631,27 +774,22 @@ class Ledger:
         self,
         committer: Committer,
         config: IngestConfig,
-        names: Sequence[str],
+        encoders: Sequence[EncoderInfo],
         candidates: Sequence[Candidate],
         started: float,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._committer = committer
         self._config = config
-        self._names = list(names)
+        self._encoders = encoders
+        self._names = [info.name for info in encoders]
         self._candidates = candidates
         self._started = started
         self._progress = progress
         self._people = _people(config.patients)
         self._run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S") + "-" + uuid.uuid4().hex[:6]
         self._aliases: dict[str, list[str]] = {}
-        columns = [
-            "slide_id", "uri", "status", "reason", "bytes", "mtime_ns", "sha256", "mpp", "encoders",
-        ]  # fmt: skip
-        found = committer.archive.slides(columns=columns).to_pylist()
-        # Where a file has two rows (it was good, then became unreadable) the last state counts.
-        found.sort(key=lambda row: row["status"] == "quarantined")
-        self._rows: dict[str, dict[str, Any]] = {row["uri"]: row for row in found}
+        self._rows = _done_rows(committer.uri)
         self._chunks: dict[str, dict[int, dict[str, Any]]] = {}
         self._batch: list[dict[str, Any]] = []
         self._committed_at = time.monotonic()
@@ -664,7 +802,9 @@ class Ledger:
         groups: dict[int, list[Candidate]] = {}
         for candidate in self._candidates:
             self._bytes_total += max(0, candidate.source.bytes)
-            if self._is_done(candidate):
+            if _is_done(
+                candidate, self._rows.get(candidate.source.uri), self._config, self._encoders
+            ):
                 self._counts["skipped"] += 1
                 self._bytes_total -= max(0, candidate.source.bytes)
             else:
@@ -684,21 +824,6 @@ class Ledger:
             # Unreadable files all have size -1 and share nothing.
             for members in ([group] if size >= 0 else [[one] for one in group])
         ]
-
-    def _is_done(self, candidate: Candidate) -> bool:
-        row = self._rows.get(candidate.source.uri)
-        if row is None:
-            return False
-        source = candidate.source
-        if (row["bytes"], row["mtime_ns"]) != (source.bytes, source.mtime_ns):
-            return False
-        given = candidate.mpp
-        if row["status"] == "quarantined":
-            mendable = row["reason"] in ("needs_mpp", "mpp_out_of_range", "anisotropic_pixels")
-            return not (self._config.retry or (mendable and given is not None))
-        if given is not None and abs(row["mpp"] - given) > 1e-9 * given:
-            return False
-        return row["status"] == "empty" or set(self._names) <= set(row["encoders"] or ())
 
     def take(self, batch: pa.Table) -> None:
         """Account for rows that came back; commit when enough slides are whole."""
@@ -735,12 +860,20 @@ class Ledger:
         if failed is None and record["status"] == "ready":
             planned, bad = record["planned_patches"], record["tiles_bad"]
             if bad > max(MIN_BAD_TILES, self._config.max_bad_tiles * planned):
-                failed = record | {
-                    "reason": "too_many_bad_tiles",
-                    "message": f"{bad} of {planned} patches of {Path(record['uri']).name} are "
-                    "damaged. Copy the file again from its source, or raise max_bad_tiles.",
-                    "stage": "read",
-                }
+                name = Path(record["uri"]).name
+                if 2 * sum(r.get("not_finite", 0) for r in records) > bad:
+                    reason = "bad_features"
+                    message = (
+                        f"The encoder returned values that are not finite for {bad} of {planned} "
+                        f"patches of {name}. Check its weights and precision."
+                    )
+                else:
+                    reason = "too_many_bad_tiles"
+                    message = (
+                        f"{bad} of {planned} patches of {name} are damaged. Copy the file again "
+                        "from its source, or raise max_bad_tiles."
+                    )
+                failed = record | {"reason": reason, "message": message, "stage": "read"}
         if failed is not None:
             record |= {key: failed[key] for key in ("reason", "message", "stage")}
             record["status"] = "quarantined"
@@ -916,6 +1049,7 @@ def _pipeline(
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
     # One chunk a block: the unit that is spread over actors.

@@ -10,14 +10,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 app = typer.Typer(
     name="pathflip",
@@ -66,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         )
         raise SystemExit(2 if usage else 1) from None
     except KeyboardInterrupt:
-        print("pathflip: interrupted; the same command continues where it stopped.", file=sys.stderr)
+        print(
+            "pathflip: interrupted; the same command continues where it stopped.", file=sys.stderr
+        )
         raise SystemExit(130) from None
     raise SystemExit(0)
 
@@ -283,8 +282,11 @@ def slides_list(
     if as_json:
         _print_json(rows)
         return
-    shown = ("slide_id", "status", "mpp", "n_regions", "n_patches", "tiles_bad", "message")
+    shown = ("slide_id", "status", "reason", "mpp", "n_regions", "n_patches", "tiles_bad")
     _table("", shown, [[row[key] for key in shown] for row in rows])
+    for row in rows:
+        if row["status"] == "quarantined":
+            print(f"{row['slide_id']}: {row['message']}")
 
 
 @slides_app.command("show")
@@ -370,3 +372,200 @@ def archive_stats(archive: ArchiveOption, as_json: JsonOption = False) -> None:
         _print_json(document)
     else:
         _table("", ("what", "value"), list(_flat(document)))
+
+
+@archive_app.command("verify")
+def archive_verify(archive: ArchiveOption, as_json: JsonOption = False) -> None:
+    """Check every file and every row; exit 1 and name what is damaged."""
+    from dataclasses import asdict
+
+    from pathflip.archive.health import verify
+
+    report = verify(archive)
+    if as_json:
+        _print_json(asdict(report) | {"ok": not report.damaged})
+    else:
+        for damage in report.damaged:
+            print(f"{damage.table} {damage.kind} {damage.id}: {damage.detail}")
+        print(
+            f"{len(report.damaged)} damaged of {report.rows:,} rows in {report.files:,} files "
+            f"({report.bytes / 2**20:,.1f} MiB, {report.seconds:.1f} s)."
+        )
+        if report.damaged:
+            print(f"Mend it: pathflip archive repair --archive {archive}")
+    raise typer.Exit(1 if report.damaged else 0)
+
+
+@archive_app.command("repair")
+def archive_repair(archive: ArchiveOption, as_json: JsonOption = False) -> None:
+    """Restore damaged tables and clear damaged slides so that ingest makes them again."""
+    from dataclasses import asdict
+
+    from pathflip.archive.health import repair
+
+    document = asdict(repair(archive))
+    if as_json:
+        _print_json(document)
+    else:
+        _table("repaired", ("what", "value"), list(_flat(document)))
+
+
+@archive_app.command("maintain")
+def archive_maintain(archive: ArchiveOption, as_json: JsonOption = False) -> None:
+    """Merge small files, refresh indexes, remove versions older than a day."""
+    from dataclasses import asdict
+
+    from pathflip.archive.health import maintain
+
+    document = asdict(maintain(archive))
+    if as_json:
+        _print_json(document)
+    else:
+        _table("maintained", ("what", "value"), list(_flat(document)))
+
+
+@archive_app.command("export")
+def archive_export(
+    archive: ArchiveOption,
+    out: Annotated[str, typer.Option(help="Folder to write into.")],
+    qupath: Annotated[
+        bool, typer.Option("--qupath", help="QuPath GeoJSON: tissue and regions, a file a slide.")
+    ] = False,
+    slide: Annotated[list[str] | None, typer.Option(help="Only these slides (QuPath).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export to Parquet, or to QuPath GeoJSON with --qupath."""
+    from pathflip import Archive
+    from pathflip.archive.export import export_parquet
+    from pathflip.interop.qupath import export_archive
+
+    opened = Archive(archive)
+    if dry_run:
+        names = [opened.resolve(name) for name in slide or ()] or sorted(opened.ready_ids())
+        plan = {"out": out, "slides": len(names), "tables": [] if qupath else opened.tables()}
+        _print_json(plan) if as_json else _table("dry run", ("what", "value"), list(_flat(plan)))
+        return
+    written = export_archive(opened, out, slides=slide) if qupath else export_parquet(opened, out)
+    document = {"out": out, "files": [str(path) for path in written]}
+    if as_json:
+        _print_json(document)
+    else:
+        print(f"Wrote {len(written)} files to {out}.")
+
+
+# -- search ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def search(
+    archive: ArchiveOption,
+    image: Annotated[
+        str | None,
+        typer.Option(help="Slide or picture, or a box of it.", metavar="FILE[#x,y,w,h]"),
+    ] = None,
+    slide: Annotated[str | None, typer.Option(help="A slide of the archive.")] = None,
+    region: Annotated[str | None, typer.Option(help="A region of the archive.")] = None,
+    level: Annotated[str, typer.Option(help="What to find: region or slide.")] = "region",
+    k: Annotated[int, typer.Option("-k", help="How many.", min=1, max=10_000)] = 10,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Filter, e.g. patient_id=P1 or tissue_fraction>0.5.", metavar="EXPR"),
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="Which encoder's features.")] = None,
+    exclude_same_slide: Annotated[
+        bool, typer.Option("--exclude-same-slide", help="Leave the query's own slide out.")
+    ] = False,
+    exclude_same_patient: Annotated[
+        bool, typer.Option("--exclude-same-patient", help="Leave the query's own patient out.")
+    ] = False,
+    mpp: Annotated[
+        float | None, typer.Option(help="µm per pixel of --image where the file does not say.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="HTML page with pictures.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what looks alike: by a picture, a slide or a region."""
+    if sum(value is not None for value in (image, slide, region)) != 1:
+        raise ConfigError("Say what to look for.", hint="Give one of --image, --slide, --region.")
+    if level not in ("region", "slide"):
+        raise ConfigError(f"There is no level {level!r}.", hint="Use region or slide.")
+    if image is not None and (exclude_same_slide or exclude_same_patient):
+        raise ConfigError(
+            "A picture has no slide or patient of the archive to leave out.",
+            hint="Use --slide or --region with the --exclude-same flags.",
+        )
+    from pathflip import Archive
+    from pathflip.archive.search import Filter, stored_vector
+    from pathflip.archive.search import search as search_archive
+    from pathflip.encoders import load_encoder
+    from pathflip.geometry import Tiling
+    from pathflip.query import ImageQuery, embed_image
+
+    filters = [Filter.parse(text) for text in where or ()]
+    opened = Archive(archive)
+    name, _ = opened.encoder(encoder)
+    own_slide = own_patient = None
+    if image is not None:
+        vector = embed_image(
+            ImageQuery.parse(image),
+            encoder=load_encoder(name),
+            tiling=Tiling(**opened.tiling()),
+            mpp=mpp,
+        )
+    else:
+        key = opened.resolve(slide) if slide is not None else str(region)
+        vector = stored_vector(opened, key, encoder=name)
+        own_slide = key.rpartition("/")[0] or key
+        own_patient = opened.slide(own_slide)["patient_id"]
+    if exclude_same_patient and own_patient is None:
+        raise ConfigError(
+            f"The archive knows no patient of {own_slide}.",
+            hint="Give them when ingesting (--patients CSV), or use --exclude-same-slide.",
+        )
+    results = search_archive(
+        opened,
+        vector,
+        encoder=name,
+        level=level,
+        k=k,
+        filters=filters,
+        exclude_slide=own_slide if exclude_same_slide else None,
+        exclude_patient=own_patient if exclude_same_patient else None,
+    )
+    if out is not None:
+        from pathflip.report import write_results
+
+        write_results(opened, results, out, title=f"Like {image or slide or region}")
+    rows = results.to_pylist()
+    if as_json:
+        _print_json(rows)
+        return
+    columns = ("rank", "score", "slide_id", "region_id", "x0", "y0", "size0", "mpp")
+    _table("", columns, [[row[key] for key in columns] for row in rows])
+    if out is not None:
+        print(f"Pictures: {out}")
+
+
+@app.command()
+def doctor(
+    archive: Annotated[str | None, typer.Option(help="Look at this archive too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that this machine can run pathflip, and say how to mend what cannot."""
+    from dataclasses import asdict
+
+    from pathflip.doctor import examine
+
+    checks = examine(archive)
+    failed = any(check.status == "fail" for check in checks)
+    if as_json:
+        _print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        rows = [[check.name, check.status.upper(), check.detail, check.fix] for check in checks]
+        _table("", ("check", "status", "found", "what to do"), rows)
+    raise typer.Exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -373,7 +373,8 @@ def read_meta(uri: str) -> dict[str, Any]:
 
 def slots_of(tiling: dict[str, Any]) -> int:
     """Returns the patch slots of a region for stored tiling fields (µm)."""
-    return int(round(tiling["region_um"] / tiling["patch_um"])) ** 2
+    slots: int = round(tiling["region_um"] / tiling["patch_um"]) ** 2
+    return slots
 
 
 def vectors(column: Any) -> np.ndarray[Any, Any]:

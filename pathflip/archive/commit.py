@@ -171,10 +171,10 @@ def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
         # Another process may have created it while this one waited for its turn.
         if not is_local(where) or "meta" not in local_tables(where):
             noted = {key: json.dumps(value) for key, value in settings.items()}
-            _create_table(where, "slides", slides_schema())
-            _create_table(where, "regions", regions_schema(slots_of(wanted), noted))
-            _create_table(where, "files", files_schema())
-            _create_table(where, "meta", meta_schema(), meta_rows(settings))
+            create_table(where, "slides", slides_schema())
+            create_table(where, "regions", regions_schema(slots_of(wanted), noted))
+            create_table(where, "files", files_schema())
+            create_table(where, "meta", meta_schema(), meta_rows(settings))
     with Committer(where):  # registers the first files
         return _with_tiling(Archive(where), wanted)
 
@@ -212,16 +212,19 @@ def meta_rows(settings: Mapping[str, Any]) -> pa.Table:
     return conform(pa.table(data), meta_schema())
 
 
-def _create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None = None) -> None:
+def create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None = None) -> None:
+    """Creates a table, empty or with its first rows; for a new archive and for repair."""
     import lance
 
     where = table_uri(uri, table)
-    # A creation that was killed may have left an empty table; nothing refers to it yet.
-    if is_local(uri) and table in local_tables(uri) and lance.dataset(where).count_rows():
-        raise _not_empty(uri, f"{table}.lance")
-    lance.write_dataset(
-        schema.empty_table() if rows is None else rows, where, schema=schema, mode="overwrite"
-    )
+    mode = "create"
+    if is_local(uri) and table in local_tables(uri):
+        # A creation that was killed left it, empty; nothing refers to it yet.
+        if lance.dataset(where).count_rows():
+            raise _not_empty(uri, f"{table}.lance")
+        mode = "overwrite"
+    data = schema.empty_table() if rows is None else rows
+    lance.write_dataset(data, where, schema=schema, mode=mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +368,7 @@ class Committer:
             ArchiveError: If the archive holds the encoder in another revision or size, or another
                 encoder whose name reduces to the same table (``settings``).
         """
-        entry = {
+        entry: dict[str, Any] = {
             "dim": dim,
             "revision": revision,
             "mpp": mpp,
@@ -393,11 +396,11 @@ class Committer:
             return str(entry["features_table"])
         noted = {"encoder": json.dumps({"name": name, **entry})}
         with guarded(self.uri, f"add encoder {name}"):
-            _create_table(
+            create_table(
                 self.uri, entry["features_table"],
                 features_schema(self._archive.slots, dim, noted),
             )  # fmt: skip
-            _create_table(self.uri, entry["embeddings_table"], embeddings_schema(dim, noted))
+            create_table(self.uri, entry["embeddings_table"], embeddings_schema(dim, noted))
         self.upsert("meta", meta_rows({f"encoder:{name}": entry}))
         self._refresh()
         return str(entry["features_table"])
@@ -475,12 +478,12 @@ class Committer:
                 extend[slide] = more
             else:
                 skipped.append(slide)
-        shards = {
-            name: [self._narrowed(Shard.from_json(text), self._wanted(name, write, extend, incoming))
-                   for text in dict.fromkeys(texts)]
-            for name, texts in fragments.items()
-        }  # fmt: skip
-        new = [shard for group in shards.values() for shard in group if shard is not None]
+        new: list[Shard] = []
+        for name, texts in fragments.items():
+            wanted = self._wanted(name, write, extend, incoming)
+            for text in dict.fromkeys(texts):
+                if shard := self._narrowed(Shard.from_json(text), wanted):
+                    new.append(shard)
         for name, rows in embeddings.items():
             _, entry = self._archive.encoder(name)
             wanted = self._wanted(name, write, extend, incoming)
@@ -559,9 +562,7 @@ class Committer:
             ]
             self._register({path: digest_file(self.uri, path) for path in paths})
             done = lance.LanceDataset.commit(dataset, transaction)
-            there = sum(
-                done.count_rows(sql_in(key, ids)) for ids in _chunks(rows[key].to_pylist())
-            )
+            there = sum(done.count_rows(sql_in(key, ids)) for ids in _chunks(rows[key].to_pylist()))
         self._assert_count(table, there, rows.num_rows)
 
     def compact(self) -> dict[str, int]:
@@ -591,6 +592,9 @@ class Committer:
     def forget_files(self, paths: Collection[str]) -> None:
         """Drops the digests of files that no longer exist."""
         self._delete_from("files", "path", list(paths))
+        if own := [_SELF_DIGEST + path for path in paths if path.startswith("files.lance/")]:
+            with guarded(self.uri, "drop digests"):
+                open_table(self.uri, "files").delete_config_keys(own)
 
     # ---- pieces ----------------------------------------------------------------------------
 

@@ -178,9 +178,7 @@ def regions_schema(slots: int, metadata: Mapping[str, str] | None = None) -> pa.
     )
 
 
-def features_schema(
-    slots: int, dim: int, metadata: Mapping[str, str] | None = None
-) -> pa.Schema:
+def features_schema(slots: int, dim: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
     """Returns the schema of ``features_<encoder>``: fp16 [slots * dim] a region, slot-major."""
     return _schema(
         "region_id",

@@ -72,7 +72,9 @@ def newest_known_version(uri: str, table: str) -> int:
     if not is_local(uri):
         return 0
     try:
-        note = json.loads(Path(table_uri(uri, table), "_versions/latest_version_hint.json").read_text())
+        note = json.loads(
+            Path(table_uri(uri, table), "_versions/latest_version_hint.json").read_text()
+        )
         return int(note["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

@@ -16,6 +16,7 @@ import math
 import os
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from pathflip.errors import ConfigError
 from pathflip.geometry import Tiling, edge
 
 if TYPE_CHECKING:
+    from pathflip.archive import Archive
     from pathflip.slides.tissue import TissueMask
 
 Polygon = tuple[NDArray[np.float64], list[NDArray[np.float64]]]
@@ -133,6 +135,59 @@ def export_slide(
     return len(features)
 
 
+def export_archive(
+    archive: Archive, folder: str | Path, *, slides: Sequence[str] | None = None
+) -> list[Path]:
+    """Write ``<folder>/<slide_id>.geojson`` for ready slides of an archive.
+
+    Args:
+        archive: What to export.
+        folder: Made if missing; files of the same names in it are replaced.
+        slides: Ids or unique file names of slides; all that are ready by default.
+
+    Returns:
+        The files written, in order of ``slide_id``.
+
+    Raises:
+        ArchiveError: A slide is unknown or not ready.
+        ConfigError: The folder cannot be written.
+    """
+    from pathflip.slides.tissue import TissueMask
+
+    folder = Path(folder).expanduser()
+    tiling = Tiling(**archive.tiling())
+    ids = archive.ready_ids() if slides is None else {archive.resolve(name) for name in slides}
+    columns = ["rx", "ry", "tissue_fraction", "n_patches", "n_bad"]
+    written = []
+    for slide_id in sorted(ids):
+        regions = archive.regions(slide_id, columns=columns).to_pylist()
+        slide = archive.slide(slide_id)
+        png, mpp = slide["tissue_png"], slide["mpp"]
+        path = folder / f"{slide_id}.geojson"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            export_slide(
+                path,
+                slide_id=slide_id,
+                mpp=mpp,
+                tiling=tiling,
+                tissue=TissueMask.from_png(png, mpp=slide["tissue_mpp"], slide_mpp=mpp)
+                if png
+                else None,
+                regions=regions,
+                bounds_x0=slide["bounds_x0"] or 0,
+                bounds_y0=slide["bounds_y0"] or 0,
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written: {error.strerror or error}.",
+                hint="Give a folder with room that you may write to.",
+                code="export",
+            ) from error
+        written.append(path)
+    return written
+
+
 def read_geojson(path: str | Path, *, bounds_x0: int = 0, bounds_y0: int = 0) -> list[QuPathObject]:
     """Read the objects of a GeoJSON file.
 
@@ -160,13 +215,20 @@ def read_geojson(path: str | Path, *, bounds_x0: int = 0, bounds_y0: int = 0) ->
             hint="Check the path and its permissions.",
             code="geojson",
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ConfigError(
             f"{path} is not GeoJSON that pathflip understands: {error}.",
             hint="Export it from QuPath with File > Export objects as GeoJSON.",
             code="geojson",
         ) from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(
             f"{path} is not a zip file that can be unpacked: {error}.",
             hint="Unpack it by hand and give the .geojson file.",
@@ -317,9 +379,12 @@ def _polygons(geometry: Any, offset: NDArray[np.float64]) -> Iterable[Polygon]:
 
 def _points(ring: Any, offset: NDArray[np.float64]) -> NDArray[np.float64]:
     """One ring; a third coordinate (QuPath's plane) is dropped."""
-    points = np.array([position[:2] for position in ring], np.float64).reshape(-1, 2) + offset
-    if not np.isfinite(points).all():
-        raise ValueError("a polygon has a coordinate that is not finite")
+    points = np.array([position[:2] for position in ring], np.float64)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError("a polygon has a ring that is no list of (x, y)")
+    points = points + offset
+    if not (np.abs(points) < 1e9).all():
+        raise ValueError("a polygon has a coordinate that is no pixel of a slide")
     if len(points) > 1 and (points[0] == points[-1]).all():
         points = points[:-1]
     if len(points) < 3:

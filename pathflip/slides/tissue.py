@@ -50,9 +50,9 @@ class TissueConfig:
     mpp: float = 8.0
     smoothing_um: float = 8.0
     min_area_um2: float = 10_000.0
-    min_hole_um2: float = 20_000.0
+    min_hole_um2: float = 10_000.0
     min_od: float = 0.07
-    max_od: float = 0.14
+    max_od: float = 0.10
     max_ink_share: float = 0.5
 
     def __post_init__(self) -> None:
@@ -77,14 +77,16 @@ class TissueConfig:
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Tissue of one slide. Pixel (row i, column j) is the square from ``j * mpp`` µm rightwards
-    and ``i * mpp`` µm downwards of level-0 (0, 0), so frames convert by a factor alone.
+    """Tissue of one slide.
+
+    Pixel (row i, column j) is the square that begins ``j * mpp`` µm right of and ``i * mpp`` µm
+    below level-0 (0, 0), so frames convert by a factor alone.
 
     Attributes:
         mask: True on tissue [h, w].
         mpp: µm per pixel of the mask.
         slide_mpp: The slide's level-0 µm/px.
-    """  # noqa: D205
+    """
 
     mask: NDArray[np.bool_]
     mpp: float

@@ -136,7 +136,10 @@ def nucleus(
     angle: float = 0.0,
     chromatin: Float | None = None,
 ) -> Float:
-    """Optical density of one nucleus [k, k]; equal integral for every ``kind`` of one shape.
+    """Optical density of one nucleus [k, k].
+
+    For one shape every ``kind`` has the same integral and the same second moments, so that kinds
+    differ in nothing that survives averaging over the nucleus: low magnification cannot tell them.
 
     Args:
         kind: One of ``NUCLEI``: evenly filled; pale with a rim and a central dot; with a pale
@@ -147,26 +150,28 @@ def nucleus(
         angle: Of the long axis, radians.
         chromatin: Relative variation of the density, cropped to the stamp.
     """
+    if kind not in NUCLEI:
+        raise ValueError(f"nucleus kind {kind!r} is none of {NUCLEI}")
     radius = diameter_um / mpp / 2
     long, short = radius * aspect**0.5, radius / aspect**0.5
     k = int(np.ceil(max(long, short) * 1.15)) + 1
-    y, x = np.mgrid[-k : k + 1, -k : k + 1].astype(np.float32)
+    y, x = np.mgrid[-k : k + 1, -k : k + 1].astype(np.float64)
     u = (x * np.cos(angle) + y * np.sin(angle)) / long
     v = (y * np.cos(angle) - x * np.sin(angle)) / short
     q = np.hypot(u, v)
     body = np.clip((1.08 - q) * radius * 0.8, 0, 1)
-    shape = body * (0.9 + 0.25 * np.exp(-(((q - 0.9) / 0.15) ** 2)))
-    total = shape.sum()
+    rim = np.exp(-(((q - 0.92) / 0.13) ** 2))
+    plain = body * (0.9 + 0.25 * rim)
+    shape = plain
     if kind == "nucleolus":
-        rim, dot = np.exp(-(((q - 0.92) / 0.13) ** 2)), np.exp(-((q / 0.27) ** 2))
-        shape = body * (0.45 + 0.75 * rim + 1.9 * dot)
+        shape = body * (0.6 + 0.55 * rim + 1.1 * np.exp(-((q / 0.27) ** 2)))
     elif kind == "groove":
-        shape = body * (1.05 - 0.85 * np.exp(-((v / 0.16) ** 2)) * (np.abs(u) < 0.8))
-    elif kind != "plain":
-        raise ValueError(f"nucleus kind {kind!r} is none of {NUCLEI}")
+        shape = body * (1 - 0.85 * np.exp(-((v / 0.16) ** 2)) * (np.abs(u) < 0.8))
     if chromatin is not None:
         shape = shape * np.maximum(0, 1 + chromatin[: 2 * k + 1, : 2 * k + 1])
-    return np.asarray(shape * (total / shape.sum()), np.float32)
+    powers = np.stack([np.ones_like(u), u * u, v * v]).reshape(3, -1)
+    gain = np.linalg.solve((powers * shape.ravel()) @ powers.T, powers @ plain.ravel())
+    return np.asarray(shape * np.maximum(0, gain @ powers).reshape(shape.shape), np.float32)
 
 
 class _Field:
@@ -328,7 +333,7 @@ def _colon(field: _Field) -> None:
 
 
 def _breast(field: _Field) -> None:
-    _stroma(field, angle=field.rng.uniform(0, np.pi), density=0.5)
+    _stroma(field, angle=field.rng.uniform(0, np.pi), density=0.44)
     rng = field.rng
     field.stamp(field.grid(24), 4.2, aspect=2.6, density=0.75)
     acini = []
@@ -360,7 +365,7 @@ def _breast(field: _Field) -> None:
 def _muscle(field: _Field) -> None:
     angle, bend = 0.5, field.noise(22) * 5
     bundles = field.wave(9, 16, bend)
-    field.e += 0.62 + 0.13 * field.noise(40, 1.2, angle - 1.55 + 0.5) + 0.06 * field.noise(10)
+    field.e += 0.52 + 0.12 * field.noise(40, 1.2, angle - 1.55 + 0.5) + 0.06 * field.noise(10)
     field.h += 0.06
     gaps = np.abs(bundles + 0.35 * field.noise(8)) < 0.05
     field.e[gaps] = 0.12
@@ -413,7 +418,7 @@ def _tumour(field: _Field, pattern: str, kind: str, diameter_um: float) -> None:
     body = 0.30 + 0.04 * field.noise(2) + 0.03 * field.noise(8)
     field.e = np.asarray(field.e * (1 - edge) + body * edge, np.float32)
     field.h = np.asarray(field.h * (1 - edge) + 0.14 * edge, np.float32)
-    pitch = diameter_um * 1.22 + 0.6
+    pitch = diameter_um * 1.1 + 0.6
     points = field.grid(pitch, 0.22)
     inside = field.at(points, cells.astype(np.float32)) > 0.5
     area = 0.5 * field.um**2
@@ -504,7 +509,7 @@ def _calcification(field: _Field) -> None:
 
 def _fibrosis(field: _Field) -> None:
     bands = field.noise(13, 0.75, 0.6)
-    field.e += np.maximum(0.15, 0.72 + 0.2 * bands + 0.12 * field.noise(20, 4, 0.6))
+    field.e += np.maximum(0.15, 0.64 + 0.2 * bands + 0.12 * field.noise(20, 4, 0.6))
     field.h += 0.02
     points = field.grid(21)
     slope = field.rng.normal(0.6, 0.12, len(points)) % np.pi

@@ -299,26 +299,23 @@ def lay_out(scene: Scene) -> Layout:
     rng = np.random.default_rng([scene.seed, 3])
     side = round(scene.size_um / CELL_UM)
     tissue = outline(rng, side, fill=0.91) < 0
-    labels = np.where(blotches(rng, side, 6) > 0, 2, 1).astype(np.uint8)  # two draws of the organ
+    organ = np.where(blotches(rng, side, 6) > 0, 2, 1).astype(np.uint8)  # two draws of it
     at = (np.arange(side, dtype=np.float32) + 0.5) * CELL_UM
     for _ in range(int(rng.integers(3))):  # tears
         x, y, angle = (*rng.uniform(0.2, 0.8, 2) * scene.size_um, rng.uniform(0, np.pi))
         tissue &= ~_ellipse(at, x, y, 60, 7, angle, blotches(rng, side, 24))
-    labels[~tissue] = 0
+    shapes = [
+        _ellipse(at, x.x_um, x.y_um, x.long_um, x.short_um, x.angle, blotches(rng, side, 24))
+        for x in scene.lesions
+    ]
+    for shape in shapes:
+        tissue |= shape  # the outline bulges round a lesion, so that none is lost
+    labels = np.where(tissue, organ, 0).astype(np.uint8)
     masks = []
     free = tissue.copy()
-    hosts = tissue & False
-    for i, lesion in enumerate(scene.lesions):
+    hosts = np.zeros_like(tissue)
+    for i, (lesion, shape) in enumerate(zip(scene.lesions, shapes, strict=True)):
         inside = scene.til == "intermixed" and lesion.finding == "lymphoid"
-        shape = _ellipse(
-            at,
-            lesion.x_um,
-            lesion.y_um,
-            lesion.long_um,
-            lesion.short_um,
-            lesion.angle,
-            blotches(rng, side, 24),
-        )
         mask = shape & (hosts if inside else free)
         labels[mask] = 3 + i
         free &= ~mask

@@ -1,0 +1,85 @@
+"""Export to Parquet: the tables of an archive for tools that read nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pathflip.archive import Archive
+from pathflip.archive.storage import guarded, is_local, rows_per_batch
+from pathflip.errors import ConfigError
+
+ROWS_PER_FILE = 4096
+"""Rows a file of features; the other tables go into one file each up to 2**20 rows."""
+
+
+def export_parquet(archive: Archive, folder: str | Path) -> dict[str, int]:
+    """Writes slides, regions, features and embeddings as Parquet.
+
+    Layout: ``<folder>/<table>/part-00000.parquet`` and so on. Of regions, features and embeddings
+    only those of ready slides; of slides all, whatever their status. The folder appears when
+    everything is in it.
+
+    Args:
+        archive: What to export.
+        folder: A folder that does not exist yet, or is empty.
+
+    Returns:
+        {table: rows written}.
+
+    Raises:
+        ConfigError: If the folder holds something.
+        ArchiveError: If the disk is full or the archive is damaged.
+    """
+    target = Path(folder).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is not an empty folder.", hint="Give another folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+    written: dict[str, int] = {}
+    try:
+        with guarded(str(target), "export"):
+            for table in archive.tables():
+                if table != "files":
+                    (draft / table).mkdir(parents=True)
+                    written[table] = _export_table(archive, table, draft / table)
+            if target.exists():
+                target.rmdir()
+            draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return written
+
+
+def _export_table(archive: Archive, table: str, folder: Path) -> int:
+    import pyarrow.parquet as pq
+
+    dataset = archive.dataset(table)
+    per_file = ROWS_PER_FILE if table.startswith("features_") else 1 << 20
+    ready = pa.array(sorted(archive.ready_ids(archive.encoder_of(table))), pa.string())
+    total, in_file, part, writer = 0, 0, 0, None
+    batches: Any = dataset.to_batches(batch_size=rows_per_batch(dataset.schema))
+    try:
+        writer = pq.ParquetWriter(folder / "part-00000.parquet", dataset.schema)
+        with guarded(archive.uri, f"read the table {table}", damaged=is_local(archive.uri)):
+            for batch in batches:
+                rows = pa.Table.from_batches([batch])
+                if table != "slides":
+                    rows = rows.filter(pc.is_in(rows["slide_id"], ready))
+                if in_file and in_file + rows.num_rows > per_file:
+                    writer.close()
+                    part += 1
+                    path = folder / f"part-{part:05d}.parquet"
+                    writer, in_file = pq.ParquetWriter(path, dataset.schema), 0
+                writer.write_table(rows)
+                in_file += rows.num_rows
+                total += rows.num_rows
+    finally:
+        if writer is not None:
+            writer.close()
+    return total

@@ -1,0 +1,169 @@
+"""From a picture to a query vector: the same cut, pixels and pooling as in the archive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.encoders import Encoder
+from pathflip.errors import ConfigError, SlideError
+from pathflip.geometry import Tiling, patch_rects
+from pathflip.slides.reader import SlideReader
+
+READ_TIMEOUT_S = 60.0
+PLAN_TIMEOUT_S = 900.0
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageQuery:
+    """``FILE`` or ``FILE#x,y,w,h`` (level-0 px of a slide, pixels of a picture)."""
+
+    path: Path
+    box: tuple[int, int, int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ImageQuery:
+        """Read the command-line form.
+
+        Raises:
+            ConfigError: The box is not four whole numbers with a positive size.
+        """
+        name, separator, box = text.rpartition("#")
+        if not separator or Path(text).exists():
+            return cls(path=Path(text))
+        try:
+            x, y, w, h = (int(part) for part in box.split(","))
+        except ValueError:
+            x = y = w = h = -1
+        if w <= 0 or h <= 0 or x < 0 or y < 0:
+            raise ConfigError(
+                f"{box!r} is no box.", hint="Write it as FILE#x,y,w,h in whole level-0 pixels."
+            )
+        return cls(path=Path(name), box=(x, y, w, h))
+
+
+def embed_image(
+    query: ImageQuery, *, encoder: Encoder, tiling: Tiling, mpp: float | None = None
+) -> NDArray[np.float32]:
+    """Mean feature of the query's patches, of length 1.
+
+    A slide without a box is cut on its tissue as when it is ingested; a box is cut from its own
+    corner into whole patches (one around its centre if it is smaller than a patch).
+
+    Args:
+        query: What to look for.
+        encoder: The archive's encoder.
+        tiling: The archive's tiling.
+        mpp: µm per pixel of the file; needed for ordinary pictures, which do not state it.
+
+    Returns:
+        float32 [dim].
+
+    Raises:
+        ConfigError: The picture's scale is unknown, or it is smaller than one patch.
+        SlideError: The slide cannot be read there.
+    """
+    if not query.path.exists():
+        raise ConfigError(f"{query.path} does not exist.", hint="Check the path of --image.")
+    if query.path.suffix.lower() in _PICTURES:
+        total, count = _picture(query, encoder, tiling, mpp)
+    else:
+        total, count = _slide(query, encoder, tiling, mpp)
+    if not count:
+        raise SlideError(f"{query.path.name} has no readable tissue there.", code="empty")
+    mean = total / count
+    return np.asarray(mean / np.linalg.norm(mean), np.float32)
+
+
+def _slide(
+    query: ImageQuery, encoder: Encoder, tiling: Tiling, mpp: float | None
+) -> tuple[NDArray[np.float64], int]:
+    total, count = np.zeros(encoder.dim), 0
+    with SlideReader(patches=tiling.slots, px=tiling.patch_px) as reader:
+        path = str(query.path.absolute())
+        plan = reader.plan(path, tiling=tiling, mpp=mpp, timeout_s=PLAN_TIMEOUT_S)
+        scale, width, height = plan.info["mpp"], plan.info["width"], plan.info["height"]
+        if query.box is None:
+            regions = plan.regions
+            rects = [
+                patch_rects(tiling, rx=int(rx), ry=int(ry), mpp=scale)[mask]
+                for rx, ry, mask in zip(regions.rx, regions.ry, regions.patch_mask, strict=True)
+            ]
+        else:
+            rects = _box_rects(query.box, tiling.patch_um / scale, width, height, tiling.slots)
+        for group in rects:
+            reader.start_read(
+                path, group, mpp=tiling.mpp, px=tiling.patch_px, slide_mpp=mpp,
+                timeout_s=READ_TIMEOUT_S,
+            )  # fmt: skip
+            patches = reader.finish_read(px=tiling.patch_px)
+            if patches.ok.any():
+                values = encoder(patches.pixels[patches.ok])
+                total += values.sum(axis=0, dtype=np.float64)
+                count += int(patches.ok.sum())
+    return total, count
+
+
+def _box_rects(
+    box: tuple[int, int, int, int], side0: float, width: int, height: int, group: int
+) -> list[NDArray[np.int64]]:
+    x, y, w, h = box
+    if x + w > width or y + h > height:
+        raise ConfigError(
+            f"The box {x},{y},{w},{h} leaves the slide of {width} x {height} px.",
+            hint="Boxes are level-0 pixels.",
+        )
+    side = round(side0)
+    if side > min(width, height):
+        raise ConfigError("The slide is smaller than one patch.")
+    lines = []
+    for start, length, limit in ((x, w, width), (y, h, height)):
+        n = int(length / side0)
+        if n == 0:
+            corner = min(max(0, round(start + length / 2 - side0 / 2)), limit - side)
+            lines.append(np.array([corner]))
+        else:
+            lines.append(np.floor(start + np.arange(n) * side0 + 0.5).astype(np.int64))
+    xs, ys = np.meshgrid(*lines)
+    sides = np.full(xs.size, side)
+    rects = np.stack([xs.ravel(), ys.ravel(), sides, sides], axis=1).astype(np.int64)
+    return [rects[start : start + group] for start in range(0, len(rects), group)]
+
+
+def _picture(
+    query: ImageQuery, encoder: Encoder, tiling: Tiling, mpp: float | None
+) -> tuple[NDArray[np.float64], int]:
+    if mpp is None:
+        raise ConfigError(
+            f"{query.path.name} does not state its scale.",
+            hint="Add --mpp with its µm per pixel, for example --mpp 0.5.",
+            code="needs_mpp",
+        )
+    pixels = cv2.imread(str(query.path), cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise ConfigError(f"{query.path} is no picture that can be read.")
+    rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    if query.box is not None:
+        x, y, w, h = query.box
+        rgb = rgb[y : y + h, x : x + w]
+    factor = mpp / tiling.mpp
+    size = (int(rgb.shape[1] * factor), int(rgb.shape[0] * factor))
+    px = tiling.patch_px
+    if min(size) < px:
+        raise ConfigError(
+            f"{query.path.name} shows {rgb.shape[1] * mpp:.0f} by {rgb.shape[0] * mpp:.0f} µm, "
+            f"less than one patch of {tiling.patch_um:g} µm.",
+            hint="Give a larger picture, or a slide with a box: its surroundings are used then.",
+        )
+    method = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    scaled = rgb if factor == 1 else cv2.resize(rgb, size, interpolation=method)
+    rows, columns = size[1] // px, size[0] // px
+    cut = np.asarray(scaled[: rows * px, : columns * px], np.uint8)
+    patches = cut.reshape(rows, px, columns, px, 3).swapaxes(1, 2).reshape(-1, px, px, 3)
+    values = encoder(np.ascontiguousarray(patches))
+    return values.sum(axis=0, dtype=np.float64), len(values)

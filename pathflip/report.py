@@ -1,0 +1,472 @@
+"""HTML pages about an archive: an overview of its slides, and the results of a search.
+
+Each page is one file that needs nothing else: pictures are inside it, there is no script, and its
+content security policy allows only that. Everything that comes from slides or users is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.archive import Archive
+from pathflip.errors import REASONS, ArchiveError, SlideError
+from pathflip.geometry import Tiling, edge, patch_rects
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pathflip.slides.reader import SlideReader
+
+CARD_PX = 640
+REGION_PX = 320
+PATCH_PX = 128
+MAP_PX = 160
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSearch:
+    """A search to show in a report.
+
+    Attributes:
+        title: What was asked.
+        results: What :func:`pathflip.archive.search.search` returned.
+        picture: The query as JPEG or PNG.
+    """
+
+    title: str
+    results: pa.Table
+    picture: bytes | None = None
+
+
+def write_report(
+    archive: Archive | str,
+    path: str | Path,
+    *,
+    searches: Sequence[SampleSearch] = (),
+    title: str = "Slide archive",
+    max_slides: int = 200,
+) -> Path:
+    """Write an overview of an archive: totals, a card per slide, what went wrong, searches.
+
+    Args:
+        archive: The archive, or its URI.
+        path: The HTML file; replaced whole.
+        searches: Searches to show with their results.
+        title: Heading of the page.
+        max_slides: Slides shown of each status at most, the last ingested; totals cover all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArchiveError: The archive cannot be read.
+        OSError: The file cannot be written.
+    """
+    archive = Archive(archive) if isinstance(archive, str) else archive
+    rows = archive.slides().to_pylist()
+    by_status = {
+        status: _newest([row for row in rows if row["status"] == status], max_slides)
+        for status in ("ready", "empty", "quarantined")
+    }
+    stats = archive.stats()
+    return _write(
+        "report.html",
+        Path(path),
+        title=title,
+        archive=archive.uri,
+        stats=stats,
+        status={status: stats["status"].get(status, 0) for status in by_status},
+        tiling=archive.tiling(),
+        tissue_mm2=sum(row["tissue_mm2"] or 0.0 for row in rows if row["status"] == "ready"),
+        source_bytes=sum(max(0, row["bytes"] or 0) for row in rows),
+        seconds=sum(row["seconds"] or 0.0 for row in rows),
+        bar=_bar([stats["status"].get(status, 0) for status in by_status]),
+        last=max((row["ingested_at"] for row in rows if row["ingested_at"]), default=None),
+        cards=[_card(archive, row) for row in by_status["ready"]],
+        empty=[{**row, "picture": _slide_map(archive, row)} for row in by_status["empty"]],
+        quarantined=[{**row, **_mend(archive.uri, row)} for row in by_status["quarantined"]],
+        searches=[
+            {
+                "title": search.title,
+                "picture": _data_uri(search.picture),
+                "hits": _hits(archive, search.results),
+            }
+            for search in searches
+        ],
+    )
+
+
+def write_results(
+    archive: Archive | str,
+    results: pa.Table,
+    path: str | Path,
+    *,
+    query_picture: bytes | None = None,
+    title: str = "Search results",
+) -> Path:
+    """Write the results of a search with pictures read from the slides.
+
+    Args:
+        archive: The archive searched, or its URI.
+        results: What :func:`pathflip.archive.search.search` returned: rank, score, slide_id,
+            region_id (null for whole slides), x0, y0, size0 (level-0 px), mpp (µm/px).
+        path: The HTML file; replaced whole.
+        query_picture: The query as JPEG or PNG.
+        title: Heading of the page: what was asked.
+
+    Returns:
+        The path. A slide that cannot be read is named on the page and costs only its pictures.
+
+    Raises:
+        ArchiveError: The archive cannot be read.
+        OSError: The file cannot be written.
+    """
+    archive = Archive(archive) if isinstance(archive, str) else archive
+    return _write(
+        "results.html",
+        Path(path),
+        title=title,
+        archive=archive.uri,
+        picture=_data_uri(query_picture),
+        hits=_hits(archive, results),
+    )
+
+
+# -- slides ---------------------------------------------------------------------------------------
+
+
+def _newest(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The ``count`` rows ingested last, by name."""
+    rows.sort(key=lambda row: (row["ingested_at"] is None, row["ingested_at"]), reverse=True)
+    return sorted(rows[:count], key=lambda row: str(row["slide_id"]))
+
+
+def _card(archive: Archive, row: dict[str, Any]) -> dict[str, Any]:
+    """What a ready slide's card shows."""
+    columns = ["rx", "ry", "n_patches", "n_bad", "patch_mask", "patch_blur", "patch_pen"]
+    regions = archive.regions(row["slide_id"], columns=columns)
+    kept = _matrix(regions["patch_mask"], archive.slots) != 0
+    blur = _matrix(regions["patch_blur"], archive.slots)[kept]
+    pen = _matrix(regions["patch_pen"], archive.slots)[kept]
+    images = archive.slide(row["slide_id"])
+    view = _view(images, CARD_PX)
+    return {
+        **row,
+        "view": view,
+        "outline": _outline(images, row["width"] / CARD_PX) if view else "",
+        "rects": _region_rects(archive.tiling(), regions, mpp=row["mpp"]),
+        "blur": float(np.median(blur)) if len(blur) else 0.0,
+        "pen": float(pen.mean()) if len(pen) else 0.0,
+        "penned": int((pen > 0.05).sum()),
+    }
+
+
+def _region_rects(
+    tiling: dict[str, Any], regions: pa.Table, *, mpp: float
+) -> list[tuple[int, int, int, int, str]]:
+    """(x0, y0, w0, h0, name) of each region, level-0 px, on the grid's own lines."""
+    cut = Tiling(**tiling)
+    rx, ry = regions["rx"].to_numpy(), regions["ry"].to_numpy()
+
+    def line(index: NDArray[Any]) -> NDArray[np.int64]:
+        return edge(index.astype(np.int64) * cut.side, unit_um=cut.patch_um, mpp=mpp)
+
+    x0, y0 = line(rx), line(ry)
+    w0, h0 = line(rx + 1) - x0, line(ry + 1) - y0
+    names = [
+        f"Region {x}_{y}: {count} patches" + (f", {bad} unreadable" if bad else "")
+        for x, y, count, bad in zip(
+            rx, ry, regions["n_patches"].to_pylist(), regions["n_bad"].to_pylist(), strict=True
+        )
+    ]
+    boxes = np.stack([x0, y0, w0, h0], axis=1).tolist()
+    return [(*box, name) for box, name in zip(boxes, names, strict=True)]
+
+
+def _view(row: dict[str, Any], px: int) -> dict[str, Any] | None:
+    """A slide's thumbnail for an SVG in level-0 px: data URI and its extent there."""
+    import cv2
+    import simplejpeg
+
+    if not row["thumbnail"] or not row["width"] or not row["mpp"] or not row["thumbnail_mpp"]:
+        return None
+    try:
+        rgb = simplejpeg.decode_jpeg(row["thumbnail"], fastdct=False)
+    except ValueError:
+        return None
+    height, width = rgb.shape[:2]
+    shrink = min(1.0, px / max(height, width))
+    if shrink < 1:
+        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+        rgb = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
+    to_level0 = row["thumbnail_mpp"] / row["mpp"]
+    return {
+        "uri": _data_uri(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=82)),
+        "width": row["width"],
+        "height": row["height"],
+        # The thumbnail may reach beyond the slide by part of one of its pixels.
+        "image_w": round(width * to_level0, 2),
+        "image_h": round(height * to_level0, 2),
+    }
+
+
+def _outline(row: dict[str, Any], tolerance0: float) -> str:
+    """SVG path of the tissue in level-0 px, true to ``tolerance0`` px."""
+    import cv2
+
+    from pathflip.slides.tissue import TissueMask
+
+    if not row["tissue_png"]:
+        return ""
+    try:
+        mask = TissueMask.from_png(
+            row["tissue_png"], mpp=row["tissue_mpp"], slide_mpp=row["mpp"]
+        )
+    except ValueError:
+        return ""
+    parts = []
+    for outer, holes in mask.polygons():
+        for ring in (outer, *holes):
+            points = cv2.approxPolyDP(ring.astype(np.float32)[:, None], max(1.0, tolerance0), True)
+            if len(points) > 2:
+                flat = np.rint(points[:, 0]).astype(np.int64).tolist()
+                parts.append("M" + "L".join(f"{x} {y}" for x, y in flat) + "Z")
+    return "".join(parts)
+
+
+def _slide_map(archive: Archive, row: dict[str, Any]) -> dict[str, Any] | None:
+    return _view(archive.slide(row["slide_id"]), MAP_PX)
+
+
+_BY_MPP = "Write its µm per pixel into a CSV with the columns slide,mpp and ingest it again:"
+_AGAIN = "then try it again:"
+_STEPS = {
+    "needs_mpp": _BY_MPP,
+    "mpp_out_of_range": _BY_MPP,
+    "anisotropic_pixels": _BY_MPP,
+    "unreadable": f"Copy the file again from where it was made, {_AGAIN}",
+    "too_many_bad_tiles": f"Copy the file again from where it was made, {_AGAIN}",
+    "reader_limits": f"Check that it is a slide; convert it if it is one, {_AGAIN}",
+    "reader_crash": f"Copy the file again or convert it to a tiled TIFF, {_AGAIN}",
+    "not_a_file": f"Check the path, the link and the permissions, {_AGAIN}",
+    "timeout": f"Check the storage it lies on, {_AGAIN}",
+    "out_of_memory": f"Use a machine with more memory or a smaller encoder, {_AGAIN}",
+    "bad_features": f"Check the encoder's weights, {_AGAIN}",
+    "source_changed": "Wait until the file is at rest and ingest it again:",
+    "unsupported": "Convert it to a tiled TIFF and ingest that.",
+    "mpp_too_coarse": "Ingest it into an archive that is cut at a coarser tiling.mpp.",
+}
+
+
+def _mend(archive: str, row: dict[str, Any]) -> dict[str, str]:
+    """What a quarantined slide's reason means, the step that mends it and its command."""
+    reason = row["reason"] or ""
+    step = _STEPS.get(reason, f"Mend what the message says, {_AGAIN}")
+    target = f"--archive {shlex.quote(archive)}"
+    if step == _BY_MPP:
+        command = f"pathflip ingest {shlex.quote(row['uri'] or '')} {target} --mpp-csv mpp.csv"
+    elif reason == "source_changed":
+        command = f"pathflip ingest {shlex.quote(row['uri'] or '')} {target}"
+    elif step.endswith(_AGAIN):
+        command = f"pathflip slides retry {shlex.quote(row['slide_id'])} {target}"
+    else:
+        command = ""
+    return {"meaning": REASONS.get(reason, ""), "step": step, "command": command}
+
+
+# -- search results -------------------------------------------------------------------------------
+
+
+def _hits(archive: Archive, results: pa.Table) -> list[dict[str, Any]]:
+    """Results with their pictures."""
+    from pathflip.slides.reader import SlideReader
+
+    slides: dict[str, dict[str, Any]] = {}
+    regions: dict[str, dict[str, dict[str, Any]]] = {}
+    hits = []
+    with SlideReader(patches=1, px=16) as reader:
+        for hit in results.to_pylist():
+            slide_id = hit["slide_id"]
+            if slide_id not in slides:
+                slides[slide_id] = _slide_of(archive, slide_id)
+                regions[slide_id] = {}
+            row = slides[slide_id]
+            hit = {**hit, "name": Path(row["uri"] or slide_id).name, "uri": row["uri"]}
+            hit |= {"map": row["map"], "picture": "", "patch": None, "fault": ""}
+            if hit.get("region_id"):
+                if not regions[slide_id] and not row["fault"]:
+                    regions[slide_id] = _regions_of(archive, slide_id)
+                patch = _clearest_patch(archive, regions[slide_id].get(hit["region_id"]))
+                _read_pictures(reader, row, hit, patch)
+            hits.append(hit)
+    return hits
+
+
+def _slide_of(archive: Archive, slide_id: str) -> dict[str, Any]:
+    """A slide's row with its small map and, once something is wrong with its file, ``fault``."""
+    from pathflip.slides.sources import stat_source
+
+    try:
+        row = archive.slide(slide_id)
+    except ArchiveError as error:
+        return {"uri": "", "map": None, "fault": error.message}
+    source = stat_source(Path(row["uri"]))
+    fault = ""
+    if source.bytes < 0:
+        fault = f"The slide file is not at {row['uri']} any more."
+    elif (source.bytes, source.mtime_ns) != (row["bytes"], row["mtime_ns"]):
+        fault = "The slide file has changed since it was ingested."
+    return {**row, "map": _view(row, MAP_PX), "fault": fault}
+
+
+def _regions_of(archive: Archive, slide_id: str) -> dict[str, dict[str, Any]]:
+    columns = ["region_id", "rx", "ry", "mpp", "patch_mask", "patch_tissue", "patch_blur"]
+    rows = archive.regions(slide_id, columns=columns).to_pylist()
+    return {row["region_id"]: row for row in rows}
+
+
+def _clearest_patch(
+    archive: Archive, region: dict[str, Any] | None
+) -> tuple[int, int, int] | None:
+    """(x0, y0, size0) of the patch of a region with the most tissue in the best focus."""
+    if region is None:
+        return None
+    kept = np.asarray(region["patch_mask"]) != 0
+    if not kept.any():
+        return None
+    score = np.asarray(region["patch_tissue"]) - np.asarray(region["patch_blur"])
+    slot = int(np.argmax(np.where(kept, score, -np.inf)))
+    tiling = Tiling(**archive.tiling())
+    rects = patch_rects(tiling, rx=region["rx"], ry=region["ry"], mpp=region["mpp"])
+    x0, y0, w0, h0 = rects[slot].tolist()
+    return x0, y0, max(w0, h0)
+
+
+def _read_pictures(
+    reader: SlideReader,
+    row: dict[str, Any],
+    hit: dict[str, Any],
+    patch: tuple[int, int, int] | None,
+) -> None:
+    """Fill a hit's pictures; a slide that fails once is not asked again."""
+    if not row["fault"]:
+        override = row["mpp"] if row["mpp_source"] == "override" else None
+        try:
+            hit["picture"] = _data_uri(
+                reader.view(
+                    row["uri"], x0=hit["x0"], y0=hit["y0"], size0=hit["size0"], px=REGION_PX,
+                    slide_mpp=override,
+                )
+            )  # fmt: skip
+            if patch is not None:
+                x0, y0, size0 = patch
+                data = reader.view(
+                    row["uri"], x0=x0, y0=y0, size0=size0, px=PATCH_PX, slide_mpp=override
+                )
+                hit["patch"] = {"uri": _data_uri(data), "um": size0 * hit["mpp"]}
+        except SlideError as error:
+            row["fault"] = error.message
+    hit["fault"] = row["fault"]
+
+
+# -- pages ----------------------------------------------------------------------------------------
+
+
+def _write(template: str, path: Path, **values: Any) -> Path:
+    """Render a template into a file, whole or not at all."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    import pathflip
+
+    environment = Environment(
+        loader=PackageLoader("pathflip", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": _count, "size": _size, "figures": _figures, "mpp": _mpp, "time": _time}
+    style = environment.get_template("style.css").render()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    page = environment.get_template(template).render(
+        **values,
+        style=Markup(style),  # ours, and exactly what the digest is of
+        style_digest=digest,
+        version=pathflip.__version__,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _data_uri(image: bytes | None) -> str:
+    if not image:
+        return ""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat).reshape(-1, width)
+
+
+def _bar(counts: Sequence[int]) -> list[tuple[float, float]]:
+    """(start, length) of each count in a bar of length 100."""
+    total = max(1, sum(counts))
+    ends = np.cumsum([0, *counts]) * (100 / total)
+    return [(float(a), float(b - a)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _figures(value: float | None, digits: int = 3) -> str:
+    """A number to so many significant digits, never in powers of ten."""
+    if value is None:
+        return "–"
+    if not value:
+        return "0"
+    places = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
+    return f"{value:,.{places}f}"
+
+
+def _mpp(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _size(value: float | None) -> str:
+    if value is None or value < 0:
+        return "–"
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:,.0f} {unit}" if unit == "bytes" else f"{_figures(value)} {unit}"
+
+
+def _time(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{_figures(value, 2)} s"
+    whole = round(value)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"

@@ -1,0 +1,92 @@
+"""Which files are slides, and what identifies them."""
+
+import hashlib
+import os
+
+import pytest
+
+from pathflip.errors import ConfigError, SlideError
+from pathflip.slides.sources import digest_source, discover, slide_id, stat_source
+
+
+def names(found):
+    return [os.path.basename(source.uri) for source in found]
+
+
+def test_finds_slides_at_any_depth_once(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("b.svs", "deep/a.TIFF", "deep/er/c.ndpi", "notes.txt", ".hidden.svs"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "link.svs").symlink_to(tmp_path / "nowhere")
+    found = discover([str(tmp_path), str(tmp_path / "b.svs")])
+    assert names(found) == ["b.svs", "a.TIFF", "c.ndpi", "link.svs"]
+    assert [source.bytes for source in found] == [1, 1, 1, -1]
+
+
+def test_folders_that_are_slides(tmp_path):
+    dicom = tmp_path / "series"
+    dicom.mkdir()
+    (dicom / "1.dcm").write_bytes(b"one")
+    (dicom / "2.dcm").write_bytes(b"second")
+    side = tmp_path / "m"
+    side.mkdir()
+    (tmp_path / "m.mrxs").write_bytes(b"m")
+    (side / "Data0001.dat").write_bytes(b"12345")
+    (side / "stray.tif").write_bytes(b"part of the mrxs")
+    (tmp_path / "folder.svs").mkdir()
+    found = {os.path.basename(s.uri): s.bytes for s in discover([str(tmp_path)])}
+    assert found == {"series": 9, "m.mrxs": 1 + 5 + 16, "folder.svs": found["folder.svs"]}
+
+
+def test_link_loops_end(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.svs").write_bytes(b"x")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert names(discover([str(tmp_path)])) == ["x.svs"]
+
+
+def test_refuses_what_holds_no_slides(tmp_path):
+    with pytest.raises(ConfigError, match="holds no slides") as caught:
+        discover([str(tmp_path)])
+    assert caught.value.code == "no_slides"
+    with pytest.raises(ConfigError, match="does not exist"):
+        discover([str(tmp_path / "missing")])
+
+
+def test_digest_is_sha256_of_the_file(tmp_path):
+    data = os.urandom(3_000_000)
+    (tmp_path / "a.svs").write_bytes(data)
+    assert digest_source(tmp_path / "a.svs") == hashlib.sha256(data).hexdigest()
+    with pytest.raises(SlideError) as caught:
+        digest_source(tmp_path / "gone.svs")
+    assert caught.value.code == "not_a_file"
+
+
+def test_digest_of_a_series_sees_every_file(tmp_path):
+    (tmp_path / "1.dcm").write_bytes(b"one")
+    (tmp_path / "2.dcm").write_bytes(b"two")
+    before = digest_source(tmp_path)
+    (tmp_path / "2.dcm").write_bytes(b"TWO")
+    assert digest_source(tmp_path) != before
+
+
+def test_stat_sees_a_change_of_the_side_folder(tmp_path):
+    side = tmp_path / "m"
+    side.mkdir()
+    (tmp_path / "m.mrxs").write_bytes(b"m")
+    (side / "Data0001.dat").write_bytes(b"12345")
+    before = stat_source(tmp_path / "m.mrxs")
+    os.utime(side / "Data0001.dat", ns=(0, before.mtime_ns + 1))
+    assert stat_source(tmp_path / "m.mrxs") != before
+
+
+def test_slide_ids():
+    sha = hashlib.sha256(b"content").hexdigest()
+    assert slide_id("/a/TCGA-01.svs", sha) == f"TCGA-01-{sha[:8]}"
+    assert slide_id("/b/TCGA-01.svs", sha) == slide_id("/a/TCGA-01.svs", sha)
+    assert slide_id("/a/x.svs", "/a/x.svs") != slide_id("/b/x.svs", "/b/x.svs")
+    odd = slide_id("/a/ü b/\n'; DROP.svs", sha)
+    assert "/" not in odd
+    assert "\n" not in odd
+    assert "'" not in odd
+    assert len(slide_id("/a/" + "n" * 250 + ".svs", sha)) <= 130

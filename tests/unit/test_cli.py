@@ -1,0 +1,81 @@
+"""The command line: instant help, one error sentence, exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pathflip.cli import main
+
+COMMANDS = [
+    ["ingest"], ["demo"], ["synth"], ["search"], ["doctor"], ["slides", "list"],
+    ["slides", "show"], ["slides", "retry"], ["archive", "stats"], ["archive", "verify"],
+    ["archive", "repair"], ["archive", "maintain"], ["archive", "export"],
+]  # fmt: skip
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    output = capsys.readouterr()
+    return caught.value.code, output.out, output.err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0
+    assert "Usage: pathflip" in out
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "{'torch', 'lancedb', 'lance', 'ray', 'numpy', 'pyarrow', 'cv2', 'rich.console'}"
+    program = (
+        "import sys\nfrom pathflip.cli import main\ntry: main(['--help'])\n"
+        f"except SystemExit: print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["archive", "stats", "--archive", "{tmp}/none"], "There is no archive at"),
+        (["slides", "list", "--archive", "{tmp}"], "is not a pathflip archive"),
+        (["search", "--archive", "{tmp}/none"], "Say what to look for"),
+        (["search", "--archive", "{tmp}/none", "--slide", "a"], "There is no archive at"),
+        (["search", "--archive", "x", "--slide", "a", "--level", "patch"], "no level 'patch'"),
+        (["ingest", "{tmp}/none", "--archive", "{tmp}/a"], "does not exist"),
+        (["ingest", "{tmp}", "--archive", "{tmp}/a"], "holds no slides"),
+        (["ingest", "{tmp}", "--archive", "{tmp}/a", "--encoder", "textur"], "texture"),
+        (["ingest", "{tmp}", "--archive", "{tmp}/a", "-o", "encodr=x"], "Did you mean encoder"),
+        (["ingest", "{tmp}", "--archive", "{tmp}/a", "-o", "tiling.mpp=0.3"], "px"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_2(capsys, tmp_path, arguments, words):
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []  # nothing touched
+
+
+def test_errors_as_json(capsys, tmp_path):
+    code, out, _ = run(capsys, "archive", "stats", "--archive", str(tmp_path / "a"), "--json")
+    assert code == 2
+    assert json.loads(out)["error"]["code"] == "missing_archive"
+
+
+def test_doctor(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    document = json.loads(out)
+    assert code == (0 if document["ok"] else 1)
+    assert {check["name"] for check in document["checks"]} >= {"openslide", "ray", "disk", "gpu"}
+
+
+def test_unknown_command_is_usage(capsys):
+    assert run(capsys, "ingset")[0] == 2
