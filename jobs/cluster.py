@@ -35,7 +35,7 @@ def connect(address: str | None = None) -> None:
                 code="no_cluster",
             ) from error
         return
-    # What Ray and Lance say to themselves is in Ray's session folder, not on the terminal.
+    # What Ray and Lance say to themselves is no help on a terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("LANCE_LOG", "error")
     ray.init(

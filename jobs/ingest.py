@@ -38,7 +38,7 @@ import pathflip
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer, create_archive
 from pathflip.encoders import Encoder, EncoderInfo, encoder_info, load_encoder
-from pathflip.errors import ArchiveError, ConfigError, EncoderError, SlideError
+from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError, SlideError
 from pathflip.geometry import Tiling, patch_rects
 from pathflip.slides.reader import Patches, SlidePlan, SlideReader
 from pathflip.slides.sources import Source, discover, slide_id, stat_source
@@ -292,7 +292,7 @@ class Embedder:
         self._tables = list(tables)
         px = config.tiling.patch_px
         self._encoders: list[Encoder] = []
-        self._fatal: EncoderError | None = None
+        self._fatal: PathFLIPError | None = None
         try:
             for spec in _specs(config.encoder):
                 self._encoders.append(load_encoder(spec, device=config.device))
@@ -312,9 +312,7 @@ class Embedder:
     def _chunk(self, row: dict[str, Any]) -> dict[str, Any]:
         record = json.loads(row["record"])
         if self._fatal is not None:
-            error = self._fatal
-            fatal = {"status": "fatal", "reason": error.code, "message": error.message}
-            return row | {"record": json.dumps(record | fatal | {"hint": error.hint})}
+            return row | {"record": json.dumps(record | _fatal(self._fatal)), "regions": b""}
         if not row["n_chunks"]:
             return row
         if row["slide_id"] in self._broken:
@@ -326,6 +324,8 @@ class Embedder:
             self._broken.add(row["slide_id"])
             failed = _failed(record, error, "read")
             return row | failed | {"regions": b""}
+        except (ArchiveError, EncoderError) as error:  # nothing about this slide: the run must end
+            return row | {"record": json.dumps(record | _fatal(error)), "regions": b""}
         record["seconds"] = time.perf_counter() - started
         return row | out | {"record": json.dumps(record)}
 
@@ -447,6 +447,7 @@ class Embedder:
             try:
                 return reader.finish_read(px=self._config.tiling.patch_px)
             except SlideError as error:
+                self._check_source(record)  # what failed may be another file than was planned
                 if error.code not in RETRIED or attempt == self._config.attempts:
                     raise
                 self._start(reader, record, rects)
@@ -456,6 +457,16 @@ class Embedder:
         source = stat_source(Path(record["uri"]))
         if (source.bytes, source.mtime_ns) != (record["bytes"], record["mtime_ns"]):
             raise _changed(record["uri"])
+
+
+def _fatal(error: PathFLIPError) -> dict[str, str]:
+    return {
+        "status": "fatal",
+        "error": type(error).__name__,
+        "reason": error.code,
+        "message": error.message,
+        "hint": error.hint,
+    }
 
 
 def _encode(encoder: Encoder, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -830,7 +841,8 @@ class Ledger:
         for row in batch.to_pylist():
             record = json.loads(row["record"])
             if record["status"] == "fatal":
-                raise EncoderError(record["message"], hint=record["hint"], code=record["reason"])
+                kind = ArchiveError if record["error"] == "ArchiveError" else EncoderError
+                raise kind(record["message"], hint=record["hint"], code=record["reason"])
             share = max(0, record["bytes"]) / max(1, row["n_chunks"])
             self._bytes_done += round(share)
             if record["status"] == "duplicate":
@@ -1049,7 +1061,7 @@ def _pipeline(
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
     # One chunk a block: the unit that is spread over actors.

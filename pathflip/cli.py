@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -103,7 +103,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _cell(value: Any) -> str:
@@ -268,16 +268,14 @@ SLIDE_COLUMNS = (
 @slides_app.command("list")
 def slides_list(
     archive: ArchiveOption,
-    status: Annotated[str | None, typer.Option(help="ready, empty or quarantined.")] = None,
+    status: Annotated[
+        Literal["ready", "empty", "quarantined"] | None, typer.Option(help="Only these.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List slides with their status and, where quarantined, why."""
     from pathflip import Archive
 
-    if status not in (None, "ready", "empty", "quarantined"):
-        raise ConfigError(
-            f"There is no status {status!r}.", hint="Use ready, empty or quarantined."
-        )
     rows = Archive(archive).slides(status=status, columns=SLIDE_COLUMNS).to_pylist()
     if as_json:
         _print_json(rows)
@@ -413,11 +411,9 @@ def archive_repair(archive: ArchiveOption, as_json: JsonOption = False) -> None:
 @archive_app.command("maintain")
 def archive_maintain(archive: ArchiveOption, as_json: JsonOption = False) -> None:
     """Merge small files, refresh indexes, remove versions older than a day."""
-    from dataclasses import asdict
-
     from pathflip.archive.health import maintain
 
-    document = asdict(maintain(archive))
+    document = maintain(archive)
     if as_json:
         _print_json(document)
     else:
@@ -446,12 +442,15 @@ def archive_export(
         plan = {"out": out, "slides": len(names), "tables": [] if qupath else opened.tables()}
         _print_json(plan) if as_json else _table("dry run", ("what", "value"), list(_flat(plan)))
         return
-    written = export_archive(opened, out, slides=slide) if qupath else export_parquet(opened, out)
-    document = {"out": out, "files": [str(path) for path in written]}
+    if qupath:
+        paths = export_archive(opened, out, slides=slide)
+        document: dict[str, Any] = {"out": out, "files": [str(path) for path in paths]}
+    else:
+        document = {"out": out, "rows": export_parquet(opened, out)}
     if as_json:
         _print_json(document)
     else:
-        print(f"Wrote {len(written)} files to {out}.")
+        _table("exported", ("what", "value"), list(_flat(document)))
 
 
 # -- search ---------------------------------------------------------------------------------------
@@ -466,7 +465,7 @@ def search(
     ] = None,
     slide: Annotated[str | None, typer.Option(help="A slide of the archive.")] = None,
     region: Annotated[str | None, typer.Option(help="A region of the archive.")] = None,
-    level: Annotated[str, typer.Option(help="What to find: region or slide.")] = "region",
+    level: Annotated[Literal["region", "slide"], typer.Option(help="What to find.")] = "region",
     k: Annotated[int, typer.Option("-k", help="How many.", min=1, max=10_000)] = 10,
     where: Annotated[
         list[str] | None,
@@ -488,8 +487,6 @@ def search(
     """Find what looks alike: by a picture, a slide or a region."""
     if sum(value is not None for value in (image, slide, region)) != 1:
         raise ConfigError("Say what to look for.", hint="Give one of --image, --slide, --region.")
-    if level not in ("region", "slide"):
-        raise ConfigError(f"There is no level {level!r}.", hint="Use region or slide.")
     if image is not None and (exclude_same_slide or exclude_same_patient):
         raise ConfigError(
             "A picture has no slide or patient of the archive to leave out.",

@@ -51,7 +51,8 @@ class Tiling:
         mpp: Resolution patches are read at, µm/px; ``patch_um / mpp`` is a whole number >= 16.
         min_patch_tissue: A patch is kept if at least this share of it is tissue.
         min_region_patches: A region is kept if at least this share of all its slots is kept, and
-            never without one patch. Slots beyond the slide's edge count as not kept.
+            never without one patch. Slots beyond the slide's edge count as not kept. Does not
+            apply to a slide none of whose regions reaches it.
 
     Raises:
         ConfigError: A field is out of range or the sizes do not divide.
@@ -173,6 +174,7 @@ def plan_regions(
 
     A slot holds a patch if the patch lies wholly inside the slide and enough of it is tissue;
     a region is kept if enough of its slots do, also where part of it is beyond the slide's edge.
+    On a slide where no region has enough (a small biopsy), every region with a patch is kept.
 
     Args:
         tiling: Sizes and thresholds.
@@ -199,7 +201,10 @@ def plan_regions(
     grid[~kept] = 0
 
     slots = _to_slots(kept, side=side)
-    ry, rx = np.nonzero(slots.sum(axis=-1) >= tiling.min_patches)
+    counts = slots.sum(axis=-1)
+    # A biopsy may lie across regions and fill none: better thin regions than a lost slide.
+    enough = tiling.min_patches if counts.max(initial=0) >= tiling.min_patches else 1
+    ry, rx = np.nonzero(counts >= enough)
     if len(rx):
         fraction = tissue.coverage(
             _line(np.arange(n_x + 1) * side, unit_um=tiling.patch_um, mpp=mpp),

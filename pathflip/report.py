@@ -229,9 +229,7 @@ def _outline(row: dict[str, Any], tolerance0: float) -> str:
     if not row["tissue_png"]:
         return ""
     try:
-        mask = TissueMask.from_png(
-            row["tissue_png"], mpp=row["tissue_mpp"], slide_mpp=row["mpp"]
-        )
+        mask = TissueMask.from_png(row["tissue_png"], mpp=row["tissue_mpp"], slide_mpp=row["mpp"])
     except ValueError:
         return ""
     parts = []
@@ -335,9 +333,7 @@ def _regions_of(archive: Archive, slide_id: str) -> dict[str, dict[str, Any]]:
     return {row["region_id"]: row for row in rows}
 
 
-def _clearest_patch(
-    archive: Archive, region: dict[str, Any] | None
-) -> tuple[int, int, int] | None:
+def _clearest_patch(archive: Archive, region: dict[str, Any] | None) -> tuple[int, int, int] | None:
     """(x0, y0, size0) of the patch of a region with the most tissue in the best focus."""
     if region is None:
         return None
@@ -396,7 +392,13 @@ def _write(template: str, path: Path, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": _count, "size": _size, "figures": _figures, "mpp": _mpp, "time": _time}
+    environment.filters |= {
+        "count": _count,
+        "size": _size,
+        "figures": _figures,
+        "mpp": _mpp,
+        "time": _time,
+    }
     style = environment.get_template("style.css").render()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     page = environment.get_template(template).render(
@@ -430,8 +432,8 @@ def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
 def _bar(counts: Sequence[int]) -> list[tuple[float, float]]:
     """(start, length) of each count in a bar of length 100."""
     total = max(1, sum(counts))
-    ends = np.cumsum([0, *counts]) * (100 / total)
-    return [(float(a), float(b - a)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    starts = np.cumsum([0, *counts[:-1]])
+    return [(100 * int(a) / total, 100 * n / total) for a, n in zip(starts, counts, strict=True)]
 
 
 def _count(value: int | None) -> str:

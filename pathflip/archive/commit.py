@@ -493,12 +493,15 @@ class Committer:
             new.append(shard)
         self._assert_complete(new, write, extend, incoming)
 
+        chosen = [*write, *extend, *note]
+        if not chosen:
+            return Committed(written=[], extended=[], skipped=skipped)
         replaced = [slide for slide in (*write, *note) if slide in ledger]
         self._hide([slide for slide in replaced if ledger[slide]["status"] == READY])
         self._delete_rows([*write, *note])
         for slide, names in extend.items():
             self._delete_rows([slide], encoders=names)
-        rows = slides.filter(pc.is_in(slides["slide_id"], pa.array([*write, *extend, *note])))
+        rows = slides.filter(pc.is_in(slides["slide_id"], pa.array(chosen, pa.string())))
         rows = self._with_encoders(rows, {s: ledger[s]["encoders"] or [] for s in extend})
         self._register({path: d for shard in new for path, d in shard.files.items()})
         for shard in new:
@@ -756,11 +759,16 @@ def known_digests(uri: str) -> dict[str, tuple[str, int]]:
     with guarded(uri, "read the table files", damaged=is_local(uri)):
         rows = dataset.to_table(columns=["path", "sha256", "bytes"]).to_pylist()
         config = dict(dataset.config())
-    known = {row["path"]: (row["sha256"], row["bytes"]) for row in rows}
-    for key, value in config.items():
-        if key.startswith(_SELF_DIGEST):
-            known[key.removeprefix(_SELF_DIGEST)] = (value, -1)
-    return known
+    return own_digests(config) | {row["path"]: (row["sha256"], row["bytes"]) for row in rows}
+
+
+def own_digests(config: Mapping[str, str]) -> dict[str, tuple[str, int]]:
+    """Returns the digests of the data files of ``files`` itself, from its configuration."""
+    return {
+        key.removeprefix(_SELF_DIGEST): (value, -1)
+        for key, value in config.items()
+        if key.startswith(_SELF_DIGEST)
+    }
 
 
 def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:

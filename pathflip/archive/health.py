@@ -31,6 +31,7 @@ from pathflip.archive.commit import (
     create_table,
     known_digests,
     meta_rows,
+    own_digests,
 )
 from pathflip.archive.salvage import salvage
 from pathflip.archive.schema import (
@@ -132,6 +133,9 @@ class _Scan:
     keys: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     slides: dict[str, dict[str, Any]] = field(default_factory=dict)
     incomplete: set[str] = field(default_factory=set)
+    salvaged: dict[tuple[str, int], tuple[Any, list[tuple[str, str | None]]]] = field(
+        default_factory=dict
+    )
     files: int = 0
     rows: int = 0
     bytes: int = 0
@@ -164,11 +168,7 @@ def verify(uri: str | Path) -> Report:
         tables |= {entry["features_table"], entry["embeddings_table"]}
     if is_local(where):
         tables |= set(local_tables(where))
-    known: dict[str, tuple[str, int]] = {}
-    try:
-        known = known_digests(where)
-    except ArchiveError as error:
-        scan.notes.append(f"No file digest could be checked: {error.message}")
+    known = _trusted_digests(where, scan)
     for table in sorted(tables):
         try:
             dataset = open_table(where, table)
@@ -193,6 +193,36 @@ def verify(uri: str | Path) -> Report:
         bytes=scan.bytes,
         seconds=time.perf_counter() - start,
     )
+
+
+def _trusted_digests(uri: str, scan: _Scan) -> dict[str, tuple[str, int]]:
+    """Returns the digests of all files, from rows of ``files`` that are intact themselves."""
+    try:
+        dataset = open_table(uri, "files")
+        with guarded(uri, "read the table files", damaged=True):
+            known = own_digests(dataset.config())
+            numbers = {number: path for path, number in data_paths(dataset, "files").items()}
+            for fragment in dataset.get_fragments():
+                path = numbers[fragment.fragment_id]
+                if _file_fault(uri, path, known.get(path), _Scan()):
+                    rows, _ = _salvaged(uri, "files", fragment.fragment_id, scan)
+                else:
+                    rows = fragment.to_table()
+                    rows = rows.filter(pa.array(intact_rows(rows)))
+                for row in [] if rows is None else rows.to_pylist():
+                    known[row["path"]] = (row["sha256"], row["bytes"])
+    except ArchiveError as error:
+        scan.notes.append(f"Not every file digest could be checked: {error.message}")
+        return {}
+    return known
+
+
+def _salvaged(
+    uri: str, table: str, fragment: int, scan: _Scan
+) -> tuple[pa.Table | None, list[tuple[str, str | None]]]:
+    if (table, fragment) not in scan.salvaged:
+        scan.salvaged[table, fragment] = salvage(uri, table, fragment)
+    return scan.salvaged[table, fragment]
 
 
 def _check_table(
@@ -241,7 +271,7 @@ def _check_table(
                     Damage(table=table, kind="file", id=path, detail=detail, fragment=number)
                 )
         else:
-            good, bad = salvage(uri, table, number)
+            good, bad = _salvaged(uri, table, number, scan)
             if good is not None:
                 _note_rows(table, key, good, scan)
                 scan.rows += good.num_rows + len(bad)
@@ -421,12 +451,15 @@ def repair(uri: str | Path) -> Repaired:
             actions += _restore_table(where, table)
         report = verify(where)
         broken = {(d.table, d.fragment) for d in report.damaged if d.fragment is not None}
+        moved = {d.id for d in report.damaged if d.kind == "file"}
         for table, fragment in sorted(broken):
+            paths = data_paths(open_table(where, table), table)
+            moved |= {path for path, number in paths.items() if number == fragment}
             actions.append(_rewrite_fragment(where, table, fragment))
-        for damage in report.damaged:
-            if damage.kind == "file" and Path(where, damage.id).exists():
-                _move_aside(where, Path(where, damage.id))
-                actions.append(f"Moved the damaged file {damage.id} aside.")
+        for path in sorted(moved):
+            if Path(where, path).exists():
+                _move_aside(where, Path(where, path))
+                actions.append(f"Moved the damaged file {path} aside.")
         actions += _complete_meta(where)
         if actions:
             report = verify(where)
@@ -593,10 +626,10 @@ def _unready(rows: pa.Table) -> pa.Table:
 def maintain(uri: str | Path) -> dict[str, Any]:
     """Compacts, indexes and cleans an archive.
 
-    Merges small fragments; builds the vector index of embeddings from 50,000 rows on (IVF_RQ, the
-    best of those measured) and key indexes from 10,000, or brings them up to date; drops versions
-    older than 24 hours and files no version refers to that are older than that. Readers keep
-    their snapshot for 24 hours.
+    Merges small fragments; builds the vector index of embeddings from 50,000 rows on (IVF_RQ, or
+    IVF_FLAT for sizes it cannot do) and key indexes from 10,000, or brings them up to date; drops
+    versions older than 24 hours and files no version refers to that are older than that. Readers
+    keep their snapshot for 24 hours.
 
     Returns:
         {"fragments": {table: n}, "indexed": [table.column], "bytes_removed": n}.
@@ -637,7 +670,10 @@ def _index(uri: str, table: str) -> list[str]:
         made.append(f"{table}.slide_id")
     if table.startswith("embeddings_") and rows >= VECTOR_INDEX_ROWS and "vector" not in have:
         partitions = max(16, min(4096, round(rows**0.5 / 4)))
-        dataset.create_index("vector", "IVF_RQ", metric="cosine", num_partitions=partitions)
+        # RQ packs bits by bytes; without it, full vectors in partitions.
+        width = dataset.schema.field("vector").type.list_size
+        kind = "IVF_FLAT" if width % 8 else "IVF_RQ"
+        dataset.create_index("vector", kind, metric="cosine", num_partitions=partitions)
         made.append(f"{table}.vector")
     if have:
         dataset.optimize.optimize_indices()

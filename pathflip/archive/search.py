@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from pathflip.archive import Archive, vectors
+from pathflip.archive.schema import embeddings_schema
 from pathflip.archive.storage import guarded
 from pathflip.errors import ArchiveError, ConfigError
 
@@ -38,7 +39,9 @@ FIELDS: dict[str, type] = {
 """Columns a filter may name, with their types; split and vendor are the slide's."""
 
 _OF_SLIDE = ("split", "vendor")
+_STORED = embeddings_schema(1)
 _OPS = ("!=", "<=", ">=", "=", "<", ">")
+_WORDS = {str: "text", int: "whole number", float: "number"}
 _MAX_VALUE = 1000
 _SHAPE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,40})\s*(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
 _RESULT = pa.schema(
@@ -63,7 +66,7 @@ class Filter:
         field: One of :data:`FIELDS`.
         op: ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``; text knows the first two only. ``!=`` also
             keeps rows that have no value.
-        value: Text, or a finite number.
+        value: Text, or a finite number; a whole one for columns that hold such.
 
     Raises:
         ConfigError: If field, operator or value is not one of those.
@@ -84,7 +87,7 @@ class Filter:
         if isinstance(self.value, bool) or not isinstance(
             self.value, str if kind is str else (int, float)
         ):
-            raise ConfigError(f"Column {self.field} needs a {kind.__name__} value.")
+            raise ConfigError(f"Column {self.field} needs a {_WORDS[kind]}.")
         if isinstance(self.value, str):
             if len(self.value) > _MAX_VALUE or "\0" in self.value:
                 raise ConfigError(f"The filter value for {self.field} is too long or not text.")
@@ -92,8 +95,19 @@ class Filter:
                 self.value.encode()
             except UnicodeEncodeError as error:
                 raise ConfigError(f"The filter value for {self.field} is not text.") from error
-        elif not math.isfinite(self.value) or abs(self.value) > 2**62:
-            raise ConfigError(f"The filter value for {self.field} is not a usable number.")
+        elif not math.isfinite(self.value) or (kind is int and self.value != int(self.value)):
+            raise ConfigError(f"Column {self.field} needs a {_WORDS[kind]}.")
+        try:
+            self._scalar()
+        except (pa.ArrowInvalid, OverflowError) as error:
+            raise ConfigError(f"The filter value for {self.field} is out of range.") from error
+
+    def _scalar(self) -> pa.Scalar:
+        # Lance compares like with like only: the literal takes the column's type.
+        if isinstance(self.value, str):
+            return pa.scalar(self.value, pa.string())
+        kind = FIELDS[self.field]
+        return pa.scalar(kind(self.value), _STORED.field(self.field).type)
 
     @classmethod
     def parse(cls, text: str) -> Filter:
@@ -121,7 +135,7 @@ class Filter:
 
     def expression(self) -> pc.Expression:
         """Returns the filter as an Arrow expression on its column."""
-        column, value = pc.field(self.field), pa.scalar(self.value)
+        column, value = pc.field(self.field), self._scalar()
         if self.op == "!=":
             return (column != value) | column.is_null()
         compare = {
@@ -266,7 +280,7 @@ def _candidates(
             "refine_factor": 4,
         }
         yield dataset.to_table(
-            columns=columns, filter=where, prefilter=True, nearest=nearest
+            columns=[*columns, "_distance"], filter=where, prefilter=True, nearest=nearest
         ).select(columns)
         return
     for batch in dataset.to_batches(columns=columns, filter=where, batch_size=8192):

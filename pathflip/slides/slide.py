@@ -488,61 +488,87 @@ def _read_direct(
 ) -> NDArray[np.bool_]:
     """Fill ``out`` [n, px, px, 3] decoding each needed tile once; False where one is damaged.
 
-    Tiles are visited in file order and copied into every patch they touch. A patch that is not at
-    the target scale is gathered in a buffer of its own and averaged down when its last tile came,
-    so about two rows of patches are held at a time.
+    Tiles are visited in file order and copied into every patch they touch; a tile that is a patch
+    is decoded in place. A patch that is not at the target scale is gathered in a buffer of its own
+    and averaged down when its last tile came, so about two rows of patches are held at a time.
     """
     px = out.shape[1]
-    tile_w, tile_h, across = tiles.tile_w, tiles.tile_h, tiles.level.across
     boxes = np.rint(rects / downsample).astype(np.int64)
-    native = bool(len(boxes)) and bool(
-        (np.abs(rects[:, 2:] / downsample / px - 1) <= EQUAL_SCALE).all()
-    )
+    native = bool((np.abs(rects[:, 2:] / downsample / px - 1) <= EQUAL_SCALE).all())
     if native:
         boxes[:, 2:] = px
         boxes[:, 0] = np.minimum(boxes[:, 0], tiles.width - px)
         boxes[:, 1] = np.minimum(boxes[:, 1], tiles.height - px)
     ok = np.ones(len(boxes), bool)
-    touching: dict[int, list[int]] = {}
-    waiting = np.zeros(len(boxes), np.int64)
-    for index, (x, y, w, h) in enumerate(boxes.tolist()):
-        for row in range(y // tile_h, -(-(y + h) // tile_h)):
-            for column in range(x // tile_w, -(-(x + w) // tile_w)):
-                touching.setdefault(row * across + column, []).append(index)
-                waiting[index] += 1
+    pieces = _pieces(boxes, tiles)
+    waiting = np.bincount([piece[1] for piece in pieces], minlength=len(boxes)).tolist()
     buffers: dict[int, NDArray[np.uint8]] = {}
-    corners = boxes.tolist()
-    scratch = np.empty((tile_h, tile_w, 3), np.uint8)
-    for tile in sorted(touching):
-        users = touching[tile]
-        left, top = tile % across * tile_w, tile // across * tile_h
-        first = users[0]
-        whole = native and len(users) == 1 and corners[first] == [left, top, tile_w, tile_h]
-        try:
-            pixels = tiles.decode(tile, out[first] if whole else scratch)
-        except SlideError:
-            ok[users] = False
-            for index in users:
-                buffers.pop(index, None)
+    scratch = np.empty((tiles.tile_h, tiles.tile_w, 3), np.uint8)
+    whole = (0, px, 0, px) if native and tiles.tile_w == tiles.tile_h == px else None
+    decoded, damaged = -1, False
+    for tile, index, top, bottom, left, right, down, across in pieces:
+        in_place = (top, bottom, left, right) == whole
+        if in_place or tile != decoded:
+            try:
+                tiles.decode(tile, out[index] if in_place else scratch)
+                damaged = False
+            except SlideError:
+                damaged = True
+            decoded = -1 if in_place else tile
+        if damaged:
+            ok[index] = False
+            buffers.pop(index, None)
             continue
-        if whole:
+        if in_place:
             continue
-        for index in users:
-            if not ok[index]:
-                continue
-            x, y, w, h = corners[index]
-            if native:
-                target = out[index]
-            else:
-                target = buffers.get(index)
-                if target is None:
-                    target = buffers[index] = np.empty((h, w, 3), np.uint8)
-            ax, bx = max(x, left), min(x + w, left + tile_w)
-            ay, by = max(y, top), min(y + h, top + tile_h)
-            target[ay - y : by - y, ax - x : bx - x] = pixels[
-                ay - top : by - top, ax - left : bx - left
-            ]
-            waiting[index] -= 1
-            if not native and waiting[index] == 0:
-                out[index] = _area(buffers.pop(index), px, px)
+        if native:
+            target = out[index]
+        elif ok[index]:
+            target = buffers.get(index)
+            if target is None:
+                target = buffers[index] = np.empty((*boxes[index, :1:-1], 3), np.uint8)
+        else:
+            continue
+        target[top + down : bottom + down, left + across : right + across] = scratch[
+            top:bottom, left:right
+        ]
+        waiting[index] -= 1
+        if not native and not waiting[index]:
+            out[index] = _area(buffers.pop(index), px, px)
     return ok
+
+
+def _pieces(boxes: NDArray[np.int64], tiles: JpegTiles) -> list[list[int]]:
+    """What every patch takes from every tile it touches, in tile order.
+
+    Args:
+        boxes: int64 [n, 4]: x, y, w, h in pixels of ``tiles``.
+        tiles: The level.
+
+    Returns:
+        For each piece: tile, patch, top, bottom, left, right inside the tile, and what to add to
+        rows and to columns to find it in the patch.
+    """
+    x, y, w, h = boxes.T
+    tile_w, tile_h = tiles.tile_w, tiles.tile_h
+    columns = (x + w - 1) // tile_w - x // tile_w + 1
+    rows = (y + h - 1) // tile_h - y // tile_h + 1
+    count = columns * rows
+    patch = np.repeat(np.arange(len(boxes)), count)
+    nth = np.arange(len(patch)) - np.repeat(np.cumsum(count) - count, count)
+    x, y, w, h = boxes[patch].T
+    column = x // tile_w + nth % columns[patch]
+    row = y // tile_h + nth // columns[patch]
+    x, y = x - column * tile_w, y - row * tile_h  # the patch's corner, seen from the tile's
+    piece = [
+        row * tiles.level.across + column,
+        patch,
+        np.maximum(y, 0),
+        np.minimum(y + h, tile_h),
+        np.maximum(x, 0),
+        np.minimum(x + w, tile_w),
+        -y,
+        -x,
+    ]
+    table: list[list[int]] = np.stack(piece, axis=1)[np.argsort(piece[0], kind="stable")].tolist()
+    return table

@@ -41,6 +41,12 @@ def discover(sources: Sequence[str]) -> list[Source]:
     """
     found: dict[str, Source] = {}
     for source in sources:
+        if "://" in source:
+            raise ConfigError(
+                f"{source} is not a path.",
+                hint="Slides are read from file systems: mount the bucket on every node.",
+                code="missing_source",
+            )
         path = Path(os.path.abspath(source))
         if path.is_dir():
             inside = list(_walk(path))

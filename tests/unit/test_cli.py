@@ -46,7 +46,7 @@ def test_help_imports_nothing_heavy():
         (["slides", "list", "--archive", "{tmp}"], "is not a pathflip archive"),
         (["search", "--archive", "{tmp}/none"], "Say what to look for"),
         (["search", "--archive", "{tmp}/none", "--slide", "a"], "There is no archive at"),
-        (["search", "--archive", "x", "--slide", "a", "--level", "patch"], "no level 'patch'"),
+        (["search", "--archive", "x", "--slide", "a", "--level", "patch"], "'patch' is not one of"),
         (["ingest", "{tmp}/none", "--archive", "{tmp}/a"], "does not exist"),
         (["ingest", "{tmp}", "--archive", "{tmp}/a"], "holds no slides"),
         (["ingest", "{tmp}", "--archive", "{tmp}/a", "--encoder", "textur"], "texture"),

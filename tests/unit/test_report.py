@@ -73,9 +73,9 @@ class Page(HTMLParser):
 
 
 def jpeg(width: int, height: int) -> bytes:
-    rgb = np.full((height, width, 3), 240, np.uint8)
-    rgb[height // 4 : height // 2, width // 4 : width // 2] = (120, 70, 190)
-    return bytes(cv2.imencode(".jpg", rgb)[1].tobytes())
+    bgr = np.full((height, width, 3), 240, np.uint8)
+    bgr[height // 4 : height // 2, width // 4 : width // 2] = (190, 70, 120)
+    return bytes(cv2.imencode(".jpg", bgr)[1].tobytes())
 
 
 def slide_row(name: str, **values: Any) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def test_every_slide_is_shown_where_it_belongs(archive: Archive, tmp_path: Path)
     assert "3,000 × 2,500 px = 0.900 × 0.750 mm" in plain
     assert "2.0 s (3 patches/s)" in plain
     assert "median 0.20" in plain  # of 0.1, 0.3, 0.2; the masked slot's 0 does not count
-    assert "10.0 % of the patches' area, in 2 of them" in plain
+    assert "10.0 % of the patches' area, 2 marked" in plain
     assert "direct JPEG tiles" in cards[1][1]
     bad = [text for attributes, text in page.all("tr", "bad")]
     assert len(bad) == 2
@@ -290,7 +290,7 @@ def test_pages_need_nothing_and_allow_nothing(pages: list[Page]) -> None:
         assert all(t.startswith(("data:image/", "#")) or t == "data:," for t in targets)
         assert not re.search(r"https?://|url\(|@import", page.source)
         assert not any("style" in a for _, a, _ in page.elements)  # the policy would drop it
-        ((style, text),) = page.all("style")
+        assert len(page.all("style")) == 1
         policy = next(a["content"] for a, _ in page.all("meta") if "http-equiv" in a)
         raw = re.search(r"<style>(.*?)</style>", page.source, re.DOTALL)[1]  # type: ignore[index]
         digest = base64.b64encode(hashlib.sha256(raw.encode()).digest()).decode()
@@ -301,7 +301,7 @@ def test_pages_need_nothing_and_allow_nothing(pages: list[Page]) -> None:
 def test_every_picture_has_words(pages: list[Page]) -> None:
     for page in pages:
         assert all(a.get("alt") for a, _ in page.all("img"))
-        assert all(a.get("aria-label") for a, _ in page.all("svg"))
+        assert all(a.get("aria-label") for a, _ in page.all("svg") if "viewbox" in a)
         assert page.all("html")[0][0]["lang"] == "en"
         ids = [a["id"] for _, a, _ in page.elements if "id" in a]
         assert len(ids) == len(set(ids))
@@ -376,9 +376,7 @@ def test_label_and_macro_never_appear(tmp_path: Path) -> None:
         tiff.write(tissue[::2, ::2], photometric="rgb", description=aperio, metadata=None)
         for name, kind in (("label", 1), ("macro", 9)):
             text = f"Aperio Image Library v1.0\n{name} 300x300"
-            tiff.write(
-                green, photometric="rgb", description=text, metadata=None, subfiletype=kind
-            )
+            tiff.write(green, photometric="rgb", description=text, metadata=None, subfiletype=kind)
     import openslide
 
     with openslide.OpenSlide(file) as slide:
@@ -392,9 +390,7 @@ def test_label_and_macro_never_appear(tmp_path: Path) -> None:
     commit(uri, [row], [(0, 0)])
     found = results(("s", "s/0_0", 0, 0, 1024), ("s", None, 0, 0, 1200))
     page = Page(
-        write_report(
-            uri, tmp_path / "r.html", searches=[SampleSearch(title="q", results=found)]
-        )
+        write_report(uri, tmp_path / "r.html", searches=[SampleSearch(title="q", results=found)])
     )
     images = [a["href"] for name, a, _ in page.elements if name == "image"]
     images += [a["src"] for a, _ in page.all("img")]
@@ -437,15 +433,13 @@ def test_a_browser_draws_it(archive: Archive, tmp_path: Path) -> None:
         pytest.skip("no chromium on this machine")
     page = write_report(archive, tmp_path / "report.html")
     picture = tmp_path / "page.png"
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-        "--disable-background-networking --disable-component-update --disable-sync --hide-scrollbars"
-    ).split()
-    subprocess.run(
-        [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,2200",
-         f"--screenshot={picture}", page.as_uri()],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,2200",
+        f"--screenshot={picture}",
+    ]  # fmt: skip
+    subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True, timeout=60)
     shot = cv2.imread(str(picture)).astype(int)
     blue, green, red = shot[..., 0], shot[..., 1], shot[..., 2]
     # The style applies (its policy lets it) and grid, outline and thumbnail are all painted.

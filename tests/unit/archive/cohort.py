@@ -25,10 +25,9 @@ SLOTS, DIM, REGIONS = 16, 12, 5
 
 def filled(fields: pa.Schema, rows: list[dict]) -> pa.Table:
     """Rows as a table, null where a row says nothing."""
-    names = [name for name in fields.names if name != "checksum"]
-    return pa.table(
-        {name: pa.array([row.get(name) for row in rows], fields.field(name).type) for name in names}
-    )
+    body = pa.schema([field for field in fields if field.name != "checksum"])
+    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in body]
+    return pa.Table.from_arrays(columns, schema=body)
 
 
 def slide_rows(n: int, *, status: str = "ready", encoders=("tex",), fingerprint="f") -> pa.Table:

@@ -140,13 +140,14 @@ def test_incomplete_rows_are_refused_before_anything_is_written(tmp_path):
     cohort.build(tmp_path / "a", 0)
     with Committer(tmp_path / "a") as committer:
         before = {t: committer.archive.dataset(t).version for t in committer.archive.tables()}
+        shard = write_fragment(committer.uri, "features_tex", cohort.feature_rows(1))
         with pytest.raises(ValueError, match="rows for"):
             committer.commit(
                 slides=cohort.slide_rows(1),
                 regions=cohort.region_rows(1).slice(1),
                 embeddings={"tex": cohort.embedding_rows(1)},
-                fragments={"tex": [write_fragment(committer.uri, "features_tex", cohort.feature_rows(1))]},
-            )  # fmt: skip
+                fragments={"tex": [shard]},
+            )
         after = {t: committer.archive.dataset(t).version for t in committer.archive.tables()}
         assert before == after
         cohort.commit(committer, 1)

@@ -1,0 +1,347 @@
+"""The whole path in one command: slides, archive, search, report.
+
+    python -m jobs.demo [--slides FOLDER] [--out DIR]        (the same as: make demo)
+
+Without a folder it makes a dozen slides, three of them with a fault or nothing on them, so that
+the report shows what ingest does then. A second run does only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pathflip.errors import ArchiveError, PathFLIPError
+
+if TYPE_CHECKING:
+    from jobs.ingest import IngestResult
+    from pathflip.archive import Archive
+    from pathflip.report import SampleSearch
+
+TRUNCATED, WITHOUT_MPP, GLASS, LARGE = (
+    "truncated.svs", "without-mpp.tif", "glass.svs", "resection.svs",
+)  # fmt: skip
+PLANTED = (TRUNCATED, WITHOUT_MPP)
+RESULTS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakingSlides:
+    """Progress of drawing the cohort."""
+
+    done: int
+    total: int
+
+    def line(self) -> str:
+        """One line for people."""
+        return f"drew {self.done}/{self.total} slides"
+
+    @property
+    def fraction(self) -> float:
+        """Share done, 0 to 1."""
+        return self.done / max(1, self.total)
+
+
+@dataclass
+class Stages:
+    """Announces each stage on stderr and keeps how long it took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def run(self, name: str, saying: str) -> Iterator[None]:
+        """Time one stage."""
+        print(f"{saying} …", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+
+
+def demo(
+    out: str | Path = "demo",
+    *,
+    slides: str | Path | None = None,
+    cohort: int = 8,
+    size_um: float = 4096.0,
+) -> int:
+    """Run the demo.
+
+    Args:
+        out: Where everything is written: slides, archive, report.html.
+        slides: The user's slides, which are only read; None to make some in ``out``/slides.
+        cohort: Slides to make, besides a larger one, an empty one and two faulty ones.
+        size_um: Side of the slides made, µm.
+
+    Returns:
+        The exit code: that of ingest, where the two faulty files made on purpose do not count.
+
+    Raises:
+        PathFLIPError: What ingest, search and report raise.
+    """
+    out, stages = Path(out), Stages()
+    patients: str | None = None
+    if slides is None:
+        source = out / "slides"
+        with stages.run("make slides", f"Making {cohort + 4} slides in {source}"):
+            make_slides(out, cohort=cohort, size_um=size_um)
+        patients = str(out / "patients.csv")
+    else:
+        from pathflip.slides.sources import discover
+
+        source = Path(slides)
+        found = len(discover([str(source)]))
+        print(f"Found {found:,} slides in {source}; they are only read.", file=sys.stderr)
+
+    from jobs.cluster import connect
+    from jobs.ingest import IngestConfig, ingest
+    from jobs.progress import show_progress
+    from pathflip.archive import Archive
+    from pathflip.report import write_report
+
+    with stages.run("start Ray", "Starting Ray on this machine"):
+        connect()  # before Lance is loaded, which warns about the processes Ray starts
+    uri = str(_archive_for(out, Path(os.path.abspath(source))))
+    with (
+        stages.run("ingest", f"Ingesting into {uri}; interrupt it and run it again as you like"),
+        show_progress() as progress,
+    ):
+        result = ingest([str(source)], uri, IngestConfig(patients=patients), progress=progress)
+    archive = Archive(uri)
+    with stages.run("search", "Searching with a picture of a region"):
+        search, command = sample_search(archive)
+    with stages.run("report", "Writing the report"):
+        report = write_report(
+            archive,
+            out / "report.html",
+            searches=[search] if search else [],
+            title="pathflip demo" if slides is None else f"Slides of {source.absolute().name}",
+        )
+    _print_summary(archive, result, stages.seconds, planted=PLANTED if slides is None else ())
+    print(f"Open {report}" + (f", then try: {command}" if command else "."))
+    if slides is not None:
+        return result.exit_code
+    quarantined = archive.slides("quarantined", columns=["uri"])["uri"].to_pylist()
+    return 3 if {Path(uri).name for uri in quarantined} - set(PLANTED) else 0
+
+
+def make_slides(out: Path, *, cohort: int, size_um: float) -> None:
+    """Make what is missing of the demo's slides in ``out``/slides."""
+    from jobs.progress import show_progress
+    from pathflip.synth import make_cohort, make_slide
+
+    with show_progress() as progress:
+        make_cohort(
+            out,
+            slides=cohort,
+            size_um=size_um,
+            progress=lambda done, total: progress(MakingSlides(done=done, total=total)),
+        )
+    folder = out / "slides"
+    made = sorted(path for path in folder.iterdir() if path.name[:1] == "s")
+    px = round(size_um / 0.5)
+    if not (folder / LARGE).exists():
+        make_slide(folder / LARGE, width=2 * px, height=3 * px // 2, mpp=0.5, layout="aperio")
+    if not (folder / GLASS).exists():
+        make_slide(folder / GLASS, width=px, height=px, mpp=0.5, layout="aperio", tissue="glass")
+    svs = next((path for path in made if path.suffix == ".svs"), folder / LARGE)
+    _plant(folder / TRUNCATED, svs, _truncate)
+    tif = next((path for path in made if path.suffix == ".tif"), folder / LARGE)
+    _plant(folder / WITHOUT_MPP, tif, _forget_mpp)
+
+
+def _plant(path: Path, source: Path, spoil: Callable[[Path], None]) -> None:
+    if path.exists():
+        return
+    copy = path.with_name(f".{path.name}.tmp")
+    shutil.copyfile(source, copy)
+    spoil(copy)
+    os.replace(copy, path)
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 6 // 10)
+
+
+def _forget_mpp(path: Path) -> None:
+    import tifffile
+
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        for page in tiff.pages:
+            if isinstance(page, tifffile.TiffPage) and "ResolutionUnit" in page.tags:
+                page.tags["ResolutionUnit"].overwrite(1)  # 1: no unit, so a ratio only
+
+
+def _archive_for(out: Path, source: Path) -> Path:
+    """The archive in ``out`` for slides of one folder: the user's are not mixed with made ones."""
+    from pathflip.archive import Archive
+
+    for number in count(1):
+        path = out / ("archive" if number == 1 else f"archive-{number}")
+        try:
+            uris = Archive(path).slides(columns=["uri"])["uri"].to_pylist()
+        except ArchiveError as error:
+            if error.code == "missing_archive":
+                return path
+            raise
+        if all(Path(uri).is_relative_to(source) for uri in uris):
+            return path
+    raise AssertionError("count() does not end")
+
+
+def sample_search(archive: Archive) -> tuple[SampleSearch | None, str]:
+    """Search with the picture of a region that stands out; None without any region.
+
+    Returns:
+        The search, and the command that does the same.
+    """
+    from pathflip.archive.search import search
+    from pathflip.encoders import load_encoder
+    from pathflip.geometry import Tiling
+    from pathflip.query import ImageQuery, embed_image
+    from pathflip.report import SampleSearch
+    from pathflip.slides.reader import SlideReader
+
+    name, region = _unusual_region(archive)
+    if region is None:
+        return None, ""
+    row = archive.slide(region["slide_id"])
+    x0, y0 = region["x0"], region["y0"]
+    size0 = min(region["size0"], row["width"] - x0, row["height"] - y0)
+    override = row["mpp"] if row["mpp_source"] == "override" else None
+    vector = embed_image(
+        ImageQuery(path=Path(row["uri"]), box=(x0, y0, size0, size0)),
+        encoder=load_encoder(name),
+        tiling=Tiling(**archive.tiling()),
+        mpp=override,
+    )
+    with SlideReader(patches=1, px=16) as reader:
+        picture = reader.view(row["uri"], x0=x0, y0=y0, size0=size0, px=360, slide_mpp=override)
+    sample = SampleSearch(
+        title=f"Regions that look like {Path(row['uri']).name} at x {x0:,}, y {y0:,} "
+        f"({size0:,} px = {size0 * row['mpp']:,.0f} µm), by {name} features. "
+        "That region itself should come first.",
+        results=search(archive, vector, encoder=name, k=RESULTS),
+        picture=picture,
+    )
+    image = shlex.quote(f"{_shown(row['uri'])}#{x0},{y0},{size0},{size0}")
+    where = shlex.quote(_shown(archive.uri))
+    return sample, f"{_program()} search --archive {where} --image {image} --out results.html"
+
+
+def _unusual_region(archive: Archive) -> tuple[str, dict[str, Any] | None]:
+    """An encoder, and of some thousand regions the one least like the rest of its slide."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    from pathflip.archive import vectors
+
+    name = next(iter(archive.encoders()))
+    _, entry = archive.encoder(name)
+    rows = archive.dataset(entry["embeddings_table"]).to_table(
+        columns=["id", "slide_id", "x0", "y0", "size0", "n_patches", "vector"],
+        filter=pc.field("kind") == "region",
+        limit=4096,
+    )
+    ready = archive.ready_ids(name)
+    rows = rows.filter([slide in ready for slide in rows["slide_id"].to_pylist()]).sort_by("id")
+    if not len(rows):
+        return name, None
+    found = vectors(rows["vector"])
+    slides = rows["slide_id"].to_numpy()
+    distance = np.zeros(len(found))
+    for slide in np.unique(slides):
+        of_it = slides == slide
+        distance[of_it] = np.linalg.norm(found[of_it] - found[of_it].mean(axis=0), axis=1)
+    patches = rows["n_patches"].to_numpy()
+    distance[patches < 0.75 * patches.max()] = -1  # a fragment differs for being one
+    region: dict[str, Any] = rows.slice(int(distance.argmax()), 1).to_pylist()[0]
+    return name, region
+
+
+def _program() -> str:
+    beside = Path(sys.executable).with_name("pathflip")
+    on_path = shutil.which("pathflip")
+    return "pathflip" if on_path or not beside.exists() else shlex.quote(_shown(str(beside)))
+
+
+def _shown(path: str) -> str:
+    """A path relative to the working directory where it lies in it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+def _print_summary(
+    archive: Archive, result: IngestResult, seconds: dict[str, float], *, planted: Sequence[str]
+) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    stats = archive.stats()
+    run = result.as_json()
+    done = {name: n for name, n in run["slides"].items() if n}
+    speed = f"{run['patches_per_second']:,.0f}" if run["patches"] else "nothing was left to read"
+    table = Table(title="pathflip demo", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in (
+        ("slides in the archive", _listed(stats["status"])),
+        ("in this run", _listed(done)),
+        ("regions", f"{stats['regions']:,}"),
+        ("patches", f"{stats['patches']:,}"),
+        ("patches/s", speed),
+        *((name, f"{took:,.1f} s") for name, took in seconds.items()),
+        ("archive size", f"{stats['bytes'] / 1e6:,.1f} MB"),
+    ):
+        table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    columns = ["uri", "reason", "message"]
+    bad = archive.slides("quarantined", columns=columns).to_pylist()
+    if not bad:
+        return
+    faults = Table(title="quarantined", title_justify="left", caption_justify="left")
+    if planted:
+        faults.caption = "Files spoilt on purpose show what happens to bad ones; they are no error."
+    for heading in ("file", "reason", "what is wrong"):
+        faults.add_column(heading, overflow="fold")
+    for row in bad:
+        name = Path(row["uri"]).name
+        note = " (spoilt on purpose)" if name in planted else ""
+        faults.add_row(escape(name + note), row["reason"], escape(row["message"] or ""))
+    console.print(faults)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items())) or "none"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo from the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--slides", metavar="FOLDER", help="your own slides; only read")
+    parser.add_argument("--out", metavar="DIR", default="demo", help="default: demo")
+    given = parser.parse_args(argv)
+    return demo(given.out, slides=given.slides)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except PathFLIPError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("demo: interrupted; the same command continues where it stopped.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,176 @@
+"""Patch encoders behind one protocol: uint8 patches in, one float32 vector each out.
+
+An encoder is named by a spec:
+
+* a name of the table: ``texture`` (the default, nothing to download), ``uni2``, ``conch``, … with
+  weights from the hub, or from a folder: ``uni2=/path/to/folder``;
+* ``timm:ID`` or ``hf:ID`` with a hub id (``@revision`` may follow) or a local folder: any timm
+  model, any vision model of transformers;
+* ``torchscript:FILE.pt``: only files you trust.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.encoders import zoo
+from pathflip.errors import EncoderError
+
+__all__ = ["Encoder", "EncoderInfo", "encoder_info", "load_encoder", "table_name"]
+
+_SCHEMES = ("timm", "hf", "torchscript")
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What turns patches into features.
+
+    Attributes:
+        name: Reduced to ``[a-z0-9_]``; the feature table is ``features_<name>``.
+        revision: Identity of the weights: features of two revisions are not comparable.
+        dim: Length of a feature.
+        input_px: Side of the square it sees; patches of another size are resampled inside.
+        mpp: µm per pixel it expects; None if it takes any.
+        licence: Of the weights.
+    """
+
+    name: str
+    revision: str
+    dim: int
+    input_px: int
+    mpp: float | None
+    licence: str
+
+    def __call__(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode RGB patches [n, px, px, 3] -> [n, dim].
+
+        Raises:
+            EncoderError: ``out_of_memory`` when not even one patch fits.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderInfo:
+    """What is known of an encoder before it is loaded; attributes as of ``Encoder``.
+
+    Attributes:
+        patch_um: Field of view it expects, µm; None if it takes any.
+        gated: Whether the hub asks to accept terms first.
+    """
+
+    name: str
+    revision: str
+    dim: int
+    input_px: int
+    mpp: float | None
+    patch_um: float | None
+    licence: str
+    gated: bool
+
+
+def load_encoder(spec: str, *, device: str = "auto") -> Encoder:
+    """Load an encoder.
+
+    Args:
+        spec: See the module's docstring.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        EncoderError: ``unknown_encoder``, ``missing_weights``, ``gated_weights``,
+            ``pickle_weights``, ``bad_weights``, ``missing_package``, ``remote_code``, ``no_gpu``.
+    """
+    if spec == "texture":
+        from pathflip.encoders.texture import TextureEncoder
+
+        return TextureEncoder()
+    from pathflip.encoders import neural
+
+    return neural.load(_parse(spec), device=device)
+
+
+def encoder_info(spec: str) -> EncoderInfo:
+    """Describe an encoder without building it: no weights are downloaded.
+
+    A TorchScript file says nothing about itself, so it is run once.
+
+    Raises:
+        EncoderError: As ``load_encoder``; so what cannot be loaded fails here, before anything is
+            written.
+    """
+    if spec == "texture":
+        from pathflip.encoders.texture import TextureEncoder as T
+
+        return EncoderInfo(
+            name=T.name,
+            revision=T.revision,
+            dim=T.dim,
+            input_px=T.input_px,
+            mpp=T.mpp,
+            patch_um=None,
+            licence=T.licence,
+            gated=False,
+        )
+    from pathflip.encoders import sources
+
+    return sources.describe(_parse(spec), download=False).info
+
+
+def table_name(text: str) -> str:
+    """A name reduced to ``[a-z0-9_]``, for tables."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A parsed spec: a card of the table, or a scheme; and where the weights are.
+
+    Attributes:
+        text: As given.
+        card: Row of the table, for a table name.
+        scheme: ``timm``, ``hf`` or ``torchscript`` otherwise.
+        path: Local folder or file, if one was named.
+        hub: Hub repository otherwise.
+        revision: Of the hub repository, if one was named.
+    """
+
+    text: str
+    card: zoo.Card | None = None
+    scheme: str = ""
+    path: Path | None = None
+    hub: str = ""
+    revision: str | None = None
+
+
+def _parse(spec: str) -> Spec:
+    scheme, colon, rest = spec.partition(":")
+    if colon and scheme in _SCHEMES and rest:
+        path = Path(rest).expanduser()
+        if scheme == "torchscript" or path.exists() or rest.startswith(("/", ".", "~")):
+            return Spec(text=spec, scheme=scheme, path=path)
+        hub, _, revision = rest.partition("@")
+        if scheme == "timm" and "/" not in hub:
+            hub = f"timm/{hub}"
+        return Spec(text=spec, scheme=scheme, hub=hub, revision=revision or None)
+    name, equals, folder = spec.partition("=")
+    name, _, revision = name.partition("@")
+    known = zoo.card(name)
+    if known is None:
+        names = ["texture", *(card.name for card in zoo.CARDS)]
+        near = difflib.get_close_matches(table_name(name), names, n=3, cutoff=0.5)
+        raise EncoderError(
+            f"There is no encoder {spec!r}.",
+            hint=f"Did you mean {' or '.join(near)}?"
+            if near
+            else f"Known: {', '.join(names)}; or timm:ID, hf:ID, torchscript:FILE.",
+            code="unknown_encoder",
+        )
+    where = Path(folder).expanduser() if equals else None
+    return Spec(text=spec, card=known, path=where, hub=known.hub, revision=revision or None)

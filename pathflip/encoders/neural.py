@@ -1,0 +1,422 @@
+"""Encoders that are networks: building them from weights, and running any of them.
+
+Imports torch; timm and transformers are imported where a model needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pathflip.encoders import EncoderInfo, Spec, sources, zoo
+from pathflip.encoders.weights import safetensors_of
+from pathflip.errors import EncoderError
+
+Forward = Callable[[Tensor], Tensor]
+CPU_BATCH, CUDA_BATCH = 32, 256
+
+
+class NeuralEncoder:
+    """Runs a network on patches: resampling, normalisation, bf16 on CUDA, smaller batches if short.
+
+    Args:
+        info: What the encoder is.
+        card: How patches are prepared.
+        model: Network; moved to the device.
+        forward: From normalised images [n, 3, px, px] to features [n, dim].
+        device: Where it runs.
+        batch: Patches at a time; halved for good whenever the device runs out of memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        info: EncoderInfo,
+        card: zoo.Card,
+        model: nn.Module,
+        forward: Forward,
+        device: torch.device,
+        batch: int | None = None,
+    ) -> None:
+        self.name = info.name
+        self.revision = info.revision
+        self.dim = info.dim
+        self.input_px = info.input_px
+        self.mpp = info.mpp
+        self.licence = info.licence
+        self.device = device
+        self.batch = batch or (CUDA_BATCH if device.type == "cuda" else CPU_BATCH)
+        self._card = card
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._forward = forward
+        self._mean = torch.tensor(card.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(card.std, device=device).view(1, 3, 1, 1)
+
+    def __call__(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode RGB patches [n, px, px, 3] -> [n, dim]; values may be non-finite in bf16.
+
+        Raises:
+            EncoderError: ``out_of_memory`` when not even one patch fits; ``bad_weights`` when the
+                network's output is not [n, dim].
+            ValueError: The array is not uint8 of that shape.
+        """
+        if patches.dtype != np.uint8 or patches.ndim != 4 or patches.shape[3] != 3:
+            raise ValueError(
+                f"patches are uint8 [n, px, px, 3], not {patches.dtype} {patches.shape}"
+            )
+        out = np.empty((len(patches), self.dim), np.float32)
+        done = 0
+        while done < len(patches):
+            part = patches[done : done + self.batch]
+            try:
+                features = self._encode(part)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._shrink(error)
+                continue
+            if features.shape != (len(part), self.dim):
+                raise EncoderError(
+                    f"Encoder {self.name} returns {list(features.shape[1:])} per patch where "
+                    f"[{self.dim}] was expected.",
+                    hint="Check that these are the weights of this model.",
+                    code="bad_weights",
+                )
+            out[done : done + len(part)] = features
+            done += len(part)
+        return out
+
+    def _encode(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            images = self._prepare(torch.from_numpy(np.ascontiguousarray(patches)))
+            with self._precision():
+                features = self._forward(images)
+            result: NDArray[np.float32] = features.float().cpu().numpy()
+        return result
+
+    def _prepare(self, patches: Tensor) -> Tensor:
+        """uint8 [n, px, px, 3] -> normalised float32 [n, 3, input_px, input_px]."""
+        card = self._card
+        images = patches.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        side = min(images.shape[2:])
+        resize_px = card.resize_px or max(side, card.input_px)
+        if side != resize_px:
+            scale = resize_px / side
+            size = [round(length * scale) for length in images.shape[2:]]
+            images = F.interpolate(images, size, mode=card.interpolation, antialias=True)
+            images = images.clamp_(0, 255)
+        top, left = ((length - card.input_px) // 2 for length in images.shape[2:])
+        images = images[:, :, top : top + card.input_px, left : left + card.input_px]
+        normalised = (images / 255 - self._mean) / self._std
+        return normalised.contiguous(memory_format=torch.channels_last)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            return torch.autocast("cuda", torch.bfloat16)
+        return nullcontext()
+
+    def _shrink(self, error: BaseException) -> None:
+        if self.batch == 1:
+            raise EncoderError(
+                f"Encoder {self.name} runs out of memory on {self.device} with one patch.",
+                hint="Free memory on the device, use a smaller encoder, or --device cpu.",
+                code="out_of_memory",
+            ) from error
+        self.batch = max(1, self.batch // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def load(spec: Spec, *, device: str = "auto") -> NeuralEncoder:
+    """Load the encoder of a parsed spec; see ``pathflip.encoders.load_encoder``."""
+    where = pick_device(device)
+    source = sources.describe(spec, download=True)
+    assert source.path is not None
+    model, forward = build(source.card, source.path)
+    return NeuralEncoder(
+        info=source.info, card=source.card, model=model, forward=forward, device=where
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a torch device.
+
+    Raises:
+        EncoderError: ``no_gpu`` when a GPU was asked for that torch does not see.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise EncoderError(
+            f"There is no device {device!r}.", hint="Use auto, cpu, cuda or cuda:N.", code="no_gpu"
+        ) from error
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise EncoderError(
+            f"Device {device} was asked for and torch sees {torch.cuda.device_count()} GPUs.",
+            hint="Use --device auto or cpu, or install the CUDA build of torch.",
+            code="no_gpu",
+        )
+    return where
+
+
+def build(card: zoo.Card, path: Path) -> tuple[nn.Module, Forward]:
+    """Build a network from a folder of weights (a file for TorchScript).
+
+    Raises:
+        EncoderError: ``bad_weights``, ``missing_package``, ``remote_code``.
+    """
+    if card.loader == "torchscript":
+        model = _torchscript(path)
+        return model, lambda images: pool(model(images), "model", prefix=0)
+    if card.loader in ("transformers", "clip"):
+        model = _transformers(card, path)
+        return model, _transformers_forward(card, model)
+    if card.loader == "timm":
+        model = _timm(card.architecture, {**card.arguments, "num_classes": 0}, card.name)
+        state = _read(path, card.name)
+        classifier = f"{model.default_cfg.get('classifier', 'head')}."
+        _fill(model, {k: v for k, v in state.items() if not k.startswith(classifier)}, card.name)
+        prefix = int(getattr(model, "num_prefix_tokens", 1))
+        return model, lambda images: pool(model(images), card.pooling, prefix=prefix)
+    tower = _conch(path, card.name) if card.loader == "conch" else _conch_v1_5(path, card.name)
+    return tower, tower
+
+
+def pool(output: Tensor, pooling: zoo.Pooling, *, prefix: int) -> Tensor:
+    """A network's output -> features [n, d].
+
+    Args:
+        output: Tokens [n, prefix + patches, d], or the pooled output itself for ``model``.
+        pooling: See ``zoo.Card``.
+        prefix: Tokens before the patch tokens: the class token and any register tokens.
+    """
+    if pooling == "model":
+        return output
+    if pooling == "cls":
+        return output[:, 0]
+    return torch.cat([output[:, 0], output[:, prefix:].mean(1)], 1)
+
+
+def torchscript_dim(path: Path, *, input_px: int) -> int:
+    """Length of the feature a TorchScript model gives.
+
+    Raises:
+        EncoderError: ``bad_weights`` when it does not map [n, 3, px, px] to [n, dim].
+    """
+    with torch.inference_mode():
+        try:
+            output = _torchscript(path)(torch.zeros(1, 3, input_px, input_px))
+        except RuntimeError as error:
+            raise _bad(path.stem, str(error).strip().splitlines()[-1]) from error
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise _bad(path.stem, "its output is not [n, dim]")
+    return int(output.shape[1])
+
+
+def _torchscript(path: Path) -> nn.Module:
+    try:
+        model: nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise _bad(path.stem, "it is not a TorchScript file") from error
+    return model.eval()
+
+
+def _timm(architecture: str, arguments: dict[str, Any], name: str) -> Any:
+    try:
+        import timm
+        import timm.layers
+    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch: Runtime
+        raise EncoderError(
+            f"Encoder {name} needs timm, which cannot be imported here ({error}).",
+            hint="timm needs a torchvision that fits torch: install both as the GPU lock file "
+            "has them, or use an hf: model.",
+            code="missing_package",
+        ) from error
+    classes: dict[str, Any] = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": nn.SiLU}
+    ready = {k: classes.get(v, v) if isinstance(v, str) else v for k, v in arguments.items()}
+    try:
+        return timm.create_model(architecture, pretrained=False, **ready)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _bad(name, f"timm cannot build {architecture} ({error})") from error
+
+
+def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise EncoderError(
+            f"Encoder {card.name} needs transformers.",
+            hint="Install it: pip install 'pathflip[encoders]'.",
+            code="missing_package",
+        ) from error
+    kind: Any = transformers.AutoModel
+    if card.loader == "clip":
+        kind = transformers.CLIPVisionModelWithProjection
+    try:
+        model, report = kind.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise EncoderError(
+                f"Encoder {card.name} comes with code of its own, which pathflip does not run.",
+                hint="Use a model whose architecture transformers has, or export it to "
+                "TorchScript (docs/encoders.md).",
+                code="remote_code",
+            ) from error
+        raise _bad(card.name, str(error).splitlines()[0]) from error
+    missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+    if missing:
+        raise _bad(card.name, f"{len(missing)} tensors are missing, first {sorted(missing)[0]}")
+    network: nn.Module = model
+    return network
+
+
+def _transformers_forward(card: zoo.Card, model: nn.Module) -> Forward:
+    def forward(images: Tensor) -> Tensor:
+        output = model(pixel_values=images)
+        if card.loader == "clip":
+            embeddings: Tensor = output.image_embeds
+            return embeddings
+        hidden: Tensor = output.last_hidden_state
+        if hidden.ndim == 4:  # a convolutional network: no class token
+            return hidden.mean((2, 3))
+        return pool(hidden, card.pooling, prefix=1)
+
+    return forward
+
+
+class _AttentionPool(nn.Module):
+    """CONCH: one learned query attends to all tokens."""
+
+    def __init__(self, dim: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, dim))
+        self.attn = nn.MultiheadAttention(dim, heads, kdim=context, vdim=context, batch_first=True)
+        self.ln_q, self.ln_k = nn.LayerNorm(dim), nn.LayerNorm(context)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[n, tokens, context] -> [n, 1, dim]."""
+        keys = self.ln_k(tokens)
+        queries = self.ln_q(self.query).expand(len(tokens), -1, -1)
+        out: Tensor = self.attn(queries, keys, keys, need_weights=False)[0]
+        return out
+
+
+class _PlainAttentionPool(nn.Module):
+    """CONCH v1.5: the same with projections without bias."""
+
+    def __init__(self, dim: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(1, dim))
+        self.ln_q, self.ln_k = nn.LayerNorm(dim), nn.LayerNorm(context)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(context, 2 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[n, tokens, context] -> [n, 1, dim]."""
+        queries = self.to_q(self.ln_q(self.query)).expand(len(tokens), -1, -1)
+        keys, values = self.to_kv(self.ln_k(tokens)).chunk(2, dim=-1)
+        split = [x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (queries, keys, values)]
+        mixed = F.scaled_dot_product_attention(*split)
+        out: Tensor = self.to_out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class _ConchTower(nn.Module):
+    """Image tower of CONCH: a ViT, attention pooling, LayerNorm; not projected, not normalised."""
+
+    def __init__(self, trunk: Any, pooling: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.trunk, self.attn_pool_contrast = trunk, pooling
+        self.ln_contrast = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.trunk.forward_features(images)
+        out: Tensor = self.ln_contrast(self.attn_pool_contrast(tokens)[:, 0])
+        return out
+
+
+def _conch(folder: Path, name: str) -> nn.Module:
+    trunk = _timm("vit_base_patch16_224", {"img_size": 448, "num_classes": 0}, name)
+    tower = _ConchTower(trunk, _AttentionPool(512, 768, 8), 512)
+    state = _read(folder, name)
+    # The checkpoint holds the whole vision-language model; only this tower is wanted.
+    visual = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    unused = ("attn_pool_caption.", "ln_caption.", "proj_contrast", "head.")
+    _fill(tower, {k: v for k, v in visual.items() if not k.startswith(unused)}, name)
+    return tower
+
+
+def _conch_v1_5(folder: Path, name: str) -> nn.Module:
+    arguments = {"img_size": 448, "init_values": 1.0, "num_classes": 0}
+    trunk = _timm("vit_large_patch16_224", arguments, name)
+    tower = _ConchTower(trunk, _PlainAttentionPool(768, 1024, 8), 768)
+    state = _read(folder, name)
+    if "trunk.pos_embed" in state:
+        state["trunk.pos_embed"] = stretch_positions(state["trunk.pos_embed"], grid=28)
+    _fill(tower, state, name)
+    return tower
+
+
+def stretch_positions(positions: Tensor, *, grid: int) -> Tensor:
+    """Position embeddings [1, 1 + n², d] for another grid, as the published CONCH v1.5 code does.
+
+    It stores any grid as 14 x 14 (bilinear) and stretches that (bicubic, with DINO's 0.1 added to
+    the size), which is not quite what timm would do.
+    """
+    stored = 14
+    cls, patches = positions[:, :1], positions[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    image = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    if side != stored:
+        image = F.interpolate(image, (stored, stored), mode="bilinear", antialias=False)
+    if grid != stored:
+        factor = (grid + 0.1) / stored
+        image = F.interpolate(image, scale_factor=(factor, factor), mode="bicubic")
+    return torch.cat([cls.float(), image.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in safetensors_of(folder):
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise _bad(name, f"{file.name} cannot be read ({error})") from error
+    return state
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Load a state dict that must fit exactly."""
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:300]
+        raise _bad(name, f"they do not fit the architecture ({problem})") from error
+
+
+def _bad(name: str, problem: str) -> EncoderError:
+    return EncoderError(
+        f"The weights of {name} cannot be used: {problem}.",
+        hint="Check that the folder holds this model, complete.",
+        code="bad_weights",
+    )
