@@ -197,6 +197,7 @@ class Planner:
             record = _new_record(source)
             started = time.perf_counter()
             try:
+                _check_name(record)
                 sha = self._attempt(record, partial(self._digest, source.uri))
                 if stat_source(Path(source.uri)) != source:
                     raise _changed(source.uri)
@@ -484,6 +485,18 @@ def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
     return np.asarray(unit, np.float32)
+
+
+def _check_name(record: dict[str, Any]) -> None:
+    """Refuse a path that is no Unicode: the archive could not name the slide."""
+    shown = os.fsencode(record["uri"]).decode(errors="backslashreplace")
+    if shown != record["uri"]:
+        record["uri"] = shown
+        raise SlideError(
+            f"The name of {Path(shown).name} is not valid UTF-8.",
+            hint="Rename the file.",
+            code="unsupported",
+        )
 
 
 def _changed(uri: str) -> SlideError:

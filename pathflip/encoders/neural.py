@@ -233,7 +233,7 @@ def _torchscript(path: Path) -> nn.Module:
 def _timm(architecture: str, arguments: dict[str, Any], name: str) -> Any:
     try:
         import timm
-        import timm.layers
+        from timm.layers.mlp import SwiGLUPacked
     except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch: Runtime
         raise EncoderError(
             f"Encoder {name} needs timm, which cannot be imported here ({error}).",
@@ -241,7 +241,7 @@ def _timm(architecture: str, arguments: dict[str, Any], name: str) -> Any:
             "has them, or use an hf: model.",
             code="missing_package",
         ) from error
-    classes: dict[str, Any] = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": nn.SiLU}
+    classes: dict[str, Any] = {"SwiGLUPacked": SwiGLUPacked, "SiLU": nn.SiLU}
     ready = {k: classes.get(v, v) if isinstance(v, str) else v for k, v in arguments.items()}
     try:
         return timm.create_model(architecture, pretrained=False, **ready)

@@ -102,15 +102,15 @@ def _at_native(patch: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if patch.shape[:2] == (PX, PX):
         return patch
     how = cv2.INTER_AREA if min(patch.shape[:2]) > PX else cv2.INTER_LINEAR
-    resized: NDArray[np.uint8] = cv2.resize(patch, (PX, PX), interpolation=how)
-    return resized
+    return np.asarray(cv2.resize(patch, (PX, PX), interpolation=how), np.uint8)
 
 
 @lru_cache(maxsize=1)
 def _density() -> NDArray[np.uint8]:
     """Optical density of each grey level, in steps of 1/90."""
     density = -np.log(np.maximum(np.arange(256), 1) / _GLASS)
-    return np.clip(np.rint(_STEPS_PER_DENSITY * density), 0, 255).astype(np.uint8)
+    steps: NDArray[np.float64] = np.clip(np.rint(_STEPS_PER_DENSITY * density), 0, 255)
+    return steps.astype(np.uint8)
 
 
 def _measure(patch: NDArray[np.uint8]) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +139,8 @@ def digest_source(path: Path) -> str:
 
 
 def _digest_file(path: Path) -> str:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device never end
+        raise OSError(errno.EINVAL, "it is no regular file")
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         buffer = bytearray(_BLOCK)
