@@ -21,11 +21,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathflip.errors import ArchiveError, PathFLIPError
+from pathflip.errors import ArchiveError, ConfigError, PathFLIPError, SlideError
 
 if TYPE_CHECKING:
     from jobs.ingest import IngestResult
     from pathflip.archive import Archive
+    from pathflip.geometry import Tiling
     from pathflip.report import SampleSearch
 
 TRUNCATED, WITHOUT_MPP, GLASS, LARGE = (
@@ -33,6 +34,7 @@ TRUNCATED, WITHOUT_MPP, GLASS, LARGE = (
 )  # fmt: skip
 PLANTED = (TRUNCATED, WITHOUT_MPP)
 RESULTS = 6
+QUERY_PX = 360
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,7 @@ def _archive_for(out: Path, source: Path) -> Path:
 
 
 def sample_search(archive: Archive) -> tuple[SampleSearch | None, str]:
-    """Search with the picture of a region that stands out; None without any region.
+    """Search with a picture of a region that stands out; None where that cannot be done.
 
     Returns:
         The search, and the command that does the same.
@@ -215,21 +217,26 @@ def sample_search(archive: Archive) -> tuple[SampleSearch | None, str]:
     if region is None:
         return None, ""
     row = archive.slide(region["slide_id"])
-    x0, y0 = region["x0"], region["y0"]
-    size0 = min(region["size0"], row["width"] - x0, row["height"] - y0)
+    tiling = Tiling(**archive.tiling())
+    x0, y0, size0 = _tissue_square(archive, region["id"], tiling, mpp=row["mpp"])
     override = row["mpp"] if row["mpp_source"] == "override" else None
-    vector = embed_image(
-        ImageQuery(path=Path(row["uri"]), box=(x0, y0, size0, size0)),
-        encoder=load_encoder(name),
-        tiling=Tiling(**archive.tiling()),
-        mpp=override,
-    )
-    with SlideReader(patches=1, px=16) as reader:
-        picture = reader.view(row["uri"], x0=x0, y0=y0, size0=size0, px=360, slide_mpp=override)
+    try:
+        vector = embed_image(
+            ImageQuery(path=Path(row["uri"]), box=(x0, y0, size0, size0)),
+            encoder=load_encoder(name),
+            tiling=tiling,
+            mpp=override,
+        )
+        with SlideReader(patches=1, px=16) as reader:
+            picture = reader.view(
+                row["uri"], x0=x0, y0=y0, size0=size0, px=QUERY_PX, slide_mpp=override
+            )
+    except (ConfigError, SlideError) as error:  # its file is gone or changed since it was ingested
+        print(f"No sample search: {error}", file=sys.stderr)
+        return None, ""
     sample = SampleSearch(
-        title=f"Regions that look like {Path(row['uri']).name} at x {x0:,}, y {y0:,} "
-        f"({size0:,} px = {size0 * row['mpp']:,.0f} µm), by {name} features. "
-        "That region itself should come first.",
+        title=f"Regions that look like {size0 * row['mpp']:,.0f} µm of {Path(row['uri']).name}, "
+        f"at x {x0:,} px, y {y0:,} px, by {name} features",
         results=search(archive, vector, encoder=name, k=RESULTS),
         picture=picture,
     )
@@ -248,7 +255,7 @@ def _unusual_region(archive: Archive) -> tuple[str, dict[str, Any] | None]:
     name = next(iter(archive.encoders()))
     _, entry = archive.encoder(name)
     rows = archive.dataset(entry["embeddings_table"]).to_table(
-        columns=["id", "slide_id", "x0", "y0", "size0", "n_patches", "vector"],
+        columns=["id", "slide_id", "n_patches", "vector"],
         filter=pc.field("kind") == "region",
         limit=4096,
     )
@@ -266,6 +273,31 @@ def _unusual_region(archive: Archive) -> tuple[str, dict[str, Any] | None]:
     distance[patches < 0.75 * patches.max()] = -1  # a fragment differs for being one
     region: dict[str, Any] = rows.slice(int(distance.argmax()), 1).to_pylist()[0]
     return name, region
+
+
+def _tissue_square(
+    archive: Archive, region_id: str, tiling: Tiling, *, mpp: float
+) -> tuple[int, int, int]:
+    """(x0, y0, size0) of a region's largest square of patches that all are tissue, level-0 px."""
+    import numpy as np
+    from numpy.lib.stride_tricks import sliding_window_view
+
+    from pathflip.geometry import patch_rects
+
+    slide_id, _, place = region_id.rpartition("/")
+    regions = archive.regions(slide_id, columns=["region_id", "patch_mask"]).to_pylist()
+    mask = next(row["patch_mask"] for row in regions if row["region_id"] == region_id)
+    kept = np.reshape(mask, (tiling.side, tiling.side)) != 0
+    for side in range(tiling.side, 0, -1):
+        whole = sliding_window_view(kept, (side, side)).all(axis=(2, 3))
+        if whole.any():
+            break
+    row, col = np.argwhere(whole)[0]
+    rx, ry = map(int, place.split("_"))
+    rects = patch_rects(tiling, rx=rx, ry=ry, mpp=mpp).reshape(tiling.side, tiling.side, 4)
+    x0, y0 = rects[row, col, :2].tolist()
+    last_x, last_y, w0, h0 = rects[row + side - 1, col + side - 1].tolist()
+    return x0, y0, min(last_x + w0 - x0, last_y + h0 - y0)
 
 
 def _program() -> str:

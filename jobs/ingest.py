@@ -45,6 +45,7 @@ from pathflip.slides.sources import Source, discover, slide_id, stat_source
 
 RETRIED = ("timeout", "reader_crash")
 MIN_BAD_TILES = 4
+COMPACT_AFTER_FRAGMENTS = 512  # a commit writes the whole list of fragments anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -780,6 +781,8 @@ def _is_done(
     if row is None or (row["bytes"], row["mtime_ns"]) != (source.bytes, source.mtime_ns):
         return False
     if row["status"] == "quarantined":
+        if row["reason"] == "damaged_rows":  # the archive lost it, not the source
+            return False
         mendable = row["reason"] in ("needs_mpp", "mpp_out_of_range", "anisotropic_pixels")
         return not (config.retry or (mendable and given is not None))
     if given is not None and abs(row["mpp"] - given) > 1e-9 * given:
@@ -818,7 +821,7 @@ class Ledger:
         self._batch: list[dict[str, Any]] = []
         self._committed_at = time.monotonic()
         self._counts = {"ready": 0, "quarantined": 0, "empty": 0, "skipped": 0}
-        self._regions = self._patches = 0
+        self._regions = self._patches = self._fragments = 0
         self._bytes_done = self._bytes_total = 0
 
     def outstanding(self) -> list[dict[str, str]]:
@@ -991,6 +994,10 @@ class Ledger:
         )
         if superseded:
             self._committer.drop_slides(superseded)
+        self._fragments += sum(len(texts) for w in good for texts in w["fragments"].values())
+        if self._fragments > COMPACT_AFTER_FRAGMENTS:
+            self._committer.compact()
+            self._fragments = 0
 
     def _note_aliases(self) -> None:
         """Remember further names of slides whose content the archive already has."""
@@ -1026,7 +1033,8 @@ class Ledger:
         self._note_aliases()
         if self._chunks:  # cannot happen while every actor returns every row it was given
             raise RuntimeError(f"chunks of {len(self._chunks)} slides never came back")
-        self._committer.compact()
+        if sum(self._counts.values()) > self._counts["skipped"]:
+            self._committer.compact()
         self._report("done")
         return IngestResult(
             slides=dict(self._counts),

@@ -497,7 +497,7 @@ def search(
     from pathflip.archive.search import search as search_archive
     from pathflip.encoders import load_encoder
     from pathflip.geometry import Tiling
-    from pathflip.query import ImageQuery, embed_image
+    from pathflip.query import ImageQuery, embed_image, query_picture
 
     filters = [Filter.parse(text) for text in where or ()]
     opened = Archive(archive)
@@ -533,7 +533,18 @@ def search(
     if out is not None:
         from pathflip.report import write_results
 
-        write_results(opened, results, out, title=f"Like {image or slide or region}")
+        picture = None
+        if image is not None:
+            picture = query_picture(
+                ImageQuery.parse(image), tiling=Tiling(**opened.tiling()), mpp=mpp
+            )
+        write_results(
+            opened,
+            results,
+            out,
+            query_picture=picture,
+            title=f"Like {image or slide or region}",
+        )
     rows = results.to_pylist()
     if as_json:
         _print_json(rows)

@@ -73,6 +73,7 @@ REASONS: dict[str, str] = {
     "mpp_too_coarse": "The slide is coarser than the requested resolution.",
     "source_changed": "The file changed between planning and reading.",
     "too_many_bad_tiles": "More tiles are damaged than the run allows.",
+    "damaged_rows": "Its rows in the archive were damaged; the next ingest makes them again.",
     "bad_features": "The encoder returned values that are not finite.",
     "out_of_memory": "Embedding the slide ran out of memory even one patch at a time.",
 }

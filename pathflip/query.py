@@ -13,6 +13,7 @@ from pathflip.encoders import Encoder
 from pathflip.errors import ConfigError, SlideError
 from pathflip.geometry import Tiling, patch_rects
 from pathflip.slides.reader import SlideReader
+from pathflip.slides.tissue import TissueMask
 
 READ_TIMEOUT_S = 60.0
 PLAN_TIMEOUT_S = 900.0
@@ -53,7 +54,8 @@ def embed_image(
     """Mean feature of the query's patches, of length 1.
 
     A slide without a box is cut on its tissue as when it is ingested; a box is cut from its own
-    corner into whole patches (one around its centre if it is smaller than a patch).
+    corner into whole patches (one around its centre if it is smaller than a patch), of which those
+    on tissue count, or all where none is.
 
     Args:
         query: What to look for.
@@ -80,6 +82,29 @@ def embed_image(
     return np.asarray(mean / np.linalg.norm(mean), np.float32)
 
 
+def query_picture(
+    query: ImageQuery, *, tiling: Tiling, mpp: float | None = None, px: int = 512
+) -> bytes:
+    """JPEG of what was asked for, its longer side about ``px`` pixels."""
+    if query.path.suffix.lower() in _PICTURES:
+        pixels = cv2.imread(str(query.path), cv2.IMREAD_COLOR)
+        if pixels is None:
+            raise ConfigError(f"{query.path} is no picture that can be read.")
+        if query.box is not None:
+            x, y, w, h = query.box
+            pixels = pixels[y : y + h, x : x + w]
+        scale = min(1.0, px / max(pixels.shape[:2]))
+        size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+        small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+        return bytes(cv2.imencode(".jpg", small)[1])
+    with SlideReader(patches=1, px=16) as reader:
+        path = str(query.path.absolute())
+        if query.box is None:
+            return reader.plan(path, tiling=tiling, mpp=mpp, timeout_s=PLAN_TIMEOUT_S).thumbnail
+        x, y, w, h = query.box
+        return reader.view(path, x0=x, y0=y, size0=max(w, h), px=px, slide_mpp=mpp)
+
+
 def _slide(
     query: ImageQuery, encoder: Encoder, tiling: Tiling, mpp: float | None
 ) -> tuple[NDArray[np.float64], int]:
@@ -95,7 +120,11 @@ def _slide(
                 for rx, ry, mask in zip(regions.rx, regions.ry, regions.patch_mask, strict=True)
             ]
         else:
-            rects = _box_rects(query.box, tiling.patch_um / scale, width, height, tiling.slots)
+            boxed = _box_rects(query.box, tiling.patch_um / scale, width, height)
+            mask = TissueMask.from_png(
+                plan.tissue_png, mpp=plan.info["tissue_mpp"], slide_mpp=scale
+            )
+            rects = np.array_split(_on_tissue(boxed, mask, tiling), -(-len(boxed) // tiling.slots))
         for group in rects:
             reader.start_read(
                 path, group, mpp=tiling.mpp, px=tiling.patch_px, slide_mpp=mpp,
@@ -109,9 +138,21 @@ def _slide(
     return total, count
 
 
+def _on_tissue(rects: NDArray[np.int64], mask: TissueMask, tiling: Tiling) -> NDArray[np.int64]:
+    """The patches with as much tissue as the archive asks for; all of them if none has."""
+    share = np.array(
+        [
+            mask.coverage(np.array([x, x + w], float), np.array([y, y + h], float))[0, 0]
+            for x, y, w, h in rects
+        ]
+    )
+    enough = share >= tiling.min_patch_tissue
+    return rects[enough] if enough.any() else rects
+
+
 def _box_rects(
-    box: tuple[int, int, int, int], side0: float, width: int, height: int, group: int
-) -> list[NDArray[np.int64]]:
+    box: tuple[int, int, int, int], side0: float, width: int, height: int
+) -> NDArray[np.int64]:
     x, y, w, h = box
     if x + w > width or y + h > height:
         raise ConfigError(
@@ -123,16 +164,16 @@ def _box_rects(
         raise ConfigError("The slide is smaller than one patch.")
     lines = []
     for start, length, limit in ((x, w, width), (y, h, height)):
-        n = int(length / side0)
+        n = int((length + 1) / side0)  # three patches of 256.5 px may be a box of 769
         if n == 0:
             corner = min(max(0, round(start + length / 2 - side0 / 2)), limit - side)
             lines.append(np.array([corner]))
         else:
-            lines.append(np.floor(start + np.arange(n) * side0 + 0.5).astype(np.int64))
+            corners = np.floor(start + np.arange(n) * side0 + 0.5).astype(np.int64)
+            lines.append(np.minimum(corners, limit - side))
     xs, ys = np.meshgrid(*lines)
     sides = np.full(xs.size, side)
-    rects = np.stack([xs.ravel(), ys.ravel(), sides, sides], axis=1).astype(np.int64)
-    return [rects[start : start + group] for start in range(0, len(rects), group)]
+    return np.stack([xs.ravel(), ys.ravel(), sides, sides], axis=1).astype(np.int64)
 
 
 def _picture(

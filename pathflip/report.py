@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
     from pathflip.slides.reader import SlideReader
 
-CARD_PX = 640
+CARD_PX = (640, 400)
+"""Longer side of the thumbnails in cards: of few slides, and of many, so that the page loads."""
+MANY = 40
 REGION_PX = 320
 PATCH_PX = 128
 MAP_PX = 160
@@ -79,6 +81,7 @@ def write_report(
         for status in ("ready", "empty", "quarantined")
     }
     stats = archive.stats()
+    px = CARD_PX[len(by_status["ready"]) > MANY]
     return _write(
         "report.html",
         Path(path),
@@ -92,7 +95,7 @@ def write_report(
         seconds=sum(row["seconds"] or 0.0 for row in rows),
         bar=_bar([stats["status"].get(status, 0) for status in by_status]),
         last=max((row["ingested_at"] for row in rows if row["ingested_at"]), default=None),
-        cards=[_card(archive, row) for row in by_status["ready"]],
+        cards=[_card(archive, row, px=px) for row in by_status["ready"]],
         empty=[{**row, "picture": _slide_map(archive, row)} for row in by_status["empty"]],
         quarantined=[{**row, **_mend(archive.uri, row)} for row in by_status["quarantined"]],
         searches=[
@@ -151,7 +154,7 @@ def _newest(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return sorted(rows[:count], key=lambda row: str(row["slide_id"]))
 
 
-def _card(archive: Archive, row: dict[str, Any]) -> dict[str, Any]:
+def _card(archive: Archive, row: dict[str, Any], *, px: int) -> dict[str, Any]:
     """What a ready slide's card shows."""
     columns = ["rx", "ry", "n_patches", "n_bad", "patch_mask", "patch_blur", "patch_pen"]
     regions = archive.regions(row["slide_id"], columns=columns)
@@ -159,11 +162,11 @@ def _card(archive: Archive, row: dict[str, Any]) -> dict[str, Any]:
     blur = _matrix(regions["patch_blur"], archive.slots)[kept]
     pen = _matrix(regions["patch_pen"], archive.slots)[kept]
     images = archive.slide(row["slide_id"])
-    view = _view(images, CARD_PX)
+    view = _view(images, px)
     return {
         **row,
         "view": view,
-        "outline": _outline(images, row["width"] / CARD_PX) if view else "",
+        "outline": _outline(images, row["width"] / px) if view else "",
         "rects": _region_rects(archive.tiling(), regions, mpp=row["mpp"]),
         "blur": float(np.median(blur)) if len(blur) else 0.0,
         "pen": float(pen.mean()) if len(pen) else 0.0,

@@ -57,7 +57,7 @@ from pathflip.archive.storage import (
 )
 from pathflip.errors import ArchiveError
 
-FEATURE_ROWS_PER_FRAGMENT = 4096
+FEATURE_BYTES_PER_FRAGMENT = 64 << 20
 _SELF_DIGEST = "sha256:"  # prefix of config keys in ``files``: digests of its own data files
 _IDS_PER_STATEMENT = 500
 
@@ -252,6 +252,19 @@ class Shard:
                 "files": self.files,
                 "fragments": self.fragments,
             }
+        )
+
+    @classmethod
+    def joined(cls, shards: Sequence[Shard]) -> Shard:
+        """Returns shards of one table as one, so that they become visible in one commit."""
+        rows: Counter[str] = Counter()
+        for shard in shards:
+            rows.update(shard.rows)
+        return cls(
+            table=shards[0].table,
+            rows=dict(rows),
+            files={path: digest for shard in shards for path, digest in shard.files.items()},
+            fragments=[item for shard in shards for item in shard.fragments],
         )
 
     @classmethod
@@ -504,8 +517,8 @@ class Committer:
         rows = slides.filter(pc.is_in(slides["slide_id"], pa.array(chosen, pa.string())))
         rows = self._with_encoders(rows, {s: ledger[s]["encoders"] or [] for s in extend})
         self._register({path: d for shard in new for path, d in shard.files.items()})
-        for shard in new:
-            self._append(shard)
+        for table in dict.fromkeys(shard.table for shard in new):
+            self._append(Shard.joined([shard for shard in new if shard.table == table]))
         self.upsert("slides", rows)
         self._refresh()
         return Committed(written=[*write, *note], extended=list(extend), skipped=skipped)
@@ -578,7 +591,9 @@ class Committer:
         for table in ("meta", *self._archive.tables()):
             dataset = open_table(self.uri, table)
             rows = dataset.count_rows()
-            target = FEATURE_ROWS_PER_FRAGMENT if table.startswith("features_") else 1 << 20
+            target = 1 << 20
+            if table.startswith("features_"):  # rows of a large encoder are near a megabyte
+                target = rows_per_batch(dataset.schema, budget=FEATURE_BYTES_PER_FRAGMENT)
             with guarded(self.uri, f"compact the table {table}"):
                 dataset.optimize.compact_files(
                     target_rows_per_fragment=target,

@@ -56,7 +56,7 @@ class NeuralEncoder:
         self.device = device
         self.batch = batch or (CUDA_BATCH if device.type == "cuda" else CPU_BATCH)
         self._card = card
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = model.eval().to(device)
         self._forward = forward
         self._mean = torch.tensor(card.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(card.std, device=device).view(1, 3, 1, 1)
@@ -258,18 +258,30 @@ def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
             hint="Install it: pip install 'pathflip[encoders]'.",
             code="missing_package",
         ) from error
-    kind: Any = transformers.AutoModel
-    if card.loader == "clip":
-        kind = transformers.CLIPVisionModelWithProjection
+    from safetensors import SafetensorError
+
+    log = transformers.utils.logging
+    verbosity = log.get_verbosity()
+    log.set_verbosity_error()  # it reports the text tower of a CLIP as unexpected
     try:
+        kind: Any = transformers.AutoModel
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        if card.loader == "clip":
+            kind = transformers.CLIPVisionModelWithProjection
+            if hasattr(config, "vision_config"):  # of a whole CLIP, which alone knows the length
+                config.vision_config.projection_dim = config.projection_dim
+                config = config.vision_config
         model, report = kind.from_pretrained(
             str(folder),
+            config=config,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise EncoderError(
                 f"Encoder {card.name} comes with code of its own, which pathflip does not run.",
@@ -278,9 +290,12 @@ def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
                 code="remote_code",
             ) from error
         raise _bad(card.name, str(error).splitlines()[0]) from error
-    missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
-    if missing:
-        raise _bad(card.name, f"{len(missing)} tensors are missing, first {sorted(missing)[0]}")
+    finally:
+        log.set_verbosity(verbosity)
+    absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    absent = sorted(key for key in absent if not key.startswith("pooler."))
+    if absent:
+        raise _bad(card.name, f"{len(absent)} tensors are missing or misshapen, first {absent[0]}")
     network: nn.Module = model
     return network
 

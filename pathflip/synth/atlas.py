@@ -25,7 +25,7 @@ ORGANS = ("colon", "breast", "muscle", "lung")
 PATTERNS = ("trabecular", "nested", "cribriform", "solid")
 """Tumour architectures, periods 38 to 48 µm: readable at 5x to 10x, of equal cell density."""
 NUCLEI = ("plain", "nucleolus", "groove")
-"""Nuclear types of equal integrated optical density: readable at 20x to 40x only."""
+"""Nuclear types of equal integrated optical density and extent: read at 10x and finer."""
 GRADES = {"low": 7.0, "high": 9.5}
 """Tumour nuclear diameter in µm."""
 OTHERS = (
@@ -139,7 +139,7 @@ def nucleus(
     """Optical density of one nucleus [k, k].
 
     For one shape every ``kind`` has the same integral and the same second moments, so that kinds
-    differ in nothing that survives averaging over the nucleus: low magnification cannot tell them.
+    differ only in what is finer than a nucleus.
 
     Args:
         kind: One of ``NUCLEI``: evenly filled; pale with a rim and a central dot; with a pale

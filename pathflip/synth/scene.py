@@ -373,11 +373,14 @@ def render(scene: Scene, atlas: Atlas, *, layout: Layout | None = None) -> NDArr
     strips: dict[int, NDArray[np.uint16]] = {}
     shifts = rng.integers(0, 1 << 16, (len(names), 2)).tolist()
     turns = rng.integers(0, 8, len(names)).tolist()
+    zooms = rng.uniform(0.92, 1.08, len(names)).tolist()
+    gains = rng.uniform(0.9, 1.1, (len(names), 2))  # the section is not equally thick everywhere
     for label in np.flatnonzero(np.bincount(layout.labels.ravel())[1:]) + 1:
         texture = atlas(names[label], mpp=mpp)
         if turns[label] & 4:
             texture = texture.T
         texture = texture[:: (-1, 1)[turns[label] & 1], :: (-1, 1)[turns[label] >> 1 & 1]]
+        texture = _varied(texture, zoom=zooms[label], gains=gains[label])
         columns = (np.arange(side) + shifts[label][0]) % len(texture)
         strips[int(label)] = texture[:, columns]
     bend_x, bend_y = _bends(side, mpp)
@@ -408,6 +411,19 @@ def render(scene: Scene, atlas: Atlas, *, layout: Layout | None = None) -> NDArr
     elif scene.artefact == "blur":
         _defocus(pixels, rng, mpp)
     return pixels
+
+
+def _varied(
+    texture: NDArray[np.uint16], *, zoom: float, gains: NDArray[np.float64]
+) -> NDArray[np.uint16]:
+    """A whole period at another size and with other stain densities (H, E); still periodic."""
+    pair = np.ascontiguousarray(texture).view(np.uint8).reshape(*texture.shape, 2)
+    side = round(len(texture) * zoom)
+    how = cv2.INTER_AREA if zoom < 1 else cv2.INTER_LINEAR
+    sized = cv2.resize(pair, (side, side), interpolation=how)
+    table = np.clip(np.arange(256)[:, None] * gains[::-1], 0, 255).round().astype(np.uint8)
+    out = cv2.LUT(sized, table.reshape(256, 1, 2))  # E is the low byte and comes first
+    return np.asarray(out).view(np.uint16)[..., 0]
 
 
 def _texture(scene: Scene, finding: str) -> str:

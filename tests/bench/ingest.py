@@ -24,9 +24,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # one CPU second is one core's
-    os.environ.setdefault(_name, "1")
-
 import cv2
 import numpy as np
 import openslide
@@ -93,9 +90,9 @@ def regions_of(opened: Slide, limit: int) -> list[NDArray[np.int64]]:
     )
     fullest = np.argsort(-regions.patch_mask.sum(axis=1), kind="stable")[:limit]
     return [
-        patch_rects(
-            TILING, rx=int(regions.rx[i]), ry=int(regions.ry[i]), mpp=opened.mpp
-        )[regions.patch_mask[i]]
+        patch_rects(TILING, rx=int(regions.rx[i]), ry=int(regions.ry[i]), mpp=opened.mpp)[
+            regions.patch_mask[i]
+        ]
         for i in sorted(fullest)
     ]
 
@@ -122,7 +119,9 @@ def floor(opened: Slide, regions: Sequence[NDArray[np.int64]]) -> Callable[[], N
     return decode
 
 
-def ours(opened: Slide, regions: Sequence[NDArray[np.int64]], halving: Halving) -> Callable[[], None]:
+def ours(
+    opened: Slide, regions: Sequence[NDArray[np.int64]], halving: Halving
+) -> Callable[[], None]:
     """``Slide.read_patches``, region by region as the job asks for them."""
     out = np.empty((TILING.slots, PX, PX, 3), np.uint8)
 
@@ -384,7 +383,9 @@ def perform(steps: Iterable[dict[str, Any]]) -> None:
             shutil.rmtree(archive)
 
 
-def bare_loop(groups: list[dict[str, str]], config: Any, archive: str, tables: Any) -> Iterator[Any]:
+def bare_loop(
+    groups: list[dict[str, str]], config: Any, archive: str, tables: Any
+) -> Iterator[Any]:
     """What ``jobs.ingest._pipeline`` does, by the same code, one process and no Ray."""
     import pyarrow as pa
 
@@ -462,6 +463,8 @@ def main() -> None:
         perform(json.loads(arguments.steps))
         return
     cv2.setNumThreads(1)
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # idle threads spin
+        os.environ.setdefault(variable, "1")
     report: Report = {}
     load = [os.getloadavg()[0]]
     for name in arguments.only or PARTS:

@@ -51,6 +51,18 @@ def test_box_of_a_slide_is_the_mean_of_its_patches(slide_path, encoder):
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
 
 
+def test_glass_in_a_box_does_not_count(slide_path, encoder):
+    slide = Slide(slide_path)
+    row = slide.read(0, 1024, (2048, 256))
+    tissue = [x for x in range(0, 2048, 256) if row[:, x : x + 256].mean() < 225]
+    assert 0 < len(tissue) < 8  # the row has both
+    vector = embed_image(
+        ImageQuery(path=slide_path, box=(0, 1024, 2048, 256)), encoder=encoder, tiling=TILING
+    )
+    mean = encoder(np.stack([row[:, x : x + 256] for x in tissue])).mean(axis=0)
+    assert vector @ (mean / np.linalg.norm(mean)) > 0.98
+
+
 def test_a_small_box_is_read_with_its_surroundings(slide_path, encoder):
     vector = embed_image(
         ImageQuery(path=slide_path, box=(728, 828, 10, 10)), encoder=encoder, tiling=TILING

@@ -145,7 +145,9 @@ def test_conch_towers(name, tmp_path, monkeypatch):
     x = (x - torch.tensor(card.mean).view(3, 1, 1)) / torch.tensor(card.std).view(3, 1, 1)
 
     def norm(y, ln):
-        return torch.nn.functional.layer_norm(y, y.shape[-1:], head[f"{ln}.weight"], head[f"{ln}.bias"])
+        return torch.nn.functional.layer_norm(
+            y, y.shape[-1:], head[f"{ln}.weight"], head[f"{ln}.bias"]
+        )
 
     with torch.inference_mode():
         keys = norm(model.forward_features(x), "ln_k")
