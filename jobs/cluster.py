@@ -9,6 +9,7 @@ import ray
 
 from pathflip.errors import ConfigError
 
+START_ATTEMPTS = 3
 LOCAL_OBJECT_STORE_BYTES = 256 << 20  # rows hold metadata, never pixels: this is plenty
 
 
@@ -38,6 +39,18 @@ def connect(address: str | None = None) -> None:
     # What Ray and Lance say to themselves is no help on a terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("LANCE_LOG", "error")
+    for attempt in range(START_ATTEMPTS):
+        try:
+            _start_local()
+            return
+        except Exception as error:  # Ray raises no narrower type here
+            # Ray waits a fixed 30 s for its own processes, too little on a busy machine.
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                raise
+            ray.shutdown()
+
+
+def _start_local() -> None:
     ray.init(
         address="local",
         include_dashboard=False,

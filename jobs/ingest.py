@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -292,6 +293,7 @@ class Embedder:
         self._config = config
         self._archive = archive
         self._tables = list(tables)
+        cv2.setNumThreads(1)  # parallel work is Ray's
         px = config.tiling.patch_px
         self._encoders: list[Encoder] = []
         self._fatal: PathFLIPError | None = None

@@ -471,7 +471,10 @@ def search(
         list[str] | None,
         typer.Option(help="Filter, e.g. patient_id=P1 or tissue_fraction>0.5.", metavar="EXPR"),
     ] = None,
-    encoder: Annotated[str | None, typer.Option(help="Which encoder's features.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Which encoder's features; as for ingest where weights are local."),
+    ] = None,
     exclude_same_slide: Annotated[
         bool, typer.Option("--exclude-same-slide", help="Leave the query's own slide out.")
     ] = False,
@@ -501,12 +504,12 @@ def search(
 
     filters = [Filter.parse(text) for text in where or ()]
     opened = Archive(archive)
-    name, _ = opened.encoder(encoder)
+    name, spec = _archive_encoder(opened, encoder)
     own_slide = own_patient = None
     if image is not None:
         vector = embed_image(
             ImageQuery.parse(image),
-            encoder=load_encoder(name),
+            encoder=load_encoder(spec),
             tiling=Tiling(**opened.tiling()),
             mpp=mpp,
         )
@@ -553,6 +556,25 @@ def search(
     _table("", columns, [[row[key] for key in columns] for row in rows])
     if out is not None:
         print(f"Pictures: {out}")
+
+
+def _archive_encoder(opened: Any, encoder: str | None) -> tuple[str, str]:
+    """The archive's name of an encoder, and how to load it."""
+    from pathflip.encoders import encoder_info
+
+    if encoder is None or encoder in opened.encoders():
+        name = opened.encoder(encoder)[0]
+        return name, encoder or name
+    info = encoder_info(encoder)
+    name, entry = opened.encoder(info.name)
+    if entry["revision"] != info.revision:
+        raise ConfigError(
+            f"The archive holds features of {name} revision {entry['revision']}; "
+            f"{encoder} is revision {info.revision}.",
+            hint="Search with the weights the archive was made with.",
+            code="other_encoder",
+        )
+    return name, encoder
 
 
 @app.command()

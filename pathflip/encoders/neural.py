@@ -260,7 +260,7 @@ def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
         ) from error
     from safetensors import SafetensorError
 
-    log = transformers.utils.logging
+    log: Any = transformers.utils.logging
     verbosity = log.get_verbosity()
     log.set_verbosity_error()  # it reports the text tower of a CLIP as unexpected
     try:

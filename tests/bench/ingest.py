@@ -77,7 +77,7 @@ def slides(quick: bool) -> dict[str, Path]:
 
 def cohort(n: int, quick: bool) -> list[str]:
     """``n`` different 20x slides of one size."""
-    side = 8192 if quick else 16384
+    side = 12288 if quick else 16384
     return [str(slide(side=side, mpp=0.5, seed=100 + i)) for i in range(n)]
 
 
@@ -276,7 +276,7 @@ def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 
 def job(quick: bool) -> Report:
     """The job on Ray and the same code in a bare loop, each on two sizes: the slope counts."""
-    few, many = cohort(2, quick), cohort(6 if quick else 10, quick)
+    few, many = cohort(1, quick), cohort(6 if quick else 12, quick)
     warm = {"sources": cohort(1, quick)}
     one, two = {"actors": 1}, {"actors": 2}
     turn = [
@@ -345,13 +345,15 @@ def memory(quick: bool) -> Report:
 
 
 def _run(steps: list[dict[str, Any]], *, memory: bool = False) -> list[meter.Step]:
-    done = meter.run(["-m", "tests.bench.ingest", "--steps", json.dumps(steps)], memory=memory)
-    for step, plan in zip(done, steps, strict=True):
+    def show(step: meter.Step) -> None:
+        answer = step.answer
         say(
-            f"{step.answer['patches']:,} patches: {step.cpu_s:.1f} CPU-s, "
-            f"{step.answer['seconds']:.1f} s {plan.get('config', '')}"
+            f"{answer['patches']:,} patches in {answer['seconds']:.1f} s, "
+            f"{step.cpu_s:.1f} CPU-s {answer['config'] or ''}"
         )
-    return done
+
+    arguments = ["-m", "tests.bench.ingest", "--steps", json.dumps(steps)]
+    return meter.run(arguments, memory=memory, done=show)
 
 
 def _slope(steps: Sequence[meter.Step]) -> float:
@@ -378,7 +380,8 @@ def perform(steps: Iterable[dict[str, Any]]) -> None:
                 result = ingest.ingest(step["sources"], archive, config)
             if result.slides["ready"] != len(step["sources"]):
                 raise RuntimeError(f"not every slide was ingested: {result.slides}")
-            print("@" + json.dumps(asdict(result)), flush=True)
+            answer = asdict(result) | {"config": step.get("config")}
+            print("@" + json.dumps(answer), flush=True)
             sys.stdin.readline()
             shutil.rmtree(archive)
 
@@ -465,6 +468,8 @@ def main() -> None:
     cv2.setNumThreads(1)
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # idle threads spin
         os.environ.setdefault(variable, "1")
+    # Ray starts its workers at nice 15: on a shared machine other people's load would starve them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     report: Report = {}
     load = [os.getloadavg()[0]]
     for name in arguments.only or PARTS:

@@ -15,13 +15,14 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _PR_SET_CHILD_SUBREAPER = 36
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-_CPU_EVERY_S, _MEMORY_EVERY_S = 0.03, 0.25
+_CPU_EVERY_S, _MEMORY_EVERY_S = 0.1, 0.5
 _SETTLE_S = 2.0
 
 
@@ -44,7 +45,9 @@ class Step:
     parts: dict[str, float]
 
 
-def run(arguments: list[str], *, memory: bool = False) -> list[Step]:
+def run(
+    arguments: list[str], *, memory: bool = False, done: Callable[[Step], None] = lambda _: None
+) -> list[Step]:
     """Run this interpreter with ``arguments`` and meter each step it announces.
 
     The process prints a line ``@{json}`` at the end of each step and waits for a line on its stdin.
@@ -91,6 +94,7 @@ def run(arguments: list[str], *, memory: bool = False) -> list[Step]:
             )
         )
         before = after
+        done(steps[-1])
         job.stdin.write(b"\n")
     if job.wait():
         raise RuntimeError(f"the measured job failed: {arguments}")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -161,6 +163,20 @@ def test_info_downloads_nothing(monkeypatch):
     info = encoder_info("virchow2")
     assert (info.dim, info.mpp, info.patch_um, info.revision) == (2560, 0.5, 112, "abc123")
     assert hub.downloads == 0
+
+
+def test_documentation():
+    """Every row of the documented table is what the code says, and the examples run."""
+    text = (Path(__file__).parents[3] / "docs" / "encoders.md").read_text()
+    for c in zoo.CARDS:
+        patch = f"{c.patch_um:g}" if c.patch_um else "any"
+        facts = (f"`{c.name}`", c.title, c.input_px, c.mpp or "any", patch, c.dim, c.licence)
+        assert f"| {' | '.join(map(str, facts))} | {'yes' if c.gated else 'no'} |" in text
+    assert f"| 256 | any | any | {encoder_info('texture').dim} |" in text
+    scope = {"patches": np.zeros((2, 256, 256, 3), np.uint8)}
+    for example in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(example, scope)
+    assert scope["features"].shape == (2, encoder_info("texture").dim)
 
 
 def test_import_is_light():

