@@ -25,7 +25,7 @@ ORGANS = ("colon", "breast", "muscle", "lung")
 PATTERNS = ("trabecular", "nested", "cribriform", "solid")
 """Tumour architectures, periods 38 to 48 µm: readable at 5x to 10x, of equal cell density."""
 NUCLEI = ("plain", "nucleolus", "groove")
-"""Nuclear types of equal integrated optical density and extent: read at 10x and finer."""
+"""Nuclear types of equal integrated optical density and extent: best read at 10x and finer."""
 GRADES = {"low": 7.0, "high": 9.5}
 """Tumour nuclear diameter in µm."""
 OTHERS = (
