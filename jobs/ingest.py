@@ -46,6 +46,7 @@ from pathflip.slides.sources import Source, discover, slide_id, stat_source
 
 RETRIED = ("timeout", "reader_crash")
 MIN_BAD_TILES = 4
+THUMBNAIL_BYTES = 256 << 10  # and the tissue mask, about
 COMPACT_AFTER_FRAGMENTS = 512  # a commit writes the whole list of fragments anew
 
 
@@ -720,8 +721,11 @@ def dry_run(
         regions=regions,
         patches=patches,
         bytes_to_read=total,
-        archive_bytes=regions * (tiling.slots * (2 * width + 13) + 4 * width + 200),
-        estimated_seconds=round(patches * (per_patch_s or 0.0) / workers, 1),
+        archive_bytes=regions * (tiling.slots * (2 * width + 13) + 4 * width + 200)
+        + len(todo) * THUMBNAIL_BYTES,
+        estimated_seconds=round(
+            (patches * (per_patch_s or 0.0) + time.monotonic() - started) / workers, 1
+        ),
         problems=problems,
     )
 

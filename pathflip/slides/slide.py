@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +43,7 @@ DIRECT_TOLERANCE = 2.0  # grey levels, mean, against OpenSlide
 _DIRECT_VENDORS = ("aperio", "generic-tiff")
 _CHECK_PX = 96
 _STRIP_PX = 1024
+_FEW = 3  # averages of fewer pixels than this each way are made here, of more by OpenCV
 
 
 class Slide:
@@ -456,12 +458,47 @@ def _on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _area(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
     """Resample by area (linear where it must enlarge)."""
-    if pixels.shape[:2] == (height, width):
+    rows, columns = pixels.shape[:2]
+    if (rows, columns) == (height, width):
         return pixels
-    finer = pixels.shape[0] >= height and pixels.shape[1] >= width
+    finer = rows >= height and columns >= width
+    whole = rows % height == 0 and columns % width == 0
+    if finer and not whole and rows < _FEW * height and columns < _FEW * width:
+        # What most 40x slides need (0.2525 or 0.2738 to 0.5): OpenCV takes three times as long.
+        tall = _average_rows(pixels.reshape(rows, -1), height)
+        turned = cv2.transpose(tall.reshape(height, columns, 3))
+        both = _average_rows(np.asarray(turned, np.uint8).reshape(columns, -1), width)
+        return np.asarray(cv2.transpose(both.reshape(width, height, 3)), np.uint8)
     method = cv2.INTER_AREA if finer else cv2.INTER_LINEAR
     resized = cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=method)
     return np.asarray(resized, np.uint8)
+
+
+def _average_rows(pixels: NDArray[np.uint8], cells: int) -> NDArray[np.uint8]:
+    """Area averages of rows [n, m] -> [cells, m], in integers."""
+    total = np.full((cells, pixels.shape[1]), 128, np.uint16)
+    for rows, weights in _row_weights(len(pixels), cells):
+        part = pixels[rows].astype(np.uint16)
+        part *= weights
+        total += part
+    total >>= 8
+    return total.astype(np.uint8)
+
+
+@lru_cache(maxsize=64)
+def _row_weights(n: int, cells: int) -> list[tuple[NDArray[np.int64], NDArray[np.uint16]]]:
+    """For the first, second, ... row under every cell: which it is, and its share in 1/256."""
+    edges = np.arange(cells + 1) * (n / cells)
+    first = np.floor(edges[:-1]).astype(np.int64)
+    nth = first + np.arange(math.ceil(n / cells) + 1)[:, None]
+    share = np.minimum(edges[1:], nth + 1) - np.maximum(edges[:-1], nth)
+    weights = np.rint(np.maximum(0, share) * (256 * cells / n)).astype(np.int64)
+    weights[weights.argmax(axis=0), np.arange(cells)] += 256 - weights.sum(axis=0)
+    return [
+        (rows, one.astype(np.uint16)[:, None])
+        for rows, one in zip(np.minimum(nth, n - 1), weights, strict=True)
+        if one.any()
+    ]
 
 
 def _read_rect(tiles: JpegTiles, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
