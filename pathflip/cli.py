@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -155,7 +156,8 @@ def ingest(
         jobs_ingest, encoder=encoder, mpp_csv=mpp_csv, patients=patients, tissue=tissue,
         add_encoder=add_encoder, retry=retry, config=config, overrides=overrides,
     )  # fmt: skip
-    with _job("progress").show_progress() as progress:
+    # Ray tells of lost nodes and the like on stdout, which belongs to the document.
+    with redirect_stdout(sys.stderr), _job("progress").show_progress() as progress:
         if dry_run:
             plan = jobs_ingest.dry_run(
                 sources, archive, settings, address=address, progress=progress
@@ -347,7 +349,8 @@ def slides_retry(
         document: dict[str, Any] = {"slides": {"ready": 0, "quarantined": 0}, "retried": 0}
         _print_json(document) if as_json else print("Nothing to retry.")
         return
-    with _job("progress").show_progress() as progress:
+    # Ray tells of lost nodes and the like on stdout, which belongs to the document.
+    with redirect_stdout(sys.stderr), _job("progress").show_progress() as progress:
         result = jobs_ingest.ingest(sources, archive, settings, address=address, progress=progress)
     document = result.as_json() | {"retried": len(sources)}
     if as_json:

@@ -1,0 +1,187 @@
+"""What the whole session shares: one Ray cluster, one set of slides, one clean run of the job."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import descendants, resident_bytes
+
+STORE_BYTES = 80 << 20
+"""Small on purpose: whatever of the job went through Ray's object store would spill."""
+SETTINGS = ("tiling.region_um=512", "chunk_regions=2", "commit_s=1")
+"""Small regions and chunks, so that small slides are many units of work."""
+SAME = (
+    "uri", "aliases", "status", "reason", "sha256", "bytes", "mtime_ns", "vendor", "width",
+    "height", "levels", "mpp", "mpp_source", "reader", "n_regions", "n_patches", "tiles_ok",
+    "tiles_bad", "fingerprint", "encoders", "tissue_png", "tissue_mpp", "tissue_mm2", "thumbnail",
+)  # fmt: skip
+"""Columns of a slide's row that any run over the same slides must agree on."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, then those that need Ray, then those that break things."""
+
+    def weight(item: pytest.Item) -> int:
+        return 2 if item.get_closest_marker("chaos") else bool(item.get_closest_marker("ray"))
+
+    items.sort(key=weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean:
+    """The run nothing happened to."""
+
+    archive: Path
+    result: Any
+    content: dict[str, dict[str, Any]]
+    peak_bytes: int
+    spilled: Path
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good slides: both layouts, several resolutions, both readers."""
+    import numpy as np
+
+    from pathflip import Slide
+    from pathflip.synth import make_slide
+    from tests.faults import deflated
+
+    folder = tmp_path_factory.mktemp("slides")
+    for name, options in {
+        "a.svs": {"width": 2048, "height": 2048, "mpp": 0.5, "layout": "aperio"},
+        "b.tif": {"width": 4096, "height": 4096, "mpp": 0.25},
+        "c.tif": {"width": 3072, "height": 2048, "mpp": 0.37, "tile_px": 240},
+        "d.svs": {"width": 4096, "height": 4096, "mpp": 0.5, "layout": "aperio", "quality": 80},
+        "e.tif": {"width": 4096, "height": 4096, "mpp": 0.5},
+        "f.tif": {"width": 3840, "height": 2560, "mpp": 0.5, "tissue": "colon"},
+    }.items():
+        components = "rgb" if name == "a.svs" else "ycbcr"
+        make_slide(folder / name, **options, components=components, seed=ord(name[0]))
+    with Slide(folder / "a.svs") as slide:
+        pixels = np.rot90(slide.read(0, 0, 2048)).copy()
+    deflated(folder / "g.tif", pixels, pyramid=True, photometric="rgb")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where Ray would spill objects to."""
+    return tmp_path_factory.mktemp("spilled")
+
+
+@pytest.fixture(scope="session")
+def cluster(spilled: Path) -> Iterator[str]:
+    """The session's Ray on this machine; yields its address. Jobs in this process use it."""
+    import ray
+
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("LANCE_LOG", "error")
+    context = ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        configure_logging=False,
+        object_store_memory=STORE_BYTES,
+        object_spilling_directory=str(spilled),
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def job(cluster: str) -> Callable[..., Any]:
+    """``job(sources, archive, *settings)``: the ingest job in this process."""
+    from jobs.ingest import IngestConfig, ingest
+    from pathflip.config import load_config
+
+    def run(sources: list[Path] | Path, archive: Path, *settings: str, **options: Any) -> Any:
+        paths = [sources] if isinstance(sources, Path) else sources
+        config = load_config(IngestConfig, overrides=(*SETTINGS, *settings))
+        return ingest([str(path) for path in paths], str(archive), config, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def clean(
+    slides: Path, job: Callable[..., Any], spilled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Clean:
+    """All good slides ingested with nothing going wrong."""
+    archive = tmp_path_factory.mktemp("clean") / "archive"
+    peak = [0]
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.1):
+            peak[0] = max(peak[0], resident_bytes(descendants(os.getpid())))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        result = job(slides, archive)
+    finally:
+        over.set()
+        sampler.join()
+    return Clean(
+        archive=archive,
+        result=result,
+        content=content(archive),
+        peak_bytes=peak[0],
+        spilled=spilled,
+    )
+
+
+def content(archive: Path) -> dict[str, dict[str, Any]]:
+    """Everything visible of the ready slides, and a check that nothing is there twice.
+
+    Returns:
+        {slide_id: its row (columns SAME), its regions, features (digest) and embeddings}.
+    """
+    import pyarrow.compute as pc
+
+    from pathflip import Archive
+    from pathflip.archive.schema import key_of
+
+    opened = Archive(archive)
+    for table in opened.tables():
+        keys = opened.dataset(table).to_table(columns=[key_of(table)])[0].to_pylist()
+        assert len(keys) == len(set(keys)), f"{table} holds a key twice"
+    found: dict[str, dict[str, Any]] = {}
+    embedded = opened.embeddings() if opened.encoders() else None
+    for row in opened.slides("ready", columns=["slide_id", *SAME]).to_pylist():
+        slide = row["slide_id"]
+        features, mask, ids = opened.features_array(slide)
+        assert len(ids) == row["n_regions"]
+        assert mask.sum() == row["n_patches"] == row["tiles_ok"]
+        assert not features[~mask].any(), "a masked slot holds something"
+        assert features[mask].any(axis=1).all(), "a kept slot is empty"
+        assert embedded is not None
+        own = embedded.filter(pc.field("slide_id") == slide)
+        assert len(own) == row["n_regions"] + 1
+        found[slide] = {
+            "row": row,
+            "regions": opened.regions(slide).to_pylist(),
+            "features": hashlib.sha256(features.tobytes()).hexdigest(),
+            "embeddings": own.to_pylist(),
+        }
+    return found
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder: {relative path: (bytes, mtime_ns)}."""
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir()
+    }
