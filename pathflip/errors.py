@@ -67,6 +67,8 @@ REASONS: dict[str, str] = {
     "reader_limits": "The file declares a geometry beyond the reader's safety limits.",
     "reader_crash": "The reader process died on this slide three times.",
     "timeout": "Reading took longer than the deadline allows.",
+    "several_series": "The folder holds more than one DICOM series.",
+    "bad_outline": "The tissue outline given for the slide cannot be used.",
     "needs_mpp": "The file states no resolution and none was given for it.",
     "mpp_out_of_range": "The resolution is outside 0.05 to 10 µm per pixel.",
     "anisotropic_pixels": "Horizontal and vertical resolution differ by more than 5 %.",

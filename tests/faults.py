@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
+READER = "pathflip.slides.reader"
+"""What the command line of a reader process holds."""
 _TILE_OFFSETS, _TILE_COUNTS = 324, 325
 
 # -- files ----------------------------------------------------------------------------------------
@@ -228,12 +230,19 @@ def has_open(pid: int, path: Path) -> bool:
     return str(path) in links
 
 
+def is_below(pid: int, ancestor: int) -> bool:
+    """Whether a process descends from another."""
+    while pid > 1 and pid != ancestor:
+        pid = parent(pid)
+    return pid == ancestor
+
+
 def readers(below: int, stage: str) -> list[int]:
     """Reader processes below ``below`` that belong to a stage, ``Planner`` or ``Embedder``."""
     return [
         pid
         for pid in descendants(below)
-        if "pathflip.slides.reader" in command_line(pid) and stage in command_line(parent(pid))
+        if READER in command_line(pid) and stage in command_line(parent(pid))
     ]
 
 
@@ -251,17 +260,31 @@ def struck(
     """
     hit: dict[Path, list[int]] = {path: [] for path in victims}
     stop = threading.Event()
+    first_seen: dict[int, float] = {}
+    known: set[int] = set()
 
-    def watch() -> None:
-        while not stop.is_set():
-            for stage in {stage for stage, _ in victims.values()}:
-                for pid in readers(os.getpid(), stage):
-                    for path, (at, act) in victims.items():
-                        if at == stage and pid not in hit[path] and has_open(pid, path):
-                            hit[path].append(pid)
-                            with suppress(ProcessLookupError):
-                                act(pid, path)
-            time.sleep(0.003)
+    def look() -> None:
+        """Note new readers of ours; a process older than two seconds becomes none."""
+        there = {int(entry) for entry in os.listdir("/proc") if entry.isdigit()}
+        known.intersection_update(there)
+        for gone in first_seen.keys() - there:
+            del first_seen[gone]
+        for pid in there - known:
+            young = time.monotonic() - first_seen.setdefault(pid, time.monotonic()) < 2
+            if young and READER in command_line(pid) and is_below(pid, os.getpid()):
+                known.add(pid)
+
+    def watch() -> None:  # quick: a small slide is open for some tens of milliseconds only
+        while not stop.wait(0.001):
+            look()
+            for pid in known:
+                for path, (stage, act) in victims.items():
+                    if pid in hit[path] or not has_open(pid, path):
+                        continue
+                    if stage in command_line(parent(pid)):
+                        hit[path].append(pid)
+                        with suppress(ProcessLookupError):
+                            act(pid, path)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.errors import SlideError
+from pathflip.errors import ConfigError, SlideError
 from pathflip.geometry import Regions, Tiling
 
 MEMORY_LIMIT_BYTES = 3 << 30
@@ -227,7 +227,8 @@ class SlideReader:
             self._socket = None
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # stuck in the kernel on a dead mount
+                self._process.wait(timeout=5)
             self._process = None
         self._pending = None
 
@@ -309,8 +310,9 @@ def _exactly(connection: socket.socket, size: int, deadline: float | None) -> by
     parts = bytearray()
     while len(parts) < size:
         if deadline is not None:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([connection], [], [], left)[0]:
+            # An answer that waited for us came in time, however late we collect it.
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([connection], [], [], left)[0]:
                 raise TimeoutError
         part = connection.recv(min(size - len(parts), 1 << 20))
         if not part:
@@ -496,16 +498,19 @@ def _serve(connection: socket.socket, child: _Child) -> None:
             answer, out = operations[request["op"]](request, blobs)
         except SlideError as error:
             answer, out = _failure(error.code, error.message, error.hint), []
-        except MemoryError:
-            answer = _failure(
-                "reader_limits",
-                f"{Path(request['path']).name} needs more memory than a reader may use.",
-                "The file declares a geometry no real slide has.",
-            )
-            out = []
+        except ConfigError as error:  # the only file of the user's that is read here
+            answer, out = _failure("bad_outline", error.message, error.hint), []
         except Exception as error:  # the outermost line of a process that must answer
-            message = f"{Path(request['path']).name}: {type(error).__name__}: {error}"
-            answer = _failure("unreadable", message[:500], "The file is damaged.")
+            name = Path(request["path"]).name
+            if isinstance(error, MemoryError) or "Insufficient memory" in str(error):
+                answer = _failure(
+                    "reader_limits",
+                    f"{name} needs more memory than a reader may use.",
+                    "The file declares a geometry no real slide has.",
+                )
+            else:
+                message = f"{name} cannot be read: {type(error).__name__}: {error}"
+                answer = _failure("unreadable", message[:500], "The file may be damaged.")
             out = []
         _write(connection, answer, tuple(out))
 

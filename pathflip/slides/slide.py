@@ -43,6 +43,8 @@ DIRECT_TOLERANCE = 2.0  # grey levels, mean, against OpenSlide
 _DIRECT_VENDORS = ("aperio", "generic-tiff")
 _CHECK_PX = 96
 _STRIP_PX = 1024
+_DAMAGE_PX = 256
+_DAMAGED_RGB = (205, 130, 180)  # tissue to the mask, and plain to see on a thumbnail
 _FEW = 3  # averages of fewer pixels than this each way are made here, of more by OpenCV
 
 
@@ -80,6 +82,8 @@ class Slide:
         check_limits(self._source)
         self._handle = self._open()
         handle = self._handle
+        if self.path.is_dir():
+            self._check_one_series()
         self.width, self.height = handle.dimensions
         self.vendor = handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         self.bounds_x0 = int(handle.properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0))
@@ -178,19 +182,31 @@ class Slide:
         """
         ratio = mpp / self.mpp
         level = self.level_for(ratio)
-        if self._jpeg and (tiles := self._tiles(level, ratio, rects)):
-            return _read_direct(tiles, rects, self.level_downsamples[level] * tiles.shrink, out)
-        return self._read_openslide(level, rects, out)
+        downsample = self.level_downsamples[level]
+        width, height = self.level_dimensions[level]
+        tiles = self._tiles(level, ratio, rects) if self._jpeg else None
+        if tiles is not None:
+            downsample, width, height = downsample * tiles.shrink, tiles.width, tiles.height
+        # Decided by the scale, not by rounded widths: a patch is the same whatever is read with it.
+        native = abs(ratio / downsample - 1) <= EQUAL_SCALE
+        boxes = np.rint(rects / downsample).astype(np.int64)
+        if native:
+            boxes[:, 2:] = out.shape[1]
+            boxes[:, 0] = np.minimum(boxes[:, 0], width - out.shape[1])
+            boxes[:, 1] = np.minimum(boxes[:, 1], height - out.shape[1])
+        if tiles is not None:
+            return _read_direct(tiles, boxes, out, native=native)
+        return self._read_openslide(level, boxes, out)
 
     def thumbnail(self, max_px: int) -> NDArray[np.uint8]:
         """The whole slide, its longer side ``max_px`` pixels, uint8 RGB [h, w, 3]."""
         scale = max(self.width, self.height) / max_px
         out_w, out_h = max(1, round(self.width / scale)), max(1, round(self.height / scale))
-        return self._read_scaled(0, 0, self.width, self.height, out_w, out_h)
+        return self._read_scaled(0, 0, self.width, self.height, out_w, out_h, tolerant=True)
 
     def shown(self, x0: int, y0: int, size0: int, *, px: int) -> NDArray[np.uint8]:
         """A square of ``size0`` level-0 px as a picture ``px`` wide, uint8 RGB [px, px, 3]."""
-        return self._read_scaled(x0, y0, size0, size0, px, px)
+        return self._read_scaled(x0, y0, size0, size0, px, px, tolerant=True)
 
     def overview(self, mpp: float) -> NDArray[np.uint8]:
         """The whole slide at an exact coarse resolution, uint8 RGB [h, w, 3].
@@ -199,7 +215,7 @@ class Slide:
         """
         ratio = mpp / self.mpp
         out_w, out_h = math.ceil(self.width / ratio), math.ceil(self.height / ratio)
-        return self._read_scaled(0, 0, out_w * ratio, out_h * ratio, out_w, out_h)
+        return self._read_scaled(0, 0, out_w * ratio, out_h * ratio, out_w, out_h, tolerant=True)
 
     def level_for(self, ratio: float) -> int:
         """The coarsest level at or finer than ``ratio`` level-0 px per pixel, within 1 %."""
@@ -228,6 +244,18 @@ class Slide:
                 code="unreadable",
             ) from error
 
+    def _check_one_series(self) -> None:
+        series = set()
+        for file in sorted(self.path.glob("*.dcm")):
+            with suppress(openslide.OpenSlideError), openslide.OpenSlide(str(file)) as opened:
+                series.add(opened.properties.get("dicom.SeriesInstanceUID"))
+        if len(series) > 1:
+            raise SlideError(
+                f"{self.path.name} holds {len(series)} DICOM series.",
+                hint="Put each series into a folder of its own.",
+                code="several_series",
+            )
+
     def _level_rect(self, level: int, x0: int, y0: int, w: int, h: int) -> NDArray[np.uint8]:
         """``w`` x ``h`` pixels of a level from the level-0 corner; white outside, RGB."""
         if self._jpeg and level in self._jpeg:
@@ -246,9 +274,22 @@ class Slide:
         return _on_white(rgba)
 
     def _read_scaled(
-        self, x0: float, y0: float, w0: float, h0: float, out_w: int, out_h: int
+        self,
+        x0: float,
+        y0: float,
+        w0: float,
+        h0: float,
+        out_w: int,
+        out_h: int,
+        *,
+        tolerant: bool = False,
     ) -> NDArray[np.uint8]:
-        """A level-0 rectangle resampled by area to ``out_w`` x ``out_h``, in bounded strips."""
+        """A level-0 rectangle resampled by area to ``out_w`` x ``out_h``, in bounded strips.
+
+        The scale is exact; the corner of a strip is on a whole pixel of the level that is read.
+        ``tolerant`` paints what is damaged as tissue instead of raising: for overviews, so that
+        what lies there is still looked at on the level it is read from.
+        """
         ratio = min(w0 / out_w, h0 / out_h)
         level = self.level_for(ratio)
         downsample = self.level_downsamples[level]
@@ -264,58 +305,70 @@ class Slide:
                 shrink //= 2
             tiles = JpegTiles(self._file, layout, shrink=shrink)
             downsample *= shrink
-        step = max(1, int(_STRIP_PX / max(1.0, h0 / out_h / downsample)))
+        x_scale, y_scale = w0 / out_w / downsample, h0 / out_h / downsample
+        step = max(1, int(_STRIP_PX / max(1.0, y_scale)))
+        # Strips that end nearly on a whole pixel, so that the next begins where it should.
+        step = min(range(step // 2 + 1, step + 1), key=lambda n: abs(n * y_scale % 1 - 0.5) * -1)
         out = np.empty((out_h, out_w, 3), np.uint8)
-        left, width = round(x0 / downsample), max(1, round(w0 / downsample))
+        left, width = round(x0 / downsample), max(1, math.ceil(out_w * x_scale - 1e-6))
         for row in range(0, out_h, step):
             rows = min(step, out_h - row)
-            top = round((y0 + row * h0 / out_h) / downsample)
-            height = max(1, round((y0 + (row + rows) * h0 / out_h) / downsample) - top)
+            top = round(y0 / downsample + row * y_scale)
+            height = max(1, math.ceil(rows * y_scale - 1e-6))
             if tiles:
-                strip = _read_rect(tiles, left, top, width, height)
+                strip = _read_rect(tiles, left, top, width, height, tolerant=tolerant)
             else:
-                strip = self._level_rect(
-                    level, round(left * downsample), round(top * downsample), width, height
-                )
-            out[row : row + rows] = _area(strip, out_w, rows)
+                corner = round(left * downsample), round(top * downsample)
+                if tolerant:
+                    strip = self._tolerant_rect(level, *corner, width, height)
+                else:
+                    strip = self._level_rect(level, *corner, width, height)
+            out[row : row + rows] = _scaled(strip, x_scale, y_scale, out_w, rows)
+        return out
+
+    def _tolerant_rect(self, level: int, x0: int, y0: int, w: int, h: int) -> NDArray[np.uint8]:
+        try:
+            return self._level_rect(level, x0, y0, w, h)
+        except SlideError:
+            if max(w, h) <= _DAMAGE_PX:
+                return np.full((h, w, 3), _DAMAGED_RGB, np.uint8)
+        downsample = self.level_downsamples[level]
+        out = np.empty((h, w, 3), np.uint8)
+        for y in range(0, h, _DAMAGE_PX):
+            for x in range(0, w, _DAMAGE_PX):
+                block = out[y : y + _DAMAGE_PX, x : x + _DAMAGE_PX]
+                corner = x0 + round(x * downsample), y0 + round(y * downsample)
+                block[:] = self._tolerant_rect(level, *corner, block.shape[1], block.shape[0])
         return out
 
     def _read_openslide(
-        self, level: int, rects: NDArray[np.int64], out: NDArray[np.uint8]
+        self, level: int, boxes: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
         """Row of patches by row of patches; a row with a damaged tile is read patch by patch."""
-        ok = np.zeros(len(rects), bool)
-        downsample = self.level_downsamples[level]
+        ok = np.zeros(len(boxes), bool)
         px = out.shape[1]
-        native = (
-            abs(rects[:, 2].mean() / downsample / px - 1) <= EQUAL_SCALE if len(rects) else True
-        )
-        for y0 in np.unique(rects[:, 1]):
-            row = np.flatnonzero(rects[:, 1] == y0)
-            for run in np.split(
-                row, np.flatnonzero(np.diff(rects[row, 0]) > 2 * rects[row[0], 2]) + 1
-            ):
-                left = int(rects[run, 0].min())
-                width0 = int((rects[run, 0] + rects[run, 2]).max()) - left
-                height = px if native else max(1, round(int(rects[run[0], 3]) / downsample))
-                width = round(width0 / downsample) + (px if native else 0)
-                try:
-                    strip = self._level_rect(level, left, int(y0), width, height)
-                except SlideError:
-                    strip = None
+
+        def read(x: int, y: int, w: int, h: int) -> NDArray[np.uint8] | None:
+            downsample = self.level_downsamples[level]
+            try:
+                return self._level_rect(level, round(x * downsample), round(y * downsample), w, h)
+            except SlideError:
+                return None
+
+        for top in np.unique(boxes[:, 1]):
+            row = np.flatnonzero(boxes[:, 1] == top)
+            row = row[np.argsort(boxes[row, 0], kind="stable")]
+            gaps = np.flatnonzero(np.diff(boxes[row, 0]) > 2 * boxes[row[0], 2]) + 1
+            for run in np.split(row, gaps):
+                left, height = int(boxes[run[0], 0]), int(boxes[run, 3].max())
+                width = int(boxes[run[-1], 0] + boxes[run[-1], 2]) - left
+                strip = read(left, int(top), width, height)
                 for index in run:
-                    x = round((int(rects[index, 0]) - left) / downsample)
-                    w = px if native else max(1, round(int(rects[index, 2]) / downsample))
-                    try:
-                        patch = (
-                            strip[:, x : x + w]
-                            if strip is not None
-                            else self._level_rect(level, int(rects[index, 0]), int(y0), w, height)
-                        )
-                    except SlideError:
-                        continue
-                    out[index] = patch if native else _area(patch, px, px)
-                    ok[index] = True
+                    x, y, w, h = boxes[index].tolist()
+                    patch = read(x, y, w, h) if strip is None else strip[:h, x - left :][:, :w]
+                    if patch is not None:
+                        out[index] = _area(patch, px, px)
+                        ok[index] = True
         return ok
 
     # -- the direct path -------------------------------------------------------------------------
@@ -501,7 +554,24 @@ def _row_weights(n: int, cells: int) -> list[tuple[NDArray[np.int64], NDArray[np
     ]
 
 
-def _read_rect(tiles: JpegTiles, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
+def _scaled(
+    pixels: NDArray[np.uint8], x_scale: float, y_scale: float, width: int, height: int
+) -> NDArray[np.uint8]:
+    """Resample by area at an exact scale in pixels per pixel, from the top-left corner on."""
+    if pixels.shape[:2] == (height, width) or min(x_scale, y_scale) < 1:
+        return _area(pixels, width, height)
+    # Given factors instead of a size, OpenCV uses them as they are; the size it makes may be one
+    # more, and what is asked for may reach a fraction of a pixel beyond what was read.
+    grown = cv2.copyMakeBorder(
+        pixels, 0, math.ceil(y_scale), 0, math.ceil(x_scale), cv2.BORDER_REPLICATE
+    )
+    resized = cv2.resize(grown, None, fx=1 / x_scale, fy=1 / y_scale, interpolation=cv2.INTER_AREA)
+    return np.asarray(resized[:height, :width], np.uint8)
+
+
+def _read_rect(
+    tiles: JpegTiles, x: int, y: int, w: int, h: int, *, tolerant: bool = False
+) -> NDArray[np.uint8]:
     """A rectangle in pixels of ``tiles``, white outside, RGB [h, w, 3]."""
     out = np.full((h, w, 3), 255, np.uint8)
     right, bottom = min(x + w, tiles.width), min(y + h, tiles.height)
@@ -511,7 +581,12 @@ def _read_rect(tiles: JpegTiles, x: int, y: int, w: int, h: int) -> NDArray[np.u
     tile_w, tile_h = tiles.tile_w, tiles.tile_h
     for row in range(top // tile_h, -(-bottom // tile_h)):
         for column in range(left // tile_w, -(-right // tile_w)):
-            pixels = tiles.decode(row * tiles.level.across + column)
+            try:
+                pixels = tiles.decode(row * tiles.level.across + column)
+            except SlideError:
+                if not tolerant:
+                    raise
+                pixels = np.full((tile_h, tile_w, 3), _DAMAGED_RGB, np.uint8)
             ax, bx = max(left, column * tile_w), min(right, (column + 1) * tile_w)
             ay, by = max(top, row * tile_h), min(bottom, (row + 1) * tile_h)
             out[ay - y : by - y, ax - x : bx - x] = pixels[
@@ -521,7 +596,7 @@ def _read_rect(tiles: JpegTiles, x: int, y: int, w: int, h: int) -> NDArray[np.u
 
 
 def _read_direct(
-    tiles: JpegTiles, rects: NDArray[np.int64], downsample: float, out: NDArray[np.uint8]
+    tiles: JpegTiles, boxes: NDArray[np.int64], out: NDArray[np.uint8], *, native: bool
 ) -> NDArray[np.bool_]:
     """Fill ``out`` [n, px, px, 3] decoding each needed tile once; False where one is damaged.
 
@@ -530,12 +605,6 @@ def _read_direct(
     and averaged down when its last tile came, so about two rows of patches are held at a time.
     """
     px = out.shape[1]
-    boxes = np.rint(rects / downsample).astype(np.int64)
-    native = bool((np.abs(rects[:, 2:] / downsample / px - 1) <= EQUAL_SCALE).all())
-    if native:
-        boxes[:, 2:] = px
-        boxes[:, 0] = np.minimum(boxes[:, 0], tiles.width - px)
-        boxes[:, 1] = np.minimum(boxes[:, 1], tiles.height - px)
     ok = np.ones(len(boxes), bool)
     pieces = _pieces(boxes, tiles)
     waiting = np.bincount([piece[1] for piece in pieces], minlength=len(boxes)).tolist()

@@ -52,6 +52,8 @@ def discover(sources: Sequence[str]) -> list[Source]:
         path = Path(os.path.abspath(source))
         if path.is_dir():
             inside = list(_walk(path))
+            if not inside and path.suffix.lower() in SUFFIXES:
+                inside = [path]  # reported as what it is
             if not inside:
                 raise ConfigError(
                     f"{source} holds no slides.",

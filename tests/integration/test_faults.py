@@ -378,7 +378,7 @@ def storm(
 
     folder = tmp_path_factory.mktemp("storm")
     for turn, name in enumerate([*VICTIMS, ".swapped.tif.new"]):
-        make_slide(folder / name, width=1024, height=1024, mpp=0.5, seed=80 + turn)
+        make_slide(folder / name, width=2048, height=1024, mpp=0.5, seed=80 + turn)
     with suppress(OSError):  # a file system that takes only Unicode names has no such problem
         make_slide(folder / "x.tif", width=1024, height=1024, mpp=0.5, seed=60)
         os.rename(folder / "x.tif", folder / LATIN)

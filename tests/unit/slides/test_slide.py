@@ -337,3 +337,59 @@ def test_what_is_no_slide_has_its_reason(tmp_path: Path) -> None:
         with pytest.raises(SlideError) as caught:
             Slide(path)
         assert caught.value.code == code
+
+
+def _area_reference(pixels, scale, size):
+    """Area average from the corner on, one output pixel after the other."""
+    rows = np.zeros((size, len(pixels)))
+    for i in range(size):
+        for j in range(int(i * scale), min(len(pixels), int(np.ceil((i + 1) * scale)))):
+            rows[i, j] = min((i + 1) * scale, j + 1) - max(i * scale, j)
+    rows /= rows.sum(axis=1, keepdims=True)
+    return np.einsum("ik,jl,klc->ijc", rows, rows, pixels.astype(float), optimize=True)
+
+
+@pytest.mark.parametrize("scale", [1.23, 1.8262, 3.17])
+def test_read_keeps_its_scale_to_the_far_corner(tmp_path, scale):
+    path = tmp_path / "one.svs"
+    make_slide(path, width=2048, height=2048, mpp=0.5, layout="aperio", seed=9)
+    slide = Slide(path)
+    slide.level_for = lambda ratio: 0  # the levels of synthetic slides are not equal pixels
+    size = int(1400 / scale)
+    read = slide.read(300, 200, size, mpp=0.5 * scale).astype(float)
+    expected = _area_reference(slide.read(300, 200, 1410), scale, size)
+    gap = np.abs(read - expected)
+    assert gap.mean() < 0.6
+    assert gap[-100:, -100:].mean() < 0.6
+
+
+@pytest.mark.parametrize("mpp", [0.4955, 0.504])
+def test_a_patch_is_the_same_whatever_is_read_with_it(tmp_path, mpp):
+    path = tmp_path / "one.svs"
+    make_slide(path, width=2048, height=2048, mpp=mpp, layout="aperio", seed=9)
+    slide = Slide(path)
+    rects = patch_rects(Tiling(region_um=1024.0), rx=0, ry=0, mpp=mpp)
+    rects = rects[((rects[:, :2] + rects[:, 2:]) <= 2048).all(axis=1)]
+    together = np.empty((len(rects), 256, 256, 3), np.uint8)
+    alone = np.empty((1, 256, 256, 3), np.uint8)
+    assert slide.read_patches(rects, mpp=0.5, out=together).all()
+    for i in range(len(rects)):
+        slide.read_patches(rects[i : i + 1], mpp=0.5, out=alone)
+        assert (alone[0] == together[i]).all()
+    slide._jpeg = {}
+    through_openslide = np.empty_like(together)
+    assert slide.read_patches(rects, mpp=0.5, out=through_openslide).all()
+    assert (through_openslide == together).all()
+
+
+def test_a_damaged_tile_does_not_cost_the_overview(tmp_path):
+    path = tmp_path / "one.svs"
+    make_slide(path, width=2048, height=2048, mpp=0.5, layout="aperio", seed=9)
+    level = Slide(path)._jpeg[Slide(path).level_for(16.0)]
+    with open(path, "r+b") as file:
+        file.seek(int(level.offsets[0]) + int(level.counts[0]) // 2)
+        file.write(b"\0" * 40)
+    slide = Slide(path)
+    assert slide.overview(8.0).shape == (128, 128, 3)
+    slide._jpeg = {}
+    assert slide.overview(8.0).shape == (128, 128, 3)
