@@ -447,16 +447,15 @@ class Embedder:
     def _finish(
         self, reader: SlideReader, record: dict[str, Any], rects: NDArray[np.int64]
     ) -> Patches:
-        for attempt in range(1, self._config.attempts + 1):
-            record["attempts"] = max(record["attempts"], attempt)
+        while True:
             try:
                 return reader.finish_read(px=self._config.tiling.patch_px)
             except SlideError as error:
                 self._check_source(record)  # what failed may be another file than was planned
-                if error.code not in RETRIED or attempt == self._config.attempts:
+                if error.code not in RETRIED or record["attempts"] >= self._config.attempts:
                     raise
+                record["attempts"] += 1
                 self._start(reader, record, rects)
-        raise AssertionError("attempts is at least 1")
 
     def _check_source(self, record: dict[str, Any]) -> None:
         source = stat_source(Path(record["uri"]))

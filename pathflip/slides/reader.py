@@ -241,6 +241,8 @@ class SlideReader:
     def _send(self, request: dict[str, Any], timeout_s: float, *blobs: bytes) -> None:
         if self._pending is not None:
             self._stop()  # an answer nobody came for: never mistake it for this one's
+        if self._process is not None and self._process.poll() is not None:
+            self._stop()  # it died while idle: not this slide's doing
         connection = self._start()
         self._pending = (request["path"], time.monotonic() + timeout_s, timeout_s)
         try:

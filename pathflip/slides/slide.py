@@ -184,7 +184,7 @@ class Slide:
         level = self.level_for(ratio)
         downsample = self.level_downsamples[level]
         width, height = self.level_dimensions[level]
-        tiles = self._tiles(level, ratio, rects) if self._jpeg else None
+        tiles = self._tiles(level, ratio, rects, out.shape[1]) if self._jpeg else None
         if tiles is not None:
             downsample, width, height = downsample * tiles.shrink, tiles.width, tiles.height
         # Decided by the scale, not by rounded widths: a patch is the same whatever is read with it.
@@ -430,7 +430,9 @@ class Slide:
                 return "no tile could be compared with OpenSlide"
         return ""
 
-    def _tiles(self, level: int, ratio: float, rects: NDArray[np.int64]) -> JpegTiles | None:
+    def _tiles(
+        self, level: int, ratio: float, rects: NDArray[np.int64], px: int
+    ) -> JpegTiles | None:
         """How to decode ``level`` for patches at ``ratio``; None where the level is not direct."""
         layout = self._jpeg.get(level)
         if layout is None:
@@ -443,8 +445,8 @@ class Slide:
             while not can_shrink(layout, shrink):
                 shrink //= 2
             return JpegTiles(self._file, layout, shrink=shrink)
-        # Averaging a tile before it is cut is exact only if no patch edge splits a pixel pair.
-        if downsample == 1 and not (rects[:, :2] & 1).any() and not (rects[:, 2:] & 1).any():
+        # Averaging a tile before it is cut is exact only if no pixel of a patch splits a pair.
+        if downsample == 1 and not (rects[:, :2] & 1).any() and (rects[:, 2:] == 2 * px).all():
             return _HalvedTiles(self._file, layout)
         return JpegTiles(self._file, layout)
 

@@ -378,7 +378,7 @@ def storm(
 
     folder = tmp_path_factory.mktemp("storm")
     for turn, name in enumerate([*VICTIMS, ".swapped.tif.new"]):
-        make_slide(folder / name, width=2048, height=1024, mpp=0.5, seed=80 + turn)
+        make_slide(folder / name, width=3072, height=3072, mpp=0.5, seed=80 + turn)
     with suppress(OSError):  # a file system that takes only Unicode names has no such problem
         make_slide(folder / "x.tif", width=1024, height=1024, mpp=0.5, seed=60)
         os.rename(folder / "x.tif", folder / LATIN)
@@ -386,7 +386,8 @@ def storm(
     archive = folder / "archive"
     good = [slides / name for name in ("a.svs", "c.tif", "g.tif")]
     with faults.struck({folder / name: what for name, what in VICTIMS.items()}) as hit:
-        result = job([*good, folder], archive, "read_timeout_s=5", "plan_timeout_s=30")
+        # A victim is one chunk: all of its reads are one actor's, and its attempts are counted once.
+        result = job([*good, folder], archive, "read_timeout_s=5", "chunk_regions=64")
     assert result.slides == {"ready": 3, "quarantined": 5 + latin, "empty": 0, "skipped": 0}
     assert result.exit_code == 3
     return archive, {path.name: pids for path, pids in hit.items()}
