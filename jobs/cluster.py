@@ -13,18 +13,21 @@ START_ATTEMPTS = 3
 LOCAL_OBJECT_STORE_BYTES = 256 << 20  # rows hold metadata, never pixels: this is plenty
 
 
-def connect(address: str | None = None) -> None:
+def connect(address: str | None = None) -> bool:
     """Connect to Ray, starting it on this machine if no cluster is named.
 
     Args:
         address: ``auto``, ``host:port`` or ``ray://…``; None means the cluster this job was
             submitted to (RAY_ADDRESS), else a private one on this machine that ends with it.
 
+    Returns:
+        Whether Ray runs on this machine alone, so that there is no more than there is now.
+
     Raises:
         ConfigError: The named cluster does not answer.
     """
     if ray.is_initialized():
-        return
+        return not os.environ.get("RAY_ADDRESS")
     if address or os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address=address or "auto", logging_level=logging.WARNING)
@@ -35,19 +38,20 @@ def connect(address: str | None = None) -> None:
                 "run on this machine.",
                 code="no_cluster",
             ) from error
-        return
+        return False
     # What Ray and Lance say to themselves is no help on a terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("LANCE_LOG", "error")
     for attempt in range(START_ATTEMPTS):
         try:
             _start_local()
-            return
+            return True
         except Exception as error:  # Ray raises no narrower type here
             # Ray waits a fixed 30 s for its own processes, too little on a busy machine.
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
                 raise
             ray.shutdown()
+    raise AssertionError("at least one attempt")
 
 
 def _start_local() -> None:

@@ -16,6 +16,7 @@ a status, so that one bad slide costs one slide.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,9 @@ from pathflip.encoders import Encoder, EncoderInfo, encoder_info, load_encoder
 from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError, SlideError
 from pathflip.geometry import Tiling, patch_rects
 from pathflip.slides.reader import Patches, SlidePlan, SlideReader
-from pathflip.slides.sources import Source, discover, slide_id, stat_source
+from pathflip.slides.sources import SUFFIXES, Source, discover, slide_id, stat_source
+
+logger = logging.getLogger(__name__)
 
 RETRIED = ("timeout", "reader_crash")
 MIN_BAD_TILES = 4
@@ -96,6 +99,7 @@ class Candidate:
     source: Source
     mpp: float | None = None
     geojson: str | None = None
+    outline: str = "mask"  # what the tissue comes from: the mask, or the digest of the geojson
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +183,9 @@ class Planner:
     and a copy is recognised before anything of it is read twice.
     """
 
-    def __init__(self, config: IngestConfig) -> None:
+    def __init__(self, config: IngestConfig, archive: str) -> None:
         self._config = config
+        self._archive = archive
         self._reader = SlideReader(patches=1, px=16, halving=config.halving)
 
     def __call__(self, groups: pa.Table) -> pa.Table:
@@ -189,13 +194,11 @@ class Planner:
         return pa.Table.from_pylist(rows, schema=ROW)
 
     def _plan_group(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        known: dict[str, str] = json.loads(row["known"])
+        known: dict[str, dict[str, Any]] = json.loads(row["known"])
         rows: list[dict[str, Any]] = []
         seen: dict[str, dict[str, Any]] = {}
         for item in json.loads(row["candidates"]):
-            candidate = Candidate(
-                source=Source(**item["source"]), mpp=item["mpp"], geojson=item["geojson"]
-            )
+            candidate = Candidate(**item | {"source": Source(**item["source"])})
             source = candidate.source
             record = _new_record(source)
             started = time.perf_counter()
@@ -209,13 +212,18 @@ class Planner:
                 continue
             record["sha256"] = sha
             record["slide_id"] = slide_id(source.uri, sha)
-            if sha in known:
-                record |= {"slide_id": known[sha], "status": "duplicate"}
-                rows.append(_row(slide_id=known[sha], record=json.dumps(record)))
-                continue
             if sha in seen:
                 seen[sha]["aliases"].append(source.uri)
                 continue
+            record["outline"] = candidate.outline
+            if held := known.get(sha):
+                record["slide_id"] = held["slide_id"]
+                if _same_cut(candidate, held):
+                    if held["complete"]:
+                        record["status"] = "duplicate"
+                        rows.append(_row(slide_id=held["slide_id"], record=json.dumps(record)))
+                        continue
+                    record["extends"] = True
             seen[sha] = record
             record["_started"] = started
             record["_candidate"] = asdict(candidate)
@@ -226,6 +234,8 @@ class Planner:
     def _plan(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         candidate = record.pop("_candidate")
         started = record.pop("_started")
+        if record.get("extends"):
+            return self._plan_as_stored(record)
         try:
             plan = self._attempt(
                 record,
@@ -257,21 +267,40 @@ class Planner:
             }
         )
         record["size0"] = int(regions.size0)
-        record["planned_patches"] = int(regions.patch_mask.sum())
+        record["mpp_override"] = candidate["mpp"]
+        rows = self._chunks(record, table)
+        rows[0] |= {"tissue_png": plan.tissue_png, "thumbnail": plan.thumbnail}
+        return rows
+
+    def _plan_as_stored(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """A further encoder sees exactly the patches the first one saw."""
+        opened = Archive(self._archive)
+        stored = opened.slide(record["slide_id"])
+        names = ("width", "height", "mpp", "mpp_source", "tissue_mm2", "fingerprint")
+        record |= {name: stored[name] for name in names}
+        overridden = stored["mpp_source"] == "override"
+        record["mpp_override"] = stored["mpp"] if overridden else None
+        columns = ["rx", "ry", "x0", "y0", "size0", "tissue_fraction", "patch_mask", "patch_tissue"]
+        table = opened.regions(record["slide_id"], columns=columns)
+        record["size0"] = table["size0"][0].as_py()
+        return self._chunks(record, table.drop_columns(["size0"]))
+
+    def _chunks(self, record: dict[str, Any], table: pa.Table) -> list[dict[str, Any]]:
+        masks = table["patch_mask"].combine_chunks().flatten().to_numpy()
+        record["planned_patches"] = int(masks.sum())
         step = self._config.chunk_regions
-        chunks = [table.slice(start, step) for start in range(0, len(regions), step)]
-        rows = [
+        chunks = [table.slice(start, step) for start in range(0, len(table), step)]
+        text = json.dumps(record)
+        return [
             _row(
                 slide_id=record["slide_id"],
                 chunk=index,
                 n_chunks=len(chunks),
-                record=json.dumps(record | {"mpp_override": candidate["mpp"]}),
+                record=text,
                 regions=_to_ipc(chunk),
             )
             for index, chunk in enumerate(chunks)
-        ] or [_row(slide_id=record["slide_id"], record=json.dumps(record))]
-        rows[0] |= {"tissue_png": plan.tissue_png, "thumbnail": plan.thumbnail}
-        return rows
+        ] or [_row(slide_id=record["slide_id"], record=text)]
 
     def _digest(self, path: str) -> str:
         return self._reader.digest(path, timeout_s=self._config.plan_timeout_s)
@@ -290,7 +319,9 @@ class Planner:
 class Embedder:
     """Reads a chunk's patches, embeds them and writes the features as Lance fragments."""
 
-    def __init__(self, config: IngestConfig, archive: str, tables: Sequence[str]) -> None:
+    def __init__(
+        self, config: IngestConfig, archive: str, tables: Sequence[str], revisions: Sequence[str]
+    ) -> None:
         self._config = config
         self._archive = archive
         self._tables = list(tables)
@@ -299,8 +330,10 @@ class Embedder:
         self._encoders: list[Encoder] = []
         self._fatal: PathFLIPError | None = None
         try:
-            for spec in _specs(config.encoder):
-                self._encoders.append(load_encoder(spec, device=config.device))
+            for spec, revision in zip(_specs(config.encoder), revisions, strict=True):
+                encoder = load_encoder(spec, device=config.device)
+                _check_revision(encoder, revision)
+                self._encoders.append(encoder)
         except EncoderError as error:  # raised here, Ray would start the actor again and again
             self._fatal = error
         count = config.readers or (4 if _uses_gpu(config) else 1)
@@ -371,6 +404,13 @@ class Embedder:
         counts = kept.sum(axis=1, dtype=np.int32)
         record["tiles_ok"] = int(counts.sum())
         record["tiles_bad"] = int(masks.sum()) - record["tiles_ok"]
+        if record.get("extends") and record["tiles_bad"]:
+            raise SlideError(
+                f"{record['tiles_bad']} patches of {Path(record['uri']).name} that the archive "
+                "holds are now damaged or not finite.",
+                hint="Check the file and the new encoder; the slide stays as it was.",
+                code="too_many_bad_tiles",
+            )
         alive = np.flatnonzero(counts)
         quality *= kept[..., None]
         ids = [region_id(row["slide_id"], rx=int(rx[i]), ry=int(ry[i])) for i in alive]
@@ -461,6 +501,23 @@ class Embedder:
         source = stat_source(Path(record["uri"]))
         if (source.bytes, source.mtime_ns) != (record["bytes"], record["mtime_ns"]):
             raise _changed(record["uri"])
+
+
+def _check_revision(encoder: Encoder, revision: str) -> None:
+    if encoder.revision != revision:
+        raise EncoderError(
+            f"{encoder.name} is revision {encoder.revision} on this node, not {revision}.",
+            hint="Give every node the same weights: NAME=/shared/folder, or a pinned revision.",
+            code="other_encoder",
+        )
+
+
+def _same_cut(candidate: Candidate, held: dict[str, Any]) -> bool:
+    """Whether what the archive holds of these bytes was cut as is asked for now."""
+    if candidate.outline not in ("mask", held["outline"]):
+        return False
+    given = candidate.mpp
+    return given is None or (held["mpp"] is not None and abs(held["mpp"] - given) <= 1e-9 * given)
 
 
 def _fatal(error: PathFLIPError) -> dict[str, str]:
@@ -630,9 +687,11 @@ def ingest(
     started = time.monotonic()
     encoders = [encoder_info(spec) for spec in _specs(config.encoder)]
     candidates = _candidates(sources, config)
+    people = _people(config.patients)
+    people.warn_unmatched(candidates)
     _check(archive, config, encoders)
-    connect(address)
-    _check_resources(config)
+    private = connect(address)
+    _check_resources(config, private=private)
     uri = create_archive(archive, tiling=asdict(config.tiling)).uri
     with Committer(uri) as committer:
         tables = [
@@ -645,10 +704,10 @@ def ingest(
             )
             for info in encoders
         ]
-        ledger = Ledger(committer, config, encoders, candidates, started, progress)
+        ledger = Ledger(committer, config, encoders, candidates, people, started, progress)
         groups = ledger.outstanding()
         if groups:
-            for batch in _pipeline(groups, config, uri, tables):
+            for batch in _pipeline(groups, config, uri, tables, encoders, private=private):
                 ledger.take(batch)
         return ledger.finish()
 
@@ -671,8 +730,8 @@ def dry_run(
     encoders = [encoder_info(spec) for spec in _specs(config.encoder)]
     candidates = _candidates(sources, config)
     _check(archive, config, encoders)
-    done = _done_rows(archive)
-    todo = [c for c in candidates if not _is_done(c, done.get(c.source.uri), config, encoders)]
+    archived = Archived(archive)
+    todo = [c for c in candidates if not archived.is_done(c, config, encoders)]
     counts = {"ready": 0, "quarantined": 0, "empty": 0, "skipped": len(candidates) - len(todo)}
     regions = patches = bytes_done = 0
     total = sum(max(0, c.source.bytes) for c in todo)
@@ -759,40 +818,79 @@ def _time_patches(
     return seconds / len(rects)
 
 
-def _done_rows(archive: str) -> dict[str, dict[str, Any]]:
-    """What the archive, if there is one, says of each source: {uri: row}."""
-    columns = [
-        "slide_id", "uri", "status", "reason", "bytes", "mtime_ns", "sha256", "mpp", "encoders",
-    ]  # fmt: skip
-    try:
-        found = Archive(archive).slides(columns=columns).to_pylist()
-    except ArchiveError as error:
-        if error.code == "missing_archive":
-            return {}
-        raise
-    # Where a file has two rows (it was good, then became unreadable) the last state counts.
-    found.sort(key=lambda row: row["status"] == "quarantined")
-    return {row["uri"]: row for row in found}
+class Archived:
+    """What an archive, if there is one, already knows of slides: by id, path and content."""
 
+    def __init__(self, archive: str) -> None:
+        columns = [
+            "slide_id", "uri", "aliases", "status", "reason", "bytes", "mtime_ns", "sha256", "mpp",
+            "mpp_source", "fingerprint", "encoders", "patient_id", "split", "labels", "ingested_at",
+        ]  # fmt: skip
+        try:
+            rows = Archive(archive).slides(columns=columns).to_pylist()
+        except ArchiveError as error:
+            if error.code != "missing_archive":
+                raise
+            rows = []
+        rows.sort(key=lambda row: row["ingested_at"])
+        self.rows: dict[str, dict[str, Any]] = {row["slide_id"]: row for row in rows}
+        self._by_uri = {row["uri"]: row for row in rows}
+        self._by_alias = {alias: row for row in rows for alias in row["aliases"] or ()}
 
-def _is_done(
-    candidate: Candidate,
-    row: dict[str, Any] | None,
-    config: IngestConfig,
-    encoders: Sequence[EncoderInfo],
-) -> bool:
-    """Whether nothing is left to do for a slide, given its row in the archive."""
-    source, given = candidate.source, candidate.mpp
-    if row is None or (row["bytes"], row["mtime_ns"]) != (source.bytes, source.mtime_ns):
-        return False
-    if row["status"] == "quarantined":
-        if row["reason"] == "damaged_rows":  # the archive lost it, not the source
+    def row(self, uri: str) -> dict[str, Any] | None:
+        """The row a path is known under, the newest where there are several."""
+        return self._by_uri.get(uri) or self._by_alias.get(uri)
+
+    def remembered(self, candidate: Candidate) -> Candidate:
+        """The candidate with the resolution the user once gave for it, if none is given now."""
+        row = self.row(candidate.source.uri)
+        if candidate.mpp is None and row is not None and row["mpp_source"] == "override":
+            return replace(candidate, mpp=row["mpp"])
+        return candidate
+
+    def is_done(
+        self, candidate: Candidate, config: IngestConfig, encoders: Sequence[EncoderInfo]
+    ) -> bool:
+        """Whether nothing is left to do for a slide."""
+        source = candidate.source
+        row = self.row(source.uri)
+        if row is None or row["bytes"] != source.bytes:
             return False
-        mendable = row["reason"] in ("needs_mpp", "mpp_out_of_range", "anisotropic_pixels")
-        return not (config.retry or (mendable and given is not None))
-    if given is not None and abs(row["mpp"] - given) > 1e-9 * given:
-        return False
-    return row["status"] == "empty" or {e.name for e in encoders} <= set(row["encoders"] or ())
+        if row["uri"] != source.uri:  # a copy: unchanged if it is older than what was made of it
+            if source.mtime_ns >= row["ingested_at"].timestamp() * 1e9:
+                return False
+        elif row["mtime_ns"] != source.mtime_ns:
+            return False
+        if row["status"] == "quarantined":
+            # Damage of the archive, not of the source; and what the user may have mended since.
+            if row["reason"] in ("damaged_rows", "bad_outline") or config.retry:
+                return False
+            mendable = row["reason"] in ("needs_mpp", "mpp_out_of_range", "anisotropic_pixels")
+            return not (mendable and candidate.mpp is not None)
+        if not _same_cut(candidate, self._held(row, encoders)):
+            return False
+        return self._complete(row, encoders)
+
+    def contents(self, encoders: Sequence[EncoderInfo]) -> dict[int, dict[str, dict[str, Any]]]:
+        """What is held, by size and sha256: what ``Planner`` needs to recognise copies."""
+        held: dict[int, dict[str, dict[str, Any]]] = {}
+        for row in self.rows.values():
+            if row["status"] in ("ready", "empty"):
+                held.setdefault(row["bytes"], {})[row["sha256"]] = self._held(row, encoders)
+        return held
+
+    def _held(self, row: dict[str, Any], encoders: Sequence[EncoderInfo]) -> dict[str, Any]:
+        return {
+            "slide_id": row["slide_id"],
+            "mpp": row["mpp"],
+            "outline": (row["fingerprint"] or "").rpartition("/")[2],
+            "complete": self._complete(row, encoders),
+        }
+
+    @staticmethod
+    def _complete(row: dict[str, Any], encoders: Sequence[EncoderInfo]) -> bool:
+        names = {info.name for info in encoders}
+        return row["status"] == "empty" or names <= set(row["encoders"] or ())
 
 
 class Ledger:
@@ -808,6 +906,7 @@ class Ledger:
         config: IngestConfig,
         encoders: Sequence[EncoderInfo],
         candidates: Sequence[Candidate],
+        people: Sheet,
         started: float,
         progress: Callable[[Progress], None] | None,
     ) -> None:
@@ -818,10 +917,11 @@ class Ledger:
         self._candidates = candidates
         self._started = started
         self._progress = progress
-        self._people = _people(config.patients)
+        self._people = people
         self._run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S") + "-" + uuid.uuid4().hex[:6]
-        self._aliases: dict[str, list[str]] = {}
-        self._rows = _done_rows(committer.uri)
+        self._confirmed: dict[str, list[Source]] = {}  # sources seen to hold a slide's bytes
+        self._outstanding: set[str] = set()
+        self._archived = Archived(committer.uri)
         self._chunks: dict[str, dict[int, dict[str, Any]]] = {}
         self._batch: list[dict[str, Any]] = []
         self._committed_at = time.monotonic()
@@ -832,24 +932,18 @@ class Ledger:
     def outstanding(self) -> list[dict[str, str]]:
         """Groups of candidates that still need work, as rows for ``Planner``."""
         groups: dict[int, list[Candidate]] = {}
-        for candidate in self._candidates:
-            self._bytes_total += max(0, candidate.source.bytes)
-            if _is_done(
-                candidate, self._rows.get(candidate.source.uri), self._config, self._encoders
-            ):
+        for candidate in map(self._archived.remembered, self._candidates):
+            if self._archived.is_done(candidate, self._config, self._encoders):
                 self._counts["skipped"] += 1
-                self._bytes_total -= max(0, candidate.source.bytes)
             else:
+                self._bytes_total += max(0, candidate.source.bytes)
+                self._outstanding.add(candidate.source.uri)
                 groups.setdefault(candidate.source.bytes, []).append(candidate)
-        known: dict[int, dict[str, str]] = {}
-        again = {c.source.uri for group in groups.values() for c in group}
-        for row in self._rows.values():
-            if row["status"] in ("ready", "empty") and row["uri"] not in again:
-                known.setdefault(row["bytes"], {})[row["sha256"]] = row["slide_id"]
+        held = self._archived.contents(self._encoders)
         self._report("starting")
         return [
             {
-                "known": json.dumps(known.get(size, {})),
+                "known": json.dumps(held.get(size, {})),
                 "candidates": json.dumps([asdict(candidate) for candidate in members]),
             }
             for size, group in groups.items()
@@ -868,7 +962,7 @@ class Ledger:
             self._bytes_done += round(share)
             if record["status"] == "duplicate":
                 self._counts["skipped"] += 1
-                self._aliases.setdefault(record["slide_id"], []).append(record["uri"])
+                self._confirm(record)
                 continue
             self._patches += record["tiles_ok"] if row["n_chunks"] else 0
             chunks = self._chunks.setdefault(row["slide_id"], {})
@@ -917,7 +1011,8 @@ class Ledger:
             record |= {"status": "quarantined", "reason": "too_many_bad_tiles", "stage": "read"}
             record["message"] = "Every patch of the slide is damaged."
             good = False
-        people = self._people.get(_key(record["uri"]), {})
+        stored = self._archived.rows.get(record["slide_id"], {})
+        people = self._people.find(record["uri"]) or stored
         whole: dict[str, Any] = {"record": record, "regions": regions if good else None}
         record |= {
             "patient_id": people.get("patient_id"),
@@ -969,22 +1064,22 @@ class Ledger:
         """Make the finished slides visible."""
         batch, self._batch = self._batch, []
         self._committed_at = time.monotonic()
-        if not batch:
-            return
-        good = [whole for whole in batch if whole["regions"] is not None]
-        superseded = []
+        kept = []
         for whole in batch:
             record = whole["record"]
-            old = self._rows.get(record["uri"])
-            replaces = old is not None and (
-                record["status"] != "quarantined" or old["status"] == "quarantined"
-            )
-            if old is not None and replaces and old["slide_id"] != record["slide_id"]:
-                superseded.append(old["slide_id"])
             self._counts[record["status"]] += 1
+            self._counts["skipped"] += len(record["aliases"])
             self._regions += record["n_regions"]
+            if self._spares(record):
+                continue
+            kept.append(whole)
+            if record["status"] != "quarantined":
+                self._confirm(record)
+        if not kept:
+            return
+        good = [whole for whole in kept if whole["regions"] is not None]
         self._committer.commit(
-            slides=self._slides_table([whole["record"] for whole in batch]),
+            slides=self._slides_table([whole["record"] for whole in kept]),
             regions=pa.concat_tables([w["regions"] for w in good]) if good else None,
             embeddings={
                 name: pa.concat_tables([w["embeddings"][name] for w in good])
@@ -997,24 +1092,86 @@ class Ledger:
                 if good
             },
         )
-        if superseded:
-            self._committer.drop_slides(superseded)
         self._fragments += sum(len(texts) for w in good for texts in w["fragments"].values())
         if self._fragments > COMPACT_AFTER_FRAGMENTS:
             self._committer.compact()
             self._fragments = 0
 
-    def _note_aliases(self) -> None:
-        """Remember further names of slides whose content the archive already has."""
-        if not self._aliases:
-            return
-        rows = []
-        for slide, uris in self._aliases.items():
-            row = self._committer.archive.slide(slide)
-            row.pop("checksum")
-            row["aliases"] = sorted({*(row["aliases"] or ()), *uris} - {row["uri"]})
-            rows.append(row)
-        self._committer.upsert("slides", pa.Table.from_pylist(rows, schema=_slides_schema()))
+    def _spares(self, record: dict[str, Any]) -> bool:
+        """Whether the archive holds these bytes as a good slide, which a failure must not cost."""
+        stored = self._archived.rows.get(record["slide_id"])
+        if record["status"] != "quarantined" or stored is None or stored["status"] != "ready":
+            return False
+        if stored["sha256"] != record["sha256"]:
+            return False
+        logger.warning("%s stays as it was: %s", record["slide_id"], record["message"])
+        return True
+
+    def _confirm(self, record: dict[str, Any]) -> None:
+        for uri in (record["uri"], *record["aliases"]):
+            self._confirmed.setdefault(record["slide_id"], []).append(stat_source(Path(uri)))
+
+    def _settle(self) -> None:
+        """Bring paths and people up to date and drop what a path no longer holds."""
+        columns = [
+            "slide_id", "uri", "aliases", "status", "bytes", "mtime_ns", "patient_id", "split",
+            "labels", "ingested_at",
+        ]  # fmt: skip
+        rows = {
+            row["slide_id"]: row
+            for row in self._committer.archive.slides(columns=columns).to_pylist()
+        }
+        changes = {slide: self._change(row) for slide, row in rows.items()}
+        changes = {slide: change for slide, change in changes.items() if change}
+        if changes:
+            self._committer.update_slides(changes)
+        for slide, change in changes.items():
+            rows[slide] |= change
+        heirs: dict[str, dict[str, Any]] = {}
+        for slide in (stale := self._stale(list(rows.values()))):
+            copies = [uri for uri in rows[slide]["aliases"] or () if os.path.lexists(uri)]
+            if copies:
+                home = stat_source(Path(copies[0]))
+                where = {"uri": home.uri, "bytes": home.bytes, "mtime_ns": home.mtime_ns}
+                heirs[slide] = where | {"aliases": copies[1:]}
+        if heirs:
+            self._committer.update_slides(heirs)
+        if gone := [slide for slide in stale if slide not in heirs]:
+            self._committer.drop_slides(gone)
+
+    def _change(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What this run learned of a slide's path and patient."""
+        now = dict(row)
+        if sources := self._confirmed.get(row["slide_id"]):
+            uris = [source.uri for source in sources]
+            taken = row["uri"] in self._outstanding or not os.path.lexists(row["uri"])
+            if row["uri"] in uris:
+                home = sources[uris.index(row["uri"])]
+            elif taken:  # moved, or its place is now another slide's
+                home = sources[0]
+            else:
+                home = None
+            if home is not None:
+                now |= {"uri": home.uri, "bytes": home.bytes, "mtime_ns": home.mtime_ns}
+            now["aliases"] = sorted({*(row["aliases"] or ()), *uris} - {now["uri"]})
+        if people := self._people.find(now["uri"]):
+            now |= people
+        return {key: value for key, value in now.items() if (value or None) != (row[key] or None)}
+
+    def _stale(self, rows: list[dict[str, Any]]) -> list[str]:
+        """Rows of paths that hold another slide by now; of each path its last state stays."""
+        by_uri: dict[str, list[dict[str, Any]]] = {}
+        for row in sorted(rows, key=lambda row: row["ingested_at"]):
+            by_uri.setdefault(row["uri"], []).append(row)
+        stale = []
+        for known in by_uri.values():
+            confirmed = [row for row in known if row["slide_id"] in self._confirmed]
+            last = (confirmed or known)[-1]
+            keep = {last["slide_id"]}
+            if last["status"] == "quarantined":  # what the path held before may still be good
+                keep |= {row["slide_id"] for row in known if row["status"] != "quarantined"}
+            stale += [row["slide_id"] for row in known if row["slide_id"] not in keep]
+        return stale
 
     def _slides_table(self, records: list[dict[str, Any]]) -> pa.Table:
         schema = _slides_schema()
@@ -1022,8 +1179,9 @@ class Ledger:
         tiling = self._config.tiling.fingerprint()
         rows = []
         for record in records:
+            cut = f"{record['sha256']}/{tiling}/{record.get('mpp')}/{record.get('outline')}"
             extra = {
-                "fingerprint": f"{record['sha256']}/{tiling}/{record.get('mpp')}",
+                "fingerprint": record.get("fingerprint") or cut,
                 "run_id": self._run_id,
                 "ingested_at": now,
                 "package_version": pathflip.__version__,
@@ -1035,7 +1193,7 @@ class Ledger:
     def finish(self) -> IngestResult:
         """Commit the rest, tidy up, and say what was done."""
         self.commit()
-        self._note_aliases()
+        self._settle()
         if self._chunks:  # cannot happen while every actor returns every row it was given
             raise RuntimeError(f"chunks of {len(self._chunks)} slides never came back")
         if sum(self._counts.values()) > self._counts["skipped"]:
@@ -1080,7 +1238,13 @@ def _share(tissue_mm2: float, record: dict[str, Any]) -> float:
 
 
 def _pipeline(
-    groups: list[dict[str, str]], config: IngestConfig, archive: str, tables: Sequence[str]
+    groups: list[dict[str, str]],
+    config: IngestConfig,
+    archive: str,
+    tables: Sequence[str],
+    encoders: Sequence[EncoderInfo],
+    *,
+    private: bool,
 ) -> Iterator[pa.Table]:
     """Run both actor stages over Ray Data, yielding rows as they come back."""
     import ray.data
@@ -1096,11 +1260,13 @@ def _pipeline(
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     use_gpu = _uses_gpu(config)
     workers = config.actors or (gpus if use_gpu else cpus) or 1
+    # A cluster may grow: what it is given to do is what makes it grow.
+    most = config.actors or (workers if private else None)
     # 0.9 + 0.1 so that planning always finds room, also on one core.
     data = ray.data.from_items(groups, override_num_blocks=len(groups))
     planned = data.map_batches(
         Planner,
-        fn_constructor_args=(config,),
+        fn_constructor_args=(config, archive),
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=max(1, workers // 4)),
@@ -1108,10 +1274,10 @@ def _pipeline(
     )
     embedded = planned.map_batches(
         Embedder,
-        fn_constructor_args=(config, archive, list(tables)),
+        fn_constructor_args=(config, archive, list(tables), [info.revision for info in encoders]),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=workers),
+        compute=ActorPoolStrategy(min_size=1, max_size=most),
         num_cpus=float(config.readers or 4) if use_gpu else 0.9,
         num_gpus=1.0 if use_gpu else 0.0,
     )
@@ -1142,10 +1308,10 @@ def _resources() -> dict[str, float]:
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
 
-def _check_resources(config: IngestConfig) -> None:
-    if config.device == "cuda" and not _resources().get("GPU", 0):
+def _check_resources(config: IngestConfig, *, private: bool) -> None:
+    if config.device == "cuda" and private and not _resources().get("GPU", 0):
         raise ConfigError(
-            "device is cuda but the Ray cluster has no GPU.",
+            "device is cuda but this machine has no GPU.",
             hint="Leave device on auto, or name a cluster with GPUs (--address).",
             code="no_gpu",
         )
@@ -1212,41 +1378,108 @@ def _check_writable(archive: str) -> None:
         )
 
 
-def _key(uri: str) -> str:
-    """What a CSV may call a slide: its file name without the ending."""
-    return Path(uri).name.rsplit(".", 1)[0] if "." in Path(uri).name else Path(uri).name
+class Sheet:
+    """Rows of a CSV by slide: its path, its file's name, or that name without its ending."""
+
+    def __init__(self, file: str | None, rows: dict[str, dict[str, Any]]) -> None:
+        self._file = file
+        self._rows = rows
+
+    def find(self, uri: str) -> dict[str, Any]:
+        """The row of a slide; empty where there is none."""
+        for key in _keys(uri):
+            if key in self._rows:
+                return self._rows[key]
+        return {}
+
+    def warn_unmatched(self, candidates: Sequence[Candidate]) -> None:
+        """Say which rows name no slide of this run: often a spelling, sometimes another batch."""
+        named = {key for candidate in candidates for key in _keys(candidate.source.uri)}
+        lost = [key for key in self._rows if key not in named]
+        if lost:
+            logger.warning(
+                "%s: %d of %d rows name no slide of this run, such as %s.",
+                self._file,
+                len(lost),
+                len(self._rows),
+                lost[0],
+            )
+
+
+def _keys(uri: str) -> tuple[str, str, str]:
+    name = Path(uri).name
+    stem = next((name[: -len(end)] for end in SUFFIXES if name.lower().endswith(end)), name)
+    return uri, name, stem
 
 
 def _candidates(sources: Sequence[str], config: IngestConfig) -> list[Candidate]:
     found = discover(sources)
-    scale = {
-        _key(row["slide"]): _positive(row["mpp"], config.mpp_csv, row["slide"])
-        for row in _csv(config.mpp_csv, ("slide", "mpp"))
-    }
-    outlines: dict[str, str] = {}
+    scale = _sheet(
+        config.mpp_csv,
+        ("slide", "mpp"),
+        lambda row: {"mpp": _positive(row["mpp"], config.mpp_csv, row["slide"])},
+    )
+    outlines: dict[str, dict[str, Any]] = {}
     if config.tissue_dir:
         folder = Path(config.tissue_dir).absolute()
         if not folder.is_dir():
-            raise ConfigError(f"{config.tissue_dir} is no folder.", hint="Check --tissue-dir.")
-        outlines = {path.stem: str(path) for path in sorted(folder.glob("*.geojson"))}
-    return [
-        Candidate(
-            source=source, mpp=scale.get(_key(source.uri)), geojson=outlines.get(_key(source.uri))
-        )
+            raise ConfigError(f"{config.tissue_dir} is no folder.", hint="Check --tissue.")
+        outlines = {
+            path.stem: {
+                "geojson": str(path),
+                "outline": hashlib.sha256(path.read_bytes()).hexdigest()[:12],
+            }
+            for path in sorted(folder.glob("*.geojson"))
+        }
+    drawn = Sheet(config.tissue_dir, outlines)
+    candidates = [
+        Candidate(source=source, **scale.find(source.uri), **drawn.find(source.uri))
         for source in found
     ]
+    scale.warn_unmatched(candidates)
+    drawn.warn_unmatched(candidates)
+    _check_unambiguous(candidates)
+    return candidates
 
 
-def _people(file: str | None) -> dict[str, dict[str, Any]]:
-    people = {}
-    for row in _csv(file, ("slide", "patient_id")):
+def _check_unambiguous(candidates: Sequence[Candidate]) -> None:
+    """One mpp or outline meant for one file must not reach another of the same name."""
+    named: dict[str, str] = {}
+    for candidate in candidates:
+        if candidate.mpp is None and candidate.geojson is None:
+            continue
+        uri = candidate.source.uri
+        other = named.setdefault(_keys(uri)[2], uri)
+        if other != uri:
+            raise ConfigError(
+                f"{uri} and {other} have the same name, so one line for both is not clear.",
+                hint="Write their full paths in the CSV, or ingest them one by one.",
+            )
+
+
+def _people(file: str | None) -> Sheet:
+    def person(row: dict[str, str]) -> dict[str, Any]:
         labels = {k: v for k, v in row.items() if k not in ("slide", "patient_id", "split")}
-        people[_key(row["slide"])] = {
+        return {
             "patient_id": row["patient_id"] or None,
             "split": row.get("split") or None,
             "labels": json.dumps(labels, sort_keys=True) if labels else None,
         }
-    return people
+
+    return _sheet(file, ("slide", "patient_id"), person)
+
+
+def _sheet(
+    file: str | None, columns: Sequence[str], read: Callable[[dict[str, str]], dict[str, Any]]
+) -> Sheet:
+    rows: dict[str, dict[str, Any]] = {}
+    for row in _csv(file, columns):
+        value = read(row)
+        if rows.setdefault(row["slide"], value) != value:
+            raise ConfigError(
+                f"{file} has two different rows for {row['slide']}.", hint="Keep one of them."
+            )
+    return Sheet(file, rows)
 
 
 def _csv(file: str | None, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -1256,9 +1489,8 @@ def _csv(file: str | None, columns: Sequence[str]) -> list[dict[str, str]]:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(
-            f"{file} cannot be read: {error}.", hint="Give a CSV in UTF-8."
-        ) from error
+        hint = "Give a CSV in UTF-8."
+        raise ConfigError(f"{file} cannot be read: {error}.", hint=hint) from error
     missing = [column for column in columns if rows and column not in rows[0]]
     if missing or not rows:
         raise ConfigError(

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -320,11 +319,10 @@ def slides_retry(
     as_json: JsonOption = False,
 ) -> None:
     """Ingest quarantined slides again, as the archive was made."""
-    from dataclasses import replace
+    import os
 
     from pathflip import Archive
     from pathflip.config import load_config
-    from pathflip.geometry import Tiling
 
     jobs_ingest = _job("ingest")
     opened = Archive(archive)
@@ -335,15 +333,17 @@ def slides_retry(
         for row in rows
         if (not wanted or row["slide_id"] in wanted) and reason in (None, row["reason"])
     ]
-    gone = [row["uri"] for row in chosen if not Path(row["uri"]).exists()]
+    gone = [row["uri"] for row in chosen if not os.path.lexists(row["uri"])]
     sources = [row["uri"] for row in chosen if row["uri"] not in gone]
     for uri in gone:
         print(f"{uri} is no longer there; its row stays.", file=sys.stderr)
-    settings = replace(
-        load_config(jobs_ingest.IngestConfig, file=config, overrides=overrides or ()),
-        retry=True,
-        encoder=",".join(opened.encoders()),
-        tiling=Tiling(**opened.tiling()),
+    made = [f"encoder={','.join(opened.encoders())}"]
+    made += [f"tiling.{key}={value}" for key, value in opened.tiling().items()]
+    settings = load_config(
+        jobs_ingest.IngestConfig,
+        given={"retry": True},
+        file=config,
+        overrides=[*made, *(overrides or ())],
     )
     if not sources:
         document: dict[str, Any] = {"slides": {"ready": 0, "quarantined": 0}, "retried": 0}
@@ -510,9 +510,11 @@ def search(
     name, spec = _archive_encoder(opened, encoder)
     own_slide = own_patient = None
     if image is not None:
+        loaded = load_encoder(spec)
+        _check_same_weights(opened, name, loaded.revision)
         vector = embed_image(
             ImageQuery.parse(image),
-            encoder=load_encoder(spec),
+            encoder=loaded,
             tiling=Tiling(**opened.tiling()),
             mpp=mpp,
         )
@@ -569,15 +571,19 @@ def _archive_encoder(opened: Any, encoder: str | None) -> tuple[str, str]:
         name = opened.encoder(encoder)[0]
         return name, encoder or name
     info = encoder_info(encoder)
-    name, entry = opened.encoder(info.name)
-    if entry["revision"] != info.revision:
+    name, _ = opened.encoder(info.name)
+    _check_same_weights(opened, name, info.revision)
+    return name, encoder
+
+
+def _check_same_weights(opened: Any, name: str, revision: str) -> None:
+    made_with = opened.encoder(name)[1]["revision"]
+    if revision != made_with:
         raise ConfigError(
-            f"The archive holds features of {name} revision {entry['revision']}; "
-            f"{encoder} is revision {info.revision}.",
+            f"The archive holds features of {name} revision {made_with}; this is {revision}.",
             hint="Search with the weights the archive was made with.",
             code="other_encoder",
         )
-    return name, encoder
 
 
 @app.command()

@@ -354,7 +354,16 @@ def read_meta(uri: str) -> dict[str, Any]:
                 hint="Give the folder that pathflip ingest wrote.",
                 code="missing_archive",
             )
-    dataset = open_table(uri, "meta")
+    try:
+        dataset = open_table(uri, "meta")
+    except ArchiveError as error:
+        if is_local(uri) or error.code != "missing_table":
+            raise
+        raise ArchiveError(
+            f"There is no archive at {uri}.",
+            hint=f"Make one: pathflip ingest SLIDES --archive {uri}",
+            code="missing_archive",
+        ) from error
     with guarded(uri, "read the table meta", damaged=True):
         rows = dataset.to_table()
         intact = bool(intact_rows(rows).all())

@@ -31,6 +31,7 @@ import pyarrow.compute as pc
 
 from pathflip.archive import READY, Archive, read_meta, slots_of
 from pathflip.archive.schema import (
+    CHECKSUM,
     SCHEMA_VERSION,
     conform,
     embeddings_schema,
@@ -60,6 +61,7 @@ from pathflip.errors import ArchiveError
 FEATURE_BYTES_PER_FRAGMENT = 64 << 20
 _SELF_DIGEST = "sha256:"  # prefix of config keys in ``files``: digests of its own data files
 _IDS_PER_STATEMENT = 500
+_SLIDE_COLUMNS = [name for name in slides_schema().names if name != CHECKSUM]
 
 
 class ArchiveLock:
@@ -514,8 +516,12 @@ class Committer:
         self._delete_rows([*write, *note])
         for slide, names in extend.items():
             self._delete_rows([slide], encoders=names)
-        rows = slides.filter(pc.is_in(slides["slide_id"], pa.array(chosen, pa.string())))
-        rows = self._with_encoders(rows, {s: ledger[s]["encoders"] or [] for s in extend})
+        rows = slides.filter(pc.is_in(slides["slide_id"], pa.array([*write, *note], pa.string())))
+        extended = {
+            slide: {"encoders": sorted({*(ledger[slide]["encoders"] or ()), *names})}
+            for slide, names in extend.items()
+        }
+        rows = pa.concat_tables([rows.select(_SLIDE_COLUMNS), self._changed(extended)])
         self._register({path: d for shard in new for path, d in shard.files.items()})
         for table in dict.fromkeys(shard.table for shard in new):
             self._append(Shard.joined([shard for shard in new if shard.table == table]))
@@ -547,6 +553,29 @@ class Committer:
         """Removes slides and all of their rows, as when the file behind a URI has changed."""
         self._hide(slide_ids)
         self._delete_rows(slide_ids)
+        self._refresh()
+
+    def update_slides(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Changes columns of slides: paths, people, labels; the patient also in embeddings.
+
+        Args:
+            changes: {slide_id: {column of ``slides``: value}}.
+        """
+        for ids in _chunks(list(changes)):
+            self.upsert("slides", self._changed({slide: changes[slide] for slide in ids}))
+        patients = {
+            slide: change["patient_id"]
+            for slide, change in changes.items()
+            if "patient_id" in change
+        }
+        for entry in self._archive.encoders().values():
+            table = entry["embeddings_table"]
+            for ids in _chunks(list(patients)):
+                rows = open_table(self.uri, table).to_table(filter=sql_in("slide_id", ids))
+                named = [patients[slide] for slide in rows["slide_id"].to_pylist()]
+                at = rows.schema.get_field_index("patient_id")
+                rows = rows.set_column(at, "patient_id", pa.array(named, pa.string()))
+                self.upsert(table, rows.drop_columns([CHECKSUM]))
         self._refresh()
 
     def upsert(self, table: str, rows: pa.Table) -> None:
@@ -662,7 +691,8 @@ class Committer:
         for shard in shards:
             have.setdefault(shard.table, Counter()).update(shard.rows)
         for slide in (*write, *extend):
-            regions = incoming[slide]["n_regions"]
+            known = self._archive.ledger() if slide in extend else incoming
+            regions = known[slide]["n_regions"]
             expected = {} if slide in extend else {"regions": regions}
             for name in extend.get(slide, incoming[slide]["encoders"] or ()):
                 _, entry = self._archive.encoder(name)
@@ -672,13 +702,15 @@ class Committer:
                 if (found := have.get(table, Counter())[slide]) != count:
                     raise ValueError(f"slide {slide} has {found} rows for {table}, not {count}")
 
-    def _with_encoders(self, rows: pa.Table, old: Mapping[str, Sequence[str]]) -> pa.Table:
-        names = [
-            sorted({*(row["encoders"] or ()), *old.get(row["slide_id"], ())})
-            for row in rows.select(["slide_id", "encoders"]).to_pylist()
-        ]
-        at = rows.schema.get_field_index("encoders")
-        return rows.set_column(at, "encoders", pa.array(names, pa.list_(pa.string())))
+    def _changed(self, changes: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+        """Returns the stored rows of slides with some of their columns changed."""
+        schema = pa.schema([field for field in slides_schema() if field.name != CHECKSUM])
+        rows = []
+        for ids in _chunks(list(changes)):
+            stored = open_table(self.uri, "slides").to_table(filter=sql_in("slide_id", ids))
+            for row in stored.drop_columns([CHECKSUM]).to_pylist():
+                rows.append(row | dict(changes[row["slide_id"]]))
+        return pa.Table.from_pylist(rows, schema=schema).select(_SLIDE_COLUMNS)
 
     def _hide(self, slide_ids: Collection[str]) -> None:
         self._delete_from("slides", "slide_id", list(slide_ids))

@@ -17,6 +17,8 @@ from typing import Any
 
 from pathflip.errors import ArchiveError, PathFLIPError
 
+OBJECT_STORE_ON_DISK = "file-object-store://"
+"""Lance's scheme for a folder treated as an object store: how the remote code is tested."""
 FIXED_TABLES = ("slides", "regions", "files")
 
 
@@ -60,7 +62,17 @@ def open_table(uri: str, table: str) -> Any:
             code="missing_table",
         )
     with guarded(uri, f"open the table {table}", damaged=is_local(uri)):
-        dataset = lance.dataset(where)
+        try:
+            dataset = lance.dataset(where)
+        except ValueError as error:
+            # An object store has no folders to look at first.
+            if is_local(uri) or "not found" not in str(error).lower():
+                raise
+            raise ArchiveError(
+                f"The archive {uri} has no table {table}.",
+                hint=f"Make one: pathflip ingest SLIDES --archive {uri}",
+                code="missing_table",
+            ) from error
         version = int(dataset.version)
     if version < 1 or not dataset.schema.names or version < newest_known_version(uri, table):
         raise damaged_error(uri, f"the newest manifest of table {table} is lost or emptied")
@@ -100,6 +112,8 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
     if is_local(uri):
         return fs.LocalFileSystem(), uri
+    if uri.startswith(OBJECT_STORE_ON_DISK):
+        return fs.LocalFileSystem(), uri.removeprefix(OBJECT_STORE_ON_DISK)
     # Arrow knows Azure as abfs.
     system, root = fs.FileSystem.from_uri(uri.replace("az://", "abfs://", 1))
     return system, root

@@ -27,6 +27,7 @@ from unittest import mock
 import cv2
 import numpy as np
 import openslide
+import pyarrow as pa
 import simplejpeg
 from numpy.typing import NDArray
 
@@ -376,8 +377,9 @@ def perform(steps: Iterable[dict[str, Any]]) -> None:
             config = ingest.IngestConfig(**{"device": "cpu"} | step.get("config", {}))
             if step.get("bare"):
                 with (
-                    mock.patch.object(ingest, "_pipeline", bare_loop),
+                    mock.patch("ray.data.from_items", Loop.over),
                     mock.patch("jobs.cluster.connect"),
+                    mock.patch.object(ingest, "_resources", return_value={"CPU": 1.0}),
                 ):
                     result = ingest.ingest(step["sources"], archive, config)
             else:
@@ -390,19 +392,27 @@ def perform(steps: Iterable[dict[str, Any]]) -> None:
             shutil.rmtree(archive)
 
 
-def bare_loop(
-    groups: list[dict[str, str]], config: Any, archive: str, tables: Any
-) -> Iterator[Any]:
-    """What ``jobs.ingest._pipeline`` does, by the same code, one process and no Ray."""
-    import pyarrow as pa
+class Loop:
+    """Stands in for a Ray dataset: the same stages in this process, one row after another."""
 
-    from jobs.ingest import Embedder, Planner
+    def __init__(self, tables: Iterable[pa.Table]) -> None:
+        self._tables = tables
 
-    planner, embedder = Planner(config), Embedder(config, archive, list(tables))
-    for group in groups:
-        planned = planner(pa.Table.from_pylist([group]))
-        for index in range(len(planned)):
-            yield embedder(planned.slice(index, 1))
+    @classmethod
+    def over(cls, items: Sequence[dict[str, str]], **_: Any) -> Loop:
+        """For ``ray.data.from_items``."""
+        return cls([pa.Table.from_pylist([item]) for item in items])
+
+    def map_batches(
+        self, stage: Callable[..., Any], *, fn_constructor_args: Sequence[Any], **_: Any
+    ) -> Loop:
+        """A stage whose rows are made when they are asked for."""
+        work = stage(*fn_constructor_args)
+        return Loop(work(t.slice(row, 1)) for t in self._tables for row in range(len(t)))
+
+    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+        """Run."""
+        return iter(self._tables)
 
 
 # -- the report -----------------------------------------------------------------------------------

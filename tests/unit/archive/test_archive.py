@@ -171,3 +171,16 @@ def test_importing_the_package_does_not_import_lance():
         "import sys, pathflip.archive; sys.exit('lance' in sys.modules or 'pyarrow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_archive_on_an_object_store(tmp_path: Path) -> None:
+    uri = f"file-object-store://{tmp_path}/remote"
+    with pytest.raises(ArchiveError) as caught:
+        Archive(uri)
+    assert caught.value.code == "missing_archive"
+    tiling = {"region_um": 256.0, "patch_um": 128.0, "mpp": 0.5}
+    for _ in range(2):  # making it again is opening it
+        assert create_archive(uri, tiling=tiling).slots == 4
+    with Committer(uri) as committer:
+        committer.ensure_encoder_table("texture", revision="1", dim=4, mpp=None, licence="none")
+    assert Archive(uri).stats()["encoders"]["texture"]["dim"] == 4
