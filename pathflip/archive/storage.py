@@ -61,6 +61,9 @@ def open_table(uri: str, table: str) -> Any:
             hint=_repair_hint(uri),
             code="missing_table",
         )
+    # Noted before opening: another process may commit in between, and a later note would make a
+    # whole table look as if it had lost its newest version.
+    noted = newest_known_version(uri, table)
     with guarded(uri, f"open the table {table}", damaged=is_local(uri)):
         try:
             dataset = lance.dataset(where)
@@ -74,7 +77,7 @@ def open_table(uri: str, table: str) -> Any:
                 code="missing_table",
             ) from error
         version = int(dataset.version)
-    if version < 1 or not dataset.schema.names or version < newest_known_version(uri, table):
+    if version < 1 or not dataset.schema.names or version < noted:
         raise damaged_error(uri, f"the newest manifest of table {table} is lost or emptied")
     return dataset
 

@@ -10,7 +10,14 @@ import pyarrow as pa
 import pytest
 
 from pathflip.archive import Archive, schema
-from pathflip.archive.commit import ArchiveLock, Committer, Shard, write_fragment
+from pathflip.archive.commit import (
+    ArchiveLock,
+    Committer,
+    Shard,
+    create_archive,
+    meta_rows,
+    write_fragment,
+)
 from pathflip.archive.health import verify
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort
@@ -288,3 +295,28 @@ def test_upsert_of_the_ledger_alone(tmp_path):
     assert Archive(tmp_path / "a").slides()["labels"].to_pylist() == ["{}", "{}"]
     assert_whole(tmp_path / "a", [0, 1])
     assert schema.key_of("slides") == "slide_id"
+
+
+def test_a_table_opens_while_another_process_commits(tmp_path: Path) -> None:
+    """Workers open the tables they write to while the driver commits."""
+    import threading
+
+    from pathflip.archive.storage import open_table
+
+    archive = create_archive(tmp_path / "a", tiling=cohort.TILING)
+    done = threading.Event()
+
+    def commit() -> None:
+        with Committer(archive.uri) as committer:
+            for n in range(25):
+                committer.upsert("meta", meta_rows({"note": n}))
+        done.set()
+
+    writer = threading.Thread(target=commit)
+    writer.start()
+    opened = 0
+    while not done.is_set():
+        assert open_table(archive.uri, "meta").version >= 1
+        opened += 1
+    writer.join()
+    assert opened > 25

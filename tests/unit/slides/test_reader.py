@@ -101,9 +101,13 @@ def test_a_process_killed_while_it_works_is_replaced(reader, slide_path):
     pid = victim_pid(slide_path)
     killer = threading.Timer(0.05, os.kill, (pid, signal.SIGKILL))
     killer.start()
-    with pytest.raises(SlideError) as caught:
+
+    def read_for_ever():
         while True:
             read(reader, slide_path, rects)
+
+    with pytest.raises(SlideError) as caught:
+        read_for_ever()
     assert caught.value.code == "reader_crash"
     assert "SIGKILL" in caught.value.message
     assert read(reader, slide_path, rects).ok.all()
