@@ -306,14 +306,13 @@ class Planner:
         return self._reader.digest(path, timeout_s=self._config.plan_timeout_s)
 
     def _attempt(self, record: dict[str, Any], call: Callable[[], Any]) -> Any:
-        for attempt in range(1, self._config.attempts + 1):
-            record["attempts"] = attempt
+        while True:
             try:
                 return call()
             except SlideError as error:
-                if error.code not in RETRIED or attempt == self._config.attempts:
+                if error.code not in RETRIED or record["attempts"] >= self._config.attempts:
                     raise
-        raise AssertionError("attempts is at least 1")
+                record["attempts"] += 1
 
 
 class Embedder:
@@ -579,7 +578,7 @@ def _new_record(source: Source) -> dict[str, Any]:
         "sha256": None,
         "bytes": source.bytes,
         "mtime_ns": source.mtime_ns,
-        "attempts": 0,
+        "attempts": 1,
         "tiles_ok": 0,
         "tiles_bad": 0,
         "seconds": 0.0,

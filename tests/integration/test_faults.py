@@ -388,7 +388,7 @@ def storm(
     good = [slides / name for name in ("a.svs", "c.tif", "g.tif")]
     with faults.struck({folder / name: what for name, what in VICTIMS.items()}) as hit:
         # A victim is one chunk: one actor reads all of it and counts its attempts.
-        result = job([*good, folder], archive, "read_timeout_s=5", "chunk_regions=64")
+        result = job([*good, folder], archive, "read_timeout_s=8", "chunk_regions=64")
     rows = Archive(archive).slides(columns=["uri", "status", "message"]).to_pylist()
     assert result.slides == {
         "ready": 3, "quarantined": 5 + latin, "empty": 0, "skipped": 0,
