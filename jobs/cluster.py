@@ -42,6 +42,8 @@ def connect(address: str | None = None) -> bool:
     # What Ray and Lance say to themselves is no help on a terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("LANCE_LOG", "error")
+    # Ray starts workers at niceness 15: right beside a service, not for a job of one's own.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     for attempt in range(START_ATTEMPTS):
         try:
             _start_local()

@@ -66,8 +66,9 @@ class IngestConfig:
     """CSV with the columns slide,patient_id and optionally split; other columns become labels."""
     tissue_dir: str | None = None
     """Folder of <slide name>.geojson files used as tissue instead of the computed mask."""
-    halving: Literal["exact", "dct"] = "exact"
-    """How a twice finer base is halved: exact area averages, or faster in the DCT domain."""
+    halving: Literal["exact", "dct"] = "dct"
+    """How a twice finer JPEG base is halved: in the DCT domain, or by exact area averages, which
+    take half as long again. docs/performance.md has what it does to features."""
     device: str = "auto"
     """auto, cpu or cuda."""
     actors: int | None = None
@@ -1276,7 +1277,9 @@ def _pipeline(
         fn_constructor_args=(config, archive, list(tables), [info.revision for info in encoders]),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=most),
+        compute=ActorPoolStrategy(
+            min_size=1, max_size=most, initial_size=min(workers, len(groups)) if private else 1
+        ),
         num_cpus=float(config.readers or 4) if use_gpu else 0.9,
         num_gpus=1.0 if use_gpu else 0.0,
     )

@@ -85,6 +85,7 @@ def cluster(spilled: Path) -> Iterator[str]:
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("LANCE_LOG", "error")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     context = ray.init(
         address="local",
         num_cpus=2,
