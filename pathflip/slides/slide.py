@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -485,6 +486,12 @@ def openable(path: Path) -> Path:
                     code="not_a_file",
                 )
             return files[0]
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make its reader wait for ever
+            raise SlideError(
+                f"{path.name} is neither a file nor a folder.",
+                hint="Check the path.",
+                code="not_a_file",
+            )
         with open(path, "rb") as file:
             if not file.read(1):
                 raise SlideError(

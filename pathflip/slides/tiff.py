@@ -70,7 +70,8 @@ def check_limits(path: str | Path) -> None:
     Python exception can catch that, so the tags are read before OpenSlide sees the file.
 
     Raises:
-        SlideError: ``reader_limits`` naming the tag.
+        SlideError: ``reader_limits`` naming the tag; ``unreadable`` when the file ends before its
+            tiles do, whichever level they belong to.
     """
     if not is_tiff(path):
         return
@@ -79,8 +80,9 @@ def check_limits(path: str | Path) -> None:
         geometry = _page_geometry(path)
     except (ValueError, KeyError, IndexError, OSError, struct.error, MemoryError, TypeError):
         return  # not parseable by us: OpenSlide, in its own process, has the last word
-    levels = 0
-    for width, height, tile_w, tile_h in geometry:
+    levels = beyond = 0
+    for width, height, tile_w, tile_h, lost in geometry:
+        beyond += lost
         if max(tile_w, tile_h) > MAX_TILE_PX:
             raise SlideError(
                 f"{name} declares tiles of {tile_w} x {tile_h} px; the limit is {MAX_TILE_PX}.",
@@ -94,6 +96,12 @@ def check_limits(path: str | Path) -> None:
                 code="reader_limits",
             )
         levels += tile_w > 0
+    if beyond:
+        raise SlideError(
+            f"{name} is cut off: {beyond} of its tiles lie beyond the end of the file.",
+            hint="Copy it again from its source.",
+            code="unreadable",
+        )
     if levels > MAX_LEVELS:
         raise SlideError(
             f"{name} declares {levels} tiled levels; the limit is {MAX_LEVELS}.",
@@ -102,14 +110,22 @@ def check_limits(path: str | Path) -> None:
         )
 
 
-def _page_geometry(path: str | Path) -> list[tuple[int, int, int, int]]:
+def _page_geometry(path: str | Path) -> list[tuple[int, int, int, int, int]]:
+    """Of every page: width, height, tile width and height (0 if not tiled), tiles past the end."""
     found = []
+    size = Path(path).stat().st_size
     with tifffile.TiffFile(path) as tif:
         for index, page in enumerate(tif.pages):
             if index > 8 * MAX_LEVELS or not isinstance(page, tifffile.TiffPage):
                 break
             tile_w, tile_h = (page.tilewidth, page.tilelength) if page.is_tiled else (0, 0)
-            found.append((page.imagewidth, page.imagelength, tile_w, tile_h))
+            lost = 0
+            if page.is_tiled and max(tile_w, tile_h) <= MAX_TILE_PX:
+                ends = np.asarray(page.dataoffsets, np.int64) + np.asarray(
+                    page.databytecounts, np.int64
+                )
+                lost = int((ends > size).sum())
+            found.append((page.imagewidth, page.imagelength, tile_w, tile_h, lost))
     return found
 
 

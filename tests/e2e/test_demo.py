@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
     out = tmp_path_factory.mktemp("demo")
     assert demo(out, cohort=2, size_um=1024.0) == 0  # though two files are quarantined
     return out

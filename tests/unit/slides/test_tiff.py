@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import openslide
 import pytest
+import tifffile
 
 from pathflip.errors import SlideError
 from pathflip.slides.slide import Slide
@@ -215,3 +216,31 @@ def test_shrinks() -> None:
         JpegTiles(0, level, shrink=3)
     ratios = (0.5, 1.0, 1.9, 1.99, 2.0, 3.9, 3.97, 7.0, 8.0, 100.0)
     assert [shrink_for(ratio) for ratio in ratios] == [1, 1, 1, 2, 2, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5])
+def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, mpp: float) -> None:
+    """Also where only levels that are not read are cut: half a copy is no slide."""
+    whole = make_slide(tmp_path / "whole.tif", width=2048, height=2048, mpp=mpp, seed=1)
+    data = whole.read_bytes()
+    check_limits(whole)
+    with tifffile.TiffFile(whole) as tif:
+        last = max(
+            offset + count
+            for page in tif.pages
+            for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)
+        )
+    for end in (last - 1, last // 2):
+        cut = tmp_path / f"cut{end}.tif"
+        cut.write_bytes(data[:end])
+        try:
+            with tifffile.TiffFile(cut) as tif:
+                readable = len(tif.pages) > 0
+        except tifffile.TiffFileError:
+            readable = False
+        if readable:  # the directory comes first: only the tiles tell
+            with pytest.raises(SlideError) as caught:
+                check_limits(cut)
+            assert caught.value.code == "unreadable"
+        with pytest.raises(SlideError):
+            Slide(cut)
