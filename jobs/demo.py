@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pathflip.errors import ArchiveError, ConfigError, PathFLIPError, SlideError
 
 if TYPE_CHECKING:
-    from jobs.ingest import IngestResult
+    from jobs.ledger import IngestResult
     from pathflip.archive import Archive
     from pathflip.geometry import Tiling
     from pathflip.report import SampleSearch

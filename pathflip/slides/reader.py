@@ -454,10 +454,9 @@ def _thumbnail(slide: Any, overview: NDArray[np.uint8], mpp: float) -> tuple[byt
 
     longest = max(overview.shape[:2])
     if longest < THUMBNAIL_PX:  # a small slide: finer than the overview where it has the pixels
-        with suppress(SlideError):  # a damaged tile costs its patch and a sharp picture, no more
-            pixels = slide.thumbnail(min(THUMBNAIL_PX, max(slide.width, slide.height)))
-            return _jpeg(pixels), slide.mpp * max(slide.width, slide.height) / max(pixels.shape[:2])
-    factor = max(1.0, longest / THUMBNAIL_PX)
+        pixels = slide.thumbnail(min(THUMBNAIL_PX, max(slide.width, slide.height)))
+        return _jpeg(pixels), slide.mpp * max(slide.width, slide.height) / max(pixels.shape[:2])
+    factor = longest / THUMBNAIL_PX
     height, width = (max(1, round(side / factor)) for side in overview.shape[:2])
     small = cv2.resize(overview, (width, height), interpolation=cv2.INTER_AREA)
     return _jpeg(np.asarray(small, np.uint8)), mpp * factor

@@ -61,7 +61,7 @@ QUARANTINED = {
     "cut-late.svs": {"unreadable"},
     "cut-directory.tif": {"unreadable"},
     "cut-third.tif": {"unreadable", "too_many_bad_tiles"},
-    "cut-most.tif": {"too_many_bad_tiles"},
+    "cut-most.tif": {"unreadable"},
     "ruined.tif": {"too_many_bad_tiles"},
     "bomb-tile.tif": {"reader_limits"},
     "bomb-tile-4gb.tif": {"reader_limits"},
