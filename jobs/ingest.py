@@ -1,8 +1,8 @@
 """Ingest: slide files in, a searchable archive out.
 
-This module is the settings and the pipeline; the parts, in the order of the data::
+This module is the pipeline; its parts, in the order of the data::
 
-    worklist.py  slides found, what the user says of them, what the archive has
+    worklist.py  the settings, slides found, what the user says of them, what the archive has
     workers.py   Planner (hash, open, tissue, cut) -> Embedder (read, embed, write fragments)
     ledger.py    on the driver: one committer, slides become visible whole
 
@@ -22,72 +22,25 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
 from jobs.ledger import IngestResult, Ledger, Progress
 from jobs.workers import Embedder, Planner
 from jobs.worklist import Archived, Candidate, find_candidates, read_people
+from jobs.worklist import IngestConfig as IngestConfig
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer, create_archive
 from pathflip.encoders import EncoderInfo, encoder_info, load_encoder
 from pathflip.errors import ArchiveError, ConfigError, SlideError
-from pathflip.geometry import Tiling, patch_rects
+from pathflip.geometry import patch_rects
 from pathflip.slides.reader import SlidePlan, SlideReader
 
 GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
 THUMBNAIL_BYTES = 256 << 10  # and the tissue mask, about
-
-
-@dataclass(frozen=True, kw_only=True)
-class IngestConfig:
-    """Settings of an ingest; every one can be given in a YAML file or with -o."""
-
-    encoder: str = "texture"
-    """Patch encoder, or several separated by commas: they share one pass over the pixels."""
-    tiling: Tiling = field(default_factory=Tiling)
-    mpp_csv: str | None = None
-    """CSV with the columns slide,mpp: µm per pixel where a file's metadata is missing or wrong."""
-    patients: str | None = None
-    """CSV with the columns slide,patient_id and optionally split; other columns become labels."""
-    tissue_dir: str | None = None
-    """Folder of <slide name>.geojson files used as tissue instead of the computed mask."""
-    halving: Literal["exact", "dct"] = "dct"
-    """How a twice finer JPEG base is halved: in the DCT domain, or by exact area averages, which
-    take half as long again. docs/performance.md has what it does to features."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    actors: int | None = None
-    """Embedding actors at most; None means one per CPU, or per GPU where the encoder uses one."""
-    readers: int | None = None
-    """Reader processes per actor; None means 1 on CPU, 4 on GPU (reading overlaps encoding)."""
-    chunk_regions: int = 32
-    """Regions per unit of work."""
-    attempts: int = 3
-    """Times a reader may die or hang on a slide before the slide is quarantined."""
-    read_timeout_s: float = 60.0
-    """Deadline for reading one region."""
-    plan_timeout_s: float = 900.0
-    """Deadline for hashing a slide, and for opening and planning it."""
-    max_bad_tiles: float = 0.01
-    """Share of a slide's patches that may be damaged; beyond it (and beyond 4) quarantine."""
-    commit_s: float = 15.0
-    """Finished slides become visible at least this often."""
-    add_encoder: bool = False
-    """Allow a further encoder beside those the archive already holds."""
-    retry: bool = False
-    """Try quarantined slides again even though nothing about them changed."""
-
-    @property
-    def specs(self) -> list[str]:
-        """The encoders' specs, one by one."""
-        found = [spec.strip() for spec in self.encoder.split(",") if spec.strip()]
-        if not found:
-            raise ConfigError("No encoder was named.", hint="Leave --encoder out for texture.")
-        return found
 
 
 def ingest(

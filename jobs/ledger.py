@@ -11,21 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 import pathflip
 from jobs.workers import fixed, from_ipc, unit
-from jobs.worklist import Archived, Candidate, Sheet
+from jobs.worklist import Archived, Candidate, IngestConfig, Sheet
 from pathflip.archive.commit import Committer
 from pathflip.encoders import EncoderInfo
 from pathflip.errors import ArchiveError, EncoderError
 from pathflip.slides.sources import Source, stat_source
-
-if TYPE_CHECKING:
-    from jobs.ingest import IngestConfig
 
 logger = logging.getLogger(__name__)
 

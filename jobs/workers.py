@@ -9,23 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jobs.worklist import Candidate, same_cut
+from jobs.worklist import Candidate, IngestConfig, same_cut
 from pathflip.archive import Archive
 from pathflip.encoders import Encoder, load_encoder
 from pathflip.errors import ArchiveError, EncoderError, PathFLIPError, SlideError
 from pathflip.geometry import patch_rects
 from pathflip.slides.reader import Patches, SlideReader
 from pathflip.slides.sources import Source, slide_id, stat_source
-
-if TYPE_CHECKING:
-    from jobs.ingest import IngestConfig
 
 RETRIED = ("timeout", "reader_crash")
 

@@ -1,4 +1,4 @@
-"""What is to be ingested: slides found, what the user says of them, what the archive has."""
+"""What is to be ingested and how: settings, slides, what users and the archive say of them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,65 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from pathflip.archive import Archive
 from pathflip.encoders import EncoderInfo
 from pathflip.errors import ArchiveError, ConfigError
+from pathflip.geometry import Tiling
 from pathflip.slides.sources import SUFFIXES, Source, discover
 
-if TYPE_CHECKING:
-    from jobs.ingest import IngestConfig
-
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """Settings of an ingest; every one can be given in a YAML file or with -o."""
+
+    encoder: str = "texture"
+    """Patch encoder, or several separated by commas: they share one pass over the pixels."""
+    tiling: Tiling = field(default_factory=Tiling)
+    mpp_csv: str | None = None
+    """CSV with the columns slide,mpp: µm per pixel where a file's metadata is missing or wrong."""
+    patients: str | None = None
+    """CSV with the columns slide,patient_id and optionally split; other columns become labels."""
+    tissue_dir: str | None = None
+    """Folder of <slide name>.geojson files used as tissue instead of the computed mask."""
+    halving: Literal["exact", "dct"] = "dct"
+    """How a twice finer JPEG base is halved: in the DCT domain, or by exact area averages, which
+    take half as long again. docs/performance.md has what it does to features."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    actors: int | None = None
+    """Embedding actors at most; None means one per CPU, or per GPU where the encoder uses one."""
+    readers: int | None = None
+    """Reader processes per actor; None means 1 on CPU, 4 on GPU (reading overlaps encoding)."""
+    chunk_regions: int = 32
+    """Regions per unit of work."""
+    attempts: int = 3
+    """Times a reader may die or hang on a slide before the slide is quarantined."""
+    read_timeout_s: float = 60.0
+    """Deadline for reading one region."""
+    plan_timeout_s: float = 900.0
+    """Deadline for hashing a slide, and for opening and planning it."""
+    max_bad_tiles: float = 0.01
+    """Share of a slide's patches that may be damaged; beyond it (and beyond 4) quarantine."""
+    commit_s: float = 15.0
+    """Finished slides become visible at least this often."""
+    add_encoder: bool = False
+    """Allow a further encoder beside those the archive already holds."""
+    retry: bool = False
+    """Try quarantined slides again even though nothing about them changed."""
+
+    @property
+    def specs(self) -> list[str]:
+        """The encoders' specs, one by one."""
+        found = [spec.strip() for spec in self.encoder.split(",") if spec.strip()]
+        if not found:
+            raise ConfigError("No encoder was named.", hint="Leave --encoder out for texture.")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
