@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MIN_BAD_TILES = 4
 
 
+COMMIT_SLIDES = 128  # what waits for a commit is held in memory, about a megabyte a slide
 COMPACT_AFTER_FRAGMENTS = 512  # a commit writes the whole list of fragments anew
 
 
@@ -172,7 +173,7 @@ class Ledger:
             if len(chunks) >= row["n_chunks"]:
                 self._batch.append(self._whole(self._chunks.pop(row["slide_id"])))
         overdue = time.monotonic() - self._committed_at > self._config.commit_s
-        if self._batch and overdue:
+        if len(self._batch) >= COMMIT_SLIDES or (self._batch and overdue):
             self.commit()
         self._report("ingesting")
 
