@@ -7,6 +7,8 @@ The tree::
       SlideError           one slide cannot be used; carries the reason code stored in the archive
       ArchiveError         the archive is missing, damaged, locked or made with other settings
       EncoderError         an encoder is unknown, gated, missing its weights or does not fit
+      CheckpointError      a run, checkpoint or model folder is missing, incomplete or damaged
+      TrainingError        training cannot go on: losses that are not finite, too little data
 
 Every error has a ``code`` (short, stable, for machines), a message (what, where) and a ``hint``
 (what to do about it). Programmer errors stay Python's own.
@@ -58,6 +60,18 @@ class EncoderError(PathFLIPError):
     """An encoder is unknown, gated, missing its weights, or does not fit the tiling."""
 
     default_code = "encoder"
+
+
+class CheckpointError(PathFLIPError):
+    """A run, checkpoint or model folder is missing, incomplete or damaged."""
+
+    default_code = "checkpoint"
+
+
+class TrainingError(PathFLIPError):
+    """Training cannot go on: losses that are not finite, or too little data."""
+
+    default_code = "training"
 
 
 REASONS: dict[str, str] = {

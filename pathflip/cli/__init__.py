@@ -1,0 +1,52 @@
+"""The command line. Every command imports what it needs when it runs: ``--help`` is instant.
+
+Exit codes: 0 all good, 1 a fault or damage found, 2 wrong usage, 3 some slides were quarantined.
+With ``--json`` a command prints one JSON document on stdout and nothing else there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from pathflip.cli import archive, search
+from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError
+
+app = typer.Typer(
+    name="pathflip",
+    help="Whole-slide images and reports: ingest, search, train, answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for part in (archive, search):
+    app.add_typer(part.app)
+
+_FATAL_ARCHIVE_CODES = ("damaged", "disk_full", "io", "commit", "missing_table")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(arguments, prog_name="pathflip")
+    except PathFLIPError as error:
+        if "--json" in arguments:
+            shown = {"code": error.code, "message": error.message, "hint": error.hint}
+            print(json.dumps({"error": shown}))
+        print(f"pathflip: {error}", file=sys.stderr)
+        usage = isinstance(error, ConfigError | EncoderError) or (
+            isinstance(error, ArchiveError) and error.code not in _FATAL_ARCHIVE_CODES
+        )
+        raise SystemExit(2 if usage else 1) from None
+    except KeyboardInterrupt:
+        print(
+            "pathflip: interrupted; the same command continues where it stopped.", file=sys.stderr
+        )
+        raise SystemExit(130) from None
+    raise SystemExit(0)

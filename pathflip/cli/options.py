@@ -1,0 +1,89 @@
+"""What the commands share: their common options, how they print, how they reach jobs/."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from pathflip.errors import ConfigError
+
+ArchiveOption = Annotated[
+    str, typer.Option("--archive", help="Archive: a folder, or s3://, gs://, az://.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", help="YAML file of settings.", metavar="FILE")
+]
+OverrideOption = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--set", help="One setting, e.g. -o tiling.mpp=0.25.", metavar="KEY=VALUE"),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster, e.g. auto or ray://head:10001; default: this machine."),
+]
+
+
+def job(name: str) -> Any:
+    """Import a module of jobs/, which is not part of the installed wheel."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"jobs.{name}")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing == "ray":
+            hint = "Install it: pip install 'pathflip[ray]'."
+        else:
+            hint = "Run it from a checkout of pathflip or from its image."
+        raise ConfigError(
+            f"This command needs {missing}, which is not installed here.", hint=hint
+        ) from error
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on one line."""
+    print(json.dumps(document, default=str, allow_nan=False))
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left")
+    for column in columns:
+        numeric = bool(rows) and all(
+            isinstance(row[columns.index(column)], int | float | None) for row in rows
+        )
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _cell(value: Any) -> str:
+    from rich.markup import escape
+
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return escape(str(value))
+
+
+def flat(document: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Returns a nested document as (dotted name, value) rows."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in document.items():
+        if isinstance(value, dict):
+            rows += flat(value, f"{prefix}{key} ")
+        else:
+            rows.append((f"{prefix}{key}", value))
+    return rows
