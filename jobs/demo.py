@@ -1,9 +1,11 @@
-"""The whole path in one command: slides, archive, search, report.
+"""The whole path in one command: slides, archive, a trained model, search, evaluation, reports.
 
     python -m jobs.demo [--slides FOLDER] [--out DIR]        (the same as: make demo)
 
-Without a folder it makes a dozen slides, three of them with a fault or nothing on them, so that
-the report shows what ingest does then. A second run does only what is missing.
+Without a folder it makes a cohort of slides with captions whose truth is known, three of them with
+a fault or nothing on them, trains the small preset on it and shows what it finds. Slides of one's
+own have no captions: they are archived and searched by image. A second run does only what is
+missing.
 """
 
 from __future__ import annotations
@@ -21,18 +23,25 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.worklist import IngestConfig
 from pathflip.errors import ArchiveError, ConfigError, PathFLIPError, SlideError
+from pathflip.evaluation.prompts import read_tasks
+from pathflip.geometry import Tiling
 
 if TYPE_CHECKING:
     from jobs.ledger import IngestResult
     from pathflip.archive import Archive
-    from pathflip.geometry import Tiling
-    from pathflip.report import SampleSearch
+    from pathflip.checkpoints import Run
+    from pathflip.report.archive import SampleSearch
 
-TRUNCATED, WITHOUT_MPP, GLASS, LARGE = (
-    "truncated.svs", "without-mpp.tif", "glass.svs", "resection.svs",
-)  # fmt: skip
+TRUNCATED, WITHOUT_MPP, GLASS = "truncated.svs", "without-mpp.tif", "glass.svs"
 PLANTED = (TRUNCATED, WITHOUT_MPP)
+COHORT = 960
+"""Slides made: with fewer, a model trained from scratch learns them by heart (docs/models.md)."""
+SIZE_UM = 1024.0
+REGION_UM, PATCH_UM = 256.0, 32.0
+"""The cohort's slides are small, so its regions are: 16 a slide, of 64 patches."""
+PRESET = "pathflip/mini"
 RESULTS = 6
 QUERY_PX = 360
 
@@ -73,42 +82,90 @@ def demo(
     out: str | Path = "demo",
     *,
     slides: str | Path | None = None,
-    cohort: int = 8,
-    size_um: float = 4096.0,
+    cohort: int = COHORT,
+    training: Sequence[str] = (),
 ) -> int:
     """Run the demo.
 
     Args:
-        out: Where everything is written: slides, archive, report.html.
+        out: Where everything is written: slides, archive, run, reports.
         slides: The user's slides, which are only read; None to make some in ``out``/slides.
-        cohort: Slides to make, besides a larger one, an empty one and two faulty ones.
-        size_um: Side of the slides made, µm.
+        cohort: Slides to make, besides an empty one and two faulty ones.
+        training: Settings over the preset's, ``key=value``.
 
     Returns:
         The exit code: that of ingest, where the two faulty files made on purpose do not count.
 
     Raises:
-        PathFLIPError: What ingest, search and report raise.
+        PathFLIPError: What the jobs raise.
     """
     out, stages = Path(out), Stages()
-    patients: str | None = None
-    if slides is None:
-        source = out / "slides"
-        with stages.run("make slides", f"Making {cohort + 4} slides in {source}"):
-            make_slides(out, cohort=cohort, size_um=size_um)
-        patients = str(out / "patients.csv")
-    else:
-        from pathflip.slides.sources import discover
+    if slides is not None:
+        return _own_slides(out, Path(slides), stages)
+    source = out / "slides"
+    with stages.run("make slides", f"Making {cohort + 3:,} slides in {source}"):
+        make_slides(out, cohort=cohort)
+    settings = IngestConfig(
+        tiling=Tiling(region_um=REGION_UM, patch_um=PATCH_UM),
+        patients=str(out / "labels.csv"),
+        captions=str(out / "captions.csv"),
+    )
+    archive, result = _ingested(out, source, settings, stages)
+    run, document = _trained(archive.uri, out / "run", training, stages)
+    with stages.run("report", "Writing the reports"):
+        from pathflip.report.archive import write_report
+        from pathflip.report.pretrain import write_pretrain_report
 
-        source = Path(slides)
-        found = len(discover([str(source)]))
-        print(f"Found {found:,} slides in {source}; they are only read.", file=sys.stderr)
+        archive.refresh()
+        write_report(archive, out / "slides.html", title="Slides of the demo")
+        report = write_pretrain_report(
+            archive,
+            run,
+            document,
+            out / "report.html",
+            suite=read_tasks(out / "tasks.yaml"),
+            title="pathflip demo",
+        )
+    _print_summary(archive, result, stages.seconds, planted=PLANTED)
+    _print_results(document)
+    where = f"--archive {_quoted(archive.uri)} --run {_quoted(str(run.path))}"
+    slide = next(iter(sorted(archive.ready_ids())))
+    print(f"Open {report}. Then try:")
+    print(f'  {_program()} search "necrosis" {where} --level region --out found.html')
+    print(f'  {_program()} ground {slide} "necrosis" {where} --out heat.png')
+    quarantined = archive.slides("quarantined", columns=["uri"])["uri"].to_pylist()
+    return 3 if {Path(uri).name for uri in quarantined} - set(PLANTED) else 0
 
+
+def _own_slides(out: Path, source: Path, stages: Stages) -> int:
+    """Archive somebody's slides and search them with a picture."""
+    from pathflip.report.archive import write_report
+    from pathflip.slides.sources import discover
+
+    found = len(discover([str(source)]))
+    print(f"Found {found:,} slides in {source}; they are only read.", file=sys.stderr)
+    archive, result = _ingested(out, source, IngestConfig(), stages)
+    with stages.run("search", "Searching with a picture of a region"):
+        search, command = sample_search(archive)
+    with stages.run("report", "Writing the report"):
+        report = write_report(
+            archive,
+            out / "report.html",
+            searches=[search] if search else [],
+            title=f"Slides of {source.absolute().name}",
+        )
+    _print_summary(archive, result, stages.seconds, planted=())
+    print(f"Open {report}" + (f", then try: {command}" if command else "."))
+    return result.exit_code
+
+
+def _ingested(
+    out: Path, source: Path, config: IngestConfig, stages: Stages
+) -> tuple[Archive, IngestResult]:
     from jobs.cluster import connect
-    from jobs.ingest import IngestConfig, ingest
+    from jobs.ingest import ingest
     from jobs.progress import show_progress
     from pathflip.archive import Archive
-    from pathflip.report import write_report
 
     with stages.run("start Ray", "Starting Ray on this machine"):
         connect()  # before Lance is loaded, which warns about the processes Ray starts
@@ -117,26 +174,43 @@ def demo(
         stages.run("ingest", f"Ingesting into {uri}; interrupt it and run it again as you like"),
         show_progress() as progress,
     ):
-        result = ingest([str(source)], uri, IngestConfig(patients=patients), progress=progress)
-    archive = Archive(uri)
-    with stages.run("search", "Searching with a picture of a region"):
-        search, command = sample_search(archive)
-    with stages.run("report", "Writing the report"):
-        report = write_report(
-            archive,
-            out / "report.html",
-            searches=[search] if search else [],
-            title="pathflip demo" if slides is None else f"Slides of {source.absolute().name}",
+        result = ingest([str(source)], uri, config, progress=progress)
+    return Archive(uri), result
+
+
+def _trained(
+    archive: str, folder: Path, settings: Sequence[str], stages: Stages
+) -> tuple[Run, dict[str, Any]]:
+    """Train, index and measure; what is finished already is left as it is."""
+    from jobs.index import IndexConfig, index
+    from jobs.pretrain import pretrain, resolve
+    from jobs.progress import show_progress
+    from pathflip.archive import Archive
+    from pathflip.checkpoints import load_run
+    from pathflip.evaluation.suite import evaluate_all
+
+    workers = min(2, os.cpu_count() or 1)
+    config = resolve(PRESET, overrides=settings, given={"max_workers": workers})
+    with (
+        stages.run("pretrain", f"Training {PRESET} in {folder}; it resumes, too"),
+        show_progress() as progress,
+    ):
+        pretrain(archive, folder, config, progress=progress)
+    with stages.run("index", "Indexing slides and regions"), show_progress() as progress:
+        index(archive, str(folder), config=IndexConfig(), progress=progress)
+    run = load_run(folder)
+    with stages.run("evaluate", "Measuring against the planted truth"), show_progress() as shown:
+        document = evaluate_all(
+            Archive(archive),
+            run,
+            suite=read_tasks(folder.parent / "tasks.yaml"),
+            split="test",
+            progress=shown,
         )
-    _print_summary(archive, result, stages.seconds, planted=PLANTED if slides is None else ())
-    print(f"Open {report}" + (f", then try: {command}" if command else "."))
-    if slides is not None:
-        return result.exit_code
-    quarantined = archive.slides("quarantined", columns=["uri"])["uri"].to_pylist()
-    return 3 if {Path(uri).name for uri in quarantined} - set(PLANTED) else 0
+    return run, document
 
 
-def make_slides(out: Path, *, cohort: int, size_um: float) -> None:
+def make_slides(out: Path, *, cohort: int) -> None:
     """Make what is missing of the demo's slides in ``out``/slides."""
     from jobs.progress import show_progress
     from pathflip.synth import make_cohort, make_slide
@@ -145,20 +219,16 @@ def make_slides(out: Path, *, cohort: int, size_um: float) -> None:
         make_cohort(
             out,
             slides=cohort,
-            size_um=size_um,
+            size_um=SIZE_UM,
             progress=lambda done, total: progress(MakingSlides(done=done, total=total)),
         )
     folder = out / "slides"
     made = sorted(path for path in folder.iterdir() if path.name[:1] == "s")
-    px = round(size_um / 0.5)
-    if not (folder / LARGE).exists():
-        make_slide(folder / LARGE, width=2 * px, height=3 * px // 2, mpp=0.5, layout="aperio")
+    px = round(SIZE_UM / 0.5)
     if not (folder / GLASS).exists():
         make_slide(folder / GLASS, width=px, height=px, mpp=0.5, layout="aperio", tissue="glass")
-    svs = next((path for path in made if path.suffix == ".svs"), folder / LARGE)
-    _plant(folder / TRUNCATED, svs, _truncate)
-    tif = next((path for path in made if path.suffix == ".tif"), folder / LARGE)
-    _plant(folder / WITHOUT_MPP, tif, _forget_mpp)
+    for name, suffix, spoil in ((TRUNCATED, ".svs", _truncate), (WITHOUT_MPP, ".tif", _forget_mpp)):
+        _plant(folder / name, next(path for path in made if path.suffix == suffix), spoil)
 
 
 def _plant(path: Path, source: Path, spoil: Callable[[Path], None]) -> None:
@@ -208,9 +278,8 @@ def sample_search(archive: Archive) -> tuple[SampleSearch | None, str]:
     """
     from pathflip.archive.search import search
     from pathflip.encoders import load_encoder
-    from pathflip.geometry import Tiling
     from pathflip.query import ImageQuery, embed_image
-    from pathflip.report import SampleSearch
+    from pathflip.report.archive import SampleSearch
     from pathflip.slides.reader import SlideReader
 
     name, region = _unusual_region(archive)
@@ -241,7 +310,7 @@ def sample_search(archive: Archive) -> tuple[SampleSearch | None, str]:
         picture=picture,
     )
     image = shlex.quote(f"{_shown(row['uri'])}#{x0},{y0},{size0},{size0}")
-    where = shlex.quote(_shown(archive.uri))
+    where = _quoted(archive.uri)
     return sample, f"{_program()} search --archive {where} --image {image} --out results.html"
 
 
@@ -306,6 +375,10 @@ def _program() -> str:
     return "pathflip" if on_path or not beside.exists() else shlex.quote(_shown(str(beside)))
 
 
+def _quoted(path: str) -> str:
+    return shlex.quote(_shown(path))
+
+
 def _shown(path: str) -> str:
     """A path relative to the working directory where it lies in it."""
     here = Path.cwd()
@@ -352,6 +425,20 @@ def _print_summary(
         note = " (spoilt on purpose)" if name in planted else ""
         faults.add_row(escape(name + note), row["reason"], escape(row["message"] or ""))
     console.print(faults)
+
+
+def _print_results(document: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pathflip.evaluation.suite import headline
+
+    table = Table(title="on the test slides", title_justify="left")
+    for heading in ("measured", "found", "chance"):
+        table.add_column(heading, justify="left" if heading == "measured" else "right")
+    for name, values in headline(document).items():
+        table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
+    Console().print(table)
 
 
 def _listed(counts: dict[str, int]) -> str:

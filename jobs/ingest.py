@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from pathflip.archive.commit import Committer, create_archive
 from pathflip.encoders import EncoderInfo, encoder_info, load_encoder
 from pathflip.errors import ArchiveError, ConfigError, SlideError
 from pathflip.geometry import patch_rects
+from pathflip.interop.captions import import_captions, read_captions
 from pathflip.slides.reader import SlidePlan, SlideReader
 
 GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
@@ -71,6 +72,8 @@ def ingest(
     candidates = find_candidates(sources, config)
     people = read_people(config.patients)
     people.warn_unmatched(candidates)
+    if config.captions is not None:
+        read_captions(config.captions)  # what is wrong with the file is said before the work
     _check(archive, config, encoders)
     private = connect(address)
     _check_resources(config, private=private)
@@ -91,7 +94,10 @@ def ingest(
         if groups:
             for batch in _pipeline(groups, config, uri, tables, encoders, private=private):
                 ledger.take(batch)
-        return ledger.finish()
+        result = ledger.finish()
+        if config.captions is not None:
+            result = replace(result, captions=import_captions(committer, config.captions))
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)

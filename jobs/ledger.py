@@ -81,14 +81,19 @@ class IngestResult:
     regions: int
     patches: int
     seconds: float
+    captions: dict[str, Any] | None = None
+    """What was imported of the captions, if any were given."""
 
     def as_json(self) -> dict[str, Any]:
         """The document ``pathflip ingest --json`` prints."""
         rate = self.patches / self.seconds if self.seconds else 0.0
-        return asdict(self) | {
+        document = asdict(self) | {
             "seconds": round(self.seconds, 3),
             "patches_per_second": round(rate, 1),
         }
+        if self.captions is None:
+            del document["captions"]
+        return document
 
     @property
     def exit_code(self) -> int:

@@ -32,6 +32,8 @@ class IngestConfig:
     """CSV with the columns slide,mpp: µm per pixel where a file's metadata is missing or wrong."""
     patients: str | None = None
     """CSV with the columns slide,patient_id and optionally split; other columns become labels."""
+    captions: str | None = None
+    """Reports: CSV with the columns slide,caption, or what else ``archive import`` reads."""
     tissue_dir: str | None = None
     """Folder of <slide name>.geojson files used as tissue instead of the computed mask."""
     halving: Literal["exact", "dct"] = "dct"

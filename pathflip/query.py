@@ -70,16 +70,31 @@ def embed_image(
         ConfigError: The picture's scale is unknown, or it is smaller than one patch.
         SlideError: The slide cannot be read there.
     """
+    patches = np.concatenate(image_regions(query, encoder=encoder, tiling=tiling, mpp=mpp))
+    mean = patches.mean(axis=0, dtype=np.float64)
+    return np.asarray(mean / np.linalg.norm(mean), np.float32)
+
+
+def image_regions(
+    query: ImageQuery, *, encoder: Encoder, tiling: Tiling, mpp: float | None = None
+) -> list[NDArray[np.float32]]:
+    """Features of the query's patches by region, as a model takes them; cut as :func:`embed_image`.
+
+    A slide has its regions; a box or a picture is one region, or as many as its patches fill.
+
+    Returns:
+        float32 [n, dim] for each region, 1 to ``tiling.slots`` patches each.
+
+    Raises:
+        ConfigError, SlideError: See :func:`embed_image`.
+    """
     if not query.path.exists():
         raise ConfigError(f"{query.path} does not exist.", hint="Check the path of --image.")
-    if query.path.suffix.lower() in _PICTURES:
-        total, count = _picture(query, encoder, tiling, mpp)
-    else:
-        total, count = _slide(query, encoder, tiling, mpp)
-    if not count:
+    picture = query.path.suffix.lower() in _PICTURES
+    regions = (_picture if picture else _slide)(query, encoder, tiling, mpp)
+    if not regions:
         raise SlideError(f"{query.path.name} has no readable tissue there.", code="empty")
-    mean = total / count
-    return np.asarray(mean / np.linalg.norm(mean), np.float32)
+    return regions
 
 
 def query_picture(
@@ -107,8 +122,8 @@ def query_picture(
 
 def _slide(
     query: ImageQuery, encoder: Encoder, tiling: Tiling, mpp: float | None
-) -> tuple[NDArray[np.float64], int]:
-    total, count = np.zeros(encoder.dim), 0
+) -> list[NDArray[np.float32]]:
+    found = []
     with SlideReader(patches=tiling.slots, px=tiling.patch_px) as reader:
         path = str(query.path.absolute())
         plan = reader.plan(path, tiling=tiling, mpp=mpp, timeout_s=PLAN_TIMEOUT_S)
@@ -132,10 +147,8 @@ def _slide(
             )  # fmt: skip
             patches = reader.finish_read(px=tiling.patch_px)
             if patches.ok.any():
-                values = encoder(patches.pixels[patches.ok])
-                total += values.sum(axis=0, dtype=np.float64)
-                count += int(patches.ok.sum())
-    return total, count
+                found.append(encoder(patches.pixels[patches.ok]))
+    return found
 
 
 def _on_tissue(rects: NDArray[np.int64], mask: TissueMask, tiling: Tiling) -> NDArray[np.int64]:
@@ -178,7 +191,7 @@ def _box_rects(
 
 def _picture(
     query: ImageQuery, encoder: Encoder, tiling: Tiling, mpp: float | None
-) -> tuple[NDArray[np.float64], int]:
+) -> list[NDArray[np.float32]]:
     if mpp is None:
         raise ConfigError(
             f"{query.path.name} does not state its scale.",
@@ -207,4 +220,4 @@ def _picture(
     cut = np.asarray(scaled[: rows * px, : columns * px], np.uint8)
     patches = cut.reshape(rows, px, columns, px, 3).swapaxes(1, 2).reshape(-1, px, px, 3)
     values = encoder(np.ascontiguousarray(patches))
-    return values.sum(axis=0, dtype=np.float64), len(values)
+    return np.array_split(values, -(-len(values) // tiling.slots))

@@ -8,9 +8,9 @@ code. :class:`Archive` reads it; :mod:`pathflip.archive.commit` writes it,
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pathflip.archive.storage import (
     FIXED_TABLES,
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Archive"]
 
+T = TypeVar("T")
+
 READY = "ready"
+CAPTIONS = "captions"
 _IMAGES = ("tissue_png", "thumbnail")
 
 
@@ -60,11 +63,22 @@ class Archive:
         self._meta = read_meta(self.uri)
         self._datasets: dict[str, Any] = {}
         self._ledger: dict[str, dict[str, Any]] | None = None
+        self._cache: dict[str, Any] = {}
         names = [*FIXED_TABLES]
         for entry in self.encoders().values():
             names += [entry["features_table"], entry["embeddings_table"]]
+        names += [entry["embeddings_table"] for entry in self.models().values()]
+        if CAPTIONS in self._meta:
+            names.append(CAPTIONS)
         for name in names:
             self._datasets[name] = open_table(self.uri, name)
+
+    def cached(self, key: str, make: Callable[[], T]) -> T:
+        """Returns what ``make`` returned the first time it was asked for in this snapshot."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: T = self._cache[key]
+        return value
 
     def dataset(self, table: str) -> Any:
         """Returns the ``lance.LanceDataset`` of a table at this snapshot, unfiltered."""
@@ -85,11 +99,34 @@ class Archive:
 
     def encoders(self) -> dict[str, dict[str, Any]]:
         """Returns {name: {dim, revision, mpp, licence, features_table, embeddings_table}}."""
-        return {
-            key.removeprefix("encoder:"): dict(value)
-            for key, value in sorted(self._meta.items())
-            if key.startswith("encoder:")
-        }
+        return entries_of(self._meta, "encoder")
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Returns the trained models whose vectors of slides and regions are here.
+
+        {name: {dim, fingerprint, encoder, encoder_revision, run, created_at, embeddings_table}}.
+        """
+        return entries_of(self._meta, "model")
+
+    def model(self, name: str | None = None) -> tuple[str, dict[str, Any]]:
+        """Returns a model's name and entry; without a name, those of the only one.
+
+        Raises:
+            ArchiveError: If the archive does not hold it (``not_indexed``), or the choice is not
+                clear (``unknown_model``).
+        """
+        known = self.models()
+        if name is None and len(known) == 1:
+            name = next(iter(known))
+        if name is None or name not in known:
+            asked = "no model was named" if name is None else f"none of them is {name!r}"
+            raise ArchiveError(
+                f"The archive {self.uri} holds vectors of {len(known)} models and {asked}.",
+                hint=f"Make them: pathflip index --archive {self.uri} --run RUN"
+                + (f"; it holds {', '.join(known)}." if known else "."),
+                code="unknown_model" if name is None and known else "not_indexed",
+            )
+        return name, known[name]
 
     def encoder(self, name: str | None = None) -> tuple[str, dict[str, Any]]:
         """Returns an encoder's name and entry; without a name, those of the only one.
@@ -223,10 +260,44 @@ class Archive:
         mask = vectors(regions["patch_mask"]).reshape(shape[:2]) != 0
         return features, mask, ids
 
-    def embeddings(self, encoder: str | None = None) -> pa.Table:
-        """Returns the embeddings of ready slides and their regions, sorted by ``id``."""
-        _, entry = self.encoder(encoder)
+    def embeddings(self, encoder: str | None = None, *, model: str | None = None) -> pa.Table:
+        """Returns the embeddings of ready slides and their regions, sorted by ``id``.
+
+        Args:
+            encoder: Means of this encoder's features; may be left out when there is one encoder.
+            model: The vectors of this trained model instead.
+        """
+        _, entry = self.encoder(encoder) if model is None else self.model(model)
         return self._ready_rows(entry["embeddings_table"], None)
+
+    def slide_embeddings(self, slide_id: str, encoder: str | None = None) -> pa.Table:
+        """Returns a ready slide's rows of an encoder's embeddings, sorted by ``id``."""
+        _, entry = self.encoder(encoder)
+        return self._slide_rows(entry["embeddings_table"], self._ready(slide_id), None)
+
+    def captions(self, source: str | None = None) -> pa.Table:
+        """Returns the text of ready slides, sorted by slide, then source.
+
+        Columns: caption_id, slide_id, source, text, sentences, statements, model, qa. Empty when
+        no captions were imported.
+
+        Args:
+            source: Only captions from this source.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        from pathflip.archive.schema import CHECKSUM, captions_schema
+
+        names = [name for name in captions_schema().names if name != CHECKSUM]
+        if CAPTIONS not in self._datasets:
+            return captions_schema().empty_table().select(names)
+        where = None if source is None else pc.field("source") == source
+        rows = self._read(CAPTIONS, columns=names, where=where)
+        rows = rows.filter(
+            pc.is_in(rows["slide_id"], pa.array(sorted(self.ready_ids()), pa.string()))
+        )
+        return rows.sort_by([("slide_id", "ascending"), ("source", "ascending")])
 
     def stats(self) -> dict[str, Any]:
         """Returns counts over ready slides, the encoders, slides by status, and bytes stored."""
@@ -257,6 +328,8 @@ class Archive:
             "regions": regions,
             "patches": int(pc.sum(ready["n_patches"]).as_py() or 0),
             "encoders": encoders,
+            "models": {name: entry["encoder"] for name, entry in self.models().items()},
+            "captions": self.captions().num_rows,
             "bytes": size,
             "status": dict(Counter(slides["status"].to_pylist())),
         }
@@ -270,10 +343,13 @@ class Archive:
         }
 
     def encoder_of(self, table: str) -> str | None:
-        """Returns the encoder whose features or embeddings a table holds; None for others."""
+        """Returns the encoder whose features, or what was made of them, a table holds."""
         for name, entry in self.encoders().items():
             if table in (entry["features_table"], entry["embeddings_table"]):
                 return name
+        for entry in self.models().values():
+            if table == entry["embeddings_table"]:
+                return str(entry["encoder"])
         return None
 
     def _ready(self, name: str) -> str:
@@ -378,6 +454,15 @@ def read_meta(uri: str) -> dict[str, Any]:
             code="schema_version",
         )
     return meta
+
+
+def entries_of(meta: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """Returns {name: entry} of the settings ``<kind>:<name>``, sorted by name."""
+    return {
+        key.removeprefix(f"{kind}:"): dict(value)
+        for key, value in sorted(meta.items())
+        if key.startswith(f"{kind}:")
+    }
 
 
 def slots_of(tiling: dict[str, Any]) -> int:

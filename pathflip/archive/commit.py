@@ -29,7 +29,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pathflip.archive import READY, Archive, read_meta, slots_of
+from pathflip.archive import CAPTIONS, READY, Archive, read_meta, slots_of
 from pathflip.archive.schema import (
     CHECKSUM,
     SCHEMA_VERSION,
@@ -420,6 +420,28 @@ class Committer:
         self._refresh()
         return str(entry["features_table"])
 
+    def add_table(self, table: str, schema: pa.Schema, settings: Mapping[str, Any]) -> None:
+        """Makes a table and the settings that name it, in that order."""
+        with guarded(self.uri, f"make the table {table}"):
+            create_table(self.uri, table, schema)
+        # Another layout than the first: a pathflip that knows only that must not write here.
+        self.upsert("meta", meta_rows({"schema_version": SCHEMA_VERSION, **settings}))
+        self._refresh()
+
+    def replace_rows(self, table: str, rows: pa.Table) -> None:
+        """Writes all rows of some slides in a table that is made from others, in one commit.
+
+        Args:
+            table: The table.
+            rows: Its rows; what it holds of their slides is deleted first.
+        """
+        slides = sorted(set(rows["slide_id"].to_pylist()))
+        self._delete_from(table, "slide_id", slides)
+        if shard := self._shard(table, rows, slides):
+            self._register(shard.files)
+            self._append(shard)
+        self._refresh()
+
     def commit(
         self,
         *,
@@ -537,7 +559,7 @@ class Committer:
         """
         removed: dict[str, int] = {}
         for table in self._archive.tables():
-            if table in ("slides", "files"):
+            if table in ("slides", "files", CAPTIONS):  # nobody could make captions again
                 continue
             dataset = self._archive.dataset(table)
             allowed = self._archive.ready_ids(self._archive.encoder_of(table))
@@ -549,10 +571,17 @@ class Committer:
         self._refresh()
         return removed
 
-    def drop_slides(self, slide_ids: Collection[str]) -> None:
+    def drop_slides(self, slide_ids: Collection[str], *, keep_captions: bool = False) -> None:
         """Removes slides and all of their rows, as when the file behind a URI has changed."""
         self._hide(slide_ids)
         self._delete_rows(slide_ids)
+        if CAPTIONS in self._archive.tables() and not keep_captions:
+            self._delete_from(CAPTIONS, "slide_id", list(slide_ids))
+        self._refresh()
+
+    def drop_rows(self, table: str, slide_ids: Collection[str]) -> None:
+        """Removes rows of slides from a table that is made from others."""
+        self._delete_from(table, "slide_id", list(slide_ids))
         self._refresh()
 
     def update_slides(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -568,8 +597,8 @@ class Committer:
             for slide, change in changes.items()
             if "patient_id" in change
         }
-        for entry in self._archive.encoders().values():
-            table = entry["embeddings_table"]
+        pooled = [*self._archive.encoders().values(), *self._archive.models().values()]
+        for table in [entry["embeddings_table"] for entry in pooled]:
             for ids in _chunks(list(patients)):
                 rows = open_table(self.uri, table).to_table(filter=sql_in("slide_id", ids))
                 named = [patients[slide] for slide in rows["slide_id"].to_pylist()]
@@ -718,9 +747,12 @@ class Committer:
     def _delete_rows(
         self, slide_ids: Collection[str], *, encoders: Collection[str] | None = None
     ) -> None:
-        """Deletes rows of slides from all tables but ``slides``, or from those of encoders."""
+        """Deletes what was made of slides, in all tables or in those of encoders.
+
+        Captions stay: they came from elsewhere.
+        """
         for table in self._archive.tables():
-            if table in ("slides", "files"):
+            if table in ("slides", "files", CAPTIONS):
                 continue
             if encoders is None or self._archive.encoder_of(table) in encoders:
                 self._delete_from(table, "slide_id", list(slide_ids))

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pathflip.archive import READY, read_meta, slots_of
+from pathflip.archive import CAPTIONS, READY, entries_of, read_meta, slots_of
 from pathflip.archive.commit import (
     ArchiveLock,
     Committer,
@@ -33,8 +33,10 @@ from pathflip.archive.commit import (
     meta_rows,
     own_digests,
 )
+from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.salvage import salvage
 from pathflip.archive.schema import (
+    captions_schema,
     embeddings_schema,
     features_schema,
     files_schema,
@@ -62,10 +64,6 @@ from pathflip.archive.storage import (
 )
 from pathflip.errors import ArchiveError
 
-VECTOR_INDEX_ROWS = 50_000
-"""Embeddings from which on :func:`maintain` builds a vector index; below, a scan is fast."""
-
-SCALAR_INDEX_ROWS = 10_000
 KEEP_HOURS = 24
 _OLD = " Only older versions refer to it."
 
@@ -99,6 +97,7 @@ class Report:
     Attributes:
         damaged: Everything wrong, tables first.
         slides: Ready slides whose rows are not whole.
+        reindex: {table of a trained model: slides some of whose vectors are lost}.
         notes: What is not damage but worth knowing.
         files: Data files whose digest was checked.
         rows: Rows whose checksum was checked.
@@ -108,6 +107,7 @@ class Report:
 
     damaged: list[Damage]
     slides: list[str]
+    reindex: dict[str, list[str]]
     notes: list[str]
     files: int
     rows: int
@@ -133,6 +133,7 @@ class _Scan:
     keys: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     slides: dict[str, dict[str, Any]] = field(default_factory=dict)
     incomplete: set[str] = field(default_factory=set)
+    reindex: dict[str, set[str]] = field(default_factory=dict)
     salvaged: dict[tuple[str, int], tuple[Any, list[tuple[str, str | None]]]] = field(
         default_factory=dict
     )
@@ -154,16 +155,18 @@ def verify(uri: str | Path) -> Report:
     start = time.perf_counter()
     where = normalise(uri)
     scan = _Scan()
-    encoders: dict[str, dict[str, Any]] = {}
+    meta: dict[str, Any] = {}
     settings_fault = ""
     try:
         meta = read_meta(where)
-        encoders = {k[8:]: v for k, v in meta.items() if k.startswith("encoder:")}
     except ArchiveError as error:
         if error.code not in ("damaged", "missing_table"):
             raise
         settings_fault = error.message
-    tables = {"meta", *FIXED_TABLES}
+    encoders, models = entries_of(meta, "encoder"), entries_of(meta, "model")
+    tables = {"meta", *FIXED_TABLES} | {entry["embeddings_table"] for entry in models.values()}
+    if CAPTIONS in meta:
+        tables.add(CAPTIONS)
     for entry in encoders.values():
         tables |= {entry["features_table"], entry["embeddings_table"]}
     if is_local(where):
@@ -181,12 +184,14 @@ def verify(uri: str | Path) -> Report:
     if settings_fault and not any(damage.table == "meta" for damage in scan.damaged):
         scan.damaged.append(Damage(table="meta", kind="table", id="meta", detail=settings_fault))
     _check_old_files(where, known, scan)
-    _check_slides(encoders, scan)
+    _check_slides(encoders, {entry["embeddings_table"] for entry in models.values()}, scan)
+    _check_models(models, scan)
     order = {"table": 0, "file": 1}
     scan.damaged.sort(key=lambda d: (order.get(d.kind, 2), d.table, d.id, d.kind))
     return Report(
         damaged=scan.damaged,
         slides=sorted(scan.incomplete),
+        reindex={table: sorted(slides) for table, slides in sorted(scan.reindex.items())},
         notes=scan.notes,
         files=scan.files,
         rows=scan.rows,
@@ -335,14 +340,20 @@ def _table_of(path: str) -> str:
     return path.split(".lance/", 1)[0]
 
 
-def _check_slides(encoders: dict[str, dict[str, Any]], scan: _Scan) -> None:
-    """Checks that ready slides have exactly their rows, each once."""
+def _check_slides(encoders: dict[str, dict[str, Any]], attached: set[str], scan: _Scan) -> None:
+    """Checks that ready slides have exactly their rows, each once.
+
+    Captions, and the vectors of models (``attached``), can be lost without the slide.
+    """
     held: dict[str, dict[str, set[str]]] = {}  # table -> slide -> keys
     for table, rows in scan.keys.items():
         for item, count in Counter(rows).items():
             held.setdefault(table, {}).setdefault(item[1], set()).add(item[0])
             if count > 1:
-                scan.incomplete.add(item[1])
+                if table in attached:
+                    scan.reindex.setdefault(table, set()).add(item[1])
+                else:
+                    scan.incomplete.add(item[1])
                 scan.damaged.append(
                     Damage(
                         table=table,
@@ -355,7 +366,7 @@ def _check_slides(encoders: dict[str, dict[str, Any]], scan: _Scan) -> None:
     ready = {slide: row for slide, row in scan.slides.items() if row["status"] == READY}
     for table, owned in held.items():
         hidden = sum(len(keys) for slide, keys in owned.items() if slide not in ready)
-        if hidden and table not in ("meta", "slides", "files"):
+        if hidden and table not in ("meta", "slides", "files", CAPTIONS):
             scan.notes.append(
                 f"{hidden} rows of table {table} belong to no ready slide; nobody sees them and "
                 "the next ingest deletes them."
@@ -396,6 +407,34 @@ def _check_slides(encoders: dict[str, dict[str, Any]], scan: _Scan) -> None:
             ]
 
 
+def _check_models(models: dict[str, dict[str, Any]], scan: _Scan) -> None:
+    """Checks that a slide has all of its vectors of a model, or none: then it waits for index."""
+    listed = {(damage.table, damage.id) for damage in scan.damaged}
+    for name, entry in models.items():
+        table = entry["embeddings_table"]
+        held = Counter(slide for _, slide in set(scan.keys.get(table, ())))
+        waiting = 0
+        for slide, row in sorted(scan.slides.items()):
+            if row["status"] != READY or entry["encoder"] not in (row["encoders"] or ()):
+                continue
+            waiting += slide not in held
+            if held[slide] in (0, row["n_regions"] + 1):
+                continue
+            scan.reindex.setdefault(table, set()).add(slide)
+            if (table, slide) not in listed:
+                scan.damaged.append(
+                    Damage(
+                        table=table,
+                        kind="missing",
+                        id=slide,
+                        detail=f"{held[slide]} of {row['n_regions'] + 1} vectors are there.",
+                        slide_id=slide,
+                    )
+                )
+        if waiting:
+            scan.notes.append(f"{waiting} slides have no vectors of model {name}: pathflip index.")
+
+
 # ---- repair ---------------------------------------------------------------------------------
 
 
@@ -425,6 +464,8 @@ def repair(uri: str | Path) -> Repaired:
       table with none left is made anew, empty. ``meta`` is completed from the other tables.
     * A damaged data file: rows whose checksum is right move to a new file; the old one is moved
       aside, and versions older than this repair may not open any more.
+    * A slide some of whose vectors of a trained model are lost loses the rest of them too, and
+      ``pathflip index`` makes them again. Captions that are lost have to be imported again.
     * A ready slide that is not whole then: its rows go, and its row in ``slides`` says
       ``quarantined``, reason ``damaged_rows``, with an empty fingerprint: the ledger does not know
       its content any more, so the same ingest command as before does it again. A slide whose own
@@ -466,8 +507,11 @@ def repair(uri: str | Path) -> Repaired:
     with Committer(where) as committer:
         rows = committer.archive.dataset("slides").to_table()
         rows = rows.filter(pc.is_in(rows["slide_id"], pa.array(report.slides, pa.string())))
-        committer.drop_slides(report.slides)
+        committer.drop_slides(report.slides, keep_captions=True)
         committer.upsert("slides", _unready(rows))
+        for table, slides in report.reindex.items():
+            committer.drop_rows(table, slides)
+            actions.append(f"Table {table}: {len(slides)} slides are to be indexed again.")
         committer.forget_files([p for p in known_digests(where) if not Path(where, p).exists()])
     if report.slides:
         actions.append(f"{len(report.slides)} slides were not whole; ingest them again.")
@@ -524,7 +568,12 @@ def _manifests(folder: Path) -> dict[int, Path]:
 
 def _schema_of(uri: str, table: str) -> pa.Schema | None:
     """Returns the schema of a table whose versions are lost, from what the settings say."""
-    fixed = {"meta": meta_schema, "slides": slides_schema, "files": files_schema}
+    fixed = {
+        "meta": meta_schema,
+        "slides": slides_schema,
+        "files": files_schema,
+        CAPTIONS: captions_schema,
+    }
     if table in fixed:
         return fixed[table]()
     try:
@@ -533,12 +582,11 @@ def _schema_of(uri: str, table: str) -> pa.Schema | None:
         return None
     slots = slots_of(meta["tiling"])
     if table == "regions":
-        settings = {k: json.dumps(v) for k, v in meta.items() if not k.startswith("encoder:")}
-        return regions_schema(slots, settings)
-    for key, entry in meta.items():
-        if key.startswith("encoder:"):
-            noted = {"encoder": json.dumps({"name": key.removeprefix("encoder:"), **entry})}
-            if table == entry["features_table"]:
+        return regions_schema(slots, {k: json.dumps(v) for k, v in meta.items() if ":" not in k})
+    for kind in ("encoder", "model"):
+        for name, entry in entries_of(meta, kind).items():
+            noted = {kind: json.dumps({"name": name, **entry})}
+            if table == entry.get("features_table"):
                 return features_schema(slots, entry["dim"], noted)
             if table == entry["embeddings_table"]:
                 return embeddings_schema(entry["dim"], noted)
@@ -582,6 +630,11 @@ def _complete_meta(uri: str) -> list[str]:
         elif table.startswith("features_") and b"encoder" in noted:
             entry = json.loads(noted[b"encoder"])
             found[f"encoder:{entry.pop('name')}"] = entry
+        elif table.startswith("embeddings_") and b"model" in noted:
+            entry = json.loads(noted[b"model"])
+            found[f"model:{entry.pop('name')}"] = entry
+        elif table == CAPTIONS:
+            found[CAPTIONS] = {}
     lost = {key: value for key, value in found.items() if key not in meta}
     if lost:
         import lance
@@ -589,10 +642,12 @@ def _complete_meta(uri: str) -> list[str]:
         with guarded(uri, "complete the settings"):
             lance.write_dataset(meta_rows(lost), table_uri(uri, "meta"), mode="append")
         actions.append(f"Table meta: brought back {', '.join(sorted(lost))}.")
-    for key, entry in read_meta(uri).items():
-        if key.startswith("encoder:"):
-            for table in (entry["features_table"], entry["embeddings_table"]):
-                actions += _restore_table(uri, table)
+    meta = read_meta(uri)
+    for entry in (*entries_of(meta, "encoder").values(), *entries_of(meta, "model").values()):
+        for table in filter(None, (entry.get("features_table"), entry["embeddings_table"])):
+            actions += _restore_table(uri, table)
+    if CAPTIONS in meta:
+        actions += _restore_table(uri, CAPTIONS)
     return actions
 
 
@@ -626,9 +681,9 @@ def _unready(rows: pa.Table) -> pa.Table:
 def maintain(uri: str | Path) -> dict[str, Any]:
     """Compacts, indexes and cleans an archive.
 
-    Merges small fragments; builds the vector index of embeddings from 50,000 rows on (IVF_RQ, or
-    IVF_FLAT for sizes it cannot do) and key indexes from 10,000, or brings them up to date; drops
-    versions older than 24 hours and files no version refers to that are older than that. Readers
+    Merges small fragments; builds the indexes of :mod:`pathflip.archive.indexes`, or brings them up
+    to date; drops versions older than 24 hours and files no version refers to that are older than
+    that. Readers
     keep their snapshot for 24 hours.
 
     Returns:
@@ -642,9 +697,7 @@ def maintain(uri: str | Path) -> dict[str, Any]:
         fragments = committer.compact()
         indexed: list[str] = []
         for table in committer.archive.tables():
-            if table in ("regions", "slides") or table.startswith(("features_", "embeddings_")):
-                with guarded(where, f"index the table {table}"):
-                    indexed += _index(where, table)
+            indexed += refresh_indexes(where, table)
         removed = 0
         for table in fragments:
             with guarded(where, f"clean the table {table}"):
@@ -658,26 +711,6 @@ def maintain(uri: str | Path) -> dict[str, Any]:
         gone = [path for path, info in zip(known, infos, strict=True) if info.size is None]
         committer.forget_files(gone)
     return {"fragments": fragments, "indexed": indexed, "bytes_removed": removed}
-
-
-def _index(uri: str, table: str) -> list[str]:
-    dataset = open_table(uri, table)
-    rows = dataset.count_rows()
-    have = {column for index in dataset.describe_indices() for column in index.field_names}
-    made: list[str] = []
-    if rows >= SCALAR_INDEX_ROWS and "slide_id" not in have:
-        dataset.create_scalar_index("slide_id", "BTREE")
-        made.append(f"{table}.slide_id")
-    if table.startswith("embeddings_") and rows >= VECTOR_INDEX_ROWS and "vector" not in have:
-        partitions = max(16, min(4096, round(rows**0.5 / 4)))
-        # RQ packs bits by bytes; without it, full vectors in partitions.
-        width = dataset.schema.field("vector").type.list_size
-        kind = "IVF_FLAT" if width % 8 else "IVF_RQ"
-        dataset.create_index("vector", kind, metric="cosine", num_partitions=partitions)
-        made.append(f"{table}.vector")
-    if have:
-        dataset.optimize.optimize_indices()
-    return made
 
 
 def _remove_orphans(uri: str, table: str) -> int:

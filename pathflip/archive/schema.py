@@ -6,11 +6,14 @@ columns, in this order. An archive is a LanceDB database; every table is one Lan
 ===================== ==================== ======================================================
 table                 key                  one row per
 ===================== ==================== ======================================================
-meta                  key                  setting (JSON): schema_version, tiling, encoder:<name>
+meta                  key                  setting (JSON): schema_version, tiling, captions,
+                                           encoder:<name>, model:<name>
 slides                slide_id             slide, whatever became of it; visible when status=ready
 regions               region_id            region of the grid that holds tissue
 features_<encoder>    region_id            region: fp16 patch features, masked slots zero
 embeddings_<encoder>  id                   slide and region: L2-normalised mean of patch features
+embeddings_<model>    id                   slide and region: vectors of a trained model
+captions              caption_id           slide and source of text: report, sentences, questions
 files                 path                 immutable data file: sha256, so that bit rot is found
 ===================== ==================== ======================================================
 
@@ -31,14 +34,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-"""Version of the table layout. An archive with a higher one is refused."""
+SCHEMA_VERSION = 2
+"""Version of the table layout; an archive with a higher one is refused. 2 added captions and
+models: one with version 1 opens as it is and becomes 2 when it gets the first of either."""
 
 CHECKSUM = "checksum"
 
 _KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 
-KEYS = {"meta": "key", "slides": "slide_id", "regions": "region_id", "files": "path"}
+KEYS = {
+    "meta": "key",
+    "slides": "slide_id",
+    "regions": "region_id",
+    "files": "path",
+    "captions": "caption_id",
+}
 
 
 def key_of(table: str) -> str:
@@ -74,7 +84,7 @@ def features_table(encoder: str) -> str:
 
 
 def embeddings_table(encoder: str) -> str:
-    """Returns the name of the table that holds an encoder's slide and region embeddings."""
+    """Returns the name of the table of an encoder's, or a model's, slide and region embeddings."""
     return f"embeddings_{encoder_slug(encoder)}"
 
 
@@ -192,7 +202,7 @@ def features_schema(slots: int, dim: int, metadata: Mapping[str, str] | None = N
 
 
 def embeddings_schema(dim: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """Returns the schema of ``embeddings_<encoder>``; ``kind`` is ``slide`` or ``region``."""
+    """Returns the schema of ``embeddings_<encoder or model>``; ``kind`` is slide or region."""
     return _schema(
         "id",
         [
@@ -209,6 +219,33 @@ def embeddings_schema(dim: int, metadata: Mapping[str, str] | None = None) -> pa
             ("vector", pa.list_(pa.float32(), dim)),
         ],
         metadata,
+    )
+
+
+def caption_id(slide_id: str, source: str) -> str:
+    """Returns the key of a slide's caption from one source."""
+    return f"{slide_id}/{source}"
+
+
+def captions_schema() -> pa.Schema:
+    """Returns the schema of ``captions``, the text that goes with slides.
+
+    ``sentences`` are those of ``text``; ``statements`` what the language model named in ``model``
+    made of it, empty until one did; ``qa`` is JSON, a list of {question, answer}, or null.
+    """
+    text, many = pa.string(), pa.list_(pa.string())
+    return _schema(
+        "caption_id",
+        [
+            ("caption_id", text),
+            ("slide_id", text),
+            ("source", text),
+            ("text", text),
+            ("sentences", many),
+            ("statements", many),
+            ("model", text),
+            ("qa", text),
+        ],
     )
 
 

@@ -42,6 +42,9 @@ def ingest(
     patients: Annotated[
         str | None, typer.Option(help="CSV slide,patient_id[,split][,labels…].")
     ] = None,
+    captions: Annotated[
+        str | None, typer.Option(help="Reports: CSV slide,caption, or SlideInstruction JSON.")
+    ] = None,
     tissue: Annotated[
         str | None, typer.Option(help="Folder of your own <slide>.geojson tissue outlines.")
     ] = None,
@@ -60,8 +63,8 @@ def ingest(
     """Tile, embed and archive slides; the same command again does only what is missing."""
     jobs_ingest = job("ingest")
     settings = _ingest_settings(
-        jobs_ingest, encoder=encoder, mpp_csv=mpp_csv, patients=patients, tissue=tissue,
-        add_encoder=add_encoder, retry=retry, config=config, overrides=overrides,
+        jobs_ingest, encoder=encoder, mpp_csv=mpp_csv, patients=patients, captions=captions,
+        tissue=tissue, add_encoder=add_encoder, retry=retry, config=config, overrides=overrides,
     )  # fmt: skip
     # Ray tells of lost nodes and the like on stdout, which belongs to the document.
     with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
@@ -96,6 +99,7 @@ def _ingest_settings(
     encoder: str | None,
     mpp_csv: str | None,
     patients: str | None,
+    captions: str | None,
     tissue: str | None,
     add_encoder: bool,
     retry: bool,
@@ -108,6 +112,7 @@ def _ingest_settings(
         "encoder": encoder,
         "mpp_csv": mpp_csv,
         "patients": patients,
+        "captions": captions,
         "tissue_dir": tissue,
         "add_encoder": add_encoder or None,
         "retry": retry or None,
@@ -319,6 +324,68 @@ def archive_maintain(archive: ArchiveOption, as_json: JsonOption = False) -> Non
         print_json(document)
     else:
         show_table("maintained", ("what", "value"), list(flat(document)))
+
+
+@archive_app.command("import")
+def archive_import(
+    archive: ArchiveOption,
+    captions: Annotated[
+        str | None,
+        typer.Option(help="CSV slide,caption; SlideInstruction JSON; SlideBench; PathText."),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="CSV or TSV of labels by slide or case.")
+    ] = None,
+    manifest: Annotated[str | None, typer.Option(help="GDC manifest: TCGA patients.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Name of the captions' source; default: the file's.")
+    ] = None,
+    slide_col: Annotated[str | None, typer.Option(help="Column of the slide in --labels.")] = None,
+    case_col: Annotated[str | None, typer.Option(help="Column of the case in --labels.")] = None,
+    label_col: Annotated[
+        list[str] | None, typer.Option(help="Columns to take as labels; default: all others.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Add captions, labels and patients to slides; names may carry folders, endings, UUIDs."""
+    from pathflip.errors import ConfigError
+    from pathflip.interop.captions import import_captions, read_captions
+    from pathflip.interop.labels import import_labels, read_labels, read_manifest
+
+    if captions is None and labels is None and manifest is None:
+        raise ConfigError(
+            "There is nothing to import.", hint="Give --captions, --labels or --manifest."
+        )
+    columns = {"slide_col": slide_col, "case_col": case_col, "label_cols": label_col or ()}
+    # All files are read before anything is written.
+    tables = {}
+    if manifest is not None:
+        tables["manifest"] = (manifest, read_manifest(manifest))
+    if labels is not None:
+        tables["labels"] = (labels, read_labels(labels, **columns))  # type: ignore[arg-type]
+    if captions is not None:
+        read_captions(captions)
+    document: dict[str, Any] = {
+        what: import_labels(archive, file, rows, dry_run=dry_run)
+        for what, (file, rows) in tables.items()
+    }
+    if captions is not None:
+        document["captions"] = import_captions(archive, captions, source=source, dry_run=dry_run)
+    if as_json:
+        print_json(document | ({"dry_run": True} if dry_run else {}))
+        return
+    shown = [(key, _few(value)) for key, value in flat(document)]
+    title = "dry run: nothing was written" if dry_run else f"imported into {archive}"
+    show_table(title, ("what", "value"), shown)
+
+
+def _few(value: Any) -> Any:
+    """Returns a list of names as their number and the first few."""
+    if not isinstance(value, list):
+        return value
+    more = ", …" if len(value) > 5 else ""
+    return f"{len(value)}: {', '.join(value[:5])}{more}" if value else 0
 
 
 @archive_app.command("export")

@@ -12,7 +12,7 @@ from pathflip.cli.options import (
     print_json,
     show_table,
 )
-from pathflip.errors import ConfigError
+from pathflip.errors import ArchiveError, ConfigError
 
 app = typer.Typer()
 
@@ -22,12 +22,22 @@ app = typer.Typer()
 @app.command()
 def search(
     archive: ArchiveOption,
+    text: Annotated[
+        str | None, typer.Argument(help="What to find, in words; needs --run, or --mode text.")
+    ] = None,
     image: Annotated[
         str | None,
         typer.Option(help="Slide or picture, or a box of it.", metavar="FILE[#x,y,w,h]"),
     ] = None,
     slide: Annotated[str | None, typer.Option(help="A slide of the archive.")] = None,
     region: Annotated[str | None, typer.Option(help="A region of the archive.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Run of pathflip pretrain, indexed: search by its model.")
+    ] = None,
+    mode: Annotated[
+        Literal["vector", "text", "hybrid"],
+        typer.Option(help="By meaning, by the words of captions, or both."),
+    ] = "vector",
     level: Annotated[Literal["region", "slide"], typer.Option(help="What to find.")] = "region",
     k: Annotated[int, typer.Option("-k", help="How many.", min=1, max=10_000)] = 10,
     where: Annotated[
@@ -44,43 +54,32 @@ def search(
     exclude_same_patient: Annotated[
         bool, typer.Option("--exclude-same-patient", help="Leave the query's own patient out.")
     ] = False,
+    exclude_patient: Annotated[
+        str | None, typer.Option(help="Leave this patient out.", metavar="PATIENT")
+    ] = None,
     mpp: Annotated[
         float | None, typer.Option(help="µm per pixel of --image where the file does not say.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="HTML page with pictures.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find what looks alike: by a picture, a slide or a region."""
-    if sum(value is not None for value in (image, slide, region)) != 1:
-        raise ConfigError("Say what to look for.", hint="Give one of --image, --slide, --region.")
-    if image is not None and (exclude_same_slide or exclude_same_patient):
-        raise ConfigError(
-            "A picture has no slide or patient of the archive to leave out.",
-            hint="Use --slide or --region with the --exclude-same flags.",
-        )
+    """Find slides or regions: by words, or by what looks like a picture, a slide or a region."""
+    _check_usage(
+        text=text, image=image, slide=slide, region=region, run=run, mode=mode, level=level,
+        own=exclude_same_slide or exclude_same_patient, patient=exclude_patient,
+        same_patient=exclude_same_patient,
+    )  # fmt: skip
     from pathflip import Archive
-    from pathflip.archive.search import Filter, stored_vector
-    from pathflip.archive.search import search as search_archive
-    from pathflip.encoders import load_encoder
-    from pathflip.geometry import Tiling
-    from pathflip.query import ImageQuery, embed_image, query_picture
+    from pathflip.archive.filters import Filter
 
-    filters = [Filter.parse(text) for text in where or ()]
+    filters = [Filter.parse(one) for one in where or ()]
     opened = Archive(archive)
-    name, spec = _archive_encoder(opened, encoder)
+    loaded = None if run is None else _indexed_run(opened, run)
+    if loaded is not None and level == "region" and loaded.model.config.region_encoder == "none":
+        raise ConfigError(f"Model {loaded.name} has no regions.", hint="Add --level slide.")
     own_slide = own_patient = None
-    if image is not None:
-        loaded = load_encoder(spec)
-        _check_same_weights(opened, name, loaded.revision)
-        vector = embed_image(
-            ImageQuery.parse(image),
-            encoder=loaded,
-            tiling=Tiling(**opened.tiling()),
-            mpp=mpp,
-        )
-    else:
+    if slide is not None or region is not None:
         key = opened.resolve(slide) if slide is not None else str(region)
-        vector = stored_vector(opened, key, encoder=name)
         own_slide = key.rpartition("/")[0] or key
         own_patient = opened.slide(own_slide)["patient_id"]
     if exclude_same_patient and own_patient is None:
@@ -88,31 +87,27 @@ def search(
             f"The archive knows no patient of {own_slide}.",
             hint="Give them when ingesting (--patients CSV), or use --exclude-same-slide.",
         )
-    results = search_archive(
-        opened,
-        vector,
-        encoder=name,
-        level=level,
-        k=k,
-        filters=filters,
-        exclude_slide=own_slide if exclude_same_slide else None,
-        exclude_patient=own_patient if exclude_same_patient else None,
-    )
-    if out is not None:
-        from pathflip.report import write_results
+    common: dict[str, Any] = {
+        "k": k,
+        "filters": filters,
+        "exclude_slide": own_slide if exclude_same_slide else None,
+        "exclude_patient": own_patient if exclude_same_patient else exclude_patient,
+    }
+    if text is not None:
+        results = _by_text(opened, text, loaded=loaded, mode=mode, level=level, **common)
+    else:
+        from pathflip.archive.search import search as search_archive
+        from pathflip.archive.search import stored_vector
 
-        picture = None
+        space, spec = _space(opened, encoder, loaded)
         if image is not None:
-            picture = query_picture(
-                ImageQuery.parse(image), tiling=Tiling(**opened.tiling()), mpp=mpp
-            )
-        write_results(
-            opened,
-            results,
-            out,
-            query_picture=picture,
-            title=f"Like {image or slide or region}",
-        )
+            vector = _image_vector(opened, image, spec=spec, loaded=loaded, mpp=mpp)
+        else:
+            stored = {name: value for name, value in space.items() if name != "fingerprint"}
+            vector = stored_vector(opened, key, **stored)
+        results = search_archive(opened, vector, level=level, **space, **common)
+    if out is not None:
+        _write_page(opened, results, out, image=image, mpp=mpp, title=text or slide or region)
     rows = results.to_pylist()
     if as_json:
         print_json(rows)
@@ -121,6 +116,125 @@ def search(
     show_table("", columns, [[row[key] for key in columns] for row in rows])
     if out is not None:
         print(f"Pictures: {out}")
+
+
+def _check_usage(
+    *,
+    text: str | None,
+    image: str | None,
+    slide: str | None,
+    region: str | None,
+    run: str | None,
+    mode: str,
+    level: str,
+    own: bool,
+    patient: str | None,
+    same_patient: bool,
+) -> None:
+    if sum(value is not None for value in (text, image, slide, region)) != 1:
+        raise ConfigError(
+            "Say what to look for.", hint="Give one of a text, --image, --slide, --region."
+        )
+    if (text is not None or image is not None) and own:
+        raise ConfigError(
+            "A text or a picture has no slide or patient of the archive to leave out.",
+            hint="Use --slide or --region with the --exclude-same flags, or --exclude-patient.",
+        )
+    if same_patient and patient is not None:
+        raise ConfigError("Give --exclude-patient or --exclude-same-patient, not both.")
+    if text is None and mode != "vector":
+        raise ConfigError(f"--mode {mode} searches for a text.", hint="Give one.")
+    if text is not None and run is None and mode != "text":
+        raise ConfigError(
+            "Searching for a text by its meaning needs a trained model.",
+            hint="Add --run DIR, or search the words of captions with --mode text --level slide.",
+        )
+    if mode == "text" and level != "slide":
+        raise ConfigError(
+            "Captions are of slides, not of regions.",
+            hint="Add --level slide, or use --mode hybrid.",
+        )
+
+
+def _indexed_run(opened: Any, run: str) -> Any:
+    """Load a run, and refuse one whose vectors are not in the archive."""
+    from pathflip.archive.attach import check_fits
+    from pathflip.checkpoints import load_run
+
+    loaded = load_run(run)
+    if loaded.name not in opened.models():
+        check_fits(opened, loaded)
+        others = ", ".join(
+            f"{name} ({entry['fingerprint'][:12]})" for name, entry in opened.models().items()
+        )
+        raise ArchiveError(
+            f"The archive {opened.uri} has no vectors of model {loaded.name} "
+            f"({loaded.fingerprint[:12]}); it has those of {others or 'none'}.",
+            hint=f"Run: pathflip index --archive {opened.uri} --run {run}",
+            code="not_indexed",
+        )
+    return loaded
+
+
+def _by_text(opened: Any, text: str, *, loaded: Any, mode: str, level: Any, **common: Any) -> Any:
+    from pathflip.archive.search import search as search_archive
+    from pathflip.archive.textsearch import search_hybrid, search_text
+
+    if mode == "text":
+        # Filters look at the rows of slides, which are the same by every encoder and model.
+        name = None if loaded is None else loaded.name
+        first = None if name is not None else next(iter(opened.encoders()), None)
+        return search_text(opened, text, encoder=first, model=name, **common)
+    if not text.strip():
+        raise ConfigError("The text to search for is empty.")
+    vector = loaded.model.encode_text([text])[0].float().cpu().numpy()
+    space = {"model": loaded.name, "fingerprint": loaded.fingerprint}
+    if mode == "hybrid":
+        return search_hybrid(opened, text, vector, level=level, **space, **common)
+    return search_archive(opened, vector, level=level, **space, **common)
+
+
+def _space(opened: Any, encoder: str | None, loaded: Any) -> tuple[dict[str, Any], str]:
+    """The arguments that name what vectors are compared, and how to load their encoder."""
+    if loaded is None:
+        name, spec = _archive_encoder(opened, encoder)
+        return {"encoder": name}, spec
+    _, spec = _archive_encoder(opened, encoder or loaded.encoder["name"])
+    return {"model": loaded.name, "fingerprint": loaded.fingerprint}, spec
+
+
+def _image_vector(opened: Any, image: str, *, spec: str, loaded: Any, mpp: float | None) -> Any:
+    from pathflip.encoders import load_encoder
+    from pathflip.geometry import Tiling
+    from pathflip.query import ImageQuery, embed_image, image_regions
+
+    encoder = load_encoder(spec)
+    _check_same_weights(opened, encoder.name, encoder.revision)
+    query, tiling = ImageQuery.parse(image), Tiling(**opened.tiling())
+    if loaded is None:
+        return embed_image(query, encoder=encoder, tiling=tiling, mpp=mpp)
+    import torch
+
+    regions = image_regions(query, encoder=encoder, tiling=tiling, mpp=mpp)
+    features = torch.zeros(1, len(regions), tiling.slots, encoder.dim)
+    mask = torch.zeros(1, len(regions), tiling.slots, dtype=torch.bool)
+    for number, values in enumerate(regions):
+        features[0, number, : len(values)] = torch.from_numpy(values)
+        mask[0, number, : len(values)] = True
+    return loaded.model.encode_slide(features, mask).slide[0].float().cpu().numpy()
+
+
+def _write_page(
+    opened: Any, results: Any, out: str, *, image: str | None, mpp: float | None, title: str | None
+) -> None:
+    from pathflip.geometry import Tiling
+    from pathflip.query import ImageQuery, query_picture
+    from pathflip.report import write_results
+
+    picture = None
+    if image is not None:
+        picture = query_picture(ImageQuery.parse(image), tiling=Tiling(**opened.tiling()), mpp=mpp)
+    write_results(opened, results, out, query_picture=picture, title=f"Like {image or title}")
 
 
 def _archive_encoder(opened: Any, encoder: str | None) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
@@ -81,7 +82,8 @@ def make_cohort(
 
     Running it again draws only the slides that are missing, and a larger ``slides`` extends the
     cohort. Files: ``slides/*.svs|tif``, ``lesions/<slide>.geojson``, ``captions.csv``,
-    ``sentences.json``, ``labels.csv``, ``patients.csv``, ``vqa.jsonl``, ``cohort.json``.
+    ``sentences.json``, ``labels.csv``, ``patients.csv``, ``vqa.jsonl``, ``tasks.yaml``,
+    ``cohort.json``.
 
     Args:
         directory: Where to; made when missing.
@@ -316,6 +318,7 @@ def _write_tables(root: Path, scenes: Sequence[Scene], items: Sequence[text.Ques
         for slide, report in said.items()
     }
     _write_json(root / "sentences.json", sentences)
+    _write_text(root / "tasks.yaml", yaml.safe_dump(tasks(), sort_keys=False, width=100))
     lines = [
         json.dumps(
             {
@@ -330,6 +333,50 @@ def _write_tables(root: Path, scenes: Sequence[Scene], items: Sequence[text.Ques
         for q in items
     ]
     _write_text(root / "vqa.jsonl", "\n".join(lines) + "\n")
+
+
+def tasks() -> dict[str, Any]:
+    """The zero-shot tasks of a cohort, in held-out wording; see ``pathflip.evaluation.prompts``.
+
+    Presence of each finding, classes among several, and the genes as positive minus negative.
+    """
+    found: list[dict[str, Any]] = [
+        {
+            "name": finding,
+            "label": finding,
+            "kind": "presence",
+            "prompts": [text.QUERIES["findings"][finding]],
+            "negative_prompts": [f"no {text.ABSENT_NAMES[finding]}"],
+            "score": "local",
+            "contrast": "none",
+            "group": "findings",
+        }
+        for finding in FINDINGS
+    ]
+    for column in ("organ", "grade", "nuclei", "pattern", "til", "extent"):
+        classes = {value: [query] for value, query in text.QUERIES[column].items()}
+        found.append(
+            {
+                "name": column,
+                "label": column,
+                "kind": "multiclass",
+                "classes": classes,
+                "score": "global" if column == "organ" else "sum",
+            }
+        )
+    found += [
+        {
+            "name": gene,
+            "label": gene,
+            "kind": "binary",
+            "prompts": [text.QUERIES[gene]["1"]],
+            "negative_prompts": [text.QUERIES[gene]["0"]],
+            "score": "sum",
+            "contrast": "negation",
+        }
+        for gene in text.GENES
+    ]
+    return {"version": 1, "templates": ["CLASSNAME"], "neutral": "tissue", "tasks": found}
 
 
 LABEL_COLUMNS = (

@@ -16,6 +16,7 @@ import simplejpeg
 import tifffile
 
 from pathflip.errors import ConfigError
+from pathflip.evaluation.prompts import read_tasks
 from pathflip.synth import make_cohort, make_slide
 from pathflip.synth.atlas import NUCLEI, colour_table, nucleus
 from pathflip.synth.scene import FINDINGS, lay_out, polygons, sample_scenes
@@ -90,6 +91,24 @@ def test_same_bytes_whatever_the_processes_and_resume(cohort: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match="another seed"):
         make_cohort(tmp_path, slides=3, seed=4, size_um=512.0)
     assert digests(tmp_path) == first
+
+
+def test_tasks_ask_for_every_label_in_held_out_words(cohort: Path, scenes) -> None:  # type: ignore[no-untyped-def]
+    suite = read_tasks(cohort / "tasks.yaml")
+    tasks = {task.name: task for task in suite.tasks}
+    assert [t.name for t in suite.tasks if t.kind == "presence"] == list(FINDINGS)
+    assert [t.name for t in suite.tasks if t.kind == "binary"] == list(QUERIES)[-4:]
+    assert tasks["control"].contrast == tasks["geneA"].contrast == "negation"
+    labels = rows(cohort, "labels.csv")
+    for task in suite.tasks:
+        values = {row[task.label] for row in labels} - {""}
+        known = set(task.classes) if task.kind == "multiclass" else {"0", "1"}
+        assert values <= known, task.name
+    said = {s.text for scene in scenes[:300] for s in sentences(scene)}
+    prompts = [p for t in suite.tasks for p in (*t.prompts, *sum(t.classes.values(), ()))]
+    assert len(prompts) == 8 + 4 + 2 + 3 + 4 + 2 + 2 + 4
+    for prompt in prompts:
+        assert not any(prompt.lower() in text.lower() for text in said), prompt
 
 
 def test_a_longer_cohort_begins_with_the_shorter(scenes) -> None:  # type: ignore[no-untyped-def]

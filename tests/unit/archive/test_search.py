@@ -3,9 +3,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pathflip.archive import Archive, health, schema
+from pathflip.archive import Archive, health, indexes, schema
 from pathflip.archive.commit import Committer, create_archive, write_fragment
-from pathflip.archive.search import FIELDS, Filter, search, stored_vector
+from pathflip.archive.filters import FIELDS, Filter
+from pathflip.archive.search import search, stored_vector
 from pathflip.errors import ArchiveError, ConfigError
 from tests.unit.archive import cohort
 
@@ -197,7 +198,7 @@ def test_vector_index_finds_what_the_scan_finds(tmp_path, monkeypatch, dim):
         committer._append(committer._shard("embeddings_tex", table, ["slide000"]))
     queries = rng.standard_normal((10, dim))
     plain = [search(Archive(uri), q, k=10)["region_id"].to_pylist() for q in queries]
-    monkeypatch.setattr(health, "VECTOR_INDEX_ROWS", 1000)
+    monkeypatch.setattr(indexes, "VECTOR_INDEX_ROWS", 1000)
     assert health.maintain(uri)["indexed"] == ["embeddings_tex.vector"]
     near = [search(Archive(uri), q, k=10)["region_id"].to_pylist() for q in queries]
     hits = sum(len(set(a) & set(b)) for a, b in zip(plain, near, strict=True))

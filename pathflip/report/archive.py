@@ -1,14 +1,7 @@
-"""HTML pages about an archive: an overview of its slides, and the results of a search.
-
-Each page is one file that needs nothing else: pictures are inside it, there is no script, and its
-content security policy allows only that. Everything that comes from slides or users is escaped.
-"""
+"""Pages about an archive: an overview of its slides, and the results of a search."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +14,7 @@ from numpy.typing import NDArray
 from pathflip.archive import Archive
 from pathflip.errors import REASONS, ArchiveError, SlideError
 from pathflip.geometry import Tiling, edge, patch_rects
+from pathflip.report.page import data_uri, slide_view, write_page
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,7 +76,7 @@ def write_report(
     }
     stats = archive.stats()
     px = CARD_PX[len(by_status["ready"]) > MANY]
-    return _write(
+    return write_page(
         "report.html",
         Path(path),
         title=title,
@@ -101,7 +95,7 @@ def write_report(
         searches=[
             {
                 "title": search.title,
-                "picture": _data_uri(search.picture),
+                "picture": data_uri(search.picture),
                 "hits": _hits(archive, search.results),
             }
             for search in searches
@@ -135,12 +129,12 @@ def write_results(
         OSError: The file cannot be written.
     """
     archive = Archive(archive) if isinstance(archive, str) else archive
-    return _write(
+    return write_page(
         "results.html",
         Path(path),
         title=title,
         archive=archive.uri,
-        picture=_data_uri(query_picture),
+        picture=data_uri(query_picture),
         hits=_hits(archive, results),
     )
 
@@ -162,7 +156,7 @@ def _card(archive: Archive, row: dict[str, Any], *, px: int) -> dict[str, Any]:
     blur = _matrix(regions["patch_blur"], archive.slots)[kept]
     pen = _matrix(regions["patch_pen"], archive.slots)[kept]
     images = archive.slide(row["slide_id"])
-    view = _view(images, px)
+    view = slide_view(images, px)
     return {
         **row,
         "view": view,
@@ -196,33 +190,6 @@ def _region_rects(
     return [(*box, name) for box, name in zip(boxes, names, strict=True)]
 
 
-def _view(row: dict[str, Any], px: int) -> dict[str, Any] | None:
-    """A slide's thumbnail for an SVG in level-0 px: data URI and its extent there."""
-    import cv2
-    import simplejpeg
-
-    if not row["thumbnail"] or not row["width"] or not row["mpp"] or not row["thumbnail_mpp"]:
-        return None
-    try:
-        rgb = simplejpeg.decode_jpeg(row["thumbnail"], fastdct=False)
-    except ValueError:
-        return None
-    height, width = rgb.shape[:2]
-    shrink = min(1.0, px / max(height, width))
-    if shrink < 1:
-        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
-        rgb = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
-    to_level0 = row["thumbnail_mpp"] / row["mpp"]
-    return {
-        "uri": _data_uri(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=82)),
-        "width": row["width"],
-        "height": row["height"],
-        # The thumbnail may reach beyond the slide by part of one of its pixels.
-        "image_w": round(width * to_level0, 2),
-        "image_h": round(height * to_level0, 2),
-    }
-
-
 def _outline(row: dict[str, Any], tolerance0: float) -> str:
     """SVG path of the tissue in level-0 px, true to ``tolerance0`` px."""
     import cv2
@@ -246,7 +213,7 @@ def _outline(row: dict[str, Any], tolerance0: float) -> str:
 
 
 def _slide_map(archive: Archive, row: dict[str, Any]) -> dict[str, Any] | None:
-    return _view(archive.slide(row["slide_id"]), MAP_PX)
+    return slide_view(archive.slide(row["slide_id"]), MAP_PX)
 
 
 _BY_MPP = "Write its µm per pixel into a CSV with the columns slide,mpp and ingest it again:"
@@ -327,7 +294,7 @@ def _slide_of(archive: Archive, slide_id: str) -> dict[str, Any]:
         fault = f"The slide file is not at {row['uri']} any more."
     elif (source.bytes, source.mtime_ns) != (row["bytes"], row["mtime_ns"]):
         fault = "The slide file has changed since it was ingested."
-    return {**row, "map": _view(row, MAP_PX), "fault": fault}
+    return {**row, "map": slide_view(row, MAP_PX), "fault": fault}
 
 
 def _regions_of(archive: Archive, slide_id: str) -> dict[str, dict[str, Any]]:
@@ -361,7 +328,7 @@ def _read_pictures(
     if not row["fault"]:
         override = row["mpp"] if row["mpp_source"] == "override" else None
         try:
-            hit["picture"] = _data_uri(
+            hit["picture"] = data_uri(
                 reader.view(
                     row["uri"], x0=hit["x0"], y0=hit["y0"], size0=hit["size0"], px=REGION_PX,
                     slide_mpp=override,
@@ -372,59 +339,13 @@ def _read_pictures(
                 data = reader.view(
                     row["uri"], x0=x0, y0=y0, size0=size0, px=PATCH_PX, slide_mpp=override
                 )
-                hit["patch"] = {"uri": _data_uri(data), "um": size0 * hit["mpp"]}
+                hit["patch"] = {"uri": data_uri(data), "um": size0 * hit["mpp"]}
         except SlideError as error:
             row["fault"] = error.message
     hit["fault"] = row["fault"]
 
 
-# -- pages ----------------------------------------------------------------------------------------
-
-
-def _write(template: str, path: Path, **values: Any) -> Path:
-    """Render a template into a file, whole or not at all."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    import pathflip
-
-    environment = Environment(
-        loader=PackageLoader("pathflip", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "count": _count,
-        "size": _size,
-        "figures": _figures,
-        "mpp": _mpp,
-        "time": _time,
-    }
-    style = environment.get_template("style.css").render()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    page = environment.get_template(template).render(
-        **values,
-        style=Markup(style),  # ours, and exactly what the digest is of
-        style_digest=digest,
-        version=pathflip.__version__,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _data_uri(image: bytes | None) -> str:
-    if not image:
-        return ""
-    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+# -- numbers -------------------------------------------------------------------------------------
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
@@ -437,41 +358,3 @@ def _bar(counts: Sequence[int]) -> list[tuple[float, float]]:
     total = max(1, sum(counts))
     starts = np.cumsum([0, *counts[:-1]])
     return [(100 * int(a) / total, 100 * n / total) for a, n in zip(starts, counts, strict=True)]
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def _figures(value: float | None, digits: int = 3) -> str:
-    """A number to so many significant digits, never in powers of ten."""
-    if value is None:
-        return "–"
-    if not value:
-        return "0"
-    places = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
-    return f"{value:,.{places}f}"
-
-
-def _mpp(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _size(value: float | None) -> str:
-    if value is None or value < 0:
-        return "–"
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:,.0f} {unit}" if unit == "bytes" else f"{_figures(value)} {unit}"
-
-
-def _time(value: float | None) -> str:
-    if value is None:
-        return "–"
-    if value < 60:
-        return f"{_figures(value, 2)} s"
-    whole = round(value)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"

@@ -1,0 +1,366 @@
+"""What a run trains on: slides with a caption, their split, and the order they are seen in.
+
+The corpus is read from the archive once, when the run begins, and kept beside it (data.parquet):
+slides ingested later do not change a run that is resumed. Every order is a function of (seed,
+epoch) alone, so it is the same on any number of workers and after any restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pathflip.archive import Archive
+from pathflip.errors import ArchiveError, CheckpointError, ConfigError
+
+_SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "dev": "val", "test": "test", "testing": "test",
+}  # fmt: skip
+_SWAPS, _ALL_SWAPS = 200, 100_000  # tried for a slide, and in an epoch, to part equal captions
+
+
+def rng_for(*key: object) -> np.random.Generator:
+    """Returns a generator seeded by the sha256 of a key: equal in every process."""
+    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Slides of a run, sorted by id; lists are parallel.
+
+    Attributes:
+        slide_ids: The slides.
+        patients: Their patients; a slide without one is its own.
+        splits: ``train`` or ``val``; test slides are not in a corpus.
+        captions: Their texts.
+        pieces: Sentences (or statements) of each caption, at least one.
+        num_regions: Regions of each.
+        fingerprints: Content and cut of each, as in ``slides.fingerprint``.
+        about: Archive URI, encoder {name, revision, dim}, tiling, slots, counts of what was left
+            out.
+    """
+
+    slide_ids: list[str]
+    patients: list[str]
+    splits: list[str]
+    captions: list[str]
+    pieces: list[list[str]]
+    num_regions: list[int]
+    fingerprints: list[str]
+    about: dict[str, Any] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.slide_ids)
+
+    def members(self, split: str) -> NDArray[np.int64]:
+        """Returns the positions of the slides of a split, ascending."""
+        return np.flatnonzero([name == split for name in self.splits]).astype(np.int64)
+
+    def counts(self) -> dict[str, int]:
+        """Returns slides, patients and regions of each split, for people."""
+        found: dict[str, int] = {}
+        for split in ("train", "val"):
+            mine = self.members(split)
+            found[f"{split}_slides"] = len(mine)
+            found[f"{split}_patients"] = len({self.patients[i] for i in mine})
+            found[f"{split}_regions"] = sum(self.num_regions[i] for i in mine)
+        return found
+
+    def digest(self) -> str:
+        """Returns the sha256 of all of it."""
+        body = [getattr(self, item.name) for item in fields(self)]
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the corpus as Parquet; ``about`` goes into the file's metadata."""
+        columns = {item.name: getattr(self, item.name) for item in fields(self)}
+        about = json.dumps(columns.pop("about") | {"digest": self.digest()})
+        pq.write_table(pa.table(columns).replace_schema_metadata({"about": about}), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Corpus:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: If the file is damaged.
+        """
+        try:
+            table = pq.read_table(path)
+            about = json.loads(table.schema.metadata[b"about"])
+            digest = about.pop("digest")
+            corpus = cls(**table.to_pydict(), about=about)
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise _unreadable(path) from error
+        if corpus.digest() != digest:
+            raise _unreadable(path)
+        return corpus
+
+
+def _unreadable(path: str | Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}, the list of slides of the run, is damaged.",
+        hint="Restore it from a copy, or begin again in another run folder.",
+        code="damaged",
+    )
+
+
+def make_corpus(
+    archive: Archive,
+    *,
+    encoder: str | None = None,
+    source: str | None = None,
+    pieces: Literal["sentences", "affirmed", "statements"] = "sentences",
+    seed: int = 0,
+    val_fraction: float = 0.1,
+) -> Corpus:
+    """Choose the slides to train on and the slides to validate on.
+
+    A slide takes part if it is ready, has features of the encoder and a caption. Its split is the
+    archive's; slides without one are drawn by a hash of seed and patient. If the archive names
+    training slides but none for validation, those are drawn from the training slides.
+
+    Args:
+        archive: The archive.
+        encoder: Whose features; may be left out where the archive holds one encoder.
+        source: Which captions; without it, the first source (by name) each slide has.
+        pieces: What sub-captions are drawn from; slides without statements use their
+            sentences, and those that only deny all of theirs.
+        seed: Of the split.
+        val_fraction: Share of patients that validate, where the archive does not say.
+
+    Raises:
+        ArchiveError: No ready slide, no features of the encoder, no captions.
+        ConfigError: A split of another name, or a patient with slides in several splits.
+    """
+    from pathflip.text import denies, split_sentences
+
+    name, entry = archive.encoder(encoder)
+    columns = ["slide_id", "patient_id", "split", "n_regions", "fingerprint"]
+    ready = archive.slides("ready", columns=columns).to_pylist()
+    if not ready:
+        raise ArchiveError(
+            f"The archive {archive.uri} has no slide that is ready.",
+            hint=f"Ingest some: pathflip ingest SLIDES --archive {archive.uri}",
+            code="no_slides",
+        )
+    embedded = archive.ready_ids(name)
+    texts = _first_captions(archive, source)
+    rows: list[tuple[dict[str, Any], str, list[str]]] = []
+    for row in ready:
+        caption = texts.get(row["slide_id"])
+        if row["slide_id"] not in embedded or caption is None or not row["n_regions"]:
+            continue
+        parts = [part for part in caption["sentences"] or () if part.strip()]
+        if pieces == "statements" and caption["statements"]:
+            parts = list(caption["statements"])
+        parts = parts or split_sentences(caption["text"])
+        if pieces == "affirmed":
+            parts = [part for part in parts if not denies(part)] or parts
+        if parts:
+            rows.append((row, caption["text"], parts))
+    without = len(embedded & {row["slide_id"] for row in ready}) - len(rows)
+    if not rows:
+        of = "" if source is None else f" from source {source}"
+        raise ArchiveError(
+            f"None of the {len(embedded)} slides of {archive.uri} with features of {name} has a "
+            f"caption{of}.",
+            hint=f"Add them: pathflip archive import --archive {archive.uri} --captions FILE",
+            code="no_captions",
+        )
+    patients = [row["patient_id"] or f"slide {row['slide_id']}" for row, _, _ in rows]
+    named = [_split_name(row["split"], row["slide_id"]) for row, _, _ in rows]
+    splits = _splits(named, patients, seed=seed, val_fraction=val_fraction)
+    _check_patients(patients, splits)
+    order = sorted(
+        (i for i, split in enumerate(splits) if split != "test"),
+        key=lambda i: str(rows[i][0]["slide_id"]),
+    )
+    return Corpus(
+        slide_ids=[rows[i][0]["slide_id"] for i in order],
+        patients=[patients[i] for i in order],
+        splits=[splits[i] for i in order],
+        captions=[rows[i][1] for i in order],
+        pieces=[rows[i][2] for i in order],
+        num_regions=[rows[i][0]["n_regions"] for i in order],
+        fingerprints=[rows[i][0]["fingerprint"] or "" for i in order],
+        about={
+            "archive": archive.uri,
+            "encoder": {"name": name, "revision": entry["revision"], "dim": entry["dim"]},
+            "tiling": archive.tiling(),
+            "slots": archive.slots,
+            "left_out": {"test": splits.count("test"), "without_caption": without},
+        },
+    )
+
+
+def _first_captions(archive: Archive, source: str | None) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for row in archive.captions(source).to_pylist():  # sorted by slide, then source
+        if row["text"] and row["text"].strip():
+            found.setdefault(row["slide_id"], row)
+    return found
+
+
+def _split_name(given: str | None, slide_id: str) -> str | None:
+    if given is None or not given.strip():
+        return None
+    try:
+        return _SPLITS[given.strip().lower()]
+    except KeyError:
+        raise ConfigError(
+            f"Slide {slide_id} has split {given!r}.",
+            hint="Splits are train, val and test: mend them with pathflip ingest --patients CSV.",
+            code="unknown_split",
+        ) from None
+
+
+def _splits(
+    named: list[str | None], patients: list[str], *, seed: int, val_fraction: float
+) -> list[str]:
+    """Fill in the splits that are not named; all slides of a patient get the same."""
+    owned = {patient: split for patient, split in zip(patients, named, strict=True) if split}
+    draw_val = "val" not in owned.values()
+
+    def drawn(patient: str) -> str:
+        digest = hashlib.sha256(f"split\x1f{seed}\x1f{patient}".encode()).digest()
+        share = int.from_bytes(digest[:8], "little") / 2**64
+        return "val" if share < val_fraction else "train"
+
+    found = []
+    for patient, split in zip(patients, named, strict=True):
+        split = split or owned.get(patient)
+        if split is None or (split == "train" and draw_val):
+            split = drawn(patient)
+        found.append(split)
+    return found
+
+
+def _check_patients(patients: list[str], splits: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for patient, split in zip(patients, splits, strict=True):
+        if seen.setdefault(patient, split) != split:
+            raise ConfigError(
+                f"Patient {patient} has slides in {seen[patient]} and in {split}.",
+                hint="Split by patient: mend the splits with pathflip ingest --patients CSV.",
+                code="patient_in_splits",
+            )
+
+
+# -- order ----------------------------------------------------------------------------------------
+
+
+def steps_per_epoch(corpus: Corpus, batch_size: int) -> int:
+    """Returns how many full batches an epoch has.
+
+    Raises:
+        ConfigError: If there are too few slides or patients for one batch.
+    """
+    patients = [corpus.patients[i] for i in corpus.members("train")]
+    steps = _num_batches(Counter(patients).values(), batch_size)
+    if steps == 0:
+        raise ConfigError(
+            f"A batch of {batch_size} slides of different patients cannot be made from "
+            f"{len(patients)} training slides of {len(set(patients))} patients.",
+            hint=f"Use -o batch_size={max(1, len(set(patients)))} or less, or more slides.",
+            code="too_few_slides",
+        )
+    return steps
+
+
+def _num_batches(group_sizes: Iterable[int], batch_size: int) -> int:
+    """Largest number of batches without two slides of a group: no group fills more than all."""
+    sizes = list(group_sizes)
+    steps = sum(sizes) // batch_size
+    while steps and (most := sum(min(size, steps) for size in sizes) // batch_size) < steps:
+        steps = most
+    return steps
+
+
+def epoch_order(corpus: Corpus, *, epoch: int, seed: int, batch_size: int) -> NDArray[np.int64]:
+    """Returns the slides of every global batch of an epoch.
+
+    No batch holds two slides of a patient, and equal captions are kept apart where that is
+    possible: both would count as negatives of each other. What does not fill a batch is left out
+    of this epoch, other slides each time.
+
+    Returns:
+        int64 [steps, batch_size], positions in the corpus; no slide is there twice.
+    """
+    steps = steps_per_epoch(corpus, batch_size)
+    rng = rng_for("order", seed, epoch)
+    members = rng.permutation(corpus.members("train"))
+    groups: dict[str, list[int]] = {}
+    for i in members.tolist():
+        groups.setdefault(corpus.patients[i], []).append(i)
+    kept = [group[:steps] for group in groups.values()]
+    _leave_out(kept, sum(map(len, kept)) - steps * batch_size, rng)
+    times = Counter(corpus.captions[i] for i in members.tolist())
+
+    def rarest_last(group: list[int]) -> int:
+        return -max(len(group), *(times[corpus.captions[i]] for i in group))
+
+    # Largest groups first, each into the emptiest batches: fills then differ by one at most, and
+    # single slides level them out. Sorting is stable, so equals stay shuffled.
+    batches: list[list[int]] = [[] for _ in range(steps)]
+    held: list[set[str]] = [set() for _ in range(steps)]
+    fill = np.zeros(steps, np.int64)
+    for group in sorted((group for group in kept if group), key=rarest_last):
+        noise = rng.random(steps)
+        free = np.ones(steps, np.bool_)
+        for i in group:
+            caption = corpus.captions[i]
+            emptiest = np.flatnonzero(free & (fill == fill[free].min())).tolist()
+            chosen = min(emptiest, key=lambda b: (caption in held[b], noise[b]))
+            free[chosen] = False
+            batches[chosen].append(i)
+            held[chosen].add(caption)
+            fill[chosen] += 1
+    _separate(batches, corpus, rng)
+    order = np.array(batches, np.int64).reshape(steps, batch_size)
+    return rng.permuted(order, axis=1)
+
+
+def _leave_out(groups: list[list[int]], count: int, rng: np.random.Generator) -> None:
+    """Drop ``count`` slides at random from the groups, in place."""
+    owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    for which in rng.permutation(owner)[:count].tolist():
+        groups[which].pop()
+
+
+def _separate(batches: list[list[int]], corpus: Corpus, rng: np.random.Generator) -> None:
+    """Swap slides between batches, in place, so that equal captions part where they can."""
+
+    def fits(i: int, batch: list[int], without: int) -> bool:
+        rest = [j for j in batch if j != without]
+        return all(
+            corpus.patients[j] != corpus.patients[i] and corpus.captions[j] != corpus.captions[i]
+            for j in rest
+        )
+
+    left = _ALL_SWAPS
+    for number, batch in enumerate(batches):
+        times = Counter(corpus.captions[i] for i in batch)
+        for i in [i for i in batch if times[corpus.captions[i]] > 1]:
+            if fits(i, batch, i):  # its twin was swapped away already
+                continue
+            for _ in range(min(_SWAPS, left)):
+                left -= 1
+                other = int(rng.integers(len(batches)))
+                place = int(rng.integers(len(batch)))
+                j = batches[other][place]
+                if other != number and fits(i, batches[other], j) and fits(j, batch, i):
+                    batches[other][place] = i
+                    batch[batch.index(i)] = j
+                    break

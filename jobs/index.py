@@ -1,0 +1,372 @@
+"""Index: the vectors of a trained model for every slide and region, so that text can find them.
+
+Slides are spread over Ray Data actors. Each holds the run's model, reads a slide's features from
+the archive and returns the rows of its vectors; the driver commits them in batches into
+``embeddings_<model>``, beside those of other models. A slide is done when all of its rows are
+there, so the same command again does what is missing: slides that are new, were ingested anew, or
+did not get there before the process died.
+
+    python -m jobs.index --archive URI --run DIR       (the same as: pathflip index …)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.ledger import duration
+from jobs.workers import fixed, from_ipc
+from pathflip.archive import Archive
+from pathflip.archive.attach import check_fits, ensure_model, indexed_slides
+from pathflip.archive.commit import Committer
+from pathflip.archive.indexes import refresh_indexes
+from pathflip.errors import (
+    ArchiveError,
+    CheckpointError,
+    ConfigError,
+    PathFLIPError,
+    TrainingError,
+)
+
+if TYPE_CHECKING:
+    from pathflip.checkpoints import Run
+
+BLOCKS_PER_ACTOR = 8  # enough that a slow block at the end costs little
+_ROW = pa.schema([("slide_id", pa.string()), ("rows", pa.binary()), ("error", pa.string())])
+_COPIED = (
+    "id", "kind", "slide_id", "patient_id", "x0", "y0", "size0", "mpp", "tissue_fraction",
+    "n_patches",
+)  # fmt: skip
+_ERRORS: dict[str, type[PathFLIPError]] = {
+    kind.__name__: kind for kind in (ArchiveError, CheckpointError, ConfigError, TrainingError)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Settings of an index job."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto means a GPU where the cluster has one."""
+    actors: int | None = None
+    """Actors at most; None means one per CPU, or per GPU where the model uses one."""
+    commit_rows: int = 16_384
+    """Vectors of a commit; a commit takes about 0.2 s whatever its size."""
+    commit_s: float = 30.0
+    """Finished slides are committed at least this often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a running index job is; given to the progress callback."""
+
+    slides_done: int
+    slides_total: int
+    regions: int
+    seconds: float
+    stage: str
+
+    @property
+    def fraction(self) -> float:
+        """Share done, 0 to 1."""
+        return self.slides_done / self.slides_total if self.slides_total else 1.0
+
+    def line(self) -> str:
+        """One line for people, with the time left."""
+        left = ""
+        if 0 < self.slides_done < self.slides_total:
+            rest = self.seconds * (self.slides_total - self.slides_done) / self.slides_done
+            left = f" · {duration(rest)} left"
+        rate = self.slides_done / max(self.seconds, 1e-9)
+        return (
+            f"{self.stage} {self.slides_done:,}/{self.slides_total:,} slides · "
+            f"{rate:.1f} slides/s · {self.regions:,} regions{left}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexResult:
+    """What a run did, or with ``dry_run`` would do.
+
+    Attributes:
+        model: Name of the model.
+        table: Its table.
+        slides: Slides indexed now.
+        regions: Their regions.
+        skipped: Slides that were there.
+        indexes: Search indexes made or brought up to date, ``table.column``.
+        seconds: Wall time.
+    """
+
+    model: str
+    table: str
+    slides: int
+    regions: int
+    skipped: int
+    indexes: list[str]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The document ``pathflip index --json`` prints."""
+        return asdict(self) | {"seconds": round(self.seconds, 3)}
+
+
+def index(
+    archive: str,
+    run: str,
+    *,
+    config: IndexConfig | None = None,
+    address: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    dry_run: bool = False,
+) -> IndexResult:
+    """Writes the vectors of a run's model for all slides that do not have them yet.
+
+    Args:
+        archive: Archive URI.
+        run: The run's folder; on a cluster every node must see it under this path.
+        config: Settings.
+        address: Ray cluster; see ``cluster.connect``.
+        progress: Called on the driver whenever something finished.
+        dry_run: Say what would be done; write nothing, start nothing.
+
+    Raises:
+        CheckpointError: If there is no whole model in the run.
+        ArchiveError: If the archive is missing, damaged, being written, or was made with another
+            encoder (``other_encoder``) or tiling (``other_tiling``) than the model.
+    """
+    from jobs.cluster import connect
+    from pathflip.archive.schema import embeddings_table
+    from pathflip.checkpoints import load_run
+
+    config = config or IndexConfig()
+    started = time.monotonic()
+    loaded = load_run(run)
+    opened = Archive(archive)
+    check_fits(opened, loaded)
+    todo, total = _outstanding(opened, loaded)
+    if dry_run or (not todo and loaded.name in opened.models()):
+        return IndexResult(
+            model=loaded.name,
+            table=embeddings_table(loaded.name),
+            slides=len(todo),
+            regions=sum(opened.ledger()[slide]["n_regions"] for slide in todo),
+            skipped=total - len(todo),
+            indexes=[],
+            seconds=time.monotonic() - started,
+        )
+    private = connect(address)
+    with Committer(archive) as committer:
+        table = ensure_model(
+            committer,
+            loaded.name,
+            dim=_dim(loaded),
+            fingerprint=loaded.fingerprint,
+            encoder=loaded.encoder,
+            run=loaded.path.name,
+        )
+        opened = committer.archive
+        todo, total = _outstanding(opened, loaded)
+        regions, done, waiting, committed_at = 0, 0, [], time.monotonic()
+
+        def report(stage: str) -> None:
+            if progress is not None:
+                progress(
+                    Progress(
+                        slides_done=done,
+                        slides_total=len(todo),
+                        regions=regions,
+                        seconds=time.monotonic() - started,
+                        stage=stage,
+                    )
+                )
+
+        for rows in _pipeline(todo, committer.uri, loaded, config, private=private):
+            waiting.append(rows)
+            done, regions = done + 1, regions + rows.num_rows - 1
+            overdue = time.monotonic() - committed_at > config.commit_s
+            if overdue or sum(part.num_rows for part in waiting) >= config.commit_rows:
+                committer.replace_rows(table, pa.concat_tables(waiting))
+                waiting, committed_at = [], time.monotonic()
+            report("indexing")
+        if waiting:
+            committer.replace_rows(table, pa.concat_tables(waiting))
+        if done != len(todo):  # cannot happen while every actor returns every row it was given
+            raise RuntimeError(f"{len(todo) - done} slides never came back")
+        indexes = refresh_indexes(committer.uri, table) if todo else []
+        report("done")
+    return IndexResult(
+        model=loaded.name,
+        table=table,
+        slides=done,
+        regions=regions,
+        skipped=total - done,
+        indexes=indexes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _outstanding(archive: Archive, run: Run) -> tuple[list[str], int]:
+    """Returns the slides to do, sorted, and how many there are in all."""
+    slides = archive.ready_ids(run.encoder["name"])
+    return sorted(slides - indexed_slides(archive, run.name)), len(slides)
+
+
+def _dim(run: Run) -> int:
+    return int(run.model.config.d)
+
+
+def _pipeline(
+    slides: list[str], archive: str, run: Run, config: IndexConfig, *, private: bool
+) -> Iterator[pa.Table]:
+    """Runs the actors over Ray Data; yields the rows of one slide after the other."""
+    if not slides:
+        return
+    import ray
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    context.target_max_block_size = 1 << 20
+    resources = dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+    gpus = int(resources.get("GPU", 0)) if config.device != "cpu" else 0
+    if config.device == "cuda" and private and not gpus:
+        raise ConfigError(
+            "device is cuda but this machine has no GPU.",
+            hint="Leave device on auto, or name a cluster with GPUs (--address).",
+            code="no_gpu",
+        )
+    use_gpu = gpus > 0 or config.device == "cuda"
+    workers = config.actors or (gpus if use_gpu else int(resources.get("CPU", 1))) or 1
+    blocks = min(len(slides), max(workers * BLOCKS_PER_ACTOR, math.ceil(len(slides) / 64)))
+    data = ray.data.from_items(
+        [{"slide_id": slide} for slide in slides], override_num_blocks=blocks
+    )
+    vectors = data.map_batches(
+        Indexer,
+        fn_constructor_args=(str(run.path), run.fingerprint, archive, use_gpu),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=1,
+            max_size=config.actors or (workers if private else None),
+            initial_size=min(workers, blocks) if private else 1,
+        ),
+        num_cpus=1.0,
+        num_gpus=1.0 if use_gpu else 0.0,
+    )
+    batches: Any = vectors.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for batch in batches:
+        for row in batch.to_pylist():
+            if row["error"]:
+                error = json.loads(row["error"])
+                kind = _ERRORS.get(error["kind"], ArchiveError)
+                raise kind(error["message"], hint=error["hint"], code=error["code"])
+            yield from_ipc(row["rows"])
+
+
+class Indexer:
+    """Holds the model; a row in is a slide, the row out its vectors."""
+
+    def __init__(self, run: str, fingerprint: str, archive: str, use_gpu: bool) -> None:
+        import torch
+
+        from pathflip.checkpoints import load_run
+
+        torch.set_num_threads(1)  # parallel work is Ray's
+        self._error: PathFLIPError | None = None
+        try:
+            self._run = load_run(run, device="cuda" if use_gpu else "cpu")
+            if self._run.fingerprint != fingerprint:
+                raise CheckpointError(
+                    f"{run} holds another model on this node than on the driver's.",
+                    hint="Put the run where every node sees the same folder.",
+                    code="wrong_model",
+                )
+            self._archive = Archive(archive)
+        except PathFLIPError as error:  # raised here, Ray would start the actor again and again
+            self._error = error
+
+    def __call__(self, slides: pa.Table) -> pa.Table:
+        """Encodes slides."""
+        rows = []
+        for slide in slides.column("slide_id").to_pylist():
+            row: dict[str, Any] = {"slide_id": slide, "rows": b"", "error": ""}
+            try:
+                if self._error is not None:
+                    raise self._error
+                row["rows"] = _to_ipc(encode_slide(self._archive, self._run, slide))
+            except PathFLIPError as error:
+                row["error"] = json.dumps(
+                    {
+                        "kind": type(error).__name__,
+                        "message": error.message,
+                        "hint": error.hint,
+                        "code": error.code,
+                    }
+                )
+            rows.append(row)
+        return pa.Table.from_pylist(rows, schema=_ROW)
+
+
+def encode_slide(archive: Archive, run: Run, slide: str) -> pa.Table:
+    """Returns a slide's rows for its model's table: its own and one for every region.
+
+    Raises:
+        ArchiveError: If the archive is damaged.
+        CheckpointError: If the model gives values that are not finite (``not_finite``).
+    """
+    import torch
+
+    encoder = run.encoder["name"]
+    features, mask, ids = archive.features_array(slide, encoder)
+    device = run.model.device
+    embedding = run.model.encode_slide(
+        torch.tensor(features, dtype=torch.float32, device=device)[None],
+        torch.tensor(mask, device=device)[None],
+    )
+    vectors = np.concatenate(
+        [embedding.slide.float().cpu().numpy(), embedding.regions[0].float().cpu().numpy()]
+    )
+    if not np.isfinite(vectors).all():
+        raise CheckpointError(
+            f"Model {run.name} gives values that are not finite for slide {slide}.",
+            hint="Look at the features of that slide, and at the training's loss.",
+            code="not_finite",
+        )
+    rows = archive.slide_embeddings(slide, encoder).select(list(_COPIED))
+    order = {key: at for at, key in enumerate([slide, *ids])}
+    if sorted(order) != sorted(rows["id"].to_pylist()):
+        raise ArchiveError(
+            f"The archive {archive.uri} is damaged: regions and embeddings of slide {slide} "
+            "differ.",
+            hint=f"Run: pathflip archive repair --archive {archive.uri}",
+            code="damaged",
+        )
+    at = [order[key] for key in rows["id"].to_pylist()]
+    return rows.append_column("vector", fixed(vectors[at].astype(np.float32)))
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+if __name__ == "__main__":
+    from pathflip.cli import main
+
+    main(["index", *sys.argv[1:]])

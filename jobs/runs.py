@@ -1,0 +1,538 @@
+"""The folder of a pretraining run: how it begins, what is logged in it, how it ends.
+
+``prepare`` writes settings, the list of slides and the untrained model; ``RunLog`` is what rank 0
+writes while training; ``finish`` exports the best weights with their model card.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from jobs.batches import Batches, FeatureReader
+from jobs.corpus import Corpus, make_corpus, rng_for, steps_per_epoch
+from jobs.recipe import PretrainConfig, differing, load_settings, save_settings
+from pathflip.archive import Archive
+from pathflip.archive.storage import normalise
+from pathflip.checkpoints import (
+    Checkpoint,
+    best_checkpoint,
+    latest_checkpoint,
+    remove_folder,
+    verify_whole,
+    write_file,
+    write_whole,
+)
+from pathflip.errors import ArchiveError, CheckpointError, ConfigError, PathFLIPError, TrainingError
+from pathflip.models import PathFLIP
+from pathflip.models.warm_start import warm_start
+
+STOPPED, PROGRESS = ".stopped.json", ".progress.json"
+START_SLIDES, START_REGIONS, START_BYTES = 128, 24, 256 << 20
+"""How much of the training data a model is started from: slides, regions of each, fp16 bytes."""
+START_SLIDES, START_REGIONS = 256, 24
+"""Slides, and regions of each at most, that a model starts from."""
+WRITER_WAIT_S = 60.0
+"""How long to wait for a rank 0 of the attempt before, which Ray or the kernel is ending."""
+
+
+# -- beginning ------------------------------------------------------------------------------------
+
+
+def prepare(archive: str, run: str | Path, config: PretrainConfig) -> Corpus:
+    """Make the run folder, or check that it is of the same run.
+
+    Everything that cannot work is refused here, before any worker starts.
+
+    Args:
+        archive: The archive's URI.
+        run: The run folder.
+        config: The settings.
+
+    Returns:
+        The slides of the run.
+
+    Raises:
+        ConfigError: The folder holds a run with other settings (the first differing one is named)
+            or other files, or the slides do not suit the settings.
+        ArchiveError, EncoderError, CheckpointError: The archive or the text tower cannot be used.
+    """
+    run = Path(run).absolute()
+    if (run / "config.yaml").exists():
+        return _same_run(archive, run, config)
+    if run.is_dir() and (alien := [p.name for p in run.iterdir() if p.name not in _OWN]):
+        raise ConfigError(
+            f"{run} is not a run and not empty (it holds {sorted(alien)[0]}).",
+            hint="Give a new or empty folder.",
+            code="not_empty",
+        )
+    corpus = corpus_for(archive, config)
+    config = fitted(config, corpus)
+    steps_per_epoch(corpus, config.batch_size)  # enough slides for a batch
+    model = untrained(corpus, config)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        corpus.save(run / ".data.parquet.partial")
+        (run / ".data.parquet.partial").replace(run / "data.parquet")
+        write_whole(run / "init", lambda part: _save_model(model, part))
+        write_file(run / "versions.json", json.dumps(versions(), indent=1))
+    except OSError as error:
+        raise ConfigError(
+            f"The run {run} cannot be written: {error.strerror}.",
+            hint="Check permissions and space, or give another folder.",
+            code="not_permitted",
+        ) from error
+    write_file(run / "config.yaml", save_settings(config))  # last: now it is a run
+    return corpus
+
+
+_OWN = ("init", "data.parquet", "versions.json", ".lock", ".writer", ".data.parquet.partial",
+        ".init.partial")  # fmt: skip
+"""What a preparation that was killed may have left."""
+
+
+def fitted(config: PretrainConfig, corpus: Corpus) -> PretrainConfig:
+    """Returns the settings with the width of the archive's features in them."""
+    width = corpus.about["encoder"]["dim"]
+    return replace(config, model=replace(config.model, feature_dim=width))
+
+
+def corpus_for(archive: str, config: PretrainConfig) -> Corpus:
+    """Returns the slides a new run would train on."""
+    return make_corpus(
+        Archive(archive),
+        encoder=config.encoder,
+        source=config.source,
+        pieces=config.pieces,
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+    )
+
+
+def untrained(corpus: Corpus, config: PretrainConfig, *, start: bool = True) -> PathFLIP:
+    """Returns the model at its start: the same weights for the same seed and slides.
+
+    Args:
+        corpus: The slides; a tokenizer, if need be, is trained on the captions to train on.
+        config: The settings.
+        start: Whether to fit what the model takes from data before training (input statistics,
+            warm start), from some of the training slides.
+    """
+    torch.manual_seed(config.seed)
+    train = corpus.members("train").tolist()
+    overrides = asdict(config.model) | {"feature_dim": corpus.about["encoder"]["dim"]}
+    texts = [corpus.captions[i] for i in train]
+    model = PathFLIP.from_preset(config.preset, texts=texts, **overrides)
+    if start and (config.model.warm_start or config.model.feature_norm != "none"):
+        reader = FeatureReader(corpus)
+        whole = max(1, corpus.about["slots"] * corpus.about["encoder"]["dim"] * 2)
+        most = min(config.max_regions or START_REGIONS, START_REGIONS)
+        count = max(2, min(START_SLIDES, START_BYTES // (whole * most)))
+        chosen = rng_for("start", config.seed).permutation(train)[:count].tolist()
+        sampling = replace(config.sampling(), max_regions=most)
+        batch = Batches(reader, sampling).draw(chosen, chosen, epoch=0)
+        sentences = list(dict.fromkeys(text for i in chosen for text in corpus.pieces[i]))
+        if config.model.warm_start:
+            warm_start(model, batch.features, batch.patch_mask, sentences, seed=config.seed)
+        else:
+            model.fit_input(batch.features[batch.patch_mask].float())
+    return model
+
+
+def _same_run(archive: str, run: Path, config: PretrainConfig) -> Corpus:
+    made, corpus = load_settings(run), Corpus.load(run / "data.parquet")
+    if differ := differing(made, fitted(config, corpus)):
+        key, old, new = differ[0]
+        more = "" if len(differ) == 1 else f" ({len(differ) - 1} more differ)"
+        raise ConfigError(
+            f"{run} was begun with {key}={json.dumps(old)}; this asks for {key}={json.dumps(new)}"
+            f"{more}.",
+            hint="Repeat the settings of the run (its config.yaml), or give another run folder.",
+            code="other_settings",
+        )
+    if corpus.about["archive"] != normalise(archive):
+        raise ConfigError(
+            f"{run} was begun with --archive {corpus.about['archive']}; this asks for {archive}.",
+            hint="Name the same archive, or give another run folder.",
+            code="other_settings",
+        )
+    return corpus
+
+
+def versions() -> dict[str, Any]:
+    """Returns what the run was made with: package versions and the git revision, where known."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, Any] = {"python": sys.version.split()[0]}
+    for name in ("pathflip", "torch", "ray", "transformers", "tokenizers", "pylance", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    here = Path(__file__).resolve().parents[1]
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+        found["git"] = revision.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        found["git"] = None
+    return found
+
+
+@contextmanager
+def opened(run: Path) -> Iterator[None]:
+    """Hold a run folder, made if need be, for one driver; one made in vain is removed again."""
+    new = not run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = Lock(run / ".lock")
+        lock.__enter__()
+    except OSError as error:
+        raise ConfigError(
+            f"The run {run} cannot be written: {error.strerror}.",
+            hint="Give a folder of yours for the run.",
+            code="not_permitted",
+        ) from error
+    try:
+        yield
+    except PathFLIPError:
+        if new and [path.name for path in run.iterdir()] == [".lock"]:
+            shutil.rmtree(run)
+        raise
+    finally:
+        lock.__exit__(None, None, None)
+
+
+class Lock:
+    """Exclusive right to a run, or to be its rank 0; the kernel frees it when the process dies.
+
+    Args:
+        path: The lock's file.
+        wait_s: How long to wait for another holder to go.
+    """
+
+    def __init__(self, path: Path, *, wait_s: float = 0.0) -> None:
+        self._path, self._wait_s = path, wait_s
+
+    def __enter__(self) -> Lock:
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    os.close(self._handle)
+                    raise TrainingError(
+                        f"Another process is training the run {self._path.parent}.",
+                        hint="Wait for it to finish, or stop it; the lock goes with the process.",
+                        code="locked",
+                    ) from None
+                time.sleep(0.1)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._handle)
+
+
+# -- while it trains ------------------------------------------------------------------------------
+
+
+class RunLog:
+    """metrics.jsonl and TensorBoard, written by the one rank 0 there is.
+
+    Args:
+        run: The run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._lock = Lock(run / ".writer", wait_s=WRITER_WAIT_S)
+
+    def __enter__(self) -> RunLog:
+        self._lock.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if hasattr(self, "_lines"):
+            self._lines.close()
+            self._board.close()
+        self._lock.__exit__(None, None, None)
+
+    def begin(self, step: int, *, pids: list[int]) -> None:
+        """Open the logs at a step: what an attempt that died logged beyond it is removed.
+
+        Args:
+            step: The step training goes on from.
+            pids: Process ids of the ranks, noted in attempt.json with the step.
+        """
+        from tensorboardX import SummaryWriter
+
+        path = self._run / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_metrics(self._run) if line["step"] <= step]
+            write_file(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(self._run / "tensorboard"), purge_step=step + 1, flush_secs=10
+        )
+        started = {"workers": len(pids), "pids": pids, "from_step": step}
+        write_file(self._run / "attempt.json", json.dumps(started))
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Log a step."""
+        self._write(line, {key: line[key] for key in line if key not in ("step", "epoch")})
+
+    def validation(self, line: dict[str, Any]) -> None:
+        """Log a validation."""
+        val = line["val"]
+        nested = {
+            f"val/{way}_{name}": value for way in ("itr", "tir") for name, value in val[way].items()
+        }
+        plain = {f"val/{key}": value for key, value in val.items() if isinstance(value, float)}
+        self._write(line, nested | plain)
+
+    def _write(self, line: dict[str, Any], scalars: dict[str, Any]) -> None:
+        self._lines.write(f"{json.dumps(line)}\n")
+        self._lines.flush()
+        for name, value in scalars.items():
+            if value is not None:
+                self._board.add_scalar(
+                    name if "/" in name else f"train/{name}", value, line["step"]
+                )
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl; one that a dying process cut short is left out."""
+    path = Path(run) / "metrics.jsonl"
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
+def checkpoint_at(run: Path, step: int) -> Checkpoint:
+    """Returns the checkpoint of a step, verified.
+
+    Raises:
+        CheckpointError: If this machine does not see it.
+    """
+    path = run / "checkpoints" / f"step-{step:08d}"
+    note = verify_whole(path)
+    return Checkpoint(path=path, step=step, metric=note.get("metric"))
+
+
+def stop(run: Path, error: PathFLIPError) -> None:
+    """Note an error that a restart would only meet again."""
+    note = {"kind": type(error).__name__, "message": error.message, "hint": error.hint,
+            "code": error.code}  # fmt: skip
+    write_file(run / STOPPED, json.dumps(note))
+
+
+def stopped(run: Path) -> PathFLIPError | None:
+    """Returns the error that :func:`stop` noted."""
+    from pathflip import errors
+
+    try:
+        note = json.loads((run / STOPPED).read_bytes())
+    except FileNotFoundError:
+        return None
+    kind: type[PathFLIPError] = getattr(errors, note["kind"])
+    return kind(note["message"], hint=note["hint"], code=note["code"])
+
+
+def may_pass(error: PathFLIPError) -> bool:
+    """Says whether an error may be gone when the workers start again: storage that hiccups."""
+    return isinstance(error, ArchiveError) and error.code != "damaged"
+
+
+# -- the end --------------------------------------------------------------------------------------
+
+
+def finished(run: str | Path) -> dict[str, Any] | None:
+    """Returns the result of a run whose model is there and intact; None if it is not finished."""
+    run = Path(run)
+    try:
+        result: dict[str, Any] = json.loads((run / "result.json").read_bytes())
+        verify_whole(run / "model")
+    except (FileNotFoundError, CheckpointError):
+        return None
+    return result
+
+
+def finish(run: str | Path, corpus: Corpus) -> dict[str, Any]:
+    """Export the best weights to RUN/model and write the model card and result.json.
+
+    Raises:
+        TrainingError: If training has not reached its last step.
+    """
+    run = Path(run).absolute()
+    config = load_settings(run)
+    last = latest_checkpoint(run / "checkpoints")
+    best = best_checkpoint(run / "checkpoints")
+    if last is None or best is None:
+        raise TrainingError(
+            f"{run} has no checkpoint to export.", hint="Run the same command again."
+        )
+    state = last.state()
+    recent = state["recent"]
+    val = best.state()["val"] if best.metric is not None else state["val"]
+    result = {
+        "run": str(run),
+        "steps": last.step,
+        "loss": sum(recent) / len(recent) if recent else None,
+        "val": val,
+        "seconds": round(state["seconds"], 3),
+        "best_step": best.step,
+        "skipped": state["skipped"],
+    }
+    model = PathFLIP.from_pretrained(str(run / "init"))
+    load_tensors(model, best.tensors("model"))
+    card = model_card(run, config, corpus, result)
+    about = {
+        "run": run.name,
+        "preset": config.preset,
+        "step": best.step,
+        "fingerprint": model.fingerprint(),
+        "encoder": corpus.about["encoder"],
+        "tiling": corpus.about["tiling"],
+        "archive": {"uri": corpus.about["archive"], "slides": len(corpus),
+                    "sha256": corpus.digest()},
+        "split": {**corpus.counts(), "seed": config.seed, "val_fraction": config.val_fraction},
+        "val": val,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+    def fill(part: Path) -> None:
+        _save_model(model, part)
+        (part / "pathflip.json").write_text(json.dumps(about, indent=1))
+        (part / "README.md").write_text(card)
+
+    write_whole(run / "model", fill, step=best.step)
+    write_file(run / "README.md", card)
+    write_file(run / "result.json", json.dumps(result, indent=1))
+    return result
+
+
+def clear(run: Path) -> None:
+    """Remove what only an unfinished run needs besides its checkpoints."""
+    if (run / "init").exists():
+        remove_folder(run / "init")
+    shutil.rmtree(run / ".ray", ignore_errors=True)
+    for name in (STOPPED, PROGRESS):
+        (run / name).unlink(missing_ok=True)
+
+
+def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns parameters and buffers of a model by name, shared ones once.
+
+    Raises:
+        TrainingError: If one of them is not finite: such weights are never written.
+    """
+    named: dict[str, torch.Tensor] = dict(model.named_parameters())
+    persistent = model.state_dict()
+    named |= {name: value for name, value in model.named_buffers() if name in persistent}
+    for name, value in named.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise TrainingError(
+                f"The weights {name} are not finite; the checkpoint was not written.",
+                hint="Lower lr and go on from the last checkpoint.",
+                code="not_finite",
+            )
+    return {name: value.detach() for name, value in named.items()}
+
+
+@torch.no_grad()
+def load_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the tensors of :func:`model_tensors` into a model of the same shape."""
+    for name, value in model_tensors(model).items():
+        value.copy_(tensors[name])
+
+
+def _save_model(model: PathFLIP, part: Path) -> None:
+    model.save_pretrained(str(part))
+
+
+def model_card(run: Path, config: PretrainConfig, corpus: Corpus, result: dict[str, Any]) -> str:
+    """Returns the model card: what it is, what it saw, what it scores, what it is not for."""
+    counts, about = corpus.counts(), corpus.about
+    tiling, encoder, val = about["tiling"], about["encoder"], result["val"]
+    left_out = about["left_out"]
+
+    def row(name: str, cells: Callable[[str], str]) -> str:
+        return f"| {name} | {' | '.join(cells(k) for k in ('r@1', 'r@5', 'r@10'))} |"
+
+    lines = [
+        "---", "library_name: pathflip", "tags: [pathology, whole-slide-image, contrastive]",
+        "---", "",
+        f"# {run.name}", "",
+        f"A slide and text encoder trained with pathflip, preset `{config.preset}`: slides and "
+        "captions in one space, slides searchable and groundable by text.", "",
+        "```python", "from pathflip.models import PathFLIP",
+        'model = PathFLIP.from_pretrained("<this folder>")', "```", "",
+        "## Data", "",
+        f"* {counts['train_slides']:,} training slides of {counts['train_patients']:,} patients "
+        f"({counts['train_regions']:,} regions), {counts['val_slides']:,} validation slides of "
+        f"{counts['val_patients']:,} patients; no patient is in both.",
+        f"* Left out: {left_out['test']:,} test slides, {left_out['without_caption']:,} slides "
+        "without a caption.",
+        f"* Patch features: `{encoder['name']}` revision {encoder['revision']}, {encoder['dim']} "
+        f"wide. Regions of {tiling['region_um']:g} µm, patches of {tiling['patch_um']:g} µm at "
+        f"{tiling['mpp']:g} µm per pixel. The model is of no use with other features or another "
+        "tiling.", "",
+        "## Results", "",
+    ]  # fmt: skip
+    if val:
+        lines += [
+            f"Validation retrieval, {val['n']} slides, protocol {val['protocol']}, step "
+            f"{result['best_step']:,} of {result['steps']:,}:", "",
+            "| | R@1 | R@5 | R@10 |", "|---|---|---|---|",
+            row("slide to caption", lambda k: f"{val['itr'][k]:.3f}"),
+            row("caption to slide", lambda k: f"{val['tir'][k]:.3f}"),
+            row("chance", lambda k: f"{val['chance'][k]:.3f}"), "",
+            "These slides chose the weights: measure on others before quoting a figure.",
+        ]  # fmt: skip
+    else:
+        lines += ["No slide was held out to validate; the last weights were exported."]
+    loss = "-" if result["loss"] is None else f"{result['loss']:.4f}"
+    lines += [
+        "",
+        f"Training loss at the end {loss}, {result['skipped']} steps skipped, "
+        f"{result['seconds']:,.0f} s.", "",
+        "## Settings", "", "```yaml", save_settings(config).rstrip(), "```", "",
+        "## Limits", "",
+        "* For research. Not a medical device; not validated for diagnosis.",
+        "* It knows the scanners, stains, organs and wording of its training slides; expect less "
+        "elsewhere.",
+        "* Contrastive text encoders hardly read negation: \"no necrosis\" is close to "
+        "\"necrosis\".",
+        "* Whatever the captions share with the slides besides the findings (site, stain) can be "
+        "learned as well.",
+        "* Features, weights and captions carry the licences of the encoder and the data.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)

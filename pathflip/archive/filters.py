@@ -1,0 +1,145 @@
+"""Structured filters: a column, an operator, a value.
+
+Filters are values in an expression tree; no text of a user ever becomes part of a query string.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pathflip.archive.schema import embeddings_schema
+from pathflip.errors import ConfigError
+
+FIELDS: dict[str, type] = {
+    "slide_id": str,
+    "patient_id": str,
+    "x0": int,
+    "y0": int,
+    "size0": int,
+    "mpp": float,
+    "tissue_fraction": float,
+    "n_patches": int,
+    "split": str,
+    "vendor": str,
+}
+"""Columns a filter may name, with their types; split and vendor are the slide's."""
+
+OF_SLIDE = ("split", "vendor")
+"""Fields that only the table of slides has."""
+
+_STORED = embeddings_schema(1)
+_OPS = ("!=", "<=", ">=", "=", "<", ">")
+_WORDS = {str: "text", int: "whole number", float: "number"}
+_MAX_VALUE = 1000
+_SHAPE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,40})\s*(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """One condition on a column; several are joined by "and".
+
+    Args:
+        field: One of :data:`FIELDS`.
+        op: ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``; text knows the first two only. ``!=`` also
+            keeps rows that have no value.
+        value: Text, or a finite number; a whole one for columns that hold such.
+
+    Raises:
+        ConfigError: If field, operator or value is not one of those.
+    """
+
+    field: str
+    op: str
+    value: str | int | float
+
+    def __post_init__(self) -> None:
+        kind = FIELDS.get(self.field)
+        if kind is None:
+            raise ConfigError(
+                f"Filters know no column {self.field[:40]!r}.", hint=f"One of: {', '.join(FIELDS)}."
+            )
+        if self.op not in (_OPS if kind is not str else ("=", "!=")):
+            raise ConfigError(f"Column {self.field} cannot be filtered with {self.op[:10]!r}.")
+        if isinstance(self.value, bool) or not isinstance(
+            self.value, str if kind is str else (int, float)
+        ):
+            raise ConfigError(f"Column {self.field} needs a {_WORDS[kind]}.")
+        if isinstance(self.value, str):
+            if len(self.value) > _MAX_VALUE or "\0" in self.value:
+                raise ConfigError(f"The filter value for {self.field} is too long or not text.")
+            try:
+                self.value.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"The filter value for {self.field} is not text.") from error
+        elif not math.isfinite(self.value) or (kind is int and self.value != int(self.value)):
+            raise ConfigError(f"Column {self.field} needs a {_WORDS[kind]}.")
+        try:
+            self._scalar()
+        except (pa.ArrowInvalid, OverflowError) as error:
+            raise ConfigError(f"The filter value for {self.field} is out of range.") from error
+
+    def _scalar(self) -> pa.Scalar:
+        # Lance compares like with like only: the literal takes the column's type.
+        if isinstance(self.value, str):
+            return pa.scalar(self.value, pa.string())
+        kind = FIELDS[self.field]
+        return pa.scalar(kind(self.value), _STORED.field(self.field).type)
+
+    @classmethod
+    def parse(cls, text: str) -> Filter:
+        """Reads a filter from text such as ``patient_id=P1`` or ``mpp<=0.3``.
+
+        Raises:
+            ConfigError: If the text is anything else.
+        """
+        match = _SHAPE.fullmatch(text)
+        if match is None:
+            raise ConfigError(
+                f"{text[:60]!r} is not a filter.", hint="Write COLUMN OP VALUE, as in mpp<=0.3."
+            )
+        name, op, raw = match[1], match[2], match[3].strip()
+        kind = FIELDS.get(name, str)
+        if kind is str:
+            return cls(field=name, op=op, value=raw)
+        try:
+            number = float(raw) if len(raw) <= 40 else math.nan
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ConfigError(f"{raw[:40]!r} is not a number, which column {name} needs.")
+        return cls(field=name, op=op, value=number)
+
+    def expression(self) -> pc.Expression:
+        """Returns the filter as an Arrow expression on its column."""
+        column, value = pc.field(self.field), self._scalar()
+        if self.op == "!=":
+            return (column != value) | column.is_null()
+        compare = {
+            "=": column == value,
+            "<": column < value,
+            "<=": column <= value,
+            ">": column > value,
+            ">=": column >= value,
+        }
+        return compare[self.op]
+
+    def mask(self, column: pa.ChunkedArray) -> NDArray[np.bool_]:
+        """Returns which values of its column meet the filter, as :meth:`expression` has it."""
+        compare = {
+            "=": pc.equal,
+            "!=": pc.not_equal,
+            "<": pc.less,
+            "<=": pc.less_equal,
+            ">": pc.greater,
+            ">=": pc.greater_equal,
+        }
+        found = compare[self.op](column, self._scalar()).fill_null(self.op == "!=")
+        kept: NDArray[np.bool_] = found.to_numpy(zero_copy_only=False)
+        return kept

@@ -1,0 +1,413 @@
+"""Checkpoints and trained models: folders that are whole or not there at all.
+
+Every folder written here is made under a hidden name, its files are forced to disk, then
+``COMPLETE.json`` (size and sha256 of each file, the step) is written last and the folder renamed
+into place. A reader trusts a folder only when every file is the one ``COMPLETE.json`` lists, so a
+process killed anywhere in between, a full disk or a flipped bit is found and never loaded.
+
+A run of ``pathflip pretrain`` is laid out as::
+
+    RUN/config.yaml versions.json data.parquet metrics.jsonl result.json README.md tensorboard/
+    RUN/checkpoints/step-00000120/{model,optimizer}.safetensors state.json COMPLETE.json
+    RUN/model/{config.json, model.safetensors, tokenizer…, pathflip.json, README.md, COMPLETE.json}
+
+:func:`load_run` opens the finished model; the rest is for those who write runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pathflip.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pathflip.models import PathFLIP
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "COMPLETE.json"
+KEEP = 3
+"""Newest checkpoints kept beside the best one."""
+_STEP = re.compile(r"step-(\d{8,})")
+_PART = ".partial"
+
+
+# -- whole folders --------------------------------------------------------------------------------
+
+
+def write_whole(folder: str | Path, fill: Callable[[Path], None], **note: Any) -> Path:
+    """Write a folder so that it appears complete or not at all.
+
+    A folder of that name is replaced; between its removal and the rename there is none.
+
+    Args:
+        folder: Where it shall be.
+        fill: Writes the files into the (empty) folder it is given; subfolders are allowed.
+        note: JSON values stored in ``COMPLETE.json`` beside the list of files, such as ``step``.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.parent / f".{folder.name}{_PART}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    fill(part)
+    files = {}
+    for path in _files(part):
+        with path.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            os.fsync(handle.fileno())
+        files[str(path.relative_to(part))] = {"bytes": path.stat().st_size, "sha256": digest}
+    body = {**note, "files": files}
+    write_file(part / COMPLETE, json.dumps({**body, "sha256": _digest(body)}, indent=1))
+    for inner in sorted({part, *(path.parent for path in _files(part))}):
+        _sync(inner)
+    if folder.exists():
+        remove_folder(folder)
+    part.rename(folder)
+    _sync(folder.parent)
+    return folder
+
+
+def verify_whole(folder: str | Path) -> dict[str, Any]:
+    """Check every file of a folder against its ``COMPLETE.json`` and return what that holds.
+
+    Raises:
+        CheckpointError: If it is missing or incomplete (``incomplete``), or a file is missing,
+            changed or not listed (``damaged``); the message names the file.
+    """
+    folder = Path(folder)
+    note = read_note(folder)
+    listed = note["files"]
+    for name, entry in listed.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise _damaged(folder, f"{name} has {size:,} bytes instead of {entry['bytes']:,}")
+            with path.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise _damaged(folder, f"{name} is missing") from None
+        if digest != entry["sha256"]:
+            raise _damaged(folder, f"{name} is not what was written (sha256 differs)")
+    return note
+
+
+def read_note(folder: str | Path) -> dict[str, Any]:
+    """Return a folder's ``COMPLETE.json`` without looking at the other files.
+
+    Raises:
+        CheckpointError: See :func:`verify_whole`.
+    """
+    path = Path(folder) / COMPLETE
+    try:
+        note = json.loads(path.read_bytes())
+        stored = note.pop("sha256")
+        intact = isinstance(note["files"], dict) and stored == _digest(note)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{folder} is not complete: it has no {COMPLETE}.",
+            hint="Its writer was stopped; run the command that writes it again.",
+            code="incomplete",
+        ) from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise _damaged(Path(folder), f"{COMPLETE} is damaged")
+    return dict(note)
+
+
+def write_file(path: str | Path, text: str) -> None:
+    """Write a small text file so that it holds the old text or the new one, never half."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}{_PART}")
+    with part.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(path)
+    _sync(path.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; a process killed meanwhile leaves only a hidden one."""
+    gone = folder.parent / f".{folder.name}.removed{_PART}"
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE)
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _damaged(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is damaged: {what}.",
+        hint="Restore it from a copy, or write it again.",
+        code="damaged",
+    )
+
+
+# -- checkpoints of a run -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose files were all verified.
+
+    Attributes:
+        path: Its folder.
+        step: Optimisation steps done.
+        metric: What "best" is decided by, larger is better; None where nothing was validated.
+        refused: Newer checkpoints that could not be used, a sentence each.
+    """
+
+    path: Path
+    step: int
+    metric: float | None
+    refused: tuple[str, ...] = ()
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of ``<name>.safetensors`` (model, optimizer) on the CPU."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / f"{name}.safetensors")
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that is not a tensor: counters, data position, seeds."""
+        state: dict[str, Any] = json.loads((self.path / "state.json").read_bytes())
+        return state
+
+
+def save_checkpoint(
+    folder: str | Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    state: Mapping[str, Any],
+    metric: float | None = None,
+    keep: int = KEEP,
+) -> Path:
+    """Write ``folder/step-<step>`` atomically, then remove all but the newest and the best.
+
+    Args:
+        folder: ``RUN/checkpoints``.
+        step: Optimisation steps done.
+        tensors: {file name without ending: {name: tensor}}; every file becomes safetensors.
+        state: JSON values: what it takes, beside the tensors, to go on exactly.
+        metric: What "best" is decided by, larger is better.
+        keep: How many of the newest to keep; the best one is kept besides.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    from safetensors.torch import save_file
+
+    def fill(part: Path) -> None:
+        for name, named in tensors.items():
+            flat = {key: value.detach().cpu().contiguous() for key, value in named.items()}
+            save_file(flat, part / f"{name}.safetensors")
+        write_file(part / "state.json", json.dumps(state, sort_keys=True))
+
+    folder = Path(folder)
+    path = write_whole(folder / f"step-{step:08d}", fill, step=step, metric=metric)
+    _prune(folder, keep)
+    return path
+
+
+def latest_checkpoint(folder: str | Path) -> Checkpoint | None:
+    """Return the newest checkpoint all of whose files are intact; None if there is none yet.
+
+    Folders without ``COMPLETE.json`` are what a killed writer left and are passed over; the next
+    :func:`save_checkpoint` removes them. Damaged ones are refused with a warning that names the
+    file, and the one before is taken.
+
+    Raises:
+        CheckpointError: If there are checkpoints and every one is damaged.
+    """
+    return _first_intact(Path(folder), sorted(_steps(Path(folder)), reverse=True))
+
+
+def best_checkpoint(folder: str | Path) -> Checkpoint | None:
+    """Return the intact checkpoint with the largest metric, the newest among equals.
+
+    Without any metric it is the newest one. Damaged ones are refused as in
+    :func:`latest_checkpoint`.
+    """
+    order = sorted(_metrics(Path(folder)), reverse=True)
+    if not order:
+        return latest_checkpoint(folder)
+    return _first_intact(Path(folder), [step for _, step in order])
+
+
+def _first_intact(folder: Path, steps: list[int]) -> Checkpoint | None:
+    refused: list[str] = []
+    for step in steps:
+        path = folder / f"step-{step:08d}"
+        try:
+            note = verify_whole(path)
+        except CheckpointError as error:
+            if error.code == "incomplete":
+                continue
+            refused.append(error.message)
+            logger.warning("%s Trying the one before.", error.message)
+            continue
+        return Checkpoint(path=path, step=step, metric=note.get("metric"), refused=tuple(refused))
+    if refused:
+        raise CheckpointError(
+            f"No checkpoint in {folder} can be used. {' '.join(refused)}",
+            hint="Restore one from a copy, or begin again in another run folder.",
+            code="damaged",
+        )
+    return None
+
+
+def _steps(folder: Path) -> Iterator[int]:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if match := _STEP.fullmatch(path.name):
+                yield int(match[1])
+
+
+def _metrics(folder: Path) -> Iterator[tuple[float, int]]:
+    for step in _steps(folder):
+        try:
+            metric = read_note(folder / f"step-{step:08d}").get("metric")
+        except CheckpointError:
+            continue
+        if metric is not None:
+            yield float(metric), step
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Remove what is neither among the newest nor the best, and what killed writers left."""
+    whole = []
+    for step in sorted(_steps(folder)):
+        path = folder / f"step-{step:08d}"
+        if (path / COMPLETE).exists():
+            whole.append(step)
+        else:
+            remove_folder(path)
+    best = max(_metrics(folder), default=(0.0, -1))[1]
+    for step in whole[:-keep]:
+        if step != best:
+            remove_folder(folder / f"step-{step:08d}")
+    for path in folder.glob(f".step-*{_PART}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# -- finished runs --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trained model with what is needed to use it on an archive.
+
+    Attributes:
+        name: Name of the model in tables: the run folder's name and the start of its fingerprint.
+        model: The model, in eval mode.
+        fingerprint: sha256 over the model's configuration and weights.
+        encoder: Patch encoder it was trained on: name, revision, dim.
+        tiling: How its slides were cut: fields of :class:`pathflip.geometry.Tiling`.
+        config: Settings of the run (RUN/config.yaml); empty for a bare model folder.
+        path: The run folder.
+    """
+
+    name: str
+    model: PathFLIP
+    fingerprint: str
+    encoder: dict[str, Any]
+    tiling: dict[str, Any]
+    config: dict[str, Any]
+    path: Path
+
+
+def load_run(run: str | Path, *, device: str = "cpu") -> Run:
+    """Open the model a run of ``pathflip pretrain`` exported.
+
+    Args:
+        run: The run folder, or the ``model`` folder of one.
+        device: Where to put the model.
+
+    Raises:
+        CheckpointError: If there is no finished model (``missing``, ``incomplete``) or a file of it
+            is not what was written (``damaged``).
+    """
+    path = Path(run).absolute()
+    folder = path if (path / "pathflip.json").exists() else path / "model"
+    if not folder.is_dir():
+        begun = (path / "checkpoints").is_dir()
+        raise CheckpointError(
+            f"{run} holds no finished model." if begun else f"There is no run at {run}.",
+            hint="Its training was not finished: run the same pathflip pretrain command again."
+            if begun
+            else "Make one: pathflip pretrain --archive URI --run DIR",
+            code="incomplete" if begun else "missing",
+        )
+    verify_whole(folder)
+    from pathflip.models import PathFLIP
+
+    about = json.loads((folder / "pathflip.json").read_bytes())
+    model = PathFLIP.from_pretrained(str(folder)).to(device).eval()
+    fingerprint = model.fingerprint()
+    if about.get("fingerprint", fingerprint) != fingerprint:
+        raise CheckpointError(
+            f"{folder} was written as model {about['fingerprint'][:8]} and loads as "
+            f"{fingerprint[:8]}.",
+            hint="It was made by another version of pathflip; train or export it again.",
+            code="other_version",
+        )
+    own = path if folder != path else path.parent
+    config = own / "config.yaml"
+    return Run(
+        name=model_name(about.get("run", own.name), fingerprint),
+        model=model,
+        fingerprint=fingerprint,
+        encoder=about["encoder"],
+        tiling=about["tiling"],
+        config=_read_yaml(config) if config.exists() else {},
+        path=own,
+    )
+
+
+def model_name(run: str, fingerprint: str) -> str:
+    """Return a model's name in tables, ``<run>_<first 8 of the fingerprint>``, in [a-z0-9_]."""
+    slug = re.sub(r"[^a-z0-9]+", "_", run.lower()).strip("_")[:64] or "run"
+    return f"{slug}_{fingerprint[:8]}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{path} is not valid YAML: {error}.", code="damaged") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,376 @@
+"""Commands that use and measure a trained model: classify, ground, evaluate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pathflip.cli.options import (
+    AddressOption,
+    ArchiveOption,
+    ConfigOption,
+    JsonOption,
+    OverrideOption,
+    flat,
+    job,
+    print_json,
+    show_table,
+)
+from pathflip.errors import ConfigError
+
+app = typer.Typer()
+evaluate_app = typer.Typer(
+    help="Measure a trained model: retrieval, zero-shot, grounding, ablations.",
+    no_args_is_help=True,
+)
+app.add_typer(evaluate_app, name="evaluate")
+
+RunOption = Annotated[str, typer.Option("--run", help="Folder that pathflip pretrain wrote.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU if there is one.")]
+SplitOption = Annotated[str, typer.Option(help="Slides of this split; all for every slide.")]
+SeedOption = Annotated[int, typer.Option(help="Of shuffles and resamples.")]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(help="YAML of tasks; default: tasks.yaml beside the slides' folder."),
+]
+ContrastOption = Annotated[
+    str | None,
+    typer.Option(help="Neutral text whose heat is subtracted, e.g. tissue.", metavar="TEXT"),
+]
+Variant = Literal["attn", "region_only", "cosine", "product"]
+
+# -- using a model --------------------------------------------------------------------------------
+
+
+@app.command()
+def classify(
+    archive: ArchiveOption,
+    run: RunOption,
+    classes: Annotated[
+        str, typer.Option(help="Names with commas, or a YAML, JSON or text file of them.")
+    ],
+    split: Annotated[str | None, typer.Option(help="Only slides of this split.")] = None,
+    slide: Annotated[list[str] | None, typer.Option(help="Only these slides.")] = None,
+    templates: Annotated[
+        str, typer.Option(help="single, ensemble, or one template with CLASSNAME.")
+    ] = "ensemble",
+    score: Annotated[
+        Literal["global", "local", "sum"], typer.Option(help="Slide, regions, or both.")
+    ] = "global",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Choose for each slide the class whose words fit it best."""
+    from pathflip import Archive
+    from pathflip.evaluation.prompts import read_classes
+    from pathflip.evaluation.zeroshot import classify as classify_slides
+
+    named = read_classes(classes)
+    with redirect_stdout(sys.stderr), _progress() as progress:
+        rows = classify_slides(
+            Archive(archive), _load(run, device), named,
+            templates=templates, score=score, split=split, slides=slide, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json(rows)
+        return
+    table = [[row["slide_id"], row["label"], *row["scores"].values()] for row in rows]
+    show_table("", ("slide_id", "label", *named), table)
+
+
+@app.command()
+def ground(
+    slide: Annotated[str, typer.Argument(help="Slide id, or its file name where unique.")],
+    text: Annotated[str, typer.Argument(help='What to look for, e.g. "areas of necrosis".')],
+    archive: ArchiveOption,
+    run: RunOption,
+    out: Annotated[
+        str | None, typer.Option(help="Picture (.png) or QuPath objects (.geojson).")
+    ] = None,
+    variant: Annotated[Variant, typer.Option(help="How heat is made.")] = "attn",
+    contrast: ContrastOption = None,
+    min_patches: Annotated[int, typer.Option(help="Smallest box, patches.", min=1)] = 4,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Show where on a slide a text is true: heat over the thumbnail, and boxes."""
+    from pathflip import Archive
+    from pathflip.evaluation.locate import check_ending, locate
+
+    if out is not None:
+        check_ending(out)
+    with redirect_stdout(sys.stderr):
+        found = locate(
+            Archive(archive), _load(run, device), slide, text,
+            variant=variant, contrast=contrast, min_patches=min_patches,
+        )  # fmt: skip
+        if out is not None:
+            found.write(out)
+    document = found.as_json()
+    if as_json:
+        print_json(document)
+        return
+    columns = ("x0", "y0", "w0", "h0", "x_um", "y_um", "w_um", "h_um", "score", "patches")
+    title = f"{document['slide_id']}: {text}"
+    show_table(title, columns, [[box[key] for key in columns] for box in document["boxes"]])
+    if out is not None:
+        print(f"Written: {out}")
+
+
+# -- measuring it ---------------------------------------------------------------------------------
+
+
+@evaluate_app.command("retrieval")
+def evaluate_retrieval(
+    archive: ArchiveOption,
+    run: RunOption,
+    split: SplitOption = "test",
+    protocol: Annotated[
+        Literal["batch64", "full"],
+        typer.Option(help="Galleries of 64 as in the paper, or one of all slides."),
+    ] = "batch64",
+    source: Annotated[str | None, typer.Option(help="Whose captions, of several.")] = None,
+    shuffles: Annotated[int, typer.Option(help="Random batch orders.", min=0)] = 20,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Recall at 1, 5, 10 from slide to caption (ITR) and back (TIR)."""
+    from pathflip import Archive
+    from pathflip.evaluation.retrieval import evaluate_retrieval as measure
+
+    with redirect_stdout(sys.stderr), _progress() as progress:
+        document = measure(
+            Archive(archive), _load(run, device), split=split, source=source, protocol=protocol,
+            shuffles=shuffles, seed=seed, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json(document)
+        return
+    rows = []
+    for way in ("itr", "tir"):
+        for key, value in document[way].items():
+            shuffled = document.get("shuffled", {}).get(way, {}).get(key, {})
+            low, high = document["ci"][way][key]
+            rows.append(
+                [way, key, value, low, high, shuffled.get("mean"), shuffled.get("sd"),
+                 document["chance"][key]]
+            )  # fmt: skip
+    columns = ("", "k", "recall", "95 % from", "to", "shuffled mean", "sd", "chance")
+    title = f"{document['protocol']}: {document['n']} slides, galleries of {document['gallery']}"
+    show_table(title, columns, rows)
+
+
+@evaluate_app.command("zeroshot")
+def evaluate_zeroshot(
+    archive: ArchiveOption,
+    run: RunOption,
+    tasks: TasksOption = None,
+    split: SplitOption = "test",
+    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """AUC of every task against the slides' labels, with trivial baselines beside it."""
+    from pathflip import Archive
+    from pathflip.evaluation.prompts import read_tasks
+    from pathflip.evaluation.zeroshot import default_tasks, summary, zeroshot
+
+    opened = Archive(archive)
+    suite = read_tasks(tasks or default_tasks(opened))
+    with redirect_stdout(sys.stderr), _progress() as progress:
+        document = zeroshot(
+            opened, _load(run, device), suite,
+            split=split, resamples=resamples, seed=seed, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json(document)
+        return
+    columns = (
+        "task", "kind", "n", "auc", "95 % from", "to", "patient auc", "ap", "ap chance",
+        "balanced accuracy", "its chance", "accuracy", "majority",
+    )  # fmt: skip
+    rows = [
+        [
+            name, task["kind"], task["n"], task["auc"], *(task["ci"] or (None, None)),
+            task.get("patient", {}).get("auc"), task.get("ap"), task["baseline"].get("ap"),
+            task["balanced_accuracy"], task["baseline"]["balanced_accuracy"], task["accuracy"],
+            task["baseline"]["accuracy"],
+        ]
+        for name, task in document.items()
+    ]  # fmt: skip
+    show_table(f"zero-shot on {split}", columns, rows)
+    show_table("means", ("what", "value"), list(flat(summary(document))))
+
+
+@evaluate_app.command("grounding")
+def evaluate_grounding(
+    archive: ArchiveOption,
+    run: RunOption,
+    truth: Annotated[
+        str | None,
+        typer.Option(help="Folder of <slide>.geojson; default: lesions/ beside the slides."),
+    ] = None,
+    tasks: TasksOption = None,
+    split: SplitOption = "test",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="attn, region_only, cosine, product or all; may be repeated."),
+    ] = None,
+    contrast: ContrastOption = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Whether heat lies in outlined lesions: pointing game and patch AP, with exact chance."""
+    from pathflip import Archive
+    from pathflip.evaluation.grounding import VARIANTS, grounding, queries_of
+    from pathflip.evaluation.prompts import read_tasks
+    from pathflip.evaluation.zeroshot import default_tasks
+
+    opened = Archive(archive)
+    file = tasks or default_tasks(opened)
+    queries = queries_of(read_tasks(file))
+    if not queries:
+        raise ConfigError(
+            f"{file} has no task of kind presence.",
+            hint="Grounding asks for the prompts of those; their label is an outline's class.",
+        )
+    variants = VARIANTS if variant and "all" in variant else tuple(variant or VARIANTS[:1])
+    with redirect_stdout(sys.stderr), _progress() as progress:
+        document = grounding(
+            opened, _load(run, device), queries, truth=truth, split=split, variants=variants,
+            contrast=contrast, resamples=resamples, seed=seed, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json(document)
+        return
+    keys = ("pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "n")
+    by_variant = document.get("variants", {document["variant"]: document})
+    for name, found in by_variant.items():
+        rows = [["all", *(found[key] for key in keys)]]
+        rows += [[what, *(one[key] for key in keys)] for what, one in found["findings"].items()]
+        show_table(f"{name} on {split}", ("finding", *keys), rows)
+
+
+@evaluate_app.command("all")
+def evaluate_everything(
+    archive: ArchiveOption,
+    run: RunOption,
+    tasks: TasksOption = None,
+    truth: Annotated[str | None, typer.Option(help="As for evaluate grounding.")] = None,
+    split: SplitOption = "test",
+    out: Annotated[str | None, typer.Option(help="HTML page with curves and pictures.")] = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """All of it in one pass over the slides, and with --out a page to show."""
+    from pathflip import Archive
+    from pathflip.evaluation.prompts import read_tasks
+    from pathflip.evaluation.suite import evaluate_all, headline
+    from pathflip.evaluation.zeroshot import find_tasks
+    from pathflip.report import write_pretrain_report
+
+    opened = Archive(archive)
+    file = tasks or find_tasks(opened)
+    suite = read_tasks(file) if file else None
+    with redirect_stdout(sys.stderr), _progress() as progress:
+        loaded = _load(run, device)
+        document = evaluate_all(
+            opened, loaded, suite=suite, truth=truth, split=split,
+            resamples=resamples, seed=seed, progress=progress,
+        )  # fmt: skip
+        if out is not None:
+            write_pretrain_report(opened, loaded, document, out, suite=suite, truth=truth)
+    if as_json:
+        print_json(document)
+        return
+    rows = [[name, value, chance] for name, (value, chance) in headline(document).items()]
+    show_table(f"{document['model']} on {split}", ("metric", "value", "chance"), rows)
+    if out is not None:
+        print(f"Page: {out}")
+
+
+@evaluate_app.command("ablations")
+def evaluate_ablations(
+    archive: ArchiveOption,
+    run: Annotated[str, typer.Option("--run", help="Folder; they are trained in its ablations/.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Settings of a preset; default: those of --run.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each.", min=1)] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="One of them; may be repeated.")] = None,
+    parallel: Annotated[int, typer.Option(help="Trainings at a time.", min=1)] = 1,
+    tasks: TasksOption = None,
+    truth: Annotated[str | None, typer.Option(help="As for evaluate grounding.")] = None,
+    split: SplitOption = "test",
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the model with parts left out, over several seeds, and measure each.
+
+    Settings are those of the run in --run, or of --preset, with --config and -o over them as for
+    pathflip pretrain. What is trained already is not trained again.
+    """
+    from pathflip.config import load_config
+
+    jobs_evaluate = job("evaluate")
+    options = load_config(
+        jobs_evaluate.AblationConfig,
+        given={
+            key: value
+            for key, value in {
+                "seeds": seeds, "only": tuple(only) if only else None, "parallel": parallel,
+                "tasks": tasks, "truth": truth, "split": split,
+            }.items()
+            if value is not None
+        },
+    )  # fmt: skip
+    recipe = jobs_evaluate.pretrain_config(
+        run, preset=preset, config=config, overrides=overrides or ()
+    )
+    with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
+        document = jobs_evaluate.ablations(
+            archive, run, options, settings=recipe, address=address, progress=progress
+        )
+    if as_json:
+        print_json(document)
+        return
+    columns, rows = jobs_evaluate.table(document)
+    show_table(f"ablations in {run}", columns, rows)
+
+
+# -- shared ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Progress on stderr; the wheel alone, without jobs/, shows none."""
+    try:
+        module = job("progress")
+    except ConfigError:
+        yield None
+        return
+    with module.show_progress() as progress:
+        yield progress
+
+
+def _load(run: str, device: str) -> Any:
+    import torch
+
+    from pathflip.checkpoints import load_run
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_run(Path(run), device=device)

@@ -1,0 +1,7 @@
+"""What a pretrained model can do, measured: retrieval, zero-shot classification, grounding.
+
+Read :mod:`~pathflip.evaluation.encode` first: one pass over the slides feeds every suite. Then
+:mod:`~pathflip.evaluation.retrieval`, :mod:`~pathflip.evaluation.zeroshot` (its prompts are those
+of :mod:`~pathflip.evaluation.prompts`) and :mod:`~pathflip.evaluation.grounding`; intervals are
+those of :mod:`~pathflip.evaluation.bootstrap`.
+"""

@@ -1,0 +1,377 @@
+"""Grounding: does a text's heat lie where the finding is? Measured against outlined lesions.
+
+For each slide and finding with an outline on it, the text asks for the finding and every patch of
+tissue gets heat. A patch is right when its centre lies in an outline of that finding.
+
+* Pointing game: is the hottest patch right? (Ties count by their share of right patches.)
+* Patch AP: average precision of the heat over the slide's patches.
+
+Both are averaged over (slide, finding) pairs. Their chance levels are exact for the same pairs:
+the share of right patches, and the mean AP of a random order.
+
+Shapes: B slides of a batch, N regions, M patch slots, P patches of a slide, L texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pathflip.errors import ConfigError
+from pathflip.evaluation import bootstrap
+from pathflip.evaluation.encode import Batch, Report, SlideRow, batches, check_fits, list_slides
+from pathflip.evaluation.prompts import Suite
+from pathflip.geometry import Tiling
+from pathflip.heatmap import slide_rects
+from pathflip.interop.qupath import Polygon, read_geojson
+
+if TYPE_CHECKING:
+    from pathflip.archive import Archive
+    from pathflip.checkpoints import Run
+
+Variant = Literal["attn", "region_only", "cosine", "product"]
+VARIANTS: tuple[Variant, ...] = ("attn", "region_only", "cosine", "product")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One text on one slide.
+
+    Attributes:
+        slide_id, patient_id: Of the slide.
+        finding: What was asked for.
+        patches, right: Patches of tissue, and those in an outline.
+        pointing: Whether the hottest is right; a share where several tie.
+        patch_ap: Average precision.
+    """
+
+    slide_id: str
+    patient_id: str | None
+    finding: str
+    patches: int
+    right: int
+    pointing: float
+    patch_ap: float
+
+    @property
+    def pointing_chance(self) -> float:
+        """Of a patch at random."""
+        return self.right / self.patches
+
+    @property
+    def patch_ap_chance(self) -> float:
+        """Of a random order."""
+        return chance_ap(self.right, self.patches)
+
+
+def check_variant(name: str) -> Variant:
+    """The name, if there is such a variant.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in VARIANTS:
+        raise ConfigError(
+            f"There is no grounding variant {name!r}.", hint=f"Use {', '.join(VARIANTS)}."
+        )
+    return cast(Variant, name)
+
+
+def inside(points: ArrayLike, polygons: Sequence[Polygon]) -> NDArray[np.bool_]:
+    """Which points lie in any of the polygons and in no hole of it.
+
+    Even-odd rule, exact in floating point; a point on an edge may fall either way.
+
+    Args:
+        points: (x, y) [k, 2], in the polygons' frame.
+        polygons: Outer ring and hole rings each.
+    """
+    points = np.asarray(points, np.float64).reshape(-1, 2)
+    found = np.zeros(len(points), np.bool_)
+    for outer, holes in polygons:
+        within = _in_ring(points, outer)
+        for hole in holes:
+            within &= ~_in_ring(points, hole)
+        found |= within
+    return found
+
+
+def chance_ap(right: int, patches: int) -> float:
+    """Mean average precision of all orders of ``patches`` items of which ``right`` are right.
+
+    The i-th item is right with probability r/n, and the mean precision there is then
+    (1 + (i - 1)(r - 1)/(n - 1)) / i; summed over i this is
+    (H + (n - H)(r - 1)/(n - 1)) / n with the n-th harmonic number H.
+    """
+    if patches <= 1 or not right:
+        return float(bool(right))
+    harmonic = float((1 / np.arange(1, patches + 1)).sum())
+    return (harmonic + (patches - harmonic) * (right - 1) / (patches - 1)) / patches
+
+
+def point(heat: ArrayLike, right: ArrayLike) -> float:
+    """Share of right patches among the hottest [P]; NaN is never the hottest."""
+    heat = np.nan_to_num(np.asarray(heat, np.float64), nan=-np.inf)
+    return float(np.asarray(right, np.bool_)[heat == heat.max()].mean())
+
+
+def measure(heat: ArrayLike, right: ArrayLike) -> tuple[float, float]:
+    """Pointing and patch AP of one heat map [P] with at least one right patch [P]."""
+    from sklearn.metrics import average_precision_score
+
+    heat = np.nan_to_num(np.asarray(heat, np.float64), nan=-1e300)
+    return point(heat, right), float(average_precision_score(np.asarray(right, np.bool_), heat))
+
+
+class Grounder:
+    """Collects pairs batch by batch.
+
+    Args:
+        run: Whose model.
+        queries: {finding: text}.
+        outlines: {slide_id: {finding: polygons}}, level-0 px; slides without an entry are passed.
+        tiling: How the archive is cut.
+        variants: Which heat; see :meth:`pathflip.models.PathFLIP.ground`.
+        contrast: Neutral prompt whose heat is subtracted, or None.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        queries: Mapping[str, str],
+        outlines: Mapping[str, Mapping[str, Sequence[Polygon]]],
+        *,
+        tiling: Tiling,
+        variants: Sequence[Variant] = VARIANTS[:1],
+        contrast: str | None = None,
+    ) -> None:
+        self._model = run.model
+        self._queries = dict(queries)
+        self._outlines = outlines
+        self._tiling = tiling
+        self._variants = tuple(variants)
+        self._contrast = contrast
+        self.pairs: dict[str, list[Pair]] = {variant: [] for variant in self._variants}
+        self.skipped = 0
+        """Outlines in which no patch's centre lies."""
+
+    def add(self, batch: Batch) -> None:
+        """Ground every query on a batch."""
+        import torch
+
+        if not any(slide.slide_id in self._outlines for slide in batch.slides):
+            return
+        texts = list(self._queries.values())
+        mask = batch.patch_mask.cpu().numpy()
+        for nth, variant in enumerate(self._variants):
+            with torch.no_grad():
+                heat = self._model.ground(
+                    batch.features, batch.patch_mask, texts,
+                    variant=variant, contrast=self._contrast,
+                ).heat.float().cpu().numpy()  # fmt: skip
+            for i, slide in enumerate(batch.slides):
+                found = self._outlines.get(slide.slide_id, {})
+                num = len(batch.region_xy[i])
+                here = mask[i, :num]
+                rects = slide_rects(batch.region_xy[i], self._tiling, mpp=slide.mpp)[here]
+                centres = rects[:, :2] + rects[:, 2:] / 2
+                for k, finding in enumerate(self._queries):
+                    if finding not in found:
+                        continue
+                    right = inside(centres, found[finding])
+                    if not right.any():
+                        self.skipped += nth == 0
+                        continue
+                    pointing, patch_ap = measure(heat[i, k, :num][here], right)
+                    self.pairs[variant].append(
+                        Pair(
+                            slide_id=slide.slide_id,
+                            patient_id=slide.patient_id,
+                            finding=finding,
+                            patches=len(right),
+                            right=int(right.sum()),
+                            pointing=pointing,
+                            patch_ap=patch_ap,
+                        )
+                    )
+
+    def result(self, *, resamples: int = bootstrap.RESAMPLES, seed: int = 0) -> dict[str, Any]:
+        """What :func:`grounding` returns."""
+        by_variant = {
+            variant: summarise(pairs, resamples=resamples, seed=seed)
+            for variant, pairs in self.pairs.items()
+        }
+        first = self._variants[0]
+        document = {"variant": first, "contrast": self._contrast, **by_variant[first]}
+        document |= {"skipped": self.skipped, "queries": self._queries}
+        if len(by_variant) > 1:
+            document["variants"] = by_variant
+        return document
+
+
+def summarise(
+    pairs: Sequence[Pair], *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Means over pairs, of all and of each finding, with intervals by resampling patients.
+
+    Returns:
+        {"pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "n", "slides", "ci",
+        "findings": {finding: the same}}; ``n`` counts pairs.
+    """
+    if not pairs:
+        return {"n": 0, "slides": 0, "findings": {}} | dict.fromkeys(
+            ("pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "ci")
+        )
+    found = _means(pairs, resamples=resamples, seed=seed)
+    findings = sorted({pair.finding for pair in pairs})
+    found["findings"] = {
+        name: _means([p for p in pairs if p.finding == name], resamples=resamples, seed=seed)
+        for name in findings
+    }
+    return found
+
+
+def grounding(
+    archive: Archive,
+    run: Run,
+    queries: Mapping[str, str],
+    *,
+    truth: str | Path | None = None,
+    split: str = "test",
+    variants: Sequence[str] = VARIANTS[:1],
+    contrast: str | None = None,
+    resamples: int = bootstrap.RESAMPLES,
+    seed: int = 0,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Measure grounding on the outlined slides of a split.
+
+    Args:
+        archive: Where slides and features are.
+        run: Whose model.
+        queries: {finding: text}; a finding is an outline's classification.
+        truth: Folder of ``<slide stem>.geojson``; ``lesions`` beside the slides' folder by default.
+        split: Of which slides; ``all`` for every one.
+        variants: Which heat; the first is the headline.
+        contrast: Neutral prompt whose heat is subtracted.
+        resamples: Bootstrap resamples of patients.
+        seed: Of them.
+        progress: Told while slides are read.
+
+    Returns:
+        As :func:`summarise` for the first variant, with "variant", "contrast", "queries",
+        "skipped" (outlines without a patch) and, for several, "variants".
+
+    Raises:
+        ConfigError: No outline of a finding asked for was found.
+    """
+    known = [check_variant(variant) for variant in variants]
+    name = check_fits(archive, run)
+    slides = list_slides(archive, run, splits=None if split == "all" else (split,))
+    outlines = read_outlines(archive, slides, findings=set(queries), truth=truth)
+    slides = [slide for slide in slides if slide.slide_id in outlines]
+    grounder = Grounder(
+        run,
+        queries,
+        outlines,
+        tiling=Tiling(**archive.tiling()),
+        variants=known,
+        contrast=contrast,
+    )
+    for batch in batches(
+        archive, slides, encoder=name, device=run.model.device, what="ground", progress=progress
+    ):
+        grounder.add(batch)
+    return grounder.result(resamples=resamples, seed=seed)
+
+
+def read_outlines(
+    archive: Archive,
+    slides: Sequence[SlideRow],
+    *,
+    findings: set[str],
+    truth: str | Path | None = None,
+) -> dict[str, dict[str, list[Polygon]]]:
+    """{slide_id: {finding: polygons}} of slides that have an outline of one of the findings.
+
+    Args:
+        archive: Where the slides are.
+        slides: Of which slides.
+        findings: Outlines of other classes are passed.
+        truth: Folder of ``<slide stem>.geojson`` or ``<slide_id>.geojson``; by default ``lesions``
+            beside the folder of each slide.
+
+    Raises:
+        ConfigError: No slide has one.
+    """
+    bounds = {
+        row["slide_id"]: (row["bounds_x0"] or 0, row["bounds_y0"] or 0)
+        for row in archive.slides("ready", ["slide_id", "bounds_x0", "bounds_y0"]).to_pylist()
+    }
+    found: dict[str, dict[str, list[Polygon]]] = {}
+    looked = Path(truth) if truth is not None else None
+    for slide in slides:
+        folder = Path(truth) if truth is not None else Path(slide.uri).parent.parent / "lesions"
+        looked = looked or folder
+        for stem in (slide.stem, slide.slide_id):
+            path = folder / f"{stem}.geojson"
+            if not path.is_file():
+                continue
+            x0, y0 = bounds[slide.slide_id]
+            for item in read_geojson(path, bounds_x0=x0, bounds_y0=y0):
+                if item.classification in findings and item.polygons:
+                    mine = found.setdefault(slide.slide_id, {})
+                    mine.setdefault(item.classification, []).extend(item.polygons)
+            break
+    if not found:
+        raise ConfigError(
+            f"No outline of {', '.join(sorted(findings)) or 'anything'} was found in {looked}.",
+            hint="Give the folder of <slide>.geojson files with --truth.",
+            code="no_truth",
+        )
+    return found
+
+
+def queries_of(suite: Suite) -> dict[str, str]:
+    """{label: first prompt} of a suite's presence tasks: what grounding asks for."""
+    return {
+        task.label: task.texts(task.prompts)[0] for task in suite.tasks if task.kind == "presence"
+    }
+
+
+def _means(pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any]:
+    keys = ("pointing", "patch_ap")
+    values = {key: np.array([getattr(pair, key) for pair in pairs]) for key in keys}
+    found: dict[str, Any] = {}
+    for key in keys:
+        found[key] = float(values[key].mean())
+        found[f"{key}_chance"] = float(np.mean([getattr(p, f"{key}_chance") for p in pairs]))
+    found |= {"n": len(pairs), "slides": len({pair.slide_id for pair in pairs}), "ci": None}
+    if resamples:
+        weights = bootstrap.patient_weights(
+            [pair.patient_id or pair.slide_id for pair in pairs], resamples=resamples, seed=seed
+        )
+        found["ci"] = {
+            key: bootstrap.interval(bootstrap.weighted_mean(values[key], weights)) for key in keys
+        }
+    return found
+
+
+def _in_ring(points: NDArray[np.float64], ring: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Even-odd test of points [k, 2] against one ring [e, 2]."""
+    lows, highs = ring.min(axis=0), ring.max(axis=0)
+    found: NDArray[np.bool_] = ((points >= lows) & (points <= highs)).all(axis=1)
+    near = np.flatnonzero(found)
+    x, y = points[near, 0, None], points[near, 1, None]
+    x1, y1 = ring.T
+    x2, y2 = np.roll(x1, -1), np.roll(y1, -1)
+    crosses = (y1 > y) != (y2 > y)  # [k, e]; a vertex belongs to the edge above it
+    with np.errstate(divide="ignore", invalid="ignore"):
+        at = x1 + (y - y1) * (x2 - x1) / (y2 - y1)
+    found[near] = (crosses & (x < at)).sum(axis=1) % 2 == 1
+    return found

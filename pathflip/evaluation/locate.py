@@ -1,0 +1,203 @@
+"""Where on one slide of an archive a text is true: what the command ``ground`` shows.
+
+:func:`locate` gives heat, boxes and geometry; :class:`Located` writes them as a picture or for
+QuPath. The measured counterpart is :mod:`pathflip.evaluation.grounding`.
+
+Shapes: N regions, M patch slots, P patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.errors import ConfigError
+from pathflip.evaluation.encode import check_fits
+from pathflip.evaluation.grounding import VARIANTS, check_variant
+from pathflip.geometry import Tiling
+from pathflip.heatmap import (
+    MIN_PATCHES,
+    SIGMA,
+    Box,
+    HeatmapGrid,
+    find_boxes,
+    heat_map,
+    heatmap_grid,
+    overlay,
+    patch_list,
+    slide_rects,
+    write_geojson,
+    write_png,
+)
+
+if TYPE_CHECKING:
+    from pathflip.archive import Archive
+    from pathflip.checkpoints import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """Heat of one text on one slide.
+
+    Attributes:
+        slide: The slide's row in the archive.
+        text: What was asked.
+        variant, contrast: How heat was made.
+        score: cos(v_tc(t), t): how well the text fits anywhere.
+        heat: Of each kept patch [P]; for ``attn`` without contrast it sums to 1.
+        rects: (x0, y0, w0, h0) of each, level-0 px [P, 4].
+        grid: Smoothed heat in [0, 1] on the patch grid.
+        boxes: The hottest parts, by falling score.
+    """
+
+    slide: dict[str, Any]
+    text: str
+    variant: str
+    contrast: str | None
+    score: float
+    heat: NDArray[np.float64]
+    rects: NDArray[np.int64]
+    grid: HeatmapGrid
+    boxes: list[Box]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it in level-0 px; boxes in µm too."""
+        every = np.ones(len(self.heat), np.bool_)
+        return {
+            "slide_id": self.slide["slide_id"],
+            "text": self.text,
+            "variant": self.variant,
+            "contrast": self.contrast,
+            "score": self.score,
+            "mpp": self.slide["mpp"],
+            "boxes": [box.as_json() for box in self.boxes],
+            "patches": patch_list(self.heat, every, self.rects),
+        }
+
+    def picture(self, *, boxes: bool = True) -> NDArray[np.uint8]:
+        """The thumbnail with heat and boxes over it, RGB [h, w, 3].
+
+        Raises:
+            ConfigError: The archive has no thumbnail of the slide.
+        """
+        return overlay(
+            self.thumbnail(),
+            self.grid,
+            mpp=self.slide["thumbnail_mpp"],
+            boxes=self.boxes if boxes else (),
+        )
+
+    def thumbnail(self) -> NDArray[np.uint8]:
+        """The slide's thumbnail, RGB [h, w, 3]."""
+        import simplejpeg
+
+        data = self.slide["thumbnail"]
+        if not data or not self.slide["thumbnail_mpp"]:
+            raise ConfigError(
+                f"The archive has no thumbnail of {self.slide['slide_id']}.",
+                hint="Write GeoJSON instead: --out FILE.geojson.",
+                code="no_thumbnail",
+            )
+        return np.asarray(simplejpeg.decode_jpeg(data, fastdct=False), np.uint8)
+
+    def write(self, path: str | Path) -> Path:
+        """Write a ``.png`` over the thumbnail, or ``.geojson`` for QuPath.
+
+        Raises:
+            ConfigError: The ending is another, or the file cannot be written.
+        """
+        path = Path(path)
+        check_ending(path)
+        if path.suffix.lower() == ".png":
+            return write_png(path, self.picture())
+        return write_geojson(
+            path,
+            slide_id=self.slide["slide_id"],
+            text=self.text,
+            boxes=self.boxes,
+            rects=self.rects,
+            heat=self.heat,
+            bounds_x0=self.slide["bounds_x0"] or 0,
+            bounds_y0=self.slide["bounds_y0"] or 0,
+        )
+
+
+def check_ending(path: str | Path) -> None:
+    """Refuse a file that is neither a picture nor GeoJSON.
+
+    Raises:
+        ConfigError: Its ending is neither .png nor .geojson.
+    """
+    if Path(path).suffix.lower() not in (".png", ".geojson"):
+        raise ConfigError(
+            f"{path} is neither a picture nor GeoJSON.",
+            hint="End its name in .png or .geojson.",
+            code="out",
+        )
+
+
+def locate(
+    archive: Archive,
+    run: Run,
+    slide: str,
+    text: str,
+    *,
+    variant: str = VARIANTS[0],
+    contrast: str | None = None,
+    sigma: float = SIGMA,
+    min_patches: int = MIN_PATCHES,
+) -> Located:
+    """Find where on a slide a text is true.
+
+    Args:
+        archive: Where the slide and its features are.
+        run: Whose model.
+        slide: A ``slide_id`` or unique file name.
+        text: What to look for.
+        variant: ``attn``, ``region_only``, ``cosine`` or ``product``.
+        contrast: Neutral prompt whose heat is subtracted, such as "tissue".
+        sigma: Smoothing, patches.
+        min_patches: Boxes of fewer patches are dropped.
+
+    Raises:
+        ConfigError: The text is empty, the variant unknown, or the run does not fit the archive.
+        ArchiveError: The slide is unknown or not ready.
+    """
+    import torch
+
+    if not text.strip():
+        raise ConfigError("The text to look for is empty.", hint='Say it: "areas of necrosis".')
+    how = check_variant(variant)
+    encoder = check_fits(archive, run)
+    row = archive.slide(slide)
+    features, mask, _ = archive.features_array(row["slide_id"], encoder)
+    regions = archive.regions(row["slide_id"], columns=["region_id", "rx", "ry"])
+    xy = np.stack([regions["rx"].to_numpy(), regions["ry"].to_numpy()], axis=1).astype(np.int64)
+    device = run.model.device
+    with torch.no_grad():
+        found = run.model.ground(
+            torch.from_numpy(np.array(features)).float()[None].to(device),
+            torch.from_numpy(np.array(mask))[None].to(device),
+            [text],
+            variant=how,
+            contrast=contrast,
+        )
+    heat = found.heat[0, 0].double().cpu().numpy()
+    tiling = Tiling(**archive.tiling())
+    raw = heatmap_grid(heat, mask, xy, tiling, mpp=row["mpp"])
+    grid = heat_map(raw, sigma=sigma)
+    return Located(
+        slide=row,
+        text=text,
+        variant=variant,
+        contrast=contrast,
+        score=float(found.score[0, 0]),
+        heat=heat[mask],
+        rects=slide_rects(xy, tiling, mpp=row["mpp"])[mask],
+        grid=grid,
+        boxes=find_boxes(grid, heat=raw, min_patches=min_patches),
+    )

@@ -1,0 +1,298 @@
+"""What is asked of a model in words: templates, classes, and the tasks of a zero-shot suite.
+
+A task file is YAML::
+
+    templates: [CLASSNAME]           # or single, or ensemble; a task may have its own
+    neutral: tissue                  # for contrast: neutral
+    tasks:
+    - name: necrosis                 # presence of a finding
+      label: necrosis                # column of the slides' labels
+      kind: presence
+      prompts: [areas of necrosis]
+      negative_prompts: [no necrosis]
+      score: local
+      contrast: none
+    - name: TP53                     # binary: the score is positive minus negative
+      label: TP53_mutation
+      kind: binary
+      prompts: [a TP53 gene mutation]
+      negative_prompts: [no TP53 gene mutation]
+    - name: organ
+      label: organ
+      kind: multiclass
+      classes: {colon: [colonic mucosa], lung: [lung parenchyma, lung]}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from pathflip.errors import ConfigError
+
+PLACEHOLDER = "CLASSNAME"
+TEMPLATES: tuple[str, ...] = (
+    "a histopathology image of CLASSNAME.",
+    "an H&E stained section showing CLASSNAME.",
+    "a whole slide image with CLASSNAME.",
+    "CLASSNAME.",
+    "CLASSNAME is present.",
+    "CLASSNAME is seen on this slide.",
+    "there is CLASSNAME.",
+    "the sections show CLASSNAME.",
+    "microscopy reveals CLASSNAME.",
+    "histology consistent with CLASSNAME.",
+    "a tissue section containing CLASSNAME.",
+    "a slide diagnosed as CLASSNAME.",
+    "features of CLASSNAME are identified.",
+    "a pathology specimen with CLASSNAME.",
+    "a haematoxylin and eosin image of CLASSNAME.",
+    "morphology typical of CLASSNAME.",
+    "the biopsy demonstrates CLASSNAME.",
+    "the resection specimen contains CLASSNAME.",
+    "light microscopy of CLASSNAME.",
+    "an example of CLASSNAME under the microscope.",
+)
+"""The ensemble; the first is ``single``. Written for this project."""
+NEUTRAL = "tissue"
+
+Kind = Literal["binary", "multiclass", "presence"]
+Source = Literal["global", "local", "sum"]
+Contrast = Literal["negation", "others", "neutral", "none"]
+
+_POSITIVE = frozenset({"1", "1.0", "true", "yes", "positive", "pos", "present", "mutated"})
+_NEGATIVE = frozenset(
+    {"0", "0.0", "false", "no", "negative", "neg", "absent", "wild type", "wildtype", "wild-type"}
+)
+_UNKNOWN = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "not available"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One question a model is asked about every slide.
+
+    Attributes:
+        name: Its name in the results.
+        label: Column of the slides' labels; ``name`` by default.
+        kind: ``binary`` (a property with two states), ``multiclass``, or ``presence`` (of a
+            finding).
+        prompts: Names of the positive class.
+        negative_prompts: Names of the negative one, for ``contrast: negation``.
+        classes: {label value: names} of ``multiclass``.
+        templates: ``single``, ``ensemble`` or templates with CLASSNAME; None for the file's.
+        score: ``global``, cosine of slide and text; ``local``, cosine of the text and what its
+            own attention over the regions gathers; ``sum`` of both.
+        contrast: What is subtracted from the positive score: the negative prompts' score, the mean
+            of the other tasks' of the same group, the neutral prompt's, or nothing.
+        group: Whose positives are each other's ``others``.
+        positive: Label values that are positive; by default 1, true, yes, positive, present and
+            mutated, and then only 0, false, no, negative, absent and wild type are negative.
+    """
+
+    name: str
+    label: str = ""
+    kind: Kind = "presence"
+    prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    templates: tuple[str, ...] = (PLACEHOLDER,)
+    score: Source = "global"
+    contrast: Contrast = "none"
+    group: str = "findings"
+    positive: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        def wrong(message: str, hint: str) -> ConfigError:
+            return ConfigError(f"Task {self.name!r}: {message}.", hint=hint, code="tasks")
+
+        for name, allowed in (("kind", Kind), ("score", Source), ("contrast", Contrast)):
+            if getattr(self, name) not in get_args(allowed):
+                raise wrong(
+                    f"{name} is {getattr(self, name)!r}", f"Use {', '.join(get_args(allowed))}."
+                )
+        if self.kind == "multiclass":
+            if len(self.classes) < 2 or not all(self.classes.values()):
+                raise wrong("it needs two classes or more, each with a name", "Give classes: {…}.")
+        elif not self.prompts:
+            raise wrong("it has no prompts", "Give prompts: [what a slide shows].")
+        if self.contrast == "negation" and self.kind != "multiclass" and not self.negative_prompts:
+            raise wrong("contrast negation needs negative_prompts", "Give them, or contrast: none.")
+        for template in self.templates:
+            if PLACEHOLDER not in template:
+                raise wrong(f"template {template!r} lacks {PLACEHOLDER}", f"Write {PLACEHOLDER}.")
+
+    def texts(self, names: Sequence[str]) -> list[str]:
+        """Names in all templates."""
+        return [
+            template.replace(PLACEHOLDER, name) for name in names for template in self.templates
+        ]
+
+    def is_positive(self, value: str | None) -> bool | None:
+        """Whether a label is positive; None where it says nothing.
+
+        Raises:
+            ConfigError: The value is neither.
+        """
+        text = (value or "").strip()
+        if self.positive:
+            if text in self.positive:
+                return True
+            return None if text.lower() in _UNKNOWN else False
+        folded = text.lower()
+        if folded in _UNKNOWN:
+            return None
+        if folded in _POSITIVE or folded in _NEGATIVE:
+            return folded in _POSITIVE
+        raise ConfigError(
+            f"Task {self.name!r}: the label {self.label or self.name} is {value!r}.",
+            hint=f"Say which values are positive, for example positive: [{value}].",
+            code="tasks",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """The tasks of a file.
+
+    Attributes:
+        tasks: In order.
+        neutral: Prompt of ``contrast: neutral``.
+    """
+
+    tasks: tuple[Task, ...]
+    neutral: str = NEUTRAL
+
+
+def templates_of(choice: str | Sequence[str]) -> tuple[str, ...]:
+    """Templates for ``single``, ``ensemble``, one template, or a list of them."""
+    if isinstance(choice, str):
+        if choice == "single":
+            return TEMPLATES[:1]
+        if choice == "ensemble":
+            return TEMPLATES
+        return (choice,)
+    return tuple(choice)
+
+
+def read_tasks(path: str | Path) -> Suite:
+    """Read a task file.
+
+    Raises:
+        ConfigError: It is missing, malformed, or a task in it is.
+    """
+    content = _yaml(path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("tasks"), list):
+        raise ConfigError(
+            f"{path} holds no list of tasks.",
+            hint="Write tasks: [{name: …, prompts: […]}, …]; see docs/evaluation.md.",
+            code="tasks",
+        )
+    _known(content, ("version", "templates", "neutral", "tasks"), where=str(path))
+    default = content.get("templates", PLACEHOLDER)
+    tasks = [_task(entry, default=default, where=str(path)) for entry in content["tasks"]]
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not tasks:
+        raise ConfigError(
+            f"{path} has {'no task' if not tasks else f'two tasks named {twice[0]!r}'}.",
+            hint="Give every task its own name.",
+            code="tasks",
+        )
+    return Suite(tasks=tuple(tasks), neutral=str(content.get("neutral", NEUTRAL)))
+
+
+def read_classes(source: str) -> dict[str, tuple[str, ...]]:
+    """Classes to choose among: {class: names}.
+
+    Args:
+        source: A YAML or JSON file (a list of names, or {class: name or names}), a text file with
+            a name a line, or the names themselves with commas between.
+
+    Raises:
+        ConfigError: The file cannot be read, or there are fewer than two.
+    """
+    path = Path(source)
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        content = _yaml(path)
+    elif path.is_file():
+        content = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    else:
+        content = source.split(",")
+    if isinstance(content, Mapping) and set(content) == {"classes"}:
+        content = content["classes"]
+    if isinstance(content, Mapping):
+        classes = {str(key): _names(value) for key, value in content.items()}
+    elif isinstance(content, list):
+        classes = {str(name).strip(): (str(name).strip(),) for name in content if str(name).strip()}
+    else:
+        classes = {}
+    if len(classes) < 2 or not all(classes.values()):
+        raise ConfigError(
+            f"{source!r} names {len(classes)} classes; two are needed, each with a name.",
+            hint="Give names with commas, or a YAML file {class: [names]}.",
+            code="classes",
+        )
+    return classes
+
+
+def _task(entry: Any, *, default: Any, where: str) -> Task:
+    if not isinstance(entry, Mapping) or not entry.get("name"):
+        raise ConfigError(
+            f"{where}: a task has no name.", hint="Write name: … first.", code="tasks"
+        )
+    where = f"{where}, task {entry['name']!r}"
+    _known(entry, [item.name for item in dataclasses.fields(Task)], where=where)
+    values = dict(entry) | {"name": str(entry["name"])}
+    values["label"] = str(entry.get("label") or entry["name"])
+    for key in ("prompts", "negative_prompts", "positive"):
+        if key in values:
+            values[key] = _names(values[key])
+    if "classes" in values:
+        if not isinstance(values["classes"], Mapping):
+            raise ConfigError(
+                f"{where}: classes is no mapping.", hint="Write {value: [names]}.", code="tasks"
+            )
+        values["classes"] = {str(key): _names(value) for key, value in values["classes"].items()}
+    values["templates"] = templates_of(values.get("templates") or default)
+    if "contrast" not in values:
+        values["contrast"] = "negation" if values.get("kind") == "binary" else "none"
+    return Task(**values)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return tuple(str(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _known(given: Mapping[str, Any], known: Sequence[str], *, where: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(
+                f"{where}: there is no setting {key!r}.",
+                hint=f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}.",
+                code="tasks",
+            )
+
+
+def _yaml(path: str | Path) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{path} cannot be read: {reason}.",
+            hint="Give an existing file.",
+            code="missing_file",
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is not valid YAML: {error}.", hint="Check its indentation.", code="tasks"
+        ) from error

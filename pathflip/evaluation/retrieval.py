@@ -1,0 +1,252 @@
+"""Retrieval between slides and captions: recall at k, how it is batched, and what chance gives.
+
+ITR asks for the caption of a slide, TIR for the slide of a caption. A query counts as found at k
+when one of its positives is among its k best; captions with equal text are positives of each
+other's slides.
+
+Shapes: n queries, m gallery items, d joint width, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pathflip.evaluation.bootstrap import interval, patient_weights
+from pathflip.evaluation.encode import Encoded, Report, captions_of, encode
+
+if TYPE_CHECKING:
+    from pathflip.archive import Archive
+    from pathflip.checkpoints import Run
+
+KS = (1, 5, 10)
+BATCH = 64
+"""Gallery size of the protocol ``batch64``: the paper evaluates "with a batch size of 64"."""
+SHUFFLES = 20
+
+
+def ranks(similarity: ArrayLike, positives: ArrayLike) -> NDArray[np.int64]:
+    """Rank of each query's best positive, 1 the best; whoever ties with it goes before it.
+
+    Args:
+        similarity: [n, m]; NaN of a positive is the worst value there is, of another the best.
+        positives: bool [n, m], at least one in each row.
+
+    Returns:
+        int64 [n], 1 to m.
+    """
+    similarity = np.asarray(similarity)
+    positives = np.asarray(positives, np.bool_)
+    if similarity.ndim != 2 or similarity.shape != positives.shape:
+        raise ValueError(
+            f"similarity is {similarity.shape} and positives {positives.shape}; both must be [n, m]"
+        )
+    if not positives.any(axis=1).all():
+        raise ValueError("a query has no positive")
+    usable = positives & ~np.isnan(similarity)
+    best = np.max(similarity, axis=1, initial=-np.inf, where=usable, keepdims=True)
+    ahead = ~positives & ~(similarity < best)
+    rank: NDArray[np.int64] = 1 + ahead.sum(axis=1, dtype=np.int64)
+    return rank
+
+
+def recall_at(
+    similarity: ArrayLike, positives: ArrayLike, ks: Sequence[int] = KS
+) -> dict[str, float]:
+    """Share of queries with a positive among their k best; ties count against the query.
+
+    Args:
+        similarity: [n, m], higher is closer.
+        positives: bool [n, m], at least one in each row.
+        ks: The k's.
+
+    Returns:
+        {"r@1": …} for each k; NaN without a query.
+    """
+    rank = ranks(similarity, positives)
+    return {f"r@{k}": float((rank <= k).mean()) if len(rank) else float("nan") for k in ks}
+
+
+def chance_at(positives: ArrayLike, ks: Sequence[int] = KS) -> dict[str, float]:
+    """What :func:`recall_at` gives on average when the gallery is ranked at random, exactly.
+
+    A query with p positives among m is missed with probability C(m - p, k) / C(m, k).
+    """
+    positives = np.asarray(positives, np.bool_)
+    hit = _chance_hits(positives.sum(axis=1), positives.shape[1], ks)
+    return {f"r@{k}": float(hit[:, i].mean()) for i, k in enumerate(ks)}
+
+
+def same_text(captions: Sequence[str]) -> NDArray[np.bool_]:
+    """[n, n], True where two captions are equal: the positives of retrieval."""
+    _, ids = np.unique(np.asarray(captions, dtype=object).astype(str), return_inverse=True)
+    same: NDArray[np.bool_] = ids[:, None] == ids[None, :]
+    return same
+
+
+def retrieval(
+    slide: NDArray[Any],
+    text: NDArray[Any],
+    captions: Sequence[str],
+    *,
+    protocol: str = "batch64",
+    patients: Sequence[str] | None = None,
+    ks: Sequence[int] = KS,
+    batch: int = BATCH,
+    shuffles: int = SHUFFLES,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure retrieval both ways between slides and their captions, row i to row i.
+
+    ``batch64`` cuts the rows, in the order given, into galleries of 64; the last may be smaller
+    and every query weighs the same. Batches at random come beside it: mean and standard
+    deviation over seeded shuffles. ``full`` makes one gallery of all rows.
+
+    Args:
+        slide: Vectors [n, d], normalised here.
+        text: Caption vectors [n, d], likewise.
+        captions: The captions' texts [n]; equal ones are all right answers.
+        protocol: ``batch64`` or ``full``.
+        patients: Patient of each slide [n], for 95 % intervals by resampling patients.
+        ks: The k's.
+        batch: Gallery size of ``batch64``.
+        shuffles: How many random orders, 0 for none.
+        resamples: Bootstrap resamples, 0 for no intervals.
+        seed: Of the shuffles and the bootstrap.
+
+    Returns:
+        {"protocol", "n", "batches", "itr": {"r@1": …}, "tir": …, "chance": …} and, where asked
+        for, "ci": {"itr": {"r@1": [low, high]}, …}, "shuffled": {"itr": {"r@1": {"mean", "sd"}}}.
+    """
+    if protocol not in ("batch64", "full"):
+        raise ValueError(f"protocol {protocol!r} is neither batch64 nor full")
+    count = len(slide)
+    if not count or len(text) != count or len(captions) != count:
+        raise ValueError(f"{count} slides, {len(text)} vectors and {len(captions)} captions")
+    similarity = _unit(slide) @ _unit(text).T
+    positives = same_text(captions)
+    size = batch if protocol == "batch64" else count
+    order = np.arange(count)
+    itr, tir, chance = _hits(similarity, positives, order, size=size, ks=ks)
+    found: dict[str, Any] = {
+        "protocol": protocol,
+        "n": count,
+        "gallery": min(size, count),
+        "batches": -(-count // size),
+        "itr": _named(itr.mean(axis=0), ks),
+        "tir": _named(tir.mean(axis=0), ks),
+        "chance": _named(chance.mean(axis=0), ks),
+    }
+    if resamples and patients is not None:
+        weights = patient_weights(patients, resamples=resamples, seed=seed)
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        found["ci"] = {
+            name: {f"r@{k}": interval(weights @ hits[:, i]) for i, k in enumerate(ks)}
+            for name, hits in (("itr", itr), ("tir", tir))
+        }
+    if protocol == "batch64" and shuffles:
+        rng = np.random.default_rng(seed)
+        runs = [
+            _hits(similarity, positives, rng.permutation(count), size=size, ks=ks)[:2]
+            for _ in range(shuffles)
+        ]
+        means = np.array([[hits.mean(axis=0) for hits in run] for run in runs])  # [S, 2, K]
+        found["shuffled"] = {"shuffles": shuffles} | {
+            name: {
+                f"r@{k}": {
+                    "mean": float(means[:, way, i].mean()),
+                    "sd": float(means[:, way, i].std(ddof=1)) if shuffles > 1 else 0.0,
+                }
+                for i, k in enumerate(ks)
+            }
+            for way, name in enumerate(("itr", "tir"))
+        }
+    return found
+
+
+def evaluate_retrieval(
+    archive: Archive,
+    run: Run,
+    *,
+    split: str = "test",
+    source: str | None = None,
+    encoded: Encoded | None = None,
+    progress: Report | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure retrieval on the slides of a split that have a caption, in order of slide id.
+
+    Args:
+        archive: Where slides, features and captions are.
+        run: Whose model.
+        split: Which slides; ``all`` for every one.
+        source: Whose captions, where there are several; by default what the run was trained on.
+        encoded: The slides already encoded; those of other splits are passed.
+        progress: Told while slides are encoded.
+        options: Of :func:`retrieval`: protocol, ks, shuffles, resamples, seed.
+
+    Returns:
+        As :func:`retrieval`, with "no_caption", the slides left out.
+    """
+    if encoded is None:
+        splits = None if split == "all" else (split,)
+        encoded = encode(archive, run, splits=splits, progress=progress)
+    rows = [i for i, slide in enumerate(encoded.slides) if split in ("all", slide.split)]
+    texts = captions_of(
+        archive, [encoded.slides[i] for i in rows], source=source or run.config.get("source")
+    )
+    kept = [i for i in rows if encoded.slides[i].slide_id in texts]
+    captions = [texts[encoded.slides[i].slide_id] for i in kept]
+    text = run.model.encode_text(captions).float().cpu().numpy()
+    slides = [encoded.slides[i] for i in kept]
+    found = retrieval(
+        encoded.slide[kept],
+        text,
+        captions,
+        patients=[slide.patient_id or slide.slide_id for slide in slides],
+        **options,
+    )
+    return found | {"split": split, "no_caption": len(rows) - len(kept)}
+
+
+def _hits(
+    similarity: NDArray[Any],
+    positives: NDArray[np.bool_],
+    order: NDArray[np.int64],
+    *,
+    size: int,
+    ks: Sequence[int],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Found at each k [n, K] by slides and by captions, and the chance of it, in row order."""
+    itr, tir, chance = (np.zeros((len(order), len(ks))) for _ in range(3))
+    wanted = np.asarray(ks)
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        block = np.ix_(rows, rows)
+        near, right = similarity[block], positives[block]
+        itr[rows] = ranks(near, right)[:, None] <= wanted
+        tir[rows] = ranks(near.T, right.T)[:, None] <= wanted
+        # Equality is symmetric, so both ways have the same chance.
+        chance[rows] = _chance_hits(right.sum(axis=1), len(rows), ks)
+    return itr, tir, chance
+
+
+def _chance_hits(num_positives: NDArray[Any], size: int, ks: Sequence[int]) -> NDArray[np.float64]:
+    """1 - C(m - p, k) / C(m, k) for each query and k [n, K]."""
+    draws = np.arange(max(ks))  # one gallery item after another, none of them right
+    left = size - np.asarray(num_positives, np.float64)[:, None]
+    miss = np.maximum(left - draws, 0.0) / np.maximum(size - draws, 1)
+    return 1 - np.cumprod(miss, axis=1)[:, np.asarray(ks) - 1]
+
+
+def _unit(rows: NDArray[Any]) -> NDArray[np.float64]:
+    rows = np.asarray(rows, np.float64)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+
+
+def _named(values: NDArray[np.float64], ks: Sequence[int]) -> dict[str, float]:
+    return {f"r@{k}": float(value) for k, value in zip(ks, values, strict=True)}

@@ -1,0 +1,275 @@
+"""Captions of slides from the files that research data comes in.
+
+=====================  ==========================================================================
+CSV, TSV               columns slide and caption (or report, text); others are left alone
+SlideBench CSV         ID,Slide,Tumor,Question,Caption
+SlideInstruction JSON  a list (or lines) of {image, conversations}; the first answer is the caption,
+                       further turns and entries of the slide are questions about it
+alignment JSON         {image, caption, fine_grained_concepts: [{visual_description}]}
+PathText folder        <case>/annotation, a JSON string; goes to every slide of the case
+=====================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pathflip.archive import CAPTIONS, Archive
+from pathflip.archive.attach import Caption, changed_captions, write_captions
+from pathflip.archive.commit import Committer
+from pathflip.archive.indexes import refresh_indexes
+from pathflip.archive.names import SlideNames, listed
+from pathflip.errors import ConfigError
+from pathflip.interop.tables import bad_line, column, read_rows, read_text
+
+SLIDE_COLUMNS = ("slide", "slide_id", "slide_name", "wsi", "wsi_id", "image", "filename")
+_TEXT_COLUMNS = ("caption", "report", "text")
+_IMAGE_TAG = re.compile(r"\s*<image>\s*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRow:
+    """One caption as a file has it.
+
+    Attributes:
+        slide: The slide as the file names it; a case where ``is_case``.
+        text: The caption.
+        question: What it answers, where the file says.
+        qa: Further questions and answers.
+        statements: What a model made of it, where the file has that.
+        line: Where in the file; 0 if it is a file of its own.
+        is_case: Whether the name is a case's, so that all of its slides are meant.
+    """
+
+    slide: str
+    text: str
+    question: str | None = None
+    qa: list[dict[str, str]] = field(default_factory=list)
+    statements: list[str] = field(default_factory=list)
+    line: int = 0
+    is_case: bool = False
+
+
+def read_captions(path: str | Path) -> list[CaptionRow]:
+    """Reads captions, one a slide.
+
+    Raises:
+        ConfigError: If the file is none of the kinds above, or a line of it is wrong: then it names
+            the line.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        rows = list(_folder(file))
+    elif read_text(file).lstrip()[:1] in ("[", "{"):
+        rows = list(_json(file))
+    else:
+        rows = list(_csv(file))
+    if not rows:
+        raise ConfigError(f"{path} holds no captions.", hint="See docs/data-model.md.")
+    return _merged(file, rows)
+
+
+def import_captions(
+    archive: str | Committer,
+    path: str | Path,
+    *,
+    source: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Reads captions and writes those whose slides are in the archive; again, it changes nothing.
+
+    Args:
+        archive: The archive, or its open writer.
+        path: A file or folder, see :func:`read_captions`.
+        source: Name of the source; by default the file's without its ending.
+        dry_run: Only say what would be done.
+
+    Returns:
+        {"source", "rows", "new", "changed", "unchanged": counts of captions, "unmatched": names
+        that no slide has, "ambiguous": names that several slides have}.
+
+    Raises:
+        ConfigError: If the file is wrong; nothing is written then.
+        ArchiveError: If the archive is missing, damaged or being written.
+    """
+    rows = read_captions(path)
+    name = source or source_name(path)
+    if isinstance(archive, Committer):
+        return _import(archive, archive.archive, rows, path, name, dry_run)
+    if dry_run:
+        return _import(None, Archive(archive), rows, path, name, dry_run)
+    with Committer(archive) as committer:
+        return _import(committer, committer.archive, rows, path, name, dry_run)
+
+
+def source_name(path: str | Path) -> str:
+    """Returns what captions of a file are called: its name without folder and ending."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).expanduser().absolute().stem) or "captions"
+
+
+def _import(
+    committer: Committer | None,
+    archive: Archive,
+    rows: list[CaptionRow],
+    path: str | Path,
+    source: str,
+    dry_run: bool,
+) -> dict[str, Any]:
+    names = SlideNames(archive)
+    found: dict[str, CaptionRow] = {}
+    unmatched, ambiguous = [], []
+    for row in rows:
+        slides = names.find_case(row.slide) if row.is_case else names.find(row.slide)
+        if not slides:
+            unmatched.append(row.slide)
+        elif len(slides) > 1 and not row.is_case:
+            ambiguous.append(row.slide)
+        else:
+            for slide in slides:
+                other = found.setdefault(slide, row)
+                if other.text != row.text:
+                    raise bad_line(
+                        path, row.line, f"{row.slide} is the slide of line {other.line} again"
+                    )
+    captions = [
+        Caption(slide_id=slide, text=row.text, qa=row.qa, statements=row.statements)
+        for slide, row in sorted(found.items())
+    ]
+    if committer is None or dry_run:
+        _, counts = changed_captions(archive, captions, source=source)
+    else:
+        counts = write_captions(committer, captions, source=source)
+        if counts["new"] or counts["changed"]:
+            refresh_indexes(committer.uri, CAPTIONS)
+    return {
+        "source": source,
+        "rows": len(rows),
+        **counts,
+        "unmatched": listed(unmatched),
+        "ambiguous": listed(ambiguous),
+    }
+
+
+# ---- the kinds of files ---------------------------------------------------------------------
+
+
+def _csv(file: Path) -> Iterator[CaptionRow]:
+    rows = read_rows(file)
+    slide = column(file, rows[0][1], SLIDE_COLUMNS)
+    text = column(file, rows[0][1], _TEXT_COLUMNS)
+    question = column(file, rows[0][1], ("question",))
+    if slide is None or text is None:
+        lost = "slide" if slide is None else "caption"
+        raise bad_line(file, 1, f"no column {lost} among {', '.join(rows[0][1])}")
+    for line, row in rows:
+        if not row[slide] or not row[text]:
+            raise bad_line(file, line, f"no {'slide' if not row[slide] else 'caption'}")
+        asked = row[question] if question is not None else None
+        yield CaptionRow(slide=row[slide], text=row[text], question=asked, line=line)
+
+
+def _json(file: Path) -> Iterator[CaptionRow]:
+    for line, entry in _entries(file):
+        images = entry.get("image") if isinstance(entry, dict) else None
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not images or not all(map(_text, images)):
+            raise bad_line(file, line, "an entry without the name of its image")
+        if "conversations" in entry:
+            pairs = _pairs(file, line, entry["conversations"])
+            question, text = pairs[0]
+            further = [{"question": q, "answer": a} for q, a in pairs[1:]]
+            statements: list[str] = []
+        elif _text(entry.get("caption")):
+            question, text, further = None, entry["caption"].strip(), []
+            concepts = entry.get("fine_grained_concepts") or []
+            statements = [
+                item["visual_description"].strip()
+                for item in concepts
+                if isinstance(item, dict) and _text(item.get("visual_description"))
+            ]
+        else:
+            raise bad_line(file, line, "an entry without conversations or caption")
+        for image in images:
+            yield CaptionRow(
+                slide=image.strip(), text=text, question=question, qa=further,
+                statements=statements, line=line,
+            )  # fmt: skip
+
+
+def _entries(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (line, value) of a JSON list, of lines of JSON, or of one value."""
+    text = read_text(file)
+    decoder = json.JSONDecoder()
+    at, end = 0, len(text.rstrip())
+    is_list = text.lstrip().startswith("[")
+    if is_list:
+        at, end = text.index("[") + 1, end - 1
+        if text[end] != "]":
+            raise bad_line(file, text.count("\n") + 1, "the list does not end")
+    line, counted = 1, 0
+    while True:
+        while at < end and text[at] in " \t\r\n,":
+            at += 1
+        line, counted = line + text.count("\n", counted, at), at
+        if at >= end:
+            return
+        try:
+            value, after = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise bad_line(file, error.lineno, f"not JSON ({error.msg})") from error
+        yield line, value
+        at = after
+
+
+def _pairs(file: Path, line: int, turns: Any) -> list[tuple[str, str]]:
+    """Returns the questions and answers of a conversation."""
+    good = isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns
+    )
+    if not good or len(turns) < 2:
+        raise bad_line(file, line, "no question and answer among the conversations")
+    values = [_IMAGE_TAG.sub(" ", turn["value"]).strip() for turn in turns]
+    answer = values[1]
+    if not answer:
+        raise bad_line(file, line, "the caption is empty")
+    if re.fullmatch(r"[A-H][).]?", answer):
+        raise bad_line(
+            file, line, "the answer is a letter: this is a test with choices, no caption"
+        )
+    return list(zip(values[::2], values[1::2], strict=False))
+
+
+def _folder(folder: Path) -> Iterator[CaptionRow]:
+    for file in sorted(folder.glob("*/annotation*")):
+        try:
+            text = json.loads(read_text(file))
+        except json.JSONDecodeError as error:
+            raise bad_line(file, error.lineno, f"not JSON ({error.msg})") from error
+        if not _text(text):
+            raise bad_line(file, 1, "not a JSON string")
+        yield CaptionRow(slide=file.parent.name, text=text.strip(), is_case=True)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _merged(file: Path, rows: list[CaptionRow]) -> list[CaptionRow]:
+    """Returns one row a slide: what follows the first of a slide are questions about it."""
+    first: dict[str, CaptionRow] = {}
+    for row in rows:
+        other = first.setdefault(row.slide, row)
+        if other is row or (other.text, other.question) == (row.text, row.question):
+            continue
+        if not row.question:
+            raise bad_line(
+                file, row.line, f"another caption of {row.slide} than in line {other.line}"
+            )
+        further = [{"question": row.question, "answer": row.text}, *row.qa]
+        first[row.slide] = replace(other, qa=[*other.qa, *further])
+    return list(first.values())

@@ -1,0 +1,279 @@
+"""What a model is: one configuration, its switches, and the presets.
+
+Sizes: d_in patch feature width (``feature_dim``), d_e projected patch width (``patch_width``), h
+width inside the Q-Former (``hidden``), d joint space of slides and texts (``d``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pathflip.errors import ConfigError
+
+BIOBERT = "dmis-lab/biobert-base-cased-v1.2"
+SCALE = math.log(1 / 0.07)
+"""Where the scale of the region loss begins (2.659), in paper and published code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathFLIPConfig:
+    """Settings of a :class:`pathflip.models.PathFLIP`; the defaults are the paper's.
+
+    Attributes:
+        feature_dim: d_in, width of a patch feature.
+        d: Width of the joint space.
+        feature_norm: What features go through before anything is learned: nothing, their mean and
+            standard deviation (``standardise``), or PCA whitening (``whiten``). The statistics come
+            from :meth:`PathFLIP.fit_input` and are saved with the model.
+        patch_width: d_e, width patches are projected to; 0 leaves them as they are.
+        num_queries: Q, latent queries.
+        hidden: h, width of the Q-Former.
+        layers: Layers of the Q-Former.
+        heads: Heads of its attention.
+        ffn: Width inside its feed-forward blocks.
+        cross_attention_freq: Cross-attention in every so many layers, from the first on.
+        dropout: Of Q-Former, context layers and text tower built from scratch.
+        patch_dropout: Share of patches hidden in training, drawn anew each step.
+        region_encoder: How a region becomes vectors: the Q-Former, the mean of its patches, or
+            ``none``: no regions and no region loss.
+        slide_encoder: How a slide becomes one: the Q-Former, or the mean of its regions.
+        region_tokens: A region has a vector per query, or their mean.
+        slide_context_layers: Transformer layers over slide and region vectors (published code: 2).
+        tr_attention: Text-conditioned attention over regions: ``paper`` (one head, three
+            matrices), ``paper_ln`` (the same with layer norm on queries and keys), ``mha_proj``
+            (published code), ``mha_ln`` (its successor), or ``none``: the mean of all regions.
+        tr_heads: Heads of mha_proj, mha_ln and context layers.
+        tr_identity_init: Matrices of paper and paper_ln start as identity.
+        vector_biases: Learned offsets of region vectors, one for each of a region's, and of slide
+            vectors.
+        text_encoder: A tower of its own, or the Q-Former's text branch (published code).
+        text_model: BERT-family model on the hub, or a folder, to begin from; None for a small BERT
+            from scratch with a tokenizer trained on the captions.
+        text_hidden: Width of that small BERT.
+        text_layers: Its layers.
+        text_heads: Its heads.
+        text_ffn: Width inside its feed-forward blocks.
+        vocab_size: Most entries of its tokenizer.
+        text_pooling: A text is its first token's state, or the mean over its tokens.
+        max_text_tokens: Captions are cut there.
+        max_subcaption_tokens: Sub-captions are cut there; None: half of max_text_tokens.
+        qformer_from_text: Whether the Q-Former begins with the weights of text_model.
+        temperature: τ of the slide loss.
+        label_smoothing: Of the slide loss (published code: 0.1).
+        global_only: Slide loss alone.
+        negatives: Other slides of this process, or of all of them.
+        region_reduction: Region loss is the mean over slides, or the sum (published code).
+        region_scale: Whether η multiplies as it is, or its exponential does.
+        region_scale_init: Where the learned scale begins.
+        region_bias_init: Where the learned bias begins; None for no bias.
+        warm_start: Whether the pretraining job starts the model from patches and sentences of its
+            training data: see :mod:`pathflip.models.warm_start`.
+    """
+
+    feature_dim: int = 512
+    d: int = 256
+    feature_norm: Literal["none", "standardise", "whiten"] = "none"
+    patch_width: int = 256
+    num_queries: int = 8
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    cross_attention_freq: int = 2
+    dropout: float = 0.1
+    patch_dropout: float = 0.0
+    region_encoder: Literal["qformer", "mean", "none"] = "qformer"
+    slide_encoder: Literal["qformer", "region_mean"] = "qformer"
+    region_tokens: Literal["per_query", "mean"] = "per_query"
+    slide_context_layers: int = 0
+    tr_attention: Literal["paper", "paper_ln", "mha_proj", "mha_ln", "none"] = "paper"
+    tr_heads: int = 8
+    tr_identity_init: bool = False
+    vector_biases: bool = False
+    text_encoder: Literal["separate", "shared_qformer"] = "separate"
+    text_model: str | None = BIOBERT
+    text_hidden: int = 128
+    text_layers: int = 2
+    text_heads: int = 4
+    text_ffn: int = 512
+    vocab_size: int = 4096
+    text_pooling: Literal["cls", "mean"] = "cls"
+    max_text_tokens: int = 384
+    max_subcaption_tokens: int | None = None
+    qformer_from_text: bool = True
+    temperature: float = 0.1
+    label_smoothing: float = 0.0
+    global_only: bool = False
+    negatives: Literal["local", "gathered"] = "gathered"
+    region_reduction: Literal["mean", "sum"] = "mean"
+    region_scale: Literal["raw", "exp"] = "raw"
+    region_scale_init: float = SCALE
+    region_bias_init: float | None = None
+    warm_start: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "feature_dim", "d", "num_queries", "hidden", "layers", "heads", "ffn",
+            "cross_attention_freq", "tr_heads", "text_hidden", "text_layers", "text_heads",
+            "text_ffn", "max_text_tokens",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"model.{name} is {getattr(self, name)}.", hint="It must be 1 or more."
+                )
+        by_heads = [("hidden", "heads"), ("text_hidden", "text_heads")]
+        if self.tr_attention.startswith("mha") or self.slide_context_layers:
+            by_heads.append(("d", "tr_heads"))
+        for width, heads in by_heads:
+            if getattr(self, width) % getattr(self, heads):
+                raise ConfigError(
+                    f"model.{width} {getattr(self, width)} cannot be shared by {heads} "
+                    f"{getattr(self, heads)}.",
+                    hint=f"Make {width} a multiple of {heads}.",
+                )
+        if self.slide_encoder == "region_mean" and self.region_encoder == "none":
+            raise ConfigError(
+                "model.slide_encoder region_mean needs regions; model.region_encoder is none.",
+                hint="Choose qformer for one of them.",
+            )
+        if self.text_encoder == "shared_qformer" and not self.uses_qformer:
+            raise ConfigError(
+                "model.text_encoder shared_qformer needs a Q-Former, and neither regions nor slide "
+                "use it.",
+                hint="Choose model.text_encoder=separate.",
+            )
+        for name in ("dropout", "patch_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"model.{name} is {getattr(self, name)}.", hint="It must be 0 or more, below 1."
+                )
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"model.temperature is {self.temperature}.", hint="It must be above 0."
+            )
+
+    @property
+    def uses_qformer(self) -> bool:
+        """Whether there is a Q-Former at all."""
+        return "qformer" in (self.region_encoder, self.slide_encoder)
+
+    @property
+    def has_region_loss(self) -> bool:
+        """Whether the region loss is part of the loss."""
+        return not self.global_only and self.region_encoder != "none"
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether regions have vectors: not where they, or what they alone would need, are off."""
+        return self.region_encoder == "qformer" or (
+            self.region_encoder == "mean" and self.trains_regions
+        )
+
+    @property
+    def slide_needs_regions(self) -> bool:
+        """Whether a slide's vector depends on its regions'."""
+        return self.slide_encoder == "region_mean" or bool(
+            self.slide_context_layers and self.region_encoder != "none"
+        )
+
+    @property
+    def trains_regions(self) -> bool:
+        """Whether the loss depends on region vectors."""
+        return self.has_region_loss or self.slide_needs_regions
+
+    @property
+    def tokens_per_region(self) -> int:
+        """T, vectors of a region."""
+        per_query = self.region_encoder == "qformer" and self.region_tokens == "per_query"
+        return self.num_queries if per_query else 1
+
+    @property
+    def subcaption_tokens(self) -> int:
+        """Where sub-captions are cut."""
+        return self.max_subcaption_tokens or max(1, self.max_text_tokens // 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model and how it is trained.
+
+    Attributes:
+        model: The model.
+        train: Settings of the pretraining job that differ from its defaults, by name.
+    """
+
+    model: PathFLIPConfig
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "pathflip/paper": Preset(model=PathFLIPConfig()),
+        "pathflip/official_v1": Preset(
+            model=PathFLIPConfig(
+                region_tokens="mean",
+                slide_context_layers=2,
+                tr_attention="mha_proj",
+                text_encoder="shared_qformer",
+                label_smoothing=0.1,
+                region_reduction="sum",
+                negatives="local",
+            ),
+            train={"contig_off_by_one": True, "batch_size": 8},
+        ),
+        # Trains on two CPU cores in minutes on the synthetic cohort (docs/models.md).
+        "pathflip/mini": Preset(
+            model=PathFLIPConfig(
+                feature_dim=131,
+                d=128,
+                feature_norm="whiten",
+                patch_width=0,
+                num_queries=12,
+                hidden=128,
+                layers=1,
+                heads=4,
+                ffn=512,
+                cross_attention_freq=1,
+                tr_attention="paper_ln",
+                tr_identity_init=True,
+                vector_biases=True,
+                text_model=None,
+                text_layers=1,
+                text_ffn=256,
+                text_pooling="mean",
+                max_text_tokens=256,
+                qformer_from_text=False,
+                region_scale="exp",
+                region_scale_init=math.log(10.0),
+                region_bias_init=-0.65,
+                warm_start=True,
+            ),
+            train={
+                "epochs": 20,
+                "batch_size": 16,
+                "lr": 1e-3,
+                "min_lr": 2e-5,
+                "max_regions": 16,
+                "max_merged": 2,
+                "pieces": "affirmed",
+                "val_every": 4,
+            },
+        ),
+    }
+)
+"""The named models; see docs/models.md."""
+
+
+def preset(name: str) -> Preset:
+    """Returns a preset.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset {name!r}.", hint=f"Known: {', '.join(PRESETS)}.")
+    return PRESETS[name]

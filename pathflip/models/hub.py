@@ -1,0 +1,233 @@
+"""Models on disk and on the hub: config.json, model.safetensors, the tokenizer, a card.
+
+A folder is read whole or refused by name of the file that is wrong; nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pathflip.config import load_config
+from pathflip.errors import CheckpointError, ConfigError
+from pathflip.models.config import PathFLIPConfig
+from pathflip.models.text_tower import load_text_model
+
+if TYPE_CHECKING:
+    from pathflip.models.pathflip import PathFLIP
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save(model: PathFLIP, folder: Path) -> None:
+    """Write a model into a folder; README.md only where there is none."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    about: dict[str, Any] = {"model_type": "pathflip", "pathflip": asdict(model.config)}
+    if model.text_tower is not None:
+        kept = model.text_tower.bert.config.to_diff_dict()
+        kept.pop("_name_or_path", None)
+        about["text_config"] = kept | {"model_type": model.text_tower.bert.config.model_type}
+    (folder / CONFIG).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    model.tokenizer.save_pretrained(str(folder))
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(_card(model))
+
+
+def find(source: str | Path) -> Path:
+    """Returns the local folder of a model, downloading it where it is on the hub.
+
+    Raises:
+        CheckpointError: It is in neither place.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if path.is_absolute() or text.count("/") != 1 or text.startswith("."):
+        raise CheckpointError(
+            f"There is no model folder {source}.", hint="Give the folder that holds config.json."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.txt", "*.safetensors"]
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{text} is no folder here, and the hub does not give it: {str(error).splitlines()[0]}",
+            hint="Check the name, the network and hf auth login.",
+        ) from error
+
+
+def read_config(folder: Path) -> tuple[PathFLIPConfig, dict[str, Any] | None]:
+    """Returns a model's configuration and that of its text tower.
+
+    Raises:
+        CheckpointError: config.json is missing or not one of ours.
+    """
+    path = _present(folder, CONFIG)
+    try:
+        about = json.loads(path.read_text())
+        values = about["pathflip"]
+        return load_config(PathFLIPConfig, given=values), about.get("text_config")
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        what = error.message if isinstance(error, ConfigError) else repr(error)
+        raise CheckpointError(
+            f"{path} does not describe a model of this version of pathflip: {what}",
+            hint="Export the model again, or install the version that wrote it.",
+        ) from error
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Returns a model's tokenizer.
+
+    Raises:
+        CheckpointError: A file of it is missing or damaged.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not (folder / "vocab.txt").exists():
+        _present(folder, "tokenizer.json")
+    settings = _present(folder, "tokenizer_config.json")
+    try:
+        kind = json.loads(settings.read_text()).get("tokenizer_class", "")
+        plain = kind in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        loader = PreTrainedTokenizerFast if plain else AutoTokenizer
+        return loader.from_pretrained(str(folder))
+    except Exception as error:  # the tokenizers library raises bare Exception on damaged files
+        raise CheckpointError(
+            f"The tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}",
+            hint="Copy tokenizer.json and tokenizer_config.json again.",
+        ) from error
+
+
+def read_weights(model: PathFLIP, folder: Path) -> None:
+    """Fill a model with the weights of a folder.
+
+    Raises:
+        CheckpointError: model.safetensors is missing, damaged or of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = _present(folder, WEIGHTS)
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {str(error).splitlines()[0]}", hint="Copy it again."
+        ) from error
+    wanted = model.state_dict()
+    problems = [f"{name} is missing" for name in sorted(set(wanted) - set(found))]
+    problems += [f"{name} is not of this model" for name in sorted(set(found) - set(wanted))]
+    problems += [
+        f"{name} is {tuple(found[name].shape)}, not {tuple(value.shape)}"
+        for name, value in sorted(wanted.items())
+        if name in found and found[name].shape != value.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"{path} does not fit {folder / CONFIG}: {problems[0]}{more}.",
+            hint="Both files must come from one save_pretrained.",
+        )
+    model.load_state_dict(found)
+
+
+def push(model: PathFLIP, name: str, *, private: bool, token: str | None) -> str:
+    """Upload a model; returns its address."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    address = str(api.create_repo(name, private=private, exist_ok=True))
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder))
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload model")
+    return address
+
+
+@torch.no_grad()
+def start_from_bert(model: PathFLIP, source: str) -> None:
+    """Begin the Q-Former with a BERT's weights: attention, feed-forward for queries and text.
+
+    Cross-attention stays as it was drawn, as in BLIP-2.
+
+    Raises:
+        ConfigError: The two have different sizes.
+    """
+    bert = getattr(model.text_tower, "bert", None) or load_text_model(source)
+    about = bert.config
+    if about.model_type != "bert":
+        raise ConfigError(
+            f"The Q-Former cannot begin with {source}: it is a {about.model_type}, not a BERT.",
+            hint="Set model.qformer_from_text=false.",
+        )
+    config = model.config
+    theirs = (about.hidden_size, about.num_attention_heads, about.intermediate_size)
+    mine = (config.hidden, config.heads, config.ffn)
+    if theirs != mine or about.num_hidden_layers < config.layers:
+        raise ConfigError(
+            f"The Q-Former cannot begin with {source}: its hidden, heads and ffn are {theirs} in "
+            f"{about.num_hidden_layers} layers, the model's {mine} in {config.layers}.",
+            hint="Set model.qformer_from_text=false, or the sizes of the text model.",
+        )
+    qformer = model.qformer
+    embed = bert.embeddings
+    qformer.norm.load_state_dict(embed.LayerNorm.state_dict())
+    if model.text_tower is None:
+        rows = min(len(embed.word_embeddings.weight), len(qformer.words.weight))
+        qformer.words.weight[:rows] = embed.word_embeddings.weight[:rows]
+        places = min(len(embed.position_embeddings.weight), len(qformer.positions.weight))
+        qformer.positions.weight[:places] = embed.position_embeddings.weight[:places]
+    layers: Any = zip(qformer.layers, bert.encoder.layer, strict=False)
+    for layer, old in layers:
+        own = old.attention.self
+        for name in ("query", "key", "value"):
+            getattr(layer.attention, name).load_state_dict(getattr(own, name).state_dict())
+        layer.attention.out.load_state_dict(old.attention.output.dense.state_dict())
+        layer.attention.norm.load_state_dict(old.attention.output.LayerNorm.state_dict())
+        for block in (layer.ffn_query, layer.ffn_text):
+            if block is not None:
+                block.up.load_state_dict(old.intermediate.dense.state_dict())
+                block.down.load_state_dict(old.output.dense.state_dict())
+                block.norm.load_state_dict(old.output.LayerNorm.state_dict())
+
+
+def _present(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        inner = [str(file.parent) for file in folder.glob(f"*/{name}")]
+        raise CheckpointError(
+            f"{folder} lacks {name}.",
+            hint=f"Did you mean {inner[0]}?" if inner else "It is not a whole model folder.",
+        )
+    return path
+
+
+def _card(model: PathFLIP) -> str:
+    config = model.config
+    return "\n".join(
+        [
+            "---", "library_name: pathflip", "tags: [pathology, whole-slide-image, contrastive]",
+            "---", "",
+            "# PathFLIP", "",
+            f"Slides (patch features {config.feature_dim} wide) and captions in one space of "
+            f"{config.d} dimensions.", "",
+            "```python", "from pathflip.models import PathFLIP",
+            'model = PathFLIP.from_pretrained("<this folder>")', "```", "",
+            f"Fingerprint `{model.fingerprint()}`. For research; not a medical device.", "",
+        ]
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Weights of the published code, under our names.
+
+The published checkpoints are not safetensors; whoever has one turns its tensors into a dictionary
+and gives them to :func:`load_official_v1`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pathflip.errors import CheckpointError
+from pathflip.models.pathflip import PathFLIP
+
+_BERT = r"Qformer\.bert\."
+_LAYER = _BERT + r"encoder\.layer\.(\d+)\."
+NAMES: tuple[tuple[str, str], ...] = (
+    (r"path_encoder\.(\w+)", r"patch_in.\1"),
+    (r"query_tokens", r"queries"),
+    (_BERT + r"embeddings\.LayerNorm\.(\w+)", r"qformer.norm.\1"),
+    (_BERT + r"embeddings\.word_embeddings\.weight", r"qformer.words.weight"),
+    (_BERT + r"embeddings\.position_embeddings\.weight", r"qformer.positions.weight"),
+    (_LAYER + r"attention\.self\.(\w+)\.(\w+)", r"qformer.layers.\1.attention.\2.\3"),
+    (_LAYER + r"attention\.output\.dense\.(\w+)", r"qformer.layers.\1.attention.out.\2"),
+    (_LAYER + r"attention\.output\.LayerNorm\.(\w+)", r"qformer.layers.\1.attention.norm.\2"),
+    (_LAYER + r"crossattention\.self\.(\w+)\.(\w+)", r"qformer.layers.\1.cross.\2.\3"),
+    (_LAYER + r"crossattention\.output\.dense\.(\w+)", r"qformer.layers.\1.cross.out.\2"),
+    (_LAYER + r"crossattention\.output\.LayerNorm\.(\w+)", r"qformer.layers.\1.cross.norm.\2"),
+    (_LAYER + r"intermediate_query\.dense\.(\w+)", r"qformer.layers.\1.ffn_query.up.\2"),
+    (_LAYER + r"output_query\.dense\.(\w+)", r"qformer.layers.\1.ffn_query.down.\2"),
+    (_LAYER + r"output_query\.LayerNorm\.(\w+)", r"qformer.layers.\1.ffn_query.norm.\2"),
+    (_LAYER + r"intermediate\.dense\.(\w+)", r"qformer.layers.\1.ffn_text.up.\2"),
+    (_LAYER + r"output\.dense\.(\w+)", r"qformer.layers.\1.ffn_text.down.\2"),
+    (_LAYER + r"output\.LayerNorm\.(\w+)", r"qformer.layers.\1.ffn_text.norm.\2"),
+    (r"path_proj\.(\w+)", r"token_out.\1"),
+    (r"text_proj\.(\w+)", r"text_out.\1"),
+    (r"path_trans\.(.+)", r"context.\1"),
+    (r"fg_head\.attn\.(.+)", r"region_attention.attention.\1"),
+    (r"fg_head\.w_q\.(\w+)", r"region_attention.query.\1"),
+    (r"fg_head\.w_k\.(\w+)", r"region_attention.key.\1"),
+    (r"fg_head\.w_v\.(\w+)", r"region_attention.value.\1"),
+    (r"logit_scale", r"region_scale"),
+)
+"""Published name -> ours."""
+_NOT_NEEDED = re.compile(
+    # The language-model head is never used; the bias of a key never reaches a softmax.
+    r"Qformer\.cls\..+|.+\.position_ids|.+\.crossattention\.self\.key\.bias"
+)
+
+
+def load_official_v1(model: PathFLIP, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a model of preset ``pathflip/official_v1`` with published weights.
+
+    Args:
+        model: With the tokenizer of the published weights (BioBERT's with ``[DEC]`` added).
+        tensors: Published names and tensors; a leading ``model.`` or ``module.`` is dropped.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown or of another shape.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        plain = re.sub(r"^(?:module\.|model\.)+", "", name)
+        if _NOT_NEEDED.fullmatch(plain):
+            continue
+        ours = next(
+            (re.sub(old, new, plain) for old, new in NAMES if re.fullmatch(old, plain)), None
+        )
+        if ours is None:
+            raise CheckpointError(
+                f"The published weights have {name}, which pathflip/official_v1 has no place for.",
+                hint="Were they trained with other options?",
+            )
+        found[ours] = value.squeeze(0) if ours == "queries" and value.ndim == 3 else value
+    wanted = model.state_dict()
+    for name, value in wanted.items():
+        shape = tuple(found[name].shape) if name in found else None
+        if shape != tuple(value.shape):
+            what = "missing" if shape is None else f"{shape}, not {tuple(value.shape)}"
+            raise CheckpointError(
+                f"In the published weights {name} is {what}.",
+                hint="Sizes, layers and tokenizer must be those the weights were trained with.",
+            )
+    model.load_state_dict({name: found[name] for name in wanted})

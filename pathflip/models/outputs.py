@@ -1,0 +1,96 @@
+"""What the model returns.
+
+Shapes: B slides, N regions, M patch slots of a region, T vectors of a region, d joint width, L
+texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PathFLIPOutput:
+    """What a training step needs.
+
+    Attributes:
+        loss: Scalar to minimise.
+        loss_slide: Slide loss (Eq. 7-9).
+        loss_region: Region loss (Eq. 6); 0 where there is none.
+        slide: Normalised slide vectors [B, d].
+        text: Normalised caption vectors [B, d].
+        scale: η as it multiplied; 0 where there is no region loss.
+        bias: The bias of the region loss; 0 where there is none.
+    """
+
+    loss: Tensor
+    loss_slide: Tensor
+    loss_region: Tensor
+    slide: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlideEmbedding:
+    """A slide as the model sees it.
+
+    Attributes:
+        slide: L2-normalised [B, d].
+        tokens: Region vectors as the text-conditioned attention reads them [B, N·T, d].
+        token_mask: bool [B, N·T].
+        regions: L2-normalised vectors of regions in text space, for search [B, N, d]; 0 where there
+            is no region.
+        region_mask: bool [B, N].
+    """
+
+    slide: Tensor
+    tokens: Tensor
+    token_mask: Tensor
+    regions: Tensor
+    region_mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Grounding:
+    """Where on slides texts are seen.
+
+    Attributes:
+        heat: float32 [B, L, N, M], 0 where there is no patch.
+        region: Attention of each text to each region [B, L, N], sums to 1 over regions.
+        score: cos(v_tc, t) [B, L].
+    """
+
+    heat: Tensor
+    region: Tensor
+    score: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sight:
+    """Slides inside the model, nothing normalised.
+
+    Attributes:
+        slide: [B, d].
+        tokens: Vectors of regions [B, N, T, d]; None where regions were not read.
+        attention: Of those vectors to the patches of their region [B, N, T, M], 0 where masked;
+            None if not asked for.
+        region_mask: bool [B, N].
+    """
+
+    slide: Tensor
+    tokens: Tensor | None
+    attention: Tensor | None
+    region_mask: Tensor
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Region vectors [B, N·T, d] and their mask [B, N·T]; none where there are no regions."""
+        if self.tokens is None:
+            empty = self.slide.new_zeros(len(self.slide), 0, self.slide.shape[-1])
+            return empty, self.region_mask[:, :0]
+        return self.tokens.flatten(1, 2), self.region_mask.repeat_interleave(
+            self.tokens.shape[2], 1
+        )

@@ -1,0 +1,603 @@
+"""PathFLIP: slides and captions in one space, regions that answer to sentences.
+
+Read in this order: :meth:`PathFLIP.forward` (losses of a batch), :meth:`PathFLIP.see` (slides),
+:meth:`PathFLIP.embed` (texts), :meth:`PathFLIP.ground`. The parts are in qformer.py, text_tower.py,
+attention.py, losses.py and grounding.py; config.py has the switches.
+
+Shapes: B slides, N regions, M patch slots of a region, d_in feature width, d_e patch width, h
+Q-Former width, d joint width, Q latent queries, T vectors of a region (Q or 1), K sub-captions, L
+texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pathflip.errors import ConfigError
+from pathflip.models import grounding, hub, losses
+from pathflip.models.attention import RegionAttention, build_attention
+from pathflip.models.config import PathFLIPConfig, preset
+from pathflip.models.outputs import Grounding, PathFLIPOutput, Sight, SlideEmbedding
+from pathflip.models.packing import pack
+from pathflip.models.qformer import QFormer, Seen
+from pathflip.models.text_tower import TextTower, build_tower, load_tokenizer
+
+SEQUENCES_AT_ONCE = 256
+"""Regions that go through the Q-Former together where no gradient is wanted."""
+_WHITENING_FLOOR = 0.05
+"""Added to the variances of whitening: directions that hold less are not blown up."""
+
+Texts = Sequence[str] | Sequence[Sequence[int]]
+
+
+class PathFLIP(nn.Module):
+    """Two towers and the attention between them.
+
+    Args:
+        config: The switches.
+        tokenizer: A ``transformers`` tokenizer.
+        text_config: Configuration of the text tower's ``transformers`` model, where its weights are
+            loaded afterwards; None: they come from ``config.text_model`` or are drawn.
+    """
+
+    feature_mean: Tensor
+    feature_scale: Tensor
+    queries: Tensor
+    qformer: QFormer
+    text_tower: TextTower | None
+    region_attention: RegionAttention
+    token_bias: Tensor | None
+    slide_bias: Tensor | None
+    region_scale: Tensor | None
+    region_bias: Tensor | None
+
+    def __init__(
+        self, config: PathFLIPConfig, tokenizer: Any, *, text_config: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        width = config.patch_width or config.feature_dim
+        shared = config.text_encoder == "shared_qformer"
+        if config.feature_norm != "none":
+            one = torch.ones(config.feature_dim)
+            self.register_buffer("feature_mean", torch.zeros_like(one))
+            self.register_buffer(
+                "feature_scale", torch.diag(one) if config.feature_norm == "whiten" else one
+            )
+        if config.patch_width:
+            self.patch_in = nn.Linear(config.feature_dim, width)
+        if config.uses_qformer:
+            self.queries = nn.Parameter(torch.randn(config.num_queries, config.hidden) * 0.02)
+            self.qformer = QFormer(
+                hidden=config.hidden,
+                layers=config.layers,
+                heads=config.heads,
+                ffn=config.ffn,
+                patch_width=width,
+                cross_every=config.cross_attention_freq,
+                dropout=config.dropout,
+                vocab_size=len(tokenizer) if shared else 0,
+                max_positions=max(512, config.max_text_tokens),
+            )
+            self.token_out = nn.Linear(config.hidden, config.d)
+        if config.region_encoder == "mean" and config.trains_regions:
+            self.region_out = nn.Linear(width, config.d)
+        biases = (config.tokens_per_region, config.d)
+        wanted = config.vector_biases
+        self.token_bias = (
+            nn.Parameter(torch.zeros(biases)) if wanted and config.trains_regions else None
+        )
+        self.slide_bias = nn.Parameter(torch.zeros(config.d)) if wanted else None
+        if config.slide_context_layers:
+            layer = nn.TransformerEncoderLayer(
+                config.d,
+                config.tr_heads,
+                dim_feedforward=4 * config.d,
+                dropout=config.dropout,
+                batch_first=True,
+            )
+            self.context = nn.TransformerEncoder(
+                layer, config.slide_context_layers, enable_nested_tensor=False
+            )
+        self.text_tower = (
+            None
+            if shared
+            else build_tower(config, vocab_size=len(tokenizer), text_config=text_config)
+        )
+        text_width = config.hidden if self.text_tower is None else self.text_tower.width
+        self.text_out = nn.Linear(text_width, config.d)
+        self.region_attention = build_attention(config)
+        losing = config.has_region_loss
+        self.region_scale = (
+            nn.Parameter(torch.tensor(float(config.region_scale_init))) if losing else None
+        )
+        bias = config.region_bias_init
+        self.region_bias = (
+            nn.Parameter(torch.tensor(float(bias))) if losing and bias is not None else None
+        )
+
+    # -- making and keeping -----------------------------------------------------------------------
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        feature_dim: int | None = None,
+        tokenizer: Any = None,
+        texts: Sequence[str] | None = None,
+        **overrides: Any,
+    ) -> PathFLIP:
+        """Make an untrained model.
+
+        Args:
+            name: ``pathflip/paper``, ``pathflip/official_v1`` or ``pathflip/mini``.
+            feature_dim: Width of the patch features.
+            tokenizer: For a text tower from scratch; for others it comes with ``text_model``.
+            texts: Captions to train that tokenizer on instead.
+            overrides: Other settings of :class:`PathFLIPConfig`.
+
+        Raises:
+            ConfigError: Unknown preset or setting, or captions are needed and not given.
+            CheckpointError: The text model cannot be loaded.
+        """
+        from pathflip.text import train_tokenizer
+
+        if feature_dim is not None:
+            overrides["feature_dim"] = feature_dim
+        base = preset(name).model
+        if unknown := set(overrides) - set(asdict(base)):
+            raise ConfigError(
+                f"There is no model setting {sorted(unknown)[0]!r}.",
+                hint=f"Known: {', '.join(asdict(base))}.",
+            )
+        config = replace(base, **overrides)
+        if tokenizer is None and config.text_model is not None:
+            tokenizer = load_tokenizer(config.text_model)
+        if tokenizer is None:
+            if not texts:
+                raise ConfigError(
+                    f"{name} trains its tokenizer on captions, and there are none.",
+                    hint="Give texts or a tokenizer.",
+                )
+            tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
+        model = cls(config, tokenizer)
+        if config.text_model is not None and config.qformer_from_text and config.uses_qformer:
+            hub.start_from_bert(model, config.text_model)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> PathFLIP:
+        """Load a model from a folder or the hub, in evaluation mode, on the CPU.
+
+        Args:
+            source: What :meth:`save_pretrained` wrote, or ``owner/name`` on the hub.
+
+        Raises:
+            CheckpointError: A file is missing, damaged or does not fit; says which.
+        """
+        folder = hub.find(source)
+        config, text_config = hub.read_config(folder)
+        model = cls(config, hub.read_tokenizer(folder), text_config=text_config)
+        hub.read_weights(model, folder)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors, the tokenizer's files and README.md."""
+        hub.save(self, Path(folder))
+
+    def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the model to the hub.
+
+        Args:
+            name: ``owner/name``, made if it does not exist.
+            private: Whether a new repository is private.
+            token: Access token; None: the one that is logged in.
+
+        Returns:
+            Its address.
+        """
+        return hub.push(self, name, private=private, token=token)
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of configuration, vocabulary and weights; saving and loading keep it."""
+        digest = hashlib.sha256()
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        digest.update(json.dumps([asdict(self.config), vocabulary], sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.text_out.weight.device
+
+    @torch.no_grad()
+    def fit_input(self, features: Tensor) -> None:
+        """Take the statistics of patch features, for ``feature_norm``; does nothing without it.
+
+        Args:
+            features: A sample of the training slides' patches [n, d_in].
+        """
+        kind = self.config.feature_norm
+        if kind == "none":
+            return
+        x = features.to("cpu", torch.float64)
+        mean, std = x.mean(0), x.std(0) + 1e-4
+        scale = 1 / std
+        if kind == "whiten":
+            values, vectors = torch.linalg.eigh(torch.cov(((x - mean) * scale).T))
+            largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+            vectors = vectors * largest.sign()  # eigenvectors have no sign of their own
+            scale = scale[:, None] * vectors / (values.clamp(min=0) + _WHITENING_FLOOR).sqrt()
+        self.feature_mean.copy_(mean)
+        self.feature_scale.copy_(scale)
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        features: Tensor,
+        patch_mask: Tensor,
+        captions: Texts,
+        subcaptions: Sequence[Texts],
+        *,
+        negative_choice: Tensor | None = None,
+        group: Any = None,
+    ) -> PathFLIPOutput:
+        """Losses of a batch.
+
+        Args:
+            features: Patch features [B, N, M, d_in]; what masked slots hold does not matter, as
+                long as it is finite.
+            patch_mask: bool [B, N, M]; a region without a patch counts as absent.
+            captions: One text a slide, or its token ids.
+            subcaptions: K texts a slide, or their token ids.
+            negative_choice: int64 [B, B_all], which of slide j's K sub-captions is the negative for
+                slide i of this process; None draws them. B_all is B, or with gathered negatives the
+                slides of all processes, by rank.
+            group: Process group of gathered negatives; None for all processes.
+        """
+        config = self.config
+        if self.training and config.patch_dropout:
+            patch_mask = _hide_patches(patch_mask, config.patch_dropout)
+        sight = self.see(features, patch_mask, regions=config.has_region_loss)
+        pieces: list[Any] = []
+        if config.has_region_loss:
+            pieces = [text for own in subcaptions for text in own]
+        vectors = self.embed(captions, pieces)
+        slide, text = _unit(sight.slide), _unit(vectors[: len(captions)])
+        rank, processes = losses.world(group) if config.negatives == "gathered" else (0, 1)
+        all_slides, all_texts = slide, text
+        if processes > 1:
+            both = losses.gather(torch.cat([slide, text], -1), group)
+            all_slides, all_texts = both[:, : config.d], both[:, config.d :]
+        loss_slide = losses.info_nce(
+            slide,
+            text,
+            temperature=config.temperature,
+            label_smoothing=config.label_smoothing,
+            all_slides=all_slides,
+            all_texts=all_texts,
+            offset=rank * len(slide),
+        )
+        zero = loss_slide.new_zeros(())
+        scale = bias = zero
+        loss, loss_region = loss_slide, zero
+        if self.region_scale is not None:
+            own = vectors[len(captions) :].view(len(captions), -1, config.d)
+            everyone = losses.gather(own, group) if processes > 1 else own
+            if negative_choice is None:
+                shape = (len(own), len(everyone))
+                negative_choice = torch.randint(own.shape[1], shape, device=own.device)
+            texts, positive = losses.region_texts(
+                own, everyone, negative_choice, offset=rank * len(own)
+            )
+            seen, _ = self.region_attention(texts, *sight.flat())
+            scale = losses.scale_of(self.region_scale, kind=config.region_scale)
+            bias = zero if self.region_bias is None else self.region_bias
+            loss_region = losses.region_sigmoid(
+                (_unit(seen) * _unit(texts)).sum(-1),
+                positive,
+                scale=scale,
+                bias=self.region_bias,
+                reduction=config.region_reduction,
+            )
+            if config.region_reduction == "sum":
+                # DDP takes the mean over processes of this; what is wanted is the sum.
+                loss_region = loss_region * processes
+            loss = loss_slide + loss_region
+        return PathFLIPOutput(
+            loss=loss,
+            loss_slide=loss_slide,
+            loss_region=loss_region,
+            slide=slide,
+            text=text,
+            scale=scale.detach(),
+            bias=bias.detach(),
+        )
+
+    # -- slides -----------------------------------------------------------------------------------
+
+    def patches(self, features: Tensor) -> Tensor:
+        """Patch features as the encoders read them [..., d_in] -> [..., d_e]."""
+        x = features.to(self.text_out.weight.dtype)
+        if self.config.feature_norm != "none":
+            with torch.autocast(x.device.type, enabled=False):
+                x = x - self.feature_mean
+                scale = self.feature_scale
+                x = x @ scale if scale.ndim == 2 else x * scale
+        return self.patch_in(x) if self.config.patch_width else x
+
+    def see(
+        self, features: Tensor, patch_mask: Tensor, *, regions: bool, attention: bool = False
+    ) -> Sight:
+        """Raw vectors of slides and their regions.
+
+        Args:
+            features: [B, N, M, d_in].
+            patch_mask: bool [B, N, M].
+            regions: Whether regions are wanted; where slides are made of them they are read anyway.
+            attention: Whether their attention to patches is wanted.
+        """
+        config = self.config
+        patches = self.patches(features)
+        region_mask = patch_mask.any(-1)
+        regions = (regions or config.slide_needs_regions) and config.has_regions
+        slide = tokens = weights = None
+        if regions and config.region_encoder == "mean":
+            share = patch_mask / patch_mask.sum(-1, keepdim=True).clamp(min=1)
+            weights = share.to(patches.dtype)[:, :, None]
+            tokens = self.region_out(weights @ patches)
+        read_regions = regions and config.region_encoder == "qformer"
+        read_slide = config.slide_encoder == "qformer"
+        if read_regions or read_slide:
+            seen = self._read(
+                patches, patch_mask, regions=read_regions, slide=read_slide, attention=attention
+            )
+            if seen.slide is not None:
+                slide = self.token_out(seen.slide.mean(-2))
+            if seen.regions is not None:
+                states, weights = seen.regions, seen.attention
+                if config.tokens_per_region == 1:
+                    states = states.mean(-2, keepdim=True)
+                    weights = None if weights is None else weights.mean(-2, keepdim=True)
+                tokens = self.token_out(states)
+        if tokens is not None and self.token_bias is not None:
+            tokens = tokens + self.token_bias
+        if slide is None:
+            if tokens is None:
+                raise TypeError("a configuration reads slides or regions")
+            real = region_mask[..., None].to(tokens.dtype)
+            slide = (tokens.mean(2) * real).sum(1) / real.sum(1).clamp(min=1)
+        if self.slide_bias is not None:
+            slide = slide + self.slide_bias
+        if config.slide_context_layers:
+            slide, tokens = self._in_context(slide, tokens, region_mask)
+        return Sight(slide=slide, tokens=tokens, attention=weights, region_mask=region_mask)
+
+    def _read(
+        self, patches: Tensor, mask: Tensor, *, regions: bool, slide: bool, attention: bool
+    ) -> Seen:
+        """The Q-Former; where no gradient is wanted, some regions at a time."""
+        batch, num = mask.shape[:2]
+        if torch.is_grad_enabled() or not regions or batch * num <= SEQUENCES_AT_ONCE:
+            seen: Seen = self.qformer(
+                self.queries, patches, mask, regions=regions, slide=slide, attention=attention
+            )
+            return seen
+        whole = self.qformer(self.queries, patches, mask, regions=False).slide if slide else None
+        step = max(1, SEQUENCES_AT_ONCE // batch)
+        parts = [
+            self.qformer(
+                self.queries,
+                patches[:, start : start + step].contiguous(),
+                mask[:, start : start + step],
+                slide=False,
+                attention=attention,
+            )
+            for start in range(0, num, step)
+        ]
+        return Seen(
+            regions=torch.cat([part.regions for part in parts], 1),
+            slide=whole,
+            attention=torch.cat([part.attention for part in parts], 1) if attention else None,
+        )
+
+    def _in_context(
+        self, slide: Tensor, tokens: Tensor | None, region_mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Let slide and region vectors see one another."""
+        if tokens is None:
+            return self.context(slide[:, None])[:, 0], None
+        hidden = ~region_mask.repeat_interleave(tokens.shape[2], 1)
+        padding = F.pad(hidden, (1, 0)) if bool(hidden.any()) else None
+        line = torch.cat([slide[:, None], tokens.flatten(1, 2)], 1)
+        out = self.context(line, src_key_padding_mask=padding)
+        return out[:, 0], out[:, 1:].reshape(tokens.shape)
+
+    @torch.no_grad()
+    def encode_slide(self, features: Tensor, patch_mask: Tensor) -> SlideEmbedding:
+        """Encode slides; any number of regions.
+
+        Args:
+            features: [B, N, M, d_in].
+            patch_mask: bool [B, N, M].
+        """
+        with _evaluating(self):
+            features, patch_mask = features.to(self.device), patch_mask.to(self.device)
+            sight = self.see(features, patch_mask, regions=True)
+        tokens, mask = sight.flat()
+        region_mask = sight.region_mask
+        regions = sight.slide.new_zeros((*region_mask.shape, self.config.d))
+        if sight.tokens is None:
+            region_mask = torch.zeros_like(region_mask)
+        else:
+            regions = _unit(self.region_attention.values(sight.tokens).mean(2))
+            regions = regions * region_mask[..., None]
+        return SlideEmbedding(
+            slide=_unit(sight.slide),
+            tokens=tokens,
+            token_mask=mask,
+            regions=regions,
+            region_mask=region_mask,
+        )
+
+    # -- texts ------------------------------------------------------------------------------------
+
+    def embed(self, captions: Texts, subcaptions: Texts = ()) -> Tensor:
+        """Raw vectors of texts, in one pass, each distinct one encoded once.
+
+        Args:
+            captions: Texts or token ids, cut at ``max_text_tokens``.
+            subcaptions: The same, cut at ``max_subcaption_tokens``.
+
+        Returns:
+            [captions + subcaptions, d].
+        """
+        config = self.config
+        most = config.max_text_tokens
+        if self.text_tower is not None:
+            most = min(most, self.text_tower.max_positions)
+        ids = self._tokens(captions, most=most)
+        ids += self._tokens(subcaptions, most=min(most, config.subcaption_tokens))
+        packed = pack(ids, device=self.device)
+        tower = self.qformer.text if self.text_tower is None else self.text_tower
+        vectors: Tensor = self.text_out(tower(packed, pooling=config.text_pooling))
+        return vectors[packed.back]
+
+    def _tokens(self, texts: Texts, *, most: int) -> list[list[int]]:
+        """Token ids of texts, cut to ``most``; what is tokenised already is only cut."""
+        strings = [text for text in texts if isinstance(text, str)]
+        if len(strings) < len(texts):
+            return [[*text][:most] for text in texts if not isinstance(text, str)]
+        if not strings:
+            return []
+        distinct = list(dict.fromkeys(strings))
+        found = self.tokenizer(distinct, truncation=True, max_length=most)["input_ids"]
+        ids = dict(zip(distinct, found, strict=True))
+        return [ids[text] for text in strings]
+
+    @torch.no_grad()
+    def encode_text(
+        self, texts: Sequence[str], *, batch_size: int = 256, normalize: bool = True
+    ) -> Tensor:
+        """Encode texts; what is longer than ``max_text_tokens`` is cut.
+
+        Args:
+            texts: What to encode.
+            batch_size: Texts at once.
+            normalize: Whether to L2-normalise; :meth:`local_scores` wants them raw.
+
+        Returns:
+            [n, d].
+        """
+        found = torch.zeros(len(texts), self.config.d, device=self.device)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        with _evaluating(self):
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                found[part] = self.embed([texts[i] for i in part]).float()
+        return _unit(found) if normalize else found
+
+    @torch.no_grad()
+    def local_scores(self, slide: SlideEmbedding, text_raw: Tensor) -> Tensor:
+        """cos(v_tc(t), t) of slides and texts (Eq. 5) [B, L].
+
+        Args:
+            slide: Of :meth:`encode_slide`.
+            text_raw: Text vectors that are not normalised [L, d].
+        """
+        self._need_regions()
+        texts = text_raw.to(slide.tokens)[None].expand(len(slide.slide), -1, -1)
+        seen, _ = self.region_attention(texts, slide.tokens, slide.token_mask)
+        return (_unit(seen) * _unit(texts)).sum(-1)
+
+    # -- grounding --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def ground(
+        self,
+        features: Tensor,
+        patch_mask: Tensor,
+        texts: Sequence[str],
+        *,
+        variant: grounding.Variant = "attn",
+        contrast: str | None = None,
+    ) -> Grounding:
+        """Find texts on slides.
+
+        Args:
+            features: [B, N, M, d_in].
+            patch_mask: bool [B, N, M].
+            texts: What to look for [L].
+            variant: ``attn``: attention of the text to region vectors times theirs to patches, sums
+                to 1 over a slide. ``region_only``: the first alone, shared evenly in a region.
+                ``cosine``: cosine of text and region vectors, at each patch the mean over those
+                vectors by their attention to it. ``product``: attn times the positive cosine.
+            contrast: A neutral text, say "tissue", whose heat is taken off.
+
+        Raises:
+            ConfigError: The model has no regions, or there is no such variant.
+        """
+        self._need_regions()
+        if variant not in grounding.VARIANTS:
+            raise ConfigError(
+                f"There is no grounding variant {variant!r}.",
+                hint=f"Known: {', '.join(grounding.VARIANTS)}.",
+            )
+        every = [*texts] if contrast is None else [*texts, contrast]
+        raw = self.encode_text(every, normalize=False)
+        with _evaluating(self):
+            features, patch_mask = features.to(self.device), patch_mask.to(self.device)
+            sight = self.see(features, patch_mask, regions=True, attention=True)
+            return grounding.ground(
+                sight,
+                patch_mask,
+                raw.to(sight.slide.dtype),
+                self.region_attention,
+                variant=variant,
+                contrast=contrast is not None,
+            )
+
+    def _need_regions(self) -> None:
+        if not self.config.has_regions:
+            raise ConfigError(
+                "This model has no vectors of regions (model.region_encoder is "
+                f"{self.config.region_encoder}).",
+                hint="Use a model trained with regions.",
+            )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.float(), dim=-1)
+
+
+def _hide_patches(mask: Tensor, share: float) -> Tensor:
+    """Hide patches at random; a region keeps its own where it would lose all."""
+    kept = mask & (torch.rand(mask.shape, device=mask.device) >= share)
+    return torch.where(kept.any(-1, keepdim=True), kept, mask)

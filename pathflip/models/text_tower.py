@@ -1,0 +1,173 @@
+"""The text tower: a BERT-family encoder, or a small BERT from scratch.
+
+A BERT is run on packed texts (:mod:`pathflip.models.packing`) with the weights of its
+``transformers`` module; other families run as they are, on texts grouped by length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pathflip.errors import CheckpointError
+from pathflip.models.config import PathFLIPConfig
+from pathflip.models.packing import Packed
+
+
+class TextTower(nn.Module):
+    """Encodes packed texts; see :func:`build_tower` for where the weights come from.
+
+    Args:
+        bert: A ``transformers`` encoder.
+    """
+
+    def __init__(self, bert: Any) -> None:
+        super().__init__()
+        self.bert = bert
+        if getattr(bert, "pooler", None) is not None:
+            bert.pooler = None  # not used: it would be a parameter without a gradient
+        self._packs = bert.config.model_type == "bert" and bert.config.hidden_act == "gelu"
+
+    @property
+    def width(self) -> int:
+        """Width of the states."""
+        return int(self.bert.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest text in tokens."""
+        return int(getattr(self.bert.config, "max_position_embeddings", 512))
+
+    def forward(self, packed: Packed, *, pooling: str) -> Tensor:
+        """Encode packed texts.
+
+        Args:
+            packed: Texts.
+            pooling: ``cls`` or ``mean``.
+
+        Returns:
+            One state for each distinct text [n, H].
+        """
+        if self._packs:
+            return self._packed(packed, pooling)
+        states = self._grouped(packed)
+        return states[packed.first] if pooling == "cls" else packed.mean(states)
+
+    def _packed(self, packed: Packed, pooling: str) -> Tensor:
+        embed = self.bert.embeddings
+        x = embed.word_embeddings(packed.ids) + embed.position_embeddings(packed.positions)
+        x = embed.dropout(embed.LayerNorm(x + embed.token_type_embeddings.weight[0]))
+        layers = self.bert.encoder.layer
+        for number, layer in enumerate(layers):
+            # Of the last layer, first tokens are all that is asked for.
+            first = pooling == "cls" and number == len(layers) - 1
+            own, out = layer.attention.self, layer.attention.output
+            asking = x[packed.first] if first else x
+            seen = packed.attend(
+                own.query(asking),
+                own.key(x),
+                own.value(x),
+                heads=own.num_attention_heads,
+                dropout=own.dropout.p if self.training else 0.0,
+                first=first,
+            )
+            x = out.LayerNorm(out.dropout(out.dense(seen)) + asking)
+            inner = F.gelu(layer.intermediate.dense(x))
+            x = layer.output.LayerNorm(layer.output.dropout(layer.output.dense(inner)) + x)
+        return x if pooling == "cls" else packed.mean(x)
+
+    def _grouped(self, packed: Packed) -> Tensor:
+        found = []
+        for group in packed.groups:
+            shape = (group.texts, group.longest)
+            ids = packed.ids[group.start : group.stop]
+            mask = torch.ones_like(ids)
+            if group.inside is not None:
+                pad = int(getattr(self.bert.config, "pad_token_id", 0) or 0)
+                ids = torch.full((shape[0] * shape[1],), pad, device=ids.device).index_copy(
+                    0, group.inside, ids
+                )
+                mask = torch.zeros_like(ids).index_fill(0, group.inside, 1)
+            states = self.bert(input_ids=ids.view(shape), attention_mask=mask.view(shape))[0]
+            flat = states.reshape(-1, states.shape[-1])
+            found.append(flat if group.inside is None else flat[group.inside])
+        return torch.cat(found)
+
+
+def build_tower(
+    config: PathFLIPConfig, *, vocab_size: int, text_config: dict[str, Any] | None
+) -> TextTower:
+    """Build the tower of a configuration.
+
+    Args:
+        config: The model's.
+        vocab_size: Entries of its tokenizer.
+        text_config: Configuration of the ``transformers`` model, where its weights come later;
+            None: they come from ``config.text_model``, or are drawn.
+    """
+    from transformers import AutoConfig, BertConfig
+
+    auto, bert = _classes()
+
+    if text_config is not None:
+        kind = dict(text_config)
+        return TextTower(auto.from_config(AutoConfig.for_model(kind.pop("model_type"), **kind)))
+    if config.text_model is not None:
+        return TextTower(load_text_model(config.text_model))
+    small = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.text_hidden,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.text_heads,
+        intermediate_size=config.text_ffn,
+        max_position_embeddings=config.max_text_tokens,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        type_vocab_size=1,
+    )
+    return TextTower(bert(small, add_pooling_layer=False))
+
+
+def _classes() -> tuple[Any, Any]:
+    from transformers import AutoModel, BertModel
+
+    return AutoModel, BertModel
+
+
+def load_text_model(source: str) -> Any:
+    """Load a ``transformers`` encoder from the hub or a folder (safetensors only).
+
+    Raises:
+        CheckpointError: It cannot be had.
+    """
+    auto, _ = _classes()
+    try:
+        return auto.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise _no_text_model(source, error) from error
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load the tokenizer of a model on the hub or of a folder.
+
+    Raises:
+        CheckpointError: It cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _no_text_model(source, error) from error
+
+
+def _no_text_model(source: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"The text model {source} cannot be loaded: {str(error).splitlines()[0]}",
+        hint="Give model.text_model a folder with config.json, model.safetensors and the "
+        "tokenizer's files, or null for a small one trained from scratch.",
+        code="text_model",
+    )

@@ -1,0 +1,132 @@
+"""A start from data for models trained from scratch: what the small preset needs to learn at all.
+
+At random weights 97 % of the energy of a region's vectors is the same for every region: the latent
+query passes through, and what it gathered is an average over patches that hardly differs. Texts
+differ as little. Cosines of such vectors say nothing, the region loss stays at the entropy of its
+labels, and rare findings are never found (docs/models.md has the figures). :func:`warm_start`
+removes that, from patches and texts alone, without a label:
+
+* features are whitened (``PathFLIP.fit_input``);
+* every query and head of the first cross-attention starts at a prototype of the patches, a k-means
+  centre, some sharp and some nearly an average, so that what is rare in a region is gathered by
+  somebody;
+* what is gathered weighs as much as the query itself;
+* region vectors and texts are centred by the biases that a model can learn anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pathflip.models.outputs import Sight
+
+if TYPE_CHECKING:
+    from pathflip.models.pathflip import PathFLIP
+
+SHARPEST, FLATTEST = 2.0, 0.2
+"""Standard deviation over patches of the first scores of a query's heads, first to last query."""
+GATHERED = 2.0
+"""Standard deviation over patches of what cross-attention adds to a query of unit variance."""
+_PATCHES = 100_000
+_SLIDES = 16
+
+
+@torch.no_grad()
+def warm_start(
+    model: PathFLIP, features: Tensor, mask: Tensor, sentences: Sequence[str], *, seed: int
+) -> None:
+    """Start a model from some slides and sentences of its training data.
+
+    Args:
+        model: As built; changed in place.
+        features: Patch features of some slides [B, N, M, d_in]; about a hundred slides will do.
+        mask: bool [B, N, M].
+        sentences: Sentences of captions.
+        seed: Of k-means and of which prototype goes where.
+    """
+    training = model.training
+    model.eval()
+    patches = features[mask].float()
+    patches = patches[:: max(1, len(patches) // _PATCHES)]
+    model.fit_input(patches)
+    if model.config.uses_qformer:
+        keys = model.patches(patches)
+        _start_queries(model, keys, seed=seed)
+    _centre(model, features, mask, sentences)
+    model.train(training)
+
+
+def _start_queries(model: PathFLIP, keys: Tensor, *, seed: int) -> None:
+    """Point every query and head of the first cross-attention at a prototype."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    layer = model.qformer.layers[0]
+    cross = layer.cross
+    if cross is None:
+        raise TypeError("the first layer attends to patches")
+    heads, width = cross.heads, cross.key.in_features
+    queries = len(model.queries)
+    size = cross.key.out_features // heads
+    state = layer.attention(model.qformer.norm(model.queries)[None])[0]  # [Q, H]
+    if queries <= size:  # otherwise a head cannot hold a prototype for each query
+        found = MiniBatchKMeans(queries * heads, random_state=seed, batch_size=4096, n_init=3).fit(
+            keys.numpy()
+        )
+        centres = torch.from_numpy(found.cluster_centers_.astype(np.float32))
+        spread = (keys[::5] @ F.normalize(centres, dim=-1).T).std(0)
+        centres = F.normalize(centres, dim=-1) / spread.clamp(min=1e-6)[:, None]
+        order = torch.randperm(len(centres), generator=torch.Generator().manual_seed(seed))
+        sharpness = torch.logspace(math.log10(FLATTEST), math.log10(SHARPEST), queries)
+        centres = centres[order].view(heads, queries, width) * sharpness[:, None]
+        # Scores are (W_q x)·(W_k key)/√size: unit vectors on the side of the queries, one a query.
+        pointing = torch.linalg.pinv(state).T * size**0.25  # [Q, H]
+        query = torch.zeros(heads, size, pointing.shape[1])
+        query[:, :queries] = pointing
+        key = cross.key.weight.view(heads, size, width) * 0.05
+        key[:, :queries] = centres * size**0.25
+        cross.query.weight.copy_(query.flatten(0, 1))
+        cross.query.bias.zero_()
+        cross.key.weight.copy_(key.flatten(0, 1))
+    gathered = cross.out(cross.value(keys)).std(0).mean()
+    cross.out.weight.mul_(GATHERED / gathered.clamp(min=1e-6))
+
+
+def _centre(model: PathFLIP, features: Tensor, mask: Tensor, sentences: Sequence[str]) -> None:
+    """Make region vectors, slides and texts average to zero."""
+    tower = model.text_tower
+    if tower is not None and model.config.text_model is None:
+        # A word says more than its place, and a mean over words keeps only what is large in them.
+        words = tower.bert.embeddings.word_embeddings
+        words.weight.mul_(1 / words.weight.std())
+    texts = model.encode_text(list(sentences), normalize=False)
+    model.text_out.bias.sub_(texts.mean(0))
+    found = _see(model, features, mask)
+    if found.tokens is not None and model.token_bias is not None:
+        kept = found.tokens[found.region_mask]
+        model.token_bias.sub_(kept.mean(0))
+        found = _see(model, features, mask)  # slides may be made of regions
+    if model.slide_bias is not None:
+        model.slide_bias.sub_(found.slide.mean(0))
+
+
+def _see(model: PathFLIP, features: Tensor, mask: Tensor) -> Sight:
+    parts = [
+        model.see(
+            features[start : start + _SLIDES].float(), mask[start : start + _SLIDES], regions=True
+        )
+        for start in range(0, len(features), _SLIDES)
+    ]
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    return Sight(
+        slide=torch.cat([part.slide for part in parts]),
+        tokens=torch.cat(tokens) if tokens else None,
+        attention=None,
+        region_mask=torch.cat([part.region_mask for part in parts]),
+    )

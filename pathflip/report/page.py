@@ -1,0 +1,127 @@
+"""What all pages share: rendering and writing, thumbnails in SVG, numbers for people."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def write_page(template: str, path: Path, **values: Any) -> Path:
+    """Render a template into a file, whole or not at all."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    import pathflip
+
+    environment = Environment(
+        loader=PackageLoader("pathflip", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": count,
+        "size": size,
+        "figures": figures,
+        "mpp": mpp,
+        "time": duration,
+    }
+    style = environment.get_template("style.css").render()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    page = environment.get_template(template).render(
+        **values,
+        style=Markup(style),  # ours, and exactly what the digest is of
+        style_digest=digest,
+        version=pathflip.__version__,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def data_uri(image: bytes | None) -> str:
+    """A JPEG or PNG as a data URI, "" for none."""
+    if not image:
+        return ""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def count(value: int | None) -> str:
+    """A whole number."""
+    return "–" if value is None else f"{value:,}"
+
+
+def figures(value: float | None, digits: int = 3) -> str:
+    """A number to so many significant digits, never in powers of ten."""
+    if value is None:
+        return "–"
+    if not value:
+        return "0"
+    places = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
+    return f"{value:,.{places}f}"
+
+
+def mpp(value: float | None) -> str:
+    """A resolution, µm/px."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def size(value: float | None) -> str:
+    """A number of bytes."""
+    if value is None or value < 0:
+        return "–"
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:,.0f} {unit}" if unit == "bytes" else f"{figures(value)} {unit}"
+
+
+def duration(value: float | None) -> str:
+    """A time in seconds."""
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{figures(value, 2)} s"
+    whole = round(value)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
+
+
+def slide_view(row: dict[str, Any], px: int) -> dict[str, Any] | None:
+    """A slide's thumbnail for an SVG in level-0 px: data URI and its extent there."""
+    import cv2
+    import simplejpeg
+
+    if not row["thumbnail"] or not row["width"] or not row["mpp"] or not row["thumbnail_mpp"]:
+        return None
+    try:
+        rgb = simplejpeg.decode_jpeg(row["thumbnail"], fastdct=False)
+    except ValueError:
+        return None
+    height, width = rgb.shape[:2]
+    shrink = min(1.0, px / max(height, width))
+    if shrink < 1:
+        smaller = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+        rgb = np.asarray(cv2.resize(rgb, smaller, interpolation=cv2.INTER_AREA), np.uint8)
+    to_level0 = row["thumbnail_mpp"] / row["mpp"]
+    return {
+        "uri": data_uri(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=82)),
+        "width": row["width"],
+        "height": row["height"],
+        # The thumbnail may reach beyond the slide by part of one of its pixels.
+        "image_w": round(width * to_level0, 2),
+        "image_h": round(height * to_level0, 2),
+    }

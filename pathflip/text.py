@@ -1,0 +1,262 @@
+"""Captions: cut into sentences, drawn as sub-captions, and a tokenizer trained on them.
+
+Read in this order: :func:`split_sentences`, :func:`sample_subcaptions` with :func:`draw_rng`,
+:func:`train_tokenizer`. No part of it downloads anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+# -- sentences ------------------------------------------------------------------------------------
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ABBREVIATIONS = _words(
+    "dr mr mrs ms prof st vs approx ca cf e.g i.e eg ie etc fig figs no nos inc al ed eds resp "
+    "incl excl max min avg cm mm um µm hpf lt rt l r ant post sup inf dx hx bx ln lns u.s a.m p.m "
+    "m.d ph.d sp spp var wt ht vol ref refs dept esp viz"
+)
+"""Words whose full stop is part of the word."""
+_MAY_END = _words("cm mm um µm hpf no ed inc l r al etc ln lns post inf sup min max vol a.m p.m")
+"""Those of them that also end sentences, when the next word is capitalised."""
+_TITLES = _words("dr mr mrs ms prof st")
+
+_BREAKS = re.compile(r"</s>|[\r\n\u2028\u2029]+")
+_STOP = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z][a-z])")
+_INITIALS = re.compile(r"(?:[a-z]\.)*[a-z]")
+_ENUMERATOR = re.compile(r"\(?(?:\d{1,2}|[ivx]{1,4})")
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut a caption into sentences.
+
+    Rules, not a model: decimals (2.5 cm), stages (pT2a), abbreviations (vs., Dr., e.g.), initials
+    and enumerators (``1. Invasive carcinoma.``) do not end a sentence; a missing space
+    (``0.4 cm.The``) does not hide its end.
+
+    Args:
+        text: A caption; line breaks and ``</s>`` always end a sentence.
+
+    Returns:
+        The sentences with their punctuation, white space collapsed, none without a letter or digit.
+    """
+    found = []
+    for line in _BREAKS.split(text):
+        line = " ".join(line.split())
+        start = 0
+        for stop in _STOP.finditer(line):
+            if _ends_sentence(line, start, stop):
+                found.append(line[start : stop.end()].strip())
+                start = stop.end()
+        found.append(line[start:].strip())
+    return [piece for piece in found if any(char.isalnum() for char in piece)]
+
+
+def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
+    after = line[stop.end() :].lstrip()
+    following = after[:1]
+    if not following or not stop.group().startswith("."):
+        return True
+    words = line[start : stop.start()].split()
+    word = words[-1].lstrip("([{\"'“‘").lower() if words else ""
+    capital = following.isupper()
+    if word in _ABBREVIATIONS and not (word in _MAY_END and capital):
+        return False
+    if word and _INITIALS.fullmatch(word) and word not in _MAY_END:
+        previous = words[-2].lower().rstrip(".") if len(words) > 1 else ""
+        if "." in word or not capital or previous in _TITLES:
+            return False
+    if len(words) == 1 and _ENUMERATOR.fullmatch(words[0].lower()):
+        return False
+    return not following.islower()
+
+
+# -- sub-captions ---------------------------------------------------------------------------------
+
+
+_DENIAL = re.compile(
+    r"^(no|not|none|neither|absence of|absent|negative for|free of)\\b"
+    r"|\\b(no evidence of|is absent|are absent|is not (seen|identified|present)"
+    r"|are not (seen|identified|present)|without evidence of)\\b",
+    re.IGNORECASE,
+)
+
+
+def denies(sentence: str) -> bool:
+    """Whether a sentence says that something is absent ("No necrosis is identified.").
+
+    Such a sentence is true of no region more than of another: there is nothing to ground it in, and
+    a text tower reads its noun as if it were there. A rule on the wording, not a parser.
+    """
+    return _DENIAL.search(sentence.strip()) is not None
+
+
+def sample_subcaptions(
+    sentences: Sequence[str],
+    *,
+    num: int,
+    rng: np.random.Generator,
+    max_merged: int = 3,
+    contig_off_by_one: bool = False,
+) -> list[str]:
+    """Draw sub-captions of a slide: one sentence, neighbours, or sentences from anywhere.
+
+    Each of ``num`` independent draws takes s ~ U{1..max_merged} sentences: one of them; or, with
+    equal chance, s neighbours in order (the whole caption where it has no more than s) or s
+    different ones in random order (with repeats where it has fewer).
+
+    Args:
+        sentences: The slide's sentences, at least one.
+        num: K, how many to draw.
+        rng: See :func:`draw_rng`.
+        max_merged: Most sentences in one sub-caption.
+        contig_off_by_one: Draw neighbours as the published code does, never with the last sentence.
+
+    Returns:
+        ``num`` texts, repeats possible.
+    """
+    count = len(sentences)
+    if not count:
+        raise ValueError("a caption without a sentence has no sub-captions")
+    drawn = []
+    for _ in range(num):
+        merged = int(rng.integers(1, max_merged + 1))
+        if merged == 1:
+            drawn.append(sentences[int(rng.integers(count))])
+        elif rng.random() < 0.5:
+            if merged >= count:
+                drawn.append(" ".join(sentences))
+                continue
+            start = int(rng.integers(count - merged + (0 if contig_off_by_one else 1)))
+            drawn.append(" ".join(sentences[start : start + merged]))
+        else:
+            chosen = rng.choice(count, merged, replace=count < merged)
+            drawn.append(" ".join(sentences[int(i)] for i in chosen))
+    return drawn
+
+
+def draw_rng(seed: int, epoch: int, slide_id: str) -> np.random.Generator:
+    """Returns the generator of a slide's draws in an epoch: the same in every process."""
+    key = json.dumps([int(seed), int(epoch), str(slide_id)]).encode()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(key).digest(), "big")))
+
+
+# -- tokenizer ------------------------------------------------------------------------------------
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_LONGEST_WORD = 100
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> Any:
+    """Train a lower-casing WordPiece tokenizer.
+
+    The pieces are learned here and not by the ``tokenizers`` trainer, which breaks ties by the
+    order of a hash table: two runs of it on the same texts give different vocabularies.
+
+    Args:
+        texts: Captions; their order and repeats do not matter.
+        vocab_size: Most entries, special tokens included; single characters are always in.
+
+    Returns:
+        A ``transformers.PreTrainedTokenizerFast`` with [PAD] [UNK] [CLS] [SEP] [MASK] as 0 to 4,
+        that frames a text in [CLS] … [SEP]. The same texts give the same tokenizer.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for text in set(texts):
+        words.update(
+            word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(str(text)))
+        )
+    pieces = [*_SPECIAL, *_learn_pieces(words, limit=vocab_size - len(_SPECIAL))]
+    wordpiece = Tokenizer(
+        models.WordPiece(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            unk_token="[UNK]",
+            max_input_chars_per_word=_LONGEST_WORD,
+        )
+    )
+    wordpiece.normalizer = normalizer
+    wordpiece.pre_tokenizer = splitter
+    wordpiece.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    make: Any = PreTrainedTokenizerFast
+    return make(
+        tokenizer_object=wordpiece,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def _learn_pieces(words: Mapping[str, int], *, limit: int) -> list[str]:
+    """Merge the most frequent pair of neighbouring pieces, over and over; ties by spelling."""
+    spelled = {
+        word: [word[0], *(f"##{char}" for char in word[1:])]
+        for word in sorted(words)
+        if len(word) <= _LONGEST_WORD
+    }
+    pieces = sorted({piece for parts in spelled.values() for piece in parts})
+    known = set(pieces)
+    counts: Counter[tuple[str, str]] = Counter()
+    where: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for word, parts in spelled.items():
+        for pair in pairwise(parts):
+            counts[pair] += words[word]
+            where[pair].add(word)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapify(heap)
+    while heap and len(pieces) < limit:
+        count, pair = heappop(heap)
+        if -count != counts[pair]:  # changed since: the current count is, or was, in the heap too
+            continue
+        merged = pair[0] + pair[1].removeprefix("##")
+        if merged not in known:
+            pieces.append(merged)
+            known.add(merged)
+        changed = set()
+        for word in where.pop(pair):
+            parts = spelled[word]
+            for old in pairwise(parts):
+                counts[old] -= words[word]
+                changed.add(old)
+            spelled[word] = parts = _merge(parts, pair, merged)
+            for new in pairwise(parts):
+                counts[new] += words[word]
+                where[new].add(word)
+                changed.add(new)
+        for touched in changed:
+            if counts[touched] > 0:
+                heappush(heap, (-counts[touched], touched))
+    return pieces
+
+
+def _merge(parts: list[str], pair: tuple[str, str], merged: str) -> list[str]:
+    joined: list[str] = []
+    at = 0
+    while at < len(parts):
+        here = tuple(parts[at : at + 2]) == pair
+        joined.append(merged if here else parts[at])
+        at += 2 if here else 1
+    return joined

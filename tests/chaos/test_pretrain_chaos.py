@@ -1,0 +1,173 @@
+"""Pretraining loses a worker, its driver, and goes on with another number of workers.
+
+The run to which nothing happened is the truth: its weights to 1e-6 and its log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import runs
+from jobs.pretrain import pretrain, resolve
+from pathflip.checkpoints import latest_checkpoint
+from tests import faults
+from tests.archives import TINY, make_archive
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, KILL_AT, SAVE_EVERY = 20, 7, 5
+SETTINGS = (
+    *TINY, f"steps={STEPS}", f"save_every={SAVE_EVERY}", "val_every=2", "batch_size=8",
+    "log_every=1", "lr=0.003", "model.negatives=gathered", "num_subcaptions=32",
+)  # fmt: skip
+"""Many sub-captions make steps long enough to hit one."""
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """40 slides of 20 patients, 8 of them for validation."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    return str(
+        make_archive(folder / "a", slides=40, split=lambda n: "val" if n % 10 > 7 else "train")
+    )
+
+
+def settings(*more: str) -> Any:
+    return resolve("pathflip/mini", overrides=[*SETTINGS, *more])
+
+
+@pytest.fixture(scope="module")
+def pair(archive: str, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two workers to which nothing happens."""
+    run = tmp_path_factory.mktemp("pair") / "run"
+    result = pretrain(archive, run, settings("max_workers=2"))
+    assert result["trained"] == STEPS
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, without Ray, to which nothing happens."""
+    from jobs.training import train
+
+    run = tmp_path_factory.mktemp("alone") / "run"
+    corpus = runs.prepare(archive, run, settings())
+    train(run)
+    runs.finish(run, corpus)
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    found = latest_checkpoint(run / "checkpoints")
+    assert found is not None
+    assert found.step == STEPS
+    return {
+        f"{name}/{key}": value
+        for name in ("model", "optimizer")
+        for key, value in found.tensors(name).items()
+    }
+
+
+def assert_close(run: Path, other: Path, *, within: float) -> None:
+    mine, theirs = weights(run), weights(other)
+    assert mine.keys() == theirs.keys()
+    gaps = {key: float((mine[key] - theirs[key]).abs().max()) for key in mine}
+    worst = max(gaps, key=lambda key: gaps[key])
+    assert gaps[worst] <= within, f"{worst} differs by {gaps[worst]:.2e}"
+
+
+def curve(run: Path) -> list[float]:
+    return [line["loss"] for line in runs.read_metrics(run) if "loss" in line]
+
+
+def logged_step(run: Path) -> int:
+    return max((line["step"] for line in runs.read_metrics(run)), default=0)
+
+
+def test_two_workers_are_one(pair: Path, alone: Path) -> None:
+    """With gathered negatives the loss, its curve and the validation are those of one process."""
+    assert len(curve(pair)) == STEPS
+    assert curve(pair) == pytest.approx(curve(alone), abs=1e-4)
+    mine, theirs = (
+        [line["val"] for line in runs.read_metrics(run) if "val" in line] for run in (pair, alone)
+    )
+    assert len(mine) == len(theirs) == 3
+    assert mine[-1]["itr"] == theirs[-1]["itr"]
+    assert mine[-1]["loss"] == pytest.approx(theirs[-1]["loss"], abs=1e-3)
+    assert json.loads((pair / "attempt.json").read_text())["workers"] == 2
+
+
+def test_finished_is_finished(archive: str, pair: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in pair.rglob("*") if path.is_file()}
+    result = pretrain(archive, pair, settings("max_workers=2"))
+    assert result["trained"] == 0
+    after = {path: path.stat().st_mtime_ns for path in pair.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} <= {pair / ".lock"}
+
+
+def test_worker_killed(archive: str, pair: Path, cluster: str, tmp_path: Path) -> None:
+    """C1: rank 1 dies at step 7 of 20; from step 5 on again, to the same weights."""
+    run = tmp_path / "run"
+    killed = []
+
+    def kill() -> None:
+        faults.until(lambda: logged_step(run) >= KILL_AT, seconds=120, what="step 7 is logged")
+        attempt = json.loads((run / "attempt.json").read_text())
+        os.kill(attempt["pids"][1], signal.SIGKILL)
+        killed.append(logged_step(run))
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        result = pretrain(archive, run, settings("max_workers=2"))
+    finally:
+        killer.join()
+    assert KILL_AT <= killed[0] < 2 * SAVE_EVERY, "killed too late to show anything"
+    assert result["steps"] == result["trained"] == STEPS
+    assert json.loads((run / "attempt.json").read_text())["from_step"] == SAVE_EVERY
+    assert_close(run, pair, within=1e-6)
+    assert curve(run) == pytest.approx(curve(pair), abs=1e-6)
+
+
+def test_driver_killed_then_another_number_of_workers(
+    archive: str, alone: Path, cluster: str, tmp_path: Path
+) -> None:
+    """SIGKILL of ``pathflip pretrain`` on two workers; the same command goes on, on one."""
+    run = tmp_path / "run"
+    words = ["pretrain", "--archive", archive, "--run", str(run), "--preset", "pathflip/mini"]
+    words += [word for setting in SETTINGS for word in ("-o", setting)]
+    words += ["--json", "--address", cluster]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "pathflip.cli", *words, "--max-workers", "2"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        faults.until(
+            lambda: logged_step(run) >= KILL_AT or driver.poll() is not None,
+            seconds=120,
+            what="step 7 is logged",
+        )
+    finally:
+        driver.kill()
+        _, err = driver.communicate()
+    assert logged_step(run) >= KILL_AT, err
+    result = pretrain(archive, run, settings())
+    assert result["steps"] == STEPS
+    assert 0 < result["trained"] <= STEPS - SAVE_EVERY
+    assert_close(run, alone, within=1e-3)  # up to its death it was two workers
+    assert curve(run) == pytest.approx(curve(alone), abs=1e-4)

@@ -1,0 +1,425 @@
+"""The training loop in this process: resumed exactly, skips what is not finite, exports whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import runs, training
+from jobs.recipe import PretrainConfig, resolve
+from jobs.training import train
+from pathflip.checkpoints import latest_checkpoint, load_run
+from pathflip.errors import CheckpointError, ConfigError, TrainingError
+from tests.archives import TINY, make_archive
+
+STEPS = 20
+SETTINGS = (*TINY, f"steps={STEPS}", "batch_size=8", "save_every=5", "log_every=1", "lr=0.01", "val_every=1")
+"""Four steps an epoch: a validation each, so steps 7 and 13 are inside of one."""
+NOT_COMPARED = ("slides_per_s", "memory_mb", "seconds")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """40 slides of 20 patients, 8 of them for validation."""
+    folder = tmp_path_factory.mktemp("training")
+    return str(
+        make_archive(folder / "a", slides=40, split=lambda n: "val" if n % 10 > 7 else "train")
+    )
+
+
+class Cut(Exception):
+    """Ends a run in the middle, as a kill does."""
+
+
+@dataclass
+class Seen:
+    """Slides of each step a run did, as it did them."""
+
+    steps: list[tuple[int, list[int]]] = field(default_factory=list)
+
+
+def go(
+    archive: str, run: Path, *settings: str, until: int | None = None, seen: Seen | None = None
+) -> PretrainConfig:
+    """Prepare and train in this process; ``until``: cut off after that step."""
+    config = resolve("pathflip/mini", overrides=[*SETTINGS, *settings])
+    runs.prepare(archive, run, config)
+    real = training._Trainer._step
+
+    def step(trainer: Any, model: Any, micro_batches: Any) -> Any:
+        if seen is not None:
+            slides = [slide for batch in micro_batches for slide in batch.slides]
+            seen.steps.append((trainer.counters.step, slides))
+        return real(trainer, model, micro_batches)
+
+    def progress(at: training.Progress) -> None:
+        if at.step == until:
+            raise Cut
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Trainer, "_step", step)
+        try:
+            train(run, progress=progress)
+        except Cut:
+            assert until is not None
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(archive: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
+    """The run nothing happened to."""
+    run, seen = tmp_path_factory.mktemp("whole") / "run", Seen()
+    go(archive, run, seen=seen)
+    return run, seen
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """What was logged, without what depends on the clock."""
+    return [
+        {key: value for key, value in line.items() if key not in NOT_COMPARED}
+        for line in runs.read_metrics(run)
+    ]
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    mine, theirs = (latest_checkpoint(path / "checkpoints") for path in (run, other))
+    assert mine is not None
+    assert theirs is not None
+    assert mine.step == theirs.step == STEPS
+    for name in ("model", "optimizer"):
+        a, b = mine.tensors(name), theirs.tensors(name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), key
+    assert lines(run) == lines(other)
+
+
+# -- learning -------------------------------------------------------------------------------------
+
+
+def test_loss_goes_down(whole: tuple[Path, Seen]) -> None:
+    steps = [line for line in lines(whole[0]) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    for name in ("loss", "loss_slide"):
+        losses = [line[name] for line in steps]
+        assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["loss_slide"] + line["loss_region"], rel=1e-5)
+    assert [line["epoch"] for line in steps[3::4]] == [1, 2, 3, 4, 5]
+    val = [line["val"] for line in lines(whole[0]) if "val" in line]
+    assert len(val) == 5
+    assert val[-1]["n"] == 8
+    assert val[-1]["mean_recall"] > 0.5
+
+
+def test_what_is_in_the_run_folder(whole: tuple[Path, Seen]) -> None:
+    run = whole[0]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names[-1] == "step-00000020"
+    assert len(names) in (3, 4)  # the newest three, and the best where it is none of them
+    versions = json.loads((run / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__
+    assert list((run / "tensorboard").glob("events.out.*"))
+
+
+# -- resuming -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("until", [3, 13])
+def test_resumed_equals_uninterrupted(
+    archive: str, whole: tuple[Path, Seen], tmp_path: Path, until: int
+) -> None:
+    """C5 and the rest: same slides, same weights to the bit, same log."""
+    run, first, then = tmp_path / "run", Seen(), Seen()
+    go(archive, run, until=until, seen=first)
+    saved = latest_checkpoint(run / "checkpoints")
+    at = 0 if saved is None else saved.step
+    assert at == max((n for n in (4, 5, 8, 10, 12) if n <= until), default=0)
+    go(archive, run, seen=then)
+    assert first.steps == whole[1].steps[:until]
+    assert then.steps == whole[1].steps[at:]
+    assert_same_end(run, whole[0])
+
+
+def test_no_slide_twice_in_an_epoch(whole: tuple[Path, Seen]) -> None:
+    for epoch in range(5):
+        slides = [s for step, ids in whole[1].steps if step // 4 == epoch for s in ids]
+        assert len(slides) == len(set(slides)) == 32
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    archive: str, whole: tuple[Path, Seen], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    go(archive, run, until=13)
+    path = run / "checkpoints" / "step-00000012" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    then = Seen()
+    go(archive, run, seen=then)
+    assert then.steps[0][0] == 10
+    assert "step-00000012 is damaged: optimizer.safetensors" in caplog.text
+    assert_same_end(run, whole[0])
+
+
+def test_another_seed_is_another_run(
+    archive: str, whole: tuple[Path, Seen], tmp_path: Path
+) -> None:
+    seen = Seen()
+    go(archive, tmp_path / "run", "seed=1", until=1, seen=seen)
+    assert seen.steps[0] != whole[1].steps[0]
+    assert lines(tmp_path / "run")[0]["loss"] != lines(whole[0])[0]["loss"]
+
+
+# -- not finite -----------------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
+    real = training._Trainer._forward
+
+    def forward(trainer: Any, model: Any, batch: Any, group: Any) -> Any:
+        output = real(trainer, model, batch, group)
+        if torch.is_grad_enabled() and trainer.counters.step in steps:
+            return replace(output, loss=output.loss * value)
+        return output
+
+    monkeypatch.setattr(training._Trainer, "_forward", forward)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_steps_that_are_not_finite_are_skipped(
+    archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """C4: counted, logged as null, weights finite and still learning."""
+    poison(monkeypatch, {4, 5, 9}, value)
+    run = tmp_path / "run"
+    go(archive, run)
+    steps = [line for line in lines(run) if "loss" in line]
+    assert [line["step"] - 1 for line in steps if line["loss"] is None] == [4, 5, 9]
+    assert steps[-1]["skipped"] == 3
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    end = latest_checkpoint(run / "checkpoints")
+    assert end is not None
+    assert end.state()["skipped"] == 3
+    for name in ("model", "optimizer"):
+        assert all(torch.isfinite(value).all() for value in end.tensors(name).values())
+
+
+def test_a_skipped_step_changes_nothing(
+    archive: str, whole: tuple[Path, Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {4}, float("nan"))
+    go(archive, tmp_path / "run", "save_every=1", until=6)
+    before, after = (runs.checkpoint_at(tmp_path / "run", step).tensors("model") for step in (4, 5))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_many_stop_the_run_with_a_sentence(
+    archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, set(range(6, 20)), float("nan"))
+    run = tmp_path / "run"
+    with pytest.raises(TrainingError, match="stopped at step 9: the last 3 steps had a") as caught:
+        go(archive, run, "max_skipped_in_row=3")
+    assert "Lower lr" in caught.value.hint
+    end = latest_checkpoint(run / "checkpoints")
+    assert end is not None
+    assert end.step == 8
+    assert all(torch.isfinite(value).all() for value in end.tensors("model").values())
+
+
+def test_weights_that_are_not_finite_are_never_written(
+    archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight[0, 0] = float("inf")
+    with pytest.raises(TrainingError, match="weights weight are not finite"):
+        runs.model_tensors(model)
+
+
+# -- the end --------------------------------------------------------------------------------------
+
+
+def test_the_exported_model(archive: str, whole: tuple[Path, Seen], tmp_path: Path) -> None:
+    run = tmp_path / "A run"
+    shutil.copytree(whole[0], run)
+    corpus = runs.prepare(archive, run, resolve("pathflip/mini", overrides=SETTINGS))
+    assert runs.finished(run) is None
+    result = runs.finish(run, corpus)
+    runs.clear(run)
+    assert runs.finished(run) == json.loads((run / "result.json").read_text()) == result
+    assert result["steps"] == STEPS
+    losses = [line["loss"] for line in lines(run) if "loss" in line]
+    assert result["loss"] == pytest.approx(sum(losses) / STEPS)
+    val = {line["step"]: line["val"] for line in lines(run) if "val" in line}
+    best = max(val, key=lambda step: (val[step]["mean_recall"], step))
+    assert (result["best_step"], result["val"]) == (best, val[best])
+
+    loaded = load_run(run)
+    assert load_run(run / "model").fingerprint == loaded.fingerprint == loaded.model.fingerprint()
+    assert loaded.name == f"a_run_{loaded.fingerprint[:8]}"
+    assert loaded.encoder == {"name": "tex", "revision": "1", "dim": 12}
+    assert loaded.tiling["region_um"] == 256
+    assert loaded.config["batch_size"] == 8
+    assert not loaded.model.training
+    weights = dict(loaded.model.named_parameters())
+    for name, value in runs.checkpoint_at(run, best).tensors("model").items():
+        if name in weights:
+            assert torch.equal(weights[name], value)
+    card = (run / "README.md").read_text()
+    assert "32 training slides of 16 patients" in card
+    assert f"| slide to caption | {val[best]['itr']['r@1']:.3f} |" in card
+
+    weights_file = run / "model" / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
+        load_run(run)
+    assert runs.finished(run) is None
+
+
+def test_another_run_in_the_same_folder_is_refused(
+    archive: str, whole: tuple[Path, Seen], tmp_path: Path
+) -> None:
+    run = whole[0]
+    with pytest.raises(ConfigError, match=r"was begun with lr=0\.01; this asks for lr=0\.5"):
+        go(archive, run, "lr=0.5")
+    config = resolve("pathflip/mini", overrides=SETTINGS)
+    with pytest.raises(ConfigError, match="was begun with --archive"):
+        runs.prepare(str(tmp_path / "other"), run, config)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"not a run and not empty \(it holds notes\.txt\)"):
+        runs.prepare(archive, tmp_path, config)
+
+
+def test_two_trainers_of_a_run_are_one_too_many(tmp_path: Path) -> None:
+    with (
+        runs.Lock(tmp_path / ".lock"),
+        pytest.raises(TrainingError, match="Another process is training"),
+        runs.Lock(tmp_path / ".lock"),
+    ):
+        pass
+    with runs.Lock(tmp_path / ".lock"):
+        pass
+
+
+def test_without_validation_the_last_weights_are_exported(archive: str, tmp_path: Path) -> None:
+    folder = make_archive(tmp_path / "b", slides=16, split=lambda n: "train")
+    run = tmp_path / "run"
+    config = go(str(folder), run, "steps=3", "val_fraction=0")
+    result = runs.finish(run, runs.prepare(str(folder), run, config))
+    assert (result["best_step"], result["val"]) == (3, {})
+    assert "No slide was held out" in (run / "README.md").read_text()
+
+
+def test_accumulated_gradients_are_the_mean(archive: str, tmp_path: Path) -> None:
+    """With negatives within each micro-batch, a step is the mean of its micro-batches' losses."""
+    run = tmp_path / "run"
+    config = resolve(
+        "pathflip/mini", overrides=[*SETTINGS, "accumulate=2", "clip=0", "log_every=1"]
+    )
+    runs.prepare(archive, run, config)
+    train_ = training._Trainer(run, config, 0, 1, "cpu", None, None)
+    micro = train_.batches.micro_batches(0)
+    assert [len(batch.slides) for batch in micro] == [4, 4]
+    train_.model.train()
+    grads, losses = [], []
+    for number, batch in enumerate(micro):
+        train_.optimizer.zero_grad()
+        torch.manual_seed(training._seed(config.seed, 0, number, 0))
+        output = train_._forward(train_.model, batch, None)
+        output.loss.backward()
+        losses.append(output.loss.item())
+        grads.append({n: p.grad.clone() for n, p in train_.model.named_parameters()})  # type: ignore[union-attr]
+    found = train_._step(train_.model, micro)
+    assert found["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    norm = torch.sqrt(
+        sum((((grads[0][n] + grads[1][n]) / 2) ** 2).sum() for n in grads[0])  # type: ignore[arg-type]
+    )
+    assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any]:
+    """``pathflip pretrain … --json`` in this process: exit code and document."""
+    from pathflip.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrain", "--json", *words])
+    return int(ended.value.code or 0), json.loads(capsys.readouterr().out)
+
+
+def flags(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("-o", setting)]
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever starts Ray fails."""
+    import jobs.cluster
+
+    def never(address: str | None = None) -> bool:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(jobs.cluster, "connect", never)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_dry_run(archive: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--archive", archive, "--run", str(tmp_path / "run"), "--preset", "pathflip/mini"]
+    code, plan = command(capsys, *words, *flags(*SETTINGS), "--dry-run")
+    assert code == 0
+    assert (plan["train_slides"], plan["val_slides"], plan["steps"]) == (32, 8, STEPS)
+    assert (plan["train_patients"], plan["val_patients"]) == (16, 4)
+    assert plan["parameters"] > 1000
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_what_cannot_work_is_said_before_anything_starts(
+    archive: str, whole: tuple[Path, Seen], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = make_archive(tmp_path / "bare", slides=4, captions=False)
+
+    def said(*words: str, archive: str = archive) -> tuple[int, str]:
+        run = ["--run", str(tmp_path / "run")] if "--run" not in words else []
+        code, document = command(capsys, "--archive", archive, *run, *words)
+        assert document["error"]["hint"]
+        assert not (tmp_path / "run").exists()
+        return code, document["error"]["code"]
+
+    mini = ["--preset", "pathflip/mini", *flags(*SETTINGS)]
+    assert said(*mini, archive=str(bare)) == (2, "no_captions")
+    assert said(*mini, archive=str(tmp_path / "none")) == (2, "missing_archive")
+    assert said(*mini, "-o", "encoder=uni") == (2, "unknown_encoder")
+    assert said(*mini, "-o", "batch_size=64") == (2, "too_few_slides")
+    assert said(*mini, "--max-workers", "3") == (2, "config")
+    assert said(*mini, "--run", "s3://bucket/run") == (2, "config")
+    assert said(*mini, "-o", "lr=0.5", "--run", str(whole[0])) == (2, "other_settings")
+    assert said("--preset", "pathflip/maxi") == (2, "config")
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_text_tower_without_weights_is_one_error(
+    archive: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["--archive", archive, "--run", str(tmp_path / "run"), "--preset", "pathflip/paper"]
+    words += flags("batch_size=8", f"model.text_model={tmp_path / 'bert'}")
+    code, document = command(capsys, *words)
+    assert code != 0
+    assert document["error"]["code"] == "text_model"
+    assert "bert" in document["error"]["message"]
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,271 @@
+"""Captions and vectors of models: through the one committer, checked and mended like the rest."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import lance
+import pytest
+
+from pathflip.archive import Archive, health
+from pathflip.archive.attach import (
+    Caption,
+    check_fits,
+    ensure_model,
+    indexed_slides,
+    write_captions,
+)
+from pathflip.archive.commit import Committer, meta_rows
+from pathflip.archive.export import export_parquet
+from pathflip.archive.health import maintain, repair, verify
+from pathflip.checkpoints import Run
+from pathflip.errors import ArchiveError
+from tests.unit.archive import cohort, models
+from tests.unit.archive.test_health import flip, newest_manifest
+
+SLIDES = range(4)
+TABLE = f"embeddings_{models.MODEL}"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    uri = tmp_path_factory.mktemp("attach") / "a"
+    cohort.build(uri)
+    with Committer(uri) as committer:
+        cohort.commit(committer, *SLIDES)
+        models.add(committer, *SLIDES)
+        models.tell(committer, *SLIDES)
+    return uri
+
+
+@pytest.fixture
+def uri(pristine, tmp_path):
+    return Path(shutil.copytree(pristine, tmp_path / "a"))
+
+
+def index_again(uri):
+    """What the index job does: the slides that are not whole."""
+    with Committer(uri) as committer:
+        missing = sorted(
+            committer.archive.ready_ids() - indexed_slides(committer.archive, models.MODEL)
+        )
+        models.add(committer, *[int(slide[5:]) for slide in missing])
+    return missing
+
+
+def assert_whole(uri, numbers=SLIDES):
+    assert verify(uri).damaged == []
+    archive = Archive(uri)
+    stored = archive.embeddings(model=models.MODEL).drop_columns(["checksum"])
+    wanted = models.rows(*numbers).sort_by("id")
+    assert stored.to_pylist() == wanted.to_pylist()
+    assert indexed_slides(archive, models.MODEL) == {f"slide{n:03d}" for n in numbers}
+    assert archive.captions()["text"].to_pylist() == [models.caption(n) for n in numbers]
+
+
+def test_rows_come_back_as_written(uri):
+    assert_whole(uri)
+    archive = Archive(uri)
+    assert archive.models() == {
+        models.MODEL: {
+            "dim": models.DIM, "fingerprint": "f" * 64, "encoder": "tex", "encoder_revision": "1",
+            "run": "mini", "embeddings_table": TABLE,
+            "created_at": archive.models()[models.MODEL]["created_at"],
+        }
+    }  # fmt: skip
+    assert archive.captions().column_names == [
+        "caption_id", "slide_id", "source", "text", "sentences", "statements", "model", "qa",
+    ]  # fmt: skip
+    assert archive.captions("report").num_rows == len(SLIDES)
+    assert archive.captions("other").num_rows == 0
+    assert archive.stats()["captions"] == len(SLIDES)
+    assert list(archive.encoders()) == ["tex"]
+    written = export_parquet(archive, uri.parent / "out")
+    assert (written["captions"], written[TABLE]) == (4, 4 * (cohort.REGIONS + 1))
+
+
+def test_an_archive_of_before_opens_and_becomes_new_when_written(tmp_path):
+    uri = tmp_path / "a"
+    cohort.build(uri, 0)
+    with Committer(uri) as committer:
+        committer.upsert("meta", meta_rows({"schema_version": 1}))
+    archive = Archive(uri)
+    assert (archive.captions().num_rows, archive.models()) == (0, {})
+    assert verify(uri).ok
+    with Committer(uri) as committer:
+        assert indexed_slides(committer.archive, "none") == set()
+        assert write_captions(committer, [], source="s") == {"new": 0, "changed": 0, "unchanged": 0}
+        assert not (uri / "captions.lance").exists()
+        models.tell(committer, 0)
+    meta = {
+        r["key"]: r["value"] for r in lance.dataset(str(uri / "meta.lance")).to_table().to_pylist()
+    }
+    assert json.loads(meta["schema_version"]) == 2
+    archive.refresh()
+    assert archive.captions().num_rows == 1
+
+
+def test_statements_stay_as_long_as_the_text(uri):
+    with Committer(uri) as committer:
+        given = Caption(slide_id="slide001", text="One. Two.", statements=["one", "two"])
+        write_captions(committer, [given], source="llm")
+        plain = Caption(slide_id="slide001", text="One. Two.")
+        assert write_captions(committer, [plain], source="llm")["unchanged"] == 1
+        other = Caption(slide_id="slide001", text="Three.")
+        assert write_captions(committer, [other], source="llm")["changed"] == 1
+    (row,) = Archive(uri).captions("llm").to_pylist()
+    assert (row["statements"], row["model"], row["sentences"]) == ([], None, ["Three."])
+
+
+def test_a_slide_ingested_anew_keeps_its_caption_and_loses_its_vectors(uri):
+    with Committer(uri) as committer:
+        cohort.commit(committer, 2, fingerprint="other")
+        assert Archive(uri).captions().num_rows == len(SLIDES)
+    assert verify(uri).ok
+    assert "1 slides have no vectors" in " ".join(verify(uri).notes)
+    assert index_again(uri) == ["slide002"]
+    assert_whole(uri)
+    with Committer(uri) as committer:
+        committer.commit(slides=cohort.slide_rows(2, status="quarantined", fingerprint="bad"))
+    archive = Archive(uri)
+    assert "slide002" not in archive.captions()["slide_id"].to_pylist()  # not ready: not seen
+    assert lance.dataset(str(uri / "captions.lance")).count_rows() == len(SLIDES)
+    with Committer(uri) as committer:
+        committer.drop_slides(["slide002"])
+    assert lance.dataset(str(uri / "captions.lance")).count_rows() == len(SLIDES) - 1
+    assert verify(uri).ok
+
+
+def test_a_patient_changes_in_every_table(uri):
+    with Committer(uri) as committer:
+        committer.update_slides({"slide000": {"patient_id": "PX"}})
+    rows = Archive(uri).embeddings(model=models.MODEL).to_pylist()
+    assert {r["patient_id"] for r in rows if r["slide_id"] == "slide000"} == {"PX"}
+    assert verify(uri).ok
+
+
+@pytest.mark.parametrize("table", ["captions", TABLE])
+def test_bit_flips_are_reported_and_repaired(uri, table):
+    chance = random.Random(5)
+    (path,) = (uri / f"{table}.lance/data").glob("*")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(health, "salvage", lambda *_: (None, []))  # a process each
+        for _ in range(4):
+            byte, bit = chance.randrange(path.stat().st_size), chance.randrange(8)
+            flip(path, byte, bit)
+            found = verify(uri)
+            assert str(path.relative_to(uri)) in [d.id for d in found.damaged if d.kind == "file"]
+            assert found.slides == []  # what ingest made is whole
+            flip(path, byte, bit)
+    flip(path, path.stat().st_size // 2, 3)
+    assert repair(uri).redo == []
+    assert verify(uri).damaged == []
+    assert Archive(uri).ready_ids() == {f"slide{n:03d}" for n in SLIDES}
+    index_again(uri)
+    with Committer(uri) as committer:
+        models.tell(committer, *SLIDES)
+    assert_whole(uri)
+
+
+@pytest.mark.parametrize("table", ["captions", TABLE])
+@pytest.mark.parametrize("harm", ["halved", "removed", "all"])
+def test_dead_manifests(uri, table, harm):
+    path = newest_manifest(uri, table)
+    if harm == "halved":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif harm == "removed":
+        path.unlink()
+    else:
+        for each in path.parent.glob("*.manifest"):
+            each.write_bytes(b"")
+    with pytest.raises(ArchiveError) as error:
+        Archive(uri)
+    assert error.value.code == "damaged"
+    assert repair(uri).report.damaged == []
+    index_again(uri)
+    with Committer(uri) as committer:
+        models.tell(committer, *SLIDES)
+    assert_whole(uri)
+
+
+def test_settings_that_are_lost_come_back_from_the_tables(uri):
+    lance.dataset(str(uri / "meta.lance")).delete("key LIKE 'model:%' OR key = 'captions'")
+    assert repair(uri).actions
+    assert_whole(uri)
+
+
+def test_a_slide_that_lost_a_vector_is_indexed_again_not_ingested(uri):
+    lance.dataset(str(uri / f"{TABLE}.lance")).delete("id = 'slide001/2_1'")
+    report = verify(uri)
+    assert report.slides == []
+    assert report.reindex == {TABLE: ["slide001"]}
+    assert repair(uri).report.damaged == []
+    assert index_again(uri) == ["slide001"]
+    assert_whole(uri)
+
+
+def test_rows_of_slides_that_are_gone_are_deleted_by_the_next_writer(uri):
+    with Committer(uri) as committer:
+        committer._append(committer._shard(TABLE, models.rows(9), ["slide009"]))
+    with Committer(uri) as committer:
+        assert committer.recovered == {TABLE: cohort.REGIONS + 1}
+    assert_whole(uri)
+
+
+def test_maintain_covers_them(uri):
+    with Committer(uri) as committer:
+        for n in (4, 5):
+            cohort.commit(committer, n)
+            models.add(committer, n)
+            models.tell(committer, n)
+    done = maintain(uri)
+    assert done["fragments"]["captions"] == done["fragments"][TABLE] == 1
+    assert_whole(uri, range(6))
+
+
+def test_two_models_side_by_side_and_names_that_clash(uri):
+    with Committer(uri) as committer:
+        models.add(committer, 0, name="other_ffff0000", fingerprint="0" * 64)
+        assert indexed_slides(committer.archive, "other_ffff0000") == {"slide000"}
+        for name, told in ((models.MODEL, "fingerprint"), ("tex", "belongs to another")):
+            with pytest.raises(ArchiveError, match=told) as error:
+                models.add(committer, name=name, fingerprint="1" * 64)
+            assert error.value.code == "wrong_model"
+        with pytest.raises(ArchiveError, match="encoder_revision 1, not 2"):
+            ensure_model(
+                committer, models.MODEL, dim=models.DIM, fingerprint="f" * 64, run="mini",
+                encoder=models.ENCODER | {"revision": "2"},
+            )  # fmt: skip
+    assert sorted(Archive(uri).models()) == [models.MODEL, "other_ffff0000"]
+    with pytest.raises(ArchiveError) as error:
+        Archive(uri).model()
+    assert error.value.code == "unknown_model"
+    assert_whole(uri)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "tiling", "code"),
+    [
+        ({}, {}, None),
+        ({"name": "uni"}, {}, "other_encoder"),
+        ({"revision": "2"}, {}, "other_encoder"),
+        ({"dim": 13}, {}, "other_encoder"),
+        ({}, {"mpp": 0.25}, "other_tiling"),
+        ({}, {"region_um": 1024.0}, "other_tiling"),
+    ],
+)
+def test_a_model_fits_the_archive_or_is_refused(uri, tmp_path, encoder, tiling, code):
+    run = Run(
+        name="m", model=None, fingerprint="f", encoder=models.ENCODER | encoder,
+        tiling=cohort.TILING | tiling, config={}, path=tmp_path,
+    )  # fmt: skip
+    if code is None:
+        check_fits(Archive(uri), run)
+        return
+    with pytest.raises(ArchiveError) as error:
+        check_fits(Archive(uri), run)
+    assert error.value.code == code
+    changed = {**encoder, **tiling}
+    assert str(next(iter(changed.values()))) in error.value.message
+    assert error.value.hint

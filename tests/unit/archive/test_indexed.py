@@ -1,0 +1,221 @@
+"""Search with a vector index, and search while others write: results as by the scan."""
+
+import threading
+import time
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+from lance.fragment import write_fragments
+
+from pathflip.archive import Archive, health, indexes, schema
+from pathflip.archive import search as searching
+from pathflip.archive.commit import Committer
+from pathflip.archive.filters import Filter
+from pathflip.archive.search import search, search_many, stored_vector
+from tests.unit.archive import cohort, models
+
+DIM, PER_SLIDE, SLIDES = 16, 250, 12
+QUERIES = np.random.default_rng(8).standard_normal((10, DIM))
+CONDITIONS = {
+    "none": {},
+    "half": {"filters": [Filter.parse("tissue_fraction<0.5")]},
+    "few": {"filters": [Filter.parse("tissue_fraction<0.03")]},
+    "nothing": {"filters": [Filter.parse("tissue_fraction>7")]},
+    "patient": {"filters": [Filter.parse("patient_id=P2")]},
+    "split": {"filters": [Filter.parse("split=test")]},
+    "split and more": {"filters": [Filter.parse("split=test"), Filter.parse("x0>=1024")]},
+    "not this slide": {"exclude_slide": "slide003"},
+    "not this patient": {"exclude_patient": "P1", "filters": [Filter.parse("n_patches<200")]},
+}
+
+
+def clustered(n: int) -> pa.Table:
+    """Many regions of slide n, in clusters, with its own row."""
+    rng = np.random.default_rng((3, n))
+    centres = np.random.default_rng(2).standard_normal((20, DIM))
+    own = cohort.embedding_rows(n).to_pylist()[-1]
+    rows = [own | {"vector": centres.mean(0).astype(np.float32)}]
+    for i in range(PER_SLIDE):
+        vector = centres[rng.integers(20)] + rng.standard_normal(DIM) / 3
+        rows.append(
+            own | {"id": f"slide{n:03d}/{i}_0", "kind": "region", "x0": 512 * (i % 7), "y0": 0,
+                   "size0": 1024, "tissue_fraction": i / PER_SLIDE, "n_patches": i,
+                   "vector": (vector / np.linalg.norm(vector)).astype(np.float32)}
+        )  # fmt: skip
+    return cohort.filled(schema.embeddings_schema(DIM), rows)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Twelve slides of 250 regions; two archives, the second with indexes, both with one rule."""
+    found = []
+    for name in ("plain", "indexed"):
+        uri = tmp_path_factory.mktemp("large") / name
+        cohort.build(uri)
+        with Committer(uri) as committer:
+            cohort.encoder(committer, dim=cohort.DIM)
+            cohort.commit(committer, *range(SLIDES))
+            table = models.ensure_model(
+                committer, "m", dim=DIM, fingerprint="m", encoder=models.ENCODER, run="m"
+            )
+            committer.replace_rows(table, pa.concat_tables([clustered(n) for n in range(SLIDES)]))
+            # Rows of a slide that is not ready take places among the candidates.
+            committer._append(committer._shard(table, clustered(77), ["slide077"]))
+            if name == "indexed":
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(indexes, "VECTOR_INDEX_ROWS", 1000)
+                    patch.setattr(indexes, "SCALAR_INDEX_ROWS", 1000)
+                    made = indexes.refresh_indexes(str(uri), table)
+                assert made == [
+                    f"{table}.{c}" for c in ("slide_id", "kind", "patient_id", "vector")
+                ]
+        found.append(uri)
+    return found
+
+
+def answers(archive, queries=QUERIES, **options):
+    return [search(archive, query, model="m", **options) for query in queries]
+
+
+@pytest.mark.parametrize("case", CONDITIONS)
+@pytest.mark.parametrize("few_bytes", [0, 4 << 20], ids=["index", "one by one"])
+def test_conditions_leave_the_same_regions(large, monkeypatch, case, few_bytes):
+    """With and without the places in memory, one query or many, few regions left or most."""
+    plain, indexed = (Archive(uri) for uri in large)
+    truth = answers(plain, **CONDITIONS[case])
+    monkeypatch.setattr(searching, "_FEW_BYTES", few_bytes)
+    total = sum(table.num_rows for table in truth)
+    for memory in (0, 256 << 20):
+        monkeypatch.setattr(searching, "MEMORY_BYTES", memory)
+        indexed.refresh()
+        first = answers(indexed, **CONDITIONS[case])
+        again = answers(indexed, **CONDITIONS[case])
+        many = search_many(indexed, QUERIES, model="m", **CONDITIONS[case])
+        for found in (first, again, many):
+            hits = 0
+            for right, got in zip(truth, found, strict=True):
+                scores = dict(
+                    zip(right["region_id"].to_pylist(), right["score"].to_pylist(), strict=True)
+                )
+                assert got.num_rows == right.num_rows
+                assert "slide077" not in got["slide_id"].to_pylist()
+                for row in got.to_pylist():
+                    if row["region_id"] in scores:
+                        hits += 1
+                        assert row["score"] == pytest.approx(scores[row["region_id"]], abs=1e-9)
+            assert hits >= 0.97 * total
+    if case == "few" and few_bytes:
+        assert all(a.equals(b) for a, b in zip(truth, again, strict=True))
+
+
+def test_places_are_those_of_the_rows(large):
+    _, indexed = (Archive(uri) for uri in large)
+    for _ in range(12):  # past the point where places come from memory
+        table = search(indexed, QUERIES[0], model="m", k=50)
+    for row in table.to_pylist():
+        at = int(row["region_id"].split("/")[1].split("_")[0])
+        assert (row["x0"], row["y0"], row["size0"]) == (512 * (at % 7), 0, 1024)
+
+
+def test_slides_are_compared_one_by_one_in_spite_of_the_index(large):
+    plain, indexed = (Archive(uri) for uri in large)
+    for k in (3, 100):
+        both = [search(a, QUERIES[1], model="m", level="slide", k=k) for a in (plain, indexed)]
+        assert both[0].equals(both[1])
+        assert both[0].num_rows == min(k, SLIDES)
+
+
+def test_more_results_than_there_are_regions(large):
+    _, indexed = (Archive(uri) for uri in large)
+    assert search(indexed, QUERIES[0], model="m", k=10_000).num_rows == SLIDES * PER_SLIDE
+
+
+def test_searching_while_others_write_and_maintain(tmp_path, monkeypatch):
+    """D5: 20 queries a second beside commits, compaction and cleaning: no error, no lost recall."""
+    uri = tmp_path / "a"
+    cohort.build(uri)
+    with Committer(uri) as committer:
+        cohort.commit(committer, *range(4))
+        table = models.ensure_model(
+            committer, "m", dim=DIM, fingerprint="m", encoder=models.ENCODER, run="m"
+        )
+        committer.replace_rows(table, pa.concat_tables([clustered(n) for n in range(4)]))
+    for name in ("VECTOR_INDEX_ROWS", "SCALAR_INDEX_ROWS"):
+        monkeypatch.setattr(indexes, name, 500)
+    health.maintain(uri)
+    known = {
+        row["id"]: np.array(row["vector"], float)
+        for n in range(4) for row in clustered(n).to_pylist() if row["kind"] == "region"
+    }  # fmt: skip
+    matrix, names = np.stack(list(known.values())), list(known)
+    over, faults, recalls = threading.Event(), [], []
+
+    def read() -> None:
+        archive = Archive(uri)
+        rng = np.random.default_rng(1)
+        while not over.is_set():
+            began = time.monotonic()
+            try:
+                if len(recalls) % 20 == 19:
+                    archive.refresh()
+                query = rng.standard_normal(DIM)
+                found = search(archive, query, model="m", k=10, filters=[Filter.parse("x0>=0")])
+                old = [r for r in found["region_id"].to_pylist() if r in known]
+                near = np.argsort(-(matrix @ query))[: len(old)]
+                hits = len(set(old) & {names[i] for i in near})
+                recalls.append(hits / len(old) if old else 1.0)
+                assert found.num_rows == 10
+            except BaseException as error:
+                faults.append(error)
+            time.sleep(max(0.0, 0.05 - (time.monotonic() - began)))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    end = time.monotonic() + 8
+    n = 4
+    while time.monotonic() < end:
+        with Committer(uri) as committer:
+            cohort.commit(committer, n)
+            committer.replace_rows(table, clustered(n))
+        health.maintain(uri)
+        n += 1
+    over.set()
+    reader.join()
+    assert not faults, faults[0]
+    assert n > 5
+    assert len(recalls) > 20
+    assert np.mean(recalls) >= 0.95
+    own = search(
+        Archive(uri), stored_vector(Archive(uri), f"slide{n - 1:03d}/7_0", model="m"), model="m"
+    )
+    assert own["region_id"][0].as_py() == f"slide{n - 1:03d}/7_0"
+
+
+def test_five_hundred_small_writes_become_few_fragments(tmp_path):
+    """D6: rows and answers stay, fragments go. 40 upserts; 460 more fragments in one commit."""
+    uri = tmp_path / "a"
+    cohort.build(uri)
+    table = f"embeddings_{models.MODEL}"
+    where = str(uri / f"{table}.lance")
+    with Committer(uri) as committer:
+        cohort.commit(committer, *range(100), together=True)
+        models.add(committer)
+        dataset = lance.dataset(where)
+        rows = schema.conform(models.rows(*range(100)), dataset.schema).slice(0, 500)
+        for at in range(40):
+            committer.upsert(table, rows.slice(at, 1).drop_columns(["checksum"]))
+        dataset = lance.dataset(where)
+        more = [write_fragments(rows.slice(at, 1), where)[0] for at in range(40, 500)]
+        lance.LanceDataset.commit(
+            dataset, lance.LanceOperation.Append(more), read_version=dataset.version
+        )
+        assert len(lance.dataset(where).get_fragments()) == 500
+    done = health.maintain(uri)
+    assert max(done["fragments"].values()) <= 5
+    stored = lance.dataset(where).to_table()
+    assert stored.sort_by("id").equals(rows.sort_by("id"))
+    query = stored_vector(Archive(uri), "slide003/1_3", model=models.MODEL)
+    (best,) = search(Archive(uri), query, model=models.MODEL, k=1).to_pylist()
+    assert (best["region_id"], best["score"]) == ("slide003/1_3", pytest.approx(1))

@@ -1,0 +1,214 @@
+"""Sentences, sub-captions, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pathflip.text import draw_rng, sample_subcaptions, split_sentences, train_tokenizer
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        # Vectors of the method's specification, A.5.
+        (
+            "The tumor measures 2.5 x 1.8 x 0.4 cm. Margins are clear by 0.3 cm. Stage pT2a N0.",
+            [
+                "The tumor measures 2.5 x 1.8 x 0.4 cm.",
+                "Margins are clear by 0.3 cm.",
+                "Stage pT2a N0.",
+            ],
+        ),
+        (
+            "Findings vs. prior biopsy are unchanged. Dr. Lee agrees (see Fig. 2).",
+            ["Findings vs. prior biopsy are unchanged.", "Dr. Lee agrees (see Fig. 2)."],
+        ),
+        (
+            "ER is positive, e.g. 90% of nuclei. Ki-67 is 12.5%.",
+            ["ER is positive, e.g. 90% of nuclei.", "Ki-67 is 12.5%."],
+        ),
+        (
+            "1. Invasive carcinoma. 2. Margins negative.",
+            ["1. Invasive carcinoma.", "2. Margins negative."],
+        ),
+        ("Mitoses 15/10 HPF. Necrosis present.", ["Mitoses 15/10 HPF.", "Necrosis present."]),
+        (
+            "Gleason score 3+4=7. No. of nodes: 14.",
+            ["Gleason score 3+4=7.", "No. of nodes: 14."],
+        ),
+        # Hard breaks, missing space, initials, other stops.
+        ("One</s>two\n\nthree", ["One", "two", "three"]),
+        ("It measures 5 cm.The margins are clear.", ["It measures 5 cm.", "The margins are clear."]),
+        ("Stage pT2a.N0 by p53.", ["Stage pT2a.N0 by p53."]),
+        ("Toxins of C. difficile were found.", ["Toxins of C. difficile were found."]),
+        ("Seen by Dr. A. Lee. Agreed.", ["Seen by Dr. A. Lee.", "Agreed."]),
+        ("See U.S. guidelines. Done.", ["See U.S. guidelines.", "Done."]),
+        ("Is it malignant? Yes! It is.", ["Is it malignant?", "Yes!", "It is."]),
+        ("IV. Diagnosis follows. Then more.", ["IV. Diagnosis follows.", "Then more."]),
+        ('He wrote "benign." Then "not."', ['He wrote "benign."', 'Then "not."']),
+        ("  spaces   \t collapse .  ... ", ["spaces collapse ."]),
+        ("No stop at the end", ["No stop at the end"]),
+        ("", []),
+        ("... \n - ", []),
+    ],
+)
+def test_a_caption_is_cut_into_its_sentences(text: str, sentences: list[str]) -> None:
+    assert split_sentences(text) == sentences
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared captions are not here")
+def test_no_piece_of_a_real_caption_begins_in_the_middle() -> None:
+    texts = []
+    for path in sorted(SHARED.glob("*/*.json")):
+        for entry in json.loads(path.read_text(encoding="utf-8")):
+            answer = entry["conversations"][1]["value"]
+            if len(answer.split()) > 20:  # a report, not the letter of a choice
+                texts.append(answer)
+    pieces = [piece for text in texts for piece in split_sentences(text)]
+    assert len(texts) > 100
+    assert len(pieces) > 3 * len(texts)
+    assert [piece for piece in pieces if piece[0].isdigit() or piece[0].islower()] == []
+
+
+def kinds(count: int, *, sentences: int = 9, **settings: object) -> Counter[str]:
+    """What kinds of sub-captions come out of so many draws."""
+    words = [f"s{i}" for i in range(sentences)]
+    rng = np.random.default_rng(0)
+    found: Counter[str] = Counter()
+    for text in sample_subcaptions(words, num=count, rng=rng, **settings):  # type: ignore[arg-type]
+        numbers = [int(word[1:]) for word in text.split()]
+        steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+        kind = "neighbours" if steps <= {1} and len(numbers) > 1 else "anywhere"
+        found[f"{kind} {len(numbers)}" if len(numbers) > 1 else "single"] += 1
+    return found
+
+
+def test_the_six_kinds_of_sub_captions_have_their_probabilities() -> None:
+    n, draws = 9, 24_000
+    found = kinds(draws, sentences=n)
+    # Random positions look like neighbours by chance, in n - s + 1 of n!/(n-s)! ordered choices.
+    chance2, chance3 = (n - 1) / (n * (n - 1)), (n - 2) / (n * (n - 1) * (n - 2))
+    expected = {
+        "single": 1 / 3,
+        "neighbours 2": (1 + chance2) / 6,
+        "neighbours 3": (1 + chance3) / 6,
+        "anywhere 2": (1 - chance2) / 6,
+        "anywhere 3": (1 - chance3) / 6,
+    }
+    assert set(found) == set(expected)
+    for kind, share in expected.items():
+        deviation = (share * (1 - share) / draws) ** 0.5
+        assert abs(found[kind] / draws - share) < 4 * deviation, kind
+
+
+@pytest.mark.parametrize(("off", "last"), [(False, {"s0 s1 s2", "s1 s2 s3"}), (True, {"s0 s1 s2"})])
+def test_windows_start_anywhere_unless_the_published_slip_is_asked_for(
+    off: bool, last: set[str]
+) -> None:
+    drawn = set(
+        sample_subcaptions(
+            ["s0", "s1", "s2", "s3"],
+            num=3000,
+            rng=np.random.default_rng(1),
+            contig_off_by_one=off,
+        )
+    )
+    pairs = {"s0 s1", "s1 s2"} | (set() if off else {"s2 s3"})
+    neighbours = {"s0 s1 s2", "s1 s2 s3"} & drawn
+    # Random triples in this order are rare (1 in 24), and excluded by the seed's count below.
+    assert pairs <= drawn
+    assert last <= neighbours
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_windows_are_uniform(off: bool) -> None:
+    words = [f"s{i}" for i in range(5)]
+    counts: Counter[str] = Counter()
+    for text in sample_subcaptions(
+        words, num=60_000, rng=np.random.default_rng(2), max_merged=2, contig_off_by_one=off
+    ):
+        counts[text] += 1
+    by_chance = 60_000 / 4 / 20  # anywhere, s = 2: each ordered pair
+    windows = [counts[f"s{i} s{i + 1}"] - by_chance for i in range(4)]
+    share = 60_000 / 4 / (3 if off else 4)
+    expected = [share, share, share, 0 if off else share]
+    assert windows == pytest.approx(expected, abs=5 * share**0.5)
+
+
+def test_short_captions_repeat_and_whole_ones_stay_whole() -> None:
+    drawn = sample_subcaptions(["only"], num=500, rng=np.random.default_rng(3))
+    assert set(drawn) == {"only", "only only", "only only only"}
+    two = set(sample_subcaptions(["a", "b"], num=2000, rng=np.random.default_rng(4)))
+    assert two >= {"a", "b", "a b", "b a", "a a b"}
+    with pytest.raises(ValueError, match="sentence"):
+        sample_subcaptions([], num=1, rng=np.random.default_rng(0))
+
+
+def test_draws_are_a_function_of_seed_epoch_and_slide() -> None:
+    first = draw_rng(0, 1, "slide").integers(1 << 30, size=4).tolist()
+    assert first == draw_rng(0, 1, "slide").integers(1 << 30, size=4).tolist()
+    for other in ((1, 1, "slide"), (0, 2, "slide"), (0, 1, "other"), (0, 11, "slide")):
+        assert draw_rng(*other).integers(1 << 30, size=4).tolist() != first
+    # The same on every machine and in every version: written down once.
+    assert first == [735797599, 764554462, 668180800, 842076464]
+
+
+CORPUS = [
+    "Necrosis is present. Tumour cells are seen.",
+    "Mucin pools are present in the breast tissue.",
+    "No necrosis is identified; nuclei are enlarged.",
+]
+
+
+def test_the_tokenizer_knows_its_texts_and_frames_them() -> None:
+    tokenizer = train_tokenizer(CORPUS, vocab_size=200)
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4]) == [
+        "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+    ]  # fmt: skip
+    ids = tokenizer("NECROSIS is  present.")["input_ids"]
+    assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "necrosis is present ."
+    assert ids == [2, *tokenizer.convert_tokens_to_ids(["necrosis", "is", "present", "."]), 3]
+    assert len(tokenizer) <= 200
+    cut = tokenizer(CORPUS[0], truncation=True, max_length=5)["input_ids"]
+    assert len(cut) == 5
+    assert cut[-1] == tokenizer.sep_token_id
+    assert tokenizer("ξ")["input_ids"][1] == tokenizer.unk_token_id
+
+
+def test_pieces_are_merged_by_frequency() -> None:
+    # By hand: "ab" 5x, "abc" 3x, "xbc" 2x: pairs a+##b 8, ##b+##c 5, x+##b 2 -> first merge ab.
+    corpus = [" ".join(["ab"] * 5 + ["abc"] * 3 + ["xbc"] * 2)]
+    characters = 5 + len({"a", "x", "##b", "##c"})
+    for limit, last in ((characters + 1, "ab"), (characters + 2, "abc"), (characters + 3, "##bc")):
+        vocabulary = train_tokenizer(corpus, vocab_size=limit).get_vocab()
+        assert max(vocabulary, key=vocabulary.get) == last
+
+
+def test_the_tokenizer_is_the_same_in_every_process() -> None:
+    code = (
+        "import sys, json; from pathflip.text import train_tokenizer;"
+        "t = train_tokenizer(json.loads(sys.argv[1]), vocab_size=90);"
+        "print(json.dumps(sorted(t.get_vocab().items())))"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code, json.dumps(corpus)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": str(seed), "PATH": ""},
+            cwd=Path(__file__).resolve().parents[2],
+        ).stdout
+        for seed, corpus in enumerate([CORPUS, CORPUS[::-1]])
+    }
+    assert len(seen) == 1
