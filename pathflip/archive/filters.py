@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,3 +144,12 @@ class Filter:
         found = compare[self.op](column, self._scalar()).fill_null(self.op == "!=")
         kept: NDArray[np.bool_] = found.to_numpy(zero_copy_only=False)
         return kept
+
+
+def meeting(rows: pa.Table, conditions: Sequence[Filter]) -> NDArray[np.bool_]:
+    """Returns which rows of embeddings meet the conditions on them, not those on slides."""
+    keep = np.ones(rows.num_rows, np.bool_)
+    for condition in conditions:
+        if condition.field not in OF_SLIDE:
+            keep &= condition.mask(rows[condition.field])
+    return keep

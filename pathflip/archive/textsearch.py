@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
 from pathflip.archive import CAPTIONS, Archive
-from pathflip.archive.filters import OF_SLIDE, Filter
+from pathflip.archive.filters import OF_SLIDE, Filter, meeting
 from pathflip.archive.indexes import indexed_columns
 from pathflip.archive.search import (
     RESULT,
@@ -23,7 +23,6 @@ from pathflip.archive.search import (
     Space,
     allowed_slides,
     conditions_of,
-    meeting,
     search,
     space_of,
 )

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -79,7 +79,7 @@ def check_variant(name: str) -> Variant:
         raise ConfigError(
             f"There is no grounding variant {name!r}.", hint=f"Use {', '.join(VARIANTS)}."
         )
-    return cast(Variant, name)
+    return name
 
 
 def inside(points: ArrayLike, polygons: Sequence[Polygon]) -> NDArray[np.bool_]:

@@ -38,6 +38,10 @@ def save(model: PathFLIP, folder: Path) -> None:
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # it keeps how texts were last cut, which is none of its own
+        backend.no_truncation()
+        backend.no_padding()
     model.tokenizer.save_pretrained(str(folder))
     if not (folder / "README.md").exists():
         (folder / "README.md").write_text(_card(model))

@@ -217,7 +217,8 @@ def bench_ours(folder: Path, data: Data, *, quick: bool) -> dict[str, Any]:
     from pathflip.archive import Archive
     from pathflip.archive.filters import Filter
     from pathflip.archive.indexes import refresh_indexes
-    from pathflip.archive.search import EFFORT, Effort, search_many
+    from pathflip.archive.nearest import EFFORT, Effort
+    from pathflip.archive.search import search_many
 
     uri, writing = built(lambda: make_archive(folder, data))
     table = "embeddings_bench"

@@ -18,7 +18,7 @@ from pathflip.archive.health import verify
 from pathflip.errors import ArchiveError, CheckpointError
 from tests.unit.archive import cohort, models
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 SLIDES = range(6)
 Shell = Callable[..., tuple[int, str, str]]
@@ -49,16 +49,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def indexed(run: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An archive whose first indexing was stopped after its first commit, and run again."""
+    """An archive whose indexing was stopped half way, to which much happened, and run again."""
+    import lance
+
     from jobs.index import IndexConfig, index
 
     uri = tmp_path_factory.mktemp("indexed") / "a"
     cohort.build(uri)
     with Committer(uri) as committer:
-        cohort.commit(committer, *SLIDES)
-        models.tell(committer, *SLIDES)
+        cohort.commit(committer, *SLIDES[:-1])
+        models.tell(committer, *SLIDES[:-1])
     plan = index(str(uri), str(run), dry_run=True)
-    assert (plan.slides, plan.skipped, plan.regions) == (6, 0, 6 * cohort.REGIONS)
+    assert (plan.slides, plan.skipped, plan.regions) == (5, 0, 5 * cohort.REGIONS)
     assert Archive(uri).models() == {}
     seen = []
 
@@ -69,10 +71,17 @@ def indexed(run: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -
 
     with pytest.raises(KeyboardInterrupt):
         index(str(uri), str(run), config=IndexConfig(commit_rows=1), progress=stop)
-    assert len(indexed_slides(Archive(uri), plan.model)) == 3
+    done = sorted(indexed_slides(Archive(uri), plan.model))
+    assert len(done) == 3
     assert " left" in seen[1].line()
+    anew, torn, _ = done
+    with Committer(uri) as committer:
+        cohort.commit(committer, SLIDES[-1])
+        models.tell(committer, SLIDES[-1])
+        cohort.commit(committer, int(anew[5:]), fingerprint="other")
+    lance.dataset(str(uri / f"{plan.table}.lance")).delete(f"id LIKE '{torn}/2%'")
     result = index(str(uri), str(run), progress=seen.append)
-    assert (result.slides, result.skipped, result.regions) == (3, 3, 3 * cohort.REGIONS)
+    assert (result.slides, result.skipped, result.regions) == (5, 1, 5 * cohort.REGIONS)
     assert seen[-1].fraction == 1
     return uri
 
@@ -87,7 +96,7 @@ def expected(uri: Path, run: Path) -> dict[str, np.ndarray[Any, Any]]:
     for slide in sorted(archive.ready_ids()):
         features, mask, ids = archive.features_array(slide)
         made = loaded.model.encode_slide(
-            torch.from_numpy(features).float()[None], torch.from_numpy(mask)[None]
+            torch.tensor(features).float()[None], torch.tensor(mask)[None]
         )
         found[slide] = made.slide[0].numpy()
         found |= dict(zip(ids, made.regions[0].numpy(), strict=True))
@@ -110,33 +119,14 @@ def test_every_slide_and_region_has_the_models_vector(indexed: Path, run: Path) 
     assert name.startswith("mini_run_")
 
 
-def test_again_does_what_is_missing(indexed: Path, run: Path, tmp_path: Path) -> None:
-    """Nothing, new slides, slides ingested anew, slides that lost a row; another model beside."""
-    import lance
-
+def test_again_does_nothing(indexed: Path, run: Path) -> None:
     from jobs.index import index
 
-    uri = shutil.copytree(indexed, tmp_path / "a")
-    versions = {t: Archive(uri).dataset(t).version for t in Archive(uri).tables()}
-    again = index(str(uri), str(run))
+    versions = {t: Archive(indexed).dataset(t).version for t in Archive(indexed).tables()}
+    again = index(str(indexed), str(run))
     assert (again.slides, again.skipped, again.indexes) == (0, 6, [])
-    assert {t: Archive(uri).dataset(t).version for t in Archive(uri).tables()} == versions
-    with Committer(uri) as committer:
-        cohort.commit(committer, 7)
-        cohort.commit(committer, 1, fingerprint="other")
-    lance.dataset(str(uri / f"{again.table}.lance")).delete("id = 'slide004/2_4'")
-    more = index(str(uri), str(run))
-    assert (more.slides, more.skipped) == (3, 4)
-    rows = Archive(uri).embeddings(model=more.model)
-    truth = expected(uri, run)
-    assert rows["id"].to_pylist() == sorted(truth)
-    other = tmp_path / "other"
-    models.make_run(other, seed=1)
-    beside = index(str(uri), str(other))
-    assert (beside.slides, beside.model != more.model) == (7, True)
-    assert set(Archive(uri).models()) == {more.model, beside.model}
-    assert Archive(uri).embeddings(model=more.model).equals(rows)
-    assert verify(uri).ok
+    after = Archive(indexed)
+    assert {t: after.dataset(t).version for t in after.tables()} == versions
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(

@@ -19,7 +19,15 @@ from pathflip.errors import CheckpointError, ConfigError, TrainingError
 from tests.archives import TINY, make_archive
 
 STEPS = 20
-SETTINGS = (*TINY, f"steps={STEPS}", "batch_size=8", "save_every=5", "log_every=1", "lr=0.01", "val_every=1")
+SETTINGS = (
+    *TINY,
+    f"steps={STEPS}",
+    "batch_size=8",
+    "save_every=5",
+    "log_every=1",
+    "lr=0.01",
+    "val_every=1",
+)
 """Four steps an epoch: a validation each, so steps 7 and 13 are inside of one."""
 NOT_COMPARED = ("slides_per_s", "memory_mb", "seconds")
 

@@ -176,8 +176,9 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         changed[place] ^= 1
         (tmp_path / "data.parquet").write_bytes(changed)
         try:
-            assert Corpus.load(tmp_path / "data.parquet") == made  # a byte nobody reads
-        except CheckpointError as error:
-            assert "damaged" in error.message
+            found = Corpus.load(tmp_path / "data.parquet")
+        except CheckpointError:
             refused += 1
+            continue
+        assert found == made  # a byte nobody reads
     assert refused > 20

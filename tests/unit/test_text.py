@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,10 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
         ),
         # Hard breaks, missing space, initials, other stops.
         ("One</s>two\n\nthree", ["One", "two", "three"]),
-        ("It measures 5 cm.The margins are clear.", ["It measures 5 cm.", "The margins are clear."]),
+        (
+            "It measures 5 cm.The margins are clear.",
+            ["It measures 5 cm.", "The margins are clear."],
+        ),
         ("Stage pT2a.N0 by p53.", ["Stage pT2a.N0 by p53."]),
         ("Toxins of C. difficile were found.", ["Toxins of C. difficile were found."]),
         ("Seen by Dr. A. Lee. Agreed.", ["Seen by Dr. A. Lee.", "Agreed."]),
@@ -86,7 +90,7 @@ def kinds(count: int, *, sentences: int = 9, **settings: object) -> Counter[str]
     found: Counter[str] = Counter()
     for text in sample_subcaptions(words, num=count, rng=rng, **settings):  # type: ignore[arg-type]
         numbers = [int(word[1:]) for word in text.split()]
-        steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+        steps = {b - a for a, b in pairwise(numbers)}
         kind = "neighbours" if steps <= {1} and len(numbers) > 1 else "anywhere"
         found[f"{kind} {len(numbers)}" if len(numbers) > 1 else "single"] += 1
     return found

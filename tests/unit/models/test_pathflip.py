@@ -48,19 +48,19 @@ def test_every_switch_trains_all_its_parameters(overrides: dict[str, Any]) -> No
     model = tiny(**overrides).train()
     out = model(**batch())
     assert torch.isfinite(out.loss)
-    assert float(out.loss) == pytest.approx(float(out.loss_slide + out.loss_region))
+    assert out.loss.item() == pytest.approx((out.loss_slide + out.loss_region).item())
     out.loss.backward()
     # DDP without find_unused_parameters waits for the gradient of each.
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-    before = float(out.loss)
+    before = out.loss.item()
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.eval().parameters(), lr=3e-3)
     for _ in range(8):
         optimizer.zero_grad()
         model(**batch()).loss.backward()
         optimizer.step()
-    assert float(model(**batch()).loss) < before
+    assert model(**batch()).loss.item() < before
     if model.config.has_regions:
         grounded = model.ground(batch()["features"], batch()["patch_mask"], ["necrosis"])
         assert torch.allclose(grounded.heat.sum((2, 3)), torch.ones(4, 1), atol=1e-5)
@@ -92,9 +92,7 @@ def test_the_presets_are_those_of_the_method() -> None:
 def test_nothing_masked_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = tiny("pathflip/official_v1", dropout=0.0), batch()
     first = model(**given)
-    noisy = torch.where(
-        given["patch_mask"][..., None], given["features"], torch.full((), 100.0)
-    )
+    noisy = torch.where(given["patch_mask"][..., None], given["features"], torch.full((), 100.0))
     more = F.pad(noisy, (0, 0, 0, 2, 0, 1), value=7.0)
     wider = F.pad(given["patch_mask"], (0, 2, 0, 1))
     order = torch.randperm(SLOTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -63,12 +62,12 @@ def pair() -> tuple[QFormer, Blip2QFormerModel, Blip2TextEmbeddings]:
 
 
 @pytest.fixture
-def patches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def patches() -> tuple[Tensor, Tensor, Tensor]:
     """Queries [Q, H], patches [2, 3, 7, E], mask: some masked, one region without any."""
     torch.manual_seed(1)
     mask = torch.rand(2, 3, 7) > 0.3
     mask[1, 2] = False
-    yield torch.randn(Q, H), torch.randn(2, 3, 7, E), mask
+    return torch.randn(Q, H), torch.randn(2, 3, 7, E), mask
 
 
 def theirs_of(model: Blip2QFormerModel, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:

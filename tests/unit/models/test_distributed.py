@@ -1,0 +1,81 @@
+"""Two processes with gathered negatives are one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.unit.models.tiny import batch, tiny
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mean": {"dropout": 0.0},
+    "sum": {"dropout": 0.0, "region_reduction": "sum", "label_smoothing": 0.1,
+            "slide_context_layers": 1, "region_bias_init": -1.0},
+}  # fmt: skip
+
+
+def part(given: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
+    size = len(given["captions"]) // world
+    mine = slice(rank * size, (rank + 1) * size)
+    return {name: value[mine] for name, value in given.items()}
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    """What each process does: a step of every setting; rank 0 writes what came out."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
+    found = {}
+    for name, settings in SETTINGS.items():
+        model = DistributedDataParallel(tiny(**settings).train())
+        out = model(**part(batch(), rank, world))
+        out.loss.backward()
+        losses = torch.stack([out.loss, out.loss_slide, out.loss_region]).detach()
+        dist.all_reduce(losses)
+        found[f"{name}/losses"] = losses / world
+        for parameter, value in model.module.named_parameters():
+            found[f"{name}/{parameter}"] = value.grad.clone()
+    if rank == 0:
+        save_file(found, Path(folder, "found.safetensors"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("two")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(work, args=(2, str(folder)), nprocs=2)
+    return load_file(folder / "found.safetensors")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_loss_and_gradients_are_those_of_one_process(
+    name: str, found: dict[str, torch.Tensor]
+) -> None:
+    model = tiny(**SETTINGS[name]).train()
+    out = model(**batch())
+    out.loss.backward()
+    losses = torch.stack([out.loss, out.loss_slide, out.loss_region]).detach()
+    assert torch.allclose(found[f"{name}/losses"], losses, atol=1e-5)
+    for parameter, value in model.named_parameters():
+        assert torch.allclose(found[f"{name}/{parameter}"], value.grad, atol=1e-5), parameter
+
+
+def test_local_negatives_stay_in_the_process() -> None:
+    model = tiny(negatives="local", dropout=0.0)
+    given = batch()
+    halves = [part(given, rank, 2) for rank in range(2)]
+    for half, start in zip(halves, (0, 2), strict=True):
+        half["negative_choice"] = half["negative_choice"][:, start : start + 2]
+    alone = sum(float(model(**half).loss.detach()) for half in halves) / 2
+    assert alone < float(model(**given).loss.detach()) + 10  # fewer negatives: another loss
+    assert alone != pytest.approx(float(model(**given).loss.detach()), abs=1e-3)
