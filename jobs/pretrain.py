@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -152,8 +154,10 @@ def _fit(
     from jobs.cluster import connect
 
     # Ray looks after its workers every 2 s otherwise: half of that is lost at each start and end.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    private = connect(address)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray execs at once
+        private = connect(address)
     resources: dict[str, float] = dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
     use_gpu, few, many, cpus = _workers(config, resources, private=private)
     for name in (runs.STOPPED, runs.PROGRESS):
@@ -176,7 +180,7 @@ def _fit(
         ),
     )
     try:
-        with _watching(run, progress):
+        with _watching(run, progress), _own_interrupt():
             trainer.fit()
     except train_api.TrainingFailedError as error:
         if (noted := runs.stopped(run)) is not None:
@@ -186,8 +190,22 @@ def _fit(
             hint="The same command goes on from the last checkpoint.",
             code="workers_died",
         ) from error
-    if (noted := runs.stopped(run)) is not None:
+    if (noted := runs.stopped(run)) is not None and not runs.may_pass(noted):
         raise noted
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the workers in Ray's way and the command in ours: Ray would exit with 0."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _workers(

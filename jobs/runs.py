@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from jobs.batches import Batches, FeatureReader
+from jobs.card import model_card
 from jobs.corpus import Corpus, make_corpus, rng_for, steps_per_epoch
 from jobs.recipe import PretrainConfig, differing, load_settings, save_settings
 from pathflip.archive import Archive
@@ -394,9 +395,12 @@ def finish(run: str | Path, corpus: Corpus) -> dict[str, Any]:
     config = load_settings(run)
     last = latest_checkpoint(run / "checkpoints")
     best = best_checkpoint(run / "checkpoints")
-    if last is None or best is None:
+    steps = config.total_steps(steps_per_epoch(corpus, config.batch_size))
+    if last is None or best is None or last.step < steps:
         raise TrainingError(
-            f"{run} has no checkpoint to export.", hint="Run the same command again."
+            f"The training of {run} ended at step {last.step if last else 0:,} of {steps:,}.",
+            hint="The same command goes on from there.",
+            code="unfinished",
         )
     state = last.state()
     recent = state["recent"]
@@ -412,7 +416,7 @@ def finish(run: str | Path, corpus: Corpus) -> dict[str, Any]:
     }
     model = PathFLIP.from_pretrained(str(run / "init"))
     load_tensors(model, best.tensors("model"))
-    card = model_card(run, config, corpus, result)
+    card = model_card(run.name, config, corpus, result)
     about = {
         "run": run.name,
         "preset": config.preset,
@@ -475,64 +479,3 @@ def load_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> No
 
 def _save_model(model: PathFLIP, part: Path) -> None:
     model.save_pretrained(str(part))
-
-
-def model_card(run: Path, config: PretrainConfig, corpus: Corpus, result: dict[str, Any]) -> str:
-    """Returns the model card: what it is, what it saw, what it scores, what it is not for."""
-    counts, about = corpus.counts(), corpus.about
-    tiling, encoder, val = about["tiling"], about["encoder"], result["val"]
-    left_out = about["left_out"]
-
-    def row(name: str, cells: Callable[[str], str]) -> str:
-        return f"| {name} | {' | '.join(cells(k) for k in ('r@1', 'r@5', 'r@10'))} |"
-
-    lines = [
-        "---", "library_name: pathflip", "tags: [pathology, whole-slide-image, contrastive]",
-        "---", "",
-        f"# {run.name}", "",
-        f"A slide and text encoder trained with pathflip, preset `{config.preset}`: slides and "
-        "captions in one space, slides searchable and groundable by text.", "",
-        "```python", "from pathflip.models import PathFLIP",
-        'model = PathFLIP.from_pretrained("<this folder>")', "```", "",
-        "## Data", "",
-        f"* {counts['train_slides']:,} training slides of {counts['train_patients']:,} patients "
-        f"({counts['train_regions']:,} regions), {counts['val_slides']:,} validation slides of "
-        f"{counts['val_patients']:,} patients; no patient is in both.",
-        f"* Left out: {left_out['test']:,} test slides, {left_out['without_caption']:,} slides "
-        "without a caption.",
-        f"* Patch features: `{encoder['name']}` revision {encoder['revision']}, {encoder['dim']} "
-        f"wide. Regions of {tiling['region_um']:g} µm, patches of {tiling['patch_um']:g} µm at "
-        f"{tiling['mpp']:g} µm per pixel. The model is of no use with other features or another "
-        "tiling.", "",
-        "## Results", "",
-    ]  # fmt: skip
-    if val:
-        lines += [
-            f"Validation retrieval, {val['n']} slides, protocol {val['protocol']}, step "
-            f"{result['best_step']:,} of {result['steps']:,}:", "",
-            "| | R@1 | R@5 | R@10 |", "|---|---|---|---|",
-            row("slide to caption", lambda k: f"{val['itr'][k]:.3f}"),
-            row("caption to slide", lambda k: f"{val['tir'][k]:.3f}"),
-            row("chance", lambda k: f"{val['chance'][k]:.3f}"), "",
-            "These slides chose the weights: measure on others before quoting a figure.",
-        ]  # fmt: skip
-    else:
-        lines += ["No slide was held out to validate; the last weights were exported."]
-    loss = "-" if result["loss"] is None else f"{result['loss']:.4f}"
-    lines += [
-        "",
-        f"Training loss at the end {loss}, {result['skipped']} steps skipped, "
-        f"{result['seconds']:,.0f} s.", "",
-        "## Settings", "", "```yaml", save_settings(config).rstrip(), "```", "",
-        "## Limits", "",
-        "* For research. Not a medical device; not validated for diagnosis.",
-        "* It knows the scanners, stains, organs and wording of its training slides; expect less "
-        "elsewhere.",
-        "* Contrastive text encoders hardly read negation: \"no necrosis\" is close to "
-        "\"necrosis\".",
-        "* Whatever the captions share with the slides besides the findings (site, stain) can be "
-        "learned as well.",
-        "* Features, weights and captions carry the licences of the encoder and the data.",
-        "",
-    ]  # fmt: skip
-    return "\n".join(lines)

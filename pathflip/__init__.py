@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Archive", "Slide", "__version__"]
+__all__ = ["Archive", "PathFLIP", "Slide", "__version__"]
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
+    from pathflip.models import PathFLIP
     from pathflip.slides.slide import Slide
 
 
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from pathflip.archive import Archive
 
         return Archive
+    if name == "PathFLIP":
+        from pathflip.models import PathFLIP
+
+        return PathFLIP
     if name == "Slide":
         from pathflip.slides.slide import Slide
 

@@ -64,7 +64,21 @@ def write_whole(folder: str | Path, fill: Callable[[Path], None], **note: Any) -
     part = folder.parent / f".{folder.name}{_PART}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    fill(part)
+    try:
+        fill(part)
+        _seal(part, note)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    if folder.exists():
+        remove_folder(folder)
+    part.rename(folder)
+    _sync(folder.parent)
+    return folder
+
+
+def _seal(part: Path, note: Mapping[str, Any]) -> None:
+    """Force a folder's files to disk and list them."""
     files = {}
     for path in _files(part):
         with path.open("rb") as handle:
@@ -75,11 +89,6 @@ def write_whole(folder: str | Path, fill: Callable[[Path], None], **note: Any) -
     write_file(part / COMPLETE, json.dumps({**body, "sha256": _digest(body)}, indent=1))
     for inner in sorted({part, *(path.parent for path in _files(part))}):
         _sync(inner)
-    if folder.exists():
-        remove_folder(folder)
-    part.rename(folder)
-    _sync(folder.parent)
-    return folder
 
 
 def verify_whole(folder: str | Path) -> dict[str, Any]:
@@ -227,7 +236,11 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        CheckpointError: The disk is full or not writable.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     def fill(part: Path) -> None:
@@ -237,7 +250,15 @@ def save_checkpoint(
         write_file(part / "state.json", json.dumps(state, sort_keys=True))
 
     folder = Path(folder)
-    path = write_whole(folder / f"step-{step:08d}", fill, step=step, metric=metric)
+    path = folder / f"step-{step:08d}"
+    try:
+        write_whole(path, fill, step=step, metric=metric)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be written: {error}.",
+            hint="Free some space there, or mend its permissions; the one before is intact.",
+            code="disk_full" if "No space left" in str(error) else "not_permitted",
+        ) from error
     _prune(folder, keep)
     return path
 

@@ -118,9 +118,7 @@ def heatmap_grid(
     heat, mask = np.asarray(heat, np.float64), np.asarray(mask, np.bool_)
     if not mask.any():
         raise ValueError("no patch to draw")
-    row, col = np.divmod(np.arange(tiling.slots), tiling.side)
-    rows = region_xy[:, 1, None] * tiling.side + row  # [N, M]
-    cols = region_xy[:, 0, None] * tiling.side + col
+    rows, cols = _cells(region_xy, tiling)
     row0, column0 = int(rows[mask].min()), int(cols[mask].min())
     shape = (int(rows[mask].max()) - row0 + 1, int(cols[mask].max()) - column0 + 1)
     values, tissue = np.zeros(shape), np.zeros(shape, np.bool_)
@@ -134,6 +132,16 @@ def heatmap_grid(
         patch_um=tiling.patch_um,
         mpp=mpp,
     )
+
+
+def patch_heat(
+    grid: HeatmapGrid, mask: ArrayLike, region_xy: NDArray[np.int64], tiling: Tiling
+) -> NDArray[np.float64]:
+    """Heat of the kept patches of a grid [P], in the order of ``heat[mask]``: its way back."""
+    mask = np.asarray(mask, np.bool_)
+    rows, cols = _cells(region_xy, tiling)
+    found: NDArray[np.float64] = grid.heat[rows[mask] - grid.row0, cols[mask] - grid.column0]
+    return found
 
 
 def smooth(grid: HeatmapGrid, *, sigma: float = SIGMA) -> HeatmapGrid:
@@ -414,6 +422,14 @@ def write_geojson(
         ]
     document = {"type": "FeatureCollection", "features": features}
     return _write(Path(path), json.dumps(document, allow_nan=False, separators=(",", ":")).encode())
+
+
+def _cells(
+    region_xy: NDArray[np.int64], tiling: Tiling
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of every slot on the slide's patch grid, [N, M] each."""
+    row, col = np.divmod(np.arange(tiling.slots), tiling.side)
+    return region_xy[:, 1, None] * tiling.side + row, region_xy[:, 0, None] * tiling.side + col
 
 
 def _lines(grid: HeatmapGrid, index: NDArray[Any]) -> list[int]:

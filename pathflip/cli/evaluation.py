@@ -255,9 +255,13 @@ def evaluate_grounding(
     keys = ("pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "n")
     by_variant = document.get("variants", {document["variant"]: document})
     for name, found in by_variant.items():
-        rows = [["all", *(found[key] for key in keys)]]
-        rows += [[what, *(one[key] for key in keys)] for what, one in found["findings"].items()]
-        show_table(f"{name} on {split}", ("finding", *keys), rows)
+        shown = [("all", found), *found["findings"].items()]
+        rows = [
+            [what, *(one[key] for key in keys), *(one["smoothed"] or {}).values()]
+            for what, one in shown
+        ]
+        columns = ("finding", *keys, "smoothed pointing", "smoothed ap")
+        show_table(f"{name} on {split}", columns, rows)
 
 
 @evaluate_app.command("all")

@@ -7,7 +7,8 @@ tissue gets heat. A patch is right when its centre lies in an outline of that fi
 * Patch AP: average precision of the heat over the slide's patches.
 
 Both are averaged over (slide, finding) pairs. Their chance levels are exact for the same pairs:
-the share of right patches, and the mean AP of a random order.
+the share of right patches, and the mean AP of a random order. Heat is measured as the model gives
+it, and again smoothed as the map that is drawn (``smoothed``).
 
 Shapes: B slides of a batch, N regions, M patch slots, P patches of a slide, L texts.
 """
@@ -27,7 +28,7 @@ from pathflip.evaluation import bootstrap
 from pathflip.evaluation.encode import Batch, Report, SlideRow, batches, check_fits, list_slides
 from pathflip.evaluation.prompts import Suite
 from pathflip.geometry import Tiling
-from pathflip.heatmap import slide_rects
+from pathflip.heatmap import heatmap_grid, patch_heat, slide_rects, smooth
 from pathflip.interop.qupath import Polygon, read_geojson
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Pair:
         patches, right: Patches of tissue, and those in an outline.
         pointing: Whether the hottest is right; a share where several tie.
         patch_ap: Average precision.
+        smooth_pointing, smooth_patch_ap: The same of smoothed heat.
     """
 
     slide_id: str
@@ -57,6 +59,8 @@ class Pair:
     right: int
     pointing: float
     patch_ap: float
+    smooth_pointing: float
+    smooth_patch_ap: float
 
     @property
     def pointing_chance(self) -> float:
@@ -187,7 +191,12 @@ class Grounder:
                     if not right.any():
                         self.skipped += nth == 0
                         continue
+                    grid = heatmap_grid(
+                        heat[i, k, :num], here, batch.region_xy[i], self._tiling, mpp=slide.mpp
+                    )
+                    drawn = patch_heat(smooth(grid), here, batch.region_xy[i], self._tiling)
                     pointing, patch_ap = measure(heat[i, k, :num][here], right)
+                    smooth_pointing, smooth_patch_ap = measure(drawn, right)
                     self.pairs[variant].append(
                         Pair(
                             slide_id=slide.slide_id,
@@ -197,6 +206,8 @@ class Grounder:
                             right=int(right.sum()),
                             pointing=pointing,
                             patch_ap=patch_ap,
+                            smooth_pointing=smooth_pointing,
+                            smooth_patch_ap=smooth_patch_ap,
                         )
                     )
 
@@ -221,11 +232,11 @@ def summarise(
 
     Returns:
         {"pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "n", "slides", "ci",
-        "findings": {finding: the same}}; ``n`` counts pairs.
+        "smoothed": {"pointing", "patch_ap"}, "findings": {finding: the same}}; ``n`` counts pairs.
     """
     if not pairs:
         return {"n": 0, "slides": 0, "findings": {}} | dict.fromkeys(
-            ("pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "ci")
+            ("pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "smoothed", "ci")
         )
     found = _means(pairs, resamples=resamples, seed=seed)
     findings = sorted({pair.finding for pair in pairs})
@@ -351,6 +362,9 @@ def _means(pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any
     for key in keys:
         found[key] = float(values[key].mean())
         found[f"{key}_chance"] = float(np.mean([getattr(p, f"{key}_chance") for p in pairs]))
+    found["smoothed"] = {
+        key: float(np.mean([getattr(pair, f"smooth_{key}") for pair in pairs])) for key in keys
+    }
     found |= {"n": len(pairs), "slides": len({pair.slide_id for pair in pairs}), "ci": None}
     if resamples:
         weights = bootstrap.patient_weights(

@@ -1,22 +1,24 @@
 """Texts behind each other, without padding.
 
-Linear maps and norms run on the tokens alone; attention runs on groups of texts of about the same
-length, padded to the longest of the group. Each distinct text is there once.
+Linear maps and norms run on the tokens alone; attention runs on groups of texts of the same length
+(on GPUs, where many small calls cost more than some padding: of about the same length, padded to
+the longest of the group). Each distinct text is there once.
 
-Shapes: n distinct texts, T tokens of all of them, H hidden width.
+Shapes: n distinct texts, T tokens of all of them, P tokens with padding, H hidden width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _SLACK = 1.2
-"""A group's longest text has at most so many times the tokens of its shortest."""
+"""On GPUs a group's longest text has at most so many times the tokens of its shortest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,22 +26,13 @@ class Group:
     """Texts that attend together.
 
     Attributes:
-        start: First token of the group.
-        stop: Behind its last token.
-        begin: First text of the group.
         texts: How many.
         longest: Tokens of the longest.
-        inside: Where the tokens are in the padded block, int64 [stop - start]; None where all texts
-            have the same length.
-        mask: bool [texts, 1, 1, longest]; None likewise.
+        mask: bool [texts, 1, 1, longest]; None where all have that many.
     """
 
-    start: int
-    stop: int
-    begin: int
     texts: int
     longest: int
-    inside: Tensor | None
     mask: Tensor | None
 
 
@@ -54,6 +47,7 @@ class Packed:
         first: First token of each text, int64 [n].
         lengths: Tokens of each text, int64 [n].
         groups: What attends together.
+        inside: Where each token is with padding, int64 [T]; None where there is no padding.
         back: For each text that was given, which of the distinct ones it is, int64 [texts given].
     """
 
@@ -63,6 +57,7 @@ class Packed:
     first: Tensor
     lengths: Tensor
     groups: tuple[Group, ...]
+    inside: Tensor | None
     back: Tensor
 
     def attend(
@@ -81,22 +76,41 @@ class Packed:
         Returns:
             Of the shape of ``q``.
         """
+        asking = q.split([g.texts for g in self.groups]) if first else self._blocks(q)
         found = []
-        for group in self.groups:
-            keys, values = (
-                _padded(part[group.start : group.stop], group, heads) for part in (k, v)
-            )
-            if first:
-                asking = q[group.begin : group.begin + group.texts]
-                asking = asking.view(group.texts, 1, heads, -1).transpose(1, 2)
-            else:
-                asking = _padded(q[group.start : group.stop], group, heads)
+        for group, *parts in zip(
+            self.groups, asking, self._blocks(k), self._blocks(v), strict=True
+        ):
+            shaped = [part.view(group.texts, -1, heads, q.shape[-1] // heads) for part in parts]
+            mine, keys, values = (part.transpose(1, 2) for part in shaped)
             seen = F.scaled_dot_product_attention(
-                asking, keys, values, attn_mask=group.mask, dropout_p=dropout
+                mine, keys, values, attn_mask=group.mask, dropout_p=dropout
             )
-            flat = seen.transpose(1, 2).reshape(-1, q.shape[-1])
-            found.append(flat if first or group.inside is None else flat[group.inside])
-        return torch.cat(found) if len(found) > 1 else found[0]
+            found.append(seen.transpose(1, 2).reshape(-1, q.shape[-1]))
+        seen = torch.cat(found) if len(found) > 1 else found[0]
+        if first or self.inside is None:
+            return seen
+        return _move(seen, self.inside, size=None)
+
+    def padded(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Values of tokens [T] with padding of zeros, by group [texts, longest]."""
+        blocks = self._blocks(tokens[:, None])
+        return tuple(
+            block.view(group.texts, group.longest)
+            for block, group in zip(blocks, self.groups, strict=True)
+        )
+
+    def _blocks(self, x: Tensor) -> tuple[Tensor, ...]:
+        sizes = [group.texts * group.longest for group in self.groups]
+        if self.inside is not None:
+            x = _move(x, self.inside, size=sum(sizes))
+        parts: tuple[Tensor, ...] = torch.split(x, sizes)  # type: ignore[no-untyped-call]
+        return parts
+
+    def unpadded(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Values of padded tokens, by group [texts, longest, H], without padding [T, H]."""
+        x = torch.cat([block.flatten(0, 1) for block in blocks])
+        return x if self.inside is None else _move(x, self.inside, size=None)
 
     def mean(self, states: Tensor) -> Tensor:
         """Mean over the tokens of each text [T, H] -> [n, H]."""
@@ -104,26 +118,72 @@ class Packed:
         return sums.index_add(0, self.owner, states) / self.lengths[:, None]
 
 
-def pack(texts: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> Packed:
+class _Move(torch.autograd.Function):
+    """Rows to other places, or back; no two to the same, so that no gradient has to be added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, size: int | None) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.sizes = len(x), size
+        return _put(x, places, size)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        rows, size = ctx.sizes
+        return _put(gradients[0], places, rows if size is None else None), None, None
+
+
+def _put(x: Tensor, places: Tensor, size: int | None) -> Tensor:
+    if size is None:
+        return x.index_select(0, places)
+    return x.new_zeros(size, x.shape[1]).index_copy_(0, places, x)
+
+
+def _move(x: Tensor, places: Tensor, *, size: int | None) -> Tensor:
+    """Row i to ``places[i]`` of ``size`` rows; or with no size, from ``places[i]`` to i."""
+    out: Tensor = _Move.apply(x, places, size)  # type: ignore[no-untyped-call]
+    return out
+
+
+def pack(
+    texts: Sequence[Sequence[int]],
+    *,
+    device: torch.device | str = "cpu",
+    slack: float | None = None,
+) -> Packed:
     """Pack tokenised texts.
 
     Args:
         texts: Token ids of each, at least one token each.
         device: Where to.
+        slack: A group's longest text has at most so many times the tokens of its shortest; None:
+            what suits the device.
     """
+    if slack is None:
+        slack = 1.0 if torch.device(device).type == "cpu" else _SLACK
     places: dict[tuple[int, ...], int] = {}
     for text in texts:
         places.setdefault(tuple(text), len(places))
     order = sorted(places, key=lambda ids: (len(ids), ids))
     number = {ids: i for i, ids in enumerate(order)}
     lengths = [len(ids) for ids in order]
-    groups, at, start = [], 0, 0
+    groups: list[Group] = []
+    inside: list[int] = []
+    at = row = 0
     while at < len(order):
         stop = at
-        while stop < len(order) and lengths[stop] <= max(lengths[at] * _SLACK, lengths[at] + 2):
+        while stop < len(order) and lengths[stop] <= lengths[at] * slack:
             stop += 1
-        groups.append(_group(lengths[at:stop], at, start, device))
-        start = groups[-1].stop
+        mine, longest = lengths[at:stop], lengths[stop - 1]
+        mask = None
+        if mine[0] != longest:
+            real = torch.arange(longest)[None] < torch.tensor(mine)[:, None]
+            mask = real[:, None, None].to(device, non_blocking=True)
+        groups.append(Group(texts=len(mine), longest=longest, mask=mask))
+        for length in mine:
+            inside.extend(range(row, row + length))
+            row += longest
         at = stop
 
     def put(values: list[int]) -> Tensor:
@@ -139,34 +199,6 @@ def pack(texts: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") 
         first=put(firsts),
         lengths=put(lengths),
         groups=tuple(groups),
+        inside=None if row == len(inside) else put(inside),
         back=put([number[tuple(text)] for text in texts]),
     )
-
-
-def _group(lengths: list[int], begin: int, start: int, device: torch.device | str) -> Group:
-    longest = lengths[-1]
-    inside = mask = None
-    if lengths[0] != longest:
-        inside = torch.tensor(
-            [row * longest + i for row, length in enumerate(lengths) for i in range(length)]
-        ).to(device, non_blocking=True)
-        real = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
-        mask = real[:, None, None].to(device, non_blocking=True)
-    return Group(
-        start=start,
-        stop=start + sum(lengths),
-        begin=begin,
-        texts=len(lengths),
-        longest=longest,
-        inside=inside,
-        mask=mask,
-    )
-
-
-def _padded(part: Tensor, group: Group, heads: int) -> Tensor:
-    """Tokens of a group [t, H] -> [texts, A, longest, H / A]."""
-    width = part.shape[-1]
-    if group.inside is not None:
-        block = part.new_zeros(group.texts * group.longest, width)
-        part = block.index_copy(0, group.inside, part)
-    return part.view(group.texts, group.longest, heads, width // heads).transpose(1, 2)

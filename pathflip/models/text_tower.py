@@ -81,20 +81,10 @@ class TextTower(nn.Module):
 
     def _grouped(self, packed: Packed) -> Tensor:
         found = []
-        for group in packed.groups:
-            shape = (group.texts, group.longest)
-            ids = packed.ids[group.start : group.stop]
-            mask = torch.ones_like(ids)
-            if group.inside is not None:
-                pad = int(getattr(self.bert.config, "pad_token_id", 0) or 0)
-                ids = torch.full((shape[0] * shape[1],), pad, device=ids.device).index_copy(
-                    0, group.inside, ids
-                )
-                mask = torch.zeros_like(ids).index_fill(0, group.inside, 1)
-            states = self.bert(input_ids=ids.view(shape), attention_mask=mask.view(shape))[0]
-            flat = states.reshape(-1, states.shape[-1])
-            found.append(flat if group.inside is None else flat[group.inside])
-        return torch.cat(found)
+        ones = torch.ones_like(packed.ids)
+        for ids, mask in zip(packed.padded(packed.ids), packed.padded(ones), strict=True):
+            found.append(self.bert(input_ids=ids, attention_mask=mask)[0])
+        return packed.unpadded(found)
 
 
 def build_tower(

@@ -267,7 +267,8 @@ def _groups(document: Mapping[str, Any]) -> list[dict[str, Any]]:
                      found["queries"].get(what, ""), n=one["n"])
                 for what, one in found["findings"].items()
             ]  # fmt: skip
-            groups.append({"name": name, "note": f"variant {found['variant']}", "rows": rows})
+            note = f"variant {found['variant']}; smoothed as drawn {found['smoothed'][key]:.3f}"
+            groups.append({"name": name, "note": note, "rows": rows})
     return groups
 
 

@@ -143,13 +143,13 @@ def test_worker_killed(archive: str, pair: Path, cluster: str, tmp_path: Path) -
 def test_driver_killed_then_another_number_of_workers(
     archive: str, alone: Path, cluster: str, tmp_path: Path
 ) -> None:
-    """SIGKILL of ``pathflip pretrain`` on two workers; the same command goes on, on one."""
+    """SIGKILL of ``pathflip pretrain`` on one worker; the same goes on, on as many as there are."""
     run = tmp_path / "run"
     words = ["pretrain", "--archive", archive, "--run", str(run), "--preset", "pathflip/mini"]
     words += [word for setting in SETTINGS for word in ("-o", setting)]
     words += ["--json", "--address", cluster]
     driver = subprocess.Popen(
-        [sys.executable, "-m", "pathflip.cli", *words, "--max-workers", "2"],
+        [sys.executable, "-m", "pathflip.cli", *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -166,8 +166,12 @@ def test_driver_killed_then_another_number_of_workers(
         driver.kill()
         _, err = driver.communicate()
     assert logged_step(run) >= KILL_AT, err
-    result = pretrain(archive, run, settings())
+    assert json.loads((run / "attempt.json").read_text())["workers"] == 1
+    result = pretrain(archive, run, settings("min_workers=1", "max_workers=2"))
     assert result["steps"] == STEPS
     assert 0 < result["trained"] <= STEPS - SAVE_EVERY
-    assert_close(run, alone, within=1e-3)  # up to its death it was two workers
+    attempt = json.loads((run / "attempt.json").read_text())
+    assert attempt["workers"] == 2
+    assert attempt["from_step"] == STEPS - result["trained"]
+    assert_close(run, alone, within=1e-3)
     assert curve(run) == pytest.approx(curve(alone), abs=1e-4)

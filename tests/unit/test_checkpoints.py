@@ -260,6 +260,22 @@ def test_a_failing_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "a").read_text() == "old"
 
 
+def test_a_full_disk_is_said_and_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"step-00000010 cannot be written: .*No space"):
+            save(tmp_path, 10)
+    assert names(tmp_path) == ["step-00000005"]
+    check(tmp_path, 5)
+
+
 # -- runs -----------------------------------------------------------------------------------------
 
 

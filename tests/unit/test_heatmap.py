@@ -20,6 +20,7 @@ from pathflip.heatmap import (
     normalise,
     otsu,
     overlay,
+    patch_heat,
     patch_list,
     resample,
     slide_rects,
@@ -52,6 +53,7 @@ def test_slots_go_to_their_cells() -> None:
             row, column = 4 * ry + slot // 4 - 4, 4 * rx + slot % 4 - 8
             assert found.heat[row, column] == (heat[n, slot] if mask[n, slot] else 0)
             assert found.tissue[row, column] == mask[n, slot]
+    np.testing.assert_array_equal(patch_heat(found, mask, xy, TILING), heat[mask])
 
 
 def test_smoothing_stays_inside_the_tissue_and_keeps_constants() -> None:

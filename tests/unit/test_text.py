@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pathflip.text import draw_rng, sample_subcaptions, split_sentences, train_tokenizer
+from pathflip.text import denies, draw_rng, sample_subcaptions, split_sentences, train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -216,3 +216,22 @@ def test_the_tokenizer_is_the_same_in_every_process() -> None:
         for seed, corpus in enumerate([CORPUS, CORPUS[::-1]])
     }
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("sentence", "denied"),
+    [
+        ("No necrosis is identified.", True),
+        ("There is no evidence of mucin.", True),
+        ("Calcification is not seen.", True),
+        ("Negative for carcinoma.", True),
+        ("Perineural invasion is absent.", True),
+        ("Necrosis is noted.", False),
+        ("Nodules of tumour are present.", False),
+        ("Normal colonic mucosa.", False),
+        ("Nottingham grade 2.", False),
+        ("Tumour is noted in two of nine nodes.", False),
+    ],
+)
+def test_a_denial_is_told_from_a_finding(sentence: str, denied: bool) -> None:
+    assert denies(sentence) is denied

@@ -86,6 +86,7 @@ def test_random_heat_gives_chance() -> None:
             Pair(
                 slide_id=f"s{i}", patient_id=f"p{i // 2}", finding=("a", "b")[i % 2],
                 patches=patches, right=int(right.sum()), pointing=pointing, patch_ap=patch_ap,
+                smooth_pointing=pointing, smooth_patch_ap=patch_ap,
             )
         )  # fmt: skip
     found = summarise(pairs)
@@ -106,6 +107,7 @@ def test_planted_lesions_are_found_at_any_resolution(archive, run, planted_slide
     assert found["pointing"] == found["patch_ap"] == 1
     assert found["ci"] == {"pointing": [1, 1], "patch_ap": [1, 1]}
     assert found["variants"]["cosine"]["pointing"] == 1
+    assert found["smoothed"] == {"pointing": 1, "patch_ap": 1}  # a square stays the hottest
     # The share of patches in a lesion, counted on the patch grid instead of in pixels.
     shares, skipped = [], 0
     for slide in planted_slides:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pathflip.errors import ConfigError
 from pathflip.models import PRESETS, PathFLIP, PathFLIPConfig, pathflip, preset
+from pathflip.models.packing import pack
 from tests.unit.models.tiny import CAPTIONS, SIZES, SLOTS, TOKENIZER, batch, tiny
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -141,9 +142,14 @@ def test_the_text_tower_is_transformers_bert(pooling: str) -> None:
     ).last_hidden_state
     real = given["attention_mask"][..., None]
     pooled = states[:, 0] if pooling == "cls" else (states * real).sum(1) / real.sum(1)
-    assert torch.allclose(model.embed(CAPTIONS), model.text_out(pooled), atol=1e-6)
-    model.text_tower._packs = False  # the way of other families
-    assert torch.allclose(model.embed(CAPTIONS), model.text_out(pooled), atol=1e-6)
+    wanted = model.text_out(pooled)
+    assert torch.allclose(model.embed(CAPTIONS), wanted, atol=1e-6)
+    for packs in (True, False):  # False: the way of other families
+        model.text_tower._packs = packs
+        packed = pack([TOKENIZER(text)["input_ids"] for text in CAPTIONS], slack=1.5)
+        assert packed.inside is not None
+        vectors = model.text_out(model.text_tower(packed, pooling=pooling))[packed.back]
+        assert torch.allclose(vectors, wanted, atol=1e-6)
 
 
 def test_sub_captions_are_cut_at_half_the_length() -> None:
@@ -154,6 +160,7 @@ def test_sub_captions_are_cut_at_half_the_length() -> None:
     assert not torch.allclose(both[0], both[1], atol=1e-3)
 
 
+@torch.no_grad()
 def test_eq_5_is_its_equation() -> None:
     model, given = tiny(), batch(2)
     slides = model.encode_slide(given["features"], given["patch_mask"])
@@ -189,6 +196,7 @@ def test_several_heads_are_pytorchs(kind: str) -> None:
     assert torch.allclose(block.values(tokens)[:, :1], alone, atol=1e-6)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("tokens", ["per_query", "mean"])
 def test_heat_is_attention_times_attention(tokens: str) -> None:
     model, given = tiny(region_tokens=tokens), batch(2)

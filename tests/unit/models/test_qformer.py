@@ -121,11 +121,12 @@ def test_regions_and_slides_are_what_blip2_makes_of_them_forward_and_backward(pa
     assert compared >= 10 * LAYERS
 
 
-def test_text_is_what_blip2_makes_of_it_forward_and_backward(pair):
+@pytest.mark.parametrize("slack", [1.0, 1.5, 9.0])
+def test_text_is_what_blip2_makes_of_it_forward_and_backward(pair, slack):
     ours, theirs, embeddings = pair
     texts = [[2, 7, 9, 11, 3], [2, 30, 3], [2, 4, 8, 3], [2, 30, 3], [2, *range(20, 40), 3]]
     for pooling in ("cls", "mean"):
-        packed = pack(texts)
+        packed = pack(texts, slack=slack)
         ours.zero_grad(), theirs.zero_grad(), embeddings.zero_grad()
         mine = ours.text(packed, pooling=pooling)[packed.back]
         longest = max(map(len, texts))
@@ -211,4 +212,9 @@ def test_packing_puts_each_distinct_text_once():
     assert packed.positions.tolist() == [0, 0, 1, 0, 1, 2]
     assert packed.first.tolist() == [0, 1, 3]
     assert packed.back.tolist() == [2, 0, 2, 1]
+    assert [(group.texts, group.longest) for group in packed.groups] == [(1, 1), (1, 2), (1, 3)]
+    assert packed.inside is None
+    loose = pack([[5, 6, 7], [8], [5, 6, 7], [9, 9]], slack=2.0)
+    assert [(group.texts, group.longest) for group in loose.groups] == [(2, 2), (1, 3)]
+    assert [block.tolist() for block in loose.padded(loose.ids)] == [[[8, 0], [9, 9]], [[5, 6, 7]]]
     assert packed.mean(torch.arange(6.0)[:, None])[:, 0].tolist() == [0.0, 1.5, 4.0]

@@ -1,0 +1,296 @@
+"""What pretraining costs, beside the published formulation: ``python -m tests.bench.pretrain``.
+
+Both sides do one step (forward and backward, fp32) of the published model's sizes on the same
+weights, features and texts, each in a process of its own: CPU seconds of all its threads, and the
+most memory it ever held. Their losses must be equal. docs/models.md says what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pathflip.models import PathFLIP
+from pathflip.text import draw_rng, sample_subcaptions, train_tokenizer
+from tests.bench import meter, plain
+from tests.bench.ingest import rounded, say
+
+Report = dict[str, Any]
+
+REGIONS, SLOTS, WIDTH, SUBCAPTIONS = 24, 256, 512, 8
+VOCABULARY = 28996
+"""Entries of BioBERT's."""
+SENTENCES, SENTENCE_WORDS, TOKENS_PER_WORD = (4, 14, 7.3), 19, 1.3
+"""Real captions (method A.4): 4 to 14 sentences, 7.3 in the mean, of 19 words, 141 words in all."""
+THREADS = 2
+PARAMETERS = (
+    "queries", "patch_in.weight", "qformer.layers.0.cross.key.weight",
+    "qformer.layers.6.ffn_text.up.weight", "qformer.layers.6.ffn_query.up.weight",
+    "qformer.words.weight", "text_out.weight", "context.layers.0.linear1.weight",
+)  # fmt: skip
+"""Whose gradients are compared."""
+
+
+# -- the step -------------------------------------------------------------------------------------
+
+
+class Words:
+    """Stands in for a tokenizer: a text is its numbers, framed by [CLS] and [SEP]."""
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+    def __call__(self, text: str, most: int) -> list[int]:
+        """Token ids of a text."""
+        return [*[101, *map(int, text.split())][: most - 1], 102]
+
+
+def texts(slides: int, seed: int = 0) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Captions and sub-captions of realistic lengths, as token ids."""
+    rng = np.random.default_rng(seed)
+    captions, pieces, words = [], [], Words()
+    low, high, mean = SENTENCES
+    for slide in range(slides):
+        count = int(np.clip(rng.normal(mean, 1.8), low, high).round())
+        sentences = []
+        for _ in range(count):
+            length = int(max(5, rng.normal(SENTENCE_WORDS, 6)) * TOKENS_PER_WORD) + 1
+            sentences.append(" ".join(map(str, rng.integers(1000, VOCABULARY, length))))
+        drawn = sample_subcaptions(
+            sentences, num=SUBCAPTIONS, rng=draw_rng(seed, 0, str(slide)), contig_off_by_one=True
+        )
+        captions.append(words(" ".join(sentences), 384))
+        pieces.append([words(text, 192) for text in drawn])
+    return captions, pieces
+
+
+def build(small: bool) -> PathFLIP:
+    """The published model, without dropout: two sides draw differently."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"layers": 2} if small else {}
+    model = PathFLIP.from_preset(
+        "pathflip/official_v1", tokenizer=Words(), text_model=None, qformer_from_text=False,
+        dropout=0.0, feature_dim=WIDTH, **sizes,
+    )  # fmt: skip
+    return model.train()
+
+
+def perform(side: str, slides: int, regions: int, small: bool, profile: bool) -> Report:
+    """In the measured process: a small step to start the libraries, then the step."""
+    torch.set_num_threads(THREADS)
+    model = build(small)
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(slides, regions, SLOTS, WIDTH, generator=generator)
+    choice = torch.randint(SUBCAPTIONS, (slides, slides), generator=generator)
+    captions, pieces = texts(slides)
+
+    def step(features: torch.Tensor, captions: Any, pieces: Any) -> tuple[float, float]:
+        if side == "ours":
+            mask = torch.ones(features.shape[:3], dtype=torch.bool)
+            out = model(features, mask, captions, pieces, negative_choice=choice)
+            both = out.loss_slide, out.loss_region
+        else:
+            both = plain.losses(model, features, captions, pieces, choice)
+        (both[0] + both[1]).backward()
+        return both[0].item(), both[1].item()
+
+    short = [ids[:8] for ids in captions]
+    step(features[:, :1, :8], short, [[ids[:8] for ids in own] for own in pieces])
+    model.zero_grad(set_to_none=True)
+    started, wall = time.process_time(), time.monotonic()
+    tops: list[list[Any]] = []
+    if profile:
+        with torch.profiler.profile() as profiler:
+            found = step(features, captions, pieces)
+        averages = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[
+            :10
+        ]
+        tops = [[event.key, event.self_cpu_time_total / 1e6, event.count] for event in averages]
+    else:
+        found = step(features, captions, pieces)
+    gradients = dict(model.named_parameters())
+    flat = [ids for own in pieces for ids in own]
+    report: Report = {
+        "cpu_s": time.process_time() - started,
+        "wall_s": time.monotonic() - wall,
+        "rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "losses": found,
+        "gradients": [gradients[name].grad.double().norm().item() for name in PARAMETERS
+                      if name in gradients],
+        "tokens": sum(map(len, captions)) + sum(map(len, flat)),
+        "distinct_tokens": sum(map(len, {tuple(ids) for ids in [*captions, *flat]})),
+        "padded_tokens": 384 * len(captions) + 192 * len(flat),
+    }  # fmt: skip
+    return report | ({"top_ops": tops} if profile else {})
+
+
+def measure(side: str, *, slides: int, regions: int, small: bool, profile: bool = False) -> Report:
+    """One side in a process of its own."""
+    command = [sys.executable, "-m", "tests.bench.pretrain", "--side", side]
+    command += ["--slides", str(slides), "--regions", str(regions)]
+    command += ["--small"] * small + ["--profile"] * profile
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "MALLOC_ARENA_MAX": "2"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    found: Report = json.loads(done.stdout)
+    say(f"{side}, B={slides}, {regions} regions: {found['cpu_s']:.1f} CPU-s, "
+        f"{found['rss_gb']:.2f} GB")  # fmt: skip
+    return found
+
+
+def step(quick: bool) -> Report:
+    """Ours beside the plain formulation, at B = 2 and B = 4."""
+    report: Report = {}
+    sizes = [(2, 4)] if quick else [(2, REGIONS), (4, REGIONS)]
+    for slides, regions in sizes:
+        kwargs: Report = {"slides": slides, "regions": regions, "small": quick}
+        sides = [measure(side, **kwargs) for side in ("ours", "plain", "ours")]
+        ours = min(sides[::2], key=lambda side: side["cpu_s"])
+        slow = sides[1]
+        both = zip(ours["losses"], slow["losses"], strict=True)
+        gaps = zip(ours["gradients"], slow["gradients"], strict=True)
+        found: Report = {
+            "cpu_ratio": slow["cpu_s"] / ours["cpu_s"],
+            "memory_ratio": slow["rss_gb"] / ours["rss_gb"],
+            "loss_gap": max(abs(a - b) for a, b in both),
+            "gradient_gap": max(abs(a - b) / b for a, b in gaps),
+            "cpu_s": [ours["cpu_s"], slow["cpu_s"]],
+            "rss_gb": [ours["rss_gb"], slow["rss_gb"]],
+            "tokens": {name: ours[name] for name in ("tokens", "distinct_tokens", "padded_tokens")},
+        }
+        if not report:
+            keys = ("cpu_ratio", "memory_ratio", "loss_gap", "gradient_gap")
+            report = {key: found[key] for key in keys}
+        report[f"B={slides}, {regions} regions"] = found
+    report["top_ops"] = measure("ours", **kwargs, profile=True)["top_ops"]
+    return report
+
+
+# -- grounding ------------------------------------------------------------------------------------
+
+
+def ground(quick: bool) -> Report:
+    """Seconds to ground a text on a slide of 50 regions of 256 patches, at the paper's size."""
+    torch.set_num_threads(THREADS)
+    sizes: Report = {"layers": 2} if quick else {}
+    tokenizer = train_tokenizer(["Necrosis is present."], vocab_size=100)
+    model = PathFLIP.from_preset(
+        "pathflip/paper", tokenizer=tokenizer, text_model=None, qformer_from_text=False, **sizes
+    ).eval()
+    features = torch.randn(1, 50, SLOTS, WIDTH)
+    mask = torch.ones(1, 50, SLOTS, dtype=torch.bool)
+    taken, used = [], []
+    for _ in range(2 if quick else 5):
+        wall, cpu = time.monotonic(), time.process_time()
+        model.ground(features, mask, ["Necrosis is present."])
+        taken.append(time.monotonic() - wall)
+        used.append(time.process_time() - cpu)
+    say(f"grounding: {min(taken):.2f} s, {min(used):.2f} CPU-s")
+    return {"ground": {"wall_s": min(taken), "cpu_s": min(used), "threads": THREADS}}
+
+
+# -- Ray ------------------------------------------------------------------------------------------
+
+
+def ray_train(quick: bool) -> Report:
+    """CPU time of a training step under Ray Train, beside the same loop in a bare process."""
+    few, many = (4, 12) if quick else (20, 120)
+    slopes: Report = {}
+    for bare in (True, False):
+        steps = [{"bare": bare, "steps": n} for n in (few, many)] * (1 if quick else 2)
+        arguments = ["-m", "tests.bench.pretrain", "--runs", json.dumps(steps)]
+        found = meter.run(
+            arguments, done=lambda step: say(f"{step.answer}: {step.cpu_s:.1f} CPU-s")
+        )
+        # The first run of a session pays for its start: the least of each kind.
+        small, big = (min(step.cpu_s for step in found[i::2]) for i in (0, 1))
+        slopes["bare" if bare else "ray"] = (big - small) / (many - few)
+    return {
+        "ray_train_overhead": slopes["ray"] / slopes["bare"] - 1,
+        "cpu_s_per_step": slopes,
+    }
+
+
+def perform_runs(steps: Sequence[Report]) -> None:
+    """In the measured process: train the same thing again and again."""
+    from jobs import pretrain, runs, training
+    from tests.archives import make_archive
+
+    with tempfile.TemporaryDirectory(prefix="pathflip-bench-") as folder:
+        archive = str(make_archive(Path(folder, "archive"), slides=64, regions=(12, 16), dim=128))
+        for number, wanted in enumerate(steps):
+            settings = [
+                f"steps={wanted['steps']}", "batch_size=16", "val_fraction=0", "val_every=100000",
+                "save_every=100000", "max_workers=1", "device=cpu", "model.warm_start=false",
+                "pieces=sentences",
+            ]  # fmt: skip
+            config = pretrain.resolve("pathflip/mini", overrides=settings)
+            run = Path(folder, f"run-{number}")
+            if wanted["bare"]:
+                runs.prepare(archive, run, config)
+                torch.set_num_threads(THREADS)
+                training.train(run)
+            else:
+                pretrain.pretrain(archive, run, config)
+            print("@" + json.dumps(wanted), flush=True)
+            sys.stdin.readline()
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[bool], Report]] = {
+    "step": step,
+    "ground": ground,
+    "ray_train": ray_train,
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print JSON (it is printed anyway)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
+    parser.add_argument("--only", choices=PARTS, action="append", help="one part; repeatable")
+    parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--slides", type=int, default=2, help=argparse.SUPPRESS)
+    parser.add_argument("--regions", type=int, default=REGIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--runs", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side:
+        found = perform(given.side, given.slides, given.regions, given.small, given.profile)
+        print(json.dumps(found))
+        return
+    if given.runs:
+        perform_runs(json.loads(given.runs))
+        return
+    report: Report = {}
+    load = [os.getloadavg()[0]]
+    for name in given.only or PARTS:
+        report |= PARTS[name](given.quick)
+        load.append(os.getloadavg()[0])
+    report["machine"] = {
+        "cpus": len(os.sched_getaffinity(0)),
+        "load_average": load,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "quick": given.quick,
+    }
+    print(json.dumps(rounded(report), indent=1))
+
+
+if __name__ == "__main__":
+    main()
