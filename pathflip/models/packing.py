@@ -76,7 +76,9 @@ class Packed:
         Returns:
             Of the shape of ``q``.
         """
-        asking = q.split([g.texts for g in self.groups]) if first else self._blocks(q)
+        asking = (
+            torch.split(q, [group.texts for group in self.groups]) if first else self._blocks(q)
+        )
         found = []
         for group, *parts in zip(
             self.groups, asking, self._blocks(k), self._blocks(v), strict=True
@@ -104,7 +106,7 @@ class Packed:
         sizes = [group.texts * group.longest for group in self.groups]
         if self.inside is not None:
             x = _move(x, self.inside, size=sum(sizes))
-        parts: tuple[Tensor, ...] = torch.split(x, sizes)  # type: ignore[no-untyped-call]
+        parts: tuple[Tensor, ...] = torch.split(x, sizes)
         return parts
 
     def unpadded(self, blocks: Sequence[Tensor]) -> Tensor:

@@ -39,7 +39,10 @@ class TextTower(nn.Module):
     @property
     def max_positions(self) -> int:
         """Longest text in tokens."""
-        return int(getattr(self.bert.config, "max_position_embeddings", 512))
+        about = self.bert.config
+        most = int(getattr(about, "max_position_embeddings", 512))
+        # The RoBERTas count positions from behind the padding's.
+        return most - about.pad_token_id - 1 if "roberta" in about.model_type else most
 
     def forward(self, packed: Packed, *, pooling: str) -> Tensor:
         """Encode packed texts.

@@ -143,7 +143,7 @@ def test_worker_killed(archive: str, pair: Path, cluster: str, tmp_path: Path) -
 def test_driver_killed_then_another_number_of_workers(
     archive: str, alone: Path, cluster: str, tmp_path: Path
 ) -> None:
-    """SIGKILL of ``pathflip pretrain`` on one worker; the same goes on, on as many as there are."""
+    """SIGKILL of ``pathflip pretrain`` on one worker; the same command goes on, on two."""
     run = tmp_path / "run"
     words = ["pretrain", "--archive", archive, "--run", str(run), "--preset", "pathflip/mini"]
     words += [word for setting in SETTINGS for word in ("-o", setting)]
@@ -167,7 +167,7 @@ def test_driver_killed_then_another_number_of_workers(
         _, err = driver.communicate()
     assert logged_step(run) >= KILL_AT, err
     assert json.loads((run / "attempt.json").read_text())["workers"] == 1
-    result = pretrain(archive, run, settings("min_workers=1", "max_workers=2"))
+    result = pretrain(archive, run, settings("max_workers=2"))
     assert result["steps"] == STEPS
     assert 0 < result["trained"] <= STEPS - SAVE_EVERY
     attempt = json.loads((run / "attempt.json").read_text())
