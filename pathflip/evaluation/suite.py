@@ -6,7 +6,7 @@ of it that are compared between models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,19 +116,29 @@ def headline(document: Mapping[str, Any]) -> dict[str, tuple[float | None, float
                 found[f"{way} {key}"] = (value, retrieval["chance"][key])
     if tasks := document.get("zeroshot"):
         presence = [task for task in tasks.values() if task["kind"] == "presence"]
-        known = [task["auc"] for task in presence if task["auc"] is not None]
+        known = [task for task in presence if task["auc"] is not None]
         if known:
-            found["presence auc"] = (sum(known) / len(known), 0.5)
+            found["presence auc"] = (_mean([task["auc"] for task in known]), 0.5)
+            # For models whose regions were not trained, by the slide's vector alone.
+            values = [task["auc_by"]["global/none"] for task in known]
+            found["presence auc, global"] = (_mean(values), 0.5)
         for name, task in tasks.items():
             if task["kind"] == "multiclass":
                 chance = task["baseline"]["balanced_accuracy"]
+                found[f"{name} auc"] = (task["auc"], 0.5)
                 found[f"{name} balanced accuracy"] = (task["balanced_accuracy"], chance)
             elif task["kind"] == "binary":
                 found[f"{name} auc"] = (task["auc"], 0.5)
+                by_slide = task["auc_by"].get("global/negation", task["auc_by"]["global/none"])
+                found[f"{name} auc, global"] = (by_slide, 0.5)
     if grounding := document.get("grounding"):
         for key in ("pointing", "patch_ap"):
             found[key.replace("_", " ")] = (grounding[key], grounding[f"{key}_chance"])
     return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _unless_missing(measure: Any) -> Any:

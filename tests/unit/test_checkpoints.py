@@ -123,6 +123,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, at: Callable[[], None]) -> None:
     monkeypatch.setattr(safetensors.torch, "save_file", halved)
 
 
+@pytest.mark.filterwarnings("ignore:lance is not fork-safe")
 def test_killed_inside_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C2: at ten places of the write, SIGKILL; what loads is whole: the one before or the new."""
     base = tmp_path / "base"

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from jobs.corpus import Corpus, epoch_order, make_corpus, steps_per_epoch
 from pathflip import Archive
+from pathflip.archive.attach import Caption, write_captions
+from pathflip.archive.commit import Committer
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from tests.archives import make_archive
 
@@ -163,6 +165,23 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert (caught.value.code, "archive import" in caught.value.hint) == ("no_captions", True)
     with pytest.raises(ArchiveError, match="no encoder 'uni'"):
         make_corpus(Archive(uri), encoder="uni")
+
+
+def test_sources_and_pieces(tmp_path: Path) -> None:
+    uri = make_archive(tmp_path / "a", slides=4, regions=(1, 1))
+    text = "Tumour is seen. No necrosis is identified. There is no evidence of mucin."
+    with Committer(uri) as committer:
+        more = [Caption(slide_id="slide001", text=text), Caption(slide_id="slide002", text=text)]
+        write_captions(committer, more, source="second")
+    archive = Archive(uri)
+    assert make_corpus(archive).pieces[1][0].startswith("Sections show")  # the first by name
+    second = make_corpus(archive, source="second", val_fraction=0)
+    assert second.slide_ids == ["slide001", "slide002"]
+    assert second.about["left_out"]["without_caption"] == 2
+    assert len(second.pieces[0]) == 3
+    affirmed = make_corpus(archive, source="second", pieces="affirmed", val_fraction=0)
+    assert affirmed.pieces == [["Tumour is seen."]] * 2
+    assert affirmed.captions == second.captions
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def test_the_tokenizer_is_the_same_in_every_process() -> None:
     [
         ("No necrosis is identified.", True),
         ("There is no evidence of mucin.", True),
+        ("There are no mitoses.", True),
         ("Calcification is not seen.", True),
         ("Negative for carcinoma.", True),
         ("Perineural invasion is absent.", True),

@@ -72,6 +72,7 @@ def test_each_is_trained_once_and_measured(
     assert any("full-seed0" in line for line in lines)
     columns, rows = jobs_evaluate.table(found)
     assert columns == ["metric", "full", "no_tr_attention", "chance"]
+    assert [row[0] for row in rows[:2]] == ["presence auc", "presence auc, global"]
     assert rows[0][1] == "1.000 ± 0.000"
     written = json.loads((tmp_path / "run" / "ablations" / "ablations.json").read_text())
     assert written["table"] == found["table"]
