@@ -45,8 +45,6 @@ from pathflip.models.warm_start import warm_start
 STOPPED, PROGRESS = ".stopped.json", ".progress.json"
 START_SLIDES, START_REGIONS, START_BYTES = 128, 24, 256 << 20
 """How much of the training data a model is started from: slides, regions of each, fp16 bytes."""
-START_SLIDES, START_REGIONS = 256, 24
-"""Slides, and regions of each at most, that a model starts from."""
 WRITER_WAIT_S = 60.0
 """How long to wait for a rank 0 of the attempt before, which Ray or the kernel is ending."""
 

@@ -89,7 +89,8 @@ def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
 
 _DENIAL = re.compile(
     r"^(no|not|none|neither|absence of|absent|negative for|free of)\b"
-    r"|\b(there (is|are|was|were) no|no evidence of|is absent|are absent|is not (seen|identified|present)"
+    r"|\b(there (is|are|was|were) no|no evidence of|is absent|are absent)\b"
+    r"|\b(is not (seen|identified|present)"
     r"|are not (seen|identified|present)|without evidence of)\b",
     re.IGNORECASE,
 )
