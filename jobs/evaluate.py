@@ -24,7 +24,7 @@ import numpy as np
 
 from jobs.pretrain import PretrainConfig, pretrain, resolve
 from jobs.progress import HasLine
-from jobs.recipe import load_settings, save_settings
+from jobs.recipe import as_overrides, load_settings, save_settings
 from pathflip.archive import Archive
 from pathflip.checkpoints import load_run, write_file
 from pathflip.errors import ConfigError, TrainingError
@@ -121,10 +121,11 @@ def pretrain_config(
         overrides: ``key=value``.
     """
     own = Path(run) / "config.yaml" if run is not None and preset is None else None
-    if own is None or not own.exists() or config is not None:
+    if own is None or not own.exists():
         return resolve(preset, file=config, overrides=overrides)
     made = load_settings(Path(run))  # type: ignore[arg-type]
-    return resolve(made.preset, file=own, overrides=overrides)
+    over = as_overrides(config) if config is not None else []
+    return resolve(made.preset, file=own, overrides=[*over, *overrides])
 
 
 def ablations(
@@ -224,7 +225,8 @@ def measure(
         "truth": config.truth,
         "split": config.split,
         "resamples": config.resamples,
-        "slides": len(opened.ready_ids()),
+        "versions": {name: opened.dataset(name).version for name in sorted(opened.tables())},
+        "outlines": _stamps(opened, config.truth),
     }
     kept = run / "evaluation.json"
     if kept.exists():
@@ -243,6 +245,16 @@ def measure(
     document |= {"headline": headline(document), "asked": asked}
     write_file(kept, json.dumps(document, indent=1))
     return document
+
+
+def _stamps(archive: Archive, truth: str | None) -> str:
+    """Digest of names, sizes and times of the outlines measured against."""
+    uris = archive.slides("ready", ["uri"])["uri"].to_pylist()
+    near = {Path(uri).parent.parent / "lesions" for uri in uris}
+    folders = [Path(truth)] if truth is not None else sorted(near)
+    files = [path for folder in folders for path in sorted(folder.glob("*.geojson"))]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:

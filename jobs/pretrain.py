@@ -76,7 +76,10 @@ def pretrain(
         if done := runs.finished(run):
             return done | {"trained": 0}
         before = latest_checkpoint(run / "checkpoints")
-        _fit(run, config, address, progress)
+        if before is None or before.step < config.total_steps(
+            steps_per_epoch(corpus, config.batch_size)
+        ):
+            _fit(run, config, address, progress)
         result = runs.finish(run, corpus)
         runs.clear(run)
     return result | {"trained": result["steps"] - (before.step if before else 0)}

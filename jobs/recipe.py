@@ -204,6 +204,16 @@ def resolve(
     return load_config(PretrainConfig, overrides=layers, given={**(given or {}), "preset": name})
 
 
+def as_overrides(file: str | Path) -> list[str]:
+    """Returns a file's settings as ``key=value``.
+
+    Raises:
+        ConfigError: The file or a setting in it is wrong.
+    """
+    load_config(PretrainConfig, file=file)
+    return list(_flat(yaml.safe_load(Path(file).read_text())))
+
+
 def _values(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = asdict(config)
     return values

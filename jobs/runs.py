@@ -72,8 +72,18 @@ def prepare(archive: str, run: str | Path, config: PretrainConfig) -> Corpus:
     """
     run = Path(run).absolute()
     if (run / "config.yaml").exists():
-        return _same_run(archive, run, config)
-    if run.is_dir() and (alien := [p.name for p in run.iterdir() if p.name not in _OWN]):
+        corpus = _same_run(archive, run, config)
+        if not (run / "init").exists() and finished(run) is None:  # its model was lost
+            again = untrained(corpus, load_settings(run))
+            write_whole(run / "init", lambda part: _save_model(again, part))
+        return corpus
+    if run.is_dir() and (
+        alien := [
+            p.name
+            for p in run.iterdir()
+            if p.name not in _OWN and not (p.name.startswith(".") and p.name.endswith(".partial"))
+        ]
+    ):
         raise ConfigError(
             f"{run} is not a run and not empty (it holds {sorted(alien)[0]}).",
             hint="Give a new or empty folder.",
@@ -89,13 +99,13 @@ def prepare(archive: str, run: str | Path, config: PretrainConfig) -> Corpus:
         (run / ".data.parquet.partial").replace(run / "data.parquet")
         write_whole(run / "init", lambda part: _save_model(model, part))
         write_file(run / "versions.json", json.dumps(versions(), indent=1))
+        write_file(run / "config.yaml", save_settings(config))  # last: now it is a run
     except OSError as error:
         raise ConfigError(
             f"The run {run} cannot be written: {error.strerror}.",
             hint="Check permissions and space, or give another folder.",
             code="not_permitted",
         ) from error
-    write_file(run / "config.yaml", save_settings(config))  # last: now it is a run
     return corpus
 
 
@@ -462,7 +472,7 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise TrainingError(
                 f"The weights {name} are not finite; the checkpoint was not written.",
-                hint="Lower lr and go on from the last checkpoint.",
+                hint="Train with a lower lr in a new run folder; the last checkpoint is intact.",
                 code="not_finite",
             )
     return {name: value.detach() for name, value in named.items()}

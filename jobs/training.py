@@ -305,8 +305,8 @@ class _Trainer:
             raise TrainingError(
                 f"Training stopped at step {counters.step:,}: {what} had a loss or gradient that "
                 "was not finite.",
-                hint="Lower lr, or train in fp32 (-o precision=fp32); the last checkpoint in "
-                f"{self.run / 'checkpoints'} is intact.",
+                hint="Train with a lower lr or in fp32 (-o precision=fp32) in another run folder; "
+                f"the last checkpoint in {self.run / 'checkpoints'} is intact.",
                 code="not_finite",
             )
 

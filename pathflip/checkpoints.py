@@ -144,11 +144,14 @@ def write_file(path: str | Path, text: str) -> None:
     """Write a small text file so that it holds the old text or the new one, never half."""
     path = Path(path)
     part = path.with_name(f".{path.name}{_PART}")
-    with part.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     _sync(path.parent)
 
 

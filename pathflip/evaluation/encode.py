@@ -166,7 +166,7 @@ def check_fits(archive: Archive, run: Run) -> str:
 
 def has_regions(run: Run) -> bool:
     """Whether a run's model has regions: local scores and grounding need them."""
-    return run.model.config.region_encoder != "none"
+    return run.model.config.has_regions
 
 
 def list_slides(

@@ -35,6 +35,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from pathflip.errors import ConfigError
+from pathflip.interop.tables import read_text
 
 PLACEHOLDER = "CLASSNAME"
 TEMPLATES: tuple[str, ...] = (
@@ -220,14 +221,14 @@ def read_classes(source: str) -> dict[str, tuple[str, ...]]:
     path = Path(source)
     if path.suffix.lower() in (".yaml", ".yml", ".json"):
         content = _yaml(path)
-    elif path.is_file():
-        content = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    elif "," not in source and path.is_file():
+        content = [line.strip() for line in read_text(path).splitlines()]
     else:
         content = source.split(",")
     if isinstance(content, Mapping) and set(content) == {"classes"}:
         content = content["classes"]
     if isinstance(content, Mapping):
-        classes = {str(key): _names(value) for key, value in content.items()}
+        classes = {_name(key): _names(value) for key, value in content.items()}
     elif isinstance(content, list):
         classes = {str(name).strip(): (str(name).strip(),) for name in content if str(name).strip()}
     else:
@@ -258,7 +259,7 @@ def _task(entry: Any, *, default: Any, where: str) -> Task:
             raise ConfigError(
                 f"{where}: classes is no mapping.", hint="Write {value: [names]}.", code="tasks"
             )
-        values["classes"] = {str(key): _names(value) for key, value in values["classes"].items()}
+        values["classes"] = {_name(key): _names(value) for key, value in values["classes"].items()}
     values["templates"] = templates_of(values.get("templates") or default)
     if "contrast" not in values:
         values["contrast"] = "negation" if values.get("kind") == "binary" else "none"
@@ -268,7 +269,19 @@ def _task(entry: Any, *, default: Any, where: str) -> Task:
 def _names(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    return tuple(str(item) for item in (value if isinstance(value, list | tuple) else [value]))
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple(_name(item) for item in items)
+
+
+def _name(value: Any) -> str:
+    """A text or a number as written; YAML reads yes, no, on and off as truth values."""
+    if value is None or isinstance(value, bool | list | dict):
+        raise ConfigError(
+            f"{value!r} is no name.",
+            hint="Put words that YAML understands in quotes: 'yes', 'no', 'on', 'off', 'null'.",
+            code="tasks",
+        )
+    return str(value)
 
 
 def _known(given: Mapping[str, Any], known: Sequence[str], *, where: str) -> None:

@@ -188,7 +188,7 @@ def evaluate_task(
         "n": int(on.sum()),
         "n_pos": int(right[on].sum()),
     }
-    threshold, origin = _threshold(task, values, right, slides, known)
+    threshold, origin = _threshold(task, values, right, slides, known, split=split)
     found |= _two_sided(
         values[on], right[on], [slides[i] for i in np.flatnonzero(on)],
         threshold=threshold, resamples=resamples, seed=seed,
@@ -353,11 +353,15 @@ def _threshold(
     right: NDArray[np.bool_],
     slides: Sequence[SlideRow],
     known: NDArray[np.bool_],
+    *,
+    split: str,
 ) -> tuple[float | None, str]:
     """Where a score becomes a yes, and what says so."""
     if task.contrast == "negation":
         return 0.0, "zero"
     on = known & np.array([slide.split == "val" for slide in slides])
+    if split == "val":  # what is measured must not choose its own threshold
+        return None, "none"
     if not on.any() or right[on].all() or not right[on].any():
         return None, "none"
     order = np.sort(np.unique(values[on]))

@@ -187,6 +187,8 @@ def _json(file: Path) -> Iterator[CaptionRow]:
         elif _text(entry.get("caption")):
             question, text, further = None, entry["caption"].strip(), []
             concepts = entry.get("fine_grained_concepts") or []
+            if not isinstance(concepts, list):
+                raise bad_line(file, line, "fine_grained_concepts is no list")
             statements = [
                 item["visual_description"].strip()
                 for item in concepts

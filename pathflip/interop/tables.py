@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def read_rows(file: str | Path) -> list[tuple[int, dict[str, str]]]:
     Raises:
         ConfigError: If a line has another number of cells, or the file is no table.
     """
-    lines = read_text(file).splitlines(keepends=True)
-    separator = "\t" if lines and "\t" in lines[0] else ","
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    text = read_text(file)
+    separator = "\t" if "\t" in text.partition("\n")[0] else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
     header: list[str] = []
     start = 1

@@ -108,7 +108,7 @@ def read_tokenizer(folder: Path) -> Any:
         kind = json.loads(settings.read_text()).get("tokenizer_class", "")
         plain = kind in ("PreTrainedTokenizerFast", "TokenizersBackend")
         loader = PreTrainedTokenizerFast if plain else AutoTokenizer
-        return loader.from_pretrained(str(folder))
+        return loader.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception on damaged files
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}",

@@ -271,8 +271,18 @@ class PathFLIP(nn.Module):
                 slide i of this process; None draws them. B_all is B, or with gathered negatives the
                 slides of all processes, by rank.
             group: Process group of gathered negatives; None for all processes.
+
+        Raises:
+            ValueError: Slides, captions and sub-captions are not equally many.
         """
         config = self.config
+        counts = {len(features), len(patch_mask), len(captions)}
+        if config.has_region_loss:
+            counts.add(len(subcaptions))
+            if len({len(own) for own in subcaptions}) > 1:
+                raise ValueError("every slide needs the same number of sub-captions")
+        if len(counts) > 1:
+            raise ValueError(f"slides, captions and sub-captions are {sorted(counts)} many")
         if self.training and config.patch_dropout:
             patch_mask = _hide_patches(patch_mask, config.patch_dropout)
         sight = self.see(features, patch_mask, regions=config.has_region_loss)
@@ -483,6 +493,8 @@ class PathFLIP(nn.Module):
     def _tokens(self, texts: Texts, *, most: int) -> list[list[int]]:
         """Token ids of texts, cut to ``most``; what is tokenised already is only cut."""
         strings = [text for text in texts if isinstance(text, str)]
+        if strings and len(strings) < len(texts):
+            raise ValueError("texts are strings or token ids, not some of each")
         if len(strings) < len(texts):
             return [[*text][:most] for text in texts if not isinstance(text, str)]
         if not strings:

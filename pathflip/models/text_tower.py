@@ -138,7 +138,9 @@ def load_text_model(source: str) -> Any:
     """
     auto, _ = _classes()
     try:
-        return auto.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        return auto.from_pretrained(
+            source, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise _no_text_model(source, error) from error
 
@@ -152,7 +154,7 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _no_text_model(source, error) from error
 

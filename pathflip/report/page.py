@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pathflip.errors import ConfigError
+
 
 def write_page(template: str, path: Path, **values: Any) -> Path:
     """Render a template into a file, whole or not at all."""
@@ -40,13 +42,20 @@ def write_page(template: str, path: Path, **values: Any) -> Path:
         style_digest=digest,
         version=pathflip.__version__,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(page.encode("utf-8", "replace"))
         os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(
+            f"The page {path} cannot be written: {error.strerror}.",
+            hint="Give a file in a folder you may write.",
+            code="out",
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
     return path
 
 

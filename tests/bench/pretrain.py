@@ -35,7 +35,7 @@ VOCABULARY = 28996
 """Entries of BioBERT's."""
 SENTENCES, SENTENCE_WORDS, TOKENS_PER_WORD = (4, 14, 7.3), 19, 1.3
 """Real captions (method A.4): 4 to 14 sentences, 7.3 in the mean, of 19 words, 141 words in all."""
-THREADS = 2
+THREADS = 1
 PARAMETERS = (
     "queries", "patch_in.weight", "qformer.layers.0.cross.key.weight",
     "qformer.layers.6.ffn_text.up.weight", "qformer.layers.6.ffn_query.up.weight",

@@ -41,7 +41,7 @@ class PlantedModel:
     device = torch.device("cpu")
 
     def __init__(self, *, region_encoder: str = "qformer") -> None:
-        self.config = SimpleNamespace(region_encoder=region_encoder)
+        self.config = SimpleNamespace(has_regions=region_encoder != "none")
 
     def encode_text(self, texts: list[str], *, normalize: bool = True) -> torch.Tensor:
         vectors = torch.zeros(len(texts), DIM)
