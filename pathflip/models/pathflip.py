@@ -89,6 +89,7 @@ class PathFLIP(nn.Module):
                 dropout=config.dropout,
                 vocab_size=len(tokenizer) if shared else 0,
                 max_positions=max(512, config.max_text_tokens),
+                recompute=config.recompute_ffn,
             )
             self.token_out = nn.Linear(config.hidden, config.d)
         if config.region_encoder == "mean" and config.trains_regions:

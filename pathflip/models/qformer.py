@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pathflip.models.packing import Packed
 
@@ -60,6 +61,8 @@ class QFormer(nn.Module):
         vocab_size: Entries of the text branch; 0 for none.
         max_positions: Longest text in tokens.
         eps: Of the layer norms.
+        recompute: Whether feed-forward blocks keep less for the gradient; see
+            :func:`feed_forward`.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class QFormer(nn.Module):
         vocab_size: int = 0,
         max_positions: int = 512,
         eps: float = 1e-12,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden, eps=eps)
@@ -92,6 +96,7 @@ class QFormer(nn.Module):
                 dropout=dropout,
                 text=text,
                 eps=eps,
+                recompute=recompute,
             )
             for i in range(layers)
         ]
@@ -171,6 +176,7 @@ class Layer(nn.Module):
         dropout: float,
         text: bool,
         eps: float,
+        recompute: bool,
     ) -> None:
         super().__init__()
         self.attention = SelfAttention(hidden, heads=heads, dropout=dropout, eps=eps)
@@ -179,8 +185,11 @@ class Layer(nn.Module):
             if patch_width
             else None
         )
-        self.ffn_query = FeedForward(hidden, ffn=ffn, dropout=dropout, eps=eps)
-        self.ffn_text = FeedForward(hidden, ffn=ffn, dropout=dropout, eps=eps) if text else None
+        sizes: dict[str, Any] = {
+            "ffn": ffn, "dropout": dropout, "eps": eps, "recompute": recompute,
+        }  # fmt: skip
+        self.ffn_query = FeedForward(hidden, **sizes)
+        self.ffn_text = FeedForward(hidden, **sizes) if text else None
 
     def read(self, x: Tensor, reader: _Reader, *, attention: bool) -> Tensor:
         """Queries [S, Q, H] -> [S, Q, H]."""
@@ -241,8 +250,11 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear maps around a GELU, with residual and norm."""
 
-    def __init__(self, hidden: int, *, ffn: int, dropout: float, eps: float) -> None:
+    def __init__(
+        self, hidden: int, *, ffn: int, dropout: float, eps: float, recompute: bool
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.up = nn.Linear(hidden, ffn)
         self.down = nn.Linear(ffn, hidden)
         self.norm = nn.LayerNorm(hidden, eps=eps)
@@ -250,8 +262,25 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
-        out: Tensor = self.norm(self.dropout(self.down(F.gelu(self.up(x)))) + x)
+        inner = feed_forward(x, self.up, self.down, recompute=self.recompute)
+        out: Tensor = self.norm(self.dropout(inner) + x)
         return out
+
+
+def feed_forward(x: Tensor, up: nn.Module, down: nn.Module, *, recompute: bool) -> Tensor:
+    """``down(gelu(up(x)))``; the wide states between are kept for the gradient, or made again.
+
+    They are half of what a layer keeps; making them again costs a twelfth of its step.
+    """
+
+    def run(x: Tensor) -> Tensor:
+        out: Tensor = down(F.gelu(up(x)))
+        return out
+
+    if recompute and torch.is_grad_enabled():
+        again: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        return again
+    return run(x)
 
 
 class CrossAttention(nn.Module):

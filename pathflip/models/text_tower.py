@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pathflip.errors import CheckpointError
 from pathflip.models.config import PathFLIPConfig
 from pathflip.models.packing import Packed
+from pathflip.models.qformer import feed_forward
 
 
 class TextTower(nn.Module):
@@ -22,11 +22,14 @@ class TextTower(nn.Module):
 
     Args:
         bert: A ``transformers`` encoder.
+        recompute: Whether a BERT keeps less for the gradient; see
+            :func:`pathflip.models.qformer.feed_forward`.
     """
 
-    def __init__(self, bert: Any) -> None:
+    def __init__(self, bert: Any, *, recompute: bool = False) -> None:
         super().__init__()
         self.bert = bert
+        self.recompute = recompute
         if getattr(bert, "pooler", None) is not None:
             bert.pooler = None  # not used: it would be a parameter without a gradient
         self._packs = bert.config.model_type == "bert" and bert.config.hidden_act == "gelu"
@@ -78,8 +81,9 @@ class TextTower(nn.Module):
                 first=first,
             )
             x = out.LayerNorm(out.dropout(out.dense(seen)) + asking)
-            inner = F.gelu(layer.intermediate.dense(x))
-            x = layer.output.LayerNorm(layer.output.dropout(layer.output.dense(inner)) + x)
+            up, end = layer.intermediate.dense, layer.output
+            inner = feed_forward(x, up, end.dense, recompute=self.recompute)
+            x = end.LayerNorm(end.dropout(inner) + x)
         return x if pooling == "cls" else packed.mean(x)
 
     def _grouped(self, packed: Packed) -> Tensor:
@@ -107,9 +111,10 @@ def build_tower(
 
     if text_config is not None:
         kind = dict(text_config)
-        return TextTower(auto.from_config(AutoConfig.for_model(kind.pop("model_type"), **kind)))
+        about = AutoConfig.for_model(kind.pop("model_type"), **kind)
+        return TextTower(auto.from_config(about), recompute=config.recompute_ffn)
     if config.text_model is not None:
-        return TextTower(load_text_model(config.text_model))
+        return TextTower(load_text_model(config.text_model), recompute=config.recompute_ffn)
     small = BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.text_hidden,
@@ -121,7 +126,7 @@ def build_tower(
         attention_probs_dropout_prob=config.dropout,
         type_vocab_size=1,
     )
-    return TextTower(bert(small, add_pooling_layer=False))
+    return TextTower(bert(small, add_pooling_layer=False), recompute=config.recompute_ffn)
 
 
 def _classes() -> tuple[Any, Any]:
