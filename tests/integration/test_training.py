@@ -234,7 +234,7 @@ def test_many_stop_the_run_with_a_sentence(
     run = tmp_path / "run"
     with pytest.raises(TrainingError, match="stopped at step 9: the last 3 steps had a") as caught:
         go(archive, run, "max_skipped_in_row=3")
-    assert "Lower lr" in caught.value.hint
+    assert "lower lr" in caught.value.hint
     end = latest_checkpoint(run / "checkpoints")
     assert end is not None
     assert end.step == 8

@@ -118,7 +118,7 @@ def test_a_training_that_fails_is_named(
     from dataclasses import replace
 
     monkeypatch.setattr(jobs_evaluate.sys, "executable", "/bin/false")
-    with pytest.raises(TrainingError, match="full-seed0 failed"):
+    with pytest.raises(TrainingError, match="-seed0 failed"):
         jobs_evaluate.ablations(
             archive.uri, tmp_path / "run", replace(config, parallel=2),
             settings=jobs_evaluate.resolve("pathflip/mini"),
