@@ -61,8 +61,8 @@ class PathFLIPConfig:
         text_pooling: A text is its first token's state, or the mean over its tokens.
         max_text_tokens: Captions are cut there.
         max_subcaption_tokens: Sub-captions are cut there; None: half of max_text_tokens.
-        recompute_ffn: Whether feed-forward blocks make their wide states again for the gradient: a
-            third less memory for a tenth more time.
+        recompute: Whether cross-attention and the states behind GELUs are made again for the
+            gradient rather than kept: a third less memory for activations.
         qformer_from_text: Whether the Q-Former begins with the weights of text_model.
         temperature: τ of the slide loss.
         label_smoothing: Of the slide loss (published code: 0.1).
@@ -106,7 +106,7 @@ class PathFLIPConfig:
     text_pooling: Literal["cls", "mean"] = "cls"
     max_text_tokens: int = 384
     max_subcaption_tokens: int | None = None
-    recompute_ffn: bool = True
+    recompute: bool = True
     qformer_from_text: bool = True
     temperature: float = 0.1
     label_smoothing: float = 0.0
@@ -250,7 +250,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 text_ffn=256,
                 text_pooling="mean",
                 max_text_tokens=256,
-                recompute_ffn=False,
+                recompute=False,
                 qformer_from_text=False,
                 region_scale="exp",
                 region_scale_init=math.log(10.0),

@@ -89,7 +89,7 @@ class PathFLIP(nn.Module):
                 dropout=config.dropout,
                 vocab_size=len(tokenizer) if shared else 0,
                 max_positions=max(512, config.max_text_tokens),
-                recompute=config.recompute_ffn,
+                recompute=config.recompute,
             )
             self.token_out = nn.Linear(config.hidden, config.d)
         if config.region_encoder == "mean" and config.trains_regions:
@@ -215,7 +215,9 @@ class PathFLIP(nn.Module):
         """Hex SHA-256 of configuration, vocabulary and weights; saving and loading keep it."""
         digest = hashlib.sha256()
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        digest.update(json.dumps([asdict(self.config), vocabulary], sort_keys=True).encode())
+        settings = asdict(self.config)
+        del settings["recompute"]  # memory for time: nothing that comes out depends on it
+        digest.update(json.dumps([settings, vocabulary], sort_keys=True).encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().view(-1)

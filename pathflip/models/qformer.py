@@ -61,8 +61,8 @@ class QFormer(nn.Module):
         vocab_size: Entries of the text branch; 0 for none.
         max_positions: Longest text in tokens.
         eps: Of the layer norms.
-        recompute: Whether feed-forward blocks keep less for the gradient; see
-            :func:`feed_forward`.
+        recompute: Whether cross-attention and GELUs keep only what goes into them for the
+            gradient.
     """
 
     def __init__(
@@ -181,7 +181,14 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = SelfAttention(hidden, heads=heads, dropout=dropout, eps=eps)
         self.cross = (
-            CrossAttention(hidden, heads=heads, patch_width=patch_width, dropout=dropout, eps=eps)
+            CrossAttention(
+                hidden,
+                heads=heads,
+                patch_width=patch_width,
+                dropout=dropout,
+                eps=eps,
+                recompute=recompute,
+            )
             if patch_width
             else None
         )
@@ -268,19 +275,30 @@ class FeedForward(nn.Module):
 
 
 def feed_forward(x: Tensor, up: nn.Module, down: nn.Module, *, recompute: bool) -> Tensor:
-    """``down(gelu(up(x)))``; the wide states between are kept for the gradient, or made again.
-
-    They are half of what a layer keeps; making them again costs a twelfth of its step.
-    """
-
-    def run(x: Tensor) -> Tensor:
-        out: Tensor = down(F.gelu(up(x)))
-        return out
-
+    """``down(gelu(up(x)))``; what comes out of the GELU is kept for the gradient, or made again."""
+    inner = up(x)
     if recompute and torch.is_grad_enabled():
-        again: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-        return again
-    return run(x)
+        out: Tensor = _GeluDown.apply(inner, down.weight, down.bias)  # type: ignore[no-untyped-call]
+        return out
+    plain: Tensor = down(F.gelu(inner))
+    return plain
+
+
+class _GeluDown(torch.autograd.Function):
+    """``F.linear(F.gelu(x), weight, bias)`` that keeps x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        given = gradients[0].flatten(0, -2)
+        weight_gradient = given.T @ F.gelu(x).flatten(0, -2).to(given.dtype)
+        inner = (given @ weight.to(given.dtype)).view(x.shape).to(x.dtype)
+        return torch.ops.aten.gelu_backward(inner, x), weight_gradient, given.sum(0)
 
 
 class CrossAttention(nn.Module):
@@ -290,10 +308,17 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, *, heads: int, patch_width: int, dropout: float, eps: float
+        self,
+        hidden: int,
+        *,
+        heads: int,
+        patch_width: int,
+        dropout: float,
+        eps: float,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.heads, self.p = heads, dropout
+        self.heads, self.p, self.recompute = heads, dropout, recompute
         self.query = nn.Linear(hidden, hidden)
         self.key = nn.Linear(patch_width, hidden, bias=False)
         self.value = nn.Linear(patch_width, hidden)
@@ -303,13 +328,22 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, reader: _Reader, *, attention: bool = False) -> Tensor:
         """Queries [S, Q, H] -> [S, Q, H]."""
-        sequences, length, hidden = x.shape
+
+        def run(q: Tensor) -> Tensor:
+            return self._gather(q, reader, attention=attention)
+
+        gathered = _kept_or_again(run, self.query(x), again=self.recompute)
+        out: Tensor = self.norm(self.dropout(self.out(gathered)) + x)
+        return out
+
+    def _gather(self, q: Tensor, reader: _Reader, *, attention: bool) -> Tensor:
+        sequences, length, hidden = q.shape
         heads, size = self.heads, hidden // self.heads
         width = self.key.in_features
         # A batch of heads: [A, S·Q, size] x [A, size, E].
-        q = self.query(x).view(-1, heads, size).transpose(0, 1) * (1 / math.sqrt(size))
+        q = q.view(-1, heads, size).transpose(0, 1) * (1 / math.sqrt(size))
         asked = torch.bmm(q, self.key.weight.view(heads, size, width))
-        asked = asked.view(heads, sequences, length, width).permute(1, 0, 2, 3)
+        asked = asked.view(heads, sequences, length, width).transpose(0, 1)
         asked = asked.reshape(sequences, heads * length, width)
         p = self.p if self.training else 0.0
         seen, total = reader.attend(asked, heads=heads, dropout=p, attention=attention)
@@ -322,9 +356,15 @@ class CrossAttention(nn.Module):
         bias = self.value.bias.view(heads, size)
         if total is not None:  # dropped-out weights no longer sum to one
             bias = bias * total.view(sequences, heads, length, 1).transpose(1, 2)
-        gathered = (gathered + bias).reshape(x.shape)
-        out: Tensor = self.norm(self.dropout(self.out(gathered)) + x)
-        return out
+        return (gathered + bias).reshape(sequences, length, hidden)
+
+
+def _kept_or_again(run: Callable[[Tensor], Tensor], x: Tensor, *, again: bool) -> Tensor:
+    """``run(x)``; what is between is kept for the gradient, or made again for it."""
+    if not again or not torch.is_grad_enabled():
+        return run(x)
+    out: Tensor = checkpoint(run, x, use_reentrant=False)
+    return out
 
 
 class _Reader:

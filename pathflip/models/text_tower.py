@@ -112,9 +112,9 @@ def build_tower(
     if text_config is not None:
         kind = dict(text_config)
         about = AutoConfig.for_model(kind.pop("model_type"), **kind)
-        return TextTower(auto.from_config(about), recompute=config.recompute_ffn)
+        return TextTower(auto.from_config(about), recompute=config.recompute)
     if config.text_model is not None:
-        return TextTower(load_text_model(config.text_model), recompute=config.recompute_ffn)
+        return TextTower(load_text_model(config.text_model), recompute=config.recompute)
     small = BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.text_hidden,
@@ -126,7 +126,7 @@ def build_tower(
         attention_probs_dropout_prob=config.dropout,
         type_vocab_size=1,
     )
-    return TextTower(bert(small, add_pooling_layer=False), recompute=config.recompute_ffn)
+    return TextTower(bert(small, add_pooling_layer=False), recompute=config.recompute)
 
 
 def _classes() -> tuple[Any, Any]:

@@ -62,6 +62,7 @@ def test_the_fingerprint_sees_weights_settings_and_words() -> None:
     assert tiny().fingerprint() == first
     assert tiny(seed=1).fingerprint() != first
     assert tiny(temperature=0.2).fingerprint() != first
+    assert tiny(recompute=False).fingerprint() == first
     with torch.no_grad():
         model.region_scale += 1e-6
     assert model.fingerprint() != first

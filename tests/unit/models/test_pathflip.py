@@ -267,6 +267,22 @@ def test_whitening_whitens_and_is_kept() -> None:
     assert torch.allclose(plain.patches(mixed).std(0), torch.ones(12), atol=1e-3)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_made_again_is_what_was_kept(dropout: float) -> None:
+    found = []
+    for again in (False, True):
+        model = tiny("pathflip/official_v1", recompute=again, dropout=dropout).train()
+        torch.manual_seed(3)  # the same dropout, also when cross-attention is made again
+        with torch.autocast("cpu", torch.bfloat16, enabled=dropout == 0.0):
+            model(**batch()).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        scale = float(gradient.abs().max()) + 1e-6
+        assert torch.allclose(gradient, found[1][name], atol=(1e-5 if dropout else 2e-2) * scale), (
+            name
+        )
+
+
 def test_hidden_patches_never_empty_a_region() -> None:
     torch.manual_seed(0)
     mask = torch.rand(50, 4, 3) > 0.3

@@ -36,8 +36,8 @@ def names(theirs: str) -> str | None:
     return name
 
 
-@pytest.fixture(scope="module")
-def pair() -> tuple[QFormer, Blip2QFormerModel, Blip2TextEmbeddings]:
+@pytest.fixture(scope="module", params=[False, True], ids=["kept", "again"])
+def pair(request: pytest.FixtureRequest) -> tuple[QFormer, Blip2QFormerModel, Blip2TextEmbeddings]:
     """Ours and theirs with the same weights, all of them random."""
     torch.manual_seed(0)
     config = Blip2QFormerConfig(
@@ -51,7 +51,7 @@ def pair() -> tuple[QFormer, Blip2QFormerModel, Blip2TextEmbeddings]:
         torch.nn.init.normal_(parameter, std=0.3)
     ours = QFormer(
         hidden=H, layers=LAYERS, heads=HEADS, ffn=FFN, patch_width=E, cross_every=2, dropout=0.1,
-        vocab_size=VOCAB, max_positions=32,
+        vocab_size=VOCAB, max_positions=32, recompute=request.param,
     ).eval()  # fmt: skip
     weights = {names(name): value for name, value in theirs.state_dict().items()}
     weights.pop(None)
