@@ -26,6 +26,7 @@ from jobs.pretrain import PretrainConfig, pretrain, resolve
 from jobs.progress import HasLine
 from jobs.recipe import as_overrides, load_settings, save_settings
 from pathflip.archive import Archive
+from pathflip.archive.storage import normalise
 from pathflip.checkpoints import load_run, write_file
 from pathflip.errors import ConfigError, TrainingError
 from pathflip.evaluation.prompts import read_tasks
@@ -351,7 +352,7 @@ def _train_beside(
         given.parent.mkdir(parents=True, exist_ok=True)
         given.write_text(save_settings(plan))
         command = [
-            sys.executable, "-m", "jobs.pretrain", "--archive", archive, "--run", str(run),
+            sys.executable, "-m", "jobs.pretrain", "--archive", normalise(archive), "--run", str(run),
             "--config", str(given), "--json", *(["--address", address] if address else []),
         ]  # fmt: skip
         with (run.parent / f"{run.name}.log").open("w") as log:
