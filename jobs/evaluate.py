@@ -352,8 +352,9 @@ def _train_beside(
         given.parent.mkdir(parents=True, exist_ok=True)
         given.write_text(save_settings(plan))
         command = [
-            sys.executable, "-m", "jobs.pretrain", "--archive", normalise(archive), "--run", str(run),
-            "--config", str(given), "--json", *(["--address", address] if address else []),
+            sys.executable, "-m", "jobs.pretrain", "--archive", normalise(archive),
+            "--run", str(run), "--config", str(given), "--json",
+            *(["--address", address] if address else []),
         ]  # fmt: skip
         with (run.parent / f"{run.name}.log").open("w") as log:
             done = subprocess.run(
