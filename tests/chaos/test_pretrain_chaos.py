@@ -172,6 +172,7 @@ def test_driver_killed_then_another_number_of_workers(
     assert 0 < result["trained"] <= STEPS - SAVE_EVERY
     attempt = json.loads((run / "attempt.json").read_text())
     assert attempt["workers"] == 2
-    assert attempt["from_step"] == STEPS - result["trained"]
+    # The worker of the dead driver may have written one more checkpoint before Ray ended it.
+    assert STEPS - result["trained"] <= attempt["from_step"] < STEPS
     assert_close(run, alone, within=1e-3)
     assert curve(run) == pytest.approx(curve(alone), abs=1e-4)
