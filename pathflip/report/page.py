@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,27 @@ def duration(value: float | None) -> str:
     whole = round(value)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
+
+
+def metric_row(
+    name: str,
+    value: float | None,
+    interval: Sequence[float] | None,
+    chance: float,
+    note: str,
+    *,
+    n: int | None = None,
+) -> dict[str, Any]:
+    """A row of a table of metrics: a value with its interval beside what chance gives."""
+    return {
+        "name": name,
+        "value": value,
+        "interval": interval,
+        "chance": chance,
+        "note": note,
+        "n": n,
+        "better": value is not None and (interval[0] if interval else value) > chance,
+    }
 
 
 def slide_view(row: dict[str, Any], px: int) -> dict[str, Any] | None:

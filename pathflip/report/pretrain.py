@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pathflip.archive import Archive
 from pathflip.errors import ConfigError
-from pathflip.report.page import data_uri, slide_view, write_page
+from pathflip.report.page import data_uri, metric_row, slide_view, write_page
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
@@ -222,7 +222,7 @@ def _groups(document: Mapping[str, Any]) -> list[dict[str, Any]]:
                     note = f"shuffled {spread['mean']:.3f} ± {spread['sd']:.3f}" if spread else ""
                     interval = found.get("ci", {}).get(way, {}).get(k)
                     rows.append(
-                        _row(f"{asks} {k.upper()}", value, interval, found["chance"][k], note)
+                        metric_row(f"{asks} {k.upper()}", value, interval, found["chance"][k], note)
                     )
             groups.append({"name": name, "note": f"{found['n']} slides", "rows": rows})
     tasks = document.get("zeroshot") or {}
@@ -245,7 +245,7 @@ def _groups(document: Mapping[str, Any]) -> list[dict[str, Any]]:
                     f"{found['baseline']['accuracy']:.3f} · AUC {_three(found['auc'])}"
                 )
                 rows.append(
-                    _row(task, found["balanced_accuracy"], None, chance, note, n=found["n"])
+                    metric_row(task, found["balanced_accuracy"], None, chance, note, n=found["n"])
                 )
             else:
                 note = f"AP {_three(found['ap'])}, prevalence {found['baseline']['ap']:.3f}"
@@ -255,41 +255,21 @@ def _groups(document: Mapping[str, Any]) -> list[dict[str, Any]]:
                 negation = found["auc_by"].get("global/negation")
                 if kind == "presence" and negation is not None:
                     note += f" · against a negated prompt {_three(negation)}"
-                rows.append(_row(task, found["auc"], found["ci"], 0.5, note, n=found["n"]))
+                rows.append(metric_row(task, found["auc"], found["ci"], 0.5, note, n=found["n"]))
         if rows:
             groups.append({"name": name, "note": "", "rows": rows})
     if (found := document.get("grounding")) and found["n"]:
         for key, name in (("pointing", "Grounding: pointing game"), ("patch_ap", "Patch AP")):
-            rows = [_row("all", found[key], found["ci"] and found["ci"][key],
+            rows = [metric_row("all", found[key], found["ci"] and found["ci"][key],
                          found[f"{key}_chance"], "", n=found["n"])]  # fmt: skip
             rows += [
-                _row(what, one[key], one["ci"] and one["ci"][key], one[f"{key}_chance"],
+                metric_row(what, one[key], one["ci"] and one["ci"][key], one[f"{key}_chance"],
                      found["queries"].get(what, ""), n=one["n"])
                 for what, one in found["findings"].items()
             ]  # fmt: skip
             note = f"variant {found['variant']}; smoothed as drawn {found['smoothed'][key]:.3f}"
             groups.append({"name": name, "note": note, "rows": rows})
     return groups
-
-
-def _row(
-    name: str,
-    value: float | None,
-    interval: Sequence[float] | None,
-    chance: float,
-    note: str,
-    *,
-    n: int | None = None,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": value,
-        "interval": interval,
-        "chance": chance,
-        "note": note,
-        "n": n,
-        "better": value is not None and (interval[0] if interval else value) > chance,
-    }
 
 
 def _ablations(document: Mapping[str, Any]) -> dict[str, Any] | None:
