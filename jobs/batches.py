@@ -1,8 +1,8 @@
-"""Batches for pretraining: region features streamed from the archive, text drawn per slide.
+"""Batches for training: region features streamed from the archive, text drawn per slide.
 
-What a slide shows in an epoch (its regions, its sub-captions, which of them is a negative for whom)
-is a function of (seed, epoch, slide), never of a worker, a thread or what was drawn before: any
-number of workers sees the same, and so does a run that is resumed.
+What a slide shows in an epoch (its regions, its sub-captions, which of them is a negative for whom,
+what is asked about it) is a function of (seed, epoch, slide), never of a worker, a thread or what
+was drawn before: any number of workers sees the same, and so does a run that is resumed.
 
 Shapes: b slides of this worker, B slides of all workers in a micro-batch, N regions (padded), M
 patch slots, d feature width, K sub-captions.
@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from pathflip.archive import Archive, vectors
 from pathflip.archive.schema import intact_rows
 from pathflip.archive.storage import guarded, is_local
 from pathflip.errors import ArchiveError, CheckpointError
+from pathflip.models.prompting import CAPTION_INSTRUCTION, Example, question_example
 
 AHEAD = 2
 """Batches read ahead of the one being trained on."""
@@ -43,6 +44,7 @@ class Batch:
         captions: Texts [b].
         subcaptions: K texts for each slide [b][K].
         negative_choice: int64 [b, B]: which of slide j's sub-captions is the negative for slide i.
+        examples: What is asked about each slide, in tuning [b]; at least one each.
     """
 
     slides: list[int]
@@ -51,6 +53,7 @@ class Batch:
     captions: list[str]
     subcaptions: list[list[str]]
     negative_choice: torch.Tensor
+    examples: list[list[Example]] = field(default_factory=list)
 
 
 # -- drawing --------------------------------------------------------------------------------------
@@ -84,6 +87,9 @@ def draw_subcaptions(
     """
     from pathflip.text import draw_rng, sample_subcaptions
 
+    if not num:
+        return []
+
     rng = draw_rng(seed, epoch, slide_id)
     if not statements:
         return sample_subcaptions(
@@ -101,7 +107,12 @@ def draw_subcaptions(
 def negative_choice(
     mine: Sequence[str], others: Sequence[str], *, num: int, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """Returns int64 [b, B] in [0, num): drawn for each ordered pair of slides in an epoch."""
+    """Returns int64 [b, B] in [0, num): drawn for each ordered pair of slides in an epoch.
+
+    With ``num`` 0 nothing is drawn: [b, 0].
+    """
+    if not num:
+        return np.zeros((len(mine), 0), np.int64)
 
     def keys(slides: Sequence[str], role: str) -> NDArray[np.uint64]:
         texts = [f"negative\x1f{role}\x1f{seed}\x1f{epoch}\x1f{slide}" for slide in slides]
@@ -112,6 +123,81 @@ def negative_choice(
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return ((mixed ^ (mixed >> np.uint64(31))) % np.uint64(num)).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What is asked about a slide.
+
+    Attributes:
+        most: Most examples of a slide in an epoch.
+        caption_share: How often a slide that has questions, too, shows its caption.
+        open_share: How often a question with options is asked without them.
+        caption_epochs: Epochs at the beginning in which captions alone are shown.
+        shuffle_sentences: Whether a caption's sentences come in a random order.
+    """
+
+    most: int
+    caption_share: float
+    open_share: float
+    caption_epochs: int
+    shuffle_sentences: bool = False
+
+
+def draw_examples(
+    caption: str,
+    questions: Sequence[Mapping[str, Any]],
+    sampling: Examples,
+    *,
+    seed: int,
+    epoch: int,
+    slide_id: str,
+) -> list[Example]:
+    """Returns what is asked about a slide in an epoch: its caption, questions, or both.
+
+    Questions are drawn without replacement. Options come in a random order, so that no letter is
+    right more often than others. While captions alone are shown, a slide without one shows its
+    questions.
+
+    Args:
+        caption: The slide's caption; empty where it has none.
+        questions: {question, answer, choices?} each.
+        sampling: How much of them.
+        seed: Of the draw.
+        epoch: Of the draw.
+        slide_id: Of the draw.
+    """
+    from pathflip.text import split_sentences
+
+    rng = rng_for("examples", seed, epoch, slide_id)
+    said = caption
+    if sampling.shuffle_sentences:
+        sentences = split_sentences(caption)
+        said = " ".join(sentences[i] for i in rng.permutation(len(sentences)))
+    if caption and (epoch < sampling.caption_epochs or not questions):
+        return [_described(said)]
+    shown = [_described(said)] if caption and rng.random() < sampling.caption_share else []
+    for i in rng.permutation(len(questions))[: sampling.most - len(shown)].tolist():
+        choices = list(questions[i].get("choices", ()))
+        ordered = [choices[j] for j in rng.permutation(len(choices))]
+        if rng.random() < sampling.open_share:
+            ordered = []
+        shown.append(question_example(questions[i]["question"], ordered, questions[i]["answer"]))
+    return shown
+
+
+def all_examples(
+    caption: str, questions: Sequence[Mapping[str, Any]], sampling: Examples
+) -> list[Example]:
+    """Returns what is asked about a slide in validation: its caption and its first questions."""
+    shown = [_described(caption)] if caption else []
+    for entry in questions[: sampling.most]:
+        shown.append(question_example(entry["question"], entry.get("choices", ()), entry["answer"]))
+    return shown
+
+
+def _described(caption: str) -> Example:
+    return Example(instruction=CAPTION_INSTRUCTION, answer=caption, kind="caption")
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -250,11 +336,12 @@ class Sampling:
         seed: Of all draws.
         batch_size: Slides of all workers in a step.
         accumulate: Micro-batches a step is cut into.
-        num_subcaptions: K.
+        num_subcaptions: K; 0 where no sub-captions are needed.
         max_regions: Most regions of a slide in training; None for all.
         max_merged: Most sentences merged into a sub-caption.
         statements: Whether pieces are whole statements.
         contig_off_by_one: Draw windows of sentences as the published code does.
+        examples: What is asked about the slides, in tuning.
     """
 
     seed: int
@@ -265,6 +352,7 @@ class Sampling:
     max_merged: int = 3
     statements: bool = False
     contig_off_by_one: bool = False
+    examples: Examples | None = None
 
 
 class Batches:
@@ -320,15 +408,23 @@ class Batches:
         return found
 
     def draw(
-        self, mine: list[int], others: list[int], *, epoch: int, all_regions: bool = False
+        self, mine: list[int], others: list[int], *, epoch: int, validating: bool = False
     ) -> Batch:
-        """Returns one micro-batch of given slides, as they are seen in an epoch."""
+        """Returns one micro-batch of given slides, as they are seen in an epoch.
+
+        Args:
+            mine: This worker's slides.
+            others: The slides of all workers.
+            epoch: Of the draws.
+            validating: Whether all regions are wanted; in tuning, as many as ever, and the
+                examples that are always asked.
+        """
         sampling, corpus = self.sampling, self.corpus
         ids = corpus.slide_ids
         numbers = [
             draw_regions(
                 corpus.num_regions[i],
-                most=None if all_regions else sampling.max_regions,
+                most=None if validating and sampling.examples is None else sampling.max_regions,
                 seed=sampling.seed,
                 epoch=epoch,
                 slide_id=ids[i],
@@ -363,6 +459,9 @@ class Batches:
             seed=sampling.seed,
             epoch=epoch,
         )
+        asked: list[list[Example]] = []
+        if sampling.examples is not None:
+            asked = [self._examples(i, epoch=epoch, validating=validating) for i in mine]
         return Batch(
             slides=mine,
             features=features,
@@ -370,6 +469,22 @@ class Batches:
             captions=[corpus.captions[i] for i in mine],
             subcaptions=subcaptions,
             negative_choice=torch.from_numpy(choice),
+            examples=asked,
+        )
+
+    def _examples(self, slide: int, *, epoch: int, validating: bool) -> list[Example]:
+        examples, corpus = self.sampling.examples, self.corpus
+        assert examples is not None
+        caption, questions = corpus.captions[slide], corpus.questions_of(slide)
+        if validating:
+            return all_examples(caption, questions, examples)
+        return draw_examples(
+            caption,
+            questions,
+            examples,
+            seed=self.sampling.seed,
+            epoch=epoch,
+            slide_id=corpus.slide_ids[slide],
         )
 
     def stream(self, start: int, stop: int, *, pin: bool = False) -> Iterator[list[Batch]]:

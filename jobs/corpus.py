@@ -1,4 +1,4 @@
-"""What a run trains on: slides with a caption, their split, and the order they are seen in.
+"""What a run trains on: slides with their texts, their split, and the order they are seen in.
 
 The corpus is read from the archive once, when the run begins, and kept beside it (data.parquet):
 slides ingested later do not change a run that is resumed. Every order is a function of (seed,
@@ -44,12 +44,13 @@ class Corpus:
         slide_ids: The slides.
         patients: Their patients; a slide without one is its own.
         splits: ``train`` or ``val``; test slides are not in a corpus.
-        captions: Their texts.
-        pieces: Sentences (or statements) of each caption, at least one.
+        captions: Their texts; empty for a slide that has questions only.
+        pieces: Sentences (or statements) of each caption, at least one unless it is empty.
         num_regions: Regions of each.
         fingerprints: Content and cut of each, as in ``slides.fingerprint``.
+        questions: In tuning the questions about each, JSON lists of {question, answer, choices?}.
         about: Archive URI, encoder {name, revision, dim}, tiling, slots, counts of what was left
-            out.
+            out; in tuning, too, which models it began with.
     """
 
     slide_ids: list[str]
@@ -59,6 +60,7 @@ class Corpus:
     pieces: list[list[str]]
     num_regions: list[int]
     fingerprints: list[str]
+    questions: list[str] | None = None
     about: dict[str, Any] = field(repr=False)
 
     def __len__(self) -> int:
@@ -68,6 +70,14 @@ class Corpus:
         """Returns the positions of the slides of a split, ascending."""
         return np.flatnonzero([name == split for name in self.splits]).astype(np.int64)
 
+    def says(self, slide: int) -> str:
+        """Returns what makes two slides say the same: the caption, if there is one."""
+        return self.captions[slide] or self.slide_ids[slide]
+
+    def questions_of(self, slide: int) -> list[dict[str, Any]]:
+        """Returns the questions about a slide, by its position."""
+        return json.loads(self.questions[slide]) if self.questions else []
+
     def counts(self) -> dict[str, int]:
         """Returns slides, patients and regions of each split, for people."""
         found: dict[str, int] = {}
@@ -76,16 +86,21 @@ class Corpus:
             found[f"{split}_slides"] = len(mine)
             found[f"{split}_patients"] = len({self.patients[i] for i in mine})
             found[f"{split}_regions"] = sum(self.num_regions[i] for i in mine)
+            if self.questions is not None:
+                found[f"{split}_captions"] = sum(bool(self.captions[i]) for i in mine)
+                found[f"{split}_questions"] = sum(len(self.questions_of(i)) for i in mine)
         return found
 
     def digest(self) -> str:
         """Returns the sha256 of all of it."""
-        body = [getattr(self, item.name) for item in fields(self)]
+        body = [value for item in fields(self) if (value := getattr(self, item.name)) is not None]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Writes the corpus as Parquet; ``about`` goes into the file's metadata."""
         columns = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.questions is None:
+            del columns["questions"]
         about = json.dumps(columns.pop("about") | {"digest": self.digest()})
         pq.write_table(pa.table(columns).replace_schema_metadata({"about": about}), path)
 
@@ -124,10 +139,12 @@ def make_corpus(
     pieces: Literal["sentences", "affirmed", "statements"] = "sentences",
     seed: int = 0,
     val_fraction: float = 0.1,
+    questions: bool = False,
+    captioned: bool = True,
 ) -> Corpus:
     """Choose the slides to train on and the slides to validate on.
 
-    A slide takes part if it is ready, has features of the encoder and a caption. Its split is the
+    A slide takes part if it is ready, has features of the encoder and a text. Its split is the
     archive's; slides without one are drawn by a hash of seed and patient. If the archive names
     training slides but none for validation, those are drawn from the training slides.
 
@@ -139,13 +156,13 @@ def make_corpus(
             sentences, and those that only deny all of theirs.
         seed: Of the split.
         val_fraction: Share of patients that validate, where the archive does not say.
+        questions: Whether the questions about slides, of all sources, are taken as well.
+        captioned: Whether a slide without a caption is left out although it has questions.
 
     Raises:
-        ArchiveError: No ready slide, no features of the encoder, no captions.
+        ArchiveError: No ready slide, no features of the encoder, no texts.
         ConfigError: A split of another name, or a patient with slides in several splits.
     """
-    from pathflip.text import denies, split_sentences
-
     name, entry = archive.encoder(encoder)
     columns = ["slide_id", "patient_id", "split", "n_regions", "fingerprint"]
     ready = archive.slides("ready", columns=columns).to_pylist()
@@ -157,22 +174,21 @@ def make_corpus(
         )
     embedded = archive.ready_ids(name)
     texts = _first_captions(archive, source)
+    asked = _questions(archive) if questions else {}
     rows: list[tuple[dict[str, Any], str, list[str]]] = []
     for row in ready:
-        caption = texts.get(row["slide_id"])
-        if row["slide_id"] not in embedded or caption is None or not row["n_regions"]:
+        if row["slide_id"] not in embedded or not row["n_regions"]:
             continue
-        parts = [part for part in caption["sentences"] or () if part.strip()]
-        if pieces == "statements" and caption["statements"]:
-            parts = list(caption["statements"])
-        parts = parts or split_sentences(caption["text"])
-        if pieces == "affirmed":
-            parts = [part for part in parts if not denies(part)] or parts
-        if parts:
+        caption = texts.get(row["slide_id"])
+        parts = _pieces(caption, pieces) if caption else []
+        if caption and parts:
             rows.append((row, caption["text"], parts))
+        elif row["slide_id"] in asked and not captioned:
+            rows.append((row, "", []))
     without = len(embedded & {row["slide_id"] for row in ready}) - len(rows)
     if not rows:
         of = "" if source is None else f" from source {source}"
+        of += "" if captioned else " or a question"
         raise ArchiveError(
             f"None of the {len(embedded)} slides of {archive.uri} with features of {name} has a "
             f"caption{of}.",
@@ -195,6 +211,9 @@ def make_corpus(
         pieces=[rows[i][2] for i in order],
         num_regions=[rows[i][0]["n_regions"] for i in order],
         fingerprints=[rows[i][0]["fingerprint"] or "" for i in order],
+        questions=[json.dumps(asked.get(rows[i][0]["slide_id"], [])) for i in order]
+        if questions
+        else None,
         about={
             "archive": archive.uri,
             "encoder": {"name": name, "revision": entry["revision"], "dim": entry["dim"]},
@@ -210,6 +229,31 @@ def _first_captions(archive: Archive, source: str | None) -> dict[str, dict[str,
     for row in archive.captions(source).to_pylist():  # sorted by slide, then source
         if row["text"] and row["text"].strip():
             found.setdefault(row["slide_id"], row)
+    return found
+
+
+def _pieces(caption: dict[str, Any], kind: str) -> list[str]:
+    """Returns what sub-captions of a caption are drawn from; none if it says nothing."""
+    from pathflip.text import denies, split_sentences
+
+    parts = [part for part in caption["sentences"] or () if part.strip()]
+    if kind == "statements" and caption["statements"]:
+        parts = list(caption["statements"])
+    parts = parts or split_sentences(caption["text"])
+    if kind == "affirmed":
+        parts = [part for part in parts if not denies(part)] or parts
+    return parts
+
+
+def _questions(archive: Archive) -> dict[str, list[dict[str, Any]]]:
+    from pathflip.interop.questions import stored_questions
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for asked in stored_questions(archive):
+        entry: dict[str, Any] = {"question": asked.question, "answer": asked.answer}
+        if asked.choices:
+            entry["choices"] = list(asked.choices)
+        found.setdefault(asked.slide, []).append(entry)
     return found
 
 
@@ -306,10 +350,10 @@ def epoch_order(corpus: Corpus, *, epoch: int, seed: int, batch_size: int) -> ND
         groups.setdefault(corpus.patients[i], []).append(i)
     kept = [group[:steps] for group in groups.values()]
     _leave_out(kept, sum(map(len, kept)) - steps * batch_size, rng)
-    times = Counter(corpus.captions[i] for i in members.tolist())
+    times = Counter(corpus.says(i) for i in members.tolist())
 
     def rarest_last(group: list[int]) -> int:
-        return -max(len(group), *(times[corpus.captions[i]] for i in group))
+        return -max(len(group), *(times[corpus.says(i)] for i in group))
 
     # Largest groups first, each into the emptiest batches: fills then differ by one at most, and
     # single slides level them out. Sorting is stable, so equals stay shuffled.
@@ -320,7 +364,7 @@ def epoch_order(corpus: Corpus, *, epoch: int, seed: int, batch_size: int) -> ND
         noise = rng.random(steps)
         free = np.ones(steps, np.bool_)
         for i in group:
-            caption = corpus.captions[i]
+            caption = corpus.says(i)
             emptiest = np.flatnonzero(free & (fill == fill[free].min())).tolist()
             chosen = min(emptiest, key=lambda b: (caption in held[b], noise[b]))
             free[chosen] = False
@@ -345,14 +389,14 @@ def _separate(batches: list[list[int]], corpus: Corpus, rng: np.random.Generator
     def fits(i: int, batch: list[int], without: int) -> bool:
         rest = [j for j in batch if j != without]
         return all(
-            corpus.patients[j] != corpus.patients[i] and corpus.captions[j] != corpus.captions[i]
+            corpus.patients[j] != corpus.patients[i] and corpus.says(j) != corpus.says(i)
             for j in rest
         )
 
     left = _ALL_SWAPS
     for number, batch in enumerate(batches):
-        times = Counter(corpus.captions[i] for i in batch)
-        for i in [i for i in batch if times[corpus.captions[i]] > 1]:
+        times = Counter(corpus.says(i) for i in batch)
+        for i in [i for i in batch if times[corpus.says(i)] > 1]:
             if fits(i, batch, i):  # its twin was swapped away already
                 continue
             for _ in range(min(_SWAPS, left)):

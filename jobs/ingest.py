@@ -38,6 +38,7 @@ from pathflip.encoders import EncoderInfo, encoder_info, load_encoder
 from pathflip.errors import ArchiveError, ConfigError, SlideError
 from pathflip.geometry import patch_rects
 from pathflip.interop.captions import import_captions, read_captions
+from pathflip.interop.questions import import_questions, read_questions
 from pathflip.slides.reader import SlidePlan, SlideReader
 
 GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
@@ -74,6 +75,8 @@ def ingest(
     people.warn_unmatched(candidates)
     if config.captions is not None:
         read_captions(config.captions)  # what is wrong with the file is said before the work
+    if config.questions is not None:
+        read_questions(config.questions)
     _check(archive, config, encoders)
     private = connect(address)
     _check_resources(config, private=private)
@@ -97,6 +100,8 @@ def ingest(
         result = ledger.finish()
         if config.captions is not None:
             result = replace(result, captions=import_captions(committer, config.captions))
+        if config.questions is not None:
+            result = replace(result, questions=import_questions(committer, config.questions))
         return result
 
 

@@ -83,6 +83,8 @@ class IngestResult:
     seconds: float
     captions: dict[str, Any] | None = None
     """What was imported of the captions, if any were given."""
+    questions: dict[str, Any] | None = None
+    """What was imported of the questions, if any were given."""
 
     def as_json(self) -> dict[str, Any]:
         """The document ``pathflip ingest --json`` prints."""
@@ -91,8 +93,9 @@ class IngestResult:
             "seconds": round(self.seconds, 3),
             "patches_per_second": round(rate, 1),
         }
-        if self.captions is None:
-            del document["captions"]
+        for what in ("captions", "questions"):
+            if document[what] is None:
+                del document[what]
         return document
 
     @property

@@ -1,16 +1,14 @@
 """Pretraining: an archive and captions in, a run folder with a trained model out.
 
-This module is the driver and Ray Train around the loop; its parts, in the order of the data::
+The parts, in the order of the data::
 
     recipe.py    the settings: a preset, a file and overrides over it
     corpus.py    which slides, their split, the order they are seen in
     batches.py   features from the archive, text drawn per slide and epoch
+    task.py      what a training is; this module and tune.py have one each
     training.py  the loop of one worker; runs without Ray as well
     runs.py      the run folder: how it begins, what is logged, how it ends
-
-Workers share nothing but the run folder and the archive. A worker that dies takes the others with
-it; Ray starts them again and they go on from the newest intact checkpoint, on as many workers as
-there are then. The same command does the same after the driver died.
+    fit.py       the driver and Ray Train around the loop
 
     python -m jobs.pretrain --archive URI --preset P --run DIR   (the same as: pathflip pretrain …)
 """
@@ -18,28 +16,31 @@ there are then. The same command does the same after the driver died.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jobs import runs
-from jobs.batches import AHEAD
-from jobs.corpus import steps_per_epoch
+import numpy as np
+import torch
+
+from jobs import fit
+from jobs.batches import Batch, Batches, FeatureReader
+from jobs.card import model_card
+from jobs.corpus import Corpus, make_corpus, rng_for
 from jobs.recipe import PretrainConfig as PretrainConfig
 from jobs.recipe import resolve as resolve
-from jobs.training import Progress, shareable, train
-from pathflip.checkpoints import latest_checkpoint
-from pathflip.errors import ConfigError, PathFLIPError, TrainingError
+from jobs.runs import load_tensors
+from jobs.task import Stage, Task, about_model
+from jobs.training import Progress
+from pathflip.archive import Archive
+from pathflip.checkpoints import Checkpoint, write_whole
+from pathflip.models import PathFLIP, PathFLIPOutput
+from pathflip.models.warm_start import warm_start
 
-PROGRESS_EVERY_S = 1.0
+START_SLIDES, START_REGIONS, START_BYTES = 128, 24, 256 << 20
+"""How much of the training data a model is started from: slides, regions of each, fp16 bytes."""
 
 
 def pretrain(
@@ -50,262 +51,161 @@ def pretrain(
     address: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a model on an archive's slides and captions; the same call again goes on or is done.
+    """Train a model on an archive's slides and captions; see :func:`jobs.fit.fit`.
 
     Args:
         archive: Archive URI.
-        run: Run folder, on storage that every worker sees; made if it does not exist.
+        run: Run folder.
         config: Settings, as from :func:`resolve`.
         address: Ray cluster; see ``cluster.connect``.
         progress: Called on the driver about once a second.
-
-    Returns:
-        {"run", "steps", "loss", "val", "seconds", "best_step", "skipped", "trained"}: the loss is
-        the mean of the last steps, val the validation of the exported weights, trained the steps
-        that this call did (0: the run was finished already).
-
-    Raises:
-        ConfigError, ArchiveError, EncoderError, CheckpointError: Before anything is started.
-        TrainingError: Losses that are not finite, or workers that keep dying.
     """
-    config = config or resolve()
-    run = _local(run)
-    _check_workers(config)
-    with runs.opened(run):
-        corpus = runs.prepare(archive, run, config)
-        if done := runs.finished(run):
-            return done | {"trained": 0}
-        before = latest_checkpoint(run / "checkpoints")
-        if before is None or before.step < config.total_steps(
-            steps_per_epoch(corpus, config.batch_size)
-        ):
-            _fit(run, config, address, progress)
-        result = runs.finish(run, corpus)
-        runs.clear(run)
-    return result | {"trained": result["steps"] - (before.step if before else 0)}
+    return fit.fit(archive, run, config or resolve(), address=address, progress=progress)
 
 
 def plan(archive: str, run: str | Path, config: PretrainConfig | None = None) -> dict[str, Any]:
-    """Return what :func:`pretrain` would do, without starting or writing anything.
+    """Return what :func:`pretrain` would do, without starting or writing anything."""
+    return fit.planned(archive, run, config or resolve())
 
-    Memory is in MiB and leaves out activations, which depend on the caption's lengths.
+
+class Pretraining(Task):
+    """Slides and captions into one space: the alignment losses of the paper (Eq. 6-10).
+
+    Args:
+        config: The settings.
     """
-    config = config or resolve()
-    _check_workers(config)
-    corpus = runs.corpus_for(archive, config)
-    per_epoch = steps_per_epoch(corpus, config.batch_size)
-    model = runs.untrained(corpus, config, start=False)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    about = corpus.about
-    region = about["slots"] * about["encoder"]["dim"]
-    share = config.batch_size // config.accumulate // (config.max_workers or 1)
-    counts = corpus.counts()
-    largest = min(config.max_regions or sys.maxsize, max(corpus.num_regions))
-    cache = sum(corpus.num_regions) * region * 2 / 2**20
-    return {
-        "run": str(_local(run)),
-        "preset": config.preset,
-        "encoder": about["encoder"]["name"],
-        **counts,
-        "left_out": about["left_out"],
-        "steps": config.total_steps(per_epoch),
-        "steps_per_epoch": per_epoch,
-        "parameters": parameters,
-        "memory_mb": {
-            "weights_and_optimizer": round(parameters * 16 / 2**20, 1),
-            "features_of_a_batch": round(share * largest * region * (4 + 2 * AHEAD) / 2**20, 1),
-            "cached_features": round(cache, 1) if cache <= config.cache_mb else 0.0,
-        },
-    }
 
+    losses = ("loss", "loss_slide", "loss_region")
 
-def _local(run: str | Path) -> Path:
-    if "://" in str(run):
-        raise ConfigError(
-            f"The run folder {run} is not a path.",
-            hint="Runs are written to a file system that every worker sees; archives may be on "
-            "s3://, gs:// or az://.",
-        )
-    return Path(run).expanduser().absolute()
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
 
-
-def _check_workers(config: PretrainConfig) -> None:
-    """Refuse worker counts that cannot share a micro-batch evenly."""
-    share = config.batch_size // config.accumulate
-    most = config.max_workers or 1
-    if shareable(share, most) != most and config.min_workers in (None, most):
-        raise ConfigError(
-            f"{most} workers cannot share micro-batches of {share} slides evenly.",
-            hint="Make batch_size / accumulate a multiple of the number of workers.",
+    def corpus(self, archive: str) -> Corpus:
+        """Returns the slides with a caption."""
+        config = self.config
+        return make_corpus(
+            Archive(archive),
+            encoder=config.encoder,
+            source=config.source,
+            pieces=config.pieces,
+            seed=config.seed,
+            val_fraction=config.val_fraction,
         )
 
+    def fitted(self, corpus: Corpus) -> PretrainConfig:
+        """Returns the settings with the width of the archive's features in them."""
+        width = corpus.about["encoder"]["dim"]
+        return replace(self.config, model=replace(self.config.model, feature_dim=width))
 
-# -- Ray ------------------------------------------------------------------------------------------
+    def begin(self, corpus: Corpus) -> PathFLIP:
+        """Returns the model at its start: the same weights for the same seed and slides.
 
+        A tokenizer, if need be, is trained on the captions to train on; what the model takes from
+        data before training (input statistics, warm start) is fitted to some of the slides.
+        """
+        model = self._drawn(corpus)
+        config = self.config
+        if config.model.warm_start or config.model.feature_norm != "none":
+            reader = FeatureReader(corpus)
+            whole = max(1, corpus.about["slots"] * corpus.about["encoder"]["dim"] * 2)
+            most = min(config.max_regions or START_REGIONS, START_REGIONS)
+            count = max(2, min(START_SLIDES, START_BYTES // (whole * most)))
+            train = corpus.members("train").tolist()
+            chosen = rng_for("start", config.seed).permutation(train)[:count].tolist()
+            sampling = replace(config.sampling(), max_regions=most)
+            batch = Batches(reader, sampling).draw(chosen, chosen, epoch=0)
+            sentences = list(dict.fromkeys(text for i in chosen for text in corpus.pieces[i]))
+            if config.model.warm_start:
+                warm_start(model, batch.features, batch.patch_mask, sentences, seed=config.seed)
+            else:
+                model.fit_input(batch.features[batch.patch_mask].float())
+        return model
 
-def _fit(
-    run: Path,
-    config: PretrainConfig,
-    address: str | None,
-    progress: Callable[[Progress], None] | None,
-) -> None:
-    """Train in Ray Train workers until the last step is done."""
-    import ray
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    def _drawn(self, corpus: Corpus) -> PathFLIP:
+        torch.manual_seed(self.config.seed)
+        overrides = asdict(self.config.model) | {"feature_dim": corpus.about["encoder"]["dim"]}
+        texts = [corpus.captions[i] for i in corpus.members("train").tolist()]
+        return PathFLIP.from_preset(self.config.preset, texts=texts, **overrides)
 
-    from jobs.cluster import connect
+    def parameters(self, corpus: Corpus) -> tuple[int, int]:
+        """Returns how many parameters train, and that none is frozen."""
+        model = self._drawn(corpus)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad), 0
 
-    # Ray looks after its workers every 2 s otherwise: half of that is lost at each start and end.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray execs at once
-        private = connect(address)
-    resources: dict[str, float] = dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
-    use_gpu, few, many, cpus = _workers(config, resources, private=private)
-    for name in (runs.STOPPED, runs.PROGRESS):
-        (run / name).unlink(missing_ok=True)
-    train_api: Any = ray.train  # what a type checker sees there is the API before 2.43
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"run": str(run), "threads": cpus},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=train_api.ScalingConfig(
-            num_workers=many if few == many else (few, many),
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
-        ),
-        run_config=train_api.RunConfig(
-            name=f"attempt-{time.time_ns()}",
-            storage_path=str(run / ".ray"),
-            failure_config=train_api.FailureConfig(max_failures=config.max_failures),
-            logging_config=train_api.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    try:
-        with _watching(run, progress), _own_interrupt():
-            trainer.fit()
-    except train_api.TrainingFailedError as error:
-        if (noted := runs.stopped(run)) is not None:
-            raise noted from error
-        raise TrainingError(
-            f"The workers of {run} died {config.max_failures + 1} times: {_last_line(error)}",
-            hint="The same command goes on from the last checkpoint.",
-            code="workers_died",
-        ) from error
-    if (noted := runs.stopped(run)) is not None and not runs.may_pass(noted):
-        raise noted
+    def model(self, vision: PathFLIP, corpus: Corpus) -> PathFLIP:
+        """Returns the slide model itself."""
+        return vision
 
+    def stages(self, steps_per_epoch: int) -> list[Stage]:
+        """Returns the one stage there is."""
+        config = self.config
+        return [
+            Stage(
+                name="all",
+                start=0,
+                steps=config.total_steps(steps_per_epoch),
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+            )
+        ]
 
-@contextmanager
-def _own_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the workers in Ray's way and the command in ours: Ray would exit with 0."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if main else None
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
-
-
-def _workers(
-    config: PretrainConfig, resources: dict[str, float], *, private: bool
-) -> tuple[bool, int, int, int]:
-    """Returns whether to use GPUs, fewest and most workers, and cores of each."""
-    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    if config.device == "cuda" and private and not gpus:
-        raise ConfigError(
-            "device is cuda but this machine has no GPU.",
-            hint="Leave device on auto, or name a cluster with GPUs (--address).",
-            code="no_gpu",
+    def forward(
+        self, model: Any, features: torch.Tensor, mask: torch.Tensor, batch: Batch, group: Any
+    ) -> PathFLIPOutput:
+        """Returns losses and vectors of a micro-batch."""
+        output: PathFLIPOutput = model(
+            features,
+            mask,
+            batch.captions,
+            batch.subcaptions,
+            negative_choice=batch.negative_choice.to(features.device, non_blocking=True),
+            group=group,
         )
-    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
-    share = config.batch_size // config.accumulate
-    many = config.max_workers or config.min_workers or 0
-    many = many or (shareable(share, gpus) if use_gpu and gpus else 1)
-    few = config.min_workers or many
-    cpus = config.cpus_per_worker or (max(1, cores // many) if private else 1)
-    there, what = (gpus, "GPUs") if use_gpu else (cores // cpus, f"times {cpus} cores")
-    if private and few > there:
-        raise ConfigError(
-            f"{few} workers need {few} {what}; this machine has {there}.",
-            hint="Ask for fewer workers (--min-workers, --max-workers), or name a cluster "
-            "(--address).",
-            code="resources",
+        return output
+
+    def size(self, output: PathFLIPOutput, slides: Sequence[int]) -> int:
+        """Returns the number of slides."""
+        return len(slides)
+
+    def vectors(self, output: PathFLIPOutput) -> torch.Tensor:
+        """Returns the vectors of slides and captions."""
+        return torch.stack([output.slide, output.text])
+
+    def judge(
+        self, corpus: Corpus, slides: Sequence[int], vectors: torch.Tensor, losses: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Returns retrieval among the validation slides, and the losses."""
+        from pathflip.evaluation.retrieval import retrieval
+
+        captions = [corpus.captions[i] for i in slides]
+        found = retrieval(vectors[0].numpy(), vectors[1].numpy(), captions, resamples=0, shuffles=0)
+        recalls = [*found["itr"].values(), *found["tir"].values()]
+        return {
+            "n": len(slides),
+            "protocol": found["protocol"],
+            "itr": found["itr"],
+            "tir": found["tir"],
+            "chance": found["chance"],
+            "mean_recall": float(np.mean(recalls)),
+            **losses,
+        }
+
+    def export(self, run: Path, corpus: Corpus, best: Checkpoint, result: dict[str, Any]) -> str:
+        """Writes RUN/model."""
+        model = PathFLIP.from_pretrained(str(run / "init"))
+        load_tensors(model, best.tensors("model"))
+        card = model_card(run.name, self.config, corpus, result)
+        about = about_model(
+            self.config, corpus, result, run=run.name, fingerprint=model.fingerprint()
         )
-    return use_gpu, few, many, cpus
 
+        def fill(part: Path) -> None:
+            model.save_pretrained(str(part))
+            (part / "pathflip.json").write_text(json.dumps(about, indent=1))
+            (part / "README.md").write_text(card)
 
-def _work(settings: dict[str, Any]) -> None:
-    """One worker: what Ray Train calls."""
-    import ray.train
-    import ray.train.torch
-    import torch
-
-    run = Path(settings["run"])
-    if (noted := runs.stopped(run)) is not None and not runs.may_pass(noted):
-        return
-    context = ray.train.get_context()
-    rank, device = context.get_world_rank(), ray.train.torch.get_device()
-    torch.set_num_threads(settings["threads"])
-    try:
-        train(
-            run,
-            rank=rank,
-            world=context.get_world_size(),
-            device=str(device),
-            progress=_note_progress(run) if rank == 0 else None,
-        )
-    except PathFLIPError as error:
-        runs.stop(run, error)
-        raise  # the others may wait for this one: Ray ends them
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1][:300] if lines else type(error).__name__
-
-
-def _note_progress(run: Path) -> Callable[[Progress], None]:
-    last = [0.0]
-
-    def note(progress: Progress) -> None:
-        now = time.monotonic()
-        if now - last[0] >= PROGRESS_EVERY_S or progress.fraction >= 1:
-            last[0] = now
-            part = run / f"{runs.PROGRESS}.partial"
-            part.write_text(json.dumps(asdict(progress)))
-            part.replace(run / runs.PROGRESS)
-
-    return note
-
-
-@contextmanager
-def _watching(run: Path, progress: Callable[[Progress], None] | None) -> Iterator[None]:
-    """Pass on what rank 0 notes of its progress."""
-    over = threading.Event()
-
-    def watch() -> None:
-        seen = ""
-        while not over.wait(PROGRESS_EVERY_S / 2):
-            try:
-                text = (run / runs.PROGRESS).read_text()
-            except FileNotFoundError:
-                continue
-            if text != seen and progress is not None:
-                seen = text
-                progress(Progress(**json.loads(text)))
-
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+        write_whole(run / "model", fill, step=best.step)
+        return card
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The folder of a pretraining run: how it begins, what is logged in it, how it ends.
+"""The folder of a run: how it begins, what is logged in it, how it ends.
 
-``prepare`` writes settings, the list of slides and the untrained model; ``RunLog`` is what rank 0
-writes while training; ``finish`` exports the best weights with their model card.
+``prepare`` writes settings, the list of slides and the slide model to start from; ``RunLog`` is
+what rank 0 writes while training; ``finish`` exports the best weights with their model card.
 """
 
 from __future__ import annotations
@@ -13,21 +13,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from jobs.batches import Batches, FeatureReader
-from jobs.card import model_card
-from jobs.corpus import Corpus, make_corpus, rng_for, steps_per_epoch
-from jobs.recipe import PretrainConfig, differing, load_settings, save_settings
-from pathflip.archive import Archive
+from jobs.corpus import Corpus, steps_per_epoch
+from jobs.recipe import AnyConfig, TuneConfig, differing, read_settings, save_settings
+from jobs.task import task_of
 from pathflip.archive.storage import normalise
 from pathflip.checkpoints import (
     Checkpoint,
@@ -39,12 +35,8 @@ from pathflip.checkpoints import (
     write_whole,
 )
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError, PathFLIPError, TrainingError
-from pathflip.models import PathFLIP
-from pathflip.models.warm_start import warm_start
 
 STOPPED, PROGRESS = ".stopped.json", ".progress.json"
-START_SLIDES, START_REGIONS, START_BYTES = 128, 24, 256 << 20
-"""How much of the training data a model is started from: slides, regions of each, fp16 bytes."""
 WRITER_WAIT_S = 60.0
 """How long to wait for a rank 0 of the attempt before, which Ray or the kernel is ending."""
 
@@ -52,7 +44,7 @@ WRITER_WAIT_S = 60.0
 # -- beginning ------------------------------------------------------------------------------------
 
 
-def prepare(archive: str, run: str | Path, config: PretrainConfig) -> Corpus:
+def prepare(archive: str, run: str | Path, config: AnyConfig) -> Corpus:
     """Make the run folder, or check that it is of the same run.
 
     Everything that cannot work is refused here, before any worker starts.
@@ -68,14 +60,17 @@ def prepare(archive: str, run: str | Path, config: PretrainConfig) -> Corpus:
     Raises:
         ConfigError: The folder holds a run with other settings (the first differing one is named)
             or other files, or the slides do not suit the settings.
-        ArchiveError, EncoderError, CheckpointError: The archive or the text tower cannot be used.
+        ArchiveError, EncoderError, CheckpointError: The archive or a model cannot be used.
     """
     run = Path(run).absolute()
+    task = task_of(config)
     if (run / "config.yaml").exists():
         corpus = _same_run(archive, run, config)
-        if not (run / "init").exists() and finished(run) is None:  # its model was lost
-            again = untrained(corpus, load_settings(run))
-            write_whole(run / "init", lambda part: _save_model(again, part))
+        if finished(run) is None:
+            task.check(corpus)
+            if not (run / "init").exists():  # its model was lost
+                again = task_of(read_settings(run)).begin(corpus)
+                write_whole(run / "init", lambda part: again.save_pretrained(str(part)))
         return corpus
     if run.is_dir() and (
         alien := [
@@ -89,15 +84,15 @@ def prepare(archive: str, run: str | Path, config: PretrainConfig) -> Corpus:
             hint="Give a new or empty folder.",
             code="not_empty",
         )
-    corpus = corpus_for(archive, config)
-    config = fitted(config, corpus)
+    corpus = task.corpus(archive)
+    config = task.fitted(corpus)
     steps_per_epoch(corpus, config.batch_size)  # enough slides for a batch
-    model = untrained(corpus, config)
+    model = task_of(config).begin(corpus)
     try:
         run.mkdir(parents=True, exist_ok=True)
         corpus.save(run / ".data.parquet.partial")
         (run / ".data.parquet.partial").replace(run / "data.parquet")
-        write_whole(run / "init", lambda part: _save_model(model, part))
+        write_whole(run / "init", lambda part: model.save_pretrained(str(part)))
         write_file(run / "versions.json", json.dumps(versions(), indent=1))
         write_file(run / "config.yaml", save_settings(config))  # last: now it is a run
     except OSError as error:
@@ -114,57 +109,16 @@ _OWN = ("init", "data.parquet", "versions.json", ".lock", ".writer", ".data.parq
 """What a preparation that was killed may have left."""
 
 
-def fitted(config: PretrainConfig, corpus: Corpus) -> PretrainConfig:
-    """Returns the settings with the width of the archive's features in them."""
-    width = corpus.about["encoder"]["dim"]
-    return replace(config, model=replace(config.model, feature_dim=width))
-
-
-def corpus_for(archive: str, config: PretrainConfig) -> Corpus:
-    """Returns the slides a new run would train on."""
-    return make_corpus(
-        Archive(archive),
-        encoder=config.encoder,
-        source=config.source,
-        pieces=config.pieces,
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-    )
-
-
-def untrained(corpus: Corpus, config: PretrainConfig, *, start: bool = True) -> PathFLIP:
-    """Returns the model at its start: the same weights for the same seed and slides.
-
-    Args:
-        corpus: The slides; a tokenizer, if need be, is trained on the captions to train on.
-        config: The settings.
-        start: Whether to fit what the model takes from data before training (input statistics,
-            warm start), from some of the training slides.
-    """
-    torch.manual_seed(config.seed)
-    train = corpus.members("train").tolist()
-    overrides = asdict(config.model) | {"feature_dim": corpus.about["encoder"]["dim"]}
-    texts = [corpus.captions[i] for i in train]
-    model = PathFLIP.from_preset(config.preset, texts=texts, **overrides)
-    if start and (config.model.warm_start or config.model.feature_norm != "none"):
-        reader = FeatureReader(corpus)
-        whole = max(1, corpus.about["slots"] * corpus.about["encoder"]["dim"] * 2)
-        most = min(config.max_regions or START_REGIONS, START_REGIONS)
-        count = max(2, min(START_SLIDES, START_BYTES // (whole * most)))
-        chosen = rng_for("start", config.seed).permutation(train)[:count].tolist()
-        sampling = replace(config.sampling(), max_regions=most)
-        batch = Batches(reader, sampling).draw(chosen, chosen, epoch=0)
-        sentences = list(dict.fromkeys(text for i in chosen for text in corpus.pieces[i]))
-        if config.model.warm_start:
-            warm_start(model, batch.features, batch.patch_mask, sentences, seed=config.seed)
-        else:
-            model.fit_input(batch.features[batch.patch_mask].float())
-    return model
-
-
-def _same_run(archive: str, run: Path, config: PretrainConfig) -> Corpus:
-    made, corpus = load_settings(run), Corpus.load(run / "data.parquet")
-    if differ := differing(made, fitted(config, corpus)):
+def _same_run(archive: str, run: Path, config: AnyConfig) -> Corpus:
+    made, corpus = read_settings(run), Corpus.load(run / "data.parquet")
+    if type(made) is not type(config):
+        kind = "tune" if isinstance(made, TuneConfig) else "pretrain"
+        raise ConfigError(
+            f"{run} is a run of pathflip {kind}.",
+            hint="Give another run folder.",
+            code="other_settings",
+        )
+    if differ := differing(made, task_of(config).fitted(corpus)):
         key, old, new = differ[0]
         more = "" if len(differ) == 1 else f" ({len(differ) - 1} more differ)"
         raise ConfigError(
@@ -187,7 +141,9 @@ def versions() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, Any] = {"python": sys.version.split()[0]}
-    for name in ("pathflip", "torch", "ray", "transformers", "tokenizers", "pylance", "numpy"):
+    for name in (
+        "pathflip", "torch", "ray", "transformers", "peft", "tokenizers", "pylance", "numpy",
+    ):  # fmt: skip
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -311,13 +267,15 @@ class RunLog:
 
     def step(self, line: dict[str, Any]) -> None:
         """Log a step."""
-        self._write(line, {key: line[key] for key in line if key not in ("step", "epoch")})
+        self._write(line, {key: line[key] for key in line if key not in ("step", "epoch", "stage")})
 
     def validation(self, line: dict[str, Any]) -> None:
         """Log a validation."""
         val = line["val"]
         nested = {
-            f"val/{way}_{name}": value for way in ("itr", "tir") for name, value in val[way].items()
+            f"val/{way}_{name}": value
+            for way in ("itr", "tir")
+            for name, value in val.get(way, {}).items()
         }
         plain = {f"val/{key}": value for key, value in val.items() if isinstance(value, float)}
         self._write(line, nested | plain)
@@ -387,20 +345,21 @@ def finished(run: str | Path) -> dict[str, Any] | None:
     run = Path(run)
     try:
         result: dict[str, Any] = json.loads((run / "result.json").read_bytes())
-        verify_whole(run / "model")
+        for folder in task_of(read_settings(run)).exports:
+            verify_whole(run / folder)
     except (FileNotFoundError, CheckpointError):
         return None
     return result
 
 
 def finish(run: str | Path, corpus: Corpus) -> dict[str, Any]:
-    """Export the best weights to RUN/model and write the model card and result.json.
+    """Export the best weights and write the model card and result.json.
 
     Raises:
         TrainingError: If training has not reached its last step.
     """
     run = Path(run).absolute()
-    config = load_settings(run)
+    config = read_settings(run)
     last = latest_checkpoint(run / "checkpoints")
     best = best_checkpoint(run / "checkpoints")
     steps = config.total_steps(steps_per_epoch(corpus, config.batch_size))
@@ -422,29 +381,7 @@ def finish(run: str | Path, corpus: Corpus) -> dict[str, Any]:
         "best_step": best.step,
         "skipped": state["skipped"],
     }
-    model = PathFLIP.from_pretrained(str(run / "init"))
-    load_tensors(model, best.tensors("model"))
-    card = model_card(run.name, config, corpus, result)
-    about = {
-        "run": run.name,
-        "preset": config.preset,
-        "step": best.step,
-        "fingerprint": model.fingerprint(),
-        "encoder": corpus.about["encoder"],
-        "tiling": corpus.about["tiling"],
-        "archive": {"uri": corpus.about["archive"], "slides": len(corpus),
-                    "sha256": corpus.digest()},
-        "split": {**corpus.counts(), "seed": config.seed, "val_fraction": config.val_fraction},
-        "val": val,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-    def fill(part: Path) -> None:
-        _save_model(model, part)
-        (part / "pathflip.json").write_text(json.dumps(about, indent=1))
-        (part / "README.md").write_text(card)
-
-    write_whole(run / "model", fill, step=best.step)
+    card = task_of(config).export(run, corpus, best, result)
     write_file(run / "README.md", card)
     write_file(run / "result.json", json.dumps(result, indent=1))
     return result
@@ -459,8 +396,14 @@ def clear(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def model_tensors(
+    model: torch.nn.Module, names: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
     """Returns parameters and buffers of a model by name, shared ones once.
+
+    Args:
+        model: The model.
+        names: Of these only.
 
     Raises:
         TrainingError: If one of them is not finite: such weights are never written.
@@ -468,6 +411,8 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     named: dict[str, torch.Tensor] = dict(model.named_parameters())
     persistent = model.state_dict()
     named |= {name: value for name, value in model.named_buffers() if name in persistent}
+    if names is not None:
+        named = {name: named[name] for name in names}
     for name, value in named.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise TrainingError(
@@ -479,11 +424,11 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load_tensors(
+    model: torch.nn.Module,
+    tensors: dict[str, torch.Tensor],
+    names: Collection[str] | None = None,
+) -> None:
     """Put the tensors of :func:`model_tensors` into a model of the same shape."""
-    for name, value in model_tensors(model).items():
+    for name, value in model_tensors(model, names).items():
         value.copy_(tensors[name])
-
-
-def _save_model(model: PathFLIP, part: Path) -> None:
-    model.save_pretrained(str(part))

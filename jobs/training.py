@@ -1,44 +1,43 @@
 """The training loop: one process of one or many, without Ray.
 
-``jobs/pretrain.py`` runs :func:`train` in Ray Train workers; tests and benchmarks call it as it is.
-It reads everything from the run folder, which ``runs.prepare`` made, and goes on from the newest
-intact checkpoint there. Learning rate, order, draws and dropout are functions of (seed, step), so a
-checkpoint needs no state of theirs but the step.
+``jobs/fit.py`` runs :func:`train` in Ray Train workers; tests and benchmarks call it as it is. It
+reads everything from the run folder, which ``runs.prepare`` made, and goes on from the newest
+intact checkpoint there. What is trained is a :class:`jobs.task.Task`. Learning rate, order, draws
+and dropout are functions of (seed, step), so a checkpoint needs no state of theirs but the step.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.batches import Batch, Batches, FeatureReader
 from jobs.corpus import Corpus
-from jobs.recipe import PretrainConfig, learning_rate, load_settings, parameter_groups
+from jobs.recipe import AnyConfig, learning_rate, parameter_groups, read_settings
 from jobs.runs import RunLog, checkpoint_at, load_tensors, model_tensors
+from jobs.task import Stage, task_of
 from pathflip.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint, verify_whole
 from pathflip.errors import TrainingError
 from pathflip.models import PathFLIP
 
 RECENT = 50
 """Steps whose mean is "the loss" of a run."""
-VAL_SLIDES = 16
 VAL_REGIONS = 1024
-"""A validation batch holds at most these many slides, and regions with padding."""
+"""A validation batch holds at most these many regions, with padding."""
 MIN_STEPS_FOR_SHARE = 100
-_LOSSES = ("loss", "loss_slide", "loss_region")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ def train(
         CheckpointError, ArchiveError: The run or its archive is damaged.
     """
     run = Path(run)
-    config = load_settings(run)
+    config = read_settings(run)
     used = shareable(config.batch_size // config.accumulate, world)
     group = own = None
     if world > 1:
@@ -138,7 +137,7 @@ class _Trainer:
     def __init__(
         self,
         run: Path,
-        config: PretrainConfig,
+        config: AnyConfig,
         rank: int,
         world: int,
         device: str,
@@ -148,22 +147,24 @@ class _Trainer:
         self.run, self.config, self.rank, self.world = run, config, rank, world
         self.device = torch.device(device)
         self.group, self.own = group, own
+        self.task = task_of(config)
+        self.losses = self.task.losses
         self.corpus = Corpus.load(run / "data.parquet")
+        verify_whole(run / "init")
+        vision = PathFLIP.from_pretrained(str(run / "init"))
         reader = FeatureReader(self.corpus, cache_bytes=config.cache_mb << 20)
         self.batches = Batches(
             reader,
             config.sampling(),
             rank=rank,
             world=world,
-            local=config.model.negatives == "local",
+            local=vision.config.negatives == "local",
         )
         self.steps = config.total_steps(self.batches.steps_per_epoch)
-        verify_whole(run / "init")
-        self.model = PathFLIP.from_pretrained(str(run / "init")).to(self.device)
-        fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.weight_decay), lr=config.lr, fused=fused
-        )
+        self.stages = self.task.stages(self.batches.steps_per_epoch)
+        self.model: Any = self.task.model(vision, self.corpus).to(self.device)
+        self.kept = self.task.kept(self.model)
+        self._enter(self.stages[0])
         self.counters = Counters()
         self.bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda"
@@ -178,14 +179,7 @@ class _Trainer:
             pids = self._pids()
             if log is not None:
                 log.begin(self.counters.step, pids=pids)
-            model: Any = self.model
-            if self.world > 1:
-                model = DistributedDataParallel(
-                    self.model,
-                    process_group=self.group,
-                    gradient_as_bucket_view=True,
-                    broadcast_buffers=False,
-                )
+            model = self._shared_model()
             stream = self.batches.stream(
                 self.counters.step, self.steps, pin=self.device.type == "cuda"
             )
@@ -195,6 +189,13 @@ class _Trainer:
             first = last_step = self.counters.step
             before = self.counters.seconds
             for micro_batches in stream:
+                if (stage := self._stage_at(self.counters.step)) != self.stage:
+                    del model  # what it hung on the gradients must be gone before the next
+                    if self.world > 1:
+                        gc.collect()
+                    self._enter(stage)
+                    model = self._shared_model()
+                    self.model.train()
                 found = self._step(model, micro_batches)
                 counters = self.counters
                 done = counters.step
@@ -208,6 +209,7 @@ class _Trainer:
                             "step": done,
                             "epoch": round(done / self.batches.steps_per_epoch, 4),
                             **found,
+                            **({"stage": self.stage.name} if len(self.stages) > 1 else {}),
                             "slides_per_s": round(rate, 2),
                             "memory_mb": self._memory_mb(),
                             "skipped": counters.skipped,
@@ -229,32 +231,61 @@ class _Trainer:
                 self._maybe_save(log)
                 self._stop_if_hopeless()
 
+    # -- stages -----------------------------------------------------------------------------------
+
+    def _stage_at(self, step: int) -> Stage:
+        return [stage for stage in self.stages if stage.start <= step][-1]
+
+    def _enter(self, stage: Stage) -> None:
+        """Begin a stage: what trains, and an optimiser that knows nothing yet."""
+        self.stage = stage
+        self.task.enter(self.model, stage)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, stage.weight_decay, stage.rates), lr=stage.lr, fused=fused
+        )
+
+    def _shared_model(self) -> Any:
+        """The model, wrapped where several processes train it."""
+        if self.world == 1:
+            return self.model
+        return DistributedDataParallel(
+            self.model,
+            process_group=self.group,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+
     # -- one step ---------------------------------------------------------------------------------
 
     def _step(self, model: Any, micro_batches: list[Batch]) -> dict[str, Any]:
         """Do one optimisation step, or skip it; returns what is logged of it."""
-        config, counters = self.config, self.counters
+        config, counters, stage = self.config, self.counters, self.stage
         lr = learning_rate(
-            counters.step,
-            steps=self.steps,
-            peak=config.lr,
+            counters.step - stage.start,
+            steps=stage.steps,
+            peak=stage.lr,
             floor=config.min_lr,
             warmup=config.warmup,
         )
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(_LOSSES) + 1, dtype=torch.float32, device=self.device)
+        many = len(self.losses)
+        sums = torch.zeros(many + 1, dtype=torch.float32, device=self.device)
+        shares = self._shares(micro_batches)
         for number, batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             torch.manual_seed(_seed(config.seed, counters.step, number, self.rank))
             with nullcontext() if last or self.world == 1 else model.no_sync():
                 output = self._forward(model, batch, self.group)
-                (output.loss / len(micro_batches)).backward()
-            parts = [output.loss, output.loss_slide, output.loss_region]
-            sums[:3] += torch.stack([part.detach().float() for part in parts]) / len(micro_batches)
+                parts = self.task.parts(output, shares[number])
+                loss: Any = parts[0] / len(micro_batches)
+                loss.backward()
+            detached = torch.stack([part.detach().float() for part in parts])
+            sums[:many] += detached / len(micro_batches)
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), config.clip if config.clip else math.inf
         )
-        sums[3] = float(not torch.isfinite(sums[:3]).all())
+        sums[many] = float(not torch.isfinite(sums[:many]).all())
         if self.world > 1:
             dist.all_reduce(sums, group=self.group)
             sums /= self.world
@@ -266,15 +297,27 @@ class _Trainer:
         else:
             counters.skipped_in_row = 0
             for entry in self.optimizer.param_groups:
-                entry["lr"] = lr
+                entry["lr"] = lr * entry["rate"]
             self.optimizer.step()
             counters.recent = [*counters.recent, losses[0]][-RECENT:]
         counters.step += 1
         found = {
             name: value if math.isfinite(value) else None
-            for name, value in zip(_LOSSES, losses, strict=True)
+            for name, value in zip(self.losses, losses, strict=True)
         }
         return {**found, "lr": lr, "grad_norm": _finite(float(norm))}
+
+    def _shares(self, micro_batches: list[Batch]) -> list[float]:
+        """How much each micro-batch counts, 1 in the mean over those of all workers."""
+        alone = self.world == 1 and len(micro_batches) == 1
+        weights = None if alone else self.task.weights(self.model, micro_batches)
+        if weights is None:
+            return [1.0] * len(micro_batches)
+        total = torch.tensor([sum(weights)], dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total, group=self.group)
+        mean = float(total) / (self.world * len(weights))
+        return [weight / mean for weight in weights]
 
     def _forward(self, model: Any, batch: Batch, group: Any) -> Any:
         move: dict[str, Any] = {"device": self.device, "non_blocking": True}
@@ -282,14 +325,8 @@ class _Trainer:
             torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
         )
         with cast:
-            return model(
-                batch.features.to(**move).float(),
-                batch.patch_mask.to(**move),
-                batch.captions,
-                batch.subcaptions,
-                negative_choice=batch.negative_choice.to(**move),
-                group=group,
-            )
+            features, mask = batch.features.to(**move).float(), batch.patch_mask.to(**move)
+            return self.task.forward(model, features, mask, batch, group)
 
     def _stop_if_hopeless(self) -> None:
         counters, config = self.counters, self.config
@@ -334,7 +371,10 @@ class _Trainer:
             save_checkpoint(
                 self.run / "checkpoints",
                 step=done,
-                tensors={"model": model_tensors(self.model), "optimizer": self._optimizer()},
+                tensors={
+                    "model": model_tensors(self.model, self.kept),
+                    "optimizer": self._optimizer(),
+                },
                 state=asdict(self.counters),
                 metric=config.metric(self.counters.val) if validated else None,
             )
@@ -359,8 +399,10 @@ class _Trainer:
                 found = checkpoint_at(self.run, int(step))
         if found is None:
             return
-        load_tensors(self.model, found.tensors("model"))
-        tensors = found.tensors("optimizer")
+        load_tensors(self.model, found.tensors("model"), self.kept)
+        self._enter(self._stage_at(found.step))
+        # A stage begins with an optimiser of its own, not with that of the stage before.
+        tensors = found.tensors("optimizer") if self.stage.start < found.step else {}
         for name, parameter in self.model.named_parameters():
             state = {
                 key.partition("/")[0]: value.to(parameter.device)
@@ -383,46 +425,36 @@ class _Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Measure retrieval and losses on the validation slides, all regions, the same each time.
+        """Measure the losses on the validation slides, and what else the task judges by.
 
-        Every rank takes part and returns the same.
+        The same each time; every rank takes part and returns the same.
         """
-        from pathflip.evaluation.retrieval import retrieval
-
         slides = self._val_slides
-        vectors: list[torch.Tensor] = []
         place = {slide: row for row, slide in enumerate(slides)}
-        sums = torch.zeros(len(_LOSSES) + 1, dtype=torch.float64)
+        many = len(self.losses)
+        sums = torch.zeros(many + 1, dtype=torch.float64)
         self.model.eval()
         try:
             both = torch.zeros(0)
-            for chunk in val_chunks(self.corpus, slides)[self.rank :: self.world]:
-                batch = self.batches.draw(chunk, chunk, epoch=0, all_regions=True)
+            chunks = val_chunks(self.corpus, slides, most_slides=self.task.val_slides)
+            for chunk in chunks[self.rank :: self.world]:
+                batch = self.batches.draw(chunk, chunk, epoch=0, validating=True)
                 output = self._forward(self.model, batch, self.own)
-                vectors.append(torch.stack([output.slide, output.text]).float().cpu())
-                if both.numel() == 0:
-                    both = torch.zeros(2, len(slides), vectors[-1].shape[-1])
-                both[:, [place[i] for i in chunk]] = vectors[-1]
-                parts = [output.loss, output.loss_slide, output.loss_region]
-                sums[:3] += torch.stack([part.double().cpu() for part in parts]) * len(chunk)
-                sums[3] += len(chunk)
+                if (vectors := self.task.vectors(output)) is not None:
+                    if both.numel() == 0:
+                        both = torch.zeros(2, len(slides), vectors.shape[-1])
+                    both[:, [place[i] for i in chunk]] = vectors.float().cpu()
+                size = self.task.size(output, chunk)
+                parts = self.task.parts(output, 1.0)
+                sums[:many] += torch.stack([part.double().cpu() for part in parts]) * size
+                sums[many] += size
         finally:
             self.model.train()
         if self.world > 1:
             both, sums = self._shared(both, len(slides), sums)
-        losses = (sums[:3] / sums[3]).tolist()
-        captions = [self.corpus.captions[i] for i in slides]
-        found = retrieval(both[0].numpy(), both[1].numpy(), captions, resamples=0, shuffles=0)
-        recalls = [*found["itr"].values(), *found["tir"].values()]
-        return {
-            "n": len(slides),
-            "protocol": found["protocol"],
-            "itr": found["itr"],
-            "tir": found["tir"],
-            "chance": found["chance"],
-            "mean_recall": float(np.mean(recalls)),
-            **{name: _finite(value) for name, value in zip(_LOSSES, losses, strict=True)},
-        }
+        means = (sums[:many] / sums[many]).tolist()
+        losses = {name: _finite(value) for name, value in zip(self.losses, means, strict=True)}
+        return self.task.judge(self.corpus, slides, both, losses)
 
     def _shared(
         self, both: torch.Tensor, rows: int, sums: torch.Tensor
@@ -430,21 +462,24 @@ class _Trainer:
         """Join what the ranks computed: each filled in the rows of its slides."""
         width = torch.tensor([both.shape[-1] if both.numel() else 0], device=self.device)
         dist.all_reduce(width, op=dist.ReduceOp.MAX, group=self.group)
+        total = sums.to(self.device)
+        dist.all_reduce(total, group=self.group)
+        if not int(width):
+            return both, total.cpu()
         if both.numel() == 0:  # more ranks than chunks
             both = torch.zeros(2, rows, int(width))
-        joined, total = both.to(self.device), sums.to(self.device)
+        joined = both.to(self.device)
         dist.all_reduce(joined, group=self.group)
-        dist.all_reduce(total, group=self.group)
         return joined.cpu(), total.cpu()
 
 
-def val_chunks(corpus: Corpus, slides: list[int]) -> list[list[int]]:
+def val_chunks(corpus: Corpus, slides: Sequence[int], *, most_slides: int = 16) -> list[list[int]]:
     """Returns validation batches: consecutive slides, bounded in number and padded regions."""
     chunks: list[list[int]] = []
     for slide in slides:
         together = [*chunks[-1], slide] if chunks else []
         most = max((corpus.num_regions[i] for i in together), default=0)
-        if not chunks or len(together) > VAL_SLIDES or most * len(together) > VAL_REGIONS:
+        if not chunks or len(together) > most_slides or most * len(together) > VAL_REGIONS:
             chunks.append([slide])
         else:
             chunks[-1].append(slide)

@@ -11,6 +11,11 @@ A run of ``pathflip pretrain`` is laid out as::
     RUN/checkpoints/step-00000120/{model,optimizer}.safetensors state.json COMPLETE.json
     RUN/model/{config.json, model.safetensors, tokenizer…, pathflip.json, README.md, COMPLETE.json}
 
+A run of ``pathflip tune`` has the same, but for::
+
+    RUN/model/{instruct.json, projector.safetensors, vision/, adapter/, pathflip.json, …}
+    RUN/llm/   the language model as it is served
+
 :func:`load_run` opens the finished model; the rest is for those who write runs.
 """
 
@@ -374,7 +379,7 @@ class Run:
 
 
 def load_run(run: str | Path, *, device: str = "cpu") -> Run:
-    """Open the model a run of ``pathflip pretrain`` exported.
+    """Open the model a run of ``pathflip pretrain`` exported, or that in a run of ``tune``.
 
     Args:
         run: The run folder, or the ``model`` folder of one.
@@ -388,9 +393,12 @@ def load_run(run: str | Path, *, device: str = "cpu") -> Run:
     folder = path if (path / "pathflip.json").exists() else path / "model"
     if not folder.is_dir():
         begun = (path / "checkpoints").is_dir()
+        settings = path / "config.yaml"
+        tuned = settings.exists() and "instruct" in _read_yaml(settings)
+        command = "tune" if tuned else "pretrain"
         raise CheckpointError(
             f"{run} holds no finished model." if begun else f"There is no run at {run}.",
-            hint="Its training was not finished: run the same pathflip pretrain command again."
+            hint=f"Its training was not finished: run the same pathflip {command} command again."
             if begun
             else "Make one: pathflip pretrain --archive URI --run DIR",
             code="incomplete" if begun else "missing",
@@ -399,7 +407,8 @@ def load_run(run: str | Path, *, device: str = "cpu") -> Run:
     from pathflip.models import PathFLIP
 
     about = json.loads((folder / "pathflip.json").read_bytes())
-    model = PathFLIP.from_pretrained(str(folder)).to(device).eval()
+    inner = folder / "vision" if about.get("kind") == "instruct" else folder
+    model = PathFLIP.from_pretrained(str(inner)).to(device).eval()
     fingerprint = model.fingerprint()
     if about.get("fingerprint", fingerprint) != fingerprint:
         raise CheckpointError(

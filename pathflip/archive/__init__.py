@@ -329,7 +329,7 @@ class Archive:
             "patches": int(pc.sum(ready["n_patches"]).as_py() or 0),
             "encoders": encoders,
             "models": {name: entry["encoder"] for name, entry in self.models().items()},
-            "captions": self.captions().num_rows,
+            "captions": self.captions().filter(pc.field("text") != "").num_rows,
             "bytes": size,
             "status": dict(Counter(slides["status"].to_pylist())),
         }

@@ -33,18 +33,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """The text of a slide from one source.
+    """What one source says of a slide: a text, questions about the slide, or both.
 
     Attributes:
         slide_id: The slide.
-        text: The text.
-        qa: Questions and answers about it, {"question", "answer"} each.
+        text: The text; None leaves the one that is stored, which is empty where there is none.
+        qa: Questions and answers, {"question", "answer", "choices"?, "category"?} each; None leaves
+            those that are stored.
         statements: What a model made of the text, where the source has that.
     """
 
     slide_id: str
-    text: str
-    qa: list[dict[str, str]] = field(default_factory=list)
+    text: str | None = None
+    qa: list[dict[str, Any]] | None = None
     statements: list[str] = field(default_factory=list)
 
 
@@ -88,15 +89,22 @@ def changed_captions(
     for caption in captions:
         key = caption_id(caption.slide_id, source)
         old = stored.get(key)
+        text, qa = caption.text, None
+        if text is None:
+            text = old["text"] if old else ""
+        if caption.qa is None:
+            qa = old["qa"] if old else None
+        elif caption.qa:
+            qa = json.dumps(caption.qa)
         row: dict[str, Any] = {
             "caption_id": key,
             "slide_id": caption.slide_id,
             "source": source,
-            "text": caption.text,
-            "sentences": split_sentences(caption.text),
+            "text": text,
+            "sentences": split_sentences(text),
             "statements": caption.statements,
             "model": source if caption.statements else None,
-            "qa": json.dumps(caption.qa) if caption.qa else None,
+            "qa": qa,
         }
         if old is not None and old["text"] == row["text"] and not caption.statements:
             row |= {"statements": old["statements"] or [], "model": old["model"]}

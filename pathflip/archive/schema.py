@@ -230,8 +230,9 @@ def caption_id(slide_id: str, source: str) -> str:
 def captions_schema() -> pa.Schema:
     """Returns the schema of ``captions``, the text that goes with slides.
 
-    ``sentences`` are those of ``text``; ``statements`` what the language model named in ``model``
-    made of it, empty until one did; ``qa`` is JSON, a list of {question, answer}, or null.
+    ``text`` is empty where a source has questions only; ``sentences`` are those of ``text``;
+    ``statements`` what the language model named in ``model`` made of it, empty until one did;
+    ``qa`` is JSON, a list of {question, answer, choices?, category?}, or null.
     """
     text, many = pa.string(), pa.list_(pa.string())
     return _schema(

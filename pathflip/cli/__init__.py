@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import typer
 
-from pathflip.cli import archive, evaluation, index, pretrain, search
+from pathflip.cli import answer, archive, evaluation, index, llm, pretrain, search, serve, tune
 from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for part in (archive, index, search, pretrain, evaluation):
+for part in (archive, index, search, pretrain, evaluation, llm, tune, answer, serve):
     app.add_typer(part.app)
 
 _FATAL_ARCHIVE_CODES = ("damaged", "disk_full", "io", "commit", "missing_table")

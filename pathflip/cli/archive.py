@@ -45,6 +45,9 @@ def ingest(
     captions: Annotated[
         str | None, typer.Option(help="Reports: CSV slide,caption, or SlideInstruction JSON.")
     ] = None,
+    questions: Annotated[
+        str | None, typer.Option(help="Questions about slides: CSV or JSON (docs/data-model.md).")
+    ] = None,
     tissue: Annotated[
         str | None, typer.Option(help="Folder of your own <slide>.geojson tissue outlines.")
     ] = None,
@@ -64,7 +67,8 @@ def ingest(
     jobs_ingest = job("ingest")
     settings = _ingest_settings(
         jobs_ingest, encoder=encoder, mpp_csv=mpp_csv, patients=patients, captions=captions,
-        tissue=tissue, add_encoder=add_encoder, retry=retry, config=config, overrides=overrides,
+        questions=questions, tissue=tissue, add_encoder=add_encoder, retry=retry, config=config,
+        overrides=overrides,
     )  # fmt: skip
     # Ray tells of lost nodes and the like on stdout, which belongs to the document.
     with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
@@ -100,6 +104,7 @@ def _ingest_settings(
     mpp_csv: str | None,
     patients: str | None,
     captions: str | None,
+    questions: str | None,
     tissue: str | None,
     add_encoder: bool,
     retry: bool,
@@ -113,6 +118,7 @@ def _ingest_settings(
         "mpp_csv": mpp_csv,
         "patients": patients,
         "captions": captions,
+        "questions": questions,
         "tissue_dir": tissue,
         "add_encoder": add_encoder or None,
         "retry": retry or None,
@@ -333,12 +339,16 @@ def archive_import(
         str | None,
         typer.Option(help="CSV slide,caption; SlideInstruction JSON; SlideBench; PathText."),
     ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(help="CSV slide,question,choices,answer; SlideBench; WSI-Bench; WSI-VQA."),
+    ] = None,
     labels: Annotated[
         str | None, typer.Option(help="CSV or TSV of labels by slide or case.")
     ] = None,
     manifest: Annotated[str | None, typer.Option(help="GDC manifest: TCGA patients.")] = None,
     source: Annotated[
-        str | None, typer.Option(help="Name of the captions' source; default: the file's.")
+        str | None, typer.Option(help="Name of the texts' source; default: the file's.")
     ] = None,
     slide_col: Annotated[str | None, typer.Option(help="Column of the slide in --labels.")] = None,
     case_col: Annotated[str | None, typer.Option(help="Column of the case in --labels.")] = None,
@@ -348,14 +358,16 @@ def archive_import(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add captions, labels and patients to slides; names may carry folders, endings, UUIDs."""
+    """Add captions, questions, labels, patients; names may carry folders, endings, UUIDs."""
     from pathflip.errors import ConfigError
     from pathflip.interop.captions import import_captions, read_captions
     from pathflip.interop.labels import import_labels, read_labels, read_manifest
+    from pathflip.interop.questions import import_questions, read_questions
 
-    if captions is None and labels is None and manifest is None:
+    if captions is None and questions is None and labels is None and manifest is None:
         raise ConfigError(
-            "There is nothing to import.", hint="Give --captions, --labels or --manifest."
+            "There is nothing to import.",
+            hint="Give --captions, --questions, --labels or --manifest.",
         )
     columns = {"slide_col": slide_col, "case_col": case_col, "label_cols": label_col or ()}
     # All files are read before anything is written.
@@ -366,12 +378,16 @@ def archive_import(
         tables["labels"] = (labels, read_labels(labels, **columns))  # type: ignore[arg-type]
     if captions is not None:
         read_captions(captions)
+    if questions is not None:
+        read_questions(questions)
     document: dict[str, Any] = {
         what: import_labels(archive, file, rows, dry_run=dry_run)
         for what, (file, rows) in tables.items()
     }
     if captions is not None:
         document["captions"] = import_captions(archive, captions, source=source, dry_run=dry_run)
+    if questions is not None:
+        document["questions"] = import_questions(archive, questions, source=source, dry_run=dry_run)
     if as_json:
         print_json(document | ({"dry_run": True} if dry_run else {}))
         return

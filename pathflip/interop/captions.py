@@ -25,11 +25,11 @@ from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.names import SlideNames, listed
 from pathflip.errors import ConfigError
-from pathflip.interop.tables import bad_line, column, read_rows, read_text
+from pathflip.interop.tables import bad_line, column, json_entries, read_rows, read_text
 
 SLIDE_COLUMNS = ("slide", "slide_id", "slide_name", "wsi", "wsi_id", "image", "filename")
 _TEXT_COLUMNS = ("caption", "report", "text")
-_IMAGE_TAG = re.compile(r"\s*<image>\s*")
+IMAGE_TAG = re.compile(r"\s*<image>\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ def _import(
                         path, row.line, f"{row.slide} is the slide of line {other.line} again"
                     )
     captions = [
-        Caption(slide_id=slide, text=row.text, qa=row.qa, statements=row.statements)
+        Caption(slide_id=slide, text=row.text, qa=row.qa or None, statements=row.statements)
         for slide, row in sorted(found.items())
     ]
     if committer is None or dry_run:
@@ -174,7 +174,7 @@ def _csv(file: Path) -> Iterator[CaptionRow]:
 
 
 def _json(file: Path) -> Iterator[CaptionRow]:
-    for line, entry in _entries(file):
+    for line, entry in json_entries(file):
         images = entry.get("image") if isinstance(entry, dict) else None
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list) or not images or not all(map(_text, images)):
@@ -203,31 +203,6 @@ def _json(file: Path) -> Iterator[CaptionRow]:
             )  # fmt: skip
 
 
-def _entries(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line, value) of a JSON list, of lines of JSON, or of one value."""
-    text = read_text(file)
-    decoder = json.JSONDecoder()
-    at, end = 0, len(text.rstrip())
-    is_list = text.lstrip().startswith("[")
-    if is_list:
-        at, end = text.index("[") + 1, end - 1
-        if text[end] != "]":
-            raise bad_line(file, text.count("\n") + 1, "the list does not end")
-    line, counted = 1, 0
-    while True:
-        while at < end and text[at] in " \t\r\n,":
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        if at >= end:
-            return
-        try:
-            value, after = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise bad_line(file, error.lineno, f"not JSON ({error.msg})") from error
-        yield line, value
-        at = after
-
-
 def _pairs(file: Path, line: int, turns: Any) -> list[tuple[str, str]]:
     """Returns the questions and answers of a conversation."""
     good = isinstance(turns, list) and all(
@@ -235,13 +210,15 @@ def _pairs(file: Path, line: int, turns: Any) -> list[tuple[str, str]]:
     )
     if not good or len(turns) < 2:
         raise bad_line(file, line, "no question and answer among the conversations")
-    values = [_IMAGE_TAG.sub(" ", turn["value"]).strip() for turn in turns]
+    values = [IMAGE_TAG.sub(" ", turn["value"]).strip() for turn in turns]
     answer = values[1]
     if not answer:
         raise bad_line(file, line, "the caption is empty")
     if re.fullmatch(r"[A-H][).]?", answer):
         raise bad_line(
-            file, line, "the answer is a letter: this is a test with choices, no caption"
+            file,
+            line,
+            "the answer is a letter: this is a test with choices, no caption (see --questions)",
         )
     return list(zip(values[::2], values[1::2], strict=False))
 

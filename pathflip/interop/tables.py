@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pathflip.errors import ConfigError
 
@@ -65,6 +67,35 @@ def read_rows(file: str | Path) -> list[tuple[int, dict[str, str]]]:
     if not rows:
         raise ConfigError(f"{file} has no rows.", hint="Its first line must name the columns.")
     return rows
+
+
+def json_entries(file: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yields (line, value) of a JSON list, of lines of JSON, or of one value.
+
+    Raises:
+        ConfigError: Where it is not JSON.
+    """
+    text = read_text(file)
+    decoder = json.JSONDecoder()
+    at, end = 0, len(text.rstrip())
+    is_list = text.lstrip().startswith("[")
+    if is_list:
+        at, end = text.index("[") + 1, end - 1
+        if text[end] != "]":
+            raise bad_line(file, text.count("\n") + 1, "the list does not end")
+    line, counted = 1, 0
+    while True:
+        while at < end and text[at] in " \t\r\n,":
+            at += 1
+        line, counted = line + text.count("\n", counted, at), at
+        if at >= end:
+            return
+        try:
+            value, after = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise bad_line(file, error.lineno, f"not JSON ({error.msg})") from error
+        yield line, value
+        at = after
 
 
 def column(

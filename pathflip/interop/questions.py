@@ -1,0 +1,359 @@
+"""Questions about slides from the files that research data comes in.
+
+=====================  ==========================================================================
+SlideBench, BCNB CSV   Slide, Question, A, B, C, D, Answer (a letter); empty options are left out
+plain CSV, TSV         columns slide, question, answer and, where there are any, choices: options
+                       separated by ``|``
+SlideInstruction JSON  a list (or lines) of {image, conversations}; every turn is a question
+WSI-Bench JSON         the same, with the options in the question: ``… A) one B) two``
+WSI-VQA JSON           {Id, Question, Choice, Answer}; goes to every slide of the case
+JSON lines             {slide, question, options, answer, kind, split}, as ``pathflip synth`` writes
+=====================  ==========================================================================
+
+An answer to a question with options may be an option's letter or its text; what is kept is the
+text, so that options can be shuffled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pathflip.archive import CAPTIONS, Archive
+from pathflip.archive.attach import Caption, changed_captions, write_captions
+from pathflip.archive.commit import Committer
+from pathflip.archive.indexes import refresh_indexes
+from pathflip.archive.names import SlideNames, listed
+from pathflip.errors import ConfigError
+from pathflip.interop.captions import IMAGE_TAG, SLIDE_COLUMNS, source_name
+from pathflip.interop.tables import bad_line, column, json_entries, read_rows, read_text
+
+LETTERS = "ABCDEFGH"
+"""What options are called; no question has more."""
+_CHOICES = ("choices", "options", "choice")
+_CATEGORIES = ("broad category", "category", "task", "kind")
+_LONE_LETTER = re.compile(r"[\s\"'(]*([A-H])[\s).:\"']*")
+_LETTER_FIRST = re.compile(r"\(?([A-H])[).:]\s*(.+)", re.DOTALL)
+_MARK = re.compile(r"(?:^|\s)\(?([A-H])[).]\s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question about a slide.
+
+    Attributes:
+        slide: The slide as the file names it, a case where ``is_case``; of stored questions the
+            slide's id.
+        question: The question, without its options.
+        answer: The answer; with options the text of the right one.
+        choices: The options; empty for an open question.
+        category: What it is about, where the file says.
+        split: The split the file names; of stored questions the slide's in the archive.
+        line: Where in the file; 0 for stored ones.
+        is_case: Whether the name is a case's, so that all of its slides are meant.
+    """
+
+    slide: str
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    category: str = ""
+    split: str | None = None
+    line: int = 0
+    is_case: bool = False
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Reads questions, in the order of the file.
+
+    Raises:
+        ConfigError: If the file is none of the kinds above, or a line of it is wrong: then it names
+            the line.
+    """
+    file = Path(path).expanduser()
+    found = list(_json(file) if read_text(file).lstrip()[:1] in ("[", "{") else _csv(file))
+    if not found:
+        raise ConfigError(f"{path} holds no questions.", hint="See docs/data-model.md.")
+    return found
+
+
+def import_questions(
+    archive: str | Committer,
+    path: str | Path,
+    *,
+    source: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Reads questions and writes those whose slides are in the archive; again, it changes nothing.
+
+    A slide's questions of a source are those of the file: others it had from that source go.
+    Captions of the same source stay.
+
+    Args:
+        archive: The archive, or its open writer.
+        path: A file, see :func:`read_questions`.
+        source: Name of the source; by default the file's without its ending.
+        dry_run: Only say what would be done.
+
+    Returns:
+        {"source", "rows": questions in the file, "questions": those that found their slides, "new",
+        "changed", "unchanged": counts of slides, "unmatched": names that no slide has, "ambiguous":
+        names that several slides have}.
+
+    Raises:
+        ConfigError: If the file is wrong; nothing is written then.
+        ArchiveError: If the archive is missing, damaged or being written.
+    """
+    rows = read_questions(path)
+    name = source or source_name(path)
+    if isinstance(archive, Committer):
+        return _import(archive, archive.archive, rows, name, dry_run)
+    if dry_run:
+        return _import(None, Archive(archive), rows, name, dry_run)
+    with Committer(archive) as committer:
+        return _import(committer, committer.archive, rows, name, dry_run)
+
+
+def stored_questions(
+    archive: Archive, *, source: str | None = None, split: str | None = None
+) -> list[Question]:
+    """Returns the questions about ready slides: by slide and source, in the order of their files.
+
+    Args:
+        archive: Where.
+        source: Only questions of this source; the same question of several sources is there once.
+        split: Only of slides of this split.
+    """
+    slides = archive.slides("ready", columns=["slide_id", "split"]).to_pylist()
+    splits = {row["slide_id"]: row["split"] for row in slides}
+    found: dict[tuple[str, str, str, tuple[str, ...]], Question] = {}
+    for row in archive.captions(source).to_pylist():
+        own = splits[row["slide_id"]]
+        if split is not None and own != split:
+            continue
+        for entry in json.loads(row["qa"]) if row["qa"] else ():
+            question = Question(
+                slide=row["slide_id"],
+                question=entry["question"],
+                answer=entry["answer"],
+                choices=tuple(entry.get("choices", ())),
+                category=entry.get("category", ""),
+                split=own,
+            )
+            key = (question.slide, question.question, question.answer, question.choices)
+            found.setdefault(key, question)
+    return list(found.values())
+
+
+def _import(
+    committer: Committer | None,
+    archive: Archive,
+    rows: Sequence[Question],
+    source: str,
+    dry_run: bool,
+) -> dict[str, Any]:
+    names = SlideNames(archive)
+    asked: dict[str, list[dict[str, Any]]] = {}
+    unmatched, ambiguous, matched = [], [], 0
+    for row in rows:
+        slides = names.find_case(row.slide) if row.is_case else names.find(row.slide)
+        if not slides:
+            unmatched.append(row.slide)
+        elif len(slides) > 1 and not row.is_case:
+            ambiguous.append(row.slide)
+        else:
+            matched += 1
+            entry = _entry(row)
+            for slide in slides:
+                own = asked.setdefault(slide, [])
+                if entry not in own:
+                    own.append(entry)
+    captions = [Caption(slide_id=slide, qa=qa) for slide, qa in sorted(asked.items())]
+    if committer is None or dry_run:
+        _, counts = changed_captions(archive, captions, source=source)
+    else:
+        counts = write_captions(committer, captions, source=source)
+        if counts["new"] or counts["changed"]:
+            refresh_indexes(committer.uri, CAPTIONS)
+    return {
+        "source": source,
+        "rows": len(rows),
+        "questions": matched,
+        **counts,
+        "unmatched": listed(unmatched),
+        "ambiguous": listed(ambiguous),
+    }
+
+
+def _entry(row: Question) -> dict[str, Any]:
+    """Returns a question as ``captions.qa`` holds it."""
+    entry: dict[str, Any] = {"question": row.question, "answer": row.answer}
+    if row.choices:
+        entry["choices"] = list(row.choices)
+    if row.category:
+        entry["category"] = row.category
+    return entry
+
+
+# ---- the kinds of files ---------------------------------------------------------------------
+
+
+def _csv(file: Path) -> Iterator[Question]:
+    rows = read_rows(file)
+    header = rows[0][1]
+    slide = column(file, header, SLIDE_COLUMNS)
+    question = column(file, header, ("question",))
+    answer = column(file, header, ("answer",))
+    named = {"slide": slide, "question": question, "answer": answer}
+    if slide is None or question is None or answer is None:
+        lost = next(name for name, found in named.items() if found is None)
+        raise bad_line(file, 1, f"no column {lost} among {', '.join(header)}")
+    listed_choices = column(file, header, _CHOICES)
+    lettered = [name for name in LETTERS if name in header]
+    category = column(file, header, _CATEGORIES)
+    split = column(file, header, ("split",))
+    for line, row in rows:
+        if listed_choices is not None:
+            choices = [part.strip() for part in row[listed_choices].split("|")]
+        else:
+            choices = [row[name] for name in lettered]
+            if "" in choices and any(choices[choices.index("") :]):
+                raise bad_line(file, line, f"option {LETTERS[choices.index('')]} is empty")
+        yield _made(
+            file,
+            line,
+            slide=row[slide],
+            question=row[question],
+            answer=row[answer],
+            choices=[choice for choice in choices if choice],
+            category=row[category] if category is not None else "",
+            split=row[split] if split is not None else None,
+        )
+
+
+def _json(file: Path) -> Iterator[Question]:
+    for line, entry in json_entries(file):
+        if not isinstance(entry, Mapping):
+            raise bad_line(file, line, "an entry that is no object")
+        if "conversations" in entry:
+            yield from _conversation(file, line, entry)
+            continue
+        lower = {str(key).lower(): value for key, value in entry.items()}
+        slide = next((lower[name] for name in SLIDE_COLUMNS if name in lower), None)
+        is_case = slide is None
+        choices: Any = next((lower[name] for name in _CHOICES if lower.get(name)), [])
+        if not isinstance(choices, list) or not all(isinstance(item, str) for item in choices):
+            raise bad_line(file, line, "options that are no list of texts")
+        yield _made(
+            file,
+            line,
+            slide=lower.get("id") if is_case else slide,
+            question=lower.get("question"),
+            answer=lower.get("answer"),
+            choices=[choice.strip() for choice in choices],
+            category=next((lower[name] for name in _CATEGORIES if lower.get(name)), ""),
+            split=lower.get("split"),
+            is_case=is_case,
+        )
+
+
+def _conversation(file: Path, line: int, entry: Mapping[str, Any]) -> Iterator[Question]:
+    images, turns = entry.get("image"), entry["conversations"]
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not images:
+        raise bad_line(file, line, "an entry without the name of its image")
+    if (
+        not isinstance(turns, list)
+        or len(turns) < 2
+        or not all(isinstance(turn, Mapping) and _filled(turn.get("value")) for turn in turns)
+    ):
+        raise bad_line(file, line, "no question and answer among the conversations")
+    values = [IMAGE_TAG.sub(" ", turn["value"]).strip() for turn in turns]
+    for question, answer in zip(values[::2], values[1::2], strict=False):
+        choices: list[str] = []
+        if _LONE_LETTER.fullmatch(answer) or _LETTER_FIRST.fullmatch(answer):
+            question, choices = _inline(question)
+        if not choices and _LONE_LETTER.fullmatch(answer):
+            raise bad_line(file, line, "the answer is a letter, and the question has no options")
+        for image in images:
+            yield _made(file, line, slide=image, question=question, answer=answer, choices=choices)
+
+
+def _inline(text: str) -> tuple[str, list[str]]:
+    """Cuts ``What? A) one B) two`` into the question and its options, if it has any."""
+    runs: list[list[re.Match[str]]] = []  # from an A each: an option may hold "A. Smith"
+    for mark in _MARK.finditer(text):
+        if mark[1] == "A":
+            runs.append([])
+        for run in runs:
+            if mark[1] == LETTERS[len(run) : len(run) + 1]:
+                run.append(mark)
+    run = max(reversed(runs), key=len, default=[])
+    if len(run) < 2:
+        return text, []
+    ends = [*(mark.start() for mark in run[1:]), len(text)]
+    options = [text[mark.end() : end].strip() for mark, end in zip(run, ends, strict=True)]
+    return text[: run[0].start()].strip(), options
+
+
+def _made(
+    file: Path,
+    line: int,
+    *,
+    slide: Any,
+    question: Any,
+    answer: Any,
+    choices: Sequence[str],
+    category: Any = "",
+    split: Any = None,
+    is_case: bool = False,
+) -> Question:
+    for name, value in (("slide", slide), ("question", question), ("answer", answer)):
+        if not _filled(value):
+            raise bad_line(file, line, f"no {name}")
+    if choices and not 2 <= len(choices) <= len(LETTERS):
+        raise bad_line(file, line, f"{len(choices)} options; 2 to {len(LETTERS)} can be")
+    if choices and not all(choices):
+        raise bad_line(file, line, "an option without text")
+    right = _right(answer.strip(), choices)
+    if right is None:
+        raise bad_line(file, line, f"the answer {answer.strip()[:60]!r} is none of the options")
+    return Question(
+        slide=slide.strip(),
+        question=IMAGE_TAG.sub(" ", question).strip(),
+        answer=right,
+        choices=tuple(choices),
+        category=category.strip() if isinstance(category, str) else str(category),
+        split=split if isinstance(split, str) and split else None,
+        line=line,
+        is_case=is_case,
+    )
+
+
+def _right(answer: str, choices: Sequence[str]) -> str | None:
+    """Returns the text of the right option: by its text, else by its letter; None if it is none."""
+    if not choices or answer in choices:
+        return answer
+
+    def plain(text: str) -> str:
+        return " ".join(text.split()).rstrip(".").casefold()
+
+    same = [choice for choice in choices if plain(choice) == plain(answer)]
+    if same:
+        return same[0]
+    lone, first = _LONE_LETTER.fullmatch(answer), _LETTER_FIRST.fullmatch(answer)
+    match = lone or first
+    if match is None or LETTERS.index(match[1]) >= len(choices):
+        return None
+    chosen = choices[LETTERS.index(match[1])]
+    if lone is None and first is not None and plain(first[2]) != plain(chosen):
+        return None
+    return chosen
+
+
+def _filled(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
