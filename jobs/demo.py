@@ -1,19 +1,22 @@
-"""The whole path in one command: slides, archive, a trained model, search, evaluation, reports.
+"""The whole path in one command: slides, archive, trained models, search, answers, reports.
 
-    python -m jobs.demo [--slides FOLDER] [--out DIR]        (the same as: make demo)
+    python -m jobs.demo [--slides FOLDER] [--out DIR] [--serve]       (the same as: make demo)
 
-Without a folder it makes a cohort of slides with captions whose truth is known, three of them with
-a fault or nothing on them, trains the small preset on it and shows what it finds. Slides of one's
-own have no captions: they are archived and searched by image. A second run does only what is
-missing.
+Without a folder it makes a cohort of slides with captions and questions whose truth is known, three
+of them with a fault or nothing on them, trains the small presets on it and shows what they find and
+what they answer. Slides of one's own have no captions: they are archived and searched by image. A
+second run does only what is missing. With --serve the service is started and asked something.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +33,7 @@ from pathflip.geometry import Tiling
 
 if TYPE_CHECKING:
     from jobs.ledger import IngestResult
+    from pathflip.answer import Answerer
     from pathflip.archive import Archive
     from pathflip.checkpoints import Run
     from pathflip.report.archive import SampleSearch
@@ -41,7 +45,7 @@ COHORT = 960
 SIZE_UM = 1024.0
 REGION_UM, PATCH_UM = 256.0, 32.0
 """The cohort's slides are small, so its regions are: 16 a slide, of 64 patches."""
-PRESET = "pathflip/mini"
+PRESET, TUNE_PRESET = "pathflip/mini", "instruct/mini"
 RESULTS = 6
 QUERY_PX = 360
 
@@ -84,6 +88,9 @@ def demo(
     slides: str | Path | None = None,
     cohort: int = COHORT,
     training: Sequence[str] = (),
+    language: Sequence[str] = (),
+    tuning: Sequence[str] = (),
+    serve: bool = False,
 ) -> int:
     """Run the demo.
 
@@ -91,7 +98,10 @@ def demo(
         out: Where everything is written: slides, archive, run, reports.
         slides: The user's slides, which are only read; None to make some in ``out``/slides.
         cohort: Slides to make, besides an empty one and two faulty ones.
-        training: Settings over the preset's, ``key=value``.
+        training: Settings of the pretraining over the preset's, ``key=value``.
+        language: Settings of the small language model.
+        tuning: Settings of the tuning over the preset's.
+        serve: Whether to start the service at the end and ask it something.
 
     Returns:
         The exit code: that of ingest, where the two faulty files made on purpose do not count.
@@ -109,10 +119,13 @@ def demo(
         tiling=Tiling(region_um=REGION_UM, patch_um=PATCH_UM),
         patients=str(out / "labels.csv"),
         captions=str(out / "captions.csv"),
+        questions=str(out / "vqa.jsonl"),
     )
     archive, result = _ingested(out, source, settings, stages)
     run, document = _trained(archive.uri, out / "run", training, stages)
+    answerer, vqa, captions = _tuned(archive.uri, out, language, tuning, stages)
     with stages.run("report", "Writing the reports"):
+        from pathflip.report.answers import write_answers_report
         from pathflip.report.archive import write_report
         from pathflip.report.pretrain import write_pretrain_report
 
@@ -126,13 +139,28 @@ def demo(
             suite=read_tasks(out / "tasks.yaml"),
             title="pathflip demo",
         )
+        answers = write_answers_report(
+            archive,
+            answerer,
+            out / "answers.html",
+            vqa=vqa,
+            captions=captions,
+            title="pathflip demo: captions and answers",
+        )
     _print_summary(archive, result, stages.seconds, planted=PLANTED)
-    _print_results(document)
+    _print_results(document, vqa, captions)
+    tuned = str(answerer.run.path)
     where = f"--archive {_quoted(archive.uri)} --run {_quoted(str(run.path))}"
-    slide = next(iter(sorted(archive.ready_ids())))
-    print(f"Open {report}. Then try:")
+    slide = next(iter(sorted(captions["captions"])))
+    print(f"Open {report} and {answers}. Then try:")
     print(f'  {_program()} search "necrosis" {where} --level region --out found.html')
     print(f'  {_program()} ground {slide} "necrosis" {where} --out heat.png')
+    of_tuned = f"--archive {_quoted(archive.uri)} --run {_quoted(tuned)}"
+    print(f'  {_program()} ask {slide} "How many foci of necrosis are there?" {of_tuned}')
+    print("And the service, which answers what OpenAI clients ask (docs/serve.md):")
+    print(f"  {_program()} serve {where} --llm {_quoted(tuned)}")
+    if serve:
+        _ask_the_service(archive.uri, str(run.path), tuned, slide)
     quarantined = archive.slides("quarantined", columns=["uri"])["uri"].to_pylist()
     return 3 if {Path(uri).name for uri in quarantined} - set(PLANTED) else 0
 
@@ -208,6 +236,82 @@ def _trained(
             progress=shown,
         )
     return run, document
+
+
+def _tuned(
+    archive: str, out: Path, language: Sequence[str], settings: Sequence[str], stages: Stages
+) -> tuple[Answerer, dict[str, Any], dict[str, Any]]:
+    """Make a small language model, tune it, and ask it about the test slides."""
+    from jobs.progress import show_progress
+    from jobs.tune import resolve, tune
+    from pathflip.answer import Answerer
+    from pathflip.archive import Archive
+    from pathflip.config import load_config
+    from pathflip.evaluation.captioning import evaluate_captions
+    from pathflip.evaluation.vqa import evaluate_vqa
+    from pathflip.models.small_llm import SmallLLMConfig, make_from_archive
+
+    opened = Archive(archive)
+    base, folder = out / "llm", out / "tuned"
+    with (
+        stages.run("language model", f"Training a small Qwen3 from scratch in {base}"),
+        show_progress() as progress,
+    ):
+        if not (base / "config.json").exists():
+            wanted = load_config(SmallLLMConfig, overrides=language)
+            make_from_archive(opened, base, wanted, progress=progress)
+    workers = min(2, os.cpu_count() or 1)
+    given = {"run": str(out / "run"), "llm": str(base), "max_workers": workers}
+    config = resolve(TUNE_PRESET, overrides=settings, given=given)
+    with (
+        stages.run("tune", f"Tuning it to see ({TUNE_PRESET}) in {folder}; it resumes, too"),
+        show_progress() as progress,
+    ):
+        tune(archive, folder, config, progress=progress)
+    with stages.run("ask", "Asking about the test slides"), show_progress() as progress:
+        answerer = Answerer.from_run(folder)
+        vqa = evaluate_vqa(opened, answerer, split="test", progress=progress)
+        captions = evaluate_captions(
+            opened, answerer.run, answerer=answerer, split="test", progress=progress
+        )
+    return answerer, vqa, captions
+
+
+def _ask_the_service(archive: str, run: str, tuned: str, slide: str) -> None:
+    """Start the service as a user would, ask it about a slide with OpenAI's client, and end it."""
+    import socket
+
+    from openai import OpenAI
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "pathflip.cli", "serve", "--archive", archive, "--run", run,
+               "--llm", tuned, "--port", str(port), "--json"]  # fmt: skip
+    print("Starting the service …", file=sys.stderr, flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
+        try:
+            assert service.stdout is not None
+            line = service.stdout.readline()
+            if not line:
+                raise ConfigError(
+                    "The service did not start.", hint="What it said is above.", code="not_started"
+                )
+            url = json.loads(line)["url"]
+            client = OpenAI(base_url=f"{url}/v1", api_key="none needed on this machine")
+            model = client.models.list().data[0].id
+            question = "How many foci of necrosis are there?"
+            print(f"POST {url}/v1/chat/completions, slide_id {slide}: {question}")
+            answer = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question}],
+                max_tokens=64,
+                temperature=0,
+                extra_body={"slide_id": slide},
+            )
+            print(f"  {answer.choices[0].message.content}")
+        finally:
+            service.send_signal(signal.SIGTERM)
 
 
 def make_slides(out: Path, *, cohort: int) -> None:
@@ -427,7 +531,7 @@ def _print_summary(
     console.print(faults)
 
 
-def _print_results(document: dict[str, Any]) -> None:
+def _print_results(document: dict[str, Any], vqa: dict[str, Any], captions: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -436,8 +540,21 @@ def _print_results(document: dict[str, Any]) -> None:
     table = Table(title="on the test slides", title_justify="left")
     for heading in ("measured", "found", "chance"):
         table.add_column(heading, justify="left" if heading == "measured" else "right")
-    for name, values in headline(document).items():
+    rows = dict(headline(document))
+    rows["questions"] = (vqa["accuracy"], vqa["majority_baseline"])
+    if vqa.get("swapped"):
+        rows["questions, another slide shown"] = (vqa["swapped"]["accuracy"], None)
+    plain = captions["baseline"]
+    if findings := captions.get("findings"):
+        rows["findings named"] = (findings["named"], plain["findings"]["named"])
+        rows["absent findings named"] = (findings["invented"], plain["findings"]["invented"])
+    rows["bleu-1"] = (captions["bleu1"], plain["bleu1"])
+    rows["rouge-l"] = (captions["rouge_l"], plain["rouge_l"])
+    for name, values in rows.items():
         table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
+    table.caption = (
+        "Beside questions stands the majority answer, beside captions one caption for all slides."
+    )
     Console().print(table)
 
 
@@ -451,8 +568,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--slides", metavar="FOLDER", help="your own slides; only read")
     parser.add_argument("--out", metavar="DIR", default="demo", help="default: demo")
+    parser.add_argument(
+        "--serve", action="store_true", help="start the service at the end and ask it something"
+    )
     given = parser.parse_args(argv)
-    return demo(given.out, slides=given.slides)
+    return demo(given.out, slides=given.slides, serve=given.serve)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,17 @@ from pathflip.errors import ConfigError
 
 app = typer.Typer()
 evaluate_app = typer.Typer(
-    help="Measure a trained model: retrieval, zero-shot, grounding, ablations.",
+    help="Measure a trained model: retrieval, zero-shot, grounding, answers, captions, ablations.",
     no_args_is_help=True,
 )
 app.add_typer(evaluate_app, name="evaluate")
 
 RunOption = Annotated[str, typer.Option("--run", help="Folder that pathflip pretrain wrote.")]
+TunedOption = Annotated[str, typer.Option("--run", help="Folder that pathflip tune wrote.")]
+LlmOption = Annotated[
+    str | None,
+    typer.Option(help="Where the base language model is, if it is not where it was tuned."),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU if there is one.")]
 SplitOption = Annotated[str, typer.Option(help="Slides of this split; all for every slide.")]
 SeedOption = Annotated[int, typer.Option(help="Of shuffles and resamples.")]
@@ -264,6 +269,113 @@ def evaluate_grounding(
         show_table(f"{name} on {split}", columns, rows)
 
 
+@evaluate_app.command("vqa")
+def evaluate_vqa(
+    archive: ArchiveOption,
+    run: TunedOption,
+    split: SplitOption = "test",
+    source: Annotated[str | None, typer.Option(help="Whose questions, of several.")] = None,
+    mode: Annotated[
+        Literal["letter_logit", "option_ll", "generate"],
+        typer.Option(help="How an option is chosen: next letter, its text's likelihood, writing."),
+    ] = "letter_logit",
+    permute_options: Annotated[
+        int, typer.Option(help="Show options in this many cyclic orders.", min=1, max=8)
+    ] = 4,
+    swapped: Annotated[
+        bool, typer.Option("--swapped/--no-swapped", help="Ask about other slides, too.")
+    ] = True,
+    llm: LlmOption = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy on questions with options, always beside what needs no slide at all."""
+    from pathflip import Archive
+    from pathflip.evaluation.vqa import evaluate_vqa as measure
+
+    with redirect_stdout(sys.stderr), _progress() as progress:
+        document = measure(
+            Archive(archive), _answerer(run, llm, device), split=split, source=source, mode=mode,
+            permute_options=permute_options, swap=swapped, resamples=resamples, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json(document)
+        return
+    other = document.get("swapped", {})
+    rows = [
+        [name, one["n"], one["accuracy"], one["majority_baseline"],
+         other.get("by_category", {}).get(name)]
+        for name, one in document["by_category"].items()
+    ]  # fmt: skip
+    rows.append(
+        ["all", document["n"], document["accuracy"], document["majority_baseline"],
+         other.get("accuracy")]
+    )  # fmt: skip
+    columns = ("category", "n", "accuracy", "majority baseline", "slides swapped")
+    show_table(f"{document['model']} on {split}, {mode}", columns, rows)
+    names = ("macro", "accuracy_permuted", "consistency", "unanswered", "chance", "open")
+    low, high = document.get("ci") or (None, None)
+    what = [(name, document[name]) for name in names]
+    show_table("", ("what", "value"), [*what, ("95 % from", low), ("95 % to", high)])
+
+
+@evaluate_app.command("caption")
+def evaluate_caption(
+    archive: ArchiveOption,
+    run: TunedOption,
+    split: SplitOption = "test",
+    source: Annotated[str | None, typer.Option(help="Whose captions, of several.")] = None,
+    predictions: Annotated[
+        str | None,
+        typer.Option(help="Captions that pathflip caption --out wrote; default: write them."),
+    ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(help="Sentence-embedding model; without, TF-IDF under its own name."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest caption, tokens.", min=1)] = 512,
+    llm: LlmOption = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """BLEU, ROUGE-L and similarity of captions; findings named and invented where known."""
+    from pathflip import Archive
+    from pathflip.evaluation.captioning import (
+        evaluate_captions,
+        read_predictions,
+        sentence_embedder,
+    )
+
+    with redirect_stdout(sys.stderr), _progress() as progress:
+        written = None if predictions is None else read_predictions(predictions)
+        answerer = None if predictions is not None else _answerer(run, llm, device)
+        loaded = _load(run, device) if answerer is None else answerer.run
+        embed = None if embedder is None else sentence_embedder(embedder, device=_device(device))
+        document = evaluate_captions(
+            Archive(archive), loaded, answerer=answerer, predictions=written, split=split,
+            source=source, embed=embed, max_new_tokens=max_new_tokens, resamples=resamples,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json(document)
+        return
+    baseline = document["baseline"]
+    rows = [
+        [name, value, baseline[name]]
+        for name, value in document.items()
+        if isinstance(value, float)
+    ]
+    for name in ("named", "invented") if "findings" in document else ():
+        rows.append([f"findings {name}", document["findings"][name], baseline["findings"][name]])
+    title = f"{document['model']} on {split}: {document['n']} captions"
+    show_table(title, ("metric", "value", "one caption for all"), rows)
+
+
 @evaluate_app.command("all")
 def evaluate_everything(
     archive: ArchiveOption,
@@ -371,10 +483,20 @@ def _progress() -> Iterator[Any]:
 
 
 def _load(run: str, device: str) -> Any:
-    import torch
-
     from pathflip.checkpoints import load_run
 
+    return load_run(Path(run), device=_device(device))
+
+
+def _answerer(run: str, llm: str | None, device: str) -> Any:
+    from pathflip.answer import Answerer
+
+    return Answerer.from_run(run, llm=llm, device=_device(device))
+
+
+def _device(device: str) -> str:
+    import torch
+
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_run(Path(run), device=device)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

@@ -1,0 +1,285 @@
+"""Captions and answers by a tuned model, and captions cut into statements by a language model."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pathflip.cli.options import (
+    AddressOption,
+    ArchiveOption,
+    ConfigOption,
+    JsonOption,
+    OverrideOption,
+    flat,
+    job,
+    print_json,
+    show_table,
+)
+from pathflip.errors import ConfigError
+
+app = typer.Typer()
+
+RunOption = Annotated[str, typer.Option("--run", help="Folder that pathflip tune wrote.")]
+LlmOption = Annotated[
+    str | None,
+    typer.Option(help="Where the base language model is, if it is not where it was tuned."),
+]
+RegionOption = Annotated[
+    str | None,
+    typer.Option(help="Only this square, level-0 pixels.", metavar="X,Y,SIZE"),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU if there is one.")]
+OutOption = Annotated[
+    str | None,
+    typer.Option(help="Batch on Ray with vLLM: a file of JSON lines that is added to."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Batch: count what is missing; write nothing.")
+]
+
+
+@app.command()
+def caption(
+    archive: ArchiveOption,
+    run: RunOption,
+    slide: Annotated[list[str] | None, typer.Argument(help="Slide ids or file names.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Batch: every slide.")] = False,
+    split: Annotated[str | None, typer.Option(help="Batch: every slide of this split.")] = None,
+    out: OutOption = None,
+    region: RegionOption = None,
+    llm: LlmOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest caption, tokens.", min=1)] = 512,
+    device: DeviceOption = "auto",
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Describe slides in words.
+
+    Named slides are described here and now. With --all or --split and --out it is a batch job on
+    Ray with vLLM: the same command again adds what is missing, and a slide that cannot be read has
+    a line that says why (exit code 3).
+    """
+    square = None if region is None else _region(region)
+    if every or split is not None:
+        if slide or out is None or square is not None or llm is not None or (every and split):
+            raise ConfigError(
+                "A batch of captions takes --all or --split, and --out FILE.",
+                hint="Leave SLIDE, --region and --llm out; the batch uses the folder llm of --run.",
+            )
+        jobs_answer = job("answer")
+        settings = _settings(config, overrides, device, max_new_tokens=max_new_tokens)
+        with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
+            result = jobs_answer.caption_all(
+                archive, run, out, split=split, config=settings, address=address,
+                progress=progress, dry_run=dry_run,
+            )  # fmt: skip
+        _end(result, as_json=as_json, dry_run=dry_run)
+        return
+    _refuse_batch_options(out, dry_run, config, overrides, address)
+    if not slide:
+        raise ConfigError(
+            "Say which slide to describe.", hint="Name slides, or give --all and --out FILE."
+        )
+    from pathflip import Archive
+
+    with redirect_stdout(sys.stderr):
+        opened, answerer = Archive(archive), _answerer(run, llm, device)
+        rows = []
+        for name in [opened.resolve(name) for name in slide]:
+            text = answerer.caption(opened, name, square, max_new_tokens=max_new_tokens)
+            rows.append({"slide_id": name, "caption": text})
+    if as_json:
+        print_json(rows[0] if len(rows) == 1 else rows)
+        return
+    show_table("", ("slide_id", "caption"), [list(row.values()) for row in rows])
+
+
+@app.command()
+def ask(
+    archive: ArchiveOption,
+    run: RunOption,
+    slide: Annotated[str | None, typer.Argument(help="Slide id or file name.")] = None,
+    question: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(help='An option; repeat it, or give all at once: "one|two|three".'),
+    ] = None,
+    mode: Annotated[
+        Literal["letter_logit", "option_ll", "generate"],
+        typer.Option(help="How an option is chosen: next letter, its text's likelihood, writing."),
+    ] = "letter_logit",
+    permute: Annotated[
+        int, typer.Option(help="Show options in this many cyclic orders.", min=1, max=8)
+    ] = 1,
+    questions: Annotated[
+        str | None, typer.Option(help="Batch: a file of questions.", metavar="FILE")
+    ] = None,
+    out: OutOption = None,
+    region: RegionOption = None,
+    llm: LlmOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 512,
+    device: DeviceOption = "auto",
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask something about a slide: with options one of them, without them in words.
+
+    With --questions and --out it is a batch job on Ray with vLLM: the same command again adds what
+    is missing, and a slide that cannot be read has a line that says why (exit code 3).
+    """
+    square = None if region is None else _region(region)
+    if questions is not None:
+        one = (slide, question, choices, square, llm)
+        if out is None or any(value is not None for value in one) or mode != "letter_logit":
+            raise ConfigError(
+                "A batch of questions takes --questions FILE and --out FILE.",
+                hint="Leave SLIDE, QUESTION, --choices, --region, --llm and --mode out.",
+            )
+        jobs_answer = job("answer")
+        settings = _settings(
+            config, overrides, device, max_new_tokens=max_new_tokens, permute=permute
+        )
+        with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
+            result = jobs_answer.ask_all(
+                archive, run, questions, out, config=settings, address=address,
+                progress=progress, dry_run=dry_run,
+            )  # fmt: skip
+        _end(result, as_json=as_json, dry_run=dry_run)
+        return
+    _refuse_batch_options(out, dry_run, config, overrides, address)
+    if slide is None or question is None:
+        raise ConfigError(
+            "Say which slide, and what to ask.", hint='pathflip ask SLIDE "Is there necrosis?" …'
+        )
+    from pathflip import Archive
+    from pathflip.answer import check_question
+
+    options = [part.strip() for text in choices or () for part in text.split("|")]
+    check_question(question, options)
+    with redirect_stdout(sys.stderr):
+        opened = Archive(archive)
+        name = opened.resolve(slide)
+        answer = _answerer(run, llm, device).ask(
+            opened, name, question, options, mode=mode, permute=permute, region=square,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+    document = {
+        "slide_id": answer.slide_id,
+        "answer": answer.answer,
+        "choice": answer.choice,
+        "scores": answer.scores,
+    }
+    if as_json:
+        print_json(document)
+        return
+    print(answer.answer if answer.choice is None else f"{answer.choice}. {answer.answer}")
+    if answer.scores:
+        rows = [
+            [letter, text, score]
+            for (letter, score), text in zip(answer.scores.items(), options, strict=True)
+        ]
+        show_table("", ("", "option", "probability"), rows)
+
+
+@app.command()
+def decompose(
+    archive: ArchiveOption,
+    llm: Annotated[str, typer.Option(help="Folder of a chat model, such as a Qwen3.")],
+    device: DeviceOption = "auto",
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count; write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut captions into statements that can be seen in a slide, checked against the caption.
+
+    pathflip pretrain -o pieces=statements draws sub-captions from them.
+    """
+    from pathflip.config import load_config
+
+    jobs_decompose = job("decompose")
+    settings = load_config(
+        jobs_decompose.DecomposeConfig,
+        file=config,
+        overrides=overrides or (),
+        given=_given(device),
+    )
+    with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
+        result = jobs_decompose.decompose(
+            archive, llm, config=settings, address=address, progress=progress, dry_run=dry_run
+        )
+    document = result.as_json() | ({"dry_run": True} if dry_run else {})
+    if as_json:
+        print_json(document)
+        return
+    title = "dry run: nothing was written" if dry_run else f"statements in {archive}"
+    show_table(title, ("what", "value"), list(flat(document)))
+
+
+# -- shared ---------------------------------------------------------------------------------------
+
+
+def _region(text: str) -> tuple[int, int, int]:
+    try:
+        x0, y0, size0 = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"{text!r} is no region.", hint="Write it as X,Y,SIZE in whole level-0 pixels."
+        ) from None
+    return x0, y0, size0
+
+
+def _answerer(run: str, llm: str | None, device: str) -> Any:
+    import torch
+
+    from pathflip.answer import Answerer
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Answerer.from_run(run, llm=llm, device=device)
+
+
+def _given(device: str) -> dict[str, Any]:
+    return {} if device == "auto" else {"engine": {"device": device}}
+
+
+def _settings(config: str | None, overrides: list[str] | None, device: str, **flags: int) -> Any:
+    """Settings of a batch; flags that were left at their default do not win over a file."""
+    from pathflip.config import load_config
+
+    cls = job("speaker").AnswerConfig
+    default = cls()
+    changed = {name: value for name, value in flags.items() if value != getattr(default, name)}
+    return load_config(cls, file=config, overrides=overrides or (), given=_given(device) | changed)
+
+
+def _refuse_batch_options(
+    out: str | None, dry_run: bool, config: str | None, overrides: Any, address: str | None
+) -> None:
+    if out is not None or dry_run or config or overrides or address:
+        raise ConfigError(
+            "--out, --dry-run, --config, -o and --address are of a batch.",
+            hint="A batch takes --all, --split or --questions FILE, and --out FILE.",
+        )
+
+
+def _end(result: Any, *, as_json: bool, dry_run: bool) -> None:
+    document = result.as_json() | ({"dry_run": True} if dry_run else {})
+    if as_json:
+        print_json(document)
+    else:
+        title = "dry run: nothing was written" if dry_run else f"written to {result.out}"
+        show_table(title, ("what", "value"), list(flat(document)))
+    if result.failed:
+        raise typer.Exit(3)

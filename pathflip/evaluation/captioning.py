@@ -1,0 +1,399 @@
+"""Captions a model writes against those that came with the slides.
+
+BLEU-1/2/3 are sacrebleu's over the corpus on its 13a tokens, without smoothing; ROUGE-L is the mean
+F of rouge_score without stemming; similarity is the mean cosine of a sentence-embedding model, or,
+under its own name, of TF-IDF vectors where no such model is given.
+
+Overlap of words says little of whether a finding is right. Where the truth is known, as in the
+synthetic cohort, ``named`` and ``invented`` count findings instead: of those that are there, the
+share a caption names; of those that are not, the share it names all the same.
+
+Shapes: n captions, d width of an embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.answer import tuned_name
+from pathflip.errors import CheckpointError, ConfigError
+from pathflip.evaluation.bootstrap import interval, patient_weights
+from pathflip.evaluation.encode import Progress, Report, SlideRow, captions_of, list_slides
+
+if TYPE_CHECKING:
+    from pathflip.answer import Answerer
+    from pathflip.archive import Archive
+    from pathflip.checkpoints import Run
+
+SLIDES_AT_ONCE = 16
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Texts to vectors [n, d] of length 1."""
+
+
+def caption_metrics(
+    predicted: Sequence[str], reference: Sequence[str], *, embed: Embed | None = None
+) -> dict[str, Any]:
+    """Measure captions against references, text i against text i.
+
+    Args:
+        predicted: What the model wrote [n].
+        reference: What came with the slides [n].
+        embed: Sentence embeddings; without, ``tfidf_similarity`` takes their place.
+
+    Returns:
+        {"n", "bleu1", "bleu2", "bleu3", "rouge_l", "embedding_similarity" or "tfidf_similarity",
+        "length_ratio": words written per word of the references, "tokens": the tokeniser}.
+
+    Raises:
+        ValueError: There is none, or the lists differ in length.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
+    if not predicted or len(predicted) != len(reference):
+        raise ValueError(f"{len(predicted)} captions for {len(reference)} references")
+    found: dict[str, Any] = {"n": len(predicted)}
+    for order in (1, 2, 3):
+        bleu = BLEU(
+            max_ngram_order=order, tokenize="13a", smooth_method="none", effective_order=False
+        )
+        found[f"bleu{order}"] = bleu.corpus_score(list(predicted), [list(reference)]).score / 100
+    rouge = RougeScorer(["rougeL"], use_stemmer=False)
+    found["rouge_l"] = float(
+        np.mean(
+            [
+                rouge.score(right, said)["rougeL"].fmeasure
+                for said, right in zip(predicted, reference, strict=True)
+            ]
+        )
+    )
+    if embed is None:
+        found["tfidf_similarity"] = _tfidf_similarity(predicted, reference)
+    else:
+        found["embedding_similarity"] = float((embed(predicted) * embed(reference)).sum(1).mean())
+    words = [sum(len(text.split()) for text in texts) for texts in (predicted, reference)]
+    return found | {"length_ratio": words[0] / max(words[1], 1), "tokens": "13a"}
+
+
+def evaluate_captions(
+    archive: Archive,
+    run: Run,
+    *,
+    answerer: Answerer | None = None,
+    predictions: Mapping[str, str] | None = None,
+    split: str = "test",
+    source: str | None = None,
+    embed: Embed | None = None,
+    max_new_tokens: int = 256,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Caption the slides of a split that have a caption, and measure.
+
+    Args:
+        archive: Where slides, features and captions are.
+        run: The run the captions are of.
+        answerer: Writes them, greedily; may be left out where they are given.
+        predictions: {slide_id: caption} that was written already, by ``pathflip caption --out``.
+        split: Which slides; ``all`` for every one.
+        source: Whose captions to measure against; by default the first each slide has.
+        embed: See :func:`caption_metrics`.
+        max_new_tokens: Where a caption stops at the latest.
+        resamples: Bootstrap over patients, 0 for no intervals.
+        seed: Of the bootstrap.
+        progress: Told while captions are written.
+
+    Returns:
+        As :func:`caption_metrics`, with "split", "model", "captions" {slide_id: text}, "baseline":
+        the same metrics of one caption for all slides, the reference that is most like the others;
+        and where the truth is known "findings", see :func:`finding_metrics`.
+
+    Raises:
+        ConfigError: No slide of the split has a caption, or one has none among ``predictions``.
+    """
+    slides = list_slides(archive, run, splits=None if split == "all" else (split,))
+    texts = captions_of(archive, slides, source=source)
+    slides = [slide for slide in slides if slide.slide_id in texts]
+    reference = [texts[slide.slide_id] for slide in slides]
+    if predictions is not None:
+        if lost := [slide.slide_id for slide in slides if slide.slide_id not in predictions]:
+            raise ConfigError(
+                f"{len(lost)} slides of split {split} have no caption there, {lost[0]} for one.",
+                hint="Run the same pathflip caption --out command again: it adds what is missing.",
+                code="missing_captions",
+            )
+        predicted = [predictions[slide.slide_id] for slide in slides]
+    elif answerer is not None:
+        predicted = _write(archive, answerer, slides, max_new_tokens, progress)
+    else:
+        raise ValueError("neither an answerer nor predictions")
+    found = caption_metrics(predicted, reference, embed=embed)
+    typical = [_most_typical(reference)] * len(reference)
+    found["baseline"] = caption_metrics(typical, reference, embed=embed)
+    if (truth := planted(slides)) is not None:
+        patients = [slide.patient_id or f"slide {slide.slide_id}" for slide in slides]
+        found["findings"] = finding_metrics(
+            predicted, truth, patients=patients, resamples=resamples, seed=seed
+        )
+        found["baseline"]["findings"] = finding_metrics(typical, truth, resamples=0)
+    said = {slide.slide_id: text for slide, text in zip(slides, predicted, strict=True)}
+    return found | {"split": split, "model": tuned_name(run), "captions": said}
+
+
+def read_predictions(path: str | Path) -> dict[str, str]:
+    """Read captions that ``pathflip caption --out`` wrote: {slide_id: caption}.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line of it is something else.
+    """
+    from pathflip.interop.tables import bad_line, read_text
+
+    found = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if "error" not in row:
+                found[str(row["slide_id"])] = str(row["caption"])
+        except (ValueError, KeyError, TypeError):
+            raise bad_line(path, number, "no caption of a slide") from None
+    return found
+
+
+def sentence_embedder(model: str | Path, *, device: str = "cpu") -> Embed:
+    """Load a sentence-embedding model: a hub id or a folder, also one of sentence-transformers.
+
+    Pooling is what its ``1_Pooling/config.json`` says (mean, first or last token), else the last
+    token, as Qwen3-Embedding wants it.
+
+    Raises:
+        CheckpointError: The model cannot be loaded, or pools in another way.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model), padding_side="right")
+        network = AutoModel.from_pretrained(str(model)).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The embedding model {model} cannot be loaded: {str(error).splitlines()[0]}",
+            hint="Give a folder or hub id of a text model, or leave --embedder out.",
+            code="missing",
+        ) from error
+    how = _pooling(Path(model))
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        vectors = []
+        for at in range(0, len(texts), SLIDES_AT_ONCE):
+            batch = tokenizer(
+                list(texts[at : at + SLIDES_AT_ONCE]), padding=True, truncation=True,
+                max_length=512, return_tensors="pt",
+            ).to(device)  # fmt: skip
+            with torch.no_grad():
+                states = network(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"][..., None]
+            if how == "mean":
+                pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+            else:  # padding is on the right, so that positions are those of the text alone
+                last = batch["attention_mask"].sum(1) - 1
+                place = torch.zeros_like(last) if how == "cls" else last
+                pooled = states[torch.arange(len(states)), place]
+            vectors.append(torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy())
+        return np.concatenate(vectors)
+
+    return embed
+
+
+def _pooling(folder: Path) -> str:
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "lasttoken"
+    settings = json.loads(path.read_bytes())
+    on = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
+    known = {f"pooling_mode_{name}": name for name in ("lasttoken", "cls")}
+    known["pooling_mode_mean_tokens"] = "mean"
+    known["pooling_mode_cls_token"] = "cls"
+    if len(on) != 1 or on[0] not in known:
+        raise CheckpointError(
+            f"{path} asks for the pooling {', '.join(on) or 'none'}.",
+            hint="Use a model that pools by the mean, the first or the last token.",
+            code="pooling",
+        )
+    return known[on[0]]
+
+
+def _write(
+    archive: Archive,
+    answerer: Answerer,
+    slides: Sequence[SlideRow],
+    max_new_tokens: int,
+    progress: Report | None,
+) -> list[str]:
+    from pathflip.models.prompting import CAPTION_INSTRUCTION
+
+    written: list[str] = []
+    start = time.monotonic()
+    for at in range(0, len(slides), SLIDES_AT_ONCE):
+        prompts = []
+        for slide in slides[at : at + SLIDES_AT_ONCE]:
+            _, prefix = answerer.see(archive, slide.slide_id)
+            prompts.append(answerer.model.embed_prompt(prefix, CAPTION_INSTRUCTION, kind="caption"))
+        written += answerer.model.generate(prompts, max_new_tokens=max_new_tokens)
+        if progress is not None:
+            seconds = time.monotonic() - start
+            done = Progress(what="caption", done=len(written), total=len(slides), seconds=seconds)
+            progress(done)
+    return written
+
+
+def _vectors(fit: Sequence[str], *texts: Sequence[str]) -> list[Any]:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit(fit)
+    return [vectorizer.transform(own) for own in texts]
+
+
+def _tfidf_similarity(predicted: Sequence[str], reference: Sequence[str]) -> float:
+    """Mean cosine of TF-IDF vectors, weights from the references; empty texts count 0."""
+    if not any(re.search(r"\w", text) for text in reference):
+        return 0.0
+    said, right = _vectors(reference, predicted, reference)
+    return float(said.multiply(right).sum(axis=1).mean())
+
+
+def _most_typical(reference: Sequence[str]) -> str:
+    """The reference with the largest mean cosine to all of them."""
+    if not any(re.search(r"\w", text) for text in reference):
+        return reference[0]
+    (rows,) = _vectors(reference, reference)
+    return reference[int(np.asarray(rows @ rows.mean(axis=0).T).argmax())]
+
+
+# -- findings of the synthetic cohort -------------------------------------------------------------
+
+
+def planted(slides: Sequence[SlideRow]) -> list[frozenset[str]] | None:
+    """The findings each slide has; None unless all are labelled as the synthetic cohort's are."""
+    from pathflip.synth.text import FORMS
+
+    if not slides or any(
+        slide.labels.get(name) not in ("0", "1") for name in FORMS for slide in slides
+    ):
+        return None
+    return [frozenset(name for name in FORMS if slide.labels[name] == "1") for slide in slides]
+
+
+def named_findings(caption: str) -> frozenset[str]:
+    """The findings of the synthetic cohort that a caption says are there.
+
+    A sentence names a finding when it has a word that captions use for this finding and for nothing
+    else; sentences that deny name none.
+    """
+    from pathflip.text import denies, split_sentences
+
+    found: set[str] = set()
+    for sentence in split_sentences(caption):
+        if not denies(sentence):
+            words = _words(sentence)
+            found |= {name for name, own in _own_words().items() if words & own}
+    return frozenset(found)
+
+
+def finding_metrics(
+    captions: Sequence[str],
+    truth: Sequence[frozenset[str]],
+    *,
+    patients: Sequence[str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How much of what is there captions name, and how much they invent.
+
+    Args:
+        captions: [n].
+        truth: The findings that are there [n].
+        patients: Of each [n], for 95 % intervals by resampling patients.
+        resamples: How many; 0 for no intervals.
+        seed: Of them.
+
+    Returns:
+        {"named", "invented": shares over all findings of all slides; "by_finding": {name: {"named",
+        "invented"}}; "ci": {"named", "invented"}}; None where nothing of the kind was planted.
+    """
+    from pathflip.synth.text import FORMS
+
+    said = [named_findings(caption) for caption in captions]
+    there = np.array([[name in own for name in FORMS] for own in truth], np.float64)  # [n, F]
+    told = np.array([[name in own for name in FORMS] for own in said], np.float64)
+    absent = 1 - there
+
+    def share(part: NDArray[np.float64]) -> float | None:
+        return float((told * part).sum() / part.sum()) if part.any() else None
+
+    found: dict[str, Any] = {
+        "named": share(there),
+        "invented": share(absent),
+        "by_finding": {
+            name: {
+                kind: float(told[part[:, i] > 0, i].mean()) if part[:, i].any() else None
+                for kind, part in (("named", there), ("invented", absent))
+            }
+            for i, name in enumerate(FORMS)
+        },
+    }
+    if resamples and patients is not None:
+        weights = patient_weights(patients, resamples=resamples, seed=seed)
+        found["ci"] = {}
+        for kind, part in (("named", there), ("invented", absent)):
+            count = part.sum(1)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                drawn = (weights @ (told * part).sum(1)) / (weights @ count)
+            found["ci"][kind] = interval(drawn)
+    return found
+
+
+_ABOUT = {
+    "grade": "tumour", "nuclei": "tumour", "pattern": "tumour", "til": "lymphoid",
+    "extent": "necrosis",
+}  # fmt: skip
+"""Which finding the details of a caption are about."""
+
+
+@cache
+def _own_words() -> dict[str, frozenset[str]]:
+    """{finding: words of its wordings that captions use for nothing else}."""
+    from pathflip.synth import text
+
+    rng = np.random.default_rng(0)
+    said = {name: _words(*text.FORMS[name], text.ABSENT_NAMES[name]) for name in text.FORMS}
+    other = _words(
+        "sections show", *text.ORGAN_NAMES.values(), *text.GENES.values(),
+        *(form for forms in text.GENE_FORMS.values() for form in forms),
+        *(say(rng) for say in text.DISTRACTORS),
+    )  # fmt: skip
+    details = {
+        kind: _words(*(form for forms in values.values() for form in forms))
+        for kind, values in text.DETAILS.items()
+    }
+    return {
+        name: words.difference(
+            other,
+            *(said[one] for one in said if one != name),
+            *(details[kind] for kind in details if _ABOUT[kind] != name),
+        )
+        for name, words in said.items()
+    }
+
+
+def _words(*texts: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z]+", " ".join(texts).lower()))

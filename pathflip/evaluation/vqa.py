@@ -1,0 +1,288 @@
+"""Questions with options: accuracy, and everything a good figure has to be held against.
+
+* ``majority_baseline``: what is right without looking at any slide, the better of two guesses: the
+  option that training questions of the same wording are answered by most often, and always the
+  letter that is right most often.
+* ``consistency``: options are shown in cyclic orders; the share of orders that agree with the
+  choice most of them make, averaged over questions. 1 for a model that reads options, 1/C for one
+  that always takes the same letter.
+* ``swapped``: the same questions with another slide before the model; what stays of the accuracy
+  was not seen.
+
+Shapes: n questions, C options of one, R orders, S resamples.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.answer import MODES, Asked, Mode, score_choices, tuned_name
+from pathflip.errors import ConfigError
+from pathflip.evaluation.bootstrap import interval, patient_weights, weighted_mean
+from pathflip.evaluation.encode import Progress, Report, SlideRow, list_slides
+from pathflip.interop.questions import Question, stored_questions
+
+if TYPE_CHECKING:
+    import torch
+
+    from pathflip.answer import Answerer
+    from pathflip.archive import Archive
+
+ORDERS = 4
+QUESTIONS_AT_ONCE = 64
+
+
+def vqa_metrics(
+    questions: Sequence[Question],
+    scores: Sequence[NDArray[np.float64]],
+    *,
+    training: Sequence[Question] = (),
+    patients: Sequence[str | None] | None = None,
+    swapped: Sequence[NDArray[np.float64]] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure choices.
+
+    Args:
+        questions: Of the slides evaluated, each with options [n].
+        scores: Probabilities of each one's options [R, C], options as given, the first row with
+            the options shown as given; a row of zeros names none. See
+            :func:`pathflip.answer.score_choices`.
+        training: Questions of training slides, for the baseline.
+        patients: Patient of each question [n], for 95 % intervals by resampling patients; one of
+            no known patient counts by its slide.
+        swapped: Scores of the same questions asked about other slides; only first rows count.
+        resamples: Bootstrap resamples, 0 for no interval.
+        seed: Of the resamples.
+
+    Returns:
+        {"n", "accuracy": options as given, "accuracy_permuted": probabilities averaged over the
+        orders, "ci", "macro": mean over categories, "consistency", "unanswered": share that names
+        no option, "majority_baseline", "baselines": {"text", "letter"}, "chance", "by_category":
+        {name: {"n", "accuracy", "majority_baseline"}}, "swapped": {"accuracy", "by_category"}}.
+        Where one order is shown, ``accuracy_permuted`` and ``consistency`` are None.
+
+    Raises:
+        ValueError: No question, one without options, or lists of different lengths.
+    """
+    if not questions or any(len(one.choices) < 2 for one in questions):
+        raise ValueError("every question needs options, and there must be one")
+    if len(scores) != len(questions) or (swapped is not None and len(swapped) != len(questions)):
+        raise ValueError(f"{len(questions)} questions and {len(scores)} scores")
+    truth = np.array([one.choices.index(one.answer) for one in questions])
+    picks = [_picks(one) for one in scores]
+    right = np.array([own[0] for own in picks]) == truth
+    permuted = np.array([_picks(one.mean(axis=0)[None])[0] for one in scores]) == truth
+    several = any(len(own) > 1 for own in picks)
+    by_text = _text_guess(questions, training) == truth
+    by_letter = truth == Counter(truth.tolist()).most_common(1)[0][0]
+    baseline = by_text if by_text.mean() >= by_letter.mean() else by_letter
+    groups = _categories(questions)
+    found: dict[str, Any] = {
+        "n": len(questions),
+        "slides": len({one.slide for one in questions}),
+        "accuracy": float(right.mean()),
+        "accuracy_permuted": float(permuted.mean()) if several else None,
+        "macro": float(np.mean([right[rows].mean() for rows in groups.values()])),
+        "consistency": float(np.mean([_agreement(own) for own in picks])) if several else None,
+        "unanswered": float(np.mean([own[0] < 0 for own in picks])),
+        "majority_baseline": float(baseline.mean()),
+        "baselines": {"text": float(by_text.mean()), "letter": float(by_letter.mean())},
+        "chance": float(np.mean([1 / len(one.choices) for one in questions])),
+        "by_category": {
+            name: {
+                "n": len(rows),
+                "accuracy": float(right[rows].mean()),
+                "majority_baseline": float(baseline[rows].mean()),
+            }
+            for name, rows in groups.items()
+        },
+    }
+    if resamples:
+        owners = list(patients or [None] * len(questions))
+        names = [own or f"slide {one.slide}" for own, one in zip(owners, questions, strict=True)]
+        weights = patient_weights(names, resamples=resamples, seed=seed)
+        found["ci"] = interval(weighted_mean(right, weights))
+    if swapped is not None:
+        wrong_slide = np.array([_picks(one)[0] for one in swapped]) == truth
+        found["swapped"] = {
+            "accuracy": float(wrong_slide.mean()),
+            "by_category": {name: float(wrong_slide[rows].mean()) for name, rows in groups.items()},
+        }
+    return found
+
+
+def evaluate_vqa(
+    archive: Archive,
+    answerer: Answerer,
+    *,
+    split: str = "test",
+    source: str | None = None,
+    mode: Mode = "letter_logit",
+    permute_options: int = ORDERS,
+    swap: bool = True,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Ask a tuned run the archive's questions about the slides of a split.
+
+    Args:
+        archive: Where slides, features and questions are.
+        answerer: The run.
+        split: Which slides; ``all`` for every one.
+        source: Whose questions, where there are several.
+        mode: How an option is chosen, see :data:`pathflip.answer.MODES`.
+        permute_options: Cyclic orders the options are shown in, at most.
+        swap: Whether to ask everything about other slides, too.
+        resamples: Bootstrap over patients, 0 for no interval.
+        seed: Of the resamples and of which slides are exchanged.
+        progress: Told after each slide.
+
+    Returns:
+        As :func:`vqa_metrics`, with "mode", "split", "model" and "open", the questions
+        without options that are left out.
+
+    Raises:
+        ConfigError: The split has no question with options, or the run does not fit the archive.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    every = list_slides(archive, answerer.run)
+    chosen = {row.slide_id: row for row in every if split in ("all", row.split)}
+    train = {row.slide_id for row in every if row.split == "train"}
+    stored = stored_questions(archive, source=source)
+    asked = [one for one in stored if one.slide in chosen]
+    questions = [one for one in asked if one.choices]
+    if not questions:
+        of = "" if source is None else f" of source {source}"
+        raise ConfigError(
+            f"{archive.uri} has no questions with options{of} about slides of split {split}.",
+            hint=f"Add them: pathflip archive import --archive {archive.uri} --questions FILE",
+            code="no_questions",
+        )
+    own: dict[int, NDArray[np.float64]] = {}
+    other: dict[int, NDArray[np.float64]] = {}
+    slides = [chosen[name] for name in dict.fromkeys(one.slide for one in questions)]
+    waiting: list[tuple[bool, int, Asked]] = []  # whether of its own slide, which question
+
+    def put(*, everything: bool) -> None:
+        while len(waiting) >= QUESTIONS_AT_ONCE or (everything and waiting):
+            part = waiting[:QUESTIONS_AT_ONCE]
+            del waiting[:QUESTIONS_AT_ONCE]
+            for kind, orders, into in ((True, permute_options, own), (False, 1, other)):
+                mine = [(number, one) for is_own, number, one in part if is_own is kind]
+                scores = score_choices(
+                    answerer.model, [one for _, one in mine], mode=mode, permute=orders
+                )
+                into.update(zip((number for number, _ in mine), scores, strict=True))
+
+    of_slide: dict[str, list[int]] = {}
+    for number, question in enumerate(questions):
+        of_slide.setdefault(question.slide, []).append(number)
+    for slide, prefix, is_own in _prefixes(archive, answerer, slides, swap, seed, progress):
+        for number in of_slide[slide.slide_id]:
+            one = questions[number]
+            item = Asked(prefix=prefix, question=one.question, choices=one.choices)
+            waiting.append((is_own, number, item))
+        put(everything=False)
+    put(everything=True)
+    return vqa_metrics(
+        questions,
+        [own[number] for number in range(len(questions))],
+        training=[one for one in stored if one.slide in train and one.choices],
+        patients=[chosen[one.slide].patient_id for one in questions],
+        swapped=[other[number] for number in range(len(questions))] if other else None,
+        resamples=resamples,
+        seed=seed,
+    ) | {
+        "mode": mode,
+        "split": split,
+        "model": tuned_name(answerer.run),
+        "open": len(asked) - len(questions),
+    }
+
+
+def exchange(slides: Sequence[SlideRow], *, seed: int = 0) -> tuple[list[int], int]:
+    """An order of slides and a step, so that each is exchanged with the one a step before it.
+
+    Slides of a patient stand together and the step is the most that one has, so the other slide is
+    another patient's unless one patient has more than half of all.
+    """
+    patients = [slide.patient_id or f"slide {slide.slide_id}" for slide in slides]
+    names = sorted(set(patients))
+    random.Random(f"exchange {seed}").shuffle(names)
+    place = {name: at for at, name in enumerate(names)}
+    order = sorted(range(len(slides)), key=lambda i: (place[patients[i]], slides[i].slide_id))
+    most = max(Counter(patients).values())
+    return order, most if 2 * most <= len(slides) else 1
+
+
+def _prefixes(
+    archive: Archive,
+    answerer: Answerer,
+    slides: Sequence[SlideRow],
+    swap: bool,
+    seed: int,
+    progress: Report | None,
+) -> Iterator[tuple[SlideRow, torch.Tensor, bool]]:
+    """Each slide with its own prefix, and with that of the slide it is exchanged with."""
+    order, step = exchange(slides, seed=seed)
+    swap = swap and len(slides) > 1
+    last: deque[torch.Tensor] = deque(maxlen=step)  # each slide is read once
+    start = time.monotonic()
+    for done, at in enumerate(order, start=1):
+        _, prefix = answerer.see(archive, slides[at].slide_id)
+        yield slides[at], prefix, True
+        if swap and len(last) == step:
+            yield slides[at], last[0], False
+        last.append(prefix)
+        if progress is not None:
+            seconds = time.monotonic() - start
+            progress(Progress(what="ask", done=done, total=len(slides), seconds=seconds))
+    if swap:
+        for at, prefix in zip(order, last, strict=False):
+            yield slides[at], prefix, False
+
+
+def _picks(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The best option of each row, the first among equals; -1 of a row that names none."""
+    best: NDArray[np.int64] = scores.argmax(axis=1)
+    return np.where(scores.any(axis=1), best, -1)
+
+
+def _agreement(picks: NDArray[np.int64]) -> float:
+    """Share of orders that make the choice most of them make; naming no option is no choice."""
+    named = Counter(picks[picks >= 0].tolist())
+    return max(named.values(), default=0) / len(picks)
+
+
+def _text_guess(questions: Sequence[Question], training: Sequence[Question]) -> NDArray[np.int64]:
+    """The option that answers training questions of the same wording most often.
+
+    Of wordings that training does not have, questions of the same category count.
+    """
+    wording: dict[str, Counter[str]] = {}
+    category: dict[str, Counter[str]] = {}
+    for one in training:
+        wording.setdefault(one.question, Counter())[one.answer] += 1
+        category.setdefault(one.category, Counter())[one.answer] += 1
+    none: Counter[str] = Counter()
+    guesses = []
+    for one in questions:
+        counts = wording.get(one.question) or category.get(one.category, none)
+        guesses.append(int(np.argmax([counts[choice] for choice in one.choices])))
+    return np.array(guesses, np.int64)
+
+
+def _categories(questions: Sequence[Question]) -> dict[str, NDArray[np.int64]]:
+    names = np.array([one.category or "(none)" for one in questions])
+    return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}

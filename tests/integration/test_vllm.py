@@ -1,0 +1,176 @@
+"""vLLM against transformers on the same prompts, and a language model that decomposes captions.
+
+One process of its own holds vLLM for the whole module: its import is what takes long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pathflip.answer import Answerer
+from pathflip.archive import Archive
+from pathflip.archive.attach import Caption, write_captions
+from pathflip.archive.commit import Committer
+from pathflip.text import split_sentences
+from tests.archives import make_archive
+from tests.serving import Tuned
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+QUESTIONS = (
+    "Is there necrosis?",
+    "Which tissue is shown?\nA. colon\nB. breast\nC. lung\nD. muscle",
+    "What is seen? " + "Say where it lies and how much of it there is. " * 6,
+    "Sections show colon. There is mucin. " * 20 + "Is that right?",
+)
+TOKENS = 24
+Call = Callable[..., Any]
+
+
+class Host:
+    """A process in which vLLM was not imported before its settings."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def call(self, work: Callable[..., Any], *given: Any) -> Any:
+        return work(self._made, *given)
+
+
+@pytest.fixture(scope="module")
+def host(cluster: str) -> Iterator[Call]:
+    """``host(work, *given)``: runs ``work(kept, *given)`` there."""
+    import ray
+
+    actor = ray.remote(Host).options(num_cpus=1).remote()
+    yield lambda *given: ray.get(actor.call.remote(*given))
+    ray.kill(actor)
+
+
+def start(kept: dict[str, Any], run: str) -> None:
+    from jobs.speaker import AnswerConfig, Speaker
+
+    kept["speaker"] = Speaker(run, AnswerConfig(max_new_tokens=TOKENS, permute=3))
+
+
+def greedy(kept: dict[str, Any], prompts: list[np.ndarray[Any, Any]], batched: bool) -> list[Any]:
+    """Token ids that vLLM says to prompt embeddings, all together or each by itself."""
+    from vllm import SamplingParams
+
+    engine, ends = kept["speaker"].engine, kept["speaker"].front.eos_ids
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, stop_token_ids=ends)
+    inputs = [{"prompt_embeds": torch.from_numpy(prompt)} for prompt in prompts]
+    parts = [inputs] if batched else [[one] for one in inputs]
+    outputs = [out for part in parts for out in engine.generate(part, params, use_tqdm=False)]
+    return [list(out.outputs[0].token_ids) for out in outputs]
+
+
+def lines(kept: dict[str, Any], archive: str, asked: dict[str, Any]) -> dict[str, Any]:
+    return kept["speaker"].lines(Archive(archive), asked)
+
+
+@pytest.fixture(scope="module")
+def engine(host: Call, tuned: Tuned) -> Call:
+    host(start, str(tuned.run))
+    return host
+
+
+@pytest.fixture(scope="module")
+def answerer(tuned: Tuned) -> Answerer:
+    return Answerer.from_run(tuned.run, llm=tuned.base)
+
+
+def test_tokens_are_those_of_transformers(engine: Call, answerer: Answerer, tuned: Tuned) -> None:
+    """Merged weights in vLLM, batched and one by one, against peft's adapter in transformers."""
+    archive = Archive(tuned.archive)
+    model = answerer.model
+    assert "lora" in type(model.llm.peft_config["default"]).__name__.lower()
+    prompts = []
+    for n in range(8):
+        _, prefix = answerer.see(archive, f"slide{n:03d}")
+        prompts += [model.embed_prompt(prefix, question) for question in QUESTIONS]
+    assert len(prompts) == 32
+    assert len({len(prompt) for prompt in prompts}) > 8
+    expected = model.generate_ids(prompts, max_new_tokens=TOKENS)
+    assert len({tuple(ids) for ids in expected}) > 8, "what stands in a prompt must matter"
+    given = [prompt.detach().numpy() for prompt in prompts]
+    assert engine(greedy, given, True) == expected
+    assert engine(greedy, given, False) == expected
+
+
+def test_lines_of_a_batch_are_what_one_slide_at_a_time_gives(
+    engine: Call, answerer: Answerer, tuned: Tuned
+) -> None:
+    archive = Archive(tuned.archive)
+    choice = {"question": "Which tissue is shown?", "choices": ["colon", "breast", "lung", "bone"]}
+    free = {"question": "What is seen?", "choices": []}
+    long = {"question": "Why? " * 2000, "choices": []}
+    slides = [f"slide{n:03d}" for n in range(4)]
+    found = engine(lines, str(tuned.archive), {slide: [{}, choice, free, long] for slide in slides})
+    assert list(found) == slides
+    for slide, (caption, chosen, said, refused) in found.items():
+        assert caption == {"caption": answerer.caption(archive, slide, max_new_tokens=TOKENS)}
+        answer = answerer.ask(archive, slide, choice["question"], choice["choices"], permute=3)
+        assert (chosen["answer"], chosen["choice"]) == (answer.answer, answer.choice)
+        assert chosen["scores"] == pytest.approx(answer.scores, abs=1e-5)
+        free_answer = answerer.ask(archive, slide, free["question"], max_new_tokens=TOKENS)
+        assert said["answer"] == free_answer.answer
+        assert refused["error"]["code"] == "prompt_too_long"
+    assert len({row[0]["caption"] for row in found.values()}) > 1
+
+
+def decomposed(
+    kept: dict[str, Any], llm: str, config: Any, rows: list[dict[str, str]]
+) -> list[dict[str, str]]:
+    """What the job's actor says, in the process that has vLLM."""
+    from jobs.decompose import Decomposer
+
+    if "decomposer" not in kept:
+        kept["decomposer"] = Decomposer(llm, config)
+    found = kept["decomposer"]({name: [row[name] for row in rows] for name in rows[0]})
+    return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+
+
+def test_captions_are_decomposed(
+    engine: Call, tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job with a model that says nonsense: all of it is dropped, sentences stand in for it."""
+    from jobs import decompose as job
+
+    def in_the_host(
+        rows: list[dict[str, str]], actor: type, arguments: tuple[Any, ...], *, at_once: int,
+        **where: Any,
+    ) -> Iterator[list[dict[str, str]]]:  # fmt: skip
+        assert actor is job.Decomposer
+        for at in range(0, len(rows), at_once):
+            yield engine(decomposed, *arguments, rows[at : at + at_once])
+
+    monkeypatch.setattr(job, "spread", in_the_host)
+    uri = make_archive(tmp_path / "archive", slides=5)
+    texts = [row["text"] for row in Archive(uri).captions().to_pylist()]
+    with Committer(uri) as committer:  # the same text from another source is not asked twice
+        write_captions(committer, [Caption(slide_id="slide000", text=texts[0])], source="again")
+    config = job.DecomposeConfig(captions_at_once=2, max_new_tokens=16)
+    plan = job.decompose(str(uri), str(tuned.base), config=config, dry_run=True)
+    assert (plan.captions, plan.skipped) == (6, 0)
+    assert not any(row["model"] for row in Archive(uri).captions().to_pylist())
+    seen = []
+    result = job.decompose(
+        str(uri), str(tuned.base), config=config, progress=lambda one: seen.append(one.line())
+    )
+    assert result.captions == 6
+    assert result.fell_back == len(set(texts)) == 5
+    assert result.statements == 0
+    assert sum(result.dropped.values()) >= 1
+    assert len(seen) == 3
+    for row in Archive(uri).captions().to_pylist():
+        assert row["model"] == result.model
+        assert row["statements"] == split_sentences(row["text"]) == row["sentences"]
+    again = job.decompose(str(uri), str(tuned.base), config=config)
+    assert (again.captions, again.skipped) == (0, 6)

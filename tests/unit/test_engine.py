@@ -1,0 +1,88 @@
+"""Settings of vLLM, without vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from pathflip.engine import (
+    EngineConfig,
+    engine_arguments,
+    environment,
+    offline,
+    set_environment,
+    uses_gpu,
+)
+from pathflip.errors import CheckpointError, ConfigError
+
+
+def folder(path: Path, **settings: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    about = {"architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 4096} | settings
+    (path / "config.json").write_text(json.dumps(about))
+    return path
+
+
+def test_arguments_on_a_cpu(tmp_path: Path) -> None:
+    found = engine_arguments(folder(tmp_path / "llm"), EngineConfig(device="cpu", max_num_seqs=3))
+    assert found["dtype"] == "float32"
+    assert found["enforce_eager"]
+    assert found["enable_prompt_embeds"]
+    assert found["max_num_seqs"] == 3
+    assert found["max_model_len"] == 2048
+    assert "gpu_memory_utilization" not in found
+
+
+def test_context_is_the_models_where_that_is_less(tmp_path: Path) -> None:
+    small = folder(tmp_path / "llm", max_position_embeddings=512)
+    assert engine_arguments(small)["max_model_len"] == 512
+    assert engine_arguments(small, EngineConfig(max_model_len=300))["max_model_len"] == 300
+    with pytest.raises(ConfigError, match=r"max_model_len is 1,024 .* 512 tokens"):
+        engine_arguments(small, EngineConfig(max_model_len=1024))
+
+
+def test_a_folder_that_is_no_language_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no language model") as missing:
+        engine_arguments(tmp_path / "nothing")
+    assert missing.value.code == "missing"
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError) as damaged:
+        offline(tmp_path)
+    assert damaged.value.code == "damaged"
+    assert "vllm" not in sys.modules, "the engine must be refused before vllm is imported"
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        assert uses_gpu(EngineConfig(device="cuda"))
+        return
+    assert not uses_gpu(EngineConfig())
+    with pytest.raises(ConfigError) as refused:
+        uses_gpu(EngineConfig(device="cuda"))
+    assert refused.value.code == "no_gpu"
+
+
+def test_environment_keeps_what_the_user_set() -> None:
+    with mock.patch.dict(os.environ):
+        for name in environment():
+            os.environ.pop(name, None)
+        os.environ |= {"VLLM_LOGGING_LEVEL": "DEBUG", "OMP_NUM_THREADS": "7"}
+        set_environment(EngineConfig(threads=2, kv_gib=3))
+        assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+        assert os.environ["OMP_NUM_THREADS"] == "2"
+        assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "3"
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+def test_importing_the_module_does_not_import_vllm() -> None:
+    code = "import sys, pathflip.engine; assert not {'vllm', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
