@@ -201,16 +201,35 @@ def _picture(
     pixels = cv2.imread(str(query.path), cv2.IMREAD_COLOR)
     if pixels is None:
         raise ConfigError(f"{query.path} is no picture that can be read.")
-    rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    rgb = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
     if query.box is not None:
         x, y, w, h = query.box
         rgb = rgb[y : y + h, x : x + w]
+    return picture_regions(rgb, encoder=encoder, tiling=tiling, mpp=mpp, name=query.path.name)
+
+
+def picture_regions(
+    rgb: NDArray[np.uint8],
+    *,
+    encoder: Encoder,
+    tiling: Tiling,
+    mpp: float,
+    name: str = "The picture",
+) -> list[NDArray[np.float32]]:
+    """Features of the whole patches of a picture, RGB [h, w, 3] at ``mpp`` µm/px, by region.
+
+    Returns:
+        As :func:`image_regions`.
+
+    Raises:
+        ConfigError: It is smaller than one patch.
+    """
     factor = mpp / tiling.mpp
     size = (int(rgb.shape[1] * factor), int(rgb.shape[0] * factor))
     px = tiling.patch_px
     if min(size) < px:
         raise ConfigError(
-            f"{query.path.name} shows {rgb.shape[1] * mpp:.0f} by {rgb.shape[0] * mpp:.0f} µm, "
+            f"{name} shows {rgb.shape[1] * mpp:.0f} by {rgb.shape[0] * mpp:.0f} µm, "
             f"less than one patch of {tiling.patch_um:g} µm.",
             hint="Give a larger picture, or a slide with a box: its surroundings are used then.",
         )

@@ -1,1 +1,6 @@
-"""Online services on Ray Serve. None yet: they arrive with the instruction head."""
+"""The online service on Ray Serve.
+
+Read in this order: :mod:`serve.app` (what is deployed), :mod:`serve.ingress` (the routes),
+:mod:`serve.guard` (what every request passes), then the parts: :mod:`serve.embedder`,
+:mod:`serve.search`, :mod:`serve.grounding`, :mod:`serve.instructor`.
+"""

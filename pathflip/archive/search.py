@@ -217,7 +217,10 @@ def stored_vector(
     space = space_of(archive, encoder=encoder, model=model)
     slide, slash, _ = name.rpartition("/")
     row_id = name if slash and slide in archive.ledger() else archive.resolve(name)
-    where = pc.field("id") == row_id
+    # Of these two columns, only the slide's may have an index.
+    where = (pc.field("slide_id") == (row_id.rpartition("/")[0] or row_id)) & (
+        pc.field("id") == row_id
+    )
     with guarded(archive.uri, "read the embeddings", damaged=True):
         rows = archive.dataset(space.table).to_table(columns=["slide_id", "vector"], filter=where)
     if rows.num_rows == 0 or rows["slide_id"][0].as_py() not in archive.ready_ids(space.encoder):

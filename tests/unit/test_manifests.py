@@ -18,6 +18,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from pathflip.errors import PathFLIPError
+
 ROOT = Path(__file__).resolve().parents[2]
 YAMLS = sorted([*ROOT.glob("*.y*ml"), *(ROOT / "platform").rglob("*.y*ml")])
 RAYJOB = ROOT / "platform" / "kuberay" / "rayjob-ingest.yaml"
@@ -232,6 +234,64 @@ def test_rayjob_entrypoint_is_one_our_command_line_accepts() -> None:
     assert done.returncode == 0, done.stderr
     for flag in (word for word in words if word.startswith("--")):
         assert re.search(rf"{flag}\b", done.stdout), f"{module} does not know {flag}"
+
+
+# ---- Serve ----------------------------------------------------------------------------------
+
+SERVE = sorted((ROOT / "platform" / "serve").glob("*.yaml"))
+
+
+def accept_serve(config: dict[str, Any]) -> Any:
+    """Check a Serve configuration as `serve deploy` does, and its arguments as the service does."""
+    schema = pytest.importorskip("ray.serve.schema").ServeDeploySchema.model_validate(config)
+    from pathflip.config import load_config
+    from serve.app import ServeConfig
+    from serve.instructor import InstructorConfig
+
+    (app,) = schema.applications
+    settings = load_config(ServeConfig, given=app.args)
+    load_config(InstructorConfig, given=settings.engine)
+    return schema, settings
+
+
+@pytest.mark.parametrize("path", SERVE, ids=lambda path: path.stem)
+def test_serve_accepts_its_configurations(path: Path) -> None:
+    from ray.serve.schema import DeploymentSchema
+
+    schema, settings = accept_serve(load(path))
+    assert schema.applications[0].import_path == "serve.app:build"
+    # It listens to others: so there are tokens, and a log that outlives the container.
+    assert settings.token_file
+    assert settings.audit
+    assert not schema.logging_config.enable_access_log, "paths hold ids of slides"
+    assert schema.http_options.request_timeout_s > settings.limits.stream_s
+    for name in ("ingress", "embedder", "search", "grounding", "instructor"):
+        replicas = getattr(settings, name)
+        DeploymentSchema.model_validate({"name": name, **replicas.options()})
+        assert 1 <= replicas.min_replicas <= replicas.max_replicas
+        assert replicas.target <= replicas.ongoing
+        assert replicas.queued >= 0, "nothing may wait without an end"
+    assert (settings.instructor.gpus > 0) == (path.stem == "gpu")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda c: c.update(proxy_location="Somewhere"),
+        lambda c: c["http_options"].update(port="many"),
+        lambda c: c["applications"][0].update(import_path="build"),
+        lambda c: c["applications"][0]["args"].update(tokenfile="x"),
+        lambda c: c["applications"][0]["args"]["search"].update(max_replica=3),
+        lambda c: c["applications"][0]["args"]["engine"]["engine"].update(devices="cpu"),
+    ],
+)
+def test_a_fault_planted_in_a_serve_configuration_is_found(
+    plant: Callable[[dict[str, Any]], Any],
+) -> None:
+    config = load(SERVE[0])
+    plant(config)
+    with pytest.raises((ValueError, PathFLIPError)):
+        accept_serve(config)
 
 
 # ---- image ----------------------------------------------------------------------------------

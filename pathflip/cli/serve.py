@@ -1,0 +1,102 @@
+"""The service, and its audit log."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import Annotated, Any
+
+import typer
+
+from pathflip.cli.options import (
+    ArchiveOption,
+    ConfigOption,
+    JsonOption,
+    OverrideOption,
+    print_json,
+    show_table,
+)
+from pathflip.errors import ConfigError
+
+app = typer.Typer()
+audit_app = typer.Typer(help="The audit log of the service.", no_args_is_help=True)
+app.add_typer(audit_app, name="audit")
+
+
+@app.command()
+def serve(
+    archive: ArchiveOption,
+    run: Annotated[str, typer.Option("--run", help="Run whose model searches, grounds, answers.")],
+    llm: Annotated[
+        str | None, typer.Option(help="Tuned run that answers; default: --run, if it is tuned.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    token_file: Annotated[
+        str | None,
+        typer.Option(help="Who may ask; needed to listen beyond this machine.", metavar="FILE"),
+    ] = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer over HTTP until stopped: search, ground, classify, and chat as OpenAI has it."""
+    from pathflip.config import load_config
+
+    service = _service("app")
+    given = {"archive": archive, "run": run, "llm": llm, "token_file": token_file}
+    settings = load_config(
+        service.ServeConfig,
+        given={key: value for key, value in given.items() if value is not None},
+        file=config,
+        overrides=overrides or (),
+    )
+    out = sys.stdout
+
+    def ready(document: dict[str, Any]) -> None:
+        # The one line there is: what Ray says of itself is no part of it.
+        with redirect_stdout(out):
+            if as_json:
+                print_json(document)
+            else:
+                print(f"pathflip serves {document['archive']} at {document['url']}")
+            out.flush()
+
+    with redirect_stdout(sys.stderr):
+        service.run(settings, host=host, port=port, ready=ready)
+
+
+@audit_app.command("verify")
+def audit_verify(
+    path: Annotated[str, typer.Argument(help="Folder of the log, or one file of it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Check that no line was changed, removed, inserted or cut off; print the heads."""
+    heads = _service("audit").verify(path)
+    rows = [
+        {"file": name, "lines": head.lines, "torn": head.torn, "head": head.hash}
+        for name, head in heads.items()
+    ]
+    if as_json:
+        print_json({"ok": True, "files": rows})
+    else:
+        show_table(
+            "the audit log is whole", ("file", "lines", "torn", "head"),
+            [list(row.values()) for row in rows],
+        )  # fmt: skip
+
+
+def _service(name: str) -> Any:
+    """Import a module of serve/, which is not part of the installed wheel."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"serve.{name}")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        hint = "Run it from a checkout of pathflip or from its image."
+        if missing in ("ray", "fastapi"):
+            hint = "Install it: pip install 'pathflip[ray]'."
+        raise ConfigError(
+            f"This command needs {missing}, which is not installed here.", hint=hint
+        ) from error

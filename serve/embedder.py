@@ -1,0 +1,145 @@
+"""Texts and pictures to vectors of the model that the archive is searched by."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.errors import ConfigError, EncoderError
+from serve.limits import Refused
+
+if TYPE_CHECKING:
+    from pathflip.checkpoints import Run
+    from pathflip.encoders import Encoder
+
+MAX_SCALED = 32 << 20
+"""Pixels of a picture at the archive's resolution: two regions of the paper's size."""
+
+logger = logging.getLogger(__name__)
+
+
+class Embedder:
+    """Embeds what clients send.
+
+    Args:
+        archive: Whose encoder and tiling pictures are cut and embedded with.
+        run: The trained model.
+        encoder: How to load the encoder, such as ``uni2=/path``; by default by the name the run
+            was trained with. Where it cannot be loaded, pictures are refused and texts are not.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    def __init__(
+        self, archive: str, run: str, *, encoder: str | None = None, device: str = "cpu"
+    ) -> None:
+        from pathflip.archive import Archive
+        from pathflip.checkpoints import load_run
+        from pathflip.evaluation.encode import check_fits
+        from pathflip.geometry import Tiling
+
+        opened = Archive(archive)
+        self.run: Run = load_run(run, device=device)
+        name = check_fits(opened, self.run)
+        self.tiling = Tiling(**opened.tiling())
+        self.encoder: Encoder | None = None
+        # One at a time: the model fills its processor, and a tokenizer is no thread's friend.
+        self.turn = asyncio.Lock()
+        self.created = int(time.time())
+        try:
+            self.encoder = _load_encoder(opened, name, encoder, device)
+        except (EncoderError, ConfigError) as error:
+            logger.warning("Pictures are not taken: %s", error)
+        # The first text is slow: not a client's.
+        self._texts(["tissue"])
+
+    async def describe(self) -> dict[str, Any]:
+        """The model: ``id``, ``fingerprint``, ``created``."""
+        return {
+            "id": self.run.name,
+            "fingerprint": self.run.fingerprint,
+            "created": self.created,
+        }
+
+    async def texts(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Vectors of texts.
+
+        Returns:
+            {"model", "fingerprint", "vectors": float32 [n, d] of length 1, "tokens"}.
+        """
+        async with self.turn:
+            return await asyncio.to_thread(self._texts, list(texts))
+
+    async def image(self, pixels: NDArray[np.uint8], *, mpp: float) -> dict[str, Any]:
+        """The vector of a picture, RGB [h, w, 3] at µm/px, read by the model as one region or more.
+
+        Raises:
+            ConfigError: It is smaller than a patch, or larger than the service reads once brought
+                to the archive's scale.
+            Refused: ``no_encoder``.
+        """
+        if self.encoder is None:
+            raise Refused("This service has no encoder for pictures.", code="no_encoder")
+        scaled = pixels.shape[0] * pixels.shape[1] * (mpp / self.tiling.mpp) ** 2
+        if scaled > MAX_SCALED:
+            raise ConfigError(
+                f"At the archive's {self.tiling.mpp:g} µm/px the picture has {scaled:,.0f} pixels; "
+                f"at most {MAX_SCALED:,} are read."
+            )
+        async with self.turn:
+            return await asyncio.to_thread(self._image, pixels, mpp)
+
+    def _texts(self, texts: list[str]) -> dict[str, Any]:
+        import torch
+
+        if not all(text.strip() for text in texts):
+            raise ConfigError("A text is empty.")
+        with torch.no_grad():
+            vectors = self.run.model.encode_text(texts).float().cpu().numpy()
+        tokens = self.run.model.tokenizer(texts, truncation=False)["input_ids"]
+        return self._made(vectors, sum(map(len, tokens)))
+
+    def _image(self, pixels: NDArray[np.uint8], mpp: float) -> dict[str, Any]:
+        import torch
+
+        from pathflip.query import picture_regions
+
+        assert self.encoder is not None
+        regions = picture_regions(pixels, encoder=self.encoder, tiling=self.tiling, mpp=mpp)
+        features = torch.zeros(1, len(regions), self.tiling.slots, self.encoder.dim)
+        mask = torch.zeros(1, len(regions), self.tiling.slots, dtype=torch.bool)
+        for number, values in enumerate(regions):
+            features[0, number, : len(values)] = torch.from_numpy(values)
+            mask[0, number, : len(values)] = True
+        device = self.run.model.device
+        with torch.no_grad():
+            seen = self.run.model.encode_slide(features.to(device), mask.to(device)).slide
+        return self._made(seen.float().cpu().numpy(), 0)
+
+    def _made(self, vectors: NDArray[np.float32], tokens: int) -> dict[str, Any]:
+        return {
+            "model": self.run.name,
+            "fingerprint": self.run.fingerprint,
+            "vectors": np.ascontiguousarray(vectors, np.float32),
+            "tokens": tokens,
+        }
+
+
+def _load_encoder(archive: Any, name: str, spec: str | None, device: str) -> Encoder:
+    from pathflip.encoders import load_encoder
+
+    encoder = load_encoder(spec or name, device=device)
+    made_with = archive.encoder(name)[1]["revision"]
+    if (encoder.name, encoder.revision) != (name, made_with):
+        raise ConfigError(
+            f"The archive holds features of {name} revision {made_with}; this encoder is "
+            f"{encoder.name} revision {encoder.revision}.",
+            hint="Name the weights the archive was made with: -o encoder=…",
+            code="other_encoder",
+        )
+    return encoder

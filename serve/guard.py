@@ -1,0 +1,345 @@
+"""What every request passes before a route sees it, and every answer before it leaves.
+
+:class:`Guard` is the outermost layer of the ingress: who asks (:mod:`serve.auth`), how much is
+going on, how large the body is (:mod:`serve.limits`); then the line in the audit log, the headers
+and the metrics. :func:`problem` makes every error one of the same shape, without a trace or a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.datastructures import Headers
+from starlette.responses import Response
+
+from pathflip.errors import ArchiveError, PathFLIPError
+from serve.audit import AuditError, AuditLog
+from serve.auth import LOCAL, Client, Tokens, is_local
+from serve.limits import Limits, Refused, read_body
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = ("/healthz",)
+"""Paths anyone may ask for."""
+UNCOUNTED = ("/healthz", "/readyz", "/metrics")
+"""Paths that are answered however much is going on."""
+
+STATUS = {
+    "unknown_slide": 404,
+    "unknown_region": 404,
+    "unknown_model": 404,
+    "no_thumbnail": 404,
+    "no_engine": 404,
+    "no_encoder": 404,
+    "not_found": 404,
+    "not_indexed": 409,
+    "wrong_model": 409,
+    "wrong_encoder": 409,
+    "other_encoder": 409,
+    "other_tiling": 409,
+    "no_captions": 409,
+    "no_features": 409,
+    "bad_json": 400,
+    "bad_request": 400,
+    "too_large": 413,
+    "media_type": 415,
+    "too_slow": 408,
+    "no_token": 401,
+    "not_local": 403,
+    "scope": 403,
+    "busy": 429,
+    "unavailable": 503,
+    "audit": 503,
+    "internal": 500,
+    "deadline": 504,
+}
+"""HTTP status of an error's code; other errors of ours are 422 if the request can be mended, 500 if
+not."""
+_BROKEN = (ArchiveError, AuditError)  # whatever their code, unless STATUS has it
+_RETRY = (429, 503)
+
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'; sandbox"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """What an ingress replica counts; nothing in it names a slide or a client."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "pathflip_requests", "Requests answered.", ("route", "method", "status"),
+            registry=self.registry,
+        )  # fmt: skip
+        self.seconds = Histogram(
+            "pathflip_request_seconds", "Time until the answer was complete.", ("route",),
+            buckets=_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self.first = Histogram(
+            "pathflip_first_byte_seconds", "Time until the answer began.", ("route",),
+            buckets=_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self.in_flight = Gauge(
+            "pathflip_requests_in_flight", "Requests at work.", registry=self.registry
+        )
+        self.tokens = Counter(
+            "pathflip_tokens", "Tokens of chats.", ("kind",), registry=self.registry
+        )
+
+
+def status_of(error: PathFLIPError) -> int:
+    """The HTTP status of an error of ours."""
+    if error.code in STATUS:
+        return STATUS[error.code]
+    return 500 if isinstance(error, _BROKEN) else 422
+
+
+def problem(
+    status: int,
+    detail: str,
+    *,
+    code: str,
+    request_id: str,
+    errors: Sequence[Mapping[str, str]] | None = None,
+    headers: Mapping[str, str] | None = None,
+    retry_s: int = 1,
+) -> Response:
+    """An error as problem JSON (RFC 9457). ASCII only, so that no text of a client can break it."""
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "request_id": request_id,
+    }
+    if errors:
+        body["errors"] = list(errors)
+    sent = dict(headers or {})
+    if status in _RETRY:
+        sent["Retry-After"] = str(retry_s)
+    if status == 401:
+        sent["WWW-Authenticate"] = "Bearer"
+    return Response(json.dumps(body), status, headers=sent, media_type="application/problem+json")
+
+
+class Guard:
+    """The outermost layer.
+
+    Routes find in ``scope["state"]``: ``client``, ``request_id``, and a dict ``audit`` they add the
+    ids to that they show.
+
+    Args:
+        app: What is guarded.
+        limits: How much.
+        tokens: Who may; None for this machine alone.
+        audit: Where it is written down; None for nowhere.
+        metrics: Where it is counted.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        tokens: Tokens | None,
+        audit: AuditLog | None,
+        metrics: Metrics,
+    ) -> None:
+        self.app, self.limits, self.tokens = app, limits, tokens
+        self.audit, self.metrics = audit, metrics
+        self.at_work, self.stopping = 0, False
+
+    async def drain(self, seconds: float) -> None:
+        """Takes nothing more and returns when nothing is at work, or after so many seconds."""
+        self.stopping = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.at_work:
+                    await asyncio.sleep(0.05)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no route speaks anything else
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        answer = _Answer(self, scope, send)
+        counted = scope["path"] not in UNCOUNTED
+        self.at_work += counted
+        self.metrics.in_flight.inc(counted)
+        try:
+            await self._answer(answer, scope, receive)
+        finally:
+            self.at_work -= counted
+            self.metrics.in_flight.dec(counted)
+            answer.count()
+
+    async def _answer(self, answer: _Answer, scope: Scope, receive: Receive) -> None:
+        try:
+            headers = Headers(scope=scope)
+            if scope["path"] not in OPEN:
+                answer.client = self._client(scope, headers)
+                scope["state"]["client"] = answer.client
+            if scope["path"] not in UNCOUNTED:
+                if self.stopping:
+                    raise Refused("The service is stopping.", code="unavailable")
+                if self.at_work > self.limits.concurrent:
+                    raise Refused("Too much is going on; try again.", code="busy")
+            body = await self._body(scope, headers, receive)
+            if body is None:
+                return
+            async with asyncio.timeout(self.limits.answer_s) as answer.deadline:
+                await self.app(scope, _again(body, receive), answer)
+        except TimeoutError:
+            late = Refused("The answer took too long.", code="deadline")
+            await answer.refuse(late, retry_s=self.limits.retry_s)
+        except PathFLIPError as error:
+            await answer.refuse(error, retry_s=self.limits.retry_s)
+        except Exception as error:  # the outermost line of a request
+            # ASCII: what a client sent may be in the message, and must not begin a line of its own.
+            trace = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("request %s: %s\n%s", answer.request_id, ascii(error), trace)
+            if not answer.complete:
+                await answer.refuse(Refused("", code="internal"), retry_s=self.limits.retry_s)
+
+    def _client(self, scope: Scope, headers: Headers) -> Client:
+        if self.tokens is None:
+            if not is_local((scope.get("client") or (None,))[0], headers):
+                raise Refused(
+                    "Without tokens only this machine is answered, at its own name.",
+                    code="not_local",
+                )
+            return LOCAL
+        client = self.tokens.client(headers.get("authorization"))
+        if client is None:
+            raise Refused("Send a valid token: Authorization: Bearer TOKEN.", code="no_token")
+        return client
+
+    async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes | None:
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            # A web page cannot send this type to another site without asking first.
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise Refused("Send application/json.", code="media_type")
+        return await read_body(receive, headers, self.limits)
+
+
+class _Answer:
+    """Sends one answer: writes it down first, and counts it."""
+
+    def __init__(self, guard: Guard, scope: Scope, send: Send) -> None:
+        self.guard, self.scope, self._send = guard, scope, send
+        self.request_id = uuid.uuid4().hex
+        self.client: Client | None = None
+        self.deadline: asyncio.Timeout | None = None
+        self.status, self.complete = 0, False
+        self.begun = time.perf_counter()
+        state = scope.setdefault("state", {})
+        state["request_id"], state["audit"] = self.request_id, {}
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if self.deadline is not None:
+                loop = asyncio.get_running_loop()
+                self.deadline.reschedule(loop.time() + self.guard.limits.stream_s)
+            self._write_down(message["status"])
+            self.status = message["status"]
+            self.guard.metrics.first.labels(self.route).observe(time.perf_counter() - self.begun)
+            own = {name for name, _ in _HEADERS} | {b"request-id"}
+            sent = [(k, v) for k, v in message.get("headers", ()) if k.lower() not in own]
+            if not any(name.lower() == b"cache-control" for name, _ in sent):
+                sent.append((b"cache-control", b"no-store"))
+            sent += [*_HEADERS, (b"request-id", self.request_id.encode())]
+            message = {**message, "headers": sent}
+        self.complete = message["type"] == "http.response.body" and not message.get("more_body")
+        await self._send(message)
+
+    @property
+    def route(self) -> str:
+        """The template of the path, never the path itself."""
+        return str(getattr(self.scope.get("route"), "path", "none"))
+
+    async def refuse(self, error: PathFLIPError, *, retry_s: int) -> None:
+        """Answers with an error, if no answer has begun."""
+        if self.status:
+            # Half an answer is out: the connection is cut so that nobody takes it for a whole one.
+            raise RuntimeError(f"the answer was cut: {error.code}")
+        self.deadline = None  # it is over
+        status = status_of(error)
+        detail = "Something broke here." if status == 500 else error.message
+        response = problem(
+            status, detail, code=error.code, request_id=self.request_id, retry_s=retry_s
+        )
+        try:
+            await response(self.scope, _nothing, self)
+        except AuditError as broken:
+            logger.error("request %s: %s", self.request_id, broken.message)
+            self.client = None  # nothing is shown, so nothing is written down
+            response = problem(
+                503, "The audit log cannot be written.", code="audit",
+                request_id=self.request_id, retry_s=retry_s,
+            )  # fmt: skip
+            await response(self.scope, _nothing, self)
+
+    def _write_down(self, status: int) -> None:
+        """One line for whoever is known and asks for anything under /v1."""
+        if self.guard.audit is None or self.client is None:
+            return
+        if not self.scope["path"].startswith("/v1/"):
+            return
+        peer = (self.scope.get("client") or ("",))[0]
+        self.guard.audit.write(
+            {
+                "request": self.request_id,
+                "who": self.client.name,
+                "from": peer,
+                "action": f"{self.scope['method']} {self.route}",
+                **self.scope["state"]["audit"],
+                "outcome": status,
+            }
+        )
+
+    def count(self) -> None:
+        metrics, status = self.guard.metrics, str(self.status or "gone")
+        method = self.scope["method"] if self.route != "none" else "none"
+        metrics.requests.labels(self.route, method, status).inc()
+        metrics.seconds.labels(self.route).observe(time.perf_counter() - self.begun)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Hands out a body that was read, and after it what else the client does."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return next_message
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}

@@ -1,0 +1,436 @@
+"""The routes. Each checks what was asked, asks one or two parts, and shapes the answer.
+
+Parts are plain asynchronous objects (:class:`serve.embedder.Embedder`,
+:class:`serve.search.Search`, :class:`serve.grounding.Grounding`, the instructor). Behind Ray Serve
+they are deployments reached through handles (:mod:`serve.app`); the same routes run over either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from pathflip import __version__
+from pathflip.errors import PathFLIPError
+from serve.audit import AuditLog
+from serve.auth import Tokens
+from serve.chat import Told, count_tokens, events, rebuilt
+from serve.guard import Guard, Metrics, problem, status_of
+from serve.limits import Limits, Refused, read_image, strict_json
+from serve.schemas import (
+    MAX_ID,
+    MAX_RESULTS,
+    ChatRequest,
+    ChatResponse,
+    ClassifyRequest,
+    ClassifyResponse,
+    EmbeddingsRequest,
+    EmbeddingsResponse,
+    GroundRequest,
+    GroundResponse,
+    Health,
+    ModelList,
+    Problem,
+    SearchRequest,
+    SearchResponse,
+    SlideInfo,
+    SlideList,
+)
+
+READY_S = 5.0
+"""Time a part has to say that it is up."""
+_LONG_BODY = 64 << 10  # bytes of JSON that are not read beside everybody else
+_ASKED_OFTEN_S = 1.0  # /readyz asks the parts at most this often
+
+_PROBLEM = {"content": {"application/problem+json": {}}, "model": Problem}
+_JPEG: dict[str, Any] = {"content": {"image/jpeg": {"schema": {"type": "string"}}}}
+_PNG_OR_JSON: dict[str, Any] = {"content": {"image/png": {"schema": {"type": "string"}}}}
+_EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the routes ask.
+
+    Attributes:
+        embedder, search, grounding: See their modules.
+        instructor: The language model; None where there is none.
+        hidden: {path or URI of the server: what to say instead} in messages.
+    """
+
+    embedder: Any
+    search: Any
+    grounding: Any
+    instructor: Any = None
+    hidden: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Any]:
+        """Those there are, by name."""
+        parts = {name: getattr(self, name) for name in ("embedder", "search", "grounding")}
+        return parts if self.instructor is None else parts | {"instructor": self.instructor}
+
+    def public(self, text: str) -> str:
+        """A message without the paths of this server."""
+        for secret in sorted(self.hidden, key=len, reverse=True):
+            text = text.replace(secret, self.hidden[secret])
+        return re.sub(r"(?<![\w.])(?:[a-z0-9]+:)?/{1,3}[^\s'\",;]*/[^\s'\",;]*", "…", text)
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        body = await self.body()
+        if len(body) < _LONG_BODY:
+            return strict_json(body)
+        return await asyncio.to_thread(strict_json, body)
+
+
+class _Route(APIRoute):
+    """A route whose JSON is read strictly."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Any:
+            strict_request = _StrictRequest(request.scope, request.receive)
+            try:
+                return await handle(strict_request)
+            except HTTPException as error:
+                # FastAPI wraps whatever reading the body raised.
+                if isinstance(error.__cause__, Refused):
+                    raise error.__cause__ from None
+                raise
+
+        return strict
+
+
+def needs(scope: str | None) -> Any:
+    """A dependency: the client has this scope; any client where it is None."""
+
+    async def check(request: Request) -> None:
+        client = request.state.client
+        if scope is not None and scope not in client.scopes:
+            raise Refused(f"This token has no scope {scope}.", code="scope")
+
+    return Depends(check)
+
+
+def make_app(
+    parts: Parts,
+    *,
+    limits: Limits | None = None,
+    tokens: Tokens | None = None,
+    audit: AuditLog | None = None,
+) -> Guard:
+    """The whole service as an ASGI application.
+
+    Args:
+        parts: What answers.
+        limits: How much of it.
+        tokens: Who may ask; None for this machine alone.
+        audit: Where it is written down.
+    """
+    limits = limits or Limits()
+    metrics = Metrics()
+    app = FastAPI(
+        title="pathflip",
+        version=__version__,
+        description="Search, ground, classify and ask about the slides of an archive.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    app.include_router(routes(parts, limits, metrics))
+    _shape_errors(app, parts, limits)
+    return Guard(app, limits=limits, tokens=tokens, audit=audit, metrics=metrics)
+
+
+def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
+    """All routes."""
+    bearer = Depends(HTTPBearer(auto_error=False, description="A token of the token file."))
+    errors: dict[int | str, dict[str, Any]] = {
+        code: _PROBLEM for code in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 504)
+    }
+    api = APIRouter(route_class=_Route, responses=errors, dependencies=[bearer])
+    open_api = APIRouter()
+    ready = _Ready(parts)
+    known: dict[str, dict[str, Any]] = {}
+
+    async def about(part: str) -> dict[str, Any]:
+        # A model is not exchanged under an ingress: this is asked once, not on every request.
+        if part not in known:
+            known[part] = await getattr(parts, part).describe()
+        return known[part]
+
+    # -- health -----------------------------------------------------------------------------------
+
+    @open_api.get("/healthz", response_model=Health, response_model_exclude_none=True)
+    async def healthz() -> Any:
+        """Whether the ingress is up. Needs no token."""
+        return {"status": "ok"}
+
+    @api.get(
+        "/readyz", response_model=Health, response_model_exclude_none=True,
+        responses={503: {"model": Health}}, dependencies=[needs(None)],
+    )  # fmt: skip
+    async def readyz() -> Any:
+        """Whether every part is up."""
+        up = await ready()
+        body = {"status": "ok" if all(up.values()) else "down", "parts": up}
+        return JSONResponse(body, 200 if all(up.values()) else 503)
+
+    @api.get("/metrics", dependencies=[needs("admin")], response_class=Response, responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})  # fmt: skip
+    async def metrics_text() -> Response:
+        """Counts and times of this replica, for Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @api.get("/openapi.json", dependencies=[needs(None)], include_in_schema=False)
+    async def openapi(request: Request) -> Any:
+        return JSONResponse(request.app.openapi())
+
+    # -- slides -----------------------------------------------------------------------------------
+
+    @api.get(
+        "/v1/slides", dependencies=[needs("read")], response_model=SlideList,
+        response_model_exclude_unset=True,
+    )  # fmt: skip
+    async def slides(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=MAX_RESULTS)] = 100,
+        after: Annotated[str, Query(max_length=MAX_ID)] = "",
+    ) -> Any:
+        """The slides of the archive, by id."""
+        rows, following = await parts.search.slides(after=after, limit=limit)
+        request.state.audit["slides"] = [row["slide_id"] for row in rows]
+        return {"data": rows, "next": following}
+
+    @api.get(
+        "/v1/slides/{slide_id}", dependencies=[needs("read")], response_model=SlideInfo,
+        response_model_exclude_unset=True,
+    )  # fmt: skip
+    async def slide(request: Request, slide_id: _SlidePath) -> Any:
+        """One slide."""
+        row = await parts.search.slide(slide_id)
+        request.state.audit["slides"] = [slide_id]
+        return row
+
+    @api.get(
+        "/v1/slides/{slide_id}/thumbnail", dependencies=[needs("read")], response_class=Response,
+        responses={200: _JPEG},
+    )  # fmt: skip
+    async def thumbnail(request: Request, slide_id: _SlidePath) -> Response:
+        """A small picture of a slide's tissue; never of its label."""
+        data = await parts.search.thumbnail(slide_id)
+        request.state.audit["slides"] = [slide_id]
+        return Response(data, media_type="image/jpeg")
+
+    # -- search, classify, ground, embed ----------------------------------------------------------
+
+    @api.post("/v1/search", dependencies=[needs("search")], response_model=SearchResponse)
+    async def search(request: Request, asked: SearchRequest) -> Any:
+        """Slides or regions like a text, a slide, a region or a picture."""
+        query = asked.model_dump(exclude={"image"})
+        made = None
+        if asked.image is not None:
+            made = await _see(parts, asked.image.data, asked.image.mpp, limits)
+        elif asked.text is not None and asked.mode != "text":
+            made = await parts.embedder.texts([asked.text])
+        if asked.slide_id is not None:
+            request.state.audit["asked"] = asked.slide_id
+        found = await parts.search.search(query, made)
+        shown = dict.fromkeys(row["slide_id"] for row in found["results"])
+        request.state.audit["slides"] = list(shown)
+        return JSONResponse(found)
+
+    @api.post("/v1/classify", dependencies=[needs("search")], response_model=ClassifyResponse)
+    async def classify(request: Request, asked: ClassifyRequest) -> Any:
+        """The class whose words fit each slide best."""
+        request.state.audit["slides"] = asked.slide_ids
+        return JSONResponse(await parts.grounding.classify(asked.model_dump()))
+
+    @api.post(
+        "/v1/ground", dependencies=[needs("search")], response_model=GroundResponse,
+        response_model_exclude_none=True, responses={200: _PNG_OR_JSON},
+    )  # fmt: skip
+    async def ground(request: Request, asked: GroundRequest) -> Any:
+        """Where on a slide a text is true: boxes, or a picture."""
+        request.state.audit["slides"] = [asked.slide_id]
+        found = await parts.grounding.ground(asked.model_dump())
+        if isinstance(found, bytes):
+            return Response(found, media_type="image/png")
+        return JSONResponse(found)
+
+    @api.post(
+        "/v1/embeddings", dependencies=[needs("search")], response_model=EmbeddingsResponse,
+        response_model_exclude_none=True,
+    )  # fmt: skip
+    async def embeddings(asked: EmbeddingsRequest) -> Any:
+        """Vectors of texts or a picture in the space that is searched."""
+        if asked.model is not None and asked.model != (await about("embedder"))["id"]:
+            raise Refused("There is no such model for embeddings.", code="unknown_model")
+        if asked.image is not None:
+            made = await _see(parts, asked.image.data, asked.image.mpp, limits)
+        else:
+            texts = [asked.input] if isinstance(asked.input, str) else list(asked.input or ())
+            made = await parts.embedder.texts(texts)
+        vectors = np.asarray(made["vectors"], "<f4")
+        rows = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": base64.b64encode(vector.tobytes()).decode()
+                if asked.encoding_format == "base64"
+                else vector.tolist(),
+            }
+            for index, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": made["tokens"], "total_tokens": made["tokens"]}
+        return JSONResponse(
+            {"object": "list", "model": made["model"], "data": rows, "usage": usage}
+        )
+
+    # -- chat -------------------------------------------------------------------------------------
+
+    @api.get(
+        "/v1/models", dependencies=[needs(None)], response_model=ModelList,
+        response_model_exclude_none=True,
+    )  # fmt: skip
+    async def models() -> Any:
+        """The models that answer here: for chat first, then for embeddings."""
+        found = []
+        if parts.instructor is not None:
+            found.append({"capability": "chat"} | await about("instructor"))
+        found.append({"capability": "embeddings"} | await about("embedder"))
+        return {"data": found}
+
+    @api.post(
+        "/v1/chat/completions", dependencies=[needs("chat")], response_model=ChatResponse,
+        response_model_exclude_none=True, responses={200: _EVENTS},
+    )  # fmt: skip
+    async def chat(request: Request, asked: ChatRequest) -> Any:
+        """An answer about a slide, whole or as it is written (server-sent events)."""
+        if parts.instructor is None:
+            raise Refused(
+                "This service has no language model: it was started without --llm.",
+                code="no_engine",
+            )
+        if asked.model != (await about("instructor"))["id"]:
+            raise Refused("There is no such model for chat.", code="unknown_model")
+        request.state.audit["slides"] = [asked.slide_id]
+        stream = parts.instructor.chat(rebuilt(asked, limits))
+        told = Told(
+            id=f"chatcmpl-{request.state.request_id}",
+            model=asked.model,
+            created=int(time.time()),
+        )
+        # The first words are awaited here: what is wrong is still an error with its own status.
+        first = await anext(stream)
+        if asked.stream:
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            chunks = events(told, first, stream, usage=usage, metrics=metrics, public=parts.public)
+            return StreamingResponse(chunks, media_type="text/event-stream")
+        text, last = "", first
+        async with aclosing(stream):
+            text += first["text"]
+            async for last in stream:
+                text += last["text"]
+        count_tokens(metrics, last["usage"])
+        return JSONResponse(told.whole(text, last))
+
+    api.include_router(open_api)
+    return api
+
+
+_SlidePath = Annotated[str, Path(max_length=MAX_ID)]
+
+
+async def _see(parts: Parts, data: str, mpp: float, limits: Limits) -> Any:
+    pixels = await asyncio.to_thread(read_image, data, pixels=limits.image_pixels)
+    return await parts.embedder.image(pixels, mpp=mpp)
+
+
+class _Ready:
+    """Asks the parts whether they are up, at most once a second."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.at, self.known = -1e9, dict[str, bool]()
+        self.lock = asyncio.Lock()
+
+    async def __call__(self) -> dict[str, bool]:
+        async with self.lock:
+            if time.monotonic() - self.at > _ASKED_OFTEN_S:
+                named = self.parts.named()
+                up = await asyncio.gather(*map(self._up, named.values()))
+                self.known, self.at = dict(zip(named, up, strict=True)), time.monotonic()
+            return self.known
+
+    async def _up(self, part: Any) -> bool:
+        try:
+            await asyncio.wait_for(part.describe(), READY_S)
+        except Exception:  # whatever is wrong, it is not up
+            return False
+        return True
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def _shape_errors(app: FastAPI, parts: Parts, limits: Limits) -> None:
+    """Every error is problem JSON."""
+
+    def answer(request: Request, status: int, detail: str, code: str, **more: Any) -> Response:
+        request_id = request.state.request_id
+        return problem(
+            status, detail, code=code, request_id=request_id, retry_s=limits.retry_s, **more
+        )
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, PathFLIPError)
+        status = status_of(error)
+        if status >= 500 and not isinstance(error, Refused):
+            raise error  # the guard writes it to the log and tells nothing
+        return answer(request, status, parts.public(error.message), error.code)
+
+    async def unfit(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        # What was sent is not sent back.
+        faults = [
+            {"where": ".".join(map(str, fault["loc"]))[:200], "what": str(fault["msg"])[:300]}
+            for fault in error.errors()[:20]
+        ]
+        return answer(
+            request, 422, "The request is not one this service takes.", "invalid", errors=faults
+        )
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        codes = {404: "not_found", 405: "method"}
+        return answer(
+            request, error.status_code, str(error.detail), codes.get(error.status_code, "invalid"),
+            headers=error.headers,
+        )  # fmt: skip
+
+    async def broken(request: Request, error: Exception) -> Response:
+        return answer(request, 500, "Something broke here.", "internal")
+
+    app.add_exception_handler(Exception, broken)
+    app.add_exception_handler(PathFLIPError, ours)
+    app.add_exception_handler(RequestValidationError, unfit)
+    app.add_exception_handler(HTTPException, http)

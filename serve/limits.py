@@ -1,0 +1,166 @@
+"""How much one request may ask for, checked before anything is made of it.
+
+Bodies are counted while they are read, whatever their Content-Length says, and have a deadline.
+JSON is read strictly: what two parsers may read differently (a name twice, NaN, a number too large
+for a float) is refused. Pictures are measured by their header before a pixel is decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import json
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.errors import PathFLIPError
+
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+
+_IMAGE_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of one ingress replica.
+
+    Args:
+        concurrent: Requests at work at once; of more, the rest are told to come back.
+        body_bytes: Of a request.
+        body_s: Time for a client to send it.
+        answer_s: Time until an answer begins.
+        stream_s: Time for an answer that streams.
+        max_tokens: Tokens of an answer, at most and where the client does not say.
+        image_pixels: Of a picture.
+        retry_s: What Retry-After says.
+    """
+
+    concurrent: int = 64
+    body_bytes: int = 10 << 20
+    body_s: float = 20.0
+    answer_s: float = 60.0
+    stream_s: float = 600.0
+    max_tokens: int = 512
+    image_pixels: int = 16 << 20
+    retry_s: int = 1
+
+
+class Refused(PathFLIPError):
+    """A request that is not served as it is; ``code`` decides the status (:mod:`serve.guard`)."""
+
+    default_code = "bad_request"
+
+
+async def read_body(receive: Receive, headers: Mapping[str, str], limits: Limits) -> bytes | None:
+    """Reads a request's body.
+
+    Returns:
+        The body; None if the client left before it was whole.
+
+    Raises:
+        Refused: ``too_large``, as soon as that is known, or ``too_slow``.
+    """
+    length = headers.get("content-length", "")
+    # What is no number is the server's to refuse; what lies is found while counting.
+    told = int(length) if length.isascii() and length.isdigit() and len(length) < 4000 else 0
+    if told > limits.body_bytes:
+        raise _too_large(limits)
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(limits.body_s):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                part = message.get("body", b"")
+                size += len(part)
+                if size > limits.body_bytes:
+                    raise _too_large(limits)
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise Refused(
+            f"The request did not arrive within {limits.body_s:g} s.", code="too_slow"
+        ) from None
+
+
+def _too_large(limits: Limits) -> Refused:
+    return Refused(f"A request has at most {limits.body_bytes:,} bytes.", code="too_large")
+
+
+def strict_json(body: bytes) -> Any:
+    """Reads JSON that can be read in one way only.
+
+    Raises:
+        Refused: It is not UTF-8 or not JSON, is nested too deeply, names a field twice, or holds a
+            number that is not finite or has thousands of digits.
+    """
+    try:
+        text = body.decode("utf-8")
+        return json.loads(
+            text, parse_constant=_no_constant, parse_float=_float, object_pairs_hook=_once
+        )
+    except (ValueError, RecursionError):
+        raise Refused("The body is not valid JSON.", code="bad_json") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def read_image(data: str, *, pixels: int) -> NDArray[np.uint8]:
+    """Decodes a PNG or JPEG file given in base64.
+
+    Args:
+        data: The file.
+        pixels: At most so many, by the file's header.
+
+    Returns:
+        RGB [h, w, 3].
+
+    Raises:
+        Refused: ``bad_image``: it is none of the two, too large, or damaged.
+    """
+    from PIL import Image
+
+    def wrong(what: str) -> Refused:
+        return Refused(f"The image {what}.", code="bad_image")
+
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise wrong("is not base64") from None
+    try:
+        with Image.open(io.BytesIO(raw), formats=("PNG", "JPEG")) as image:
+            width, height = image.size
+            if not 0 < width * height <= pixels:
+                raise wrong(f"has {width * height:,} pixels, at most {pixels:,} are read")
+            if image.mode not in _IMAGE_MODES:
+                raise wrong("is not of 8 bits in grey or RGB")
+            return np.asarray(image.convert("RGB"), np.uint8)
+    except Refused:
+        raise
+    except Exception:  # Pillow's decoders raise anything for a damaged file
+        raise wrong("is no PNG or JPEG that can be read") from None

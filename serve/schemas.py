@@ -1,0 +1,462 @@
+"""What clients may send and what they get: the shapes of every route, checked strictly.
+
+Requests forbid what they do not know. A field of the OpenAI API that is not here (``logit_bias``,
+``tools``, ``response_format``, ``prompt_embeds``, ``chat_template`` and so on) is an error, never
+passed on. Numbers are finite; sizes are bounded here, the body as a whole in :mod:`serve.limits`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_ID = 400
+"""Characters of a slide's or region's id."""
+MAX_TEXT = 2000
+"""Characters of a text to search, ground or embed."""
+MAX_RESULTS = 1000
+MAX_TEXTS = 64
+"""Texts embedded, slides classified, and names of classes in one request."""
+MAX_CONTENT = 20_000
+"""Characters of one chat message."""
+MAX_MESSAGES = 64
+MAX_STOPS = 4
+_BIG = 2**63 - 1
+_IMAGE = 14 << 20  # base64 characters; the body's limit is below
+
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Pixel = Annotated[int, Field(ge=0, le=2**40)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Variant = Literal["attn", "region_only", "cosine", "product"]
+
+
+class _In(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class _Out(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+class Fault(_Out):
+    """One thing wrong with a request."""
+
+    where: str = Field(examples=["body.k"])
+    what: str = Field(examples=["Input should be less than or equal to 1000"])
+
+
+class Problem(_Out):
+    """An error (RFC 9457), as application/problem+json."""
+
+    type: Literal["about:blank"] = "about:blank"
+    title: str = Field(examples=["Not Found"])
+    status: int = Field(examples=[404])
+    detail: str = Field(examples=["There is no such slide."])
+    code: str = Field(description="Short and stable, for machines.", examples=["unknown_slide"])
+    request_id: str = Field(examples=["0b5e7c1c9f1e4b0f8c9a3f0e8f6f2a11"])
+    errors: list[Fault] | None = None
+
+
+# -- search ---------------------------------------------------------------------------------------
+
+
+class Image(_In):
+    """A picture of tissue: its bytes and its scale. Never a path or an address."""
+
+    data: str = Field(
+        min_length=1, max_length=_IMAGE, description="A PNG or JPEG file in base64.",
+        examples=["iVBORw0KGgo…"],
+    )  # fmt: skip
+    mpp: float = Field(
+        ge=0.05, le=10, allow_inf_nan=False, description="µm per pixel.", examples=[0.5]
+    )
+
+
+class Condition(_In):
+    """A filter: a column, an operator, a value."""
+
+    field: Literal[
+        "slide_id", "patient_id", "x0", "y0", "size0", "mpp", "tissue_fraction", "n_patches",
+        "split", "vendor",
+    ]  # fmt: skip
+    op: Literal["=", "!=", "<", "<=", ">", ">="] = "="
+    value: (
+        Annotated[str, Field(max_length=MAX_ID)] | Annotated[int, Field(ge=-_BIG, le=_BIG)] | Finite
+    )
+
+
+class SearchRequest(_In):
+    """Finds slides or regions like a text, a slide, a region or a picture; give exactly one."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"text": "dense lymphocytes", "level": "region", "k": 5}],
+        }
+    )
+
+    text: Text | None = None
+    slide_id: Id | None = None
+    region_id: Id | None = None
+    image: Image | None = None
+    mode: Literal["vector", "text", "hybrid"] = Field(
+        "vector", description="Of a text: by meaning, by the words of captions, or both."
+    )
+    level: Literal["region", "slide"] = "region"
+    k: int = Field(10, ge=1, le=MAX_RESULTS)
+    filters: list[Condition] = Field([], max_length=16)
+    exclude_same_slide: bool = False
+    exclude_same_patient: bool = False
+
+    @model_validator(mode="after")
+    def _one_query(self) -> SearchRequest:
+        given = [self.text, self.slide_id, self.region_id, self.image]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("give exactly one of text, slide_id, region_id, image")
+        if self.text is None and self.mode != "vector":
+            raise ValueError("modes text and hybrid search for a text")
+        if self.mode == "text" and self.level != "slide":
+            raise ValueError("captions are of slides: mode text needs level slide")
+        own = self.slide_id is not None or self.region_id is not None
+        if (self.exclude_same_slide or self.exclude_same_patient) and not own:
+            raise ValueError("only a slide or a region of the archive has a slide or patient")
+        return self
+
+
+class Found(_Out):
+    """A slide or region that was found."""
+
+    rank: int
+    score: float
+    slide_id: str
+    region_id: str | None = Field(description="Null for slides.")
+    x0: int | None = Field(description="Level-0 px.")
+    y0: int | None
+    size0: int | None
+    mpp: float | None = Field(description="µm per level-0 px.")
+
+
+class SearchResponse(_Out):
+    """Results, best first."""
+
+    model: str
+    results: list[Found]
+
+
+# -- slides ---------------------------------------------------------------------------------------
+
+
+class SlideInfo(_Out):
+    """What is told of a slide; nothing else of its metadata leaves the archive."""
+
+    slide_id: str
+    width: int | None = Field(description="Level-0 px.")
+    height: int | None
+    mpp: float | None = Field(description="µm per level-0 px.")
+    vendor: str | None
+    split: str | None
+    n_regions: int | None
+    n_patches: int | None
+    tissue_mm2: float | None
+    patient_id: str | None = Field(
+        None, description="Only where the service is set to tell patients."
+    )
+
+
+class SlideList(_Out):
+    """A page of slides, by id."""
+
+    data: list[SlideInfo]
+    next: str | None = Field(description="Give it as `after` for the next page.")
+
+
+# -- classify, ground -----------------------------------------------------------------------------
+
+ClassName = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class ClassifyRequest(_In):
+    """Scores slides against the words of classes."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "slide_ids": ["slide_0001-1a2b3c4d"],
+                    "classes": {"colon": ["colonic mucosa"], "lung": ["lung parenchyma"]},
+                }
+            ]
+        }
+    )
+
+    slide_ids: list[Id] = Field(min_length=1, max_length=MAX_TEXTS)
+    classes: dict[ClassName, Annotated[list[ClassName], Field(min_length=1, max_length=8)]] = Field(
+        min_length=2, max_length=32, description="{class: names of it}"
+    )
+    templates: Literal["single", "ensemble"] = "ensemble"
+    score: Literal["global", "local", "sum"] = "global"
+
+    @model_validator(mode="after")
+    def _few_names(self) -> ClassifyRequest:
+        if sum(map(len, self.classes.values())) > MAX_TEXTS:
+            raise ValueError(f"give at most {MAX_TEXTS} names in all")
+        if not all(name.strip() for names in self.classes.values() for name in names):
+            raise ValueError("a name of a class is empty")
+        return self
+
+
+class Classified(_Out):
+    """The scores of one slide."""
+
+    slide_id: str
+    label: str = Field(description="The class whose words fit best.")
+    scores: dict[str, float] = Field(description="{class: cosine}")
+
+
+class ClassifyResponse(_Out):
+    """One row a slide, by id."""
+
+    model: str
+    results: list[Classified]
+
+
+class GroundRequest(_In):
+    """Shows where on a slide a text is true."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"slide_id": "slide_0001-1a2b3c4d", "text": "areas of necrosis"}]
+        }
+    )
+
+    slide_id: Id
+    text: Text
+    variant: Variant = "attn"
+    contrast: Text | None = Field(None, description="Neutral text whose heat is subtracted.")
+    sigma: float = Field(1.0, ge=0, le=8, allow_inf_nan=False, description="Smoothing, patches.")
+    min_patches: int = Field(4, ge=1, le=10_000, description="Smallest box.")
+    patches: bool = Field(False, description="Tell the heat of every patch as well.")
+    format: Literal["json", "png"] = Field(
+        "json", description="png: heat and boxes over the thumbnail."
+    )
+
+
+class Box(_Out):
+    """A hot part of a slide, level-0 px and µm."""
+
+    x0: int
+    y0: int
+    w0: int
+    h0: int
+    x_um: float
+    y_um: float
+    w_um: float
+    h_um: float
+    score: float
+    patches: int
+
+
+class GroundResponse(_Out):
+    """Heat of a text on a slide."""
+
+    model: str
+    slide_id: str
+    text: str
+    variant: Variant
+    contrast: str | None
+    score: float = Field(description="How well the text fits anywhere on the slide, -1 to 1.")
+    mpp: float
+    boxes: list[Box]
+    patches: list[dict[str, Any]] | None = None
+
+
+# -- embeddings (OpenAI) --------------------------------------------------------------------------
+
+
+class EmbeddingsRequest(_In):
+    """Vectors of texts or of a picture; the OpenAI shape, and ``image``."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"input": "areas of necrosis", "model": "demo_1a2b3c4d"}]}
+    )
+
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    image: Image | None = None
+    model: Id | None = Field(None, description="As /v1/models names it; may be left out.")
+    encoding_format: Literal["float", "base64"] = "float"
+    user: Annotated[str, Field(max_length=MAX_ID)] | None = Field(None, description="Not used.")
+
+    @model_validator(mode="after")
+    def _one_input(self) -> EmbeddingsRequest:
+        if (self.input is None) == (self.image is None):
+            raise ValueError("give input or image")
+        return self
+
+
+class Embedding(_Out):
+    """One vector: numbers, or little-endian float32 in base64."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(_Out):
+    """Tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int | None = None
+
+
+class EmbeddingsResponse(_Out):
+    """Vectors in the order of the inputs."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+# -- chat (OpenAI) --------------------------------------------------------------------------------
+
+
+class TextPart(_In):
+    """A part of a message; text is the only kind there is."""
+
+    type: Literal["text"]
+    text: str = Field(max_length=MAX_CONTENT)
+
+
+class Message(_In):
+    """What one side said."""
+
+    role: Literal["system", "user", "assistant"]
+    content: (
+        Annotated[str, Field(max_length=MAX_CONTENT)]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=16)]
+    )
+
+    def text(self) -> str:
+        """Its parts as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class RegionBox(_In):
+    """A square of the slide, level-0 px: only its regions are looked at."""
+
+    x0: Pixel
+    y0: Pixel
+    size0: Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class StreamOptions(_In):
+    """As OpenAI has them."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_In):
+    """A question about a slide; the OpenAI shape, with ``slide_id`` and ``region``."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "demo",
+                    "slide_id": "slide_0001-1a2b3c4d",
+                    "messages": [{"role": "user", "content": "Which organ is shown?"}],
+                }
+            ]
+        }
+    )
+
+    model: Id
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    slide_id: Id
+    region: RegionBox | None = None
+    max_tokens: int | None = Field(None, ge=1, le=8192)
+    max_completion_tokens: int | None = Field(None, ge=1, le=8192)
+    temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    n: Literal[1] = 1
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=100)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=MAX_STOPS)
+        ]
+        | None
+    ) = None
+    seed: int | None = Field(None, ge=0, le=_BIG)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=MAX_ID)] | None = Field(None, description="Not used.")
+
+    @model_validator(mode="after")
+    def _ends_with_a_question(self) -> ChatRequest:
+        if self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("give max_tokens or max_completion_tokens")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream")
+        return self
+
+
+class Said(_Out):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class Choice(_Out):
+    """The one answer there is."""
+
+    index: Literal[0] = 0
+    message: Said
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class ChatResponse(_Out):
+    """A chat completion."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class ModelInfo(_Out):
+    """A model that answers here."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["pathflip"] = "pathflip"
+    capability: Literal["chat", "embeddings"]
+    fingerprint: str
+    max_model_len: int | None = None
+
+
+class ModelList(_Out):
+    """The models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class Health(_Out):
+    """Whether the service, or each part of it, is up."""
+
+    status: Literal["ok", "down"]
+    parts: dict[str, bool] | None = None

@@ -1,0 +1,229 @@
+"""Search over the archive, and what is told of its slides.
+
+A query is :func:`pathflip.archive.search.search` in a thread: Lance and NumPy work without the
+interpreter's lock, so the event loop stays free. LanceDB's asynchronous API was measured beside it
+(docs/serve.md): for the same columns it took nearly twice as long per query, because what the
+library keeps in memory of a table has to be read each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from serve.limits import Refused
+
+if TYPE_CHECKING:
+    from pathflip.archive import Archive
+
+T = TypeVar("T")
+
+SHOWN = (
+    "slide_id", "width", "height", "mpp", "vendor", "split", "n_regions", "n_patches", "tissue_mm2",
+)  # fmt: skip
+"""Columns of a slide that clients see: what is not here is not told."""
+THREADS = 8
+_JPEG = b"\xff\xd8\xff"
+
+
+class Current:
+    """A snapshot of an archive that is renewed when something was committed.
+
+    Args:
+        uri: The archive.
+        refresh_s: How long a snapshot is taken for the newest without a look.
+    """
+
+    def __init__(self, uri: str, *, refresh_s: float) -> None:
+        from pathflip.archive import Archive
+
+        self.archive = Archive(uri)
+        self._refresh_s, self._looked = refresh_s, time.monotonic()
+        self._looking = asyncio.Lock()
+
+    async def newest(self) -> Archive:
+        """The snapshot; a query goes on with the one it began with."""
+        if time.monotonic() - self._looked > self._refresh_s and not self._looking.locked():
+            async with self._looking:
+                self.archive = await asyncio.to_thread(self._renewed)
+                self._looked = time.monotonic()
+        return self.archive
+
+    def known(self, archive: Archive, slide_id: str) -> str:
+        """The id, if it is exactly that of a ready slide; names of files are not taken.
+
+        Raises:
+            Refused: ``unknown_slide``.
+        """
+        row = archive.ledger().get(slide_id)
+        if row is None or row["status"] != "ready":
+            raise Refused("There is no such slide.", code="unknown_slide")
+        return slide_id
+
+    def _renewed(self) -> Archive:
+        from pathflip.archive import Archive
+
+        old = self.archive
+        newest = {name: old.dataset(name).latest_version for name in old.tables()}
+        if all(old.dataset(name).version == version for name, version in newest.items()):
+            return old
+        return Archive(old.uri)
+
+
+class Search:
+    """Answers what needs the archive alone.
+
+    Args:
+        archive: The archive.
+        model: Name of the trained model whose vectors are searched.
+        fingerprint: Of that model; vectors of another are refused.
+        refresh_s: How old what is known of the archive may be.
+        patients: Whether ids of patients may be asked for and are told.
+    """
+
+    def __init__(
+        self,
+        archive: str,
+        *,
+        model: str,
+        fingerprint: str,
+        refresh_s: float = 30.0,
+        patients: bool = False,
+    ) -> None:
+        self.current = Current(archive, refresh_s=refresh_s)
+        self.model, self.fingerprint, self.patients = model, fingerprint, patients
+        # Lance spreads a query over all processors: more threads only wait for each other.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="search")
+
+    async def describe(self) -> dict[str, Any]:
+        """How many slides are ready; reads a row, so that a lost file is seen."""
+        archive = await self.current.newest()
+        await asyncio.to_thread(lambda: archive.dataset("slides").to_table(limit=1))
+        return {"slides": len(_ready(archive))}
+
+    # -- slides -----------------------------------------------------------------------------------
+
+    async def slides(self, *, after: str, limit: int) -> tuple[list[dict[str, Any]], str | None]:
+        """A page of slides by id, and the id after which the next begins."""
+        archive = await self.current.newest()
+        rows = await self._run(self._rows, archive)
+        ids = _ready(archive)
+        start = bisect_right(ids, after)
+        page = ids[start : start + limit]
+        more = page[-1] if start + limit < len(ids) else None
+        return [rows[slide] for slide in page], more
+
+    async def slide(self, slide_id: str) -> dict[str, Any]:
+        """What is told of a slide.
+
+        Raises:
+            Refused: ``unknown_slide``.
+        """
+        archive = await self.current.newest()
+        rows = await self._run(self._rows, archive)
+        return rows[self.current.known(archive, slide_id)]
+
+    async def thumbnail(self, slide_id: str) -> bytes:
+        """The JPEG of a slide's thumbnail.
+
+        Raises:
+            Refused: ``unknown_slide``, ``no_thumbnail``.
+        """
+        archive = await self.current.newest()
+        known = self.current.known(archive, slide_id)
+        data: bytes | None = (await self._run(archive.slide, known))["thumbnail"]
+        if not data or not data.startswith(_JPEG):
+            raise Refused("The archive has no thumbnail of this slide.", code="no_thumbnail")
+        return data
+
+    def _rows(self, archive: Archive) -> dict[str, dict[str, Any]]:
+        def read() -> dict[str, dict[str, Any]]:
+            columns = [*SHOWN, *(["patient_id"] if self.patients else [])]
+            rows = archive.slides("ready", columns=columns).to_pylist()
+            return {row["slide_id"]: row for row in rows}
+
+        return archive.cached("serve/slides", read)
+
+    # -- search -----------------------------------------------------------------------------------
+
+    async def search(
+        self, asked: Mapping[str, Any], made: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Answers a :class:`serve.schemas.SearchRequest`.
+
+        Args:
+            asked: Its fields.
+            made: The vector of its text or picture, as :class:`serve.embedder.Embedder` gives it.
+
+        Returns:
+            {"model", "results"} of :class:`serve.schemas.SearchResponse`.
+
+        Raises:
+            ArchiveError: ``wrong_model``: the vector is of another model; ``not_indexed``;
+                ``no_captions``.
+            Refused: ``unknown_slide``, ``unknown_region``.
+            ConfigError: A filter is wrong.
+        """
+        archive = await self.current.newest()
+        return await self._run(self._search, archive, asked, made)
+
+    def _search(
+        self, archive: Archive, asked: Mapping[str, Any], made: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        from pathflip.archive.filters import Filter
+        from pathflip.archive.search import search, stored_vector
+        from pathflip.archive.textsearch import search_hybrid, search_text
+
+        filters = [Filter(**condition) for condition in asked["filters"]]
+        if not self.patients and any(one.field == "patient_id" for one in filters):
+            raise Refused("This service does not tell of patients.", code="patients")
+        own = asked["slide_id"] or asked["region_id"]
+        common: dict[str, Any] = {"k": asked["k"], "filters": filters}
+        if own is not None:
+            common |= self._left_out(archive, asked)
+        if asked["mode"] == "text":
+            # Filters look at the rows of slides, which are the same by every encoder and model.
+            indexed = self.model in archive.models()
+            found = search_text(
+                archive,
+                asked["text"],
+                model=self.model if indexed else None,
+                encoder=None if indexed else next(iter(archive.encoders()), None),
+                **common,
+            )
+            return {"model": "captions", "results": found.to_pylist()}
+        space: dict[str, Any] = {"model": self.model, "fingerprint": self.fingerprint}
+        if made is not None:
+            space = {"model": made["model"], "fingerprint": made["fingerprint"]}
+            vector = made["vectors"][0]
+        else:
+            vector = stored_vector(archive, own, model=self.model)
+        ask = search if asked["mode"] == "vector" else partial(search_hybrid, text=asked["text"])
+        found = ask(archive, vector=vector, level=asked["level"], **space, **common)
+        return {"model": space["model"], "results": found.to_pylist()}
+
+    def _left_out(self, archive: Archive, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What a query by something of the archive leaves out of the results."""
+        region, slide = asked["region_id"], asked["slide_id"]
+        slide = self.current.known(archive, slide or region.rpartition("/")[0])
+        found: dict[str, Any] = {"exclude_slide": slide if asked["exclude_same_slide"] else None}
+        if asked["exclude_same_patient"]:
+            # As the command line does: without a patient, there is nothing to be sure of.
+            patient = archive.slide(slide)["patient_id"]
+            if patient is None:
+                raise Refused("The archive knows no patient of this slide.", code="no_patient")
+            found["exclude_patient"] = patient
+        return found
+
+    async def _run(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+
+def _ready(archive: Archive) -> list[str]:
+    """The ids of ready slides, sorted."""
+    return archive.cached("serve/ready", lambda: sorted(archive.ready_ids()))

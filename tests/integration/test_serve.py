@@ -1,0 +1,300 @@
+"""``pathflip serve`` as a process of its own: one ready line, real HTTP, SIGTERM, exit 0."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.audit import verify
+from tests.faults import descendants, resident_bytes
+from tests.unit.serve.test_auth import BODIES, ROUTES
+from tests.unit.serve.world import SECRETS, TOKENS, World, bearer, make_world
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+COMMAND = (sys.executable, "-m", "pathflip.cli", "serve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """The service.
+
+    Attributes:
+        process: Its own.
+        port: Where it listens.
+        audit: Its log.
+        errors: What it writes on stderr.
+        ready: Its one line.
+    """
+
+    process: subprocess.Popen[str]
+    port: int
+    audit: Path
+    errors: Path
+    ready: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def served(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    folder = tmp_path_factory.mktemp("service")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *COMMAND, "--archive", world.archive, "--run", world.run, "--port", port, "--json",
+        "--token-file", world.token_file, "-o", f"audit={folder / 'audit'}",
+        "-o", "limits.body_s=5", "-o", "limits.concurrent=8",
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    errors = folder / "stderr"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [str(word) for word in command], stdout=subprocess.PIPE, stderr=stderr, text=True,
+            env=environment,
+        )  # fmt: skip
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        assert line, errors.read_text()
+        yield Process(
+            process=process, port=port, audit=folder / "audit", errors=errors,
+            ready=json.loads(line),
+        )  # fmt: skip
+    finally:
+        children = descendants(process.pid)
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+        for pid in children:  # those that a fault left
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def http(served: Process) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=served.ready["url"], headers=bearer("all"), timeout=60) as client:
+        yield client
+
+
+def test_the_ready_line(served: Process, http: httpx.Client) -> None:
+    assert served.ready["pid"] == served.process.pid
+    assert served.ready["url"] == f"http://127.0.0.1:{served.port}"
+    assert http.get("/readyz").json()["status"] == "ok"
+
+
+def test_every_route_over_http(served: Process, http: httpx.Client) -> None:
+    for method, path in ROUTES:
+        options: dict[str, Any] = {"json": BODIES[path]} if path in BODIES else {}
+        answer = http.request(method, path, **options)
+        chat = path == "/v1/chat/completions"
+        assert answer.status_code == (404 if chat else 200), answer.text
+        for secret in (*SECRETS, TOKENS["all"][1]):
+            assert secret not in answer.text + str(answer.headers)
+        bare = httpx.request(method, served.ready["url"] + path, timeout=60, **options)
+        assert bare.status_code == 401
+    assert http.get("/v1/slides/slide009").json()["code"] == "unknown_slide"
+    answer = http.post("/v1/search", json={"slide_id": "slide001", "k": 0})
+    assert answer.json()["errors"] == [
+        {"where": "body.k", "what": "Input should be greater than or equal to 1"}
+    ]
+    assert httpx.get(served.ready["url"] + "/healthz", timeout=60).status_code == 200
+
+
+def test_it_listens_on_loopback_only(served: Process) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing; tells which address would
+        own = probe.getsockname()[0]
+    if own.startswith("127."):
+        pytest.skip("this machine has no other address")
+    with pytest.raises(OSError, match=r"refused|unreachable"):
+        socket.create_connection((own, served.port), timeout=5).close()
+
+
+def raw(served: Process, *lines: str) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", served.port), timeout=60)
+    head = ["POST /v1/search HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
+    head += [f"Authorization: {bearer('all')['Authorization']}", *lines]
+    connection.sendall(("\r\n".join(head) + "\r\n\r\n").encode())
+    return connection
+
+
+def answered(connection: socket.socket) -> bytes:
+    got = b""
+    with contextlib.suppress(OSError):
+        while b"\r\n\r\n" not in got and (part := connection.recv(65536)):
+            got += part
+    return got
+
+
+def test_four_hundred_megabytes_in_chunks_are_not_kept(served: Process, http: httpx.Client) -> None:
+    http.get("/v1/slides")
+    before = resident_bytes(descendants(served.process.pid))
+    peak, sent = before, 0
+    chunk = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
+    with raw(served, "Transfer-Encoding: chunked") as connection:
+        head = b""
+        for _ in range(400):
+            connection.settimeout(0.01)
+            with contextlib.suppress(TimeoutError, OSError):
+                head += connection.recv(4096)
+            if head:
+                break
+            connection.settimeout(60)
+            try:
+                connection.sendall(chunk)
+            except OSError:
+                break
+            sent += 1
+            peak = max(peak, resident_bytes(descendants(served.process.pid)))
+        connection.settimeout(60)
+        head = head or answered(connection)
+    assert head.startswith(b"HTTP/1.1 413")
+    assert sent < 400
+    assert peak - before < 100 << 20
+    assert http.get("/v1/slides").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("lines", "body", "status"),
+    [
+        (("Content-Length: 419430400",), b"", b"413"),
+        (("Content-Length: 99999999999999999999",), b"", b"4"),
+        (("Content-Length: -5",), b"", b"400"),
+        (("Content-Length: 5", "Content-Length: 6"), b"{}", b"400"),
+        (("Content-Length: 5", "Transfer-Encoding: chunked"), b"0\r\n\r\n", b"4"),
+        (("Content-Length: 1000",), b'{"text":', b"408"),  # and then nothing: slowloris
+    ],
+)
+def test_lengths_that_lie(
+    served: Process, lines: tuple[str, ...], body: bytes, status: bytes
+) -> None:
+    with raw(served, *lines) as connection:
+        connection.sendall(body)
+        assert answered(connection).startswith(b"HTTP/1.1 " + status)
+
+
+def test_ray_answers_nobody_without_its_token(served: Process) -> None:
+    """Its ports are open to the machine's network; who has no token is told nothing."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    listening = {
+        int(row.split()[1].rpartition(":")[2], 16)
+        for name in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        if row.split()[3] == "0A" and row.split()[9] in _sockets(served.process.pid)
+    }
+    command = " ".join(
+        Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        for pid in descendants(served.process.pid)
+        if Path(f"/proc/{pid}/cmdline").exists()
+    )
+    match = re.search(r"--gcs[-_]address=\S*?:(\d+)", command)
+    assert match
+    port = int(match[1])
+    assert port in listening
+    code = (
+        "import ray._raylet as r\n"
+        f"print(r.GcsClient(address='127.0.0.1:{port}').internal_kv_keys(b'', None, 10))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "InvalidAuthToken" in done.stderr or "Unauthenticated" in done.stderr
+
+
+def _sockets(pid: int) -> set[str]:
+    found = set()
+    for child in [pid, *descendants(pid)]:
+        with contextlib.suppress(OSError):
+            for entry in Path(f"/proc/{child}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry))
+                    if match:
+                        found.add(match[1])
+    return found
+
+
+def test_sigterm_lets_answers_finish_and_exits_0(served: Process) -> None:
+    """Last: it ends the service."""
+    body = json.dumps({"slide_id": "slide001", "k": 1}).encode()
+    with raw(served, f"Content-Length: {len(body)}", "Connection: close") as connection:
+        connection.sendall(body[:5])
+        at_work = "pathflip_requests_in_flight 1.0"
+        deadline = time.monotonic() + 30
+        while (
+            at_work
+            not in httpx.get(
+                served.ready["url"] + "/metrics", headers=bearer("all"), timeout=30
+            ).text
+        ):
+            assert time.monotonic() < deadline
+        children = descendants(served.process.pid)
+        served.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        connection.sendall(body[5:])
+        assert answered(connection).startswith(b"HTTP/1.1 200")
+    assert served.process.wait(120) == 0, served.errors.read_text()
+    assert served.process.stdout is not None
+    assert served.process.stdout.read() == ""  # the ready line was all
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/cwd").exists() for pid in children):
+        assert time.monotonic() < deadline, "it left processes"
+        time.sleep(0.2)
+    (head,) = verify(served.audit).values()
+    assert head.lines > len(ROUTES)
+    assert not head.torn
+    text = "".join(path.read_text() for path in served.audit.iterdir())
+    for secret in (*SECRETS, *(token for _, token in TOKENS.values())):
+        assert secret not in text + served.errors.read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        (["--host", "0.0.0.0"], "no_tokens"),
+        (["--host", "::"], "no_tokens"),
+        (["--token-file", "{run}/model/pathflip.json"], "token_mode"),
+        (["-o", "limits.body_byte=1"], "config"),
+        (["--llm", "{run}"], None),
+    ],
+)
+def test_what_is_refused_before_anything_starts(
+    world: World, capfd: pytest.CaptureFixture[str], more: list[str], code: str | None
+) -> None:
+    from pathflip.cli import main
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    more = [word.replace("{run}", str(world.run)) for word in more]
+    command = ["serve", "--archive", world.archive, "--run", world.run, "--port", port, "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in command] + more)
+    out, _ = capfd.readouterr()
+    assert ended.value.code in (1, 2)
+    error = json.loads(out)["error"]
+    assert code is None or error["code"] == code
+    assert error["hint"]

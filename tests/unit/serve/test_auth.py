@@ -1,0 +1,162 @@
+"""Tokens: read from a file nobody else may read, compared whole, each with its scopes."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from pathflip.errors import ConfigError
+from serve.auth import SCOPES, is_loopback, read_tokens
+from tests.unit.serve.world import TOKENS, bearer, write_tokens
+
+ROUTES = {
+    ("GET", "/readyz"): None,
+    ("GET", "/openapi.json"): None,
+    ("GET", "/v1/models"): None,
+    ("GET", "/metrics"): "admin",
+    ("GET", "/v1/slides"): "read",
+    ("GET", "/v1/slides/slide001"): "read",
+    ("GET", "/v1/slides/slide001/thumbnail"): "read",
+    ("POST", "/v1/search"): "search",
+    ("POST", "/v1/classify"): "search",
+    ("POST", "/v1/ground"): "search",
+    ("POST", "/v1/embeddings"): "search",
+    ("POST", "/v1/chat/completions"): "chat",
+}
+BODIES = {
+    "/v1/search": {"text": "a"},
+    "/v1/classify": {"slide_ids": ["slide001"], "classes": {"a": ["a"], "b": ["b"]}},
+    "/v1/ground": {"slide_id": "slide001", "text": "a"},
+    "/v1/embeddings": {"input": "a"},
+    "/v1/chat/completions": {
+        "model": "m", "slide_id": "slide001", "messages": [{"role": "user", "content": "a"}],
+    },
+}  # fmt: skip
+
+
+def test_a_token_file_is_read(tmp_path):
+    tokens = read_tokens(write_tokens(tmp_path / "tokens"))
+    for name, (scopes, token) in TOKENS.items():
+        client = tokens.client(f"Bearer {token}")
+        assert (client.name, client.scopes) == (name, frozenset(scopes.split(",")))
+        assert tokens.client(f"bearer {token}") == client
+        for wrong in (token[:-1], token + "x", token.upper(), token.replace("-", "_")):
+            assert tokens.client(f"Bearer {wrong}") is None
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        assert tokens.client(f"Bearer sha256:{digest}") is None  # the digest is no token
+    for wrong in (None, "", "Bearer", "Bearer ", "Basic " + TOKENS["all"][1], TOKENS["all"][1]):
+        assert tokens.client(wrong) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("", "token_file", "no token"),
+        ("# nobody\n", "token_file", "no token"),
+        ("a read", "token_file", "line 1"),
+        ("a read x y", "token_file", "line 1"),
+        ("a read short", "token_file", "shorter"),
+        ("a read ünicode" + "x" * 30, "token_file", "ASCII"),
+        ("a write " + "x" * 30, "token_file", "scope"),
+        ("a read, search " + "x" * 30, "token_file", "line 1"),
+        ("a/b read " + "x" * 30, "token_file", "name"),
+        ("a read sha256:12", "token_file", "64 hex"),
+        ("a read " + "x" * 30 + "\nb read " + "x" * 30, "token_file", "twice"),
+        ("a read " + "x" * 30 + "\na chat " + "y" * 30, "token_file", "twice"),
+    ],
+)
+def test_a_wrong_line_is_refused_and_not_repeated(tmp_path, text, code, words):
+    path = tmp_path / "tokens"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_tokens(path)
+    assert caught.value.code == code
+    assert "xxxxx" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620])
+def test_a_file_others_may_read_is_refused(tmp_path, mode):
+    path = write_tokens(tmp_path / "tokens")
+    path.chmod(mode)
+    with pytest.raises(ConfigError) as caught:
+        read_tokens(path)
+    assert caught.value.code == "token_mode"
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError):
+        read_tokens(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("route", "scope"), ROUTES.items(), ids=str)
+def test_every_route_wants_its_scope_and_no_other(ask, route, scope):
+    method, path = route
+    options = {"json": BODIES[path]} if path in BODIES else {}
+    for headers in ({}, {"Authorization": "Bearer " + "x" * 40}, {"Authorization": "Basic YTpi"}):
+        answer = ask(method, path, who=None, headers=headers, **options)
+        assert (answer.status_code, answer.json()["code"]) == (401, "no_token")
+        assert answer.headers["www-authenticate"] == "Bearer"
+    owner = {"read": "reader", "search": "finder", "chat": "talker", "admin": "all"}
+    for own in SCOPES:
+        answer = ask(method, path, who=owner[own], **options)
+        if scope in (None, own) or owner[own] == "all":
+            assert answer.status_code not in (401, 403)
+        else:
+            assert (answer.status_code, answer.json()["code"]) == (403, "scope")
+
+
+def test_unknown_paths_tell_nothing_without_a_token(ask):
+    for path in ("/", "/docs", "/v1/nothing", "/v1/slides/slide001/label", "/pause"):
+        assert ask("GET", path, who=None).status_code == 401
+        assert ask("GET", path).status_code == 404
+
+
+def test_only_healthz_is_open(ask):
+    assert ask("GET", "/healthz", who=None).status_code == 200
+    for path in ("/healthz/", "/healthz/../v1/slides", "//healthz", "/HEALTHZ", "/healthz%00"):
+        assert ask("GET", path, who=None).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("127.0.0.1", True), ("127.0.0.1:80", True), ("localhost", True), ("LOCALHOST:8000", True),
+        ("[::1]:8000", True), ("::1", True), ("127.9.9.9", True),
+        ("0.0.0.0", False), ("10.0.0.1", False), ("localhost.evil.org", False), ("", False),
+        ("evil.org", False), ("127.0.0.1.evil.org", False), ("2130706433", False), ("::", False),
+        ("[::ffff:10.0.0.1]", False), ("127.0.0.1@evil.org", False),
+    ],
+)  # fmt: skip
+def test_what_loopback_is(host, local):
+    assert is_loopback(host) is local
+
+
+def test_without_tokens_only_this_machine_is_answered(serving):
+    ask = serving(tokens=False)
+    assert ask("GET", "/v1/slides").status_code == 200
+    for options in (
+        {"client": ("10.0.0.7", 1)},
+        {"base": "http://evil.org"},  # a page that had its name point here
+        {"headers": {"Host": "evil.org"}},
+    ):
+        answer = ask("GET", "/v1/slides", **options)
+        assert (answer.status_code, answer.json()["code"]) == (403, "not_local")
+
+
+def test_a_web_page_cannot_post(serving):
+    ask = serving(tokens=False)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        answer = ask("POST", "/v1/search", content=b'{"text":"a"}', headers={"Content-Type": kind})
+        assert (answer.status_code, answer.json()["code"]) == (415, "media_type")
+    answer = ask("OPTIONS", "/v1/search", headers={"Origin": "http://evil.org"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_a_token_is_in_no_log(ask, caplog):
+    caplog.set_level(0)
+    ask("GET", "/v1/slides", who="reader")
+    ask("GET", "/v1/slides", who=None, headers={"Authorization": "Bearer " + "z" * 40})
+    assert bearer("reader")["Authorization"][7:] not in caplog.text
+    assert "z" * 40 not in caplog.text

@@ -1,0 +1,264 @@
+"""Limits: of bodies, JSON, pictures, time and how much is going on."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import struct
+import tracemalloc
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from serve.limits import Limits, Refused, read_body, read_image, strict_json
+from tests.unit.serve.world import bearer, png
+
+PIXELS = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": -1e999}',
+        b'{"a": 1, "a": 2}', b'{"a": {"b": 1, "b": 2}}', b"[" * 100_000, b'{"a":' * 100_000,
+        b'{"a": 1' + b"0" * 5000 + b"}", b"{", b"", b"\xff\xfe{}", b'"\xed\xa0\x80"', b"{}{}",
+        b"{'a': 1}", b'{"a": 01}', b"\xef\xbb\xbf{}",
+    ],
+)  # fmt: skip
+def test_json_read_in_more_than_one_way_is_refused(ask, body):
+    with pytest.raises(Refused):
+        strict_json(body)
+    answer = ask("POST", "/v1/search", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=20,
+)  # fmt: skip
+
+
+@given(json_values)
+@settings(max_examples=100, deadline=None)
+def test_other_json_is_read_as_it_is(value):
+    assert strict_json(json.dumps(value).encode()) == json.loads(json.dumps(value))
+
+
+def reading(limits, headers, *parts, pause=0.0):
+    async def run():
+        left = list(parts)
+        taken = []
+
+        async def receive():
+            await asyncio.sleep(pause)
+            taken.append(left.pop(0))
+            return {"type": "http.request", "body": taken[-1], "more_body": bool(left)}
+
+        try:
+            return await read_body(receive, headers, limits), taken
+        except Refused as error:
+            return error.code, taken
+
+    return asyncio.run(run())
+
+
+def test_a_body_is_counted_while_it_is_read():
+    limits = Limits(body_bytes=1000)
+    assert reading(limits, {}, b"x" * 500, b"y" * 500)[0] == b"x" * 500 + b"y" * 500
+    code, taken = reading(limits, {}, *[b"x" * 300] * 1000)
+    assert (code, len(taken)) == ("too_large", 4)
+    # Whatever Content-Length says.
+    assert reading(limits, {"content-length": "10"}, *[b"x" * 300] * 1000)[0] == "too_large"
+    for length in ("1001", "9" * 300):
+        assert reading(limits, {"content-length": length}, b"x") == ("too_large", [])
+    for odd in ("-1", "1e9", "٣", "", "0x10"):
+        assert reading(limits, {"content-length": odd}, b"x")[0] == b"x"
+    assert reading(Limits(body_s=0.05), {}, b"x", b"y", pause=0.04)[0] == "too_slow"
+
+
+def test_a_large_body_is_refused_without_keeping_it(ask):
+    async def endless():
+        for _ in range(400):
+            yield b"x" * (1 << 20)
+
+    tracemalloc.start()
+    answer = ask(
+        "POST", "/v1/search", content=endless(), headers={"Content-Type": "application/json"}
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+    assert peak < 50 << 20
+
+
+def test_one_request_too_many_is_told_to_come_back(serving, loop):
+    app = serving(limits=Limits(concurrent=2, retry_s=7)).app
+    blocked = asyncio.Event()
+
+    async def held():  # a body that does not end keeps a request at work
+        yield b"{"
+        await blocked.wait()
+        yield b'"text": "a"}'
+
+    async def run():
+        transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+        options = {"headers": bearer("all") | {"Content-Type": "application/json"}}
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1", timeout=60
+        ) as http:
+            busy = [
+                asyncio.create_task(http.post("/v1/search", content=held(), **options))
+                for _ in range(2)
+            ]
+            await asyncio.sleep(0.1)
+            refused = await http.post("/v1/search", content=b'{"text": "a"}', **options)
+            health = await http.get("/healthz")
+            ready = await http.get("/readyz", headers=bearer("all"))
+            blocked.set()
+            done = await asyncio.gather(*busy)
+            after = await http.post("/v1/search", content=b'{"text": "a"}', **options)
+        return refused, health, ready, done, after
+
+    refused, health, ready, done, after = loop.run_until_complete(run())
+    assert (refused.status_code, refused.json()["code"]) == (429, "busy")
+    assert refused.headers["retry-after"] == "7"
+    assert (health.status_code, ready.status_code) == (200, 200)
+    assert [answer.status_code for answer in done] == [200, 200]
+    assert after.status_code == 200
+
+
+def test_draining_waits_for_what_is_at_work_and_takes_nothing_more(serving, loop):
+    app = serving().app
+    blocked = asyncio.Event()
+
+    async def held():
+        yield b"{"
+        await blocked.wait()
+        yield b'"text": "a"}'
+
+    async def run():
+        transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+        options = {"headers": bearer("all") | {"Content-Type": "application/json"}}
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1", timeout=60
+        ) as http:
+            busy = asyncio.create_task(http.post("/v1/search", content=held(), **options))
+            while not app.at_work:
+                await asyncio.sleep(0.01)
+            draining = asyncio.create_task(app.drain(60))
+            await asyncio.sleep(0.1)
+            refused = await http.post("/v1/search", content=b'{"text": "a"}', **options)
+            waiting = not draining.done()
+            blocked.set()
+            await draining
+            return waiting, refused, await busy, app.at_work
+
+    waiting, refused, busy, left = loop.run_until_complete(run())
+    assert waiting
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+    assert busy.status_code == 200
+    assert left == 0
+
+
+def test_an_answer_has_a_deadline(serving):
+    ask = serving(limits=Limits(answer_s=1e-4))
+    answer = ask("POST", "/v1/ground", json={"slide_id": "slide001", "text": "a"})
+    assert (answer.status_code, answer.json()["code"]) == (504, "deadline")
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(width, height, *, kind=2, body=b""):
+    head = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body
+        + chunk(b"IDAT", zlib.compress(bytes(10 << 20))) + chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+def jpeg_that_says(width, height):
+    data = bytearray(base64.b64decode(png(np.zeros((64, 64, 3), np.uint8), "JPEG")))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def tiff():
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(out, "TIFF")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"", b"x", b"GIF89a", tiff(), b"<svg/>", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe",
+        bomb(65535, 65535), bomb(2**31 - 1, 2**31 - 1), bomb(0, 100), bomb(2**20, 2),
+        bomb(64, 64, body=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(64 << 20)))),
+        bomb(64, 64, body=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(64 << 20)))),
+        bomb(64, 64, kind=9), jpeg_that_says(65500, 65500), jpeg_that_says(0, 0),
+        base64.b64decode(png(np.zeros((64, 64, 3), np.uint8)))[:60],
+    ],
+    ids=lambda raw: f"{raw[:4]!r}-{len(raw)}",
+)  # fmt: skip
+def test_what_is_no_small_picture_is_refused_before_it_is_decoded(raw):
+    tracemalloc.start()
+    with pytest.raises(Refused) as caught:
+        read_image(base64.b64encode(raw).decode(), pixels=PIXELS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.code == "bad_image"
+    assert peak < 50 << 20
+
+
+@given(st.binary(max_size=300), st.integers(0, 400))
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_picture_is_a_picture_or_refused(noise, at):
+    whole = bytearray(base64.b64decode(png(np.zeros((32, 32, 3), np.uint8))))
+    whole[at : at + len(noise)] = noise
+    try:
+        found = read_image(base64.b64encode(bytes(whole)).decode(), pixels=PIXELS)
+    except Refused:
+        return
+    assert found.ndim == 3
+    assert found.shape[0] * found.shape[1] <= PIXELS
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA"])
+def test_ordinary_pictures_are_read(mode):
+    out = io.BytesIO()
+    Image.new(mode, (40, 30), 1).save(out, "PNG")
+    found = read_image(base64.b64encode(out.getvalue()).decode(), pixels=PIXELS)
+    assert (found.shape, found.dtype) == ((30, 40, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "data", ["not base64!", "//etc/passwd", "http://169.254.169.254/", "AAA", "\u0661" * 8]
+)
+def test_what_is_no_file_in_base64_is_refused(ask, data):
+    answer = ask("POST", "/v1/search", json={"image": {"data": data, "mpp": 0.5}})
+    assert (answer.status_code, answer.json()["code"]) == (422, "bad_image")
+
+
+def test_a_picture_that_grows_is_refused(ask):
+    image = {"data": png(np.zeros((2000, 2000, 3), np.uint8)), "mpp": 10}
+    answer = ask("POST", "/v1/search", json={"image": image})
+    assert answer.status_code == 422
+    assert "pixels" in answer.json()["detail"]
+    small = {"data": png(np.zeros((8, 8, 3), np.uint8)), "mpp": 0.5}
+    assert "patch" in ask("POST", "/v1/search", json={"image": small}).json()["detail"]
