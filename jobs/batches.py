@@ -26,7 +26,7 @@ from pathflip.archive import Archive, vectors
 from pathflip.archive.schema import intact_rows
 from pathflip.archive.storage import guarded, is_local
 from pathflip.errors import ArchiveError, CheckpointError
-from pathflip.models.prompting import CAPTION_INSTRUCTION, Example, question_example
+from pathflip.models.prompting import CaptionStyle, Example, caption_example, question_example
 
 AHEAD = 2
 """Batches read ahead of the one being trained on."""
@@ -134,14 +134,16 @@ class Examples:
         caption_share: How often a slide that has questions, too, shows its caption.
         open_share: How often a question with options is asked without them.
         caption_epochs: Epochs at the beginning in which captions alone are shown.
-        shuffle_sentences: Whether a caption's sentences come in a random order.
+        captions: How captions are written, see :func:`pathflip.models.prompting.caption_example`.
+        letters: Whether options are answered by their letter.
     """
 
     most: int
     caption_share: float
     open_share: float
     caption_epochs: int
-    shuffle_sentences: bool = False
+    captions: CaptionStyle = "whole"
+    letters: bool = True
 
 
 def draw_examples(
@@ -167,22 +169,18 @@ def draw_examples(
         epoch: Of the draw.
         slide_id: Of the draw.
     """
-    from pathflip.text import split_sentences
-
     rng = rng_for("examples", seed, epoch, slide_id)
-    said = caption
-    if sampling.shuffle_sentences:
-        sentences = split_sentences(caption)
-        said = " ".join(sentences[i] for i in rng.permutation(len(sentences)))
     if caption and (epoch < sampling.caption_epochs or not questions):
-        return [_described(said)]
-    shown = [_described(said)] if caption and rng.random() < sampling.caption_share else []
+        return [caption_example(caption, sampling.captions, rng)]
+    shown = []
+    if caption and rng.random() < sampling.caption_share:
+        shown.append(caption_example(caption, sampling.captions, rng))
     for i in rng.permutation(len(questions))[: sampling.most - len(shown)].tolist():
         choices = list(questions[i].get("choices", ()))
         ordered = [choices[j] for j in rng.permutation(len(choices))]
         if rng.random() < sampling.open_share:
             ordered = []
-        shown.append(question_example(questions[i]["question"], ordered, questions[i]["answer"]))
+        shown.append(_asked(questions[i], ordered, sampling))
     return shown
 
 
@@ -190,14 +188,15 @@ def all_examples(
     caption: str, questions: Sequence[Mapping[str, Any]], sampling: Examples
 ) -> list[Example]:
     """Returns what is asked about a slide in validation: its caption and its first questions."""
-    shown = [_described(caption)] if caption else []
+    shown = [caption_example(caption, sampling.captions)] if caption else []
     for entry in questions[: sampling.most]:
-        shown.append(question_example(entry["question"], entry.get("choices", ()), entry["answer"]))
+        choices = entry.get("choices", ()) if sampling.open_share < 1 else ()
+        shown.append(_asked(entry, choices, sampling))
     return shown
 
 
-def _described(caption: str) -> Example:
-    return Example(instruction=CAPTION_INSTRUCTION, answer=caption, kind="caption")
+def _asked(entry: Mapping[str, Any], choices: Sequence[str], sampling: Examples) -> Example:
+    return question_example(entry["question"], choices, entry["answer"], letter=sampling.letters)
 
 
 # -- reading --------------------------------------------------------------------------------------

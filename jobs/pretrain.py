@@ -26,21 +26,18 @@ import numpy as np
 import torch
 
 from jobs import fit
-from jobs.batches import Batch, Batches, FeatureReader
+from jobs.batches import Batch
 from jobs.card import model_card
-from jobs.corpus import Corpus, make_corpus, rng_for
+from jobs.corpus import Corpus, make_corpus
 from jobs.recipe import PretrainConfig as PretrainConfig
 from jobs.recipe import resolve as resolve
 from jobs.runs import load_tensors
-from jobs.task import Stage, Task, about_model
+from jobs.task import Stage, Task, about_model, start_batch
 from jobs.training import Progress
 from pathflip.archive import Archive
 from pathflip.checkpoints import Checkpoint, write_whole
 from pathflip.models import PathFLIP, PathFLIPOutput
 from pathflip.models.warm_start import warm_start
-
-START_SLIDES, START_REGIONS, START_BYTES = 128, 24, 256 << 20
-"""How much of the training data a model is started from: slides, regions of each, fp16 bytes."""
 
 
 def pretrain(
@@ -106,15 +103,8 @@ class Pretraining(Task):
         model = self._drawn(corpus)
         config = self.config
         if config.model.warm_start or config.model.feature_norm != "none":
-            reader = FeatureReader(corpus)
-            whole = max(1, corpus.about["slots"] * corpus.about["encoder"]["dim"] * 2)
-            most = min(config.max_regions or START_REGIONS, START_REGIONS)
-            count = max(2, min(START_SLIDES, START_BYTES // (whole * most)))
-            train = corpus.members("train").tolist()
-            chosen = rng_for("start", config.seed).permutation(train)[:count].tolist()
-            sampling = replace(config.sampling(), max_regions=most)
-            batch = Batches(reader, sampling).draw(chosen, chosen, epoch=0)
-            sentences = list(dict.fromkeys(text for i in chosen for text in corpus.pieces[i]))
+            batch = start_batch(corpus, config)
+            sentences = list(dict.fromkeys(t for i in batch.slides for t in corpus.pieces[i]))
             if config.model.warm_start:
                 warm_start(model, batch.features, batch.patch_mask, sentences, seed=config.seed)
             else:

@@ -34,7 +34,27 @@ TUNE_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "projector_epochs": 0,
         "batch_size": 8,
     },
-    "instruct/mini": {},
+    "instruct/mini": {
+        "instruct": {
+            "prefix": "joined",
+            "choice_answer": "text",
+            "projector_start": "text",
+            "lora_dropout": 0.0,
+        },
+        "projector_epochs": 0,
+        "epochs": 6,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "min_lr": 1e-5,
+        "vision_rate": 0.1,
+        "max_regions": 16,
+        "examples_per_slide": 4,
+        "caption_share": 1.0,
+        "captions": "affirmed",
+        "pieces": "affirmed",
+        "open_share": 1.0,
+        "weight_decay": 0.01,
+    },
 }
 """Settings that differ from the defaults, by preset; see docs/tune.md."""
 
@@ -211,8 +231,9 @@ class TuneConfig(TrainConfig):
         examples_per_slide: Most examples (caption, questions) of a slide in an epoch.
         caption_share: How often a slide that has questions, too, shows its caption.
         open_share: How often a question with options is asked without them.
-        shuffle_sentences: Whether a caption's sentences come in a random order: for reports whose
-            order means nothing.
+        captions: How captions are written: ``whole``, as they are; ``shuffled``, their sentences in
+            a random order, for reports whose order means nothing; ``affirmed``, what they affirm,
+            in the order of the alphabet.
         align: Weight of the vision model's own losses, which train along in the second stage.
         best: What decides which weights are exported: the loss of the answers about the
             validation slides (``loss``), or the last (``last``).
@@ -231,7 +252,7 @@ class TuneConfig(TrainConfig):
     examples_per_slide: int = 4
     caption_share: float = 0.5
     open_share: float = 0.25
-    shuffle_sentences: bool = False
+    captions: Literal["whole", "shuffled", "affirmed"] = "whole"
     align: float = 0.0
     best: Literal["loss", "last"] = "loss"
 
@@ -262,7 +283,8 @@ class TuneConfig(TrainConfig):
                 caption_share=self.caption_share,
                 open_share=self.open_share,
                 caption_epochs=self.projector_epochs,
-                shuffle_sentences=self.shuffle_sentences,
+                captions=self.captions,
+                letters=self.instruct.choice_answer == "letter",
             ),
         )
 

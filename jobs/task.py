@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from jobs.batches import Batch
-from jobs.corpus import Corpus
+from jobs.batches import Batch, Batches, FeatureReader
+from jobs.corpus import Corpus, rng_for
 from jobs.recipe import AnyConfig, TuneConfig
 from pathflip.checkpoints import Checkpoint
 from pathflip.models import PathFLIP
+
+START_SLIDES, START_REGIONS, START_BYTES = 128, 24, 256 << 20
+"""How much of the training data a model is started from: slides, regions of each, fp16 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,17 @@ def task_of(config: AnyConfig) -> Task:
     from jobs.pretrain import Pretraining
 
     return Pretraining(config)
+
+
+def start_batch(corpus: Corpus, config: AnyConfig) -> Batch:
+    """Returns some training slides, the same for the same seed: what a start is fitted to."""
+    whole = max(1, corpus.about["slots"] * corpus.about["encoder"]["dim"] * 2)
+    most = min(config.max_regions or START_REGIONS, START_REGIONS)
+    count = max(2, min(START_SLIDES, START_BYTES // (whole * most)))
+    train = corpus.members("train").tolist()
+    chosen = rng_for("start", config.seed).permutation(train)[:count].tolist()
+    sampling = replace(config.sampling(), max_regions=most)
+    return Batches(FeatureReader(corpus), sampling).draw(chosen, chosen, epoch=0)
 
 
 def about_model(

@@ -26,7 +26,7 @@ from jobs.corpus import Corpus, make_corpus
 from jobs.recipe import TuneConfig as TuneConfig
 from jobs.recipe import resolve_tuning as resolve
 from jobs.runs import load_tensors
-from jobs.task import Stage, Task, about_model
+from jobs.task import Stage, Task, about_model, start_batch
 from jobs.training import Progress
 from pathflip.archive import Archive
 from pathflip.archive.attach import check_fits
@@ -34,6 +34,7 @@ from pathflip.checkpoints import Checkpoint, load_run, write_whole
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PathFLIP, PathFLIPInstruct, hub
 from pathflip.models.instruct import InstructOutput, fingerprint_of
+from pathflip.models.warm_start import start_projector
 
 __all__ = ["TuneConfig", "Tuning", "plan", "resolve", "tune"]
 
@@ -154,6 +155,11 @@ class Tuning(Task):
         model = PathFLIPInstruct.from_parts(vision, config.llm, config.instruct, seed=config.seed)
         if model.base["fingerprint"] != corpus.about["base"]["fingerprint"]:
             self.check(corpus)
+        if config.instruct.projector_start == "text":
+            batch = start_batch(corpus, config)
+            train = corpus.members("train").tolist()
+            sentences = sorted({text for i in train for text in corpus.pieces[i]})
+            start_projector(model, batch.features, batch.patch_mask, sentences)
         return model
 
     def stages(self, steps_per_epoch: int) -> list[Stage]:

@@ -1,16 +1,20 @@
-"""The models: PathFLIP, its configuration and its presets."""
+"""The models: PathFLIP, its instruction head, their configurations and presets."""
 
 from __future__ import annotations
 
 from pathflip.models.config import PRESETS, PathFLIPConfig, Preset, preset
+from pathflip.models.front import InstructConfig
+from pathflip.models.instruct import PathFLIPInstruct
 from pathflip.models.outputs import Grounding, PathFLIPOutput, SlideEmbedding
 from pathflip.models.pathflip import PathFLIP
 
 __all__ = [
     "PRESETS",
     "Grounding",
+    "InstructConfig",
     "PathFLIP",
     "PathFLIPConfig",
+    "PathFLIPInstruct",
     "PathFLIPOutput",
     "Preset",
     "SlideEmbedding",

@@ -79,12 +79,15 @@ class Sight:
         attention: Of those vectors to the patches of their region [B, N, T, M], 0 where masked;
             None if not asked for.
         region_mask: bool [B, N].
+        queries: Vectors of slides, one a query, whose mean is ``slide`` [B, Q, d]; None where they
+            were not asked for, or slides are made otherwise.
     """
 
     slide: Tensor
     tokens: Tensor | None
     attention: Tensor | None
     region_mask: Tensor
+    queries: Tensor | None = None
 
     def flat(self) -> tuple[Tensor, Tensor]:
         """Region vectors [B, N·T, d] and their mask [B, N·T]; none where there are no regions."""

@@ -278,17 +278,36 @@ class PathFLIP(nn.Module):
         Raises:
             ValueError: Slides, captions and sub-captions are not equally many.
         """
+        regions = self.config.has_region_loss
+        sight = self.see(features, self.training_mask(patch_mask), regions=regions)
+        return self.align(
+            sight, captions, subcaptions, negative_choice=negative_choice, group=group
+        )
+
+    def training_mask(self, patch_mask: Tensor) -> Tensor:
+        """The patches a training step sees: without those that ``patch_dropout`` hides."""
+        if self.training and self.config.patch_dropout:
+            return _hide_patches(patch_mask, self.config.patch_dropout)
+        return patch_mask
+
+    def align(
+        self,
+        sight: Sight,
+        captions: Texts,
+        subcaptions: Sequence[Texts],
+        *,
+        negative_choice: Tensor | None = None,
+        group: Any = None,
+    ) -> PathFLIPOutput:
+        """Losses of slides that have been seen; the arguments are those of :meth:`forward`."""
         config = self.config
-        counts = {len(features), len(patch_mask), len(captions)}
+        counts = {len(sight.slide), len(captions)}
         if config.has_region_loss:
             counts.add(len(subcaptions))
             if len({len(own) for own in subcaptions}) > 1:
                 raise ValueError("every slide needs the same number of sub-captions")
         if len(counts) > 1:
             raise ValueError(f"slides, captions and sub-captions are {sorted(counts)} many")
-        if self.training and config.patch_dropout:
-            patch_mask = _hide_patches(patch_mask, config.patch_dropout)
-        sight = self.see(features, patch_mask, regions=config.has_region_loss)
         pieces: list[Any] = []
         if config.has_region_loss:
             pieces = [text for own in subcaptions for text in own]
@@ -357,7 +376,13 @@ class PathFLIP(nn.Module):
         return self.patch_in(x) if self.config.patch_width else x
 
     def see(
-        self, features: Tensor, patch_mask: Tensor, *, regions: bool, attention: bool = False
+        self,
+        features: Tensor,
+        patch_mask: Tensor,
+        *,
+        regions: bool,
+        attention: bool = False,
+        queries: bool = False,
     ) -> Sight:
         """Raw vectors of slides and their regions.
 
@@ -366,12 +391,13 @@ class PathFLIP(nn.Module):
             patch_mask: bool [B, N, M].
             regions: Whether regions are wanted; where slides are made of them they are read anyway.
             attention: Whether their attention to patches is wanted.
+            queries: Whether a slide's vectors are wanted too, one a query, before their mean.
         """
         config = self.config
         patches = self.patches(features)
         region_mask = patch_mask.any(-1)
         regions = (regions or config.slide_needs_regions) and config.has_regions
-        slide = tokens = weights = None
+        slide = tokens = weights = by_query = None
         if regions and config.region_encoder == "mean":
             share = patch_mask / patch_mask.sum(-1, keepdim=True).clamp(min=1)
             weights = share.to(patches.dtype)[:, :, None]
@@ -384,6 +410,8 @@ class PathFLIP(nn.Module):
             )
             if seen.slide is not None:
                 slide = self.token_out(seen.slide.mean(-2))
+                if queries and not config.slide_context_layers:
+                    by_query = self.token_out(seen.slide)
             if seen.regions is not None:
                 states, weights = seen.regions, seen.attention
                 if config.tokens_per_region == 1:
@@ -399,9 +427,16 @@ class PathFLIP(nn.Module):
             slide = (tokens.mean(2) * real).sum(1) / real.sum(1).clamp(min=1)
         if self.slide_bias is not None:
             slide = slide + self.slide_bias
+            by_query = None if by_query is None else by_query + self.slide_bias
         if config.slide_context_layers:
             slide, tokens = self._in_context(slide, tokens, region_mask)
-        return Sight(slide=slide, tokens=tokens, attention=weights, region_mask=region_mask)
+        return Sight(
+            slide=slide,
+            tokens=tokens,
+            attention=weights,
+            region_mask=region_mask,
+            queries=by_query,
+        )
 
     def _read(
         self, patches: Tensor, mask: Tensor, *, regions: bool, slide: bool, attention: bool

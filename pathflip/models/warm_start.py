@@ -12,6 +12,9 @@ removes that, from patches and texts alone, without a label:
   somebody;
 * what is gathered weighs as much as the query itself;
 * region vectors and texts are centred by the biases that a model can learn anyway.
+
+:func:`start_projector` does the like for the instruction head: what the slide model has learned of
+texts tells which words a region's vectors stand for.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pathflip.errors import ConfigError
 from pathflip.models.outputs import Sight
 
 if TYPE_CHECKING:
+    from pathflip.models.instruct import PathFLIPInstruct
     from pathflip.models.pathflip import PathFLIP
 
 SHARPEST, FLATTEST = 2.0, 0.2
@@ -36,6 +41,8 @@ GATHERED = 2.0
 """Standard deviation over patches of what cross-attention adds to a query of unit variance."""
 _PATCHES = 100_000
 _SLIDES = 16
+_RIDGE = 1e-2
+"""Of the text vectors' mean variance: keeps directions that few sentences have from growing."""
 
 
 @torch.no_grad()
@@ -130,3 +137,62 @@ def _see(model: PathFLIP, features: Tensor, mask: Tensor) -> Sight:
         attention=None,
         region_mask=torch.cat([part.region_mask for part in parts]),
     )
+
+
+@torch.no_grad()
+def start_projector(
+    model: PathFLIPInstruct, features: Tensor, mask: Tensor, sentences: Sequence[str]
+) -> None:
+    """Start σ so that a region's vectors read as the words of the sentences true of it.
+
+    A ridge regression takes a sentence's vector of the slide model to the mean embedding of its
+    words. Region vectors live in the same space once W_v' is applied (Eq. 5), so the same map makes
+    words of them, centred and as large as those of sentences are.
+
+    Args:
+        model: As built; its projector is changed in place.
+        features: Patch features of some slides [B, N, M, d_in].
+        mask: bool [B, N, M].
+        sentences: Sentences of captions.
+
+    Raises:
+        ConfigError: The slide model has no vectors of regions.
+    """
+    vision, table = model.vision, model.embedding.weight
+    if not vision.config.has_regions:
+        raise ConfigError(
+            "The projector cannot start from text: the slide model has no vectors of regions.",
+            hint="Set instruct.projector_start=random.",
+        )
+    texts = vision.encode_text(sentences, normalize=False).double()
+    words = torch.stack(
+        [table[model.prompter.text_ids(text)].mean(0) for text in sentences]
+    ).double()
+    centre = words.mean(0)
+    texts, words = texts - texts.mean(0), words - centre
+    ridge = _RIDGE * texts.square().sum(0).mean()
+    eye = torch.eye(vision.config.d, dtype=torch.float64)
+    to_words = torch.linalg.solve(texts.T @ texts + ridge * eye, texts.T @ words)  # [d, D]
+    one = eye.to(vision.text_out.weight.dtype)
+    values = vision.region_attention.values
+    into_text = (values(one) - values(torch.zeros_like(one))).double()  # [d, d]
+    found = []
+    for start in range(0, len(features), _SLIDES):
+        part = slice(start, start + _SLIDES)
+        sight = vision.see(features[part].float(), mask[part], regions=True)
+        assert sight.tokens is not None
+        found.append(sight.tokens[sight.region_mask])
+    tokens = torch.cat(found).double()  # [R, T, d]
+    if model.config.prefix == "mean":
+        tokens = tokens.mean(1, keepdim=True)
+    per_vector = into_text @ to_words
+    if model.config.prefix == "joined":
+        per_vector = per_vector.repeat(tokens.shape[1], 1)
+        tokens = tokens.flatten(1)
+    else:
+        tokens = tokens.flatten(0, 1)
+    mean = tokens.mean(0)
+    said = (tokens - mean) @ per_vector
+    per_vector *= words.square().mean().sqrt() / said.square().mean().sqrt().clamp(min=1e-12)
+    model.projector.weight.copy_(per_vector.T)
+    model.projector.bias.copy_(centre - mean @ per_vector)

@@ -107,6 +107,7 @@ def _charts(lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> li
         ]
         charts.append(_chart(name, series, best=best))
     series = []
+    vals = [line for line in vals if "itr" in line["val"]]  # a tuning judges by its loss alone
     for nth, key in enumerate(("r@1", "r@5", "r@10"), start=1):
         mean = _points(
             vals, lambda line, key=key: (line["val"]["itr"][key] + line["val"]["tir"][key]) / 2

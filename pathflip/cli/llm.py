@@ -1,0 +1,57 @@
+"""Making a small language model where none can be had."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from pathflip.cli.options import (
+    ArchiveOption,
+    ConfigOption,
+    JsonOption,
+    OverrideOption,
+    flat,
+    job,
+    print_json,
+    show_table,
+)
+
+app = typer.Typer()
+
+
+@app.command("make-llm")
+def make_llm(
+    out: Annotated[str, typer.Argument(help="Folder to write the model to.", metavar="OUT")],
+    archive: ArchiveOption,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count texts and questions; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small Qwen3 from scratch on the training slides' captions and questions."""
+    from dataclasses import asdict
+
+    from pathflip.archive import Archive
+    from pathflip.config import load_config
+    from pathflip.models import small_llm
+
+    settings = load_config(small_llm.SmallLLMConfig, file=config, overrides=overrides or ())
+    texts, asked = small_llm.gather(Archive(archive))
+    document: dict[str, Any] = {"out": out}
+    if dry_run:
+        document |= {"texts": len(texts), "questions": sum(map(len, asked))}
+        document |= {"settings": asdict(settings)}
+    else:
+        with job("progress").show_progress() as progress:
+            document |= small_llm.make(texts, out, settings, questions=asked, progress=progress)
+        if not document["made"]:
+            print(f"{out} is made of these already: nothing to do.", file=sys.stderr)
+    if as_json:
+        print_json(document)
+    else:
+        title = "dry run: nothing was written" if dry_run else f"made {out}"
+        show_table(title, ("what", "value"), list(flat(document)))

@@ -1,0 +1,445 @@
+"""A small Qwen3 from scratch, for where no weights can be had: the real classes, learning for real.
+
+The model is ``transformers``' Qwen3 with its own byte-level BPE tokenizer, Qwen's chat tokens and a
+chat template that renders as Qwen3's does. It learns to read before it is shown slides: where later
+a slide's vectors will stand, there stand the sentences of a report in random order, each as one
+vector, the mean of its words'. Questions about the report follow, and what it says. Tuning then
+teaches to read the vectors of regions in the place of those of sentences, and begins with a
+projector that makes them alike (:func:`pathflip.models.warm_start.start_projector`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from pathflip.checkpoints import verify_whole, write_whole
+from pathflip.errors import ArchiveError, CheckpointError, ConfigError
+from pathflip.models.prompting import (
+    CAPTION_INSTRUCTION,
+    TURN_END,
+    Example,
+    Prompter,
+    caption_example,
+    question_example,
+)
+from pathflip.text import split_sentences
+
+if TYPE_CHECKING:
+    from pathflip.archive import Archive
+    from pathflip.interop.questions import Question
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{- '<|im_start|>assistant\n' -}}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}"
+    "{{- '<think>\n\n</think>\n\n' -}}"
+    "{%- endif -%}{%- endif -%}"
+)
+"""Renders as Qwen3's template does, without tools and reasoning."""
+_FEWEST = 4
+_TRAIN = ("train", "training")
+
+
+class Asked(Protocol):
+    """A question about a text: see :class:`pathflip.interop.questions.Question`."""
+
+    @property
+    def question(self) -> str:
+        """Without its options."""
+        ...
+
+    @property
+    def choices(self) -> Sequence[str]:
+        """Its options; empty for an open question."""
+        ...
+
+    @property
+    def answer(self) -> str:
+        """The text of the right one."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallLLMConfig:
+    """Settings of a small language model.
+
+    Attributes:
+        hidden: Width.
+        layers: Layers.
+        heads: Attention heads.
+        kv_heads: Heads of keys and values.
+        head_dim: Width of a head; vLLM wants 32, 64 or more.
+        ffn: Width inside the feed-forward blocks.
+        vocab_size: Most pieces of the tokenizer.
+        max_positions: Longest prompt and answer together, in tokens.
+        epochs: Times every text is read.
+        batch_size: Texts in a step.
+        turns: Most questions about a text in an epoch, its description apart.
+        noise: Added to the vectors of sentences, in their standard deviations.
+        lr: Highest learning rate; it warms up over a tenth of the steps and falls to nothing.
+        seed: Of everything drawn.
+    """
+
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 32
+    ffn: int = 256
+    vocab_size: int = 1536
+    max_positions: int = 2048
+    epochs: int = 6
+    batch_size: int = 8
+    turns: int = 4
+    noise: float = 0.3
+    lr: float = 3e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "epochs",
+                     "batch_size", "turns"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}.", hint="It must be 1 or more.")
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"heads {self.heads} cannot share kv_heads {self.kv_heads}.",
+                hint="Make heads a multiple of kv_heads.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the training is.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps in all.
+        loss: Of the last step.
+        seconds: Since it began.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+
+    @property
+    def fraction(self) -> float:
+        """Share done."""
+        return self.step / self.steps
+
+    def line(self) -> str:
+        """One line for people."""
+        left = self.seconds / self.step * (self.steps - self.step)
+        return f"step {self.step}/{self.steps} · loss {self.loss:.3f} · {left:.0f} s left"
+
+
+def make(
+    texts: Sequence[str],
+    folder: str | Path,
+    config: SmallLLMConfig | None = None,
+    *,
+    questions: Sequence[Sequence[Asked]] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Train a small language model and write it as an ordinary ``transformers`` folder.
+
+    Args:
+        texts: Captions of training slides.
+        folder: Where to write: config.json, model.safetensors, the tokenizer's files.
+        config: The settings; None: the defaults.
+        questions: About each text; None: only those made of the texts themselves.
+        progress: Called now and then.
+
+    Returns:
+        ``made`` (False where the folder holds it already), ``texts``, ``questions``, ``steps``,
+        ``loss`` (mean of the last tenth), ``vocab_size``, ``parameters``, ``seconds``.
+
+    Raises:
+        ConfigError: There are too few texts, or the folder holds something else.
+    """
+    config = config or SmallLLMConfig()
+    folder = Path(folder)
+    texts = [str(text) for text in texts]
+    if len(set(texts)) < _FEWEST:
+        raise ConfigError(
+            f"A language model cannot learn from {len(set(texts))} different texts.",
+            hint="Import captions of training slides: pathflip archive import --captions FILE.",
+        )
+    asked = [list(own) for own in questions] if questions is not None else [[] for _ in texts]
+    lessons = [[(one.question, list(one.choices), one.answer) for one in own] for own in asked]
+    made_of = hashlib.sha256(json.dumps([asdict(config), texts, lessons]).encode()).hexdigest()
+    about = {"texts": len(texts), "questions": sum(map(len, asked)), "made_of": made_of}
+    if folder.exists():
+        return {"made": False, **_made_before(folder, made_of)}
+    began = time.monotonic()
+    corpus = list(texts) + [
+        "\n".join([one.question, *one.choices, one.answer]) for own in asked for one in own
+    ]
+    tokenizer = train_bpe([*corpus, CAPTION_INSTRUCTION], vocab_size=config.vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        llm = _build(config, tokenizer)
+        losses = _train(llm, tokenizer, texts, asked, config, progress, began)
+    llm.eval()
+    tail = losses[-max(1, len(losses) // 10) :]
+    about |= {
+        "steps": len(losses),
+        "loss": round(sum(tail) / len(tail), 6),
+        "vocab_size": len(tokenizer),
+        "parameters": sum(own.numel() for own in llm.parameters()),
+    }
+
+    def fill(part: Path) -> None:
+        tokenizer.save_pretrained(str(part))
+        llm.save_pretrained(str(part))
+
+    write_whole(folder, fill, **about)
+    return {"made": True, **about, "seconds": time.monotonic() - began}
+
+
+def _made_before(folder: Path, made_of: str) -> dict[str, Any]:
+    """What is known of a model made before, if it is this one."""
+    try:
+        note = verify_whole(folder)
+    except CheckpointError as error:
+        raise ConfigError(
+            f"{folder} exists and is no small language model: {error.message}",
+            hint="Give another folder, or remove it.",
+        ) from error
+    if note.pop("made_of", None) != made_of:
+        raise ConfigError(
+            f"{folder} holds a language model made of other texts, or with other settings.",
+            hint="Give another folder, or remove it.",
+        )
+    del note["files"]
+    return note
+
+
+def gather(archive: Archive) -> tuple[list[str], list[list[Question]]]:
+    """Returns the captions of an archive's training slides, and the questions about each.
+
+    Slides of split ``train`` and those of no split; of several captions the first source's.
+
+    Raises:
+        ArchiveError: No training slide has a caption.
+    """
+    from pathflip.interop.questions import stored_questions
+
+    slides = archive.slides("ready", columns=["slide_id", "split"]).to_pylist()
+    chosen = {row["slide_id"] for row in slides if (row["split"] or "train") in _TRAIN}
+    texts: dict[str, str] = {}
+    for row in archive.captions().to_pylist():  # sorted by slide, then source
+        if row["slide_id"] in chosen and (row["text"] or "").strip():
+            texts.setdefault(row["slide_id"], row["text"])
+    if not texts:
+        raise ArchiveError(
+            f"No training slide of {archive.uri} has a caption.",
+            hint=f"Add them: pathflip archive import --archive {archive.uri} --captions FILE",
+            code="no_captions",
+        )
+    asked: dict[str, list[Question]] = {slide: [] for slide in texts}
+    for question in stored_questions(archive):
+        if question.slide in asked:
+            asked[question.slide].append(question)
+    return list(texts.values()), list(asked.values())
+
+
+def make_from_archive(
+    archive: Archive,
+    folder: str | Path,
+    config: SmallLLMConfig | None = None,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """:func:`make` of what :func:`gather` finds."""
+    texts, questions = gather(archive)
+    return make(texts, folder, config, questions=questions, progress=progress)
+
+
+def train_bpe(texts: Sequence[str], *, vocab_size: int) -> Any:
+    """Train a byte-level BPE tokenizer with Qwen's rules and chat tokens.
+
+    Args:
+        texts: What it shall write shortly; anything else it writes in more pieces.
+        vocab_size: Most pieces; the 256 bytes are always in.
+
+    Returns:
+        A ``transformers`` Qwen2 tokenizer (Qwen3 has no class of its own).
+    """
+    from tokenizers import AddedToken, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    kind: Any = Qwen2Tokenizer
+    plain = kind()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend = plain.backend_tokenizer
+    backend.train_from_iterator(sorted(set(texts)), trainer)
+    learned = json.loads(backend.to_str())["model"]
+    tokenizer = kind(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        eos_token=TURN_END,
+        pad_token="<|endoftext|>",
+        unk_token=None,
+    )
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True)])
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<think>", "</think>")])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _build(config: SmallLLMConfig, tokenizer: Any) -> Any:
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    kinds: Any = (Qwen3Config, Qwen3ForCausalLM, GenerationConfig)
+    config_of, model_of, generation_of = kinds
+    about = config_of(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=config.hidden,
+        intermediate_size=config.ffn,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    llm = model_of(about)
+    llm.generation_config = generation_of(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return llm
+
+
+def _train(
+    llm: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    asked: Sequence[Sequence[Asked]],
+    config: SmallLLMConfig,
+    progress: Callable[[Progress], None] | None,
+    began: float,
+) -> list[float]:
+    prompter = Prompter(tokenizer, "qwen3")
+    sentences = [split_sentences(text) for text in texts]
+    per_epoch = math.ceil(len(texts) / config.batch_size)
+    steps = per_epoch * config.epochs
+    decayed = [own for own in llm.parameters() if own.ndim > 1]
+    plain = [own for own in llm.parameters() if own.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(0.9, 0.95),
+    )
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
+    )
+    llm.train()
+    losses: list[float] = []
+    for epoch in range(config.epochs):
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(texts))
+        for start in range(0, len(order), config.batch_size):
+            rows = []
+            for i in order[start : start + config.batch_size].tolist():
+                rng = np.random.default_rng([config.seed, epoch, i])
+                own = [sentences[i][j] for j in rng.permutation(len(sentences[i]))]
+                turns = _lesson(own, asked[i], config.turns, rng)
+                rows.append(_row(llm, prompter, own, turns, config, rng))
+            loss = _loss(llm, rows)
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            if progress is not None:
+                progress(
+                    Progress(
+                        step=len(losses),
+                        steps=steps,
+                        loss=losses[-1],
+                        seconds=time.monotonic() - began,
+                    )
+                )
+    return losses
+
+
+def _lesson(
+    own: Sequence[str], asked: Sequence[Asked], most: int, rng: np.random.Generator
+) -> list[Example]:
+    """What is asked about a text, and last what it says: nothing asked after it needs the text."""
+    turns = [
+        question_example(asked[j].question, (), asked[j].answer)
+        for j in rng.permutation(len(asked))[:most].tolist()
+    ]
+    return [*turns, caption_example(" ".join(own), "affirmed")]
+
+
+Row = tuple[torch.Tensor, list[int], list[bool]]
+
+
+def _row(
+    llm: Any,
+    prompter: Prompter,
+    sentences: Sequence[str],
+    turns: Sequence[Example],
+    config: SmallLLMConfig,
+    rng: np.random.Generator,
+) -> Row:
+    """A lesson: what is read [T, D], the token at each place, and which are to be predicted."""
+    words = llm.get_input_embeddings().weight
+    vectors = torch.stack([words[prompter.text_ids(text)].mean(0) for text in sentences])
+    spread = float(vectors.detach().std())
+    noise = torch.from_numpy(rng.standard_normal(vectors.shape, np.float32))
+    vectors = vectors + config.noise * spread * noise
+    ids: list[int] = []
+    wanted: list[bool] = []
+    split = 0
+    for number, turn in enumerate(turns):
+        before, after = prompter.prompt_ids(turn.instruction, kind=turn.kind)
+        split = len(before) if number == 0 else split  # further turns have no slide
+        answer = prompter.answer_ids(turn.answer)
+        ids += [*before, *after, *answer]
+        wanted += [False] * (len(before) + len(after)) + [True] * len(answer)
+    read = words[torch.tensor(ids)]
+    read = torch.cat([read[:split], vectors, read[split:]])[: config.max_positions]
+    hole = len(vectors)
+    ids, wanted = (
+        [*ids[:split], *[0] * hole, *ids[split:]][: len(read)],
+        [*wanted[:split], *[False] * hole, *wanted[split:]][: len(read)],
+    )
+    return read, ids, wanted
+
+
+def _loss(llm: Any, rows: Sequence[Row]) -> torch.Tensor:
+    read = pad_sequence([own for own, _, _ in rows], batch_first=True)
+    ids = pad_sequence([torch.tensor(own) for _, own, _ in rows], batch_first=True)
+    wanted = pad_sequence([torch.tensor(own) for _, _, own in rows], batch_first=True)[:, 1:]
+    states = llm.model(inputs_embeds=read[:, :-1], use_cache=False)[0]
+    return F.cross_entropy(llm.lm_head(states[wanted]), ids[:, 1:][wanted])

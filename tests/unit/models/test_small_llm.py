@@ -1,0 +1,136 @@
+"""The small language model: its tokenizer, what it learns, what it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pathflip.errors import ConfigError
+from pathflip.models.prompting import Prompter
+from pathflip.models.small_llm import SmallLLMConfig, make, train_bpe
+
+TEXTS = [
+    "Sections show lung parenchyma. Necrosis is noted.",
+    "Keratin pearls are present. Sections show breast tissue.",
+    "Sections show colonic mucosa. Mucin pools are present. No necrosis is identified.",
+    "Sections show smooth muscle.",
+    "Necrosis is noted. Sections show breast tissue. Dr. Lee measured 2.5 cm.",
+]
+SMALL = SmallLLMConfig(
+    hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn=32, vocab_size=320, epochs=2,
+    batch_size=2,
+)  # fmt: skip
+QWEN = {
+    "thinking": "<|im_start|>assistant\n",
+    "none": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+}
+
+
+@dataclass
+class Asked:
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+
+
+ASKED = [[Asked("Which tissue?", ("lung", "breast"), "lung")], [], [], [],
+         [Asked("Is there necrosis?", (), "yes")]]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[Any]]:
+    folder = tmp_path_factory.mktemp("made") / "llm"
+    seen: list[Any] = []
+    return folder, make(TEXTS, folder, SMALL, questions=ASKED, progress=seen.append), seen
+
+
+def test_it_is_an_ordinary_qwen3(made: tuple[Path, dict[str, Any], list[Any]]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, about, seen = made
+    model = AutoModelForCausalLM.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert model.get_input_embeddings().num_embeddings >= len(tokenizer)
+    assert about["parameters"] == sum(own.numel() for own in model.parameters())
+    assert about["made"] is True
+    assert (about["texts"], about["questions"]) == (5, 2)
+    assert [one.step for one in seen] == list(range(1, about["steps"] + 1))
+    assert seen[-1].fraction == 1.0
+    asked = [{"role": "user", "content": "Which tissue is shown?"}]
+    for thinking, ending in ((True, QWEN["thinking"]), (False, QWEN["none"])):
+        text = tokenizer.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        assert text == f"<|im_start|>user\nWhich tissue is shown?<|im_end|>\n{ending}"
+    Prompter(tokenizer, "qwen3")  # takes it
+
+
+def test_the_tokenizer_writes_anything_and_reads_it_back() -> None:
+    tokenizer = train_bpe(TEXTS, vocab_size=400)
+    assert tokenizer.get_vocab() == train_bpe(TEXTS[::-1], vocab_size=400).get_vocab()
+    for text in (*TEXTS, "Größe: 3 µm², 汉字 🙂\n\tend", " lead and trail "):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer("B. breast tissue")["input_ids"]) < len("B. breast tissue")
+    assert (
+        tokenizer("B. x")["input_ids"][0] == tokenizer("B")["input_ids"][0]
+    )  # letters stand alone
+    ends = tokenizer("<|im_start|>user\nhi<|im_end|><think>")["input_ids"]
+    names = tokenizer.convert_ids_to_tokens(ends)
+    assert [name for name in names if "|" in name or "<" in name] == [
+        "<|im_start|>", "<|im_end|>", "<think>",
+    ]  # fmt: skip
+
+
+def test_the_same_again_is_not_made_again(
+    made: tuple[Path, dict[str, Any], list[Any]], tmp_path: Path
+) -> None:
+    folder, about, _ = made
+    again = make(TEXTS, folder, SMALL, questions=ASKED)
+    assert again["made"] is False
+    assert again["loss"] == about["loss"]
+    twin = make(TEXTS, tmp_path / "twin", SMALL, questions=ASKED)
+    assert twin["loss"] == about["loss"]
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "twin" / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(ConfigError, match="other texts, or with other settings"):
+        make(TEXTS, folder, replace(SMALL, seed=1), questions=ASKED)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    with pytest.raises(ConfigError, match="no small language model"):
+        make(TEXTS, tmp_path / "full", SMALL)
+    assert (tmp_path / "full" / "thesis.txt").exists()
+
+
+def test_too_few_texts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1 different texts"):
+        make(["Same."] * 9, tmp_path / "llm", SMALL)
+    assert not (tmp_path / "llm").exists()
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    few = replace(SMALL, epochs=8, lr=1e-2)
+    found = make(TEXTS, tmp_path / "llm", few)
+    assert found["loss"] < 4.5  # ln(320) = 5.8 at first
+
+
+def test_caller_s_random_numbers_are_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    make(TEXTS, tmp_path / "llm", replace(SMALL, epochs=1))
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match="layers is 0"):
+        SmallLLMConfig(layers=0)
+    with pytest.raises(ConfigError, match="kv_heads"):
+        SmallLLMConfig(heads=4, kv_heads=3)
