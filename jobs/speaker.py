@@ -60,6 +60,8 @@ class _Request:
     item: Item
     prompt: torch.Tensor
     order: tuple[int, ...] = ()
+    token: tuple[int, int] | None = None
+    """Of which option the next token is scored, and that token."""
 
 
 class Speaker:
@@ -154,6 +156,15 @@ class Speaker:
         choices = item["choices"]
         if not choices:
             yield _Request(slide, item, self.front.embed_prompt(prefix, item["question"]))
+        if choices and self.front.config.choice_answer == "text":
+            # vLLM scores no prompt that is embedded: each token of an option is scored as the next.
+            before, after = self.front.prompt_ids(item["question"])
+            for option, text in enumerate(choices):
+                ids = self.front.prompter.text_ids(text)
+                for at, token in enumerate(ids):
+                    prompt = self.front.embed_ids(prefix, before, after + ids[:at])
+                    yield _Request(slide, item, prompt, token=(option, token))
+            return
         for order in rotations(len(choices), self._config.permute) if choices else ():
             text = multiple_choice(item["question"], [choices[i] for i in order])
             yield _Request(slide, item, self.front.embed_prompt(prefix, text), order)
@@ -164,11 +175,13 @@ class Speaker:
         from pathflip.models.prompting import LETTERS
 
         letters = [self.front.prompter.text_ids(letter)[0] for letter in LETTERS]
+
+        def scored(request: _Request) -> list[int]:
+            return [request.token[1]] if request.token else letters[: len(request.order)]
+
         params = [
-            SamplingParams(
-                temperature=0.0, max_tokens=1, logprob_token_ids=letters[: len(request.order)]
-            )
-            if request.order
+            SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=scored(request))
+            if request.order or request.token
             else SamplingParams(
                 temperature=0.0,
                 max_tokens=min(self._config.max_new_tokens, self._context - len(request.prompt)),
@@ -179,26 +192,38 @@ class Speaker:
         prompts = [{"prompt_embeds": request.prompt.cpu()} for request in waiting]
         outputs = self.engine.generate(prompts, params, use_tqdm=False) if prompts else []
         scores: dict[tuple[Any, ...], list[np.ndarray[Any, Any]]] = {}
+        tokens: dict[tuple[Any, ...], list[list[float]]] = {}
         for request, output in zip(waiting, outputs, strict=True):
             key = key_of(request.slide, request.item)
             first = output.outputs[0]
-            if request.order:
+            if request.token:
+                option, token = request.token
+                lists = tokens.setdefault(key, [[] for _ in request.item["choices"]])
+                lists[option].append(first.logprobs[0][token].logprob)
+                if all(lists) and option == len(lists) - 1:
+                    means = np.array([sum(own) / len(own) for own in lists])
+                    said[key] = _choice(request, softmax(means)[None])
+            elif request.order:
                 logs = np.array(
                     [first.logprobs[0][i].logprob for i in letters[: len(request.order)]]
                 )
                 scores.setdefault(key, []).append(as_given(softmax(logs), request.order))
-                answer = chosen(request.slide, request.item["choices"], np.array(scores[key]))
-                said[key] = {
-                    **request.item,
-                    "answer": answer.answer,
-                    "choice": answer.choice,
-                    "scores": answer.scores,
-                }
+                said[key] = _choice(request, np.array(scores[key]))
             elif request.item:
                 text = {"answer": first.text.strip(), "choice": None, "scores": {}}
                 said[key] = {**request.item, **text}
             else:
                 said[key] = {"caption": first.text.strip()}
+
+
+def _choice(request: _Request, scores: np.ndarray[Any, Any]) -> Item:
+    answer = chosen(request.slide, request.item["choices"], scores)
+    return {
+        **request.item,
+        "answer": answer.answer,
+        "choice": answer.choice,
+        "scores": answer.scores,
+    }
 
 
 def key_of(slide: str, item: Item) -> tuple[Any, ...]:

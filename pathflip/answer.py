@@ -155,7 +155,7 @@ class Answerer:
         question: str,
         choices: Sequence[str] = (),
         *,
-        mode: Mode = "letter_logit",
+        mode: Mode | None = None,
         permute: int = 1,
         region: Region | None = None,
         max_new_tokens: int = CAPTION_TOKENS,
@@ -167,7 +167,7 @@ class Answerer:
             slide_id: A slide id or unique file name.
             question: What to ask.
             choices: The options.
-            mode: How to choose among them, see ``MODES``.
+            mode: How to choose among them, see ``MODES``; None: as the model was tuned to.
             permute: In how many cyclic orders to show them; probabilities are averaged.
             region: Only the regions that overlap this square.
             max_new_tokens: Where an answer that is written stops at the latest.
@@ -317,11 +317,16 @@ def rotations(count: int, permute: int) -> list[tuple[int, ...]]:
     ]
 
 
+def mode_of(model: PathFLIPInstruct) -> Mode:
+    """How a model chooses: as it was tuned to answer, by the letter or by the option's text."""
+    return "letter_logit" if model.config.choice_answer == "letter" else "option_ll"
+
+
 def score_choices(
     model: PathFLIPInstruct,
     asked: Sequence[Asked],
     *,
-    mode: Mode = "letter_logit",
+    mode: Mode | None = None,
     permute: int = 1,
 ) -> list[NDArray[np.float64]]:
     """Probabilities of the options of each question, in each order they are shown in.
@@ -329,13 +334,14 @@ def score_choices(
     Args:
         model: A tuned model.
         asked: The questions.
-        mode: How, see ``MODES``.
+        mode: How, see ``MODES``; None: see :func:`mode_of`.
         permute: Orders at most; ``option_ll`` shows no options, so its rows are all equal.
 
     Returns:
         Of each question [R, C], options as they were given; a row of zeros where ``generate``
         named none.
     """
+    mode = mode or mode_of(model)
     found: list[NDArray[np.float64]] = []
     if mode == "option_ll":
         for part in _parts(asked):

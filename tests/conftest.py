@@ -8,11 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.faults import descendants, resident_bytes
+
+if TYPE_CHECKING:
+    from tests.serving import Service, Tuned
 
 STORE_BYTES = 80 << 20
 """Small on purpose: whatever of the job went through Ray's object store would spill."""
@@ -27,9 +30,14 @@ SAME = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, then those that need Ray, then those that break things."""
+    """Fast tests first, then those that need Ray, then those that break things.
+
+    Tests of the service are last, so that nothing else runs beside its engine.
+    """
 
     def weight(item: pytest.Item) -> int:
+        if "service" in getattr(item, "fixturenames", ()):
+            return 4 if item.get_closest_marker("chaos") else 3
         return 2 if item.get_closest_marker("chaos") else bool(item.get_closest_marker("ray"))
 
     items.sort(key=weight)
@@ -141,6 +149,34 @@ def clean(
         peak_bytes=peak[0],
         spilled=spilled,
     )
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    """A tiny tuned run and its archive."""
+    from tests.serving import make_tuned
+
+    return make_tuned(tmp_path_factory.mktemp("tuned"))
+
+
+@pytest.fixture(scope="session")
+def service(cluster: str, tuned: Tuned) -> Iterator[Service]:
+    """The whole service over it, with one engine."""
+    from ray import serve
+
+    from tests.serving import start_service
+
+    yield start_service(
+        tuned,
+        **{
+            "engine": {"engine": {"max_num_seqs": 32}},
+            "limits.concurrent": 128,
+            "limits.max_tokens": 900,
+            "instructor.ongoing": 128,
+            "instructor.queued": 128,
+        },
+    )
+    serve.shutdown()
 
 
 def content(archive: Path) -> dict[str, dict[str, Any]]:

@@ -112,9 +112,9 @@ def ask(
         typer.Option(help='An option; repeat it, or give all at once: "one|two|three".'),
     ] = None,
     mode: Annotated[
-        Literal["letter_logit", "option_ll", "generate"],
+        Literal["letter_logit", "option_ll", "generate"] | None,
         typer.Option(help="How an option is chosen: next letter, its text's likelihood, writing."),
-    ] = "letter_logit",
+    ] = None,
     permute: Annotated[
         int, typer.Option(help="Show options in this many cyclic orders.", min=1, max=8)
     ] = 1,
@@ -140,7 +140,7 @@ def ask(
     square = None if region is None else _region(region)
     if questions is not None:
         one = (slide, question, choices, square, llm)
-        if out is None or any(value is not None for value in one) or mode != "letter_logit":
+        if out is None or any(value is not None for value in one) or mode is not None:
             raise ConfigError(
                 "A batch of questions takes --questions FILE and --out FILE.",
                 hint="Leave SLIDE, QUESTION, --choices, --region, --llm and --mode out.",

@@ -276,9 +276,9 @@ def evaluate_vqa(
     split: SplitOption = "test",
     source: Annotated[str | None, typer.Option(help="Whose questions, of several.")] = None,
     mode: Annotated[
-        Literal["letter_logit", "option_ll", "generate"],
+        Literal["letter_logit", "option_ll", "generate"] | None,
         typer.Option(help="How an option is chosen: next letter, its text's likelihood, writing."),
-    ] = "letter_logit",
+    ] = None,
     permute_options: Annotated[
         int, typer.Option(help="Show options in this many cyclic orders.", min=1, max=8)
     ] = 4,

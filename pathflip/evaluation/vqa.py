@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.answer import MODES, Asked, Mode, score_choices, tuned_name
+from pathflip.answer import MODES, Asked, Mode, mode_of, score_choices, tuned_name
 from pathflip.errors import ConfigError
 from pathflip.evaluation.bootstrap import interval, patient_weights, weighted_mean
 from pathflip.evaluation.encode import Progress, Report, SlideRow, list_slides
@@ -126,7 +126,7 @@ def evaluate_vqa(
     *,
     split: str = "test",
     source: str | None = None,
-    mode: Mode = "letter_logit",
+    mode: Mode | None = None,
     permute_options: int = ORDERS,
     swap: bool = True,
     resamples: int = 1000,
@@ -140,7 +140,8 @@ def evaluate_vqa(
         answerer: The run.
         split: Which slides; ``all`` for every one.
         source: Whose questions, where there are several.
-        mode: How an option is chosen, see :data:`pathflip.answer.MODES`.
+        mode: How an option is chosen, see :data:`pathflip.answer.MODES`; None: as the model was
+            tuned to answer.
         permute_options: Cyclic orders the options are shown in, at most.
         swap: Whether to ask everything about other slides, too.
         resamples: Bootstrap over patients, 0 for no interval.
@@ -154,6 +155,7 @@ def evaluate_vqa(
     Raises:
         ConfigError: The split has no question with options, or the run does not fit the archive.
     """
+    mode = mode or mode_of(answerer.model)
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
     every = list_slides(archive, answerer.run)

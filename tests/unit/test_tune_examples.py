@@ -111,13 +111,28 @@ def test_validation_asks_the_same_each_time() -> None:
     ]
 
 
-def test_shuffled_sentences_are_the_captions() -> None:
-    sampling = replace(USUAL, shuffle_sentences=True)
-    caption = "Lung. There is mucin. No necrosis."
-    found = [drawn(sampling, 0, caption=caption, slide=f"s{n}")[0].answer for n in range(40)]
-    assert len(set(found)) == 6
+def test_how_captions_are_written() -> None:
+    caption = "There is mucin. Lung. No necrosis. There is mucin."
+    shuffled = replace(USUAL, captions="shuffled")
+    found = [drawn(shuffled, 0, caption=caption, slide=f"s{n}")[0].answer for n in range(90)]
+    assert len(set(found)) == 12
     assert {" ".join(sorted(said.split())) for said in found} == {" ".join(sorted(caption.split()))}
-    assert all_examples(caption, [], sampling)[0].answer == caption
+    assert all_examples(caption, [], shuffled)[0].answer == caption
+    affirmed = replace(USUAL, captions="affirmed")
+    assert drawn(affirmed, 0, caption=caption)[0].answer == "Lung. There is mucin."
+    assert all_examples(caption, [], affirmed)[0].answer == "Lung. There is mucin."
+    denied = "No mucin. No necrosis."
+    assert all_examples(denied, [], affirmed)[0].answer == denied  # rather than nothing
+
+
+def test_options_may_be_answered_by_their_text() -> None:
+    sampling = replace(USUAL, letters=False, open_share=0.5)
+    found = [one for n in range(40) for one in drawn(sampling, 9, slide=f"s{n}")]
+    asked = [one for one in found if one.instruction.startswith("Organ?")]
+    assert {one.answer for one in asked} == {"lung"}
+    assert {"\n" in one.instruction for one in asked} == {True, False}
+    never = replace(USUAL, letters=False, open_share=1.0)
+    assert all("\n" not in one.instruction for one in all_examples("", QUESTIONS, never))
 
 
 def test_slides_with_questions_only_take_part(tmp_path: Path) -> None:

@@ -1,0 +1,155 @@
+"""Clients that leave, a replica that dies, an end under open streams, which the last test makes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.app import NAME
+from tests.faults import alive, command_line, descendants, until
+from tests.serving import Service, cpu_s
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+
+
+def processes(words: str) -> list[int]:
+    """Processes of this test run whose command line holds the words."""
+    return [pid for pid in descendants(os.getpid()) if words in command_line(pid)]
+
+
+def load() -> dict[str, int]:
+    """What the engine's replica says of itself."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle("Instructor", NAME)
+    found: dict[str, int] = handle.load.remote().result()
+    return found
+
+
+async def read(
+    client: httpx.AsyncClient, body: dict[str, Any], events: list[str], *, most: int = 10**6
+) -> int:
+    """Read a streamed answer's events into a list, and leave after so many; its status."""
+    body = body | {"stream": True}
+    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        if answer.status_code != 200:
+            await answer.aread()
+            return answer.status_code
+        async for line in answer.aiter_lines():
+            if line.startswith("data: "):
+                events.append(line[6:])
+                if len(events) == most:
+                    break
+    return 200
+
+
+async def open_streams(
+    client: httpx.AsyncClient, body: dict[str, Any], count: int
+) -> tuple[list[asyncio.Task[int]], list[list[str]]]:
+    """So many streams, each of which has reached the replica."""
+    before = (await asyncio.to_thread(load))["begun"]
+    events: list[list[str]] = [[] for _ in range(count)]
+    tasks = [asyncio.create_task(read(client, body, own)) for own in events]
+    while (await asyncio.to_thread(load))["begun"] < before + count:
+        await asyncio.sleep(0.02)
+    return tasks, events
+
+
+def connect(service: Service) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=service.url, timeout=300, limits=httpx.Limits(max_connections=None)
+    )
+
+
+def said(events: list[str]) -> str:
+    """The text of an answer that ended as it should."""
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+
+def test_clients_vanish(service: Service) -> None:
+    """E4: 100 clients leave mid-stream; what they asked for would take the engine a minute."""
+    body = service.body(max_tokens=512)
+
+    async def run() -> None:
+        async with connect(service) as client:
+            found = await asyncio.gather(*(read(client, body, [], most=3) for _ in range(100)))
+        assert set(found) == {200}
+
+    asyncio.run(run())
+    until(lambda: load()["running"] == 0, seconds=15, what="the engine to drop what nobody reads")
+    (engine,) = processes("EngineCore")
+
+    def idle() -> bool:
+        before = cpu_s(engine)
+        time.sleep(0.5)
+        return cpu_s(engine) - before < 0.1
+
+    until(idle, seconds=15, what="the engine's process to rest")
+
+
+def test_replica_dies(service: Service) -> None:
+    """E2: at 10 requests a second the replica aborts; what it was saying fails, nothing else."""
+    (replica,) = processes("ServeReplica:pathflip:Instructor")
+    (engine,) = processes("EngineCore")
+    counts: Counter[int] = Counter()
+    over = threading.Event()
+
+    async def run() -> list[list[str]]:
+        async with connect(service) as client:
+            begun, events = await open_streams(client, service.body(max_tokens=900), 4)
+            while not all(events):
+                await asyncio.sleep(0.02)
+            os.kill(replica, signal.SIGABRT)
+            short = []
+            in_a_row = 0
+
+            async def one() -> None:
+                nonlocal in_a_row
+                answer = await client.post("/v1/chat/completions", json=service.body(max_tokens=2))
+                counts[answer.status_code] += 1
+                in_a_row = in_a_row + 1 if answer.status_code == 200 else 0
+                if answer.status_code != 200:
+                    assert int(answer.headers["retry-after"]) >= 1
+                if in_a_row >= 10:
+                    over.set()
+
+            while not over.is_set():
+                short.append(asyncio.create_task(one()))
+                await asyncio.sleep(0.1)
+            await asyncio.gather(*short, *begun)
+        return events
+
+    for events in asyncio.run(run()):
+        assert events[-1] != "[DONE]", "an answer that was cut looks whole"
+        assert "error" in json.loads(events[-1])
+    assert set(counts) <= {200, 429, 503}
+    assert not alive(engine), "the engine outlived its replica"
+    assert processes("ServeReplica:pathflip:Instructor") != [replica]
+
+
+def test_drain(service: Service) -> None:
+    """E3: the service is taken down with 20 open streams; all of them end as they should."""
+    from ray import serve
+
+    async def run() -> list[list[str]]:
+        async with connect(service) as client:
+            tasks, events = await open_streams(client, service.body(max_tokens=700), 20)
+            assert not all(task.done() for task in tasks)
+            await asyncio.to_thread(serve.delete, NAME)
+            assert await asyncio.gather(*tasks) == [200] * 20
+        return events
+
+    assert len({said(events) for events in asyncio.run(run())}) == 1
+    assert not processes("EngineCore")

@@ -1,0 +1,203 @@
+"""What tests of the service share: a tiny tuned run over a small archive, an engine that runs.
+
+The language model is drawn at random and its head never chooses an end token, so what it says is
+nonsense of any wanted length, and the same every time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pathflip.archive import Archive
+from pathflip.checkpoints import write_whole
+from pathflip.models.front import InstructConfig
+from pathflip.models.instruct import PathFLIPInstruct
+from pathflip.models.pathflip import PathFLIP
+from tests.archives import DIM, FINDINGS, ORGANS, make_archive
+
+CONTEXT = 1024
+"""Positions of the language model."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+"""Qwen3's, as far as it is used here."""
+SMALL = {
+    "d": 32, "hidden": 32, "layers": 1, "heads": 2, "ffn": 32, "num_queries": 4, "text_hidden": 32,
+    "text_layers": 1, "text_heads": 2, "text_ffn": 32, "vocab_size": 128,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """Where things are.
+
+    Attributes:
+        archive: 8 slides, ``slide000`` to ``slide007``, of 2 to 5 regions of 512 level-0 px; slide
+            n's regions begin at (0, 512 n), (512, 512 n), ...
+        run: The tuned run: ``model`` and ``llm`` below it.
+        base: The language model before tuning.
+    """
+
+    archive: Path
+    run: Path
+    base: Path
+
+
+def make_tuned(folder: Path, *, slides: int = 8, width: int = 64, layers: int = 2) -> Tuned:
+    """Make archive, base and tuned run below a folder, in seconds."""
+    archive = make_archive(folder / "archive", slides=slides)
+    texts = Archive(archive).captions()["text"].to_pylist()
+    base = make_base(folder / "base", texts, width=width, layers=layers)
+    return Tuned(archive=archive, run=make_run(folder / "run", archive, base), base=base)
+
+
+def make_base(folder: Path, texts: Sequence[str], *, width: int = 64, layers: int = 2) -> Path:
+    """A Qwen3 of random weights with a byte-level tokenizer of the texts and Qwen's chat tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(2, width // 32),
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        llm = Qwen3ForCausalLM(config)
+        with torch.no_grad():
+            for layer in llm.model.layers:  # so that what stands before matters
+                layer.self_attn.v_proj.weight.mul_(30)
+                layer.self_attn.q_proj.weight.mul_(30)
+            llm.lm_head.weight.mul_(20)
+            silent = [
+                number
+                for token, number in tokenizer.get_vocab().items()
+                if token in special or not tokenizer.decode([number]).isascii()
+            ]
+            llm.lm_head.weight[silent] = 0  # never the largest of 500 logits
+    llm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_run(folder: Path, archive: Path, base: Path, **config: Any) -> Path:
+    """A run as ``pathflip tune`` leaves it, untrained: vision, projector and adapter are drawn."""
+    opened = Archive(archive)
+    texts = [f"Sections show {name}." for name in (*ORGANS, *FINDINGS)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vision = PathFLIP.from_preset("pathflip/mini", feature_dim=DIM, texts=texts, **SMALL)
+        model = PathFLIPInstruct.from_parts(vision.eval(), base, InstructConfig(**config), seed=1)
+        with torch.no_grad():
+            for name, weight in model.llm.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(std=0.02)  # an adapter that does something
+            model.projector.weight.mul_(4)
+    entry = opened.encoders()["tex"]
+    about = {
+        "kind": "instruct",
+        "run": folder.name,
+        "fingerprint": vision.fingerprint(),
+        "instruct_fingerprint": model.fingerprint(),
+        "encoder": {"name": "tex", "revision": entry["revision"], "dim": entry["dim"]},
+        "tiling": opened.tiling(),
+    }
+
+    def fill(part: Path) -> None:
+        model.save_pretrained(part)
+        (part / "pathflip.json").write_text(json.dumps(about))
+
+    write_whole(folder / "model", fill)
+    write_whole(folder / "llm", model.save_merged)
+    return folder
+
+
+# -- a service that runs --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """A service that runs.
+
+    Attributes:
+        url: Where, without a path.
+        model: Id of its language model.
+        tuned: What it serves.
+    """
+
+    url: str
+    model: str
+    tuned: Tuned
+
+    def body(self, question: str = "What is seen?", **fields: Any) -> dict[str, Any]:
+        """Body of a chat request."""
+        messages = [{"role": "user", "content": question}]
+        return {"model": self.model, "slide_id": "slide000", "messages": messages} | fields
+
+
+def start_service(tuned: Tuned, **settings: Any) -> Service:
+    """Serve a tuned run on the Ray this process is connected to, until Serve is shut down.
+
+    Args:
+        tuned: What to serve.
+        settings: Of :class:`serve.app.ServeConfig`, nested ones with dots.
+    """
+    import httpx
+    from ray import serve
+
+    from serve.app import NAME, build
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quiet = {"enable_access_log": False, "log_level": "WARNING"}
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
+    # Replicas take no CPU of Ray's: what else a test needs finds its place.
+    parts = ("ingress", "embedder", "search", "grounding", "instructor")
+    args = {f"{part}.cpus": 0 for part in parts} | settings
+    serve.run(build({"archive": str(tuned.archive), "run": str(tuned.run)} | args), name=NAME)
+    url = f"http://127.0.0.1:{port}"
+    listed = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
+    model = next(entry["id"] for entry in listed if entry["capability"] == "chat")
+    return Service(url=url, model=model, tuned=tuned)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds a process has used."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
