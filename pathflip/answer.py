@@ -204,6 +204,9 @@ def slide_input(
         slide_id: A slide id or unique file name.
         region: Only the regions that overlap this square, level-0 px.
 
+    Of more regions than the model was shown in training, as many are taken, evenly spaced in the
+    order of the archive.
+
     Returns:
         features float32 [1, N, M, d_in] and mask bool [1, N, M].
 
@@ -217,6 +220,8 @@ def slide_input(
     encoder = check_fits(archive, run)
     features, mask, ids = archive.features_array(slide_id, encoder)
     keep = np.arange(len(ids)) if region is None else _overlapping(archive, slide_id, region)
+    if run.max_regions is not None and len(keep) > run.max_regions:
+        keep = keep[np.linspace(0, len(keep) - 1, run.max_regions).round().astype(np.int64)]
     return (
         torch.from_numpy(features[keep].astype(np.float32))[None],
         torch.from_numpy(np.array(mask[keep]))[None],

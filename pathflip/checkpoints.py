@@ -366,6 +366,7 @@ class Run:
         encoder: Patch encoder it was trained on: name, revision, dim.
         tiling: How its slides were cut: fields of :class:`pathflip.geometry.Tiling`.
         config: Settings of the run (RUN/config.yaml); empty for a bare model folder.
+        max_regions: Most regions a tuned model was shown of a slide; None for all.
         path: The run folder.
     """
 
@@ -376,6 +377,7 @@ class Run:
     tiling: dict[str, Any]
     config: dict[str, Any]
     path: Path
+    max_regions: int | None = None
 
 
 def load_run(run: str | Path, *, device: str = "cpu") -> Run:
@@ -427,6 +429,7 @@ def load_run(run: str | Path, *, device: str = "cpu") -> Run:
         tiling=about["tiling"],
         config=_read_yaml(config) if config.exists() else {},
         path=own,
+        max_regions=about.get("max_regions"),
     )
 
 

@@ -27,6 +27,7 @@ def rebuilt(asked: ChatRequest, limits: Limits) -> dict[str, Any]:
         "top_p": asked.top_p,
         "stop": stop,
         "seed": asked.seed,
+        "stream": asked.stream,
     }
 
 

@@ -52,6 +52,9 @@ CHAT_TEMPLATE = (
 )
 """Renders as Qwen3's template does, without tools and reasoning."""
 _FEWEST = 4
+_MUCH_LONGER = 1.5
+_SPREAD = 0.08
+"""Of the weights as drawn, about 1 / sqrt(hidden): at Qwen's 0.02 so narrow a model learns late."""
 _TRAIN = ("train", "training")
 
 
@@ -103,9 +106,9 @@ class SmallLLMConfig:
     ffn: int = 256
     vocab_size: int = 1536
     max_positions: int = 2048
-    epochs: int = 6
+    epochs: int = 4
     batch_size: int = 8
-    turns: int = 4
+    turns: int = 3
     noise: float = 0.3
     lr: float = 3e-3
     seed: int = 0
@@ -323,6 +326,7 @@ def _build(config: SmallLLMConfig, tokenizer: Any) -> Any:
         head_dim=config.head_dim,
         max_position_embeddings=config.max_positions,
         tie_word_embeddings=True,
+        initializer_range=_SPREAD,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -369,8 +373,9 @@ def _train(
             for i in order[start : start + config.batch_size].tolist():
                 rng = np.random.default_rng([config.seed, epoch, i])
                 own = [sentences[i][j] for j in rng.permutation(len(sentences[i]))]
-                turns = _lesson(own, asked[i], config.turns, rng)
-                rows.append(_row(llm, prompter, own, turns, config, rng))
+                vectors = _vectors(llm, prompter, own, config.noise, rng)
+                for example in _lesson(own, asked[i], config.turns, rng):
+                    rows.append(_row(llm, prompter, vectors, example, config.max_positions))
             loss = _loss(llm, rows)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
@@ -393,7 +398,7 @@ def _train(
 def _lesson(
     own: Sequence[str], asked: Sequence[Asked], most: int, rng: np.random.Generator
 ) -> list[Example]:
-    """What is asked about a text, and last what it says: nothing asked after it needs the text."""
+    """What is asked about a text, and what it says."""
     turns = [
         question_example(asked[j].question, (), asked[j].answer)
         for j in rng.permutation(len(asked))[:most].tolist()
@@ -401,45 +406,43 @@ def _lesson(
     return [*turns, caption_example(" ".join(own), "affirmed")]
 
 
-Row = tuple[torch.Tensor, list[int], list[bool]]
-
-
-def _row(
-    llm: Any,
-    prompter: Prompter,
-    sentences: Sequence[str],
-    turns: Sequence[Example],
-    config: SmallLLMConfig,
-    rng: np.random.Generator,
-) -> Row:
-    """A lesson: what is read [T, D], the token at each place, and which are to be predicted."""
+def _vectors(
+    llm: Any, prompter: Prompter, own: Sequence[str], noise: float, rng: np.random.Generator
+) -> torch.Tensor:
+    """Sentences as what slides will be: a vector each, the mean of its words' [sentences, D]."""
     words = llm.get_input_embeddings().weight
-    vectors = torch.stack([words[prompter.text_ids(text)].mean(0) for text in sentences])
-    spread = float(vectors.detach().std())
-    noise = torch.from_numpy(rng.standard_normal(vectors.shape, np.float32))
-    vectors = vectors + config.noise * spread * noise
-    ids: list[int] = []
-    wanted: list[bool] = []
-    split = 0
-    for number, turn in enumerate(turns):
-        before, after = prompter.prompt_ids(turn.instruction, kind=turn.kind)
-        split = len(before) if number == 0 else split  # further turns have no slide
-        answer = prompter.answer_ids(turn.answer)
-        ids += [*before, *after, *answer]
-        wanted += [False] * (len(before) + len(after)) + [True] * len(answer)
-    read = words[torch.tensor(ids)]
-    read = torch.cat([read[:split], vectors, read[split:]])[: config.max_positions]
-    hole = len(vectors)
-    ids, wanted = (
-        [*ids[:split], *[0] * hole, *ids[split:]][: len(read)],
-        [*wanted[:split], *[False] * hole, *wanted[split:]][: len(read)],
-    )
-    return read, ids, wanted
+    vectors = torch.stack([words[prompter.text_ids(text)].mean(0) for text in own])
+    drawn = torch.from_numpy(rng.standard_normal(tuple(vectors.shape), np.float32))
+    return vectors + noise * vectors.detach().std() * drawn
+
+
+Row = tuple[torch.Tensor, list[int]]
+"""What is read [T, D], and the tokens to be predicted at its end."""
+
+
+def _row(llm: Any, prompter: Prompter, vectors: torch.Tensor, example: Example, most: int) -> Row:
+    words = llm.get_input_embeddings().weight
+    before, after = prompter.prompt_ids(example.instruction, kind=example.kind)
+    answer = prompter.answer_ids(example.answer)
+    answer = answer[: max(1, most - len(before) - len(vectors) - len(after))]
+    head, tail = words[torch.tensor(before)], words[torch.tensor([*after, *answer[:-1]])]
+    return torch.cat([head, vectors, tail]), answer
 
 
 def _loss(llm: Any, rows: Sequence[Row]) -> torch.Tensor:
-    read = pad_sequence([own for own, _, _ in rows], batch_first=True)
-    ids = pad_sequence([torch.tensor(own) for _, own, _ in rows], batch_first=True)
-    wanted = pad_sequence([torch.tensor(own) for _, _, own in rows], batch_first=True)[:, 1:]
-    states = llm.model(inputs_embeds=read[:, :-1], use_cache=False)[0]
-    return F.cross_entropy(llm.lm_head(states[wanted]), ids[:, 1:][wanted])
+    """Mean cross-entropy of the answers' tokens; answers and captions are padded apart."""
+    total = rows[0][0].new_zeros(())
+    by_length = sorted(rows, key=lambda row: len(row[0]))
+    shortest = len(by_length[0][0])
+    short = [row for row in by_length if len(row[0]) <= _MUCH_LONGER * shortest]
+    for part in (short, by_length[len(short) :]):
+        if part:
+            read = pad_sequence([own for own, _ in part], batch_first=True)
+            states = llm.model(inputs_embeds=read, use_cache=False)[0]
+            said = [
+                states[place, len(own) - len(answer) : len(own)]
+                for place, (own, answer) in enumerate(part)
+            ]
+            wanted = torch.tensor([token for _, answer in part for token in answer])
+            total = total + F.cross_entropy(llm.lm_head(torch.cat(said)), wanted, reduction="sum")
+    return total / sum(len(answer) for _, answer in rows)

@@ -20,6 +20,7 @@ texts tells which words a region's vectors stand for.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,6 @@ GATHERED = 2.0
 """Standard deviation over patches of what cross-attention adds to a query of unit variance."""
 _PATCHES = 100_000
 _SLIDES = 16
-_RIDGE = 1e-2
-"""Of the text vectors' mean variance: keeps directions that few sentences have from growing."""
 
 
 @torch.no_grad()
@@ -145,9 +144,11 @@ def start_projector(
 ) -> None:
     """Start σ so that a region's vectors read as the words of the sentences true of it.
 
-    A ridge regression takes a sentence's vector of the slide model to the mean embedding of its
-    words. Region vectors live in the same space once W_v' is applied (Eq. 5), so the same map makes
-    words of them, centred and as large as those of sentences are.
+    Region vectors live in the space of texts once W_v' is applied (Eq. 5). The rotation that takes
+    the slide model's vectors of sentences nearest to the mean embeddings of their words (orthogonal
+    Procrustes, Schönemann 1966) takes regions there as well, centred and as large as sentences are.
+    A rotation, because what tells findings apart must stay apart: least squares fits sentences
+    better and loses it (docs/instruct.md).
 
     Args:
         model: As built; its projector is changed in place.
@@ -164,16 +165,17 @@ def start_projector(
             "The projector cannot start from text: the slide model has no vectors of regions.",
             hint="Set instruct.projector_start=random.",
         )
+    # Sentences that differ in numbers alone would outweigh the others.
+    sentences = list({re.sub(r"\d+", "0", text): text for text in sentences}.values())
     texts = vision.encode_text(sentences, normalize=False).double()
     words = torch.stack(
         [table[model.prompter.text_ids(text)].mean(0) for text in sentences]
     ).double()
     centre = words.mean(0)
     texts, words = texts - texts.mean(0), words - centre
-    ridge = _RIDGE * texts.square().sum(0).mean()
-    eye = torch.eye(vision.config.d, dtype=torch.float64)
-    to_words = torch.linalg.solve(texts.T @ texts + ridge * eye, texts.T @ words)  # [d, D]
-    one = eye.to(vision.text_out.weight.dtype)
+    left, _, right = torch.linalg.svd(texts.T @ words, full_matrices=False)
+    to_words = left @ right  # [d, D]
+    one = torch.eye(vision.config.d, dtype=vision.text_out.weight.dtype)
     values = vision.region_attention.values
     into_text = (values(one) - values(torch.zeros_like(one))).double()  # [d, d]
     found = []
