@@ -257,9 +257,8 @@ def _tuned(
         stages.run("language model", f"Training a small Qwen3 from scratch in {base}"),
         show_progress() as progress,
     ):
-        if not (base / "config.json").exists():
-            wanted = load_config(SmallLLMConfig, overrides=language)
-            make_from_archive(opened, base, wanted, progress=progress)
+        wanted = load_config(SmallLLMConfig, overrides=language)
+        make_from_archive(opened, base, wanted, progress=progress)
     workers = min(2, os.cpu_count() or 1)
     given = {"run": str(out / "run"), "llm": str(base), "max_workers": workers}
     config = resolve(TUNE_PRESET, overrides=settings, given=given)

@@ -169,6 +169,13 @@ class Service:
         return {"model": self.model, "slide_id": "slide000", "messages": messages} | fields
 
 
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def start_service(tuned: Tuned, **settings: Any) -> Service:
     """Serve a tuned run on the Ray this process is connected to, until Serve is shut down.
 
@@ -181,9 +188,7 @@ def start_service(tuned: Tuned, **settings: Any) -> Service:
 
     from serve.app import NAME, build
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
     # Replicas take no CPU of Ray's: what else a test needs finds its place.

@@ -162,7 +162,9 @@ def forget(folder: Path) -> None:
 # -- ours -----------------------------------------------------------------------------------------
 
 
-def make_archive(folder: Path, data: Data) -> str:
+def make_archive(
+    folder: Path, data: Data, *, model: str = "bench", fingerprint: str = "bench"
+) -> str:
     """Writes the vectors as the table of a model, as ``pathflip index`` does."""
     from pathflip.archive import schema
     from pathflip.archive.attach import ensure_model
@@ -182,7 +184,7 @@ def make_archive(folder: Path, data: Data) -> str:
         ]
         committer.upsert("slides", pa.Table.from_pylist(ready, schema=body))
         table = ensure_model(
-            committer, "bench", dim=dim, fingerprint="bench",
+            committer, model, dim=dim, fingerprint=fingerprint,
             encoder={"name": "patches", "revision": "1"}, run="bench",
         )  # fmt: skip
         for start in range(0, rows, 4 * BLOCK):

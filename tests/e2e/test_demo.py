@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,17 @@ from pathflip import Archive
 
 pytestmark = pytest.mark.ray
 COHORT = 48
-SHORT = ("epochs=1", "batch_size=8", "max_workers=1")
+SHORT: dict[str, Any] = {
+    "training": ("epochs=1", "batch_size=8", "max_workers=1"),
+    "language": ("epochs=1", "hidden=64", "layers=1", "heads=2", "kv_heads=2"),
+    "tuning": ("epochs=1", "batch_size=8"),
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    assert demo(out, cohort=COHORT, training=SHORT) == 0  # though two files are quarantined
+    assert demo(out, cohort=COHORT, **SHORT) == 0  # though two files are quarantined
     return out
 
 
@@ -53,12 +58,23 @@ def test_the_reports_show_it(made: Path) -> None:
         assert shown.lower() in page.lower(), shown
 
 
+def test_the_answers_are_shown_beside_the_truth(made: Path) -> None:
+    page = (made / "answers.html").read_text(encoding="utf-8")
+    for shown in ("majority", "another slide", "BLEU-1", "How many foci of necrosis", "<meter"):
+        assert shown in page, shown
+    result = json.loads((made / "tuned" / "result.json").read_bytes())
+    assert result["steps"] > 0
+    assert (made / "tuned" / "llm" / "model.safetensors").exists()
+
+
 def test_a_second_run_skips_everything(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (made / "slides").iterdir()}
     result = (made / "run" / "result.json").read_bytes()
-    assert demo(made, cohort=COHORT, training=SHORT) == 0
+    tuned = (made / "tuned" / "result.json").read_bytes()
+    assert demo(made, cohort=COHORT, **SHORT) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (made / "slides").iterdir()}
     assert (made / "run" / "result.json").read_bytes() == result
+    assert (made / "tuned" / "result.json").read_bytes() == tuned
     assert json.loads(result)["steps"] > 0
     out = capsys.readouterr().out
     assert f"{COHORT + 3} skipped" in out
@@ -66,6 +82,7 @@ def test_a_second_run_skips_everything(made: Path, capsys: pytest.CaptureFixture
     assert "spoilt on purpose" in out
     assert re.search(r"^Open .*report\.html", out, re.MULTILINE)
     assert re.search(r'search "necrosis" --archive .* --run ', out)
+    assert re.search(r"serve --archive .* --run .* --llm .*tuned", out)
 
 
 def test_own_slides_are_only_read_and_never_mixed_in(made: Path, tmp_path: Path) -> None:
