@@ -43,7 +43,7 @@ TUNE_PRESETS: Mapping[str, Mapping[str, Any]] = {
             "train_vision": False,
         },
         "projector_epochs": 0,
-        "epochs": 6,
+        "epochs": 8,
         "batch_size": 8,
         "lr": 2e-3,
         "min_lr": 1e-5,

@@ -106,7 +106,7 @@ class SmallLLMConfig:
     ffn: int = 256
     vocab_size: int = 1536
     max_positions: int = 2048
-    epochs: int = 4
+    epochs: int = 10
     batch_size: int = 8
     turns: int = 3
     noise: float = 0.3

@@ -40,7 +40,9 @@ def test_the_archive_holds_what_was_made(made: Path) -> None:
     ready = [row for row in rows.values() if row["status"] == "ready"]
     assert len(ready) == COHORT
     assert {row["split"] for row in ready} == {"train", "val", "test"}
-    assert archive.captions().num_rows == COHORT
+    captions = archive.captions().to_pylist()
+    assert sum(bool(row["text"]) for row in captions) == COHORT
+    assert sum(bool(row["qa"]) for row in captions) == COHORT
     (model,) = archive.models().values()
     vectors = archive.dataset(model["embeddings_table"]).to_table(columns=["kind"])
     kinds = vectors["kind"].to_pylist()

@@ -6,6 +6,7 @@ One process of its own holds vLLM for the whole module: its import is what takes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,31 @@ def test_lines_of_a_batch_are_what_one_slide_at_a_time_gives(
         assert said["answer"] == free_answer.answer
         assert refused["error"]["code"] == "prompt_too_long"
     assert len({row[0]["caption"] for row in found.values()}) > 1
+
+
+def lines_by_text(kept: dict[str, Any], archive: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """As of a run that was tuned to answer with the text of an option."""
+    front = kept["speaker"].front
+    before, front.config = front.config, replace(front.config, choice_answer="text")
+    try:
+        return lines(kept, archive, asked)
+    finally:
+        front.config = before
+
+
+def test_options_are_scored_by_their_text_where_a_run_was_tuned_so(
+    engine: Call, answerer: Answerer, tuned: Tuned
+) -> None:
+    choices = ["colon", "breast tissue", "lung of a patient", "bone"]
+    asked = {"question": "Which tissue is shown?", "choices": choices}
+    slides = [f"slide{n:03d}" for n in range(3)]
+    found = engine(lines_by_text, str(tuned.archive), {slide: [asked, {}] for slide in slides})
+    for slide, (chosen, _) in found.items():
+        answer = answerer.ask(
+            Archive(tuned.archive), slide, asked["question"], choices, mode="option_ll"
+        )
+        assert (chosen["answer"], chosen["choice"]) == (answer.answer, answer.choice)
+        assert chosen["scores"] == pytest.approx(answer.scores, abs=1e-5)
 
 
 def decomposed(
