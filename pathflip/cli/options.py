@@ -30,13 +30,22 @@ AddressOption = Annotated[
 
 def job(name: str) -> Any:
     """Import a module of jobs/, which is not part of the installed wheel."""
+    return _checked_out(f"jobs.{name}")
+
+
+def service(name: str) -> Any:
+    """Import a module of serve/, which is not part of the installed wheel."""
+    return _checked_out(f"serve.{name}")
+
+
+def _checked_out(module: str) -> Any:
     import importlib
 
     try:
-        return importlib.import_module(f"jobs.{name}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing == "ray":
+        if missing in ("ray", "fastapi"):
             hint = "Install it: pip install 'pathflip[ray]'."
         else:
             hint = "Run it from a checkout of pathflip or from its image."

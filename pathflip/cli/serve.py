@@ -14,9 +14,9 @@ from pathflip.cli.options import (
     JsonOption,
     OverrideOption,
     print_json,
+    service,
     show_table,
 )
-from pathflip.errors import ConfigError
 
 app = typer.Typer()
 audit_app = typer.Typer(help="The audit log of the service.", no_args_is_help=True)
@@ -43,10 +43,10 @@ def serve(
     """Answer over HTTP until stopped: search, ground, classify, and chat as OpenAI has it."""
     from pathflip.config import load_config
 
-    service = _service("app")
+    app_module = service("app")
     given = {"archive": archive, "run": run, "llm": llm, "token_file": token_file}
     settings = load_config(
-        service.ServeConfig,
+        app_module.ServeConfig,
         given={key: value for key, value in given.items() if value is not None},
         file=config,
         overrides=overrides or (),
@@ -63,7 +63,7 @@ def serve(
             out.flush()
 
     with redirect_stdout(sys.stderr):
-        service.run(settings, host=host, port=port, ready=ready)
+        app_module.run(settings, host=host, port=port, ready=ready)
 
 
 @audit_app.command("verify")
@@ -72,7 +72,7 @@ def audit_verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check that no line was changed, removed, inserted or cut off; print the heads."""
-    heads = _service("audit").verify(path)
+    heads = service("audit").verify(path)
     rows = [
         {"file": name, "lines": head.lines, "torn": head.torn, "head": head.hash}
         for name, head in heads.items()
@@ -84,19 +84,3 @@ def audit_verify(
             "the audit log is whole", ("file", "lines", "torn", "head"),
             [list(row.values()) for row in rows],
         )  # fmt: skip
-
-
-def _service(name: str) -> Any:
-    """Import a module of serve/, which is not part of the installed wheel."""
-    import importlib
-
-    try:
-        return importlib.import_module(f"serve.{name}")
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        hint = "Run it from a checkout of pathflip or from its image."
-        if missing in ("ray", "fastapi"):
-            hint = "Install it: pip install 'pathflip[ray]'."
-        raise ConfigError(
-            f"This command needs {missing}, which is not installed here.", hint=hint
-        ) from error
