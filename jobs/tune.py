@@ -141,7 +141,7 @@ class Tuning(Task):
 
     def parameters(self, corpus: Corpus) -> tuple[int, int]:
         """Returns how many parameters train in the last stage, and how many never do."""
-        model = self.model(self.begin(corpus), corpus)
+        model = self._built(self.begin(corpus), corpus)
         kept = self.kept(model)
         sizes = {name: p.numel() for name, p in model.named_parameters()}
         trained = sum(sizes[name] for name in kept)
@@ -151,15 +151,20 @@ class Tuning(Task):
 
     def model(self, vision: PathFLIP, corpus: Corpus) -> PathFLIPInstruct:
         """Returns slide model, new projector and adapter, and the base language model."""
+        model = self._built(vision, corpus)
+        if self.config.instruct.projector_start == "text":
+            batch = start_batch(corpus, self.config)
+            train = corpus.members("train").tolist()
+            sentences = sorted({text for i in train for text in corpus.pieces[i]})
+            start_projector(model, batch.features, batch.patch_mask, sentences)
+        return model
+
+    def _built(self, vision: PathFLIP, corpus: Corpus) -> PathFLIPInstruct:
+        """The model before anything is fitted to slides: enough to count it, or to be filled."""
         config = self.config
         model = PathFLIPInstruct.from_parts(vision, config.llm, config.instruct, seed=config.seed)
         if model.base["fingerprint"] != corpus.about["base"]["fingerprint"]:
             self.check(corpus)
-        if config.instruct.projector_start == "text":
-            batch = start_batch(corpus, config)
-            train = corpus.members("train").tolist()
-            sentences = sorted({text for i in train for text in corpus.pieces[i]})
-            start_projector(model, batch.features, batch.patch_mask, sentences)
         return model
 
     def stages(self, steps_per_epoch: int) -> list[Stage]:
@@ -239,7 +244,7 @@ class Tuning(Task):
 
     def export(self, run: Path, corpus: Corpus, best: Checkpoint, result: dict[str, Any]) -> str:
         """Writes RUN/model, what was tuned, and RUN/llm, a language model any engine reads."""
-        model = self.model(PathFLIP.from_pretrained(str(run / "init")), corpus)
+        model = self._built(PathFLIP.from_pretrained(str(run / "init")), corpus)
         load_tensors(model, best.tensors("model"), self.kept(model))
         model.eval()
         write_whole(run / "llm", model.save_merged, step=best.step)
