@@ -50,6 +50,9 @@ def load_config(
             nested = {part: nested}
         _merge(values, nested, cls, where=f"-o {override}")
     _merge(values, dict(given or {}), cls, where="the command line")
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if isinstance(nested := values.get(field.name), dict):
+            values[field.name] = _over(_default(field), nested)
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -86,6 +89,22 @@ def _merge(into: dict[str, Any], update: Mapping[str, Any], cls: Any, *, where: 
             _merge(into.setdefault(key, {}), value, nested, where=where)
         else:
             into[key] = value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _over(default: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Values over those of a default, which need not be those of its class."""
+    if not dataclasses.is_dataclass(default):
+        return values
+    kept = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    for key, value in values.items():
+        kept[key] = _over(kept[key], value) if isinstance(value, dict) else value
+    return kept
 
 
 def _types(cls: Any) -> dict[str, Any]:

@@ -16,10 +16,12 @@ deployment      what
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
 import signal
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
@@ -29,6 +31,7 @@ from typing import Any
 
 from pathflip.config import load_config
 from pathflip.errors import CheckpointError, ConfigError, PathFLIPError
+from serve import proxy
 from serve.auth import is_loopback, read_tokens
 from serve.limits import Limits, Refused
 
@@ -406,8 +409,9 @@ def run(
             raise _Stopped
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    folder = tempfile.TemporaryDirectory(prefix="pathflip-", ignore_cleanup_errors=True)
     try:
-        _start(config, checked, host, port)
+        _start(config, checked, host, port, folder.name)
         for number in before:  # Ray has put its own in place, which end in an abort
             signal.signal(number, stop)
         bracketed = f"[{host}]" if ":" in host else host
@@ -420,12 +424,13 @@ def run(
     finally:
         stopped.set()
         _stop()
+        folder.cleanup()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _start(config: ServeConfig, checked: Checked, host: str, port: int) -> None:
-    _set_environment()
+def _start(config: ServeConfig, checked: Checked, host: str, port: int, folder: str) -> None:
+    _set_environment(folder)
     import ray
     from ray import serve
 
@@ -460,12 +465,13 @@ def _start(config: ServeConfig, checked: Checked, host: str, port: int) -> None:
         ) from error
 
 
-def _set_environment() -> None:
+def _set_environment(folder: str) -> None:
     """What Ray reads when it is imported: a token that only this process and its children know."""
+    os.environ.update(proxy.environment(folder))
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Its exporter would listen to everybody, without a token.
+    # Ray's exporter would listen to everybody, without a token.
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("LANCE_LOG", "error")
@@ -482,12 +488,19 @@ def _stop() -> None:
     try:
         # Serve would stop all parts at once, also those that answers at work have yet to ask.
         with suppress(RayServeException):
-            serve.get_app_handle(NAME).broadcast("drain").results(timeout_s=DRAIN_S + 5)
+            asyncio.run(_drain())
         serve.delete(NAME)
         serve.shutdown()  # type: ignore[no-untyped-call]
     except Exception as error:  # Ray raises no narrower type; nothing may keep the process
         logger.warning("Serve did not stop in order: %s", error)
     ray.shutdown()
+
+
+async def _drain() -> None:
+    from ray import serve
+
+    handle = serve.get_app_handle(NAME)
+    await handle.broadcast("drain").results_async(timeout_s=DRAIN_S + 5)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from serve import proxy
 from tests.faults import descendants, resident_bytes
 
 if TYPE_CHECKING:
@@ -27,6 +29,13 @@ SAME = (
     "tiles_bad", "fingerprint", "encoders", "tissue_png", "tissue_mpp", "tissue_mm2", "thumbnail",
 )  # fmt: skip
 """Columns of a slide's row that any run over the same slides must agree on."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ray reads what it serves with when it is first imported."""
+    folder = tempfile.TemporaryDirectory(prefix="pathflip-", ignore_cleanup_errors=True)
+    os.environ.update(proxy.environment(folder.name))
+    config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

