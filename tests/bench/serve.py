@@ -1,7 +1,7 @@
 """What the service adds to the engine inside it: ``python -m tests.bench.serve --json``.
 
-A random Qwen3 of some 5 M parameters over a small archive, everything on this machine's CPUs, with
-the client. Both sides of a ratio run on the same prompts in one run, taking turns. Parts:
+A random Qwen3 of 3 M parameters (26 M for ``throughput``) over a small archive, everything on this
+machine's CPUs, with the client. Both sides of a ratio run on the same prompts in one run, taking turns. Parts:
 
 * ``throughput``: tokens a second at concurrency 16, through the service and from ``vllm.LLM``;
 * ``first_token``: time to the first token at concurrency 1, of the service and of the engine;
@@ -454,7 +454,8 @@ def search(folder: Path, rows: int, seconds: float, dim: int = 256) -> Report:
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    quiet = {"enable_access_log": False, "log_level": "WARNING"}
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
     serve.run(build({"archive": uri, "run": str(folder / "run")}), name=NAME)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
@@ -544,9 +545,15 @@ def main() -> None:
         os.environ.update(proxy.environment(short))
         size = {"width": 64, "layers": 2} if args.quick else {"width": 256, "layers": 6}
         tuned = make_tuned(Path(folder) / "tuned", **size)
+
+        def larger() -> Tuned:
+            if args.quick:
+                return tuned
+            return make_tuned(Path(folder) / "larger", width=512, layers=12)
+
         todo: dict[str, Callable[[], Report]] = {
             "startup": lambda: startup(tuned, rounds),
-            "throughput": lambda: throughput(tuned, rounds),
+            "throughput": lambda: throughput(larger(), rounds),
             "first_token": lambda: first_token(tuned, rounds),
             "search": lambda: search(Path(folder) / "search", args.rows, 3 if args.quick else 15),
             "overload": lambda: overload(tuned, 10 if args.quick else 60),
