@@ -278,13 +278,14 @@ class Remote:
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
             raise AttributeError(method)
-        if method in self._streams:
-            return lambda *args, **kwargs: self._stream(method, args, kwargs)
+        streams = method in self._streams
+        # Serve makes a handle anew for each option and each method: here it is made once.
+        handle = getattr(self._handle.options(stream=True) if streams else self._handle, method)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
             for left in reversed(range(self._tries)):
                 try:
-                    return await getattr(self._handle, method).remote(*args, **kwargs)
+                    return await handle.remote(*args, **kwargs)
                 except Exception as error:
                     ours = _ours(error)
                     if left and ours.code == "unavailable":
@@ -292,17 +293,19 @@ class Remote:
                     raise ours from None
             raise AssertionError("at least one attempt")
 
-        return call
+        async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            found = handle.remote(*args, **kwargs)
+            try:
+                async for item in found:
+                    yield item
+            except Exception as error:
+                raise _ours(error) from None
+            finally:
+                found.cancel()
 
-    async def _stream(self, method: str, args: Any, kwargs: Any) -> AsyncIterator[Any]:
-        found = getattr(self._handle.options(stream=True), method).remote(*args, **kwargs)
-        try:
-            async for item in found:
-                yield item
-        except Exception as error:
-            raise _ours(error) from None
-        finally:
-            found.cancel()
+        made = stream if streams else call
+        setattr(self, method, made)
+        return made
 
 
 def _ours(error: Exception) -> PathFLIPError:

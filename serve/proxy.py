@@ -5,6 +5,8 @@ Ray brings along, takes a tenth of its time. As Ray starts it, it tells its stat
 asks on any interface, lets every user of the machine command it, writes paths to the system's log,
 hides who asks, and makes a 500 of a 503: :func:`ours` mends its configuration before it reads it.
 
+``python -m serve.proxy FOLDER`` prints the variables for the shell that starts a node of a cluster.
+
 Read in this order: :func:`environment`, :func:`ours`.
 """
 
@@ -114,4 +116,10 @@ def _start(folder: Path, binary: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _start(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    if len(sys.argv) > 2:
+        _start(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    elif len(sys.argv) == 2:
+        for name, value in environment(sys.argv[1]).items():
+            print(f"export {name}={shlex.quote(value)}")
+    else:
+        sys.exit("usage: python -m serve.proxy FOLDER")
