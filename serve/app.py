@@ -38,8 +38,6 @@ from serve.limits import Limits, Refused
 logger = logging.getLogger(__name__)
 
 NAME = "pathflip"
-DRAIN_S = 30.0
-"""Time for answers at work when a replica is stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +66,8 @@ class Replicas:
     upscale_s: float = 5.0
     downscale_s: float = 120.0
 
-    def options(self) -> dict[str, Any]:
-        """The options of a deployment."""
+    def options(self, drain_s: float) -> dict[str, Any]:
+        """The options of a deployment whose replicas may finish for so many seconds."""
         return {
             "autoscaling_config": {
                 "min_replicas": self.min_replicas,
@@ -81,7 +79,7 @@ class Replicas:
             "max_ongoing_requests": self.ongoing,
             "max_queued_requests": self.queued,
             "backpressure_config": {"status_code": 429, "retry_after_s": 1},
-            "graceful_shutdown_timeout_s": DRAIN_S,
+            "graceful_shutdown_timeout_s": drain_s,
             "graceful_shutdown_wait_loop_s": 0.2,
             "health_check_period_s": 5,
             "health_check_timeout_s": 20,
@@ -106,6 +104,7 @@ class ServeConfig:
         device: Of the small models: ``cpu``, ``cuda`` or ``auto``.
         refresh_s: How old what is known of the archive may be.
         patients: Whether ids of patients may be asked for and are told.
+        drain_s: Time for answers at work when a replica or the service is stopped.
         limits: Of one ingress replica.
         ingress, embedder, search, grounding, instructor: Replicas of each.
         engine: Settings of the instructor.
@@ -120,6 +119,7 @@ class ServeConfig:
     device: str = "cpu"
     refresh_s: float = 30.0
     patients: bool = False
+    drain_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
     # The guard counts what is at work; Serve's own limit is a second wall behind it.
     ingress: Replicas = field(
@@ -230,7 +230,7 @@ def application(config: ServeConfig, checked: Checked) -> Any:
     archive, run = checked.archive, checked.run
 
     def deployed(part: Any, name: str, replicas: Replicas) -> Any:
-        return serve.deployment(name=name, **replicas.options())(part)
+        return serve.deployment(name=name, **replicas.options(config.drain_s))(part)
 
     parts = {
         "embedder": deployed(Embedder, "embedder", config.embedder).bind(
@@ -247,7 +247,7 @@ def application(config: ServeConfig, checked: Checked) -> Any:
     if checked.chat:
         from serve.instructor import Instructor
 
-        parts["instructor"] = Instructor.options(**config.instructor.options()).bind(  # type: ignore[attr-defined]
+        parts["instructor"] = Instructor.options(**config.instructor.options(config.drain_s)).bind(  # type: ignore[attr-defined]
             archive, run, checked.llm, config.engine
         )
     hidden = {archive: "the archive", config.archive: "the archive", run: "the run"}
@@ -260,6 +260,7 @@ def application(config: ServeConfig, checked: Checked) -> Any:
         token_file=checked.token_file,
         audit=checked.audit,
         hidden=hidden,
+        drain_s=config.drain_s,
     )
 
 
@@ -332,6 +333,7 @@ class Ingress:
         token_file: Who may ask.
         audit: Folder of the audit log.
         hidden: What messages must not show.
+        drain_s: See :class:`ServeConfig`.
     """
 
     def __init__(
@@ -342,6 +344,7 @@ class Ingress:
         token_file: str | None,
         audit: str,
         hidden: Mapping[str, str],
+        drain_s: float,
     ) -> None:
         from serve.audit import AuditLog
         from serve.ingress import Parts, make_app
@@ -350,7 +353,7 @@ class Ingress:
             name: Remote(handle, streams=("chat",), retried=name != "instructor")
             for name, handle in parts.items()
         }
-        self._audit = AuditLog(audit)
+        self._audit, self._drain_s = AuditLog(audit), drain_s
         self._app = make_app(
             Parts(**remote, hidden=hidden),
             limits=limits,
@@ -363,7 +366,7 @@ class Ingress:
 
     async def drain(self) -> None:
         """Lets what is at work finish while the parts are still there to ask."""
-        await self._app.drain(DRAIN_S)
+        await self._app.drain(self._drain_s)
 
     def __del__(self) -> None:
         if hasattr(self, "_audit"):
@@ -426,7 +429,7 @@ def run(
         pass
     finally:
         stopped.set()
-        _stop()
+        _stop(config.drain_s)
         folder.cleanup()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -451,7 +454,7 @@ def _start(config: ServeConfig, checked: Checked, host: str, port: int, folder: 
         http_options={
             "host": host,
             "port": port,
-            "request_timeout_s": config.limits.stream_s + DRAIN_S,
+            "request_timeout_s": config.limits.stream_s + config.drain_s,
             "keep_alive_timeout_s": 75,
         },
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
@@ -481,7 +484,7 @@ def _set_environment(folder: str) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
 
 
-def _stop() -> None:
+def _stop(drain_s: float) -> None:
     import ray
     from ray import serve
     from ray.serve.exceptions import RayServeException
@@ -491,7 +494,7 @@ def _stop() -> None:
     try:
         # Serve would stop all parts at once, also those that answers at work have yet to ask.
         with suppress(RayServeException):
-            asyncio.run(_drain())
+            asyncio.run(_drain(drain_s))
         serve.delete(NAME)
         serve.shutdown()  # type: ignore[no-untyped-call]
     except Exception as error:  # Ray raises no narrower type; nothing may keep the process
@@ -499,11 +502,11 @@ def _stop() -> None:
     ray.shutdown()
 
 
-async def _drain() -> None:
+async def _drain(drain_s: float) -> None:
     from ray import serve
 
     handle = serve.get_app_handle(NAME)
-    await handle.broadcast("drain").results_async(timeout_s=DRAIN_S + 5)
+    await handle.broadcast("drain").results_async(timeout_s=drain_s + 5)
 
 
 def _check_port(host: str, port: int) -> None:

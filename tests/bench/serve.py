@@ -325,6 +325,7 @@ def scale(tuned: Tuned) -> Report:
     settings = {
         "instructor.max_replicas": 2, "instructor.target": 4, "instructor.upscale_s": 1,
         "instructor.downscale_s": 600, "limits.concurrent": 128, "instructor.queued": 128,
+        "drain_s": 300,
     }  # fmt: skip
     found: list[Report] = []
 

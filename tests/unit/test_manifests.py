@@ -267,7 +267,7 @@ def test_serve_accepts_its_configurations(path: Path) -> None:
     assert schema.http_options.request_timeout_s > settings.limits.stream_s
     for name in ("ingress", "embedder", "search", "grounding", "instructor"):
         replicas = getattr(settings, name)
-        DeploymentSchema.model_validate({"name": name, **replicas.options()})
+        DeploymentSchema.model_validate({"name": name, **replicas.options(settings.drain_s)})
         assert 1 <= replicas.min_replicas <= replicas.max_replicas
         assert replicas.target <= replicas.ongoing
         assert replicas.queued >= 0, "nothing may wait without an end"
