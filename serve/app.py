@@ -486,27 +486,27 @@ def _set_environment(folder: str) -> None:
 
 def _stop(drain_s: float) -> None:
     import ray
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
 
     if not ray.is_initialized():
         return
     try:
-        # Serve would stop all parts at once, also those that answers at work have yet to ask.
-        with suppress(RayServeException):
-            asyncio.run(_drain(drain_s))
-        serve.delete(NAME)
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        asyncio.run(_end(drain_s))
     except Exception as error:  # Ray raises no narrower type; nothing may keep the process
         logger.warning("Serve did not stop in order: %s", error)
     ray.shutdown()
 
 
-async def _drain(drain_s: float) -> None:
+async def _end(drain_s: float) -> None:
+    """Serve's handle belongs to this event loop, which must run until Serve is gone."""
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
-    handle = serve.get_app_handle(NAME)
-    await handle.broadcast("drain").results_async(timeout_s=drain_s + 5)
+    # Serve would stop all parts at once, also those that answers at work have yet to ask.
+    with suppress(RayServeException):
+        handle = serve.get_app_handle(NAME)
+        await handle.broadcast("drain").results_async(timeout_s=drain_s + 5)
+    await asyncio.to_thread(serve.delete, NAME)
+    await asyncio.to_thread(serve.shutdown)
 
 
 def _check_port(host: str, port: int) -> None:

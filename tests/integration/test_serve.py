@@ -274,8 +274,11 @@ def test_sigterm_lets_answers_finish_and_exits_0(served: Process) -> None:
     assert head.lines > len(ROUTES)
     assert not head.torn
     text = "".join(path.read_text() for path in served.audit.iterdir())
+    written = served.errors.read_text()
+    assert "did not stop in order" not in written
+    assert "event loop" not in written
     for secret in (*SECRETS, *(token for _, token in TOKENS.values())):
-        assert secret not in text + served.errors.read_text()
+        assert secret not in text + written
 
 
 @pytest.mark.parametrize(
