@@ -23,6 +23,7 @@ import secrets
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -439,6 +440,10 @@ def _start(config: ServeConfig, checked: Checked, host: str, port: int, folder: 
     _set_environment(folder)
     import ray
     from ray import serve
+
+    # Their news is not the user's; and what Ray forks becomes another program at once.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="lance(db)? (is not fork-safe|fork support)")
 
     app = application(config, checked)
     ray.init(
