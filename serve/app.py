@@ -511,7 +511,7 @@ async def _end(drain_s: float) -> None:
         handle = serve.get_app_handle(NAME)
         await handle.broadcast("drain").results_async(timeout_s=drain_s + 5)
     await asyncio.to_thread(serve.delete, NAME)
-    await asyncio.to_thread(serve.shutdown)
+    await serve.shutdown_async()  # type: ignore[no-untyped-call]
 
 
 def _check_port(host: str, port: int) -> None:
