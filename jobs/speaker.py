@@ -172,7 +172,7 @@ class Speaker:
     def _run(self, waiting: Sequence[_Request], said: dict[tuple[Any, ...], Item]) -> None:
         from vllm import SamplingParams
 
-        from pathflip.models.prompting import LETTERS
+        from pathflip.text import LETTERS
 
         letters = [self.front.prompter.text_ids(letter)[0] for letter in LETTERS]
 

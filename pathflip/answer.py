@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.evaluation.encode import check_fits
-from pathflip.models.prompting import CAPTION_INSTRUCTION, LETTERS, multiple_choice
+from pathflip.models.prompting import CAPTION_INSTRUCTION, multiple_choice
+from pathflip.text import LETTERS
 
 if TYPE_CHECKING:
     import torch
@@ -234,15 +235,16 @@ def model_folder(run: Run) -> Path:
     Raises:
         CheckpointError: The run is a pretraining run (``not_tuned``).
     """
-    folder = run.path / "model"
-    if not (folder / "instruct.json").is_file():
+    from pathflip.checkpoints import is_tuned
+
+    if not is_tuned(run.path):
         raise CheckpointError(
             f"{run.path} has no language model: it was pretrained, not tuned.",
             hint=f"Tune it: pathflip tune --archive URI --run {run.path} --llm LLM --out DIR, and "
             "give that folder.",
             code="not_tuned",
         )
-    return folder
+    return run.path / "model"
 
 
 def tuned_name(run: Run) -> str:

@@ -433,6 +433,11 @@ def load_run(run: str | Path, *, device: str = "cpu") -> Run:
     )
 
 
+def is_tuned(run: str | Path) -> bool:
+    """Whether a run folder holds a model that was tuned to answer."""
+    return (Path(run) / "model" / "instruct.json").is_file()
+
+
 def model_name(run: str, fingerprint: str) -> str:
     """Return a model's name in tables, ``<run>_<first 8 of the fingerprint>``, in [a-z0-9_]."""
     slug = re.sub(r"[^a-z0-9]+", "_", run.lower()).strip("_")[:64] or "run"

@@ -22,6 +22,8 @@ from pathflip.errors import CheckpointError, ConfigError
 DEFAULT_CONTEXT = 2048
 """Tokens of prompt and answer together, where the model was made for as many: the paper's 200
 visual tokens, a long question and 512 tokens of answer fit more than twice."""
+BLOCK = 128
+"""Tokens of a block of keys and values; the CPU engine's own default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,8 @@ def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> 
             model was made for.
     """
     config = config or EngineConfig()
-    limit = _context(Path(folder))
+    about = _about(Path(folder))
+    limit = int(about["max_position_embeddings"])
     asked = config.max_model_len
     if asked is not None and asked > limit:
         raise ConfigError(
@@ -109,6 +112,7 @@ def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> 
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
     else:
         arguments["enforce_eager"] = True  # compiling takes longer than a batch job
+        arguments |= _enough_blocks(about, arguments, kv_gib=config.kv_gib)
     return arguments
 
 
@@ -173,11 +177,12 @@ def uses_gpu(config: EngineConfig) -> bool:
     return there and config.device != "cpu"
 
 
-def _context(folder: Path) -> int:
-    """Positions a language model was made for."""
+def _about(folder: Path) -> dict[str, Any]:
+    """The settings of a language model, which name how many positions it was made for."""
     try:
-        settings = json.loads((folder / "config.json").read_bytes())
-        return int(settings["max_position_embeddings"])
+        settings: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+        int(settings["max_position_embeddings"])
+        return settings
     except FileNotFoundError:
         raise CheckpointError(
             f"There is no language model at {folder}.",
@@ -190,6 +195,28 @@ def _context(folder: Path) -> int:
             hint="Give the folder llm of a tuned run.",
             code="damaged",
         ) from error
+
+
+def _enough_blocks(
+    about: dict[str, Any], arguments: dict[str, Any], *, kv_gib: int
+) -> dict[str, int]:
+    """What keeps the CPU engine from clearing memory for keys and values it cannot fill.
+
+    Returns:
+        More arguments: blocks for twice what all sequences hold together; none where all of
+        ``kv_gib`` is of use or the model does not say what a token takes.
+    """
+    try:
+        heads = int(about["num_key_value_heads"])
+        head_dim = about.get("head_dim") or about["hidden_size"] // about["num_attention_heads"]
+        values = 2 * int(about["num_hidden_layers"]) * heads * int(head_dim)
+    except KeyError:
+        return {}
+    token = values * (4 if arguments["dtype"] == "float32" else 2)
+    wanted = 2 * arguments["max_num_seqs"] * -(-arguments["max_model_len"] // BLOCK)
+    if wanted * BLOCK * token >= kv_gib << 30:
+        return {}
+    return {"block_size": BLOCK, "num_gpu_blocks_override": wanted}
 
 
 def import_vllm() -> Any:

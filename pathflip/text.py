@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+LETTERS = "ABCDEFGH"
+"""What the options of a question are called; no question has more."""
+
 # -- sentences ------------------------------------------------------------------------------------
 
 

@@ -184,7 +184,7 @@ def check(config: ServeConfig) -> Checked:
     """
     from pathflip.archive import Archive
     from pathflip.archive.storage import normalise
-    from pathflip.checkpoints import load_run
+    from pathflip.checkpoints import is_tuned, load_run
     from pathflip.evaluation.encode import check_fits
 
     def whole(path: str | None) -> str | None:
@@ -201,7 +201,7 @@ def check(config: ServeConfig) -> Checked:
             "Run: pathflip index --archive %s --run %s",
             loaded.name, config.archive, config.run,
         )  # fmt: skip
-    tuned = any(path and (Path(path) / "model" / "instruct.json").is_file() for path in (run, llm))
+    tuned = any(path and is_tuned(path) for path in (run, llm))
     if llm is not None and not tuned:
         raise CheckpointError(
             f"Neither {config.run} nor {config.llm} is a tuned run, so nothing can answer.",

@@ -11,7 +11,6 @@ Read in this order: :meth:`Instructor.chat`, then :class:`_Reader`.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 import uuid
@@ -46,8 +45,6 @@ logger = logging.getLogger("ray.serve")
 
 REFRESH_S = 10.0
 """Seconds after which a slide that was withdrawn or made again is noticed at the latest."""
-BLOCK = 128
-"""Tokens of a block of keys and values; the CPU engine's own default."""
 MAX_TOKENS = 512
 """Tokens of an answer where the request names no limit."""
 
@@ -94,8 +91,6 @@ class Instructor:
         size = self.config.prefix_cache_mb << 20
         reading = self._thread.submit(_Reader, archive, model, llm_folder, device, size)
         arguments = engine_arguments(llm_folder, self.config.engine)
-        if device == "cpu":
-            arguments |= enough_blocks(llm_folder, arguments, kv_gib=self.config.engine.kv_gib)
         self.engine = start_engine(arguments)
         self._begun = 0
         self._limit = int(arguments["max_model_len"])
@@ -288,43 +283,18 @@ def find_model(run: str | Path, llm: str | Path | None = None) -> tuple[Path, Pa
     Raises:
         CheckpointError: Neither is a tuned run (``not_tuned``).
     """
-
-    def tuned(folder: Path) -> bool:
-        return (folder / "model" / "instruct.json").is_file()
+    from pathflip.checkpoints import is_tuned
 
     run, other = Path(run).absolute(), None if llm is None else Path(llm).absolute()
-    if other is not None and tuned(other):
+    if other is not None and is_tuned(other):
         return other / "model", other / "llm"
-    if tuned(run):
+    if is_tuned(run):
         return run / "model", other or run / "llm"
     raise CheckpointError(
         f"{run} has no language model: it was pretrained, not tuned.",
         hint="Tune it with pathflip tune and give that run, or name a tuned run by --llm.",
         code="not_tuned",
     )
-
-
-def enough_blocks(folder: Path, arguments: dict[str, Any], *, kv_gib: int) -> dict[str, int]:
-    """What keeps the CPU engine from clearing memory for keys and values it cannot fill.
-
-    Args:
-        folder: The language model.
-        arguments: Of :func:`pathflip.engine.engine_arguments`.
-        kv_gib: GiB that are allowed.
-
-    Returns:
-        More arguments: blocks for twice what all conversations hold together; none where all of
-        ``kv_gib`` is of use.
-    """
-    about = json.loads((folder / "config.json").read_bytes())
-    width = 4 if arguments["dtype"] == "float32" else 2
-    token = (
-        2 * about["num_hidden_layers"] * about["num_key_value_heads"] * about["head_dim"] * width
-    )
-    wanted = 2 * arguments["max_num_seqs"] * -(-arguments["max_model_len"] // BLOCK)
-    if wanted * BLOCK * token >= kv_gib << 30:
-        return {}
-    return {"block_size": BLOCK, "num_gpu_blocks_override": wanted}
 
 
 def start_engine(arguments: dict[str, Any]) -> Any:

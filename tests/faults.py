@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
+ROOT = Path(__file__).resolve().parents[1]
 READER = "pathflip.slides.reader"
 """What the command line of a reader process holds."""
 _TILE_OFFSETS, _TILE_COUNTS = 324, 325
@@ -170,6 +173,18 @@ def inflate_tile(source: Path, target: Path, tile: int) -> None:
 
 
 # -- processes ------------------------------------------------------------------------------------
+
+
+def pathflip(*words: str) -> subprocess.Popen[str]:
+    """The command, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pathflip.cli", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def command_line(pid: int) -> str:

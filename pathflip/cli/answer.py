@@ -14,9 +14,9 @@ from pathflip.cli.options import (
     ConfigOption,
     JsonOption,
     OverrideOption,
-    flat,
     job,
     print_json,
+    show_document,
     show_table,
 )
 from pathflip.errors import ConfigError
@@ -220,11 +220,7 @@ def decompose(
             archive, llm, config=settings, address=address, progress=progress, dry_run=dry_run
         )
     document = result.as_json() | ({"dry_run": True} if dry_run else {})
-    if as_json:
-        print_json(document)
-        return
-    title = "dry run: nothing was written" if dry_run else f"statements in {archive}"
-    show_table(title, ("what", "value"), list(flat(document)))
+    show_document(document, f"statements in {archive}", as_json=as_json, dry_run=dry_run)
 
 
 # -- shared ---------------------------------------------------------------------------------------
@@ -276,10 +272,6 @@ def _refuse_batch_options(
 
 def _end(result: Any, *, as_json: bool, dry_run: bool) -> None:
     document = result.as_json() | ({"dry_run": True} if dry_run else {})
-    if as_json:
-        print_json(document)
-    else:
-        title = "dry run: nothing was written" if dry_run else f"written to {result.out}"
-        show_table(title, ("what", "value"), list(flat(document)))
+    show_document(document, f"written to {result.out}", as_json=as_json, dry_run=dry_run)
     if result.failed:
         raise typer.Exit(3)

@@ -17,6 +17,7 @@ from pathflip.cli.options import (
     flat,
     job,
     print_json,
+    show_document,
     show_table,
 )
 
@@ -81,19 +82,12 @@ def ingest(
                 sources, archive, settings, address=address, progress=progress
             )
     if dry_run:
-        document = plan.as_json()
-        if as_json:
-            print_json(document)
-        else:
-            show_table("dry run: nothing was written", ("what", "value"), list(flat(document)))
+        show_document(plan.as_json(), as_json=as_json, dry_run=True)
         return
     document = result.as_json()
-    if as_json:
-        print_json(document)
-    else:
-        show_table(f"ingested into {archive}", ("what", "value"), list(flat(document)))
-        if result.slides["quarantined"]:
-            print(f"Reasons: pathflip slides list --archive {archive} --status quarantined")
+    show_document(document, f"ingested into {archive}", as_json=as_json)
+    if result.slides["quarantined"] and not as_json:
+        print(f"Reasons: pathflip slides list --archive {archive} --status quarantined")
     raise typer.Exit(result.exit_code)
 
 
@@ -157,14 +151,11 @@ def synth(
 
     if dry_run:
         plan = {"directory": directory, "slides": slides, "seed": seed, "written": 0}
-        print_json(plan) if as_json else show_table("dry run", ("what", "value"), list(flat(plan)))
+        show_document(plan, as_json=as_json, dry_run=True)
         return
     summary = make_cohort(directory, slides=slides, seed=seed, processes=processes)
     document = asdict(summary) if is_dataclass(summary) else dict(summary)
-    if as_json:
-        print_json(document)
-    else:
-        show_table(f"cohort in {directory}", ("what", "value"), list(flat(document)))
+    show_document(document, f"cohort in {directory}", as_json=as_json)
 
 
 # -- slides ---------------------------------------------------------------------------------------
@@ -262,10 +253,7 @@ def slides_retry(
     with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
         result = jobs_ingest.ingest(sources, archive, settings, address=address, progress=progress)
     document = result.as_json() | {"retried": len(sources)}
-    if as_json:
-        print_json(document)
-    else:
-        show_table("", ("what", "value"), list(flat(document)))
+    show_document(document, as_json=as_json)
     raise typer.Exit(result.exit_code)
 
 
@@ -278,10 +266,7 @@ def archive_stats(archive: ArchiveOption, as_json: JsonOption = False) -> None:
     from pathflip import Archive
 
     document = Archive(archive).stats()
-    if as_json:
-        print_json(document)
-    else:
-        show_table("", ("what", "value"), list(flat(document)))
+    show_document(document, as_json=as_json)
 
 
 @archive_app.command("verify")
@@ -314,10 +299,7 @@ def archive_repair(archive: ArchiveOption, as_json: JsonOption = False) -> None:
     from pathflip.archive.health import repair
 
     document = asdict(repair(archive))
-    if as_json:
-        print_json(document)
-    else:
-        show_table("repaired", ("what", "value"), list(flat(document)))
+    show_document(document, "repaired", as_json=as_json)
 
 
 @archive_app.command("maintain")
@@ -326,10 +308,7 @@ def archive_maintain(archive: ArchiveOption, as_json: JsonOption = False) -> Non
     from pathflip.archive.health import maintain
 
     document = maintain(archive)
-    if as_json:
-        print_json(document)
-    else:
-        show_table("maintained", ("what", "value"), list(flat(document)))
+    show_document(document, "maintained", as_json=as_json)
 
 
 @archive_app.command("import")
@@ -424,17 +403,14 @@ def archive_export(
     if dry_run:
         names = [opened.resolve(name) for name in slide or ()] or sorted(opened.ready_ids())
         plan = {"out": out, "slides": len(names), "tables": [] if qupath else opened.tables()}
-        print_json(plan) if as_json else show_table("dry run", ("what", "value"), list(flat(plan)))
+        show_document(plan, as_json=as_json, dry_run=True)
         return
     if qupath:
         paths = export_archive(opened, out, slides=slide)
         document: dict[str, Any] = {"out": out, "files": [str(path) for path in paths]}
     else:
         document = {"out": out, "rows": export_parquet(opened, out)}
-    if as_json:
-        print_json(document)
-    else:
-        show_table("exported", ("what", "value"), list(flat(document)))
+    show_document(document, "exported", as_json=as_json)
 
 
 @app.command()

@@ -14,10 +14,8 @@ from pathflip.cli.options import (
     ConfigOption,
     JsonOption,
     OverrideOption,
-    flat,
     job,
-    print_json,
-    show_table,
+    show_document,
 )
 
 app = typer.Typer()
@@ -44,8 +42,4 @@ def index(
             archive, run, config=settings, address=address, progress=progress, dry_run=dry_run
         )
     document = result.as_json() | ({"dry_run": True} if dry_run else {})
-    if as_json:
-        print_json(document)
-        return
-    title = "dry run: nothing was written" if dry_run else f"indexed {archive}"
-    show_table(title, ("what", "value"), list(flat(document)))
+    show_document(document, f"indexed {archive}", as_json=as_json, dry_run=dry_run)

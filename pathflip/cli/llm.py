@@ -12,10 +12,8 @@ from pathflip.cli.options import (
     ConfigOption,
     JsonOption,
     OverrideOption,
-    flat,
     job,
-    print_json,
-    show_table,
+    show_document,
 )
 
 app = typer.Typer()
@@ -50,8 +48,4 @@ def make_llm(
             document |= small_llm.make(texts, out, settings, questions=asked, progress=progress)
         if not document["made"]:
             print(f"{out} is made of these already: nothing to do.", file=sys.stderr)
-    if as_json:
-        print_json(document)
-    else:
-        title = "dry run: nothing was written" if dry_run else f"made {out}"
-        show_table(title, ("what", "value"), list(flat(document)))
+    show_document(document, f"made {out}", as_json=as_json, dry_run=dry_run)

@@ -59,6 +59,24 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, default=str, allow_nan=False))
 
 
+def show_document(
+    document: dict[str, Any], title: str = "", *, as_json: bool, dry_run: bool = False
+) -> None:
+    """Print a document as JSON, or as a table of its names and values for people.
+
+    Args:
+        document: What came of a command.
+        title: Of the table.
+        as_json: For machines.
+        dry_run: Whether nothing was written, which the table's title then says.
+    """
+    if as_json:
+        print_json(document)
+        return
+    title = "dry run: nothing was written" if dry_run else title
+    show_table(title, ("what", "value"), list(flat(document)))
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table for people."""
     from rich.console import Console

@@ -14,10 +14,8 @@ from pathflip.cli.options import (
     ConfigOption,
     JsonOption,
     OverrideOption,
-    flat,
     job,
-    print_json,
-    show_table,
+    show_document,
 )
 
 app = typer.Typer()
@@ -61,17 +59,11 @@ def tune(
     )
     if dry_run:
         document = jobs_tune.plan(archive, out, settings)
-        if as_json:
-            print_json(document)
-        else:
-            show_table("dry run: nothing was written", ("what", "value"), list(flat(document)))
+        show_document(document, as_json=as_json, dry_run=True)
         return
     # Ray tells of lost nodes and the like on stdout, which belongs to the document.
     with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
         document = jobs_tune.tune(archive, out, settings, address=address, progress=progress)
     if not document["trained"]:
         print(f"{document['run']} is finished: nothing to do.", file=sys.stderr)
-    if as_json:
-        print_json(document)
-    else:
-        show_table(f"tuned in {out}", ("what", "value"), list(flat(document)))
+    show_document(document, f"tuned in {out}", as_json=as_json)

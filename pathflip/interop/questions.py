@@ -31,9 +31,8 @@ from pathflip.archive.names import SlideNames, listed
 from pathflip.errors import ConfigError
 from pathflip.interop.captions import IMAGE_TAG, SLIDE_COLUMNS, source_name
 from pathflip.interop.tables import bad_line, column, json_entries, read_rows, read_text
+from pathflip.text import LETTERS
 
-LETTERS = "ABCDEFGH"
-"""What options are called; no question has more."""
 _CHOICES = ("choices", "options", "choice")
 _CATEGORIES = ("broad category", "category", "task", "kind")
 _LONE_LETTER = re.compile(r"[\s\"'(]*([A-H])[\s).:\"']*")

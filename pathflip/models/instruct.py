@@ -34,7 +34,6 @@ from pathflip.models.pathflip import PathFLIP, Texts
 from pathflip.models.prompting import (
     CAPTION_INSTRUCTION,
     IMAGE,
-    LETTERS,
     Example,
     multiple_choice,
     question_example,
@@ -43,7 +42,6 @@ from pathflip.models.prompting import (
 __all__ = [
     "CAPTION_INSTRUCTION",
     "IMAGE",
-    "LETTERS",
     "Example",
     "InstructConfig",
     "InstructFront",

@@ -16,11 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pathflip.errors import ConfigError
-from pathflip.text import denies, split_sentences
+from pathflip.text import LETTERS, denies, split_sentences
 
 IMAGE = "<image>"
 """Where a slide stands in data of other projects; never a token, removed from what is asked."""
-LETTERS = "ABCDEFGH"
 CAPTION_INSTRUCTION = "Describe the input pathology whole slide image."
 TURN_END = "<|im_end|>"
 ROLES = ("system", "user", "assistant")

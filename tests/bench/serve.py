@@ -120,7 +120,7 @@ def alone(tuned: Tuned, rounds: int) -> Report:
 def start(tuned: Tuned, way: str) -> Report:
     """Seconds until an engine is there, as vLLM does it by itself or as it is done here."""
     from pathflip import engine
-    from serve.instructor import enough_blocks, start_engine
+    from serve.instructor import start_engine
 
     config = engine.EngineConfig(**ENGINE)
     began = time.perf_counter()
@@ -128,8 +128,7 @@ def start(tuned: Tuned, way: str) -> Report:
     arguments = engine.engine_arguments(tuned.run / "llm", config)
     if way == "plain":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    else:
-        arguments |= enough_blocks(tuned.run / "llm", arguments, kv_gib=config.kv_gib)
+        arguments.pop("num_gpu_blocks_override", None)
     held = start_engine(arguments)
     seconds = time.perf_counter() - began
     every = [os.getpid(), *descendants(os.getpid())]

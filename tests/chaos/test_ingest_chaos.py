@@ -28,7 +28,6 @@ from tests.conftest import SETTINGS, Clean, content
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = ("Planner", "Embedder", "pathflip.slides.reader", "raylet/raylet", "gcs_server")
 """What a private Ray is made of; its agents look for their node only once a minute."""
 
@@ -38,14 +37,7 @@ def command(slides: Path, archive: Path, *, address: str | None) -> subprocess.P
     words = ["ingest", str(slides), "--archive", str(archive), "--json"]
     words += [word for setting in SETTINGS for word in ("-o", setting)]
     words += ["--address", address] if address else []
-    return subprocess.Popen(
-        [sys.executable, "-m", "pathflip.cli", *words],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return faults.pathflip(*words)
 
 
 def locked(archive: Path, pid: int) -> bool:
@@ -230,7 +222,12 @@ def test_node_lost_while_it_embeds(slides: Path, clean: Clean, tmp_path: Path) -
     own = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie below it
     environment = os.environ | {"RAY_TMPDIR": own}
     with subprocess.Popen(
-        script, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        script,
+        cwd=faults.ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as run:
         try:
             node = 0

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from tests.archives import TINY, make_archive
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, KILL_AT, SAVE_EVERY = 20, 7, 5
 SETTINGS = (
     *TINY, f"steps={STEPS}", f"save_every={SAVE_EVERY}", "val_every=2", "batch_size=8",
@@ -149,14 +146,7 @@ def test_driver_killed_then_another_number_of_workers(
         words = ["pretrain", "--archive", archive, "--run", str(run), "--preset", "pathflip/mini"]
         words += [word for setting in SETTINGS for word in ("-o", setting)]
         words += ["--json", "--address", cluster]
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "pathflip.cli", *words],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        driver = faults.pathflip(*words)
         try:
             faults.until(
                 lambda run=run, driver=driver: (

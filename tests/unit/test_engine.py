@@ -40,6 +40,20 @@ def test_arguments_on_a_cpu(tmp_path: Path) -> None:
     assert "gpu_memory_utilization" not in found
 
 
+def test_no_more_blocks_on_a_cpu_than_can_be_filled(tmp_path: Path) -> None:
+    size = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+    small = folder(tmp_path / "small", **size)
+    config = EngineConfig(device="cpu", max_num_seqs=3, max_model_len=200)
+    found = engine_arguments(small, config)
+    # 3 sequences of 200 tokens take 2 blocks of 128 each; twice that.
+    assert (found["block_size"], found["num_gpu_blocks_override"]) == (128, 12)
+    # 2 (keys, values) x 28 x 8 x 128 x 4 bytes a token: 32 of 2,048 do not fit twice in a GiB.
+    qwen = {"num_hidden_layers": 28, "num_key_value_heads": 8, "head_dim": 128}
+    large = folder(tmp_path / "large", **qwen)
+    assert "num_gpu_blocks_override" not in engine_arguments(large, EngineConfig(device="cpu"))
+    assert "block_size" not in engine_arguments(folder(tmp_path / "unsaid"), config)
+
+
 def test_context_is_the_models_where_that_is_less(tmp_path: Path) -> None:
     small = folder(tmp_path / "llm", max_position_embeddings=512)
     assert engine_arguments(small)["max_model_len"] == 512
