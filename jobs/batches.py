@@ -436,6 +436,12 @@ class Batches:
         features = torch.zeros((*shape, self.reader.dim), dtype=torch.float16)
         mask = torch.zeros(shape, dtype=torch.bool)
         for row, (block, own) in enumerate(zip(blocks, masks, strict=True)):
+            if sampling.examples is not None and not validating:
+                # A language model reads regions one after the other; what it says of a slide
+                # must not hang on which comes first.
+                rng = rng_for("order", sampling.seed, epoch, ids[mine[row]])
+                order = rng.permutation(len(block))
+                block, own = block[order], own[order]
             features[row, : len(block)] = torch.from_numpy(block)
             mask[row, : len(block)] = torch.from_numpy(own)
         subcaptions = [

@@ -246,6 +246,7 @@ def _tuned(
     from jobs.tune import resolve, tune
     from pathflip.answer import Answerer
     from pathflip.archive import Archive
+    from pathflip.checkpoints import load_run
     from pathflip.config import load_config
     from pathflip.evaluation.captioning import evaluate_captions
     from pathflip.evaluation.vqa import evaluate_vqa
@@ -258,7 +259,8 @@ def _tuned(
         show_progress() as progress,
     ):
         wanted = load_config(SmallLLMConfig, overrides=language)
-        make_from_archive(opened, base, wanted, progress=progress)
+        vision = load_run(out / "run").model
+        make_from_archive(opened, base, wanted, vision=vision, progress=progress)
     workers = min(2, os.cpu_count() or 1)
     given = {"run": str(out / "run"), "llm": str(base), "max_workers": workers}
     config = resolve(TUNE_PRESET, overrides=settings, given=given)

@@ -41,7 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, then those that need Ray, then those that break things.
 
-    Tests of the service are last, so that nothing else runs beside its engine.
+    Tests of the service are last, so that nothing else runs beside its engine. Where two processes
+    share the work, one has all that need Ray, and with it the one cluster; files stay whole.
     """
 
     def weight(item: pytest.Item) -> int:
@@ -50,6 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("chaos") else bool(item.get_closest_marker("ray"))
 
     items.sort(key=weight)
+    for item in items:
+        own = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(own))
 
 
 @dataclass(frozen=True, kw_only=True)

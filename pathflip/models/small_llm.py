@@ -2,10 +2,15 @@
 
 The model is ``transformers``' Qwen3 with its own byte-level BPE tokenizer, Qwen's chat tokens and a
 chat template that renders as Qwen3's does. It learns to read before it is shown slides: where later
-a slide's vectors will stand, there stand the sentences of a report in random order, each as one
-vector, the mean of its words'. Questions about the report follow, and what it says. Tuning then
-teaches to read the vectors of regions in the place of those of sentences, and begins with a
-projector that makes them alike (:func:`pathflip.models.warm_start.start_projector`).
+a slide's vectors will stand, there stand the sentences of a report, in one or more regions made up
+for them (:func:`as_regions`). Questions about the report follow, and what it says.
+
+A sentence is what the slide model makes of it, turned to where its words are, so that wordings of
+one thing are nearly one vector, as they are in a slide; without a slide model it is the mean of its
+words. To learn captioning from texts alone, in a space they share with images and with noise for
+what sets the two apart, is CapDec's way (Nukrai et al. 2022). Tuning then teaches to read real
+regions, and begins with a projector that turns them in the same way
+(:func:`pathflip.models.warm_start.start_projector`).
 """
 
 from __future__ import annotations
@@ -34,11 +39,13 @@ from pathflip.models.prompting import (
     caption_example,
     question_example,
 )
+from pathflip.models.warm_start import distinct, rotation, words_of
 from pathflip.text import split_sentences
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
     from pathflip.interop.questions import Question
+    from pathflip.models.pathflip import PathFLIP
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -93,7 +100,7 @@ class SmallLLMConfig:
         epochs: Times every text is read.
         batch_size: Texts in a step.
         turns: Most questions about a text in an epoch, its description apart.
-        noise: Added to the vectors of sentences, in their standard deviations.
+        noise: Most that is added to vectors of regions, in standard deviations of sentences'.
         lr: Highest learning rate; it warms up over a tenth of the steps and falls to nothing.
         seed: Of everything drawn.
     """
@@ -109,7 +116,7 @@ class SmallLLMConfig:
     epochs: int = 10
     batch_size: int = 8
     turns: int = 3
-    noise: float = 0.3
+    noise: float = 1.0
     lr: float = 3e-3
     seed: int = 0
 
@@ -158,6 +165,7 @@ def make(
     config: SmallLLMConfig | None = None,
     *,
     questions: Sequence[Sequence[Asked]] | None = None,
+    vision: PathFLIP | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Train a small language model and write it as an ordinary ``transformers`` folder.
@@ -167,6 +175,7 @@ def make(
         folder: Where to write: config.json, model.safetensors, the tokenizer's files.
         config: The settings; None: the defaults.
         questions: About each text; None: only those made of the texts themselves.
+        vision: The slide model it is going to read; None: any.
         progress: Called now and then.
 
     Returns:
@@ -186,7 +195,9 @@ def make(
         )
     asked = [list(own) for own in questions] if questions is not None else [[] for _ in texts]
     lessons = [[(one.question, list(one.choices), one.answer) for one in own] for own in asked]
-    made_of = hashlib.sha256(json.dumps([asdict(config), texts, lessons]).encode()).hexdigest()
+    read = None if vision is None else vision.fingerprint()
+    everything = json.dumps([asdict(config), texts, lessons, read])
+    made_of = hashlib.sha256(everything.encode()).hexdigest()
     about = {"texts": len(texts), "questions": sum(map(len, asked)), "made_of": made_of}
     if folder.exists():
         return {"made": False, **_made_before(folder, made_of)}
@@ -198,7 +209,7 @@ def make(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         llm = _build(config, tokenizer)
-        losses = _train(llm, tokenizer, texts, asked, config, progress, began)
+        losses = _train(llm, tokenizer, texts, asked, config, vision, progress, began)
     llm.eval()
     tail = losses[-max(1, len(losses) // 10) :]
     about |= {
@@ -268,11 +279,12 @@ def make_from_archive(
     folder: str | Path,
     config: SmallLLMConfig | None = None,
     *,
+    vision: PathFLIP | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """:func:`make` of what :func:`gather` finds."""
     texts, questions = gather(archive)
-    return make(texts, folder, config, questions=questions, progress=progress)
+    return make(texts, folder, config, questions=questions, vision=vision, progress=progress)
 
 
 def train_bpe(texts: Sequence[str], *, vocab_size: int) -> Any:
@@ -339,17 +351,25 @@ def _build(config: SmallLLMConfig, tokenizer: Any) -> Any:
     return llm
 
 
+Turned = dict[str, torch.Tensor]
+"""Sentences as vectors among those of words, each [D]."""
+
+
 def _train(
     llm: Any,
     tokenizer: Any,
     texts: Sequence[str],
     asked: Sequence[Sequence[Asked]],
     config: SmallLLMConfig,
+    vision: PathFLIP | None,
     progress: Callable[[Progress], None] | None,
     began: float,
 ) -> list[float]:
     prompter = Prompter(tokenizer, "qwen3")
     sentences = [split_sentences(text) for text in texts]
+    every = sorted({sentence for own in sentences for sentence in own})
+    kinds = distinct(every)
+    seen = None if vision is None else vision.encode_text(every, normalize=False).cpu()
     per_epoch = math.ceil(len(texts) / config.batch_size)
     steps = per_epoch * config.epochs
     decayed = [own for own in llm.parameters() if own.ndim > 1]
@@ -368,14 +388,23 @@ def _train(
     losses: list[float] = []
     for epoch in range(config.epochs):
         order = np.random.default_rng([config.seed, epoch]).permutation(len(texts))
+        turned = {} if seen is None else turned_to_words(llm, prompter, every, seen)
         for start in range(0, len(order), config.batch_size):
             rows = []
-            for i in order[start : start + config.batch_size].tolist():
+            chosen = order[start : start + config.batch_size].tolist()
+            told = [_said(llm, prompter, sentences[i], turned) for i in chosen]
+            centre = torch.cat(told).mean(0)
+            for i, vectors in zip(chosen, told, strict=True):
                 rng = np.random.default_rng([config.seed, epoch, i])
-                own = [sentences[i][j] for j in rng.permutation(len(sentences[i]))]
-                vectors = _vectors(llm, prompter, own, config.noise, rng)
-                for example in _lesson(own, asked[i], config.turns, rng):
-                    rows.append(_row(llm, prompter, vectors, example, config.max_positions))
+                # Any sentences together: what is said can only be read, and rare ones are frequent.
+                mixed = [kinds[j] for j in rng.permutation(len(kinds))[: len(vectors)]]
+                for shown, examples in (
+                    (vectors, _lesson(sentences[i], asked[i], config.turns, rng)),
+                    (_said(llm, prompter, mixed, turned), _lesson(mixed, (), 0, rng)),
+                ):
+                    regions = as_regions(shown, centre, config.noise, rng)
+                    for example in examples:
+                        rows.append(_row(llm, prompter, regions, example, config.max_positions))
             loss = _loss(llm, rows)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
@@ -406,14 +435,59 @@ def _lesson(
     return [*turns, caption_example(" ".join(own), "affirmed")]
 
 
-def _vectors(
-    llm: Any, prompter: Prompter, own: Sequence[str], noise: float, rng: np.random.Generator
+def _said(llm: Any, prompter: Prompter, own: Sequence[str], turned: Turned) -> torch.Tensor:
+    """Vectors of sentences [n, D]: as they were turned, or else the means of their words."""
+    if turned:
+        return torch.stack([turned[text] for text in own])
+    return words_of(llm.get_input_embeddings().weight, prompter, own)
+
+
+@torch.no_grad()
+def turned_to_words(
+    llm: Any, prompter: Prompter, every: Sequence[str], seen: torch.Tensor
+) -> Turned:
+    """Sentences as the slide model's vectors, turned to where their words are, each [D].
+
+    Args:
+        llm: The language model as it is now.
+        prompter: Its prompts.
+        every: Sentences.
+        seen: The slide model's vectors of them [n, d].
+    """
+    table = llm.get_input_embeddings().weight
+    place = {text: at for at, text in enumerate(every)}
+    kept = distinct(every)
+    words = words_of(table, prompter, kept)
+    texts = seen[[place[text] for text in kept]]
+    turn, centre = rotation(texts, words)
+    away = (seen - texts.mean(0)).double() @ turn
+    scale = (words - centre).square().mean().sqrt() / away.square().mean().sqrt().clamp(min=1e-12)
+    return dict(zip(every, (centre + scale * away).float(), strict=True))
+
+
+def as_regions(
+    said: torch.Tensor, centre: torch.Tensor, noise: float, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Sentences as what slides will be: a vector each, the mean of its words' [sentences, D]."""
-    words = llm.get_input_embeddings().weight
-    vectors = torch.stack([words[prompter.text_ids(text)].mean(0) for text in own])
-    drawn = torch.from_numpy(rng.standard_normal(tuple(vectors.shape), np.float32))
-    return vectors + noise * vectors.detach().std() * drawn
+    """Sentences as a slide shows them: each in one or more regions, of which some show several.
+
+    Args:
+        said: Vectors of sentences [n, D].
+        centre: Mean of such vectors [D]: what a region shows in which there is nothing.
+        noise: Most that is added, in standard deviations of the sentences.
+        rng: Where they are.
+
+    Returns:
+        Vectors of regions [R, D], R between n / 2 and 3 n / 2.
+    """
+    n = len(said)
+    regions = int(rng.integers(max(1, n // 2), 1 + n + n // 2))
+    there = rng.random((regions, n)) < rng.uniform(0, 0.3)
+    there[rng.integers(regions, size=n), np.arange(n)] = True
+    share = there / np.sqrt(there.sum(1, keepdims=True).clip(1))
+    seen = torch.from_numpy(share.astype(np.float32)) @ (said - centre)
+    drawn = torch.from_numpy(rng.standard_normal(tuple(seen.shape), np.float32))
+    spread = rng.uniform(0, noise) * (said - centre).detach().square().mean().sqrt()
+    return centre + seen + spread * drawn
 
 
 Row = tuple[torch.Tensor, list[int]]

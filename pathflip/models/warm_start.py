@@ -35,6 +35,7 @@ from pathflip.models.outputs import Sight
 if TYPE_CHECKING:
     from pathflip.models.instruct import PathFLIPInstruct
     from pathflip.models.pathflip import PathFLIP
+    from pathflip.models.prompting import Prompter
 
 SHARPEST, FLATTEST = 2.0, 0.2
 """Standard deviation over patches of the first scores of a query's heads, first to last query."""
@@ -165,16 +166,10 @@ def start_projector(
             "The projector cannot start from text: the slide model has no vectors of regions.",
             hint="Set instruct.projector_start=random.",
         )
-    # Sentences that differ in numbers alone would outweigh the others.
-    sentences = list({re.sub(r"\d+", "0", text): text for text in sentences}.values())
-    texts = vision.encode_text(sentences, normalize=False).double()
-    words = torch.stack(
-        [table[model.prompter.text_ids(text)].mean(0) for text in sentences]
-    ).double()
-    centre = words.mean(0)
-    texts, words = texts - texts.mean(0), words - centre
-    left, _, right = torch.linalg.svd(texts.T @ words, full_matrices=False)
-    to_words = left @ right  # [d, D]
+    sentences = distinct(sentences)
+    texts = vision.encode_text(sentences, normalize=False)
+    words = words_of(table, model.prompter, sentences)
+    to_words, centre = rotation(texts, words)  # [d, D]
     one = torch.eye(vision.config.d, dtype=vision.text_out.weight.dtype)
     values = vision.region_attention.values
     into_text = (values(one) - values(torch.zeros_like(one))).double()  # [d, d]
@@ -195,6 +190,36 @@ def start_projector(
         tokens = tokens.flatten(0, 1)
     mean = tokens.mean(0)
     said = (tokens - mean) @ per_vector
-    per_vector *= words.square().mean().sqrt() / said.square().mean().sqrt().clamp(min=1e-12)
+    spread = (words - centre).square().mean().sqrt()
+    per_vector *= spread / said.square().mean().sqrt().clamp(min=1e-12)
     model.projector.weight.copy_(per_vector.T)
     model.projector.bias.copy_(centre - mean @ per_vector)
+
+
+def distinct(sentences: Sequence[str]) -> list[str]:
+    """One of those that differ in numbers alone, which would outweigh the others."""
+    return list({re.sub(r"\d+", "0", text): text for text in sentences}.values())
+
+
+def words_of(table: Tensor, prompter: Prompter, sentences: Sequence[str]) -> Tensor:
+    """Sentences as the mean of their words' embeddings [n, D]."""
+    return torch.stack([table[prompter.text_ids(text)].mean(0) for text in sentences])
+
+
+def rotation(texts: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation that takes vectors of sentences nearest to the means of their words.
+
+    Args:
+        texts: Of the slide model [n, d].
+        words: Of a language model [n, D].
+
+    Returns:
+        The rotation [d, D] between the two, each taken from its centre, and the words' centre [D];
+        float64.
+    """
+    texts, words = texts.double(), words.double()
+    centre = words.mean(0)
+    left, _, right = torch.linalg.svd(
+        (texts - texts.mean(0)).T @ (words - centre), full_matrices=False
+    )
+    return left @ right, centre

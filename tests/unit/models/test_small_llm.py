@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pathflip.errors import ConfigError
 from pathflip.models.prompting import Prompter
-from pathflip.models.small_llm import SmallLLMConfig, make, train_bpe
+from pathflip.models.small_llm import SmallLLMConfig, as_regions, make, train_bpe, turned_to_words
+from pathflip.text import split_sentences
+from tests.unit.models.tiny import tiny
 
 TEXTS = [
     "Sections show lung parenchyma. Necrosis is noted.",
@@ -107,6 +111,58 @@ def test_the_same_again_is_not_made_again(
     with pytest.raises(ConfigError, match="no small language model"):
         make(TEXTS, tmp_path / "full", SMALL)
     assert (tmp_path / "full" / "thesis.txt").exists()
+
+
+def test_every_sentence_is_in_a_region_and_some_regions_show_several() -> None:
+    """With sentences at right angles, what a region shows of each can be read off it."""
+    said, centre = torch.eye(6), torch.full((6,), 3.0)
+    shown, sizes = [], set()
+    for seed in range(200):
+        regions = as_regions(said + centre, centre, 0.0, np.random.default_rng(seed))
+        share = (regions - centre) @ said.T
+        assert 3 <= len(regions) <= 9
+        assert (share.max(0).values > 0).all()
+        lengths = share.norm(dim=1)
+        assert (((lengths - 1).abs() < 1e-5) | (lengths < 1e-5)).all()
+        sizes.add(len(regions))
+        shown += (share > 0).sum(1).tolist()
+    assert sizes == set(range(3, 10))
+    assert {0, 1, 2, 3} <= set(shown)
+
+
+def test_noise_is_measured_in_what_tells_sentences_apart() -> None:
+    said, centre = torch.eye(64) * 5, torch.zeros(64)
+    spread = []
+    for seed in range(100):
+        one, other = (
+            as_regions(said, centre, noise, np.random.default_rng(seed)) for noise in (0.0, 2.0)
+        )
+        spread.append(float((other - one).std() / said.std(correction=0)))
+    assert 0 <= min(spread) < 0.2
+    assert 1.8 < max(spread) < 2.1
+
+
+def test_sentences_are_turned_to_where_their_words_are() -> None:
+    """Vectors of texts that are a rotation of the words' means, moved and shrunk, come back."""
+    tokenizer = train_bpe(TEXTS, vocab_size=320)
+    prompter = Prompter(tokenizer, "qwen3")
+    every = sorted({sentence for text in TEXTS for sentence in split_sentences(text)})
+    table = torch.nn.Embedding(len(tokenizer), 16)
+    llm: Any = SimpleNamespace(get_input_embeddings=lambda: table)
+    with torch.no_grad():
+        words = torch.stack([table(torch.tensor(prompter.text_ids(t))).mean(0) for t in every])
+    turn = torch.linalg.qr(torch.randn(24, 16, generator=torch.Generator().manual_seed(0))).Q
+    found = turned_to_words(llm, prompter, every, 0.1 * words @ turn.T - 7)
+    assert list(found) == every
+    torch.testing.assert_close(torch.stack(list(found.values())), words, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_reads_a_slide_model_is_another_than_one_that_does_not(tmp_path: Path) -> None:
+    about = make(TEXTS, tmp_path / "llm", SMALL, questions=ASKED, vision=tiny())
+    assert about["made"]
+    assert not make(TEXTS, tmp_path / "llm", SMALL, questions=ASKED, vision=tiny())["made"]
+    with pytest.raises(ConfigError, match="other texts"):
+        make(TEXTS, tmp_path / "llm", SMALL, questions=ASKED)
 
 
 def test_too_few_texts_are_refused(tmp_path: Path) -> None:
