@@ -45,7 +45,7 @@ TUNE_PRESETS: Mapping[str, Mapping[str, Any]] = {
             "train_vision": False,
         },
         "projector_epochs": 0,
-        "epochs": 10,
+        "epochs": 5,
         "batch_size": 8,
         "lr": 2e-3,
         "min_lr": 1e-5,
@@ -57,7 +57,7 @@ TUNE_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "pieces": "affirmed",
         "open_share": 1.0,
         "weight_decay": 0.01,
-        # The loss of whole captions is least after 2 epochs, when few findings are read yet.
+        # The loss of whole captions is no measure of the findings that are read (docs/instruct.md).
         "best": "last",
     },
 }

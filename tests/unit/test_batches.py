@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from jobs import batches as module
 from jobs.batches import (
     Batches,
+    Examples,
     FeatureReader,
     Sampling,
     draw_regions,
@@ -129,6 +131,28 @@ def test_a_batch_pads_with_masked_regions(corpus: Corpus) -> None:
     assert batch.negative_choice.shape == (8, 8)
 
 
+def test_regions_stand_in_another_order_each_epoch_of_tuning_alone(corpus: Corpus) -> None:
+    """The same regions, and their masks with them; validation and pretraining keep the order."""
+    reader = FeatureReader(corpus)
+    examples = Examples(most=1, caption_share=1.0, open_share=0.0, caption_epochs=0)
+    tuning = Batches(reader, replace(SAMPLING, examples=examples, max_regions=None))
+    plain = Batches(reader, replace(SAMPLING, max_regions=None))
+    slide = corpus.num_regions.index(6)
+
+    def regions(made: Batches, *, epoch: int, validating: bool = False) -> list[bytes]:
+        batch = made.draw([slide], [slide], epoch=epoch, validating=validating)
+        both = zip(batch.features[0], batch.patch_mask[0], strict=True)
+        return [own.numpy().tobytes() + there.numpy().tobytes() for own, there in both]
+
+    stored = regions(plain, epoch=0)
+    assert regions(plain, epoch=1) == stored
+    assert regions(tuning, epoch=1, validating=True) == stored
+    seen = [regions(tuning, epoch=epoch) for epoch in range(8)]
+    assert seen[3] == regions(tuning, epoch=3)
+    assert all(sorted(own) == sorted(stored) for own in seen)
+    assert len({tuple(own) for own in seen}) > 6
+
+
 def parts(made: Batches, step: int) -> list[tuple[Any, ...]]:
     """What each slide of a step shows, in order."""
     found = []
@@ -144,8 +168,6 @@ def parts(made: Batches, step: int) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_any_number_of_workers_sees_the_same(corpus: Corpus, accumulate: int) -> None:
     """C5: rank r has its slice, whoever the others are; with a restart anywhere as well."""
-    from dataclasses import replace
-
     sampling = replace(SAMPLING, accumulate=accumulate)
     reader = FeatureReader(corpus)
     alone = Batches(reader, sampling)
@@ -238,8 +260,6 @@ def test_features_that_changed_are_refused(corpus: Corpus, monkeypatch: pytest.M
 
 
 def test_a_slide_that_changed_is_refused(corpus: Corpus) -> None:
-    from dataclasses import replace
-
     changed = replace(corpus, fingerprints=["other", *corpus.fingerprints[1:]])
     with pytest.raises(CheckpointError, match=f"Slide {corpus.slide_ids[0]} is no longer"):
         FeatureReader(changed)
