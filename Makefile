@@ -32,7 +32,7 @@ demo: $(STAMP)  ## run the whole path on generated slides, or on yours: make dem
 	{ code=$$?; [ $$code -eq 3 ] || exit $$code; }  # 3: slides were quarantined, as the table says
 
 test: $(STAMP)  ## run the tests (ARGS="tests/unit -k grid" narrows them)
-	@HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	@$(PY) -m ruff check .

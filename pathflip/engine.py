@@ -210,7 +210,7 @@ def _enough_blocks(
         heads = int(about["num_key_value_heads"])
         head_dim = about.get("head_dim") or about["hidden_size"] // about["num_attention_heads"]
         values = 2 * int(about["num_hidden_layers"]) * heads * int(head_dim)
-    except KeyError:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return {}
     token = values * (4 if arguments["dtype"] == "float32" else 2)
     wanted = 2 * arguments["max_num_seqs"] * -(-arguments["max_model_len"] // BLOCK)

@@ -124,7 +124,7 @@ class ServeConfig:
     limits: Limits = field(default_factory=Limits)
     # The guard counts what is at work; Serve's own limit is a second wall behind it.
     ingress: Replicas = field(
-        default_factory=lambda: Replicas(max_replicas=4, target=32, ongoing=256, queued=256)
+        default_factory=lambda: Replicas(max_replicas=2, target=32, ongoing=256, queued=256)
     )
     embedder: Replicas = field(default_factory=lambda: Replicas(max_replicas=4))
     search: Replicas = field(default_factory=lambda: Replicas(max_replicas=4, target=8))

@@ -23,6 +23,7 @@ STORE_BYTES = 80 << 20
 """Small on purpose: whatever of the job went through Ray's object store would spill."""
 SETTINGS = ("tiling.region_um=512", "chunk_regions=2", "commit_s=1")
 """Small regions and chunks, so that small slides are many units of work."""
+WITHOUT_RAY = ("tests/unit/", "tests/integration/test_training", "tests/integration/test_tuning")
 SAME = (
     "uri", "aliases", "status", "reason", "sha256", "bytes", "mtime_ns", "vendor", "width",
     "height", "levels", "mpp", "mpp_source", "reader", "n_regions", "n_patches", "tiles_ok",
@@ -38,12 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, then those that need Ray, then those that break things.
+    """Fast tests first, then those that need Ray, then those that break things, the service last.
 
-    Tests of the service are last, so that nothing else runs beside its engine. Where two processes
-    share the work, one has all that need Ray, and with it the one cluster; files stay whole.
+    That is one process's order; see :func:`pytest_xdist_make_scheduler` for two.
     """
 
     def weight(item: pytest.Item) -> int:
@@ -52,9 +51,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("chaos") else bool(item.get_closest_marker("ray"))
 
     items.sort(key=weight)
-    for item in items:
-        own = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(own))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of two processes (``make test``) one has all that need Ray, and so the one cluster.
+
+    The other has the rest, file by file.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.partition("::")[0] if nodeid.startswith(WITHOUT_RAY) else "ray"
+
+    return Scheduling(config, log)
 
 
 @dataclass(frozen=True, kw_only=True)

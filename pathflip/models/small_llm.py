@@ -125,6 +125,8 @@ class SmallLLMConfig:
                      "batch_size", "turns"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", hint="It must be 1 or more.")
+        if not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise is {self.noise}.", hint="It must be 0 or more.")
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"heads {self.heads} cannot share kv_heads {self.kv_heads}.",
@@ -171,7 +173,7 @@ def make(
     """Train a small language model and write it as an ordinary ``transformers`` folder.
 
     Args:
-        texts: Captions of training slides.
+        texts: Captions of training slides; those without a sentence are left out.
         folder: Where to write: config.json, model.safetensors, the tokenizer's files.
         config: The settings; None: the defaults.
         questions: About each text; None: only those made of the texts themselves.
@@ -179,26 +181,36 @@ def make(
         progress: Called now and then.
 
     Returns:
-        ``made`` (False where the folder holds it already), ``texts``, ``questions``, ``steps``,
-        ``loss`` (mean of the last tenth), ``vocab_size``, ``parameters``, ``seconds``.
+        ``made`` (False where the folder holds it already), ``vision`` (fingerprint of the slide
+        model it reads, or None), ``texts``, ``questions``, ``steps``, ``loss`` (mean of the last
+        tenth), ``vocab_size``, ``parameters``, ``seconds``.
 
     Raises:
-        ConfigError: There are too few texts, or the folder holds something else.
+        ConfigError: There are too few texts, the folder holds something else, or the slide model
+            has no regions.
     """
     config = config or SmallLLMConfig()
     folder = Path(folder)
-    texts = [str(text) for text in texts]
+    if vision is not None and not vision.config.has_regions:
+        raise ConfigError(
+            "This slide model has no vectors of regions that could be read.",
+            hint="Leave out --run, or take a model with regions.",
+        )
+    asked = [list(own) for own in questions] if questions is not None else [[] for _ in texts]
+    told = [(str(text), own) for text, own in zip(texts, asked, strict=True)]
+    told = [(text, own) for text, own in told if split_sentences(text)]
+    texts, asked = [text for text, _ in told], [own for _, own in told]
     if len(set(texts)) < _FEWEST:
         raise ConfigError(
             f"A language model cannot learn from {len(set(texts))} different texts.",
             hint="Import captions of training slides: pathflip archive import --captions FILE.",
         )
-    asked = [list(own) for own in questions] if questions is not None else [[] for _ in texts]
     lessons = [[(one.question, list(one.choices), one.answer) for one in own] for own in asked]
     read = None if vision is None else vision.fingerprint()
     everything = json.dumps([asdict(config), texts, lessons, read])
     made_of = hashlib.sha256(everything.encode()).hexdigest()
     about = {"texts": len(texts), "questions": sum(map(len, asked)), "made_of": made_of}
+    about |= {"vision": read}
     if folder.exists():
         return {"made": False, **_made_before(folder, made_of)}
     began = time.monotonic()
@@ -238,7 +250,8 @@ def _made_before(folder: Path, made_of: str) -> dict[str, Any]:
         ) from error
     if note.pop("made_of", None) != made_of:
         raise ConfigError(
-            f"{folder} holds a language model made of other texts, or with other settings.",
+            f"{folder} holds a language model made of other texts, with other settings, for "
+            "another slide model, or by an older version.",
             hint="Give another folder, or remove it.",
         )
     del note["files"]
@@ -388,19 +401,23 @@ def _train(
     losses: list[float] = []
     for epoch in range(config.epochs):
         order = np.random.default_rng([config.seed, epoch]).permutation(len(texts))
-        turned = {} if seen is None else turned_to_words(llm, prompter, every, seen)
+        turned: Turned = {}
+        if seen is None:
+            centre = words_of(llm.get_input_embeddings().weight, prompter, kinds).mean(0).detach()
+        else:
+            turned, centre = turned_to_words(llm, prompter, every, seen)
         for start in range(0, len(order), config.batch_size):
             rows = []
             chosen = order[start : start + config.batch_size].tolist()
             told = [_said(llm, prompter, sentences[i], turned) for i in chosen]
-            centre = torch.cat(told).mean(0)
             for i, vectors in zip(chosen, told, strict=True):
                 rng = np.random.default_rng([config.seed, epoch, i])
                 # Any sentences together: what is said can only be read, and rare ones are frequent.
-                mixed = [kinds[j] for j in rng.permutation(len(kinds))[: len(vectors)]]
+                few = min(len(vectors), len(kinds))
+                mixed = [kinds[j] for j in rng.choice(len(kinds), few, replace=False)]
                 for shown, examples in (
-                    (vectors, _lesson(sentences[i], asked[i], config.turns, rng)),
-                    (_said(llm, prompter, mixed, turned), _lesson(mixed, (), 0, rng)),
+                    (vectors, lesson(sentences[i], asked[i], config.turns, rng)),
+                    (_said(llm, prompter, mixed, turned), lesson(mixed, (), 0, rng)),
                 ):
                     regions = as_regions(shown, centre, config.noise, rng)
                     for example in examples:
@@ -424,7 +441,7 @@ def _train(
     return losses
 
 
-def _lesson(
+def lesson(
     own: Sequence[str], asked: Sequence[Asked], most: int, rng: np.random.Generator
 ) -> list[Example]:
     """What is asked about a text, and what it says."""
@@ -432,7 +449,7 @@ def _lesson(
         question_example(asked[j].question, (), asked[j].answer)
         for j in rng.permutation(len(asked))[:most].tolist()
     ]
-    return [*turns, caption_example(" ".join(own), "affirmed")]
+    return [*turns, caption_example("\n".join(own), "affirmed")]
 
 
 def _said(llm: Any, prompter: Prompter, own: Sequence[str], turned: Turned) -> torch.Tensor:
@@ -445,8 +462,8 @@ def _said(llm: Any, prompter: Prompter, own: Sequence[str], turned: Turned) -> t
 @torch.no_grad()
 def turned_to_words(
     llm: Any, prompter: Prompter, every: Sequence[str], seen: torch.Tensor
-) -> Turned:
-    """Sentences as the slide model's vectors, turned to where their words are, each [D].
+) -> tuple[Turned, torch.Tensor]:
+    """Sentences as the slide model's vectors, turned to where their words are; and their centre.
 
     Args:
         llm: The language model as it is now.
@@ -462,7 +479,7 @@ def turned_to_words(
     turn, centre = rotation(texts, words)
     away = (seen - texts.mean(0)).double() @ turn
     scale = (words - centre).square().mean().sqrt() / away.square().mean().sqrt().clamp(min=1e-12)
-    return dict(zip(every, (centre + scale * away).float(), strict=True))
+    return dict(zip(every, (centre + scale * away).float(), strict=True)), centre.float()
 
 
 def as_regions(
@@ -498,6 +515,7 @@ def _row(llm: Any, prompter: Prompter, vectors: torch.Tensor, example: Example, 
     words = llm.get_input_embeddings().weight
     before, after = prompter.prompt_ids(example.instruction, kind=example.kind)
     answer = prompter.answer_ids(example.answer)
+    vectors = vectors[: max(1, most - len(before) - len(after) - 1)]
     answer = answer[: max(1, most - len(before) - len(vectors) - len(after))]
     head, tail = words[torch.tensor(before)], words[torch.tensor([*after, *answer[:-1]])]
     return torch.cat([head, vectors, tail]), answer

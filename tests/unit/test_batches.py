@@ -27,6 +27,7 @@ from pathflip.errors import ArchiveError, CheckpointError
 from tests.archives import DIM, SLOTS, make_archive
 
 SAMPLING = Sampling(seed=3, batch_size=8, accumulate=1, num_subcaptions=4, max_regions=3)
+CAPTIONS_ALONE = Examples(most=1, caption_share=1.0, open_share=0.0, caption_epochs=0)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +135,7 @@ def test_a_batch_pads_with_masked_regions(corpus: Corpus) -> None:
 def test_regions_stand_in_another_order_each_epoch_of_tuning_alone(corpus: Corpus) -> None:
     """The same regions, and their masks with them; validation and pretraining keep the order."""
     reader = FeatureReader(corpus)
-    examples = Examples(most=1, caption_share=1.0, open_share=0.0, caption_epochs=0)
-    tuning = Batches(reader, replace(SAMPLING, examples=examples, max_regions=None))
+    tuning = Batches(reader, replace(SAMPLING, examples=CAPTIONS_ALONE, max_regions=None))
     plain = Batches(reader, replace(SAMPLING, max_regions=None))
     slide = corpus.num_regions.index(6)
 
@@ -165,10 +165,13 @@ def parts(made: Batches, step: int) -> list[tuple[Any, ...]]:
     return found
 
 
+@pytest.mark.parametrize("examples", [None, CAPTIONS_ALONE])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_any_number_of_workers_sees_the_same(corpus: Corpus, accumulate: int) -> None:
+def test_any_number_of_workers_sees_the_same(
+    corpus: Corpus, accumulate: int, examples: Examples | None
+) -> None:
     """C5: rank r has its slice, whoever the others are; with a restart anywhere as well."""
-    sampling = replace(SAMPLING, accumulate=accumulate)
+    sampling = replace(SAMPLING, accumulate=accumulate, examples=examples)
     reader = FeatureReader(corpus)
     alone = Batches(reader, sampling)
     pair = [Batches(reader, sampling, rank=rank, world=2) for rank in (0, 1)]

@@ -12,8 +12,15 @@ import pytest
 import torch
 
 from pathflip.errors import ConfigError
-from pathflip.models.prompting import Prompter
-from pathflip.models.small_llm import SmallLLMConfig, as_regions, make, train_bpe, turned_to_words
+from pathflip.models.prompting import Prompter, caption_example
+from pathflip.models.small_llm import (
+    SmallLLMConfig,
+    as_regions,
+    lesson,
+    make,
+    train_bpe,
+    turned_to_words,
+)
 from pathflip.text import split_sentences
 from tests.unit.models.tiny import tiny
 
@@ -104,7 +111,7 @@ def test_the_same_again_is_not_made_again(
     assert twin["loss"] == about["loss"]
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "twin" / name).read_bytes() == (folder / name).read_bytes()
-    with pytest.raises(ConfigError, match="other texts, or with other settings"):
+    with pytest.raises(ConfigError, match="other texts, with other settings"):
         make(TEXTS, folder, replace(SMALL, seed=1), questions=ASKED)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
@@ -152,9 +159,10 @@ def test_sentences_are_turned_to_where_their_words_are() -> None:
     with torch.no_grad():
         words = torch.stack([table(torch.tensor(prompter.text_ids(t))).mean(0) for t in every])
     turn = torch.linalg.qr(torch.randn(24, 16, generator=torch.Generator().manual_seed(0))).Q
-    found = turned_to_words(llm, prompter, every, 0.1 * words @ turn.T - 7)
+    found, centre = turned_to_words(llm, prompter, every, 0.1 * words @ turn.T - 7)
     assert list(found) == every
     torch.testing.assert_close(torch.stack(list(found.values())), words, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(centre, words.mean(0), atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_that_reads_a_slide_model_is_another_than_one_that_does_not(tmp_path: Path) -> None:
@@ -163,6 +171,21 @@ def test_a_model_that_reads_a_slide_model_is_another_than_one_that_does_not(tmp_
     assert not make(TEXTS, tmp_path / "llm", SMALL, questions=ASKED, vision=tiny())["made"]
     with pytest.raises(ConfigError, match="other texts"):
         make(TEXTS, tmp_path / "llm", SMALL, questions=ASKED)
+
+
+def test_sentences_that_end_with_their_line_stay_sentences() -> None:
+    """As in synoptic reports: what denies is left out and the rest sorted, as tuning has it."""
+    own = ["Size 3 cm", "No necrosis", "FINAL DIAGNOSIS", "Invasive carcinoma"]
+    (example,) = lesson(own, (), 0, np.random.default_rng(0))
+    assert example == caption_example("\n".join(reversed(own)), "affirmed")
+    assert example.answer == "FINAL DIAGNOSIS Invasive carcinoma Size 3 cm"
+
+
+@pytest.mark.parametrize("texts", [[*TEXTS, "---"], [*TEXTS, "", " \n"]])
+def test_texts_without_a_sentence_are_left_out(tmp_path: Path, texts: list[str]) -> None:
+    config = replace(SMALL, batch_size=1, epochs=1)
+    about = make(texts, tmp_path / "llm", config, questions=None)
+    assert about["texts"] == about["steps"] == len(TEXTS)
 
 
 def test_too_few_texts_are_refused(tmp_path: Path) -> None:
@@ -190,3 +213,5 @@ def test_settings_are_checked() -> None:
         SmallLLMConfig(layers=0)
     with pytest.raises(ConfigError, match="kv_heads"):
         SmallLLMConfig(heads=4, kv_heads=3)
+    with pytest.raises(ConfigError, match="noise"):
+        SmallLLMConfig(noise=-0.1)
