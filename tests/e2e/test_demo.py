@@ -13,7 +13,7 @@ import pytest
 from jobs.demo import PLANTED, demo, main
 from pathflip import Archive
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # its setup is the whole demo
 COHORT = 48
 SHORT: dict[str, Any] = {
     "training": ("epochs=1", "batch_size=8", "max_workers=1"),
