@@ -24,6 +24,7 @@ STORE_BYTES = 80 << 20
 SETTINGS = ("tiling.region_um=512", "chunk_regions=2", "commit_s=1")
 """Small regions and chunks, so that small slides are many units of work."""
 WITHOUT_RAY = ("tests/unit/", "tests/integration/test_training", "tests/integration/test_tuning")
+"""Where no test has the mark ``ray``, of which the process that hands out tests knows nothing."""
 SAME = (
     "uri", "aliases", "status", "reason", "sha256", "bytes", "mtime_ns", "vendor", "width",
     "height", "levels", "mpp", "mpp_source", "reader", "n_regions", "n_patches", "tiles_ok",

@@ -197,8 +197,7 @@ def make(
             hint="Leave out --run, or take a model with regions.",
         )
     asked = [list(own) for own in questions] if questions is not None else [[] for _ in texts]
-    told = [(str(text), own) for text, own in zip(texts, asked, strict=True)]
-    told = [(text, own) for text, own in told if split_sentences(text)]
+    told = [(str(t), own) for t, own in zip(texts, asked, strict=True) if split_sentences(str(t))]
     texts, asked = [text for text, _ in told], [own for _, own in told]
     if len(set(texts)) < _FEWEST:
         raise ConfigError(
@@ -408,18 +407,17 @@ def _train(
             turned, centre = turned_to_words(llm, prompter, every, seen)
         for start in range(0, len(order), config.batch_size):
             rows = []
-            chosen = order[start : start + config.batch_size].tolist()
-            told = [_said(llm, prompter, sentences[i], turned) for i in chosen]
-            for i, vectors in zip(chosen, told, strict=True):
+            for i in order[start : start + config.batch_size].tolist():
                 rng = np.random.default_rng([config.seed, epoch, i])
                 # Any sentences together: what is said can only be read, and rare ones are frequent.
-                few = min(len(vectors), len(kinds))
+                few = min(len(sentences[i]), len(kinds))
                 mixed = [kinds[j] for j in rng.choice(len(kinds), few, replace=False)]
-                for shown, examples in (
-                    (vectors, lesson(sentences[i], asked[i], config.turns, rng)),
-                    (_said(llm, prompter, mixed, turned), lesson(mixed, (), 0, rng)),
+                for own, examples in (
+                    (sentences[i], lesson(sentences[i], asked[i], config.turns, rng)),
+                    (mixed, lesson(mixed, (), 0, rng)),
                 ):
-                    regions = as_regions(shown, centre, config.noise, rng)
+                    said = _said(llm, prompter, own, turned)
+                    regions = as_regions(said, centre, config.noise, rng)
                     for example in examples:
                         rows.append(_row(llm, prompter, regions, example, config.max_positions))
             loss = _loss(llm, rows)
