@@ -12,6 +12,7 @@ into checkpoints.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -34,7 +35,10 @@ from pathflip.checkpoints import Checkpoint, load_run, write_whole
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PathFLIP, PathFLIPInstruct, hub
 from pathflip.models.instruct import InstructOutput, fingerprint_of
+from pathflip.models.small_llm import made_to_read
 from pathflip.models.warm_start import start_projector
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["TuneConfig", "Tuning", "plan", "resolve", "tune"]
 
@@ -93,6 +97,12 @@ class Tuning(Task):
                 hint="Leave encoder out.",
             )
         check_fits(opened, run)
+        if made_to_read(hub.find(config.llm)) not in (None, run.fingerprint):
+            logger.warning(
+                "%s was made to read another slide model than %s and will read this one worse. "
+                "Make one for it: pathflip make-llm OUT --archive %s --run %s",
+                config.llm, config.run, archive, config.run,
+            )  # fmt: skip
         corpus = make_corpus(
             opened,
             encoder=run.encoder["name"],

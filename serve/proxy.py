@@ -22,6 +22,9 @@ from pathlib import Path
 DRAIN_S = 2
 """How long an ingress replica that is taken away still answers: HAProxy hears of it in less."""
 
+_DROPPED = re.compile(
+    r"\s*(log\s|option httplog|option splice-request|http-request set-header x-forwarded-for)"
+)
 _BUSY = {
     "type": "about:blank",
     "title": "Service Unavailable",
@@ -86,12 +89,13 @@ def ours(config: str, folder: Path) -> str:
 
     Returns:
         The same where nobody but this user's processes can reach statistics and commands, no
-        request is logged, ``X-Forwarded-For`` is the address of the client whatever it says, and
-        what HAProxy itself answers is a 503 that says when to come back.
+        request is logged, ``X-Forwarded-For`` is the address of the client whatever it says, what
+        HAProxy itself answers is a 503 that says when to come back, and a client that leaves before
+        its answer begins is seen to leave: spliced bodies of requests hide it.
     """
     lines, section = [], ""
     for line in config.splitlines():
-        if re.match(r"\s*(log\s|option httplog|http-request set-header x-forwarded-for)", line):
+        if _DROPPED.match(line):
             continue
         if re.match(r"\w", line):
             section = line.strip()

@@ -22,14 +22,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from pathflip.checkpoints import verify_whole, write_whole
+from pathflip.checkpoints import read_note, verify_whole, write_whole
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from pathflip.models.prompting import (
     CAPTION_INSTRUCTION,
@@ -255,6 +255,14 @@ def _made_before(folder: Path, made_of: str) -> dict[str, Any]:
         )
     del note["files"]
     return note
+
+
+def made_to_read(folder: str | Path) -> str | None:
+    """Fingerprint of the slide model a language model was made to read; None for any other."""
+    try:
+        return cast("str | None", read_note(folder).get("vision"))
+    except CheckpointError:  # not made here
+        return None
 
 
 def gather(archive: Archive) -> tuple[list[str], list[list[Question]]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from jobs import runs, training
 from jobs.recipe import TuneConfig
 from jobs.training import train
+from jobs.tune import Tuning
 from pathflip.archive import Archive
-from pathflip.checkpoints import latest_checkpoint, load_run
+from pathflip.checkpoints import latest_checkpoint, load_run, write_whole
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PathFLIPInstruct
 from tests.tuning import SETTINGS, STEPS, STEPS_PER_EPOCH, Given, make_given
@@ -338,6 +340,22 @@ def test_a_damaged_language_model_is_not_finished(whole: Path, tmp_path: Path) -
     weights = run / "llm" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert runs.finished(run) is None
+
+
+@pytest.mark.parametrize("made_for", ["this", "another", None])
+def test_a_base_made_for_another_slide_model_is_told(
+    given: Given, tmp_path: Path, caplog: pytest.LogCaptureFixture, made_for: str | None
+) -> None:
+    reads = {"this": load_run(given.run).fingerprint, "another": "0" * 64, None: None}[made_for]
+    base = tmp_path / "base"
+
+    def fill(part: Path) -> None:
+        shutil.copytree(given.base, part, dirs_exist_ok=True)
+
+    write_whole(base, fill, vision=reads)
+    Tuning(replace(given.settings(), llm=str(base))).corpus(given.archive)
+    told = f"{base} was made to read another slide model than {given.run}"
+    assert (told in caplog.text) == (made_for == "another")
 
 
 def test_the_command_plans_and_is_refused(

