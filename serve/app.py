@@ -503,6 +503,7 @@ def _stop(drain_s: float) -> None:
 
 async def _end(drain_s: float) -> None:
     """Serve's handle belongs to this event loop, which must run until Serve is gone."""
+    import ray
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
@@ -511,7 +512,7 @@ async def _end(drain_s: float) -> None:
         handle = serve.get_app_handle(NAME)
         await handle.broadcast("drain").results_async(timeout_s=drain_s + 5)
     await asyncio.to_thread(serve.delete, NAME)
-    await serve.shutdown_async()  # type: ignore[no-untyped-call]
+    await asyncio.to_thread(ray.shutdown)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -25,6 +25,11 @@ SETTINGS = ("tiling.region_um=512", "chunk_regions=2", "commit_s=1")
 """Small regions and chunks, so that small slides are many units of work."""
 WITHOUT_RAY = ("tests/unit/", "tests/integration/test_training", "tests/integration/test_tuning")
 """Where no test has the mark ``ray``, of which the process that hands out tests knows nothing."""
+ANSWERS = (
+    "tests/integration/test_vllm", "tests/integration/test_answers", "tests/integration/test_serve",
+    "tests/chaos/test_serve",
+)  # fmt: skip
+"""Where engines run."""
 SAME = (
     "uri", "aliases", "status", "reason", "sha256", "bytes", "mtime_ns", "vendor", "width",
     "height", "levels", "mpp", "mpp_source", "reader", "n_regions", "n_patches", "tiles_ok",
@@ -40,10 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first, then those that need Ray, then those that break things, the service last.
 
-    That is one process's order; see :func:`pytest_xdist_make_scheduler` for two.
+    Of two processes (see :func:`pytest_xdist_make_scheduler`) each begins with those that need Ray,
+    in this order, and the fast ones fill up what time is left.
     """
 
     def weight(item: pytest.Item) -> int:
@@ -51,21 +57,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             return 4 if item.get_closest_marker("chaos") else 3
         return 2 if item.get_closest_marker("chaos") else bool(item.get_closest_marker("ray"))
 
-    items.sort(key=weight)
+    two = hasattr(config, "workerinput")
+    items.sort(key=lambda item: (two and item.nodeid.startswith(WITHOUT_RAY), weight(item)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of two processes (``make test``) one has all that need Ray, and so the one cluster.
+    """Of two processes (``make test``) one has all jobs and one all answers, so each one cluster.
 
-    The other has the rest, file by file.
+    Whichever is done takes of the other files, one at a time.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.partition("::")[0] if nodeid.startswith(WITHOUT_RAY) else "ray"
+            if nodeid.startswith(WITHOUT_RAY):
+                return nodeid.partition("::")[0]
+            return "answers" if nodeid.startswith(ANSWERS) else "jobs"
 
+    config.option.loadscopereorder = False  # as they are sorted above
     return Scheduling(config, log)
 
 

@@ -21,6 +21,7 @@ import pytest
 
 from serve.audit import verify
 from tests.faults import command_line, descendants, listening, resident_bytes
+from tests.serving import free_port
 from tests.unit.serve.test_auth import BODIES, ROUTES
 from tests.unit.serve.world import SECRETS, TOKENS, World, bearer, make_world
 
@@ -56,9 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def served(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("service")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         *COMMAND, "--archive", world.archive, "--run", world.run, "--port", port, "--json",
         "--token-file", world.token_file, "-o", f"audit={folder / 'audit'}",
@@ -258,6 +257,7 @@ def test_sigterm_lets_answers_finish_and_exits_0(served: Process) -> None:
     written = served.errors.read_text()
     assert "did not stop in order" not in written
     assert "event loop" not in written
+    assert "ServeController" not in written
     for secret in (*SECRETS, *(token for _, token in TOKENS.values())):
         assert secret not in text + written
 
@@ -277,9 +277,7 @@ def test_what_is_refused_before_anything_starts(
 ) -> None:
     from pathflip.cli import main
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     more = [word.replace("{run}", str(world.run)) for word in more]
     command = ["serve", "--archive", world.archive, "--run", world.run, "--port", port, "--json"]
     with pytest.raises(SystemExit) as ended:
