@@ -100,6 +100,8 @@ class SmallLLMConfig:
         epochs: Times every text is read.
         batch_size: Texts in a step.
         turns: Most questions about a text in an epoch, its description apart.
+        mixed: Descriptions of sentences thrown together from any texts, for each text and epoch:
+            what they say can only be read, and what is rare is frequent in them.
         noise: Most that is added to vectors of regions, in standard deviations of sentences'.
         lr: Highest learning rate; it warms up over a tenth of the steps and falls to nothing.
         seed: Of everything drawn.
@@ -114,8 +116,9 @@ class SmallLLMConfig:
     vocab_size: int = 1536
     max_positions: int = 2048
     epochs: int = 10
-    batch_size: int = 8
-    turns: int = 3
+    batch_size: int = 4
+    turns: int = 1
+    mixed: int = 2
     noise: float = 1.0
     lr: float = 3e-3
     seed: int = 0
@@ -125,6 +128,8 @@ class SmallLLMConfig:
                      "batch_size", "turns"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", hint="It must be 1 or more.")
+        if self.mixed < 0:
+            raise ConfigError(f"mixed is {self.mixed}.", hint="It must be 0 or more.")
         if not 0 <= self.noise < math.inf:
             raise ConfigError(f"noise is {self.noise}.", hint="It must be 0 or more.")
         if self.heads % self.kv_heads:
@@ -417,13 +422,12 @@ def _train(
             rows = []
             for i in order[start : start + config.batch_size].tolist():
                 rng = np.random.default_rng([config.seed, epoch, i])
-                # Any sentences together: what is said can only be read, and rare ones are frequent.
+                told = [(sentences[i], lesson(sentences[i], asked[i], config.turns, rng))]
                 few = min(len(sentences[i]), len(kinds))
-                mixed = [kinds[j] for j in rng.choice(len(kinds), few, replace=False)]
-                for own, examples in (
-                    (sentences[i], lesson(sentences[i], asked[i], config.turns, rng)),
-                    (mixed, lesson(mixed, (), 0, rng)),
-                ):
+                for _ in range(config.mixed):
+                    mixed = [kinds[j] for j in rng.choice(len(kinds), few, replace=False)]
+                    told.append((mixed, lesson(mixed, (), 0, rng)))
+                for own, examples in told:
                     said = _said(llm, prompter, own, turned)
                     regions = as_regions(said, centre, config.noise, rng)
                     for example in examples:
