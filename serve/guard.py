@@ -72,7 +72,7 @@ STATUS = {
 """HTTP status of an error's code; other errors of ours are 422 if the request can be mended, 500 if
 not."""
 _BROKEN = (ArchiveError, AuditError)  # whatever their code, unless STATUS has it
-_RETRY = (429, 503)
+_RETRY = (429, 503, 504)
 
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),

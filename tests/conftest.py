@@ -23,13 +23,11 @@ STORE_BYTES = 80 << 20
 """Small on purpose: whatever of the job went through Ray's object store would spill."""
 SETTINGS = ("tiling.region_um=512", "chunk_regions=2", "commit_s=1")
 """Small regions and chunks, so that small slides are many units of work."""
-WITHOUT_RAY = ("tests/unit/", "tests/integration/test_training", "tests/integration/test_tuning")
-"""Where no test has the mark ``ray``, of which the process that hands out tests knows nothing."""
-ANSWERS = (
-    "tests/integration/test_vllm", "tests/integration/test_answers", "tests/integration/test_serve",
-    "tests/chaos/test_serve",
+WITHOUT_CLUSTER = (
+    "tests/unit/", "tests/integration/test_training", "tests/integration/test_tuning",
+    "tests/integration/test_serve.py",
 )  # fmt: skip
-"""Where engines run."""
+"""Where no test uses the session's Ray: the process that hands out tests knows no fixtures."""
 SAME = (
     "uri", "aliases", "status", "reason", "sha256", "bytes", "mtime_ns", "vendor", "width",
     "height", "levels", "mpp", "mpp_source", "reader", "n_regions", "n_patches", "tiles_ok",
@@ -48,8 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first, then those that need Ray, then those that break things, the service last.
 
-    Of two processes (see :func:`pytest_xdist_make_scheduler`) each begins with those that need Ray,
-    in this order, and the fast ones fill up what time is left.
+    In two processes (``make test``) those that share the cluster come before the others, as one of
+    the two needs all its time for them: see :func:`pytest_xdist_make_scheduler`.
     """
 
     def weight(item: pytest.Item) -> int:
@@ -58,22 +56,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return 2 if item.get_closest_marker("chaos") else bool(item.get_closest_marker("ray"))
 
     two = hasattr(config, "workerinput")
-    items.sort(key=lambda item: (two and item.nodeid.startswith(WITHOUT_RAY), weight(item)))
+    items.sort(key=lambda item: (two and item.nodeid.startswith(WITHOUT_CLUSTER), weight(item)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of two processes (``make test``) one has all jobs and one all answers, so each one cluster.
-
-    Whichever is done takes of the other files, one at a time.
-    """
+    """One process has all that share the cluster; the others have the rest, file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith(WITHOUT_RAY):
-                return nodeid.partition("::")[0]
-            return "answers" if nodeid.startswith(ANSWERS) else "jobs"
+            return nodeid.partition("::")[0] if nodeid.startswith(WITHOUT_CLUSTER) else "cluster"
 
     config.option.loadscopereorder = False  # as they are sorted above
     return Scheduling(config, log)
