@@ -97,7 +97,8 @@ class Tuning(Task):
                 hint="Leave encoder out.",
             )
         check_fits(opened, run)
-        if made_to_read(hub.find(config.llm)) not in (None, run.fingerprint):
+        base = hub.find(config.llm)
+        if made_to_read(base) not in (None, run.fingerprint):
             logger.warning(
                 "%s was made to read another slide model than %s and will read this one worse. "
                 "Make one for it: pathflip make-llm OUT --archive %s --run %s",
@@ -118,11 +119,8 @@ class Tuning(Task):
             "name": run.name,
             "fingerprint": run.fingerprint,
         }
-        corpus.about["base"] = {"name": config.llm, "fingerprint": self._base()}
+        corpus.about["base"] = {"name": config.llm, "fingerprint": fingerprint_of(base)}
         return corpus
-
-    def _base(self) -> str:
-        return fingerprint_of(hub.find(self.config.llm))
 
     def fitted(self, corpus: Corpus) -> TuneConfig:
         """Returns the settings as they are."""
@@ -141,7 +139,7 @@ class Tuning(Task):
 
     def check(self, corpus: Corpus) -> None:
         """Refuses another base language model than the run began with."""
-        if self._base() != corpus.about["base"]["fingerprint"]:
+        if fingerprint_of(hub.find(self.config.llm)) != corpus.about["base"]["fingerprint"]:
             raise CheckpointError(
                 f"{self.config.llm} is not the language model this tuning began with: its files "
                 "have changed.",

@@ -498,21 +498,22 @@ def _stop(drain_s: float) -> None:
         asyncio.run(_end(drain_s))
     except Exception as error:  # Ray raises no narrower type; nothing may keep the process
         logger.warning("Serve did not stop in order: %s", error)
-    ray.shutdown()
 
 
 async def _end(drain_s: float) -> None:
-    """Serve's handle belongs to this event loop, which must run until Serve is gone."""
+    """Serve's handle belongs to this event loop, which must run until Serve is gone, and Ray."""
     import ray
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
     # Serve would stop all parts at once, also those that answers at work have yet to ask.
-    with suppress(RayServeException):
-        handle = serve.get_app_handle(NAME)
-        await handle.broadcast("drain").results_async(timeout_s=drain_s + 5)
-    await asyncio.to_thread(serve.delete, NAME)
-    await asyncio.to_thread(ray.shutdown)
+    try:
+        with suppress(RayServeException):
+            handle = serve.get_app_handle(NAME)
+            await handle.broadcast("drain").results_async(timeout_s=drain_s + 5)
+        await asyncio.to_thread(serve.delete, NAME)
+    finally:
+        await asyncio.to_thread(ray.shutdown)
 
 
 def _check_port(host: str, port: int) -> None:

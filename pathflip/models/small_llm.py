@@ -128,10 +128,9 @@ class SmallLLMConfig:
                      "batch_size", "turns"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", hint="It must be 1 or more.")
-        if self.mixed < 0:
-            raise ConfigError(f"mixed is {self.mixed}.", hint="It must be 0 or more.")
-        if not 0 <= self.noise < math.inf:
-            raise ConfigError(f"noise is {self.noise}.", hint="It must be 0 or more.")
+        for name in ("mixed", "noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}.", hint="It must be 0 or more.")
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"heads {self.heads} cannot share kv_heads {self.kv_heads}.",
@@ -213,8 +212,12 @@ def make(
     read = None if vision is None else vision.fingerprint()
     everything = json.dumps([asdict(config), texts, lessons, read])
     made_of = hashlib.sha256(everything.encode()).hexdigest()
-    about = {"texts": len(texts), "questions": sum(map(len, asked)), "made_of": made_of}
-    about |= {"vision": read}
+    about: dict[str, Any] = {
+        "texts": len(texts),
+        "questions": sum(map(len, asked)),
+        "made_of": made_of,
+        "vision": read,
+    }
     if folder.exists():
         return {"made": False, **_made_before(folder, made_of)}
     began = time.monotonic()

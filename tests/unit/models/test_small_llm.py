@@ -215,3 +215,5 @@ def test_settings_are_checked() -> None:
         SmallLLMConfig(heads=4, kv_heads=3)
     with pytest.raises(ConfigError, match="noise"):
         SmallLLMConfig(noise=-0.1)
+    with pytest.raises(ConfigError, match="mixed"):
+        SmallLLMConfig(mixed=-1)

@@ -174,6 +174,7 @@ def test_an_answer_has_a_deadline(serving):
     ask = serving(limits=Limits(answer_s=1e-4))
     answer = ask("POST", "/v1/ground", json={"slide_id": "slide001", "text": "a"})
     assert (answer.status_code, answer.json()["code"]) == (504, "deadline")
+    assert "retry-after" in answer.headers
 
 
 # -- pictures -------------------------------------------------------------------------------------

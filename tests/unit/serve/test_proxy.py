@@ -54,22 +54,26 @@ def of_ray(folder: Path, port: int, backend: int) -> str:
     return (folder / "haproxy.cfg").read_text()
 
 
+@contextlib.contextmanager
+def started(folder: Path, binary: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """HAProxy on the configuration in a folder, listening at its one port."""
+    process = subprocess.Popen([binary, "-db", "-f", str(folder / "haproxy.cfg")])
+    try:
+        until(lambda: listening([process.pid]) == {port}, seconds=20, what="HAProxy listens")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path) -> None:
     """Started on what Ray writes: one port, private sockets, a 503 where nothing is up."""
     folder, port = tmp_path / "p", free_port()
     written = of_ray(folder, port, free_port())
     assert re.search(r"bind \*?:\d+\n", written), "Ray's statistics have another form now"
     assert "mode 666" in written
-    command = [variables["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", folder / "haproxy.cfg"]
-    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
-    try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 20
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                answer = httpx.get(url + "/v1/models")
-                break
-            assert time.monotonic() < deadline, process.communicate(timeout=5)[1]
-            time.sleep(0.05)
+    with started(folder, variables["RAY_SERVE_HAPROXY_BINARY_PATH"], port) as process:
+        answer = httpx.get(f"http://127.0.0.1:{port}/v1/models")
         assert answer.status_code == 503
         assert answer.json()["code"] == "unavailable"
         assert answer.headers["retry-after"] == "1"
@@ -79,9 +83,6 @@ def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path
             (made,) = [file for file in folder.iterdir() if file.name == name]
             assert stat.S_IMODE(made.stat().st_mode) == 0o600
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    finally:
-        process.kill()
-        process.wait()
 
 
 class Behind(BaseHTTPRequestHandler):
@@ -104,15 +105,10 @@ def before(server: ThreadingHTTPServer, folder: Path, binary: str) -> Iterator[i
     port = free_port()
     of_ray(folder, port, int(server.server_address[1]))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    process = subprocess.Popen(
-        [binary, "-db", "-f", str(folder / "haproxy.cfg")], stderr=subprocess.DEVNULL
-    )
     try:
-        until(lambda: listening([process.pid]) == {port}, seconds=20, what="HAProxy listens")
-        yield port
+        with started(folder, binary, port):
+            yield port
     finally:
-        process.kill()
-        process.wait()
         server.shutdown()
 
 
