@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import signal
 import threading
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -20,8 +22,20 @@ from tests.serving import Service, cpu_s
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-LOOP = asyncio.Runner()
-"""One for all: a handle of Serve's belongs to the loop it was first used in."""
+Result = TypeVar("Result")
+
+
+@functools.cache
+def loop() -> asyncio.AbstractEventLoop:
+    """One for all, which never rests: else Serve's handles would not hear of new replicas."""
+    made = asyncio.new_event_loop()
+    threading.Thread(target=made.run_forever, daemon=True).start()
+    return made
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    """What a coroutine gives."""
+    return asyncio.run_coroutine_threadsafe(work, loop()).result()
 
 
 def processes(words: str) -> list[int]:
@@ -29,10 +43,10 @@ def processes(words: str) -> list[int]:
     return [pid for pid in descendants(os.getpid()) if words in command_line(pid)]
 
 
-def engine() -> int:
-    """The engine's process: the largest below its replica, as its title is not always set."""
+def instructor() -> tuple[int, int]:
+    """The instructor's replica and its engine: the largest below it, as it may lack its title."""
     (replica,) = processes("ServeReplica:pathflip:Instructor")
-    return max(descendants(replica), key=lambda pid: resident_bytes([pid]))
+    return replica, max(descendants(replica), key=lambda pid: resident_bytes([pid]))
 
 
 async def load() -> dict[str, int]:
@@ -91,7 +105,7 @@ def test_clients_vanish(service: Service) -> None:
     """E4: 100 clients leave mid-stream, 20 before the whole; that would take a minute to write."""
     body = service.body(max_tokens=512)
 
-    async def run() -> None:
+    async def main() -> None:
         async with connect(service) as client:
             found = await asyncio.gather(*(read(client, body, [], most=3) for _ in range(100)))
             assert set(found) == {200}
@@ -106,30 +120,29 @@ def test_clients_vanish(service: Service) -> None:
                 assert not task.done()
                 task.cancel()
 
-    LOOP.run(run())
+    run(main())
     until(
-        lambda: LOOP.run(load())["running"] == 0,
+        lambda: run(load())["running"] == 0,
         seconds=15,
         what="the engine to drop what nobody reads",
     )
-    writer = engine()
+    _, engine = instructor()
 
     def idle() -> bool:
-        before = cpu_s(writer)
+        before = cpu_s(engine)
         time.sleep(0.5)
-        return cpu_s(writer) - before < 0.1
+        return cpu_s(engine) - before < 0.1
 
     until(idle, seconds=15, what="the engine's process to rest")
 
 
 def test_replica_dies(service: Service) -> None:
     """E2: at 10 requests a second the replica aborts; what it was saying fails, nothing else."""
-    (replica,) = processes("ServeReplica:pathflip:Instructor")
-    writer = engine()
+    replica, engine = instructor()
     counts: Counter[int] = Counter()
     over = threading.Event()
 
-    async def run() -> list[list[str]]:
+    async def main() -> list[list[str]]:
         async with connect(service) as client:
             begun, events = await open_streams(client, service.body(max_tokens=900), 4)
             while not all(events):
@@ -154,11 +167,11 @@ def test_replica_dies(service: Service) -> None:
             await asyncio.gather(*short, *begun)
         return events
 
-    for events in LOOP.run(run()):
+    for events in run(main()):
         assert events[-1] != "[DONE]", "an answer that was cut looks whole"
         assert "error" in json.loads(events[-1])
     assert set(counts) <= {200, 429, 503, 504}  # 504: a slow machine takes long to start another
-    assert not alive(writer), "the engine outlived its replica"
+    until(lambda: not alive(engine), seconds=15, what="the engine to end with its replica")
     assert processes("ServeReplica:pathflip:Instructor") != [replica]
 
 
@@ -166,15 +179,16 @@ def test_drain(service: Service) -> None:
     """E3: the service is taken down with 20 open streams; all of them end as they should."""
     from ray import serve
 
-    writer = engine()
+    _, engine = instructor()
 
-    async def run() -> list[list[str]]:
+    async def main() -> list[list[str]]:
         async with connect(service) as client:
-            tasks, events = await open_streams(client, service.body(max_tokens=700), 20)
+            tasks, events = await open_streams(client, service.body(max_tokens=400), 20)
             assert not all(task.done() for task in tasks)
             await asyncio.to_thread(serve.delete, NAME)
             assert await asyncio.gather(*tasks) == [200] * 20
         return events
 
-    assert len({said(events) for events in LOOP.run(run())}) == 1
-    assert not alive(writer)
+    assert len({said(events) for events in run(main())}) == 1
+    until(lambda: not alive(engine), seconds=15, what="the engine to end with its replica")
+    assert not processes("EngineCore")
