@@ -29,20 +29,32 @@ def rows(archive: Path) -> dict[str, dict[str, Any]]:
     return {row["slide_id"]: row for row in Archive(archive).slides().to_pylist()}
 
 
-@pytest.fixture
-def two(job: Callable[..., Any], tmp_path: Path) -> tuple[Path, Path]:
-    """A folder with two slides, ingested, with patients."""
-    folder, archive = tmp_path / "in", tmp_path / "archive"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def ingested(
+    job: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
+    """A folder with two slides, its archive, with patients, and a copy of both."""
+    home = tmp_path_factory.mktemp("ledger")
+    folder, archive = home / "now" / "in", home / "now" / "archive"
+    folder.mkdir(parents=True)
     small(folder / "TCGA-1.DX1.0A.svs", 1)
     small(folder / "b.svs", 2)
-    people = tmp_path / "people.csv"
+    people = home / "people.csv"
     people.write_text(
         "slide,patient_id,split,grade\nTCGA-1.DX1.0A,P1,train,high\nb.svs,P2,test,low\n"
     )
     done = job(folder, archive, f"patients={people}")
     assert done.slides == {"ready": 2, "quarantined": 0, "empty": 0, "skipped": 0}
     assert {row["patient_id"] for row in rows(archive).values()} == {"P1", "P2"}
+    return folder, archive, Path(shutil.copytree(home / "now", home / "before"))
+
+
+@pytest.fixture
+def two(ingested: tuple[Path, Path, Path]) -> tuple[Path, Path]:
+    """The folder and its archive, as they were: the archive knows slides by where they lie."""
+    folder, archive, before = ingested
+    shutil.rmtree(folder.parent)
+    shutil.copytree(before, folder.parent)  # with the times of files
     return folder, archive
 
 
@@ -99,23 +111,21 @@ def test_people_can_be_told_later(job, two, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def second_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small vision transformer with random weights, as a folder transformers loads."""
-    from transformers import ViTConfig, ViTModel
+def second_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small convolution with random weights, in a file."""
+    import torch
+    from torch import nn
 
-    folder = tmp_path_factory.mktemp("vit")
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        image_size=32, patch_size=16,
-    )  # fmt: skip
-    ViTModel(config).save_pretrained(folder)
-    return folder
+    net = nn.Sequential(nn.Conv2d(3, 16, 32, stride=32), nn.Flatten(2), nn.AdaptiveAvgPool1d(1))
+    file = tmp_path_factory.mktemp("encoder") / "net.pt"
+    torch.jit.trace(nn.Sequential(net, nn.Flatten()), torch.zeros(1, 3, 224, 224)).save(str(file))
+    return f"torchscript:{file}"
 
 
 def test_a_further_encoder_sees_the_stored_patches(job, two, second_encoder):
     folder, archive = two
     before, features = rows(archive), Archive(archive).features("b").to_pylist()
-    extra = (f"encoder=hf:{second_encoder}", "add_encoder=true")
+    extra = (f"encoder={second_encoder}", "add_encoder=true")
     done = job(folder, archive, *extra)
     assert done.slides == {"ready": 2, "quarantined": 0, "empty": 0, "skipped": 0}
     opened = Archive(archive)
@@ -149,7 +159,7 @@ def test_a_failure_does_not_cost_a_good_slide(job, tmp_path, second_encoder):
         for tile in range(len(level.offsets)):
             file.seek(int(level.offsets[tile]) + 2)
             file.write(b"\0" * 8)
-    done = job(folder, archive, f"encoder=hf:{second_encoder}", "add_encoder=true")
+    done = job(folder, archive, f"encoder={second_encoder}", "add_encoder=true")
     assert done.slides["quarantined"] == 1
     found = rows(archive)
     assert {s: r for s, r in found.items() if r["status"] == "ready"} == before
@@ -164,7 +174,7 @@ def test_a_resolution_once_given_is_remembered(job, tmp_path, second_encoder):
     scale.write_text("slide,mpp\na,0.4\n")
     assert job(folder, archive, f"mpp_csv={scale}").slides["ready"] == 1
     assert job(folder, archive).slides["skipped"] == 1
-    done = job(folder, archive, f"encoder=hf:{second_encoder}", "add_encoder=true")
+    done = job(folder, archive, f"encoder={second_encoder}", "add_encoder=true")
     assert done.slides["ready"] == 1
     (row,) = rows(archive).values()
     assert (row["mpp"], row["mpp_source"], len(row["encoders"])) == (0.4, "override", 2)

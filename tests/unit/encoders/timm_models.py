@@ -77,6 +77,16 @@ def test_class_token_and_mean_without_registers(tmp_path):
     torch.testing.assert_close(out[:, 32:], tokens[:, 5:].mean(1))
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """Models of the published shapes, but two blocks deep."""
+    import timm
+
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: real(*a, **{**k, "depth": 2}))
+
+
+@pytest.mark.usefixtures("shallow")
 def test_weights_of_another_model_are_refused(tmp_path):
     save_file(tiny(num_classes=0).state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(EncoderError) as refused:
@@ -84,6 +94,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
     assert refused.value.code == "bad_weights"
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("card", [c for c in zoo.CARDS if c.loader == "timm"], ids=lambda c: c.name)
 def test_architecture_of_the_table(card):
     with torch.device("meta"):
@@ -96,14 +107,13 @@ def test_architecture_of_the_table(card):
     assert out.shape == (1, card.dim)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ["conch", "conch_v1_5"])
-def test_conch_towers(name, tmp_path, monkeypatch):
+def test_conch_towers(name, tmp_path):
     import timm
 
-    card, real = zoo.card(name), timm.create_model
+    card = zoo.card(name)
     assert card is not None
-    # The published shapes, but two blocks deep.
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: real(*a, **{**k, "depth": 2}))
     trunk = "vit_base_patch16_224" if name == "conch" else "vit_large_patch16_224"
     width = 768 if name == "conch" else 1024
     more = {} if name == "conch" else {"init_values": 1.0}

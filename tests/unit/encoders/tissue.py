@@ -77,7 +77,8 @@ class _Torus:
             radius = max(1.0, um * (1 + spread * self.rng.standard_normal()) / MPP / 2)
             k = int(np.ceil(radius * aspect)) + 2
             cx, cy = int(x), int(y)
-            b, a = np.mgrid[-k : k + 1, -k : k + 1] - np.array([y - cy, x - cx])[:, None, None]
+            near = np.arange(-k, k + 1)
+            b, a = (near - (y - cy))[:, None], near - (x - cx)
             u = (a * np.cos(angle) + b * np.sin(angle)) / (radius * aspect**0.5)
             v = (b * np.cos(angle) - a * np.sin(angle)) / (radius / aspect**0.5)
             q = np.hypot(u, v)
@@ -88,8 +89,7 @@ class _Torus:
                 shape = shape * (0.45 + 0.9 * rim + 2.2 * dot)
                 shape *= total / shape.sum()
             shape *= density * self.rng.uniform(0.85, 1.15)
-            rows, cols = np.arange(cy - k, cy + k + 1) % SIDE, np.arange(cx - k, cx + k + 1) % SIDE
-            box = np.ix_(rows, cols)
+            box = ((cy + near) % SIDE)[:, None], (cx + near) % SIDE
             target[box] = np.maximum(target[box], shape)
 
 
