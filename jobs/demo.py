@@ -46,6 +46,7 @@ SIZE_UM = 1024.0
 REGION_UM, PATCH_UM = 256.0, 32.0
 """The cohort's slides are small, so its regions are: 16 a slide, of 64 patches."""
 PRESET, TUNE_PRESET = "pathflip/mini", "instruct/mini"
+_WORKERS = f"max_workers={min(2, os.cpu_count() or 1)}"
 RESULTS = 6
 QUERY_PX = 360
 
@@ -217,8 +218,7 @@ def _trained(
     from pathflip.checkpoints import load_run
     from pathflip.evaluation.suite import evaluate_all
 
-    workers = min(2, os.cpu_count() or 1)
-    config = resolve(PRESET, overrides=settings, given={"max_workers": workers})
+    config = resolve(PRESET, overrides=[_WORKERS, *settings])
     with (
         stages.run("pretrain", f"Training {PRESET} in {folder}; it resumes, too"),
         show_progress() as progress,
@@ -261,9 +261,8 @@ def _tuned(
         wanted = load_config(SmallLLMConfig, overrides=language)
         vision = load_run(out / "run").model
         make_from_archive(opened, base, wanted, vision=vision, progress=progress)
-    workers = min(2, os.cpu_count() or 1)
-    given = {"run": str(out / "run"), "llm": str(base), "max_workers": workers}
-    config = resolve(TUNE_PRESET, overrides=settings, given=given)
+    given = {"run": str(out / "run"), "llm": str(base)}
+    config = resolve(TUNE_PRESET, overrides=[_WORKERS, *settings], given=given)
     with (
         stages.run("tune", f"Tuning it to see ({TUNE_PRESET}) in {folder}; it resumes, too"),
         show_progress() as progress,

@@ -14,11 +14,11 @@ from jobs.demo import PLANTED, demo, main
 from pathflip import Archive
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # its setup is the whole demo
-COHORT = 32
+COHORT = 24
 SHORT: dict[str, Any] = {
     "training": ("epochs=1", "batch_size=8", "max_workers=1"),
     "language": ("epochs=1", "hidden=64", "layers=1", "heads=2", "kv_heads=2"),
-    "tuning": ("epochs=1", "batch_size=8"),
+    "tuning": ("epochs=1", "batch_size=8", "max_workers=1"),
 }
 
 
