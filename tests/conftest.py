@@ -28,8 +28,6 @@ WITHOUT_CLUSTER = (
     "tests/integration/test_serve.py",
 )  # fmt: skip
 """Where no test uses the session's Ray: the process that hands out tests knows no fixtures."""
-TRAINING = ("tests/chaos/test_pretrain", "tests/chaos/test_tune")
-"""What needs a Ray, but nothing that was ingested with it."""
 SAME = (
     "uri", "aliases", "status", "reason", "sha256", "bytes", "mtime_ns", "vendor", "width",
     "height", "levels", "mpp", "mpp_source", "reader", "n_regions", "n_patches", "tiles_ok",
@@ -48,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first, then those that need Ray, then those that break things, the service last.
 
-    In two processes (``make test``) those that share a cluster come before the others, as one of
+    In two processes (``make test``) those that share the cluster come before the others, as one of
     the two needs all its time for them: see :func:`pytest_xdist_make_scheduler`.
     """
 
@@ -63,14 +61,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process has most of what needs Ray, the other its own Ray for trainings, and the rest."""
+    """One process has all that share the cluster; the others have the rest, file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith(WITHOUT_CLUSTER):
-                return nodeid.partition("::")[0]
-            return "training" if nodeid.startswith(TRAINING) else "cluster"
+            return nodeid.partition("::")[0] if nodeid.startswith(WITHOUT_CLUSTER) else "cluster"
 
     config.option.loadscopereorder = False  # as they are sorted above
     return Scheduling(config, log)
