@@ -506,8 +506,8 @@ async def _end(drain_s: float) -> None:
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
-    # Serve would stop all parts at once, also those that answers at work have yet to ask.
     try:
+        # Serve would stop all parts at once, also those that answers at work have yet to ask.
         with suppress(RayServeException):
             handle = serve.get_app_handle(NAME)
             await handle.broadcast("drain").results_async(timeout_s=drain_s + 5)

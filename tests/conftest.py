@@ -123,7 +123,6 @@ def cluster(spilled: Path) -> Iterator[str]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("LANCE_LOG", "error")
     os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process each attempt
     context = ray.init(
         address="local",
         num_cpus=2,
@@ -202,7 +201,7 @@ def service(cluster: str, tuned: Tuned) -> Iterator[Service]:
             "engine": {"engine": {"max_num_seqs": 32}},
             "limits.concurrent": 128,
             "limits.max_tokens": 900,
-            "drain_s": 120,
+            "drain_s": 50,  # serve.delete waits for 60
             "instructor.max_replicas": 1,
             "instructor.ongoing": 128,
             "instructor.queued": 128,

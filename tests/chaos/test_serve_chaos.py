@@ -34,8 +34,12 @@ def loop() -> asyncio.AbstractEventLoop:
 
 
 def run(work: Coroutine[Any, Any, Result]) -> Result:
-    """What a coroutine gives."""
-    return asyncio.run_coroutine_threadsafe(work, loop()).result()
+    """What a coroutine gives; it ends when the wait for it does."""
+    future = asyncio.run_coroutine_threadsafe(work, loop())
+    try:
+        return future.result()
+    finally:
+        future.cancel()
 
 
 def processes(words: str) -> list[int]:
@@ -172,23 +176,28 @@ def test_replica_dies(service: Service) -> None:
         assert "error" in json.loads(events[-1])
     assert set(counts) <= {200, 429, 503, 504}  # 504: a slow machine takes long to start another
     until(lambda: not alive(engine), seconds=15, what="the engine to end with its replica")
-    assert processes("ServeReplica:pathflip:Instructor") != [replica]
+    (now,) = processes("ServeReplica:pathflip:Instructor")
+    assert now != replica
 
 
 def test_drain(service: Service) -> None:
     """E3: the service is taken down with 20 open streams; all of them end as they should."""
     from ray import serve
 
-    _, engine = instructor()
+    replica, _ = instructor()
+    below = descendants(replica)
 
     async def main() -> list[list[str]]:
         async with connect(service) as client:
             tasks, events = await open_streams(client, service.body(max_tokens=400), 20)
-            assert not all(task.done() for task in tasks)
+            assert not any(task.done() for task in tasks)
             await asyncio.to_thread(serve.delete, NAME)
             assert await asyncio.gather(*tasks) == [200] * 20
         return events
 
     assert len({said(events) for events in run(main())}) == 1
-    until(lambda: not alive(engine), seconds=15, what="the engine to end with its replica")
-    assert not processes("EngineCore")
+    until(
+        lambda: not any(map(alive, [replica, *below])),
+        seconds=15,
+        what="the replica and all below it to end",
+    )

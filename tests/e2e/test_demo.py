@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ COHORT = 24
 SHORT: dict[str, Any] = {
     "training": ("epochs=1", "batch_size=8", "max_workers=1"),
     "language": ("epochs=1", "hidden=64", "layers=1", "heads=2", "kv_heads=2"),
-    "tuning": ("epochs=1", "batch_size=8", "max_workers=1"),
+    "tuning": ("epochs=1", "batch_size=8"),
 }
 
 
@@ -67,6 +68,14 @@ def test_the_answers_are_shown_beside_the_truth(made: Path) -> None:
     result = json.loads((made / "tuned" / "result.json").read_bytes())
     assert result["steps"] > 0
     assert (made / "tuned" / "llm" / "model.safetensors").exists()
+
+
+def test_settings_reach_the_workers(made: Path) -> None:
+    workers = {
+        name: json.loads((made / name / "attempt.json").read_bytes())["workers"]
+        for name in ("run", "tuned")
+    }
+    assert workers == {"run": 1, "tuned": min(2, os.cpu_count() or 1)}
 
 
 def test_a_second_run_skips_everything(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

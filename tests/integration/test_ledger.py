@@ -112,20 +112,28 @@ def test_people_can_be_told_later(job, two, tmp_path):
 
 @pytest.fixture(scope="module")
 def second_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small convolution with random weights, in a file."""
+    """A small convolution with random weights, in a file: quicker to start than transformers."""
     import torch
     from torch import nn
 
-    net = nn.Sequential(nn.Conv2d(3, 16, 32, stride=32), nn.Flatten(2), nn.AdaptiveAvgPool1d(1))
+    net = nn.Sequential(nn.Conv2d(3, 16, 32, stride=32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     file = tmp_path_factory.mktemp("encoder") / "net.pt"
-    torch.jit.trace(nn.Sequential(net, nn.Flatten()), torch.zeros(1, 3, 224, 224)).save(str(file))
+    torch.jit.trace(net, torch.zeros(1, 3, 224, 224)).save(str(file))
     return f"torchscript:{file}"
 
 
-def test_a_further_encoder_sees_the_stored_patches(job, two, second_encoder):
+def test_a_further_encoder_sees_the_stored_patches(job, two, tmp_path):
+    """Here a small vision transformer with random weights, as a folder transformers loads."""
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path / "vit")
     folder, archive = two
     before, features = rows(archive), Archive(archive).features("b").to_pylist()
-    extra = (f"encoder={second_encoder}", "add_encoder=true")
+    extra = (f"encoder=hf:{tmp_path / 'vit'}", "add_encoder=true")
     done = job(folder, archive, *extra)
     assert done.slides == {"ready": 2, "quarantined": 0, "empty": 0, "skipped": 0}
     opened = Archive(archive)

@@ -178,7 +178,7 @@ def test_a_missing_data_file_is_reported_and_repaired(uri):
 
 @pytest.mark.parametrize(
     ("harm", "table"),
-    [
+    [  # for each table one harm that Lance opens without a word, removed or zeros, and one other
         *itertools.product(["emptied", "removed"], ["meta", "slides", "features_tex"]),
         *itertools.product(["halved", "zeros"], ["regions", "files", "embeddings_tex"]),
     ],

@@ -59,7 +59,12 @@ def started(folder: Path, binary: str, port: int) -> Iterator[subprocess.Popen[b
     """HAProxy on the configuration in a folder, listening at its one port."""
     process = subprocess.Popen([binary, "-db", "-f", str(folder / "haproxy.cfg")])
     try:
-        until(lambda: listening([process.pid]) == {port}, seconds=20, what="HAProxy listens")
+
+        def listens() -> bool:
+            assert process.poll() is None, "HAProxy ended at once; above it says why"
+            return listening([process.pid]) == {port}
+
+        until(listens, seconds=20, what="HAProxy listens")
         yield process
     finally:
         process.kill()
@@ -73,7 +78,7 @@ def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path
     assert re.search(r"bind \*?:\d+\n", written), "Ray's statistics have another form now"
     assert "mode 666" in written
     with started(folder, variables["RAY_SERVE_HAPROXY_BINARY_PATH"], port) as process:
-        answer = httpx.get(f"http://127.0.0.1:{port}/v1/models")
+        answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=30)
         assert answer.status_code == 503
         assert answer.json()["code"] == "unavailable"
         assert answer.headers["retry-after"] == "1"
