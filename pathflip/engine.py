@@ -51,16 +51,18 @@ class EngineConfig:
     seed: int = 0
 
 
-def environment(*, threads: int = 1, kv_gib: int = 1) -> dict[str, str]:
+def environment(*, threads: int = 1, kv_gib: int = 1, cuda: bool = False) -> dict[str, str]:
     """Variables that must be set before vllm is imported.
 
     Without them the CPU engine pins its threads to fixed cores, which collapses on a shared
-    machine, spins while it waits, and takes most of the memory for its cache. They do no harm on a
-    GPU.
+    machine, spins while it waits, takes most of the memory for its cache, and compiles its sampler
+    at the first request that samples: 16 s in which nobody is answered, or the engine's death where
+    there is no C++ compiler. But for the last, which a GPU is not given, they do no harm there.
 
     Args:
         threads: Threads of the engine.
         kv_gib: GiB for keys and values on a CPU.
+        cuda: Whether the engine runs on a GPU, whose kernels need no C++ compiler.
     """
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine stays in this process
@@ -73,6 +75,7 @@ def environment(*, threads: int = 1, kv_gib: int = 1) -> dict[str, str]:
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
         "HF_HUB_OFFLINE": "1",  # models are folders
         "TOKENIZERS_PARALLELISM": "false",
+        **({} if cuda else {"TORCHDYNAMO_DISABLE": "1"}),
     }
 
 
@@ -139,12 +142,13 @@ def offline(folder: str | Path, config: EngineConfig | None = None) -> Any:
 def set_environment(config: EngineConfig) -> None:
     """Set :func:`environment` in this process, which must not have imported vllm yet.
 
-    What the user set for thread binding and logging stays.
+    What the user set for thread binding, logging and compiling stays.
 
     Raises:
-        ConfigError: vllm is imported already and its settings are others.
+        ConfigError: vllm is imported already and its settings are others, or a GPU is asked for
+            and there is none.
     """
-    wanted = environment(threads=config.threads, kv_gib=config.kv_gib)
+    wanted = environment(threads=config.threads, kv_gib=config.kv_gib, cuda=True)
     for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_LOGGING_LEVEL", "OMP_WAIT_POLICY"):
         wanted[name] = os.environ.get(name, wanted[name])
     if "vllm" in sys.modules:
@@ -157,6 +161,9 @@ def set_environment(config: EngineConfig) -> None:
                 code="engine_environment",
             )
     os.environ.update(wanted)
+    # Whether there is a GPU is torch's to say, which reads the number of threads when imported.
+    if not uses_gpu(config):
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def uses_gpu(config: EngineConfig) -> bool:

@@ -99,11 +99,17 @@ class Instructor:
         logger.info("Engine ready after %.1f s.", time.perf_counter() - began)
 
     async def _warm_up(self) -> None:
-        """One token about nothing: what is made at the first request is made here."""
+        """One token about nothing, the likeliest and a drawn one, so that no client waits for it.
+
+        What an engine makes at the first request of each kind is made here, and an engine that
+        cannot draw is no engine: the replica does not start.
+        """
         prompt = self._reader.without_slide("?")
-        params = self._sampling({"max_tokens": 1}, len(prompt))
-        async for _ in self.engine.generate({"prompt_embeds": prompt}, params, "warm-up"):
-            pass
+        for temperature in (0.0, 1.0):
+            params = self._sampling({"max_tokens": 1, "temperature": temperature}, len(prompt))
+            name = f"warm-up-{temperature}"
+            async for _ in self.engine.generate({"prompt_embeds": prompt}, params, name):
+                pass
 
     async def describe(self) -> dict[str, Any]:
         """Returns id, fingerprint, max_model_len, created (seconds since 1970)."""

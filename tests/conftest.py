@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
 from serve import proxy
-from tests.faults import descendants, resident_bytes
+from tests.faults import descendants, resident_bytes, without_compiler
 
 if TYPE_CHECKING:
     from tests.serving import Service, Tuned
@@ -116,23 +117,30 @@ def spilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(spilled: Path) -> Iterator[str]:
-    """The session's Ray on this machine; yields its address. Jobs in this process use it."""
+def cluster(spilled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The session's Ray on this machine; yields its address. Jobs in this process use it.
+
+    Its processes find no compiler, as in the image, nor what one made before.
+    """
     import ray
 
+    without = without_compiler(tmp_path_factory.mktemp("without-compiler"))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("LANCE_LOG", "error")
     os.environ.setdefault("RAY_worker_niceness", "0")
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        configure_logging=False,
-        object_store_memory=STORE_BYTES,
-        object_spilling_directory=str(spilled),
-    )
+    with mock.patch.dict(os.environ, without):
+        for name in ("CC", "CXX"):
+            os.environ.pop(name, None)
+        context = ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+            object_store_memory=STORE_BYTES,
+            object_spilling_directory=str(spilled),
+        )
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

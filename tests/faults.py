@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -185,6 +187,31 @@ def pathflip(*words: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def without_compiler(folder: Path) -> dict[str, str]:
+    """Variables that make a machine without a compiler of this one, as an image is.
+
+    Folders of ``PATH`` that have one are replaced by folders of links to all else in them.
+
+    Args:
+        folder: An empty one, for the links and for what a compiler would make.
+    """
+    compiler = re.compile(r"(.*-)?(cc|c\+\+|c89|c99|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?")
+    folders = []
+    for number, place in enumerate(os.environ["PATH"].split(os.pathsep)):
+        names = os.listdir(place) if os.path.isdir(place) else []
+        if any(map(compiler.fullmatch, names)):
+            kept = folder / str(number)
+            kept.mkdir()
+            for name in names:
+                if not compiler.fullmatch(name):
+                    (kept / name).symlink_to(Path(place, name).absolute())
+            place = str(kept)
+        folders.append(place)
+    path = os.pathsep.join(folders)
+    assert not any(shutil.which(name, path=path) for name in ("cc", "c++", "gcc", "g++", "clang"))
+    return {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(folder / "made")}
 
 
 def command_line(pid: int) -> str:

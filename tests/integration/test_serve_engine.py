@@ -136,6 +136,16 @@ def test_stop_limit_and_sampling(client: openai.OpenAI, service: Service, plain:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_drawn_as_it_comes(client: openai.OpenAI, service: Service) -> None:
+    """Without a seed an engine draws by other means: they need no compiler, which is not there."""
+    drawn = [
+        ask(client, service, QUESTIONS[0], **options).choices[0].message.content
+        for options in ({"temperature": 1}, {"temperature": 1}, {"temperature": 1, "top_p": 0.9})
+    ]
+    assert all(drawn)
+    assert drawn[0] != drawn[1]
+
+
 def test_refusals(service: Service) -> None:
     far = {"x0": 10**6, "y0": 0, "size0": 64}
     with httpx.Client(base_url=service.url, timeout=30) as client:

@@ -90,11 +90,26 @@ def test_environment_keeps_what_the_user_set() -> None:
         for name in environment():
             os.environ.pop(name, None)
         os.environ |= {"VLLM_LOGGING_LEVEL": "DEBUG", "OMP_NUM_THREADS": "7"}
-        set_environment(EngineConfig(threads=2, kv_gib=3))
+        set_environment(EngineConfig(device="cpu", threads=2, kv_gib=3))
         assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
         assert os.environ["OMP_NUM_THREADS"] == "2"
         assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "3"
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+        assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
+        os.environ["TORCHDYNAMO_DISABLE"] = "0"
+        set_environment(EngineConfig(device="cpu"))
+        assert os.environ["TORCHDYNAMO_DISABLE"] == "0"
+
+
+def test_only_a_gpu_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for there in (False, True):
+        with mock.patch.dict(os.environ), monkeypatch.context() as patch:
+            os.environ.pop("TORCHDYNAMO_DISABLE", None)
+            patch.setattr(torch.cuda, "is_available", lambda there=there: there)
+            set_environment(EngineConfig())
+            assert ("TORCHDYNAMO_DISABLE" in os.environ) is not there
 
 
 def test_importing_the_module_does_not_import_vllm() -> None:
