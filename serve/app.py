@@ -360,6 +360,7 @@ class Ingress:
             limits=limits,
             tokens=None if token_file is None else read_tokens(token_file),
             audit=self._audit,
+            proofs=proxy.Proofs.here(),
         )
 
     def __serve_build_asgi_app__(self) -> Any:

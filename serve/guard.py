@@ -1,13 +1,15 @@
 """What every request passes before a route sees it, and every answer before it leaves.
 
-:class:`Guard` is the outermost layer of the ingress: who asks (:mod:`serve.auth`), how much is
-going on, how large the body is (:mod:`serve.limits`); then the line in the audit log, the headers
-and the metrics. :func:`problem` makes every error one of the same shape, without a trace or a path.
+:class:`Guard` is the outermost layer of the ingress: whether the service's own proxy asks
+(:mod:`serve.proxy`), for whom (:mod:`serve.auth`), how much is going on, how large the body is
+(:mod:`serve.limits`); then the line in the audit log, the headers and the metrics.
+:func:`problem` makes every error one of the same shape, without a trace or a path.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import time
@@ -26,6 +28,7 @@ from pathflip.errors import ArchiveError, PathFLIPError
 from serve.audit import AuditError, AuditLog
 from serve.auth import LOCAL, Client, Tokens, is_local
 from serve.limits import Limits, Refused, read_body
+from serve.proxy import ANSWERED_BY, ASKED_BY, Proofs
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ STATUS = {
     "too_slow": 408,
     "no_token": 401,
     "not_local": 403,
+    "not_proxied": 403,
     "scope": 403,
     "busy": 429,
     "unavailable": 503,
@@ -157,6 +161,7 @@ class Guard:
         tokens: Who may; None for this machine alone.
         audit: Where it is written down; None for nowhere.
         metrics: Where it is counted.
+        proofs: What the proxy in front shows and is shown; None where there is none.
     """
 
     def __init__(
@@ -167,9 +172,10 @@ class Guard:
         tokens: Tokens | None,
         audit: AuditLog | None,
         metrics: Metrics,
+        proofs: Proofs | None = None,
     ) -> None:
         self.app, self.limits, self.tokens = app, limits, tokens
-        self.audit, self.metrics = audit, metrics
+        self.audit, self.metrics, self.proofs = audit, metrics, proofs
         self.at_work, self.stopping = 0, False
 
     async def drain(self, seconds: float) -> None:
@@ -202,6 +208,11 @@ class Guard:
     async def _answer(self, answer: _Answer, scope: Scope, receive: Receive) -> None:
         try:
             headers = Headers(scope=scope)
+            if self.proofs is not None:
+                shown = headers.get(ASKED_BY, "").encode("latin-1")
+                if not hmac.compare_digest(shown, self.proofs.asks.encode()):
+                    raise Refused("Ask at the address of the service.", code="not_proxied")
+                answer.proof = self.proofs.answers.encode()
             if scope["path"] not in OPEN:
                 answer.client = self._client(scope, headers)
                 scope["state"]["client"] = answer.client
@@ -256,6 +267,7 @@ class _Answer:
         self.guard, self.scope, self._send = guard, scope, send
         self.request_id = uuid.uuid4().hex
         self.client: Client | None = None
+        self.proof: bytes | None = None
         self.deadline: asyncio.Timeout | None = None
         self.status, self.complete = 0, False
         self.begun = time.perf_counter()
@@ -275,6 +287,8 @@ class _Answer:
             if not any(name.lower() == b"cache-control" for name, _ in sent):
                 sent.append((b"cache-control", b"no-store"))
             sent += [*_HEADERS, (b"request-id", self.request_id.encode())]
+            if self.proof is not None:
+                sent.append((ANSWERED_BY.encode(), self.proof))
             message = {**message, "headers": sent}
         self.complete = message["type"] == "http.response.body" and not message.get("more_body")
         await self._send(message)

@@ -32,6 +32,7 @@ from serve.auth import Tokens
 from serve.chat import Told, count_tokens, events, rebuilt
 from serve.guard import Guard, Metrics, problem, status_of
 from serve.limits import Limits, Refused, read_image, strict_json
+from serve.proxy import Proofs
 from serve.schemas import (
     MAX_ID,
     MAX_RESULTS,
@@ -135,6 +136,7 @@ def make_app(
     limits: Limits | None = None,
     tokens: Tokens | None = None,
     audit: AuditLog | None = None,
+    proofs: Proofs | None = None,
 ) -> Guard:
     """The whole service as an ASGI application.
 
@@ -143,6 +145,7 @@ def make_app(
         limits: How much of it.
         tokens: Who may ask; None for this machine alone.
         audit: Where it is written down.
+        proofs: What the proxy in front shows and is shown; None where there is none.
     """
     limits = limits or Limits()
     metrics = Metrics()
@@ -157,7 +160,7 @@ def make_app(
     )
     app.include_router(routes(parts, limits, metrics))
     _shape_errors(app, parts, limits)
-    return Guard(app, limits=limits, tokens=tokens, audit=audit, metrics=metrics)
+    return Guard(app, limits=limits, tokens=tokens, audit=audit, metrics=metrics, proofs=proofs)
 
 
 def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:

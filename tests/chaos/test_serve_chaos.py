@@ -7,10 +7,12 @@ import functools
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Coroutine
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
 import httpx
@@ -178,6 +180,72 @@ def test_replica_dies(service: Service) -> None:
     assert not alive(engine), "the engine outlived its replica"
     (now,) = processes("ServeReplica:pathflip:Instructor")
     assert now != replica
+
+
+class Stranger(ThreadingHTTPServer):
+    """Another service at a port: it answers everything, also whether it is up.
+
+    Args:
+        port: Where, beside whoever is there and shares it.
+    """
+
+    SAYS = "rows of another"
+
+    def __init__(self, port: int) -> None:
+        self.asked: list[str] = []
+        super().__init__(("127.0.0.1", port), _Says)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def server_bind(self) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        super().server_bind()
+
+
+class _Says(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(Stranger.SAYS)))
+        self.end_headers()
+        self.wfile.write(Stranger.SAYS.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_nobody_else_answers_for_a_dead_ingress(service: Service) -> None:
+    """The ingress is killed, and another service listens where every Ray has its fallback.
+
+    Clients are told 503 until the service's own is back. (That nobody is heard who listens at the
+    dead one's port is seen in tests/unit/serve/test_proxy.py: here it is rarely free in time.)
+    """
+    replicas = processes("ServeReplica:pathflip:ingress")
+    told: Counter[int] = Counter()
+    stranger = Stranger(8500)
+
+    def back() -> bool:
+        try:
+            answer = httpx.get(f"{service.url}/v1/slides", timeout=60)
+        except httpx.RemoteProtocolError:  # it was being asked when it died
+            return False
+        assert Stranger.SAYS not in answer.text, f"a stranger answered: {told}"
+        told[answer.status_code] += 1
+        if answer.status_code != 200:
+            assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.headers["content-type"] == "application/problem+json"
+        return answer.status_code == 200 and not any(map(alive, replicas))
+
+    try:
+        assert replicas
+        for pid in replicas:
+            os.kill(pid, signal.SIGKILL)
+        until(back, seconds=120, what="the service's own ingress to answer")
+    finally:
+        stranger.shutdown()
+        stranger.server_close()
+    assert told[503], "nothing was asked while no ingress was there"
+    assert "/v1/slides" not in stranger.asked  # the checks of another Ray may be
 
 
 def test_drain(service: Service) -> None:

@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from serve.audit import verify
+from serve.proxy import SECRET
 from tests.faults import command_line, descendants, listening, resident_bytes
 from tests.serving import free_port
 from tests.unit.serve.test_auth import BODIES, ROUTES
@@ -132,6 +133,26 @@ def test_it_listens_on_loopback_only(served: Process) -> None:
         if command_line(pid).split()[0].endswith("haproxy")
     )
     assert listening([haproxy]) == {served.port}
+
+
+def test_no_other_way_in(served: Process) -> None:
+    """A replica's own port and Ray's fallback refuse even who has a token: they are not the way."""
+    below = descendants(served.process.pid)
+    (haproxy,) = (pid for pid in below if command_line(pid).split()[0].endswith("haproxy"))
+    variables = dict(
+        line.split("=", 1)
+        for line in Path(f"/proc/{haproxy}/environ").read_text().split("\0")
+        if "=" in line
+    )
+    fallback = int(variables["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"])
+    replicas = {port for port in listening(below) if 30_000 <= port < 31_000}
+    assert replicas
+    assert fallback in listening(below)
+    for port in {fallback, *replicas}:
+        for path in ("/v1/slides", "/healthz"):
+            answer = httpx.get(f"http://127.0.0.1:{port}{path}", headers=bearer("all"), timeout=60)
+            assert (answer.status_code, answer.json()["code"]) == (403, "not_proxied")
+            assert variables[SECRET] not in str(answer.headers)
 
 
 def raw(served: Process, *lines: str) -> socket.socket:

@@ -15,6 +15,7 @@ from serve.embedder import Embedder
 from serve.grounding import Grounding
 from serve.ingress import Parts, make_app
 from serve.limits import Limits
+from serve.proxy import Proofs
 from serve.search import Search
 from tests.unit.serve.world import World, bearer, make_world
 
@@ -48,16 +49,21 @@ def loop() -> Any:
 
 @pytest.fixture(scope="session")
 def serving(parts: Parts, world: World, loop: asyncio.AbstractEventLoop) -> Callable[..., Ask]:
-    """``serving(limits=…, audit=…)(method, path, …)``: asks a service made with these."""
+    """``serving(limits=…, audit=…, …)(method, path, …)``: asks a service made with these."""
 
     def make(
-        *, tokens: bool = True, limits: Limits | None = None, audit: AuditLog | None = None
+        *,
+        tokens: bool = True,
+        limits: Limits | None = None,
+        audit: AuditLog | None = None,
+        proofs: Proofs | None = None,
     ) -> Ask:
         app = make_app(
             parts,
             limits=limits,
             tokens=read_tokens(world.token_file) if tokens else None,
             audit=audit,
+            proofs=proofs,
         )
 
         def ask(method: str, path: str, *, who: str | None = "all", **options: Any) -> Any:

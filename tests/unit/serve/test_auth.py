@@ -8,6 +8,7 @@ import pytest
 
 from pathflip.errors import ConfigError
 from serve.auth import SCOPES, is_loopback, read_tokens
+from serve.proxy import ANSWERED_BY, ASKED_BY, Proofs
 from tests.unit.serve.world import TOKENS, bearer, write_tokens
 
 ROUTES = {
@@ -143,6 +144,28 @@ def test_without_tokens_only_this_machine_is_answered(serving):
     ):
         answer = ask("GET", "/v1/slides", **options)
         assert (answer.status_code, answer.json()["code"]) == (403, "not_local")
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_only_its_own_proxy_is_answered(serving, tokens):
+    """Whoever reaches a replica's port by another way is told nothing, not even that it is up."""
+    own, other = Proofs.of("its own"), Proofs.of("another service's")
+    ask = serving(tokens=tokens, proofs=own)
+    for shown in (None, "", other.asks, own.answers, own.asks[:-1], own.asks.upper(), "é"):
+        headers = {} if shown is None else {ASKED_BY: shown.encode("latin-1")}
+        for method, path in [*ROUTES, ("GET", "/healthz"), ("GET", "/nothing")]:
+            answer = ask(method, path, headers=headers)
+            assert (answer.status_code, answer.json()["code"]) == (403, "not_proxied")
+            assert own.answers not in str(answer.headers) + answer.text
+    headers = {ASKED_BY: own.asks}
+    for path, status in (("/v1/slides", 200), ("/healthz", 200), ("/nothing", 404)):
+        answer = ask("GET", path, headers=headers)
+        assert answer.status_code == status
+        assert answer.headers[ANSWERED_BY] == own.answers
+    if tokens:
+        answer = ask("GET", "/v1/slides", who=None, headers=headers)
+        assert answer.status_code == 401
+        assert answer.headers[ANSWERED_BY] == own.answers
 
 
 def test_a_web_page_cannot_post(serving):

