@@ -9,7 +9,6 @@ VENV := .venv$(if $(GPU),-gpu)
 LOCK := requirements/$(if $(GPU),gpu,cpu).lock
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PYTHONS := $(PYTHON) python3.11 python3.12 python3
 
 # One thread per library: parallelism belongs to Ray. A Ray that these commands start asks for a
 # token of its own, kept in the environment's folder, and never joins somebody else's cluster.
@@ -19,7 +18,7 @@ export RAY_AUTH_TOKEN_PATH := $(CURDIR)/$(VENV)/.ray-token
 export RAY_USAGE_STATS_ENABLED := 0
 unexport RAY_ADDRESS RAY_AUTH_TOKEN
 
-.PHONY: help demo test lint format bench lock install clean
+.PHONY: help demo test check check-units lint format bench lock install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /\1\t/' | expand -t 10
@@ -33,6 +32,13 @@ demo: $(STAMP)  ## run the whole path on generated slides, or on yours: make dem
 
 test: $(STAMP)  ## run the tests (ARGS="tests/unit -k grid" narrows them)
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 $(ARGS)
+
+# The two at once, one core each; -O keeps what they print apart.
+check: $(STAMP)  ## lint, types and the unit tests of what changed since main, in under a minute
+	@$(MAKE) --no-print-directory -j2 -Otarget lint check-units
+
+check-units: $(STAMP)
+	@tests=$$($(PY) -m tests.changed) && HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n0 $$tests $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	@$(PY) -m ruff check .
@@ -63,41 +69,10 @@ clean:  ## remove caches and build outputs; environments and archives stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A fresh stamp means nothing is contacted. torch goes first: it is what an unprepared pip cannot
-# find, and the answer should come in seconds rather than after everything else.
+# A fresh stamp means nothing is contacted. Variables the script reads (PYTHON, TORCH_INDEX) can be
+# given to make: make TORCH_INDEX=https://mirror/whl/cpu test
 $(STAMP): $(LOCK) pyproject.toml
-	@set -euo pipefail; \
-	if ! $(PY) -c '' 2>/dev/null; then \
-	  for p in $(PYTHONS); do \
-	    "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
-	      && python=$$p && break; \
-	  done; \
-	  if [ -z "$${python:-}" ]; then \
-	    echo "pathflip needs Python 3.11 or 3.12 and found neither; install one (Debian, Ubuntu:" \
-	      "apt install python3.11 python3.11-venv) or name it: make PYTHON=/path/to/python3.11 ..." >&2; \
-	    exit 1; \
-	  fi; \
-	  if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
-	    echo "$$python has no venv module; install it (Debian, Ubuntu: apt install" \
-	      "$$("$$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'))." >&2; \
-	    exit 1; \
-	  fi; \
-	  echo "Making $(VENV) with $$("$$python" --version)."; \
-	  "$$python" -m venv --clear $(VENV); \
-	fi; \
-	$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null; \
-	pip="$(PY) -m pip --disable-pip-version-check install --no-deps"; \
-	log=$(VENV)/install.log; \
-	echo "Installing the versions pinned in $(LOCK) (once, some minutes)."; \
-	if ! $$pip "$$(grep '^torch==' $(LOCK))" 2>&1 | tee $$log; then \
-	  if grep -q 'No matching distribution found for torch' $$log; then \
-	    echo "pip found no $$(grep '^torch==' $(LOCK)): set PIP_EXTRA_INDEX_URL (or PIP_FIND_LINKS)" \
-	      "to PyTorch's CPU wheel index and run make again (docs/install.md)." >&2; \
-	  fi; \
-	  exit 1; \
-	fi; \
-	$$pip -r $(LOCK) | { grep -v '^Requirement already satisfied' || true; }; \
-	$$pip --no-build-isolation -e . >$$log 2>&1 || { cat $$log >&2; exit 1; }; \
-	[ -s $(VENV)/.ray-token ] || \
-	  (umask 077; $(PY) -c 'import secrets; print(secrets.token_hex(32))' >$(VENV)/.ray-token); \
-	touch $@
+	@bash requirements/install.sh $(VENV) $(LOCK) -e .
+	@[ -s $(VENV)/.ray-token ] || \
+	(umask 077; $(PY) -c 'import secrets; print(secrets.token_hex(32))' >$(VENV)/.ray-token)
+	@touch $@

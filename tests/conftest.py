@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,20 +44,31 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, object, object]:
     """Fast tests first, then those that need Ray, then those that break things, the service last.
 
     In two processes (``make test``) those that share the cluster come before the others, as one of
-    the two needs all its time for them: see :func:`pytest_xdist_make_scheduler`.
+    the two needs all its time for them: see :func:`pytest_xdist_make_scheduler`. Unit tests keep
+    the random order that pytest-randomly gave them, all others lose it.
     """
+    collected = {item: at for at, item in enumerate(items)}
+    result = yield
 
     def weight(item: pytest.Item) -> int:
         if "service" in getattr(item, "fixturenames", ()):
             return 4 if item.get_closest_marker("chaos") else 3
         return 2 if item.get_closest_marker("chaos") else bool(item.get_closest_marker("ray"))
 
+    def place(item: pytest.Item) -> int:
+        return len(collected) if item.nodeid.startswith("tests/unit/") else collected[item]
+
     two = hasattr(config, "workerinput")
+    items.sort(key=place)
     items.sort(key=lambda item: (two and item.nodeid.startswith(WITHOUT_CLUSTER), weight(item)))
+    return result
 
 
 @pytest.hookimpl(optionalhook=True)

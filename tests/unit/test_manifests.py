@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -306,11 +307,14 @@ def test_image_is_pinned_not_root_and_holds_no_secret() -> None:
     assert re.search(r":3\.11\.\d+-", image)
     settings = [line for line in lines if re.match(r"\s*(ARG|ENV|[A-Z_]+=)", line)]
     assert not [s for s in settings if re.search(r"(?i)password|secret|_token|index_url", s)]
+    ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    sent = [line[1:] for line in ignore if line.startswith("!")]
     copied = [line.split()[1:-1] for line in lines if line.startswith("COPY ")]
     for source in {word for words in copied for word in words if not word.startswith("--from")}:
         if not source.startswith("/"):
             names = [source.replace("${VARIANT}", variant) for variant in ("cpu", "gpu")]
             assert all((ROOT / name).exists() for name in names), source
+            assert all(any(fnmatch(name, own) for own in sent) for name in names), source
 
 
 # ---- locks ----------------------------------------------------------------------------------
