@@ -1,0 +1,137 @@
+"""Archives and run folders made by an earlier version still open, and go on to the bit.
+
+``tests/previous/v0.1.0.tar.xz`` was written by pathflip 0.1.0 (298ff4b): ``archive``, 20 slides of
+made-up features with captions and questions; ``ingested``, two small slides and a broken one as the
+ingest job leaves them; ``pretraining`` and ``tuning``, runs stopped after step 7 with a checkpoint
+at step 5; ``pretrained`` and ``tuned``, the same runs finished, without their checkpoints; ``seen``
+and ``base``, the slide model and the language model that were tuned.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import runs
+from jobs.corpus import Corpus
+from jobs.training import train
+from pathflip.archive import Archive
+from pathflip.archive.health import verify
+from pathflip.archive.search import search
+from pathflip.checkpoints import load_run
+from pathflip.synth import make_slide
+
+PACKED = Path(__file__).parents[1] / "previous" / "v0.1.0.tar.xz"
+MADE_AT = "/tmp/golden/out"
+"""Where the folders lay; run folders name their archive and models by absolute paths."""
+CLOCK = ("slides_per_s", "memory_mb", "seconds")
+
+
+@pytest.fixture(scope="module")
+def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders, unpacked and told where they lie now."""
+    folder = tmp_path_factory.mktemp("previous")
+    with tarfile.open(PACKED) as packed:
+        packed.extractall(folder, filter="data")
+    for run in ("pretrained", "pretraining", "tuned", "tuning"):
+        settings = folder / run / "config.yaml"
+        settings.write_text(settings.read_text().replace(MADE_AT, str(folder)))
+        corpus = Corpus.load(folder / run / "data.parquet")
+        about = json.loads(json.dumps(corpus.about).replace(MADE_AT, str(folder)))
+        replace(corpus, about=about).save(folder / run / "data.parquet")
+    return folder
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """What was logged, without what depends on the clock."""
+    return [
+        {key: value for key, value in line.items() if key not in CLOCK}
+        for line in runs.read_metrics(run)
+    ]
+
+
+def assert_same(found: Any, made: Any) -> None:
+    """Equal; numbers to 1e-4, as other processors add in another order."""
+    assert type(found) is type(made)
+    if isinstance(found, dict):
+        assert found.keys() == made.keys()
+        for key in found:
+            assert_same(found[key], made[key])
+    elif isinstance(found, float):
+        assert found == pytest.approx(made, rel=1e-4, abs=1e-6)
+    else:
+        assert found == made
+
+
+@pytest.mark.parametrize(
+    ("begun", "finished", "last"), [("pretraining", "pretrained", 16), ("tuning", "tuned", 12)]
+)
+def test_a_run_begun_before_goes_on_as_it_would_have(
+    previous: Path, tmp_path: Path, begun: str, finished: str, last: int
+) -> None:
+    run = tmp_path / begun
+    shutil.copytree(previous / begun, run)
+    corpus = runs.prepare(str(previous / "archive"), run, runs.read_settings(run))
+    train(run)
+    made, found = lines(previous / finished), lines(run)
+    assert [line["step"] for line in found] == [line["step"] for line in made]
+    assert found[-1]["step"] == last
+    for a, b in zip(found, made, strict=True):
+        assert_same(a, b)
+    result = runs.finish(run, corpus)
+    before = json.loads((previous / finished / "result.json").read_text())
+    assert result.keys() == before.keys()
+    for key in ("loss", "val", "best_step", "skipped", "steps"):
+        assert_same(result[key], before[key])
+
+
+@pytest.mark.parametrize("name", ["pretrained", "tuned"])
+def test_a_finished_run_is_finished_and_opens(previous: Path, name: str) -> None:
+    assert runs.finished(previous / name) is not None
+    run = load_run(previous / name)
+    assert run.encoder["name"] == "tex"
+    archive = Archive(previous / "archive")
+    features, mask, _ = archive.features_array("slide000")
+    assert features.shape[:2] == mask.shape
+
+
+def test_an_archive_of_before_is_whole_and_searchable(previous: Path) -> None:
+    for name, ready in (("archive", 20), ("ingested", 2)):
+        uri = str(previous / name)
+        assert verify(uri).ok
+        archive = Archive(uri)
+        slides = archive.slides("ready")["slide_id"].to_pylist()
+        assert len(slides) == ready
+        embedded = archive.embeddings()
+        own = next(row for row in embedded.to_pylist() if row["id"] == slides[0])
+        found = search(archive, own["vector"], level="slide", k=2)
+        assert found["slide_id"][0].as_py() == slides[0] or name == "archive"
+    quarantined = Archive(previous / "ingested").slides("quarantined").to_pylist()
+    assert [Path(row["uri"]).name for row in quarantined] == ["broken.svs"]
+
+
+@pytest.mark.ray
+def test_ingest_finds_nothing_to_do_in_an_archive_of_before(
+    previous: Path, tmp_path: Path, cluster: str
+) -> None:
+    """The same bytes, tiling and encoder are the same work: fingerprints did not change."""
+    from jobs.ingest import IngestConfig, ingest
+    from pathflip.config import load_config
+
+    shutil.copytree(previous / "ingested", tmp_path / "ingested")
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    make_slide(slides / "a.svs", width=1024, height=1024, mpp=0.5, layout="aperio", seed=1)
+    make_slide(slides / "b.tif", width=1536, height=1024, mpp=0.37, seed=2)
+    before = Archive(tmp_path / "ingested").slides("ready").select(["slide_id", "fingerprint"])
+    config = load_config(IngestConfig, overrides=["tiling.region_um=256"])
+    result = ingest([str(slides)], str(tmp_path / "ingested"), config)
+    assert result.as_json()["regions"] == 0
+    after = Archive(tmp_path / "ingested").slides("ready").select(["slide_id", "fingerprint"])
+    assert after.sort_by("slide_id").equals(before.sort_by("slide_id"))
