@@ -23,14 +23,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from jobs.engines import fatal, spread
-from jobs.speaker import AnswerConfig, Item, Speaker, key_of
-from pathflip.answer import check_question, tuned_name
+from jobs.batch_vllm import AnswerConfig, Item, Speaker, key_of
+from jobs.ray_data import fatal, spread
 from pathflip.archive import Archive
-from pathflip.archive.names import SlideNames, listed
-from pathflip.engine import engine_arguments
+from pathflip.archive.slide_names import SlideNames, listed
 from pathflip.errors import CheckpointError, ConfigError, PathFLIPError
 from pathflip.evaluation.encode import Progress, Report, list_slides
+from pathflip.slide_qa import check_question, tuned_name
+from pathflip.vllm_engine import engine_arguments
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run

@@ -26,15 +26,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.engines import fatal, spread
+from jobs.ray_data import fatal, spread
 from pathflip.archive import CAPTIONS, Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.schema import CHECKSUM, captions_schema
-from pathflip.engine import EngineConfig, engine_arguments, offline
 from pathflip.errors import ArchiveError, PathFLIPError
 from pathflip.evaluation.encode import Progress, Report
 from pathflip.text import denies, split_sentences
+from pathflip.vllm_engine import EngineConfig, engine_arguments, offline
 
 INSTRUCTION = """\
 Split the pathology caption into short, self-contained statements. Keep only findings that could be
@@ -271,8 +271,8 @@ class Decomposer:
         self._config = config
         try:
             self._context = int(engine_arguments(llm, config.engine)["max_model_len"])
+            from pathflip.models.chat_template import Prompter
             from pathflip.models.hub import read_tokenizer
-            from pathflip.models.prompting import Prompter
 
             self._prompter = Prompter(read_tokenizer(Path(llm)), "qwen3")
             self._engine = offline(llm, config.engine)

@@ -26,17 +26,17 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.worklist import IngestConfig
+from jobs.ingest.config import IngestConfig
 from pathflip.errors import ArchiveError, ConfigError, PathFLIPError, SlideError
 from pathflip.evaluation.prompts import read_tasks
 from pathflip.geometry import Tiling
 
 if TYPE_CHECKING:
-    from jobs.ledger import IngestResult
-    from pathflip.answer import Answerer
+    from jobs.ingest.ledger import IngestResult
     from pathflip.archive import Archive
     from pathflip.checkpoints import Run
     from pathflip.report.archive import SampleSearch
+    from pathflip.slide_qa import Answerer
 
 TRUNCATED, WITHOUT_MPP, GLASS = "truncated.svs", "without-mpp.tif", "glass.svs"
 PLANTED = (TRUNCATED, WITHOUT_MPP)
@@ -245,13 +245,13 @@ def _tuned(
     """Make a small language model, tune it, and ask it about the test slides."""
     from jobs.progress import show_progress
     from jobs.tune import resolve, tune
-    from pathflip.answer import Answerer
     from pathflip.archive import Archive
     from pathflip.checkpoints import load_run
     from pathflip.config import load_config
     from pathflip.evaluation.captioning import evaluate_captions
     from pathflip.evaluation.vqa import evaluate_vqa
     from pathflip.models.small_llm import SmallLLMConfig, make_from_archive
+    from pathflip.slide_qa import Answerer
 
     opened = Archive(archive)
     base, folder = out / "llm", out / "tuned"
@@ -383,7 +383,7 @@ def sample_search(archive: Archive) -> tuple[SampleSearch | None, str]:
     """
     from pathflip.archive.search import search
     from pathflip.encoders import load_encoder
-    from pathflip.query import ImageQuery, embed_image
+    from pathflip.image_query import ImageQuery, embed_image
     from pathflip.report.archive import SampleSearch
     from pathflip.slides.reader import SlideReader
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from jobs.ledger import duration
-from jobs.workers import fixed, from_ipc
+from jobs.ingest.embed import fixed, from_ipc
+from jobs.ingest.ledger import duration
 from pathflip.archive import Archive
 from pathflip.archive.attach import check_fits, ensure_model, indexed_slides
 from pathflip.archive.commit import Committer

@@ -8,36 +8,22 @@ The parts, in the order of the data::
     task.py      what a training is; this module and tune.py have one each
     training.py  the loop of one worker; runs without Ray as well
     runs.py      the run folder: how it begins, what is logged, how it ends
-    fit.py       the driver and Ray Train around the loop
+    ray_train.py       the driver and Ray Train around the loop
 
     python -m jobs.pretrain --archive URI --preset P --run DIR   (the same as: pathflip pretrain …)
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from jobs import fit
-from jobs.batches import Batch
-from jobs.card import model_card
-from jobs.corpus import Corpus, make_corpus
-from jobs.recipe import PretrainConfig as PretrainConfig
-from jobs.recipe import resolve as resolve
-from jobs.runs import load_tensors
-from jobs.task import Stage, Task, about_model, start_batch
-from jobs.training import Progress
-from pathflip.archive import Archive
-from pathflip.checkpoints import Checkpoint, write_whole
-from pathflip.models import PathFLIP, PathFLIPOutput
-from pathflip.models.warm_start import warm_start
+from jobs import ray_train
+from pathflip.training.config import PretrainConfig as PretrainConfig
+from pathflip.training.config import resolve as resolve
+from pathflip.training.trainer import Progress
 
 
 def pretrain(
@@ -48,7 +34,7 @@ def pretrain(
     address: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a model on an archive's slides and captions; see :func:`jobs.fit.fit`.
+    """Train a model on an archive's slides and captions; see :func:`jobs.ray_train.fit`.
 
     Args:
         archive: Archive URI.
@@ -57,145 +43,12 @@ def pretrain(
         address: Ray cluster; see ``cluster.connect``.
         progress: Called on the driver about once a second.
     """
-    return fit.fit(archive, run, config or resolve(), address=address, progress=progress)
+    return ray_train.fit(archive, run, config or resolve(), address=address, progress=progress)
 
 
 def plan(archive: str, run: str | Path, config: PretrainConfig | None = None) -> dict[str, Any]:
     """Return what :func:`pretrain` would do, without starting or writing anything."""
-    return fit.planned(archive, run, config or resolve())
-
-
-class Pretraining(Task):
-    """Slides and captions into one space: the alignment losses of the paper (Eq. 6-10).
-
-    Args:
-        config: The settings.
-    """
-
-    losses = ("loss", "loss_slide", "loss_region")
-
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
-
-    def corpus(self, archive: str) -> Corpus:
-        """Returns the slides with a caption."""
-        config = self.config
-        return make_corpus(
-            Archive(archive),
-            encoder=config.encoder,
-            source=config.source,
-            pieces=config.pieces,
-            seed=config.seed,
-            val_fraction=config.val_fraction,
-        )
-
-    def fitted(self, corpus: Corpus) -> PretrainConfig:
-        """Returns the settings with the width of the archive's features in them."""
-        width = corpus.about["encoder"]["dim"]
-        return replace(self.config, model=replace(self.config.model, feature_dim=width))
-
-    def begin(self, corpus: Corpus) -> PathFLIP:
-        """Returns the model at its start: the same weights for the same seed and slides.
-
-        A tokenizer, if need be, is trained on the captions to train on; what the model takes from
-        data before training (input statistics, warm start) is fitted to some of the slides.
-        """
-        model = self._drawn(corpus)
-        config = self.config
-        if config.model.warm_start or config.model.feature_norm != "none":
-            batch = start_batch(corpus, config)
-            sentences = list(dict.fromkeys(t for i in batch.slides for t in corpus.pieces[i]))
-            if config.model.warm_start:
-                warm_start(model, batch.features, batch.patch_mask, sentences, seed=config.seed)
-            else:
-                model.fit_input(batch.features[batch.patch_mask].float())
-        return model
-
-    def _drawn(self, corpus: Corpus) -> PathFLIP:
-        torch.manual_seed(self.config.seed)
-        overrides = asdict(self.config.model) | {"feature_dim": corpus.about["encoder"]["dim"]}
-        texts = [corpus.captions[i] for i in corpus.members("train").tolist()]
-        return PathFLIP.from_preset(self.config.preset, texts=texts, **overrides)
-
-    def parameters(self, corpus: Corpus) -> tuple[int, int]:
-        """Returns how many parameters train, and that none is frozen."""
-        model = self._drawn(corpus)
-        return sum(p.numel() for p in model.parameters() if p.requires_grad), 0
-
-    def model(self, vision: PathFLIP, corpus: Corpus) -> PathFLIP:
-        """Returns the slide model itself."""
-        return vision
-
-    def stages(self, steps_per_epoch: int) -> list[Stage]:
-        """Returns the one stage there is."""
-        config = self.config
-        return [
-            Stage(
-                name="all",
-                start=0,
-                steps=config.total_steps(steps_per_epoch),
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-            )
-        ]
-
-    def forward(
-        self, model: Any, features: torch.Tensor, mask: torch.Tensor, batch: Batch, group: Any
-    ) -> PathFLIPOutput:
-        """Returns losses and vectors of a micro-batch."""
-        output: PathFLIPOutput = model(
-            features,
-            mask,
-            batch.captions,
-            batch.subcaptions,
-            negative_choice=batch.negative_choice.to(features.device, non_blocking=True),
-            group=group,
-        )
-        return output
-
-    def size(self, output: PathFLIPOutput, slides: Sequence[int]) -> int:
-        """Returns the number of slides."""
-        return len(slides)
-
-    def vectors(self, output: PathFLIPOutput) -> torch.Tensor:
-        """Returns the vectors of slides and captions."""
-        return torch.stack([output.slide, output.text])
-
-    def judge(
-        self, corpus: Corpus, slides: Sequence[int], vectors: torch.Tensor, losses: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Returns retrieval among the validation slides, and the losses."""
-        from pathflip.evaluation.retrieval import retrieval
-
-        captions = [corpus.captions[i] for i in slides]
-        found = retrieval(vectors[0].numpy(), vectors[1].numpy(), captions, resamples=0, shuffles=0)
-        recalls = [*found["itr"].values(), *found["tir"].values()]
-        return {
-            "n": len(slides),
-            "protocol": found["protocol"],
-            "itr": found["itr"],
-            "tir": found["tir"],
-            "chance": found["chance"],
-            "mean_recall": float(np.mean(recalls)),
-            **losses,
-        }
-
-    def export(self, run: Path, corpus: Corpus, best: Checkpoint, result: dict[str, Any]) -> str:
-        """Writes RUN/model."""
-        model = PathFLIP.from_pretrained(str(run / "init"))
-        load_tensors(model, best.tensors("model"))
-        card = model_card(run.name, self.config, corpus, result)
-        about = about_model(
-            self.config, corpus, result, run=run.name, fingerprint=model.fingerprint()
-        )
-
-        def fill(part: Path) -> None:
-            model.save_pretrained(str(part))
-            (part / "pathflip.json").write_text(json.dumps(about, indent=1))
-            (part / "README.md").write_text(card)
-
-        write_whole(run / "model", fill, step=best.step)
-        return card
+    return ray_train.planned(archive, run, config or resolve())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ deployment      what
 ``embedder``    texts and pictures to vectors (:mod:`serve.embedder`)
 ``search``      the archive: search and slides (:mod:`serve.search`)
 ``grounding``   heat and classes (:mod:`serve.grounding`)
-``Instructor``  answers (:mod:`serve.instructor`); only with a language model
+``Instructor``  answers (:mod:`serve.chat_engine`); only with a language model
 ==============  ===========================================================
 """
 
@@ -246,7 +246,7 @@ def application(config: ServeConfig, checked: Checked) -> Any:
         ),
     }  # fmt: skip
     if checked.chat:
-        from serve.instructor import Instructor
+        from serve.chat_engine import Instructor
 
         parts["instructor"] = Instructor.options(**config.instructor.options(config.drain_s)).bind(  # type: ignore[attr-defined]
             archive, run, checked.llm, config.engine

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pathflip.errors import PathFLIPError
-from serve.guard import Metrics
 from serve.limits import Limits
+from serve.middleware import Metrics
 from serve.schemas import ChatRequest
 
 

@@ -107,7 +107,7 @@ class Embedder:
     def _image(self, pixels: NDArray[np.uint8], mpp: float) -> dict[str, Any]:
         import torch
 
-        from pathflip.query import picture_regions
+        from pathflip.image_query import picture_regions
 
         assert self.encoder is not None
         regions = picture_regions(pixels, encoder=self.encoder, tiling=self.tiling, mpp=mpp)

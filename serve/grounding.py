@@ -12,7 +12,7 @@ from serve.search import Current
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
-    from pathflip.evaluation.locate import Located
+    from pathflip.evaluation.ground_slide import Located
 
 
 class Grounding:
@@ -69,7 +69,7 @@ class Grounding:
         return {"model": self.run.name, "results": rows}
 
     def _ground(self, archive: Any, slide: str, asked: Mapping[str, Any]) -> dict[str, Any] | bytes:
-        from pathflip.evaluation.locate import locate
+        from pathflip.evaluation.ground_slide import locate
 
         found = locate(
             archive, self.run, slide, asked["text"],

@@ -30,8 +30,8 @@ from pathflip.errors import PathFLIPError
 from serve.audit import AuditLog
 from serve.auth import Tokens
 from serve.chat import Told, count_tokens, events, rebuilt
-from serve.guard import Guard, Metrics, problem, status_of
 from serve.limits import Limits, Refused, read_image, strict_json
+from serve.middleware import Guard, Metrics, problem, status_of
 from serve.proxy import Proofs
 from serve.schemas import (
     MAX_ID,

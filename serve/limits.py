@@ -53,7 +53,7 @@ class Limits:
 
 
 class Refused(PathFLIPError):
-    """A request that is not served as it is; ``code`` decides the status (:mod:`serve.guard`)."""
+    """A request that is refused; ``code`` decides its status (:mod:`serve.middleware`)."""
 
     default_code = "bad_request"
 

@@ -18,9 +18,9 @@ import torch
 
 from pathflip.archive import Archive
 from pathflip.checkpoints import write_whole
-from pathflip.models.front import InstructConfig
 from pathflip.models.instruct import PathFLIPInstruct
 from pathflip.models.pathflip import PathFLIP
+from pathflip.models.prompt_encoder import InstructConfig
 from tests.archives import DIM, FINDINGS, ORGANS, make_archive
 
 CONTEXT = 1024

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from jobs.recipe import TuneConfig, resolve_tuning
 from pathflip.archive import Archive
 from pathflip.checkpoints import write_whole
 from pathflip.interop.questions import import_questions
 from pathflip.models import PathFLIP
+from pathflip.training.config import TuneConfig, resolve_tuning
 from tests.archives import DIM, FINDINGS, ORGANS, make_archive
 from tests.serving import SMALL, make_base
 

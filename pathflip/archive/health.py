@@ -34,7 +34,7 @@ from pathflip.archive.commit import (
     own_digests,
 )
 from pathflip.archive.indexes import refresh_indexes
-from pathflip.archive.salvage import salvage
+from pathflip.archive.recover import salvage
 from pathflip.archive.schema import (
     captions_schema,
     embeddings_schema,

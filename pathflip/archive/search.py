@@ -17,10 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from pathflip.archive import Archive, nearest, vectors
-from pathflip.archive.filters import OF_SLIDE, Filter, meeting
-from pathflip.archive.indexes import indexed_columns
-from pathflip.archive.nearest import (
+from pathflip.archive import Archive, ann, vectors
+from pathflip.archive.ann import (
     EFFORT,
     FILTERED,
     PLACE,
@@ -30,6 +28,8 @@ from pathflip.archive.nearest import (
     best_of,
     block_of,
 )
+from pathflip.archive.filters import OF_SLIDE, Filter, meeting
+from pathflip.archive.indexes import indexed_columns
 from pathflip.archive.storage import guarded
 from pathflip.errors import ArchiveError, ConfigError
 
@@ -326,7 +326,7 @@ def _blocks(archive: Archive, table: str, level: Level) -> Iterator[Block]:
 
     if size == 0:
         return
-    if size <= nearest.MEMORY_BYTES:
+    if size <= ann.MEMORY_BYTES:
         yield archive.cached(
             f"{table}/{level}",
             lambda: read(dataset.to_table(columns=columns, filter=where).combine_chunks()),

@@ -162,7 +162,7 @@ def ask(
             "Say which slide, and what to ask.", hint='pathflip ask SLIDE "Is there necrosis?" …'
         )
     from pathflip import Archive
-    from pathflip.answer import check_question
+    from pathflip.slide_qa import check_question
 
     options = [part.strip() for text in choices or () for part in text.split("|")]
     check_question(question, options)
@@ -239,7 +239,7 @@ def _region(text: str) -> tuple[int, int, int]:
 def _answerer(run: str, llm: str | None, device: str) -> Any:
     import torch
 
-    from pathflip.answer import Answerer
+    from pathflip.slide_qa import Answerer
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -105,7 +105,7 @@ def ground(
 ) -> None:
     """Show where on a slide a text is true: heat over the thumbnail, and boxes."""
     from pathflip import Archive
-    from pathflip.evaluation.locate import check_ending, locate
+    from pathflip.evaluation.ground_slide import check_ending, locate
 
     if out is not None:
         check_ending(out)
@@ -489,7 +489,7 @@ def _load(run: str, device: str) -> Any:
 
 
 def _answerer(run: str, llm: str | None, device: str) -> Any:
-    from pathflip.answer import Answerer
+    from pathflip.slide_qa import Answerer
 
     return Answerer.from_run(run, llm=llm, device=_device(device))
 

@@ -206,7 +206,7 @@ def _space(opened: Any, encoder: str | None, loaded: Any) -> tuple[dict[str, Any
 def _image_vector(opened: Any, image: str, *, spec: str, loaded: Any, mpp: float | None) -> Any:
     from pathflip.encoders import load_encoder
     from pathflip.geometry import Tiling
-    from pathflip.query import ImageQuery, embed_image, image_regions
+    from pathflip.image_query import ImageQuery, embed_image, image_regions
 
     encoder = load_encoder(spec)
     _check_same_weights(opened, encoder.name, encoder.revision)
@@ -228,7 +228,7 @@ def _write_page(
     opened: Any, results: Any, out: str, *, image: str | None, mpp: float | None, title: str | None
 ) -> None:
     from pathflip.geometry import Tiling
-    from pathflip.query import ImageQuery, query_picture
+    from pathflip.image_query import ImageQuery, query_picture
     from pathflip.report import write_results
 
     picture = None

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.answer import tuned_name
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.evaluation.bootstrap import interval, patient_weights
 from pathflip.evaluation.encode import Progress, Report, SlideRow, captions_of, list_slides
+from pathflip.slide_qa import tuned_name
 
 if TYPE_CHECKING:
-    from pathflip.answer import Answerer
     from pathflip.archive import Archive
     from pathflip.checkpoints import Run
+    from pathflip.slide_qa import Answerer
 
 SLIDES_AT_ONCE = 16
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -239,7 +239,7 @@ def _write(
     max_new_tokens: int,
     progress: Report | None,
 ) -> list[str]:
-    from pathflip.models.prompting import CAPTION_INSTRUCTION
+    from pathflip.models.chat_template import CAPTION_INSTRUCTION
 
     written: list[str] = []
     start = time.monotonic()

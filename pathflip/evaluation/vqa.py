@@ -23,17 +23,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.answer import MODES, Asked, Mode, mode_of, score_choices, tuned_name
 from pathflip.errors import ConfigError
 from pathflip.evaluation.bootstrap import interval, patient_weights, weighted_mean
 from pathflip.evaluation.encode import Progress, Report, SlideRow, list_slides
 from pathflip.interop.questions import Question, stored_questions
+from pathflip.slide_qa import MODES, Asked, Mode, mode_of, score_choices, tuned_name
 
 if TYPE_CHECKING:
     import torch
 
-    from pathflip.answer import Answerer
     from pathflip.archive import Archive
+    from pathflip.slide_qa import Answerer
 
 ORDERS = 4
 QUESTIONS_AT_ONCE = 64
@@ -55,7 +55,7 @@ def vqa_metrics(
         questions: Of the slides evaluated, each with options [n].
         scores: Probabilities of each one's options [R, C], options as given, the first row with
             the options shown as given; a row of zeros names none. See
-            :func:`pathflip.answer.score_choices`.
+            :func:`pathflip.slide_qa.score_choices`.
         training: Questions of training slides, for the baseline.
         patients: Patient of each question [n], for 95 % intervals by resampling patients; one of
             no known patient counts by its slide.
@@ -140,7 +140,7 @@ def evaluate_vqa(
         answerer: The run.
         split: Which slides; ``all`` for every one.
         source: Whose questions, where there are several.
-        mode: How an option is chosen, see :data:`pathflip.answer.MODES`; None: as the model was
+        mode: How an option is chosen, see :data:`pathflip.slide_qa.MODES`; None: as the model was
             tuned to answer.
         permute_options: Cyclic orders the options are shown in, at most.
         swap: Whether to ask everything about other slides, too.

@@ -19,7 +19,7 @@ from typing import Any
 
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
-from pathflip.archive.names import SlideNames, listed, patient_of, shortened
+from pathflip.archive.slide_names import SlideNames, listed, patient_of, shortened
 from pathflip.errors import ConfigError
 from pathflip.interop.captions import SLIDE_COLUMNS
 from pathflip.interop.tables import bad_line, column, read_rows

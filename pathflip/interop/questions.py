@@ -27,7 +27,7 @@ from pathflip.archive import CAPTIONS, Archive
 from pathflip.archive.attach import Caption, changed_captions, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
-from pathflip.archive.names import SlideNames, listed
+from pathflip.archive.slide_names import SlideNames, listed
 from pathflip.errors import ConfigError
 from pathflip.interop.captions import IMAGE_TAG, SLIDE_COLUMNS, source_name
 from pathflip.interop.tables import bad_line, column, json_entries, read_rows, read_text

@@ -73,7 +73,7 @@ class PathFLIPConfig:
         region_scale_init: Where the learned scale begins.
         region_bias_init: Where the learned bias begins; None for no bias.
         warm_start: Whether the pretraining job starts the model from patches and sentences of its
-            training data: see :mod:`pathflip.models.warm_start`.
+            training data: see :mod:`pathflip.models.data_init`.
     """
 
     feature_dim: int = 512

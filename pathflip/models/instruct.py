@@ -2,8 +2,8 @@
 
 Vectors of a slide and its regions go through one linear map σ and stand in the prompt as if they
 were words: ``[prompt; σ([v; v_1; …; v_N]); instruction; answer]``. Read in this order:
-:meth:`PathFLIPInstruct.forward`, then :mod:`pathflip.models.front` for what comes before the
-language model and :mod:`pathflip.models.prompting` for prompts.
+:meth:`PathFLIPInstruct.forward`, then :mod:`pathflip.models.prompt_encoder` for what comes before
+the language model and :mod:`pathflip.models.chat_template` for prompts.
 
 Shapes: B slides, N regions, M patch slots of a region, d_in feature width, D width of the language
 model, P vectors of a slide's prefix, T length of a prompt, R examples of a batch.
@@ -26,18 +26,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pathflip.errors import CheckpointError
-from pathflip.models import front as parts
 from pathflip.models import hub
-from pathflip.models.front import InstructConfig, InstructFront
-from pathflip.models.language import fingerprint_of, load_llm, read_adapter, with_adapter
-from pathflip.models.pathflip import PathFLIP, Texts
-from pathflip.models.prompting import (
+from pathflip.models import prompt_encoder as parts
+from pathflip.models.chat_template import (
     CAPTION_INSTRUCTION,
     IMAGE,
     Example,
     multiple_choice,
     question_example,
 )
+from pathflip.models.llm import fingerprint_of, load_llm, read_adapter, with_adapter
+from pathflip.models.pathflip import PathFLIP, Texts
+from pathflip.models.prompt_encoder import InstructConfig, InstructFront
 
 __all__ = [
     "CAPTION_INSTRUCTION",

@@ -10,7 +10,7 @@ one thing are nearly one vector, as they are in a slide; without a slide model i
 words. To learn captioning from texts alone, in a space they share with images and with noise for
 what sets the two apart, is CapDec's way (Nukrai et al. 2022). Tuning then teaches to read real
 regions, and begins with a projector that turns them in the same way
-(:func:`pathflip.models.warm_start.start_projector`).
+(:func:`pathflip.models.data_init.start_projector`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pathflip.checkpoints import read_note, verify_whole, write_whole
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
-from pathflip.models.prompting import (
+from pathflip.models.chat_template import (
     CAPTION_INSTRUCTION,
     TURN_END,
     Example,
@@ -39,7 +39,7 @@ from pathflip.models.prompting import (
     caption_example,
     question_example,
 )
-from pathflip.models.warm_start import distinct, rotation, words_of
+from pathflip.models.data_init import distinct, rotation, words_of
 from pathflip.text import split_sentences
 
 if TYPE_CHECKING:

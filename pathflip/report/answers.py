@@ -14,8 +14,8 @@ from pathflip.archive import Archive
 from pathflip.report.page import metric_row, slide_view, write_page
 
 if TYPE_CHECKING:
-    from pathflip.answer import Answerer
     from pathflip.evaluation.encode import SlideRow
+    from pathflip.slide_qa import Answerer
 
 EXAMPLES = 6
 QUESTIONS = 5

@@ -376,8 +376,8 @@ def _example(
     """A slide with the outline of a finding, and beside it the heat of its text."""
     import cv2
 
+    from pathflip.evaluation.ground_slide import locate
     from pathflip.evaluation.grounding import inside, point
-    from pathflip.evaluation.locate import locate
 
     found = locate(archive, run, slide_id, text)
     centres = found.rects[:, :2] + found.rects[:, 2:] / 2

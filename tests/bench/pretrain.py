@@ -249,7 +249,8 @@ def ray_train(quick: bool) -> Report:
 
 def perform_runs(steps: Sequence[Report]) -> None:
     """In the measured process: train the same thing again and again."""
-    from jobs import pretrain, runs, training
+    from jobs import pretrain
+    from pathflip.training import run_dir, trainer
     from tests.archives import make_archive
 
     with tempfile.TemporaryDirectory(prefix="pathflip-bench-") as folder:
@@ -263,9 +264,9 @@ def perform_runs(steps: Sequence[Report]) -> None:
             config = pretrain.resolve("pathflip/mini", overrides=settings)
             run = Path(folder, f"run-{number}")
             if wanted["bare"]:
-                runs.prepare(archive, run, config)
+                run_dir.prepare(archive, run, config)
                 torch.set_num_threads(THREADS)
-                training.train(run)
+                trainer.train(run)
             else:
                 pretrain.pretrain(archive, run, config)
             print("@" + json.dumps(wanted), flush=True)

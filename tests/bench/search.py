@@ -217,9 +217,9 @@ def _rows(vectors: Vectors, start: int, stop: int) -> pa.Table:
 def bench_ours(folder: Path, data: Data, *, quick: bool) -> dict[str, Any]:
     """The archive's search with its default index and settings, and a curve over the settings."""
     from pathflip.archive import Archive
+    from pathflip.archive.ann import EFFORT, Effort
     from pathflip.archive.filters import Filter
     from pathflip.archive.indexes import refresh_indexes
-    from pathflip.archive.nearest import EFFORT, Effort
     from pathflip.archive.search import search_many
 
     uri, writing = built(lambda: make_archive(folder, data))

@@ -51,8 +51,8 @@ QUESTIONS = tuple(f"What is seen in field {n}?" for n in range(REQUESTS))
 
 def prompts_of(tuned: Tuned) -> list[Any]:
     """The prompts the service makes of the questions, slide by slide in turn."""
-    from pathflip.engine import EngineConfig, uses_gpu
-    from serve.instructor import _Reader, find_model
+    from pathflip.vllm_engine import EngineConfig, uses_gpu
+    from serve.chat_engine import _Reader, find_model
 
     device = "cuda" if uses_gpu(EngineConfig()) else "cpu"
     reader = _Reader(str(tuned.archive), *find_model(tuned.run), device, 1 << 28)
@@ -69,10 +69,10 @@ def slide_of(number: int) -> str:
 
 def offline(tuned: Tuned, rounds: int) -> Report:
     """Tokens a second of ``vllm.LLM`` over all prompts at once."""
-    from pathflip import engine
+    from pathflip import vllm_engine
 
     prompts = [{"prompt_embeds": prompt} for prompt in prompts_of(tuned)]
-    llm = engine.offline(tuned.run / "llm", engine.EngineConfig(**ENGINE))
+    llm = vllm_engine.offline(tuned.run / "llm", vllm_engine.EngineConfig(**ENGINE))
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
@@ -88,13 +88,13 @@ def offline(tuned: Tuned, rounds: int) -> Report:
 
 def alone(tuned: Tuned, rounds: int) -> Report:
     """Milliseconds to the first token of the engine itself, one request at a time."""
-    from pathflip import engine
-    from serve.instructor import start_engine
+    from pathflip import vllm_engine
+    from serve.chat_engine import start_engine
 
-    config = engine.EngineConfig(**ENGINE)
-    engine.set_environment(config)
+    config = vllm_engine.EngineConfig(**ENGINE)
+    vllm_engine.set_environment(config)
     prompts = prompts_of(tuned)
-    held = start_engine(engine.engine_arguments(tuned.run / "llm", config))
+    held = start_engine(vllm_engine.engine_arguments(tuned.run / "llm", config))
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -119,13 +119,13 @@ def alone(tuned: Tuned, rounds: int) -> Report:
 
 def start(tuned: Tuned, way: str) -> Report:
     """Seconds until an engine is there, as vLLM does it by itself or as it is done here."""
-    from pathflip import engine
-    from serve.instructor import start_engine
+    from pathflip import vllm_engine
+    from serve.chat_engine import start_engine
 
-    config = engine.EngineConfig(**ENGINE)
+    config = vllm_engine.EngineConfig(**ENGINE)
     began = time.perf_counter()
-    engine.set_environment(config)
-    arguments = engine.engine_arguments(tuned.run / "llm", config)
+    vllm_engine.set_environment(config)
+    arguments = vllm_engine.engine_arguments(tuned.run / "llm", config)
     if way == "plain":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
         arguments.pop("num_gpu_blocks_override", None)

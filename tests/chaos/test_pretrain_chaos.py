@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import runs
 from jobs.pretrain import pretrain, resolve
 from pathflip.checkpoints import latest_checkpoint
+from pathflip.training import run_dir
 from tests import faults
 from tests.archives import TINY, make_archive
 
@@ -56,12 +56,12 @@ def pair(archive: str, cluster: str, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def alone(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, without Ray, to which nothing happens."""
-    from jobs.training import train
+    from pathflip.training.trainer import train
 
     run = tmp_path_factory.mktemp("alone") / "run"
-    corpus = runs.prepare(archive, run, settings())
+    corpus = run_dir.prepare(archive, run, settings())
     train(run)
-    runs.finish(run, corpus)
+    run_dir.finish(run, corpus)
     return run
 
 
@@ -85,11 +85,11 @@ def assert_close(run: Path, other: Path, *, within: float) -> None:
 
 
 def curve(run: Path) -> list[float]:
-    return [line["loss"] for line in runs.read_metrics(run) if "loss" in line]
+    return [line["loss"] for line in run_dir.read_metrics(run) if "loss" in line]
 
 
 def logged_step(run: Path) -> int:
-    return max((line["step"] for line in runs.read_metrics(run)), default=0)
+    return max((line["step"] for line in run_dir.read_metrics(run)), default=0)
 
 
 def test_two_workers_are_one(pair: Path, alone: Path) -> None:
@@ -97,7 +97,8 @@ def test_two_workers_are_one(pair: Path, alone: Path) -> None:
     assert len(curve(pair)) == STEPS
     assert curve(pair) == pytest.approx(curve(alone), abs=1e-4)
     mine, theirs = (
-        [line["val"] for line in runs.read_metrics(run) if "val" in line] for run in (pair, alone)
+        [line["val"] for line in run_dir.read_metrics(run) if "val" in line]
+        for run in (pair, alone)
     )
     assert len(mine) == len(theirs) == 3
     assert mine[-1]["itr"] == theirs[-1]["itr"]

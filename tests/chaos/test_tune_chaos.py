@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import runs
-from jobs.training import train
 from jobs.tune import tune
 from pathflip.checkpoints import latest_checkpoint, load_run
+from pathflip.training import run_dir
+from pathflip.training.trainer import train
 from tests import faults
 from tests.tuning import make_given
 
@@ -26,17 +26,17 @@ SETTINGS = (
 
 
 def curve(run: Path) -> list[float]:
-    return [line["loss"] for line in runs.read_metrics(run) if "loss" in line]
+    return [line["loss"] for line in run_dir.read_metrics(run) if "loss" in line]
 
 
 def logged_step(run: Path) -> int:
-    return max((line["step"] for line in runs.read_metrics(run)), default=0)
+    return max((line["step"] for line in run_dir.read_metrics(run)), default=0)
 
 
 def test_two_workers_one_killed(cluster: str, tmp_path: Path) -> None:
     given = make_given(tmp_path)
     alone, run = tmp_path / "alone", tmp_path / "run"
-    runs.prepare(given.archive, alone, given.settings(*SETTINGS))
+    run_dir.prepare(given.archive, alone, given.settings(*SETTINGS))
     train(alone)
     settings = given.settings(*SETTINGS, "max_workers=2")
     killed = []

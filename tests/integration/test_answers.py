@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from jobs.answer import caption_all
-from pathflip.answer import Answerer, tuned_name
 from pathflip.archive import Archive
 from pathflip.checkpoints import load_run
 from pathflip.errors import ConfigError
+from pathflip.slide_qa import Answerer, tuned_name
 from tests.serving import Tuned
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

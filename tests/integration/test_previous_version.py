@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from jobs import runs
-from jobs.corpus import Corpus
-from jobs.training import train
 from pathflip.archive import Archive
 from pathflip.archive.health import verify
 from pathflip.archive.search import search
 from pathflip.checkpoints import load_run
 from pathflip.synth import make_slide
+from pathflip.training import run_dir
+from pathflip.training.dataset import Corpus
+from pathflip.training.trainer import train
 
 PACKED = Path(__file__).parents[1] / "previous" / "v0.1.0.tar.xz"
 MADE_AT = "/tmp/golden/out"
@@ -52,7 +52,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     """What was logged, without what depends on the clock."""
     return [
         {key: value for key, value in line.items() if key not in CLOCK}
-        for line in runs.read_metrics(run)
+        for line in run_dir.read_metrics(run)
     ]
 
 
@@ -77,14 +77,14 @@ def test_a_run_begun_before_goes_on_as_it_would_have(
 ) -> None:
     run = tmp_path / begun
     shutil.copytree(previous / begun, run)
-    corpus = runs.prepare(str(previous / "archive"), run, runs.read_settings(run))
+    corpus = run_dir.prepare(str(previous / "archive"), run, run_dir.read_settings(run))
     train(run)
     made, found = lines(previous / finished), lines(run)
     assert [line["step"] for line in found] == [line["step"] for line in made]
     assert found[-1]["step"] == last
     for a, b in zip(found, made, strict=True):
         assert_same(a, b)
-    result = runs.finish(run, corpus)
+    result = run_dir.finish(run, corpus)
     before = json.loads((previous / finished / "result.json").read_text())
     assert result.keys() == before.keys()
     for key in ("loss", "val", "best_step", "skipped", "steps"):
@@ -93,7 +93,7 @@ def test_a_run_begun_before_goes_on_as_it_would_have(
 
 @pytest.mark.parametrize("name", ["pretrained", "tuned"])
 def test_a_finished_run_is_finished_and_opens(previous: Path, name: str) -> None:
-    assert runs.finished(previous / name) is not None
+    assert run_dir.finished(previous / name) is not None
     run = load_run(previous / name)
     assert run.encoder["name"] == "tex"
     archive = Archive(previous / "archive")

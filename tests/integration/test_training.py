@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import runs, training
-from jobs.recipe import PretrainConfig, resolve
-from jobs.training import train
 from pathflip.checkpoints import latest_checkpoint, load_run
 from pathflip.errors import CheckpointError, ConfigError, TrainingError
+from pathflip.training import run_dir, trainer
+from pathflip.training.config import PretrainConfig, resolve
+from pathflip.training.trainer import train
 from tests.archives import TINY, make_archive
 
 STEPS = 20
@@ -57,8 +57,8 @@ def go(
 ) -> PretrainConfig:
     """Prepare and train in this process; ``until``: cut off after that step."""
     config = resolve("pathflip/mini", overrides=[*SETTINGS, *settings])
-    runs.prepare(archive, run, config)
-    real = training._Trainer._step
+    run_dir.prepare(archive, run, config)
+    real = trainer._Trainer._step
 
     def step(trainer: Any, model: Any, micro_batches: Any) -> Any:
         if seen is not None:
@@ -66,12 +66,12 @@ def go(
             seen.steps.append((trainer.counters.step, slides))
         return real(trainer, model, micro_batches)
 
-    def progress(at: training.Progress) -> None:
+    def progress(at: trainer.Progress) -> None:
         if at.step == until:
             raise Cut
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Trainer, "_step", step)
+        patch.setattr(trainer._Trainer, "_step", step)
         try:
             train(run, progress=progress)
         except Cut:
@@ -91,7 +91,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     """What was logged, without what depends on the clock."""
     return [
         {key: value for key, value in line.items() if key not in NOT_COMPARED}
-        for line in runs.read_metrics(run)
+        for line in run_dir.read_metrics(run)
     ]
 
 
@@ -188,7 +188,7 @@ def test_another_seed_is_another_run(
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
-    real = training._Trainer._forward
+    real = trainer._Trainer._forward
 
     def forward(trainer: Any, model: Any, batch: Any, group: Any) -> Any:
         output = real(trainer, model, batch, group)
@@ -196,7 +196,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> No
             return replace(output, loss=output.loss * value)
         return output
 
-    monkeypatch.setattr(training._Trainer, "_forward", forward)
+    monkeypatch.setattr(trainer._Trainer, "_forward", forward)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -223,7 +223,9 @@ def test_a_skipped_step_changes_nothing(
 ) -> None:
     poison(monkeypatch, {4}, float("nan"))
     go(archive, tmp_path / "run", "save_every=1", until=6)
-    before, after = (runs.checkpoint_at(tmp_path / "run", step).tensors("model") for step in (4, 5))
+    before, after = (
+        run_dir.checkpoint_at(tmp_path / "run", step).tensors("model") for step in (4, 5)
+    )
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -248,7 +250,7 @@ def test_weights_that_are_not_finite_are_never_written(
     with torch.no_grad():
         model.weight[0, 0] = float("inf")
     with pytest.raises(TrainingError, match="weights weight are not finite"):
-        runs.model_tensors(model)
+        run_dir.model_tensors(model)
 
 
 # -- the end --------------------------------------------------------------------------------------
@@ -257,11 +259,11 @@ def test_weights_that_are_not_finite_are_never_written(
 def test_the_exported_model(archive: str, whole: tuple[Path, Seen], tmp_path: Path) -> None:
     run = tmp_path / "A run"
     shutil.copytree(whole[0], run)
-    corpus = runs.prepare(archive, run, resolve("pathflip/mini", overrides=SETTINGS))
-    assert runs.finished(run) is None
-    result = runs.finish(run, corpus)
-    runs.clear(run)
-    assert runs.finished(run) == json.loads((run / "result.json").read_text()) == result
+    corpus = run_dir.prepare(archive, run, resolve("pathflip/mini", overrides=SETTINGS))
+    assert run_dir.finished(run) is None
+    result = run_dir.finish(run, corpus)
+    run_dir.clear(run)
+    assert run_dir.finished(run) == json.loads((run / "result.json").read_text()) == result
     assert result["steps"] == STEPS
     losses = [line["loss"] for line in lines(run) if "loss" in line]
     assert result["loss"] == pytest.approx(sum(losses) / STEPS)
@@ -277,7 +279,7 @@ def test_the_exported_model(archive: str, whole: tuple[Path, Seen], tmp_path: Pa
     assert loaded.config["batch_size"] == 8
     assert not loaded.model.training
     weights = dict(loaded.model.named_parameters())
-    for name, value in runs.checkpoint_at(run, best).tensors("model").items():
+    for name, value in run_dir.checkpoint_at(run, best).tensors("model").items():
         if name in weights:
             assert torch.equal(weights[name], value)
     card = (run / "README.md").read_text()
@@ -290,7 +292,7 @@ def test_the_exported_model(archive: str, whole: tuple[Path, Seen], tmp_path: Pa
     weights_file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
         load_run(run)
-    assert runs.finished(run) is None
+    assert run_dir.finished(run) is None
 
 
 def test_another_run_in_the_same_folder_is_refused(
@@ -301,20 +303,20 @@ def test_another_run_in_the_same_folder_is_refused(
         go(archive, run, "lr=0.5")
     config = resolve("pathflip/mini", overrides=SETTINGS)
     with pytest.raises(ConfigError, match="was begun with --archive"):
-        runs.prepare(str(tmp_path / "other"), run, config)
+        run_dir.prepare(str(tmp_path / "other"), run, config)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"not a run and not empty \(it holds notes\.txt\)"):
-        runs.prepare(archive, tmp_path, config)
+        run_dir.prepare(archive, tmp_path, config)
 
 
 def test_two_trainers_of_a_run_are_one_too_many(tmp_path: Path) -> None:
     with (
-        runs.Lock(tmp_path / ".lock"),
+        run_dir.Lock(tmp_path / ".lock"),
         pytest.raises(TrainingError, match="Another process is training"),
-        runs.Lock(tmp_path / ".lock"),
+        run_dir.Lock(tmp_path / ".lock"),
     ):
         pass
-    with runs.Lock(tmp_path / ".lock"):
+    with run_dir.Lock(tmp_path / ".lock"):
         pass
 
 
@@ -322,7 +324,7 @@ def test_without_validation_the_last_weights_are_exported(archive: str, tmp_path
     folder = make_archive(tmp_path / "b", slides=16, split=lambda n: "train")
     run = tmp_path / "run"
     config = go(str(folder), run, "steps=3", "val_fraction=0")
-    result = runs.finish(run, runs.prepare(str(folder), run, config))
+    result = run_dir.finish(run, run_dir.prepare(str(folder), run, config))
     assert (result["best_step"], result["val"]) == (3, {})
     assert "No slide was held out" in (run / "README.md").read_text()
 
@@ -333,15 +335,15 @@ def test_accumulated_gradients_are_the_mean(archive: str, tmp_path: Path) -> Non
     config = resolve(
         "pathflip/mini", overrides=[*SETTINGS, "accumulate=2", "clip=0", "log_every=1"]
     )
-    runs.prepare(archive, run, config)
-    train_ = training._Trainer(run, config, 0, 1, "cpu", None, None)
+    run_dir.prepare(archive, run, config)
+    train_ = trainer._Trainer(run, config, 0, 1, "cpu", None, None)
     micro = train_.batches.micro_batches(0)
     assert [len(batch.slides) for batch in micro] == [4, 4]
     train_.model.train()
     grads, losses = [], []
     for number, batch in enumerate(micro):
         train_.optimizer.zero_grad()
-        torch.manual_seed(training._seed(config.seed, 0, number, 0))
+        torch.manual_seed(trainer._seed(config.seed, 0, number, 0))
         output = train_._forward(train_.model, batch, None)
         output.loss.backward()
         losses.append(output.loss.item())

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import runs, training
-from jobs.recipe import TuneConfig
-from jobs.training import train
-from jobs.tune import Tuning
 from pathflip.archive import Archive
 from pathflip.checkpoints import latest_checkpoint, load_run, write_whole
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PathFLIPInstruct
+from pathflip.training import run_dir, trainer
+from pathflip.training.config import TuneConfig
+from pathflip.training.instruct import Tuning
+from pathflip.training.trainer import train
 from tests.tuning import SETTINGS, STEPS, STEPS_PER_EPOCH, Given, make_given
 
 NOT_COMPARED = ("slides_per_s", "memory_mb", "seconds")
@@ -38,9 +38,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 def go(given: Given, run: Path, *settings: str, until: int | None = None) -> TuneConfig:
     """Prepare and train in this process; ``until``: cut off after that step."""
     config = given.settings(*settings)
-    runs.prepare(given.archive, run, config)
+    run_dir.prepare(given.archive, run, config)
 
-    def progress(at: training.Progress) -> None:
+    def progress(at: trainer.Progress) -> None:
         if at.step == until:
             raise Cut
 
@@ -52,8 +52,8 @@ def go(given: Given, run: Path, *settings: str, until: int | None = None) -> Tun
 
 
 def export(given: Given, run: Path, config: TuneConfig) -> dict[str, Any]:
-    result = runs.finish(run, runs.prepare(given.archive, run, config))
-    runs.clear(run)
+    result = run_dir.finish(run, run_dir.prepare(given.archive, run, config))
+    run_dir.clear(run)
     return result
 
 
@@ -75,12 +75,12 @@ def lines(run: Path) -> list[dict[str, Any]]:
     """What was logged, without what depends on the clock."""
     return [
         {key: value for key, value in line.items() if key not in NOT_COMPARED}
-        for line in runs.read_metrics(run)
+        for line in run_dir.read_metrics(run)
     ]
 
 
 def tensors(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
-    return runs.checkpoint_at(run, step).tensors(name)
+    return run_dir.checkpoint_at(run, step).tensors(name)
 
 
 def at_start(given: Given, *settings: str) -> dict[str, torch.Tensor]:
@@ -170,13 +170,13 @@ def test_micro_batches_weigh_by_their_tokens(given: Given, tmp_path: Path) -> No
 def test_a_finished_run_is_left_alone(
     given: Given, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jobs import fit
+    from jobs import ray_train
     from jobs.tune import tune
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("it was trained again")
 
-    monkeypatch.setattr(fit, "_fit", never)
+    monkeypatch.setattr(ray_train, "_fit", never)
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
     assert tune(given.archive, whole, given.settings())["trained"] == 0
     after = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
@@ -191,10 +191,10 @@ def test_other_settings_are_refused(given: Given, whole: Path) -> None:
         go(given, whole, "lr=0.1")
     with pytest.raises(ConfigError, match=r"instruct\.train_vision=true; this asks for"):
         go(given, whole, "instruct.train_vision=false")
-    from jobs.recipe import resolve
+    from pathflip.training.config import resolve
 
     with pytest.raises(ConfigError, match="is a run of pathflip tune"):
-        runs.prepare(given.archive, whole, resolve("pathflip/mini"))
+        run_dir.prepare(given.archive, whole, resolve("pathflip/mini"))
 
 
 def test_another_base_is_refused(given: Given, whole: Path, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_the_exported_run(given: Given, whole: Path) -> None:
     val = {line["step"]: line["val"] for line in lines(whole) if "val" in line}
     best = min(val, key=lambda step: val[step]["loss_answer"])
     assert (result["steps"], result["best_step"], result["val"]) == (STEPS, best, val[best])
-    assert runs.finished(whole) == result
+    assert run_dir.finished(whole) == result
     assert not (whole / "init").exists()
     model = PathFLIPInstruct.from_pretrained(whole / "model")
     about = json.loads((whole / "model" / "pathflip.json").read_text())
@@ -339,7 +339,7 @@ def test_a_damaged_language_model_is_not_finished(whole: Path, tmp_path: Path) -
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     weights = run / "llm" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert runs.finished(run) is None
+    assert run_dir.finished(run) is None
 
 
 @pytest.mark.parametrize("made_for", ["this", "another", None])

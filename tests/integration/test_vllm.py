@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from pathflip.answer import Answerer
 from pathflip.archive import Archive
 from pathflip.archive.attach import Caption, write_captions
 from pathflip.archive.commit import Committer
+from pathflip.slide_qa import Answerer
 from pathflip.text import split_sentences
 from tests.archives import make_archive
 from tests.serving import Tuned
@@ -55,7 +55,7 @@ def host(cluster: str) -> Iterator[Call]:
 
 
 def start(kept: dict[str, Any], run: str) -> None:
-    from jobs.speaker import AnswerConfig, Speaker
+    from jobs.batch_vllm import AnswerConfig, Speaker
 
     kept["speaker"] = Speaker(run, AnswerConfig(max_new_tokens=TOKENS, permute=3))
 

@@ -247,7 +247,7 @@ def accept_serve(config: dict[str, Any]) -> Any:
     schema = pytest.importorskip("ray.serve.schema").ServeDeploySchema.model_validate(config)
     from pathflip.config import load_config
     from serve.app import ServeConfig
-    from serve.instructor import InstructorConfig
+    from serve.chat_engine import InstructorConfig
 
     (app,) = schema.applications
     settings = load_config(ServeConfig, given=app.args)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from lance.fragment import write_fragments
 
-from pathflip.archive import Archive, health, indexes, nearest, schema
+from pathflip.archive import Archive, ann, health, indexes, schema
 from pathflip.archive.commit import Committer
 from pathflip.archive.filters import Filter
 from pathflip.archive.search import search, search_many, stored_vector
@@ -84,10 +84,10 @@ def test_conditions_leave_the_same_regions(large, monkeypatch, case, few_bytes):
     """With and without the places in memory, one query or many, few regions left or most."""
     plain, indexed = (Archive(uri) for uri in large)
     truth = answers(plain, **CONDITIONS[case])
-    monkeypatch.setattr(nearest, "_FEW_BYTES", few_bytes)
+    monkeypatch.setattr(ann, "_FEW_BYTES", few_bytes)
     total = sum(table.num_rows for table in truth)
     for memory in (0, 256 << 20):
-        monkeypatch.setattr(nearest, "MEMORY_BYTES", memory)
+        monkeypatch.setattr(ann, "MEMORY_BYTES", memory)
         indexed.refresh()
         first = answers(indexed, **CONDITIONS[case])
         again = answers(indexed, **CONDITIONS[case])

@@ -215,8 +215,8 @@ def test_a_model_that_pools_otherwise_or_is_not_there(embedder: Path, tmp_path: 
 
 
 def test_captions_of_an_archive(tuned, tmp_path: Path) -> None:
-    from pathflip.answer import Answerer
     from pathflip.archive import Archive
+    from pathflip.slide_qa import Answerer
 
     archive, answerer = Archive(tuned.archive), Answerer.from_run(tuned.run)
     found = evaluate_captions(

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from pathflip.answer import Answerer, rotations
 from pathflip.archive import Archive
 from pathflip.archive.attach import Caption, write_captions
 from pathflip.archive.commit import Committer
@@ -18,6 +17,7 @@ from pathflip.errors import ConfigError
 from pathflip.evaluation.encode import SlideRow
 from pathflip.evaluation.vqa import evaluate_vqa, exchange, vqa_metrics
 from pathflip.interop.questions import Question
+from pathflip.slide_qa import Answerer, rotations
 from tests.archives import ORGANS, make_archive
 from tests.serving import Tuned, make_run
 

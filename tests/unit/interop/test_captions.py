@@ -6,7 +6,7 @@ import pytest
 
 from pathflip.archive import Archive, schema
 from pathflip.archive.commit import Committer
-from pathflip.archive.names import SlideNames, patient_of, shortened
+from pathflip.archive.slide_names import SlideNames, patient_of, shortened
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.interop.captions import import_captions, read_captions, source_name
 from tests.unit.archive import cohort

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pathflip.errors import ConfigError
+from pathflip.models.data_init import start_projector
 from pathflip.models.instruct import InstructConfig, PathFLIPInstruct
 from pathflip.models.outputs import Sight
-from pathflip.models.warm_start import start_projector
 from tests.serving import make_base
 from tests.unit.models.tiny import CAPTIONS, batch, tiny
 

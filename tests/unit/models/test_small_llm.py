@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pathflip.errors import ConfigError
-from pathflip.models.prompting import Prompter, caption_example
+from pathflip.models.chat_template import Prompter, caption_example
 from pathflip.models.small_llm import (
     SmallLLMConfig,
     as_regions,

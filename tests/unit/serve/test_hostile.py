@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.guard import STATUS
+from serve.middleware import STATUS
 from tests.unit.serve.test_auth import BODIES, ROUTES
 from tests.unit.serve.world import SECRETS, SLIDES, png, slide_id
 

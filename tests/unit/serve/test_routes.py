@@ -11,7 +11,7 @@ import pytest
 from pathflip.archive import Archive
 from pathflip.archive.search import search, stored_vector
 from pathflip.archive.textsearch import search_text
-from pathflip.evaluation.locate import locate
+from pathflip.evaluation.ground_slide import locate
 from pathflip.evaluation.zeroshot import classify
 from tests.unit.serve.world import REGIONS, SLIDES, pixels, png, rows_of, slide_id
 

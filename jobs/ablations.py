@@ -1,0 +1,399 @@
+"""Ablations: the model with parts left out, trained over several seeds and measured.
+
+Each training is a run of its own in ``RUN/ablations/<name>-seed<k>``, made by ``jobs.pretrain``
+with the settings of RUN (or the preset named), one switch and one seed changed. A run that is
+finished is not trained again, and one that is measured (``evaluation.json`` in it, of the same
+model and the same questions) not measured again; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.pretrain import PretrainConfig, pretrain, resolve
+from jobs.progress import HasLine
+from pathflip.archive import Archive
+from pathflip.archive.storage import normalise
+from pathflip.checkpoints import load_run, write_file
+from pathflip.errors import ConfigError, TrainingError
+from pathflip.evaluation.prompts import read_tasks
+from pathflip.evaluation.suite import evaluate_all, headline
+from pathflip.evaluation.zeroshot import default_tasks
+from pathflip.training.config import as_overrides, load_settings, save_settings
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "no_region_qformer": {"region_encoder": "mean"},
+    "no_slide_qformer": {"slide_encoder": "region_mean"},
+    "no_tr_attention": {"tr_attention": "none"},
+    "global_only": {"global_only": True},
+}
+"""What each changes of the model (method A.10); ``full`` is what it is compared with."""
+FULL = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """Settings of ``pathflip evaluate ablations``.
+
+    Attributes:
+        seeds: Trainings of each, with seeds first_seed, first_seed + 1, …
+        first_seed: The first.
+        only: Which of them; all when empty.
+        parallel: Trainings at a time; each gets its share of this machine's cores.
+        tasks: Task file; ``tasks.yaml`` beside the slides' folder by default.
+        truth: Folder of outlines; ``lesions`` beside the slides' folder by default.
+        split: The split measured.
+        resamples: Bootstrap resamples within each run.
+    """
+
+    seeds: int = 3
+    first_seed: int = 0
+    only: tuple[str, ...] = ()
+    parallel: int = 1
+    tasks: str | None = None
+    truth: str | None = None
+    split: str = "test"
+    resamples: int = 200
+
+    def __post_init__(self) -> None:
+        for name in self.only:
+            if name not in ABLATIONS:
+                raise ConfigError(
+                    f"There is no ablation {name!r}.", hint=f"Known: {', '.join(ABLATIONS)}."
+                )
+        if self.seeds < 1 or self.parallel < 1:
+            raise ConfigError(
+                f"seeds is {self.seeds} and parallel {self.parallel}.", hint="Give 1 or more."
+            )
+
+    def names(self) -> list[str]:
+        """The ablations asked for, in their order."""
+        return [name for name in ABLATIONS if not self.only or name in self.only]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How many trainings are done and what the last word was."""
+
+    done: int
+    total: int
+    inner: str
+    inner_fraction: float = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """Share done, 0 to 1."""
+        return min(1.0, (self.done + self.inner_fraction) / max(1, self.total))
+
+    def line(self) -> str:
+        """One line for people."""
+        return f"ablations {self.done}/{self.total} · {self.inner}"
+
+
+Report = Callable[[HasLine], None]
+
+
+def pretrain_config(
+    run: str | Path | None = None,
+    *,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> PretrainConfig:
+    """Settings of the trainings: those of a run, or of a preset, with a file and overrides over.
+
+    Args:
+        run: A run whose settings are taken where it has any and no preset is named.
+        preset: Preset instead.
+        config: YAML file of settings.
+        overrides: ``key=value``.
+    """
+    own = Path(run) / "config.yaml" if run is not None and preset is None else None
+    if own is None or not own.exists():
+        return resolve(preset, file=config, overrides=overrides)
+    made = load_settings(Path(run))  # type: ignore[arg-type]
+    over = as_overrides(config) if config is not None else []
+    return resolve(made.preset, file=own, overrides=[*over, *overrides])
+
+
+def ablations(
+    archive: str,
+    run: str | Path,
+    config: AblationConfig | None = None,
+    *,
+    settings: PretrainConfig | None = None,
+    address: str | None = None,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Train and measure every ablation over every seed.
+
+    Args:
+        archive: Archive URI.
+        run: Folder below which ``ablations/`` lies; usually a finished run.
+        config: What to do.
+        settings: Of the trainings; those of ``run`` by default.
+        address: Ray cluster; see ``cluster.connect``.
+        progress: Told of trainings and evaluations.
+
+    Returns:
+        {"run", "split", "seeds", "runs": [{"name", "seed", "run", "metrics", …}], "table":
+        {name: {metric: {"mean", "sd", "ci", "n", "values"}}}, "difference": the same of full minus
+        each ablation, seed by seed, "chance": {metric: …}, "seconds"}.
+
+    Raises:
+        TrainingError: A training failed; the message names it.
+    """
+    start = time.monotonic()
+    config = config or AblationConfig()
+    settings = settings or pretrain_config(run)
+    folder = Path(run).expanduser().absolute() / "ablations"
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    # Seed by seed, so that whoever stops early has whole comparisons.
+    todo = [(name, seed) for seed in seeds for name in config.names()]
+    plans = {key: variant(settings, name=key[0], seed=key[1]) for key in todo}
+    folders = {key: folder / f"{key[0]}-seed{key[1]}" for key in todo}
+    if config.parallel == 1:
+        for i, key in enumerate(todo):
+            tell = _inner(progress, done=i, total=len(todo), name=folders[key].name)
+            pretrain(archive, folders[key], plans[key], address=address, progress=tell)
+    else:
+        _train_beside(archive, plans, folders, config.parallel, address, progress)
+    rows = []
+    for i, (name, seed) in enumerate(todo):
+        tell = _inner(progress, done=i, total=len(todo), name=folders[name, seed].name)
+        document = measure(archive, folders[name, seed], config, progress=tell)
+        rows.append(
+            {
+                "name": name,
+                "seed": seed,
+                "run": str(folders[name, seed]),
+                "fingerprint": document["fingerprint"],
+                "metrics": {key: value for key, (value, _) in document["headline"].items()},
+                "chance": {key: chance for key, (_, chance) in document["headline"].items()},
+                "seconds": _seconds(folders[name, seed]),
+            }
+        )
+    values = {name: _values(rows, name) for name in config.names()}
+    result = {
+        "run": str(Path(run)),
+        "split": config.split,
+        "seeds": list(seeds),
+        "runs": rows,
+        "table": {
+            name: {key: spread(v) for key, v in mine.items()} for name, mine in values.items()
+        },
+        "difference": differences(values),
+        "chance": rows[0]["chance"] if rows else {},
+        "seconds": time.monotonic() - start,
+    }
+    write_file(folder / "ablations.json", json.dumps(result, indent=1))
+    return result
+
+
+def variant(settings: PretrainConfig, *, name: str, seed: int) -> PretrainConfig:
+    """The settings of one training."""
+    model = replace(settings.model, **ABLATIONS[name])
+    return replace(settings, model=model, seed=seed)
+
+
+def measure(
+    archive: str,
+    run: Path,
+    config: AblationConfig,
+    *,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Measure a finished run, or read what was measured; kept in its ``evaluation.json``."""
+    opened = Archive(archive)
+    trained = load_run(run)
+    file = Path(config.tasks) if config.tasks else default_tasks(opened)
+    asked = {
+        "fingerprint": trained.fingerprint,
+        "tasks": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "truth": config.truth,
+        "split": config.split,
+        "resamples": config.resamples,
+        "versions": {name: opened.dataset(name).version for name in sorted(opened.tables())},
+        "outlines": _stamps(opened, config.truth),
+    }
+    kept = run / "evaluation.json"
+    if kept.exists():
+        document: dict[str, Any] = json.loads(kept.read_text())
+        if document.get("asked") == asked:
+            return document
+    document = evaluate_all(
+        opened,
+        trained,
+        suite=read_tasks(file),
+        truth=config.truth,
+        split=config.split,
+        resamples=config.resamples,
+        progress=progress,
+    )
+    document |= {"headline": headline(document), "asked": asked}
+    write_file(kept, json.dumps(document, indent=1))
+    return document
+
+
+def _stamps(archive: Archive, truth: str | None) -> str:
+    """Digest of names, sizes and times of the outlines measured against."""
+    uris = archive.slides("ready", ["uri"])["uri"].to_pylist()
+    near = {Path(uri).parent.parent / "lesions" for uri in uris}
+    folders = [Path(truth)] if truth is not None else sorted(near)
+    files = [path for folder in folders for path in sorted(folder.glob("*.geojson"))]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, sample standard deviation and the t interval (95 %) of a metric over seeds."""
+    known = np.array([value for value in values if value is not None], np.float64)
+    found: dict[str, Any] = {"mean": None, "sd": None, "ci": None, "n": len(known)}
+    if len(known):
+        found["mean"] = float(known.mean())
+    if len(known) > 1:
+        from scipy.stats import t  # type: ignore[import-untyped]
+
+        found["sd"] = float(known.std(ddof=1))
+        half = float(t.ppf(0.975, len(known) - 1)) * found["sd"] / len(known) ** 0.5
+        found["ci"] = [found["mean"] - half, found["mean"] + half]
+    return found | {"values": list(values)}
+
+
+def differences(values: Mapping[str, Mapping[str, list[float | None]]]) -> dict[str, Any]:
+    """{name: {metric: spread of full minus name}}, seed by seed."""
+    full = values.get(FULL, {})
+    return {
+        name: {
+            key: spread(
+                [
+                    None if a is None or b is None else a - b
+                    for a, b in zip(full[key], theirs, strict=True)
+                ]
+            )
+            for key, theirs in mine.items()
+            if key in full
+        }
+        for name, mine in values.items()
+        if name != FULL and full
+    }
+
+
+def table(document: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows for people: metrics down, ablations across."""
+    names = list(document["table"])
+    metrics = list(dict.fromkeys(key for name in names for key in document["table"][name]))
+    rows = []
+    for key in metrics:
+        row: list[Any] = [key]
+        for name in names:
+            cell = document["table"][name].get(key)
+            text = "" if cell is None or cell["mean"] is None else f"{cell['mean']:.3f}"
+            if text and cell["sd"] is not None:
+                text += f" ± {cell['sd']:.3f}"
+            row.append(text)
+        rows.append([*row, document["chance"].get(key)])
+    return ["metric", *names, "chance"], rows
+
+
+def _values(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[float | None]]:
+    mine = [row for row in rows if row["name"] == name]
+    keys = dict.fromkeys(key for row in mine for key in row["metrics"])
+    return {key: [row["metrics"].get(key) for row in mine] for key in keys}
+
+
+def _inner(progress: Report | None, *, done: int, total: int, name: str) -> Report | None:
+    if progress is None:
+        return None
+
+    def tell(inner: HasLine) -> None:
+        progress(
+            Progress(
+                done=done,
+                total=total,
+                inner=f"{name}: {inner.line()}",
+                inner_fraction=min(0.99, inner.fraction),
+            )
+        )
+
+    return tell
+
+
+def _train_beside(
+    archive: str,
+    plans: Mapping[tuple[str, int], PretrainConfig],
+    folders: Mapping[tuple[str, int], Path],
+    parallel: int,
+    address: str | None,
+    progress: Report | None,
+) -> None:
+    """Train several at a time, each in a process of its own with its share of the cores."""
+    cores = max(1, len(os.sched_getaffinity(0)) // parallel)
+
+    def one(key: tuple[str, int]) -> None:
+        run = folders[key]
+        plan = plans[key]
+        if address is None and plan.cpus_per_worker is None:
+            plan = replace(plan, cpus_per_worker=cores)
+        given = run.parent / f".{run.name}.yaml"
+        given.parent.mkdir(parents=True, exist_ok=True)
+        given.write_text(save_settings(plan))
+        command = [
+            sys.executable, "-m", "jobs.pretrain", "--archive", normalise(archive),
+            "--run", str(run), "--config", str(given), "--json",
+            *(["--address", address] if address else []),
+        ]  # fmt: skip
+        with (run.parent / f"{run.name}.log").open("w") as log:
+            done = subprocess.run(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=Path(__file__).resolve().parents[1],
+                env=os.environ | {"OMP_NUM_THREADS": str(cores)},
+                check=False,
+            )
+        given.unlink(missing_ok=True)
+        if done.returncode:
+            last = (run.parent / f"{run.name}.log").read_text().strip().splitlines()[-1:]
+            raise TrainingError(
+                f"The training of {run.name} failed: {' '.join(last)[:300]}",
+                hint=f"See {run.parent / run.name}.log; the same command goes on.",
+            )
+
+    with ThreadPoolExecutor(parallel) as pool:
+        waiting: dict[Future[None], tuple[str, int]] = {pool.submit(one, key): key for key in plans}
+        finished = 0
+        try:
+            while waiting:
+                ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    key = waiting.pop(future)
+                    future.result()
+                    finished += 1
+                    if progress is not None:
+                        inner = f"{folders[key].name} is trained"
+                        progress(Progress(done=finished, total=len(plans), inner=inner))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _seconds(run: Path) -> float | None:
+    try:
+        value = json.loads((run / "result.json").read_text()).get("seconds")
+    except (OSError, ValueError):
+        return None
+    return None if value is None else float(value)

@@ -1,0 +1,231 @@
+"""One process's share of the answers: a tuned run whose language model runs in vLLM.
+
+:class:`Speaker` is what an actor of jobs/answer.py holds. The vision model and the projector make
+prompt embeddings here; the engine has the language model, adapter folded in, so there is one copy
+of it.
+
+Shapes: P visual tokens, D width of the language model, T length of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jobs.ray_data import tell
+from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
+from pathflip.slide_qa import (
+    CAPTION_TOKENS,
+    as_given,
+    chosen,
+    model_folder,
+    rotations,
+    slide_input,
+    softmax,
+)
+from pathflip.vllm_engine import EngineConfig, engine_arguments, offline, uses_gpu
+
+if TYPE_CHECKING:
+    import torch
+
+    from pathflip.archive import Archive
+
+Item = dict[str, Any]
+"""What is asked of a slide: {} for a caption, else {"question", "choices"}; also a line of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig:
+    """Settings of the job."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    actors: int | None = None
+    """Engines; None means one per GPU, or one where there is none."""
+    slides_at_once: int = 16
+    """Slides an engine is given together; what is lost when a machine fails."""
+    max_new_tokens: int = CAPTION_TOKENS
+    permute: int = 1
+    """Cyclic orders that options are shown in; probabilities are averaged."""
+
+
+@dataclass
+class _Request:
+    """A prompt on its way through the engine."""
+
+    slide: str
+    item: Item
+    prompt: torch.Tensor
+    order: tuple[int, ...] = ()
+    token: tuple[int, int] | None = None
+    """Of which option the next token is scored, and that token."""
+
+
+class Speaker:
+    """A tuned run with its language model in a vLLM engine of this process.
+
+    Args:
+        run: Run of ``pathflip tune``.
+        config: Settings.
+
+    Raises:
+        CheckpointError: The run has no tuned model.
+        ConfigError: vLLM is not here, or the settings do not go with the model.
+    """
+
+    def __init__(self, run: str | Path, config: AnswerConfig) -> None:
+        from pathflip.checkpoints import load_run
+
+        self.run = load_run(run)
+        self._config = config
+        llm = self.run.path / "llm"
+        folder = model_folder(self.run)
+        self.engine = offline(llm, config.engine)
+        from pathflip.models.prompt_encoder import InstructFront
+
+        device = "cuda" if uses_gpu(config.engine) else "cpu"
+        self.front = InstructFront.from_pretrained(folder, llm=llm).to(device)
+        self.run = replace(self.run, model=self.front.vision)
+        self._context = int(engine_arguments(llm, config.engine)["max_model_len"])
+
+    def lines(self, archive: Archive, asked: dict[str, list[Item]]) -> dict[str, list[Item]]:
+        """Answer what is asked of some slides, all prompts in the engine together.
+
+        Args:
+            archive: Where the slides' features are.
+            asked: {slide_id: what is asked of it}.
+
+        Returns:
+            {slide_id: a line for each, in that order, without slide and model}.
+        """
+        said: dict[tuple[Any, ...], Item] = {}
+        waiting: list[_Request] = []
+        for slide, items in asked.items():
+            try:
+                prefix = self.see(archive, slide)
+            except PathFLIPError as error:
+                for item in items:
+                    said[key_of(slide, item)] = {**item, "error": tell(error)}
+                continue
+            for item in items:
+                requests = list(self._requests(slide, item, prefix))
+                longest = max(len(request.prompt) for request in requests)
+                if longest >= self._context:
+                    too_long = ConfigError(
+                        f"The prompt has {longest:,} tokens and the model reads {self._context:,}.",
+                        hint="Ask about a part of the slide, or a shorter question.",
+                        code="prompt_too_long",
+                    )
+                    said[key_of(slide, item)] = {**item, "error": tell(too_long)}
+                else:
+                    waiting += requests
+        self._run(waiting, said)
+        return {
+            slide: [said[key_of(slide, item)] for item in items] for slide, items in asked.items()
+        }
+
+    def see(self, archive: Archive, slide: str) -> torch.Tensor:
+        """A slide's visual tokens [P, D].
+
+        Raises:
+            ArchiveError: The slide's rows are damaged, or its features are not finite.
+        """
+        import torch
+
+        features, mask = slide_input(archive, self.run, slide)
+        with torch.no_grad():
+            prefix = self.front.see(features, mask)[0]
+        if not torch.isfinite(prefix).all():
+            raise ArchiveError(
+                f"The features of slide {slide} give values that are not finite.",
+                hint=f"Ingest it again: pathflip slides retry {slide} --archive {archive.uri}",
+                code="not_finite",
+            )
+        return prefix
+
+    def _requests(self, slide: str, item: Item, prefix: torch.Tensor) -> Iterator[_Request]:
+        from pathflip.models.chat_template import CAPTION_INSTRUCTION, multiple_choice
+
+        if not item:
+            prompt = self.front.embed_prompt(prefix, CAPTION_INSTRUCTION, kind="caption")
+            yield _Request(slide, item, prompt)
+            return
+        choices = item["choices"]
+        if not choices:
+            yield _Request(slide, item, self.front.embed_prompt(prefix, item["question"]))
+        if choices and self.front.config.choice_answer == "text":
+            # vLLM scores no prompt that is embedded: each token of an option is scored as the next.
+            before, after = self.front.prompt_ids(item["question"])
+            for option, text in enumerate(choices):
+                ids = self.front.prompter.text_ids(text)
+                for at, token in enumerate(ids):
+                    prompt = self.front.embed_ids(prefix, before, after + ids[:at])
+                    yield _Request(slide, item, prompt, token=(option, token))
+            return
+        for order in rotations(len(choices), self._config.permute) if choices else ():
+            text = multiple_choice(item["question"], [choices[i] for i in order])
+            yield _Request(slide, item, self.front.embed_prompt(prefix, text), order)
+
+    def _run(self, waiting: Sequence[_Request], said: dict[tuple[Any, ...], Item]) -> None:
+        from vllm import SamplingParams
+
+        from pathflip.text import LETTERS
+
+        letters = [self.front.prompter.text_ids(letter)[0] for letter in LETTERS]
+
+        def scored(request: _Request) -> list[int]:
+            return [request.token[1]] if request.token else letters[: len(request.order)]
+
+        params = [
+            SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=scored(request))
+            if request.order or request.token
+            else SamplingParams(
+                temperature=0.0,
+                max_tokens=min(self._config.max_new_tokens, self._context - len(request.prompt)),
+                stop_token_ids=self.front.eos_ids,
+            )
+            for request in waiting
+        ]
+        prompts = [{"prompt_embeds": request.prompt.cpu()} for request in waiting]
+        outputs = self.engine.generate(prompts, params, use_tqdm=False) if prompts else []
+        scores: dict[tuple[Any, ...], list[np.ndarray[Any, Any]]] = {}
+        tokens: dict[tuple[Any, ...], list[list[float]]] = {}
+        for request, output in zip(waiting, outputs, strict=True):
+            key = key_of(request.slide, request.item)
+            first = output.outputs[0]
+            if request.token:
+                option, token = request.token
+                lists = tokens.setdefault(key, [[] for _ in request.item["choices"]])
+                lists[option].append(first.logprobs[0][token].logprob)
+                if all(lists) and option == len(lists) - 1:
+                    means = np.array([sum(own) / len(own) for own in lists])
+                    said[key] = _choice(request, softmax(means)[None])
+            elif request.order:
+                logs = np.array(
+                    [first.logprobs[0][i].logprob for i in letters[: len(request.order)]]
+                )
+                scores.setdefault(key, []).append(as_given(softmax(logs), request.order))
+                said[key] = _choice(request, np.array(scores[key]))
+            elif request.item:
+                text = {"answer": first.text.strip(), "choice": None, "scores": {}}
+                said[key] = {**request.item, **text}
+            else:
+                said[key] = {"caption": first.text.strip()}
+
+
+def _choice(request: _Request, scores: np.ndarray[Any, Any]) -> Item:
+    answer = chosen(request.slide, request.item["choices"], scores)
+    return {
+        **request.item,
+        "answer": answer.answer,
+        "choice": answer.choice,
+        "scores": answer.scores,
+    }
+
+
+def key_of(slide: str, item: Item) -> tuple[Any, ...]:
+    """What is asked of which slide, as a key; of a line likewise."""
+    return (slide, item.get("question"), tuple(item.get("choices") or ()))

@@ -1,0 +1,362 @@
+"""Ingest: slide files in, a searchable archive out.
+
+This module is the pipeline; its parts, in the order of the data::
+
+    config.py  the settings, slides found, what the user says of them, what the archive has
+    embed.py   Planner (hash, open, tissue, cut) -> Embedder (read, embed, write fragments)
+    ledger.py  on the driver: one committer, slides become visible whole
+
+Planner and Embedder are Ray Data actors, each owning reader processes; a row between them is one
+chunk of regions of one slide, so pixels and features never cross the object store and work is
+spread by chunk, not by slide. Neither raises for what is wrong with a slide: they return rows with
+a status, so that one bad slide costs one slide.
+
+    python -m jobs.ingest SLIDES… --archive URI       (the same as: pathflip ingest …)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.ingest.config import Archived, Candidate, find_candidates, read_people
+from jobs.ingest.config import IngestConfig as IngestConfig
+from jobs.ingest.embed import Embedder, Planner
+from jobs.ingest.ledger import IngestResult, Ledger, Progress
+from pathflip.archive import Archive
+from pathflip.archive.commit import Committer, create_archive
+from pathflip.encoders import EncoderInfo, encoder_info, load_encoder
+from pathflip.errors import ArchiveError, ConfigError, SlideError
+from pathflip.geometry import patch_rects
+from pathflip.interop.captions import import_captions, read_captions
+from pathflip.interop.questions import import_questions, read_questions
+from pathflip.slides.reader import SlidePlan, SlideReader
+
+GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
+THUMBNAIL_BYTES = 256 << 10  # and the tissue mask, about
+
+
+def ingest(
+    sources: Sequence[str],
+    archive: str,
+    config: IngestConfig | None = None,
+    *,
+    address: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> IngestResult:
+    """Ingest slides into an archive; the same call again does only what is missing.
+
+    Args:
+        sources: Slide files and folders.
+        archive: Archive URI; made if it does not exist.
+        config: Settings.
+        address: Ray cluster; see ``cluster.connect``.
+        progress: Called on the driver whenever something finished.
+
+    Raises:
+        ConfigError, EncoderError, ArchiveError: Before anything is written.
+    """
+    from jobs.cluster import connect
+
+    config = config or IngestConfig()
+    started = time.monotonic()
+    encoders = [encoder_info(spec) for spec in config.specs]
+    candidates = find_candidates(sources, config)
+    people = read_people(config.patients)
+    people.warn_unmatched(candidates)
+    if config.captions is not None:
+        read_captions(config.captions)  # what is wrong with the file is said before the work
+    if config.questions is not None:
+        read_questions(config.questions)
+    _check(archive, config, encoders)
+    private = connect(address)
+    _check_resources(config, private=private)
+    uri = create_archive(archive, tiling=asdict(config.tiling)).uri
+    with Committer(uri) as committer:
+        tables = [
+            committer.ensure_encoder_table(
+                info.name,
+                revision=info.revision,
+                dim=info.dim,
+                mpp=info.mpp,
+                licence=info.licence,
+            )
+            for info in encoders
+        ]
+        ledger = Ledger(committer, config, encoders, candidates, people, started, progress)
+        groups = ledger.outstanding()
+        if groups:
+            for batch in _pipeline(groups, config, uri, tables, encoders, private=private):
+                ledger.take(batch)
+        result = ledger.finish()
+        if config.captions is not None:
+            result = replace(result, captions=import_captions(committer, config.captions))
+        if config.questions is not None:
+            result = replace(result, questions=import_questions(committer, config.questions))
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What an ingest would do, without writing anything."""
+
+    slides: dict[str, int]
+    regions: int
+    patches: int
+    bytes_to_read: int
+    archive_bytes: int
+    estimated_seconds: float
+    problems: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The document ``pathflip ingest --dry-run --json`` prints."""
+        return asdict(self)
+
+
+def dry_run(
+    sources: Sequence[str],
+    archive: str,
+    config: IngestConfig | None = None,
+    *,
+    address: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> DryRun:
+    """Plan every slide as ``ingest`` would, time the encoder on real patches, write nothing.
+
+    Opens every slide and finds its tissue; hashes nothing. Time is estimated from patches of the
+    first good slide read and embedded in this process, over the CPUs there are.
+    """
+    config = config or IngestConfig()
+    started = time.monotonic()
+    encoders = [encoder_info(spec) for spec in config.specs]
+    candidates = find_candidates(sources, config)
+    _check(archive, config, encoders)
+    archived = Archived(archive)
+    todo = [c for c in candidates if not archived.is_done(c, config, encoders)]
+    counts = {"ready": 0, "quarantined": 0, "empty": 0, "skipped": len(candidates) - len(todo)}
+    regions = patches = bytes_done = 0
+    total = sum(max(0, c.source.bytes) for c in todo)
+    problems: dict[str, str] = {}
+    per_patch_s: float | None = None
+    tiling = config.tiling
+    with SlideReader(patches=tiling.slots, px=tiling.patch_px, halving=config.halving) as reader:
+        for index, candidate in enumerate(todo):
+            source = candidate.source
+            try:
+                plan = reader.plan(
+                    source.uri,
+                    tiling=tiling,
+                    mpp=candidate.mpp,
+                    tissue_geojson=candidate.geojson,
+                    timeout_s=config.plan_timeout_s,
+                )
+                counts["ready" if len(plan.regions) else "empty"] += 1
+                regions += len(plan.regions)
+                patches += int(plan.regions.patch_mask.sum())
+                if per_patch_s is None and len(plan.regions):
+                    per_patch_s = _time_patches(reader, candidate, plan, config)
+            except SlideError as error:
+                counts["quarantined"] += 1
+                problems[source.uri] = f"{error.code}: {error}"
+            bytes_done += max(0, source.bytes)
+            if progress is not None:
+                progress(
+                    Progress(
+                        slides_done=index + 1,
+                        slides_total=len(todo),
+                        quarantined=counts["quarantined"],
+                        regions=regions,
+                        patches=patches,
+                        bytes_done=bytes_done,
+                        bytes_total=total,
+                        seconds=time.monotonic() - started,
+                        stage="planning",
+                    )
+                )
+    width = sum(info.dim for info in encoders)
+    workers = config.actors or len(os.sched_getaffinity(0))
+    return DryRun(
+        slides=counts,
+        regions=regions,
+        patches=patches,
+        bytes_to_read=total,
+        archive_bytes=regions * (tiling.slots * (2 * width + 13) + 4 * width + 200)
+        + len(todo) * THUMBNAIL_BYTES,
+        estimated_seconds=round(
+            (patches * (per_patch_s or 0.0) + time.monotonic() - started) / workers, 1
+        ),
+        problems=problems,
+    )
+
+
+def _time_patches(
+    reader: SlideReader, candidate: Candidate, plan: SlidePlan, config: IngestConfig
+) -> float:
+    """Seconds to read and embed one patch, from the slide's fullest region."""
+    encoders = [load_encoder(spec, device=config.device) for spec in config.specs]
+    fullest = int(plan.regions.patch_mask.sum(axis=1).argmax())
+    rects = patch_rects(
+        config.tiling,
+        rx=int(plan.regions.rx[fullest]),
+        ry=int(plan.regions.ry[fullest]),
+        mpp=plan.info["mpp"],
+    )[plan.regions.patch_mask[fullest]]
+    seconds = math.inf
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        reader.start_read(
+            candidate.source.uri,
+            rects,
+            mpp=config.tiling.mpp,
+            px=config.tiling.patch_px,
+            slide_mpp=candidate.mpp,
+            timeout_s=config.read_timeout_s,
+        )
+        patches = reader.finish_read(px=config.tiling.patch_px)
+        for encoder in encoders:
+            encoder(patches.pixels)
+        seconds = min(seconds, time.perf_counter() - started)
+    return seconds / len(rects)
+
+
+def _pipeline(
+    groups: list[dict[str, str]],
+    config: IngestConfig,
+    archive: str,
+    tables: Sequence[str],
+    encoders: Sequence[EncoderInfo],
+    *,
+    private: bool,
+) -> Iterator[pa.Table]:
+    """Run both actor stages over Ray Data, yielding rows as they come back."""
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    # One chunk a block: the unit that is spread over actors.
+    context.target_max_block_size = 4096
+    resources = _resources()
+    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    use_gpu = _uses_gpu(config)
+    workers = config.actors or (gpus if use_gpu else cpus) or 1
+    # A cluster may grow: what it is given to do is what makes it grow.
+    most = config.actors or (workers if private else None)
+    readers = config.readers or (GPU_READERS if use_gpu else 1)
+    revisions = [info.revision for info in encoders]
+    # 0.9 + 0.1 so that planning always finds room, also on one core.
+    data = ray.data.from_items(groups, override_num_blocks=len(groups))
+    planned = data.map_batches(
+        Planner,
+        fn_constructor_args=(config, archive),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=max(1, workers // 4)),
+        num_cpus=0.1,
+    )
+    embedded = planned.map_batches(
+        Embedder,
+        fn_constructor_args=(config, archive, list(tables), revisions, readers),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=1, max_size=most, initial_size=min(workers, len(groups)) if private else 1
+        ),
+        num_cpus=float(readers) if use_gpu else 0.9,
+        num_gpus=1.0 if use_gpu else 0.0,
+    )
+    yield from embedded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def _uses_gpu(config: IngestConfig) -> bool:
+    if config.device == "cpu" or config.specs == ["texture"]:
+        return False
+    if config.device == "cuda":
+        return True
+    return bool(_resources().get("GPU", 0))
+
+
+def _resources() -> dict[str, float]:
+    import ray
+
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def _check_resources(config: IngestConfig, *, private: bool) -> None:
+    if config.device == "cuda" and private and not _resources().get("GPU", 0):
+        raise ConfigError(
+            "device is cuda but this machine has no GPU.",
+            hint="Leave device on auto, or name a cluster with GPUs (--address).",
+            code="no_gpu",
+        )
+
+
+def _check(archive: str, config: IngestConfig, encoders: Sequence[EncoderInfo]) -> None:
+    """Refuse what cannot work, before anything is started or written."""
+    for info in encoders:
+        if info.mpp is not None and abs(info.mpp / config.tiling.mpp - 1) > 0.01:
+            raise ConfigError(
+                f"Encoder {info.name} was trained at {info.mpp:g} µm per pixel; this tiling reads "
+                f"{config.tiling.mpp:g}.",
+                hint=f"Add -o tiling.mpp={info.mpp:g} and a patch_um that is its field of view.",
+                code="encoder_scale",
+            )
+    _check_writable(archive)
+    try:
+        existing = Archive(archive)
+    except ArchiveError as error:
+        if error.code == "missing_archive":
+            return
+        raise
+    wanted = asdict(config.tiling)
+    if existing.tiling() != wanted:
+        differ = [key for key, value in wanted.items() if existing.tiling().get(key) != value]
+        theirs = ", ".join(f"{key}={existing.tiling().get(key)}" for key in differ)
+        raise ConfigError(
+            f"The archive {archive} is cut with {theirs}; this run asks for "
+            f"{', '.join(f'{key}={wanted[key]}' for key in differ)}.",
+            hint="Use the archive's own tiling, or another archive.",
+            code="other_tiling",
+        )
+    held = existing.encoders()
+    for info in encoders:
+        if info.name in held and held[info.name]["revision"] != info.revision:
+            raise ConfigError(
+                f"The archive {archive} holds features of {info.name} revision "
+                f"{held[info.name]['revision']}; this run would add revision {info.revision}.",
+                hint="Use the same weights, or another archive.",
+                code="other_encoder",
+            )
+        if held and info.name not in held and not config.add_encoder:
+            raise ConfigError(
+                f"The archive {archive} was made with encoder {', '.join(held)}, not {info.name}.",
+                hint=f"Use --encoder {next(iter(held))}, another archive, or --add-encoder to "
+                f"embed its slides with {info.name} beside it.",
+                code="other_encoder",
+            )
+
+
+def _check_writable(archive: str) -> None:
+    if "://" in archive:
+        return  # an object store says so itself, at the first write
+    path = Path(archive).absolute()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{archive} is a file.", hint="Give a folder for the archive.")
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"The archive {archive} cannot be written: {path} does not permit it.",
+            hint="Check the permissions, or give another place.",
+            code="not_permitted",
+        )

@@ -1,0 +1,296 @@
+"""Ray Train around the training loop: what every training shares.
+
+Workers share nothing but the run folder and the archive. A worker that dies takes the others with
+it; Ray starts them again and they go on from the newest intact checkpoint, on as many workers as
+there are then. The same command does the same after the driver died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pathflip.checkpoints import latest_checkpoint
+from pathflip.errors import ConfigError, PathFLIPError, TrainingError
+from pathflip.training import run_dir
+from pathflip.training.config import AnyConfig, TrainConfig
+from pathflip.training.dataset import steps_per_epoch
+from pathflip.training.loader import AHEAD
+from pathflip.training.objective import task_of
+from pathflip.training.trainer import Progress, shareable, train
+
+PROGRESS_EVERY_S = 1.0
+
+
+def fit(
+    archive: str,
+    run: str | Path,
+    config: AnyConfig,
+    *,
+    address: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Train; the same call again goes on or is done.
+
+    Args:
+        archive: Archive URI.
+        run: Run folder, on storage that every worker sees; made if it does not exist.
+        config: Settings.
+        address: Ray cluster; see ``cluster.connect``.
+        progress: Called on the driver about once a second.
+
+    Returns:
+        {"run", "steps", "loss", "val", "seconds", "best_step", "skipped", "trained"}: the loss is
+        the mean of the last steps, val the validation of the exported weights, trained the steps
+        that this call did (0: the run was finished already).
+
+    Raises:
+        ConfigError, ArchiveError, EncoderError, CheckpointError: Before anything is started.
+        TrainingError: Losses that are not finite, or workers that keep dying.
+    """
+    run = _local(run)
+    _check_workers(config)
+    with run_dir.opened(run):
+        corpus = run_dir.prepare(archive, run, config)
+        if done := run_dir.finished(run):
+            return done | {"trained": 0}
+        before = latest_checkpoint(run / "checkpoints")
+        if before is None or before.step < config.total_steps(
+            steps_per_epoch(corpus, config.batch_size)
+        ):
+            _fit(run, config, address, progress)
+        result = run_dir.finish(run, corpus)
+        run_dir.clear(run)
+    return result | {"trained": result["steps"] - (before.step if before else 0)}
+
+
+def planned(archive: str, run: str | Path, config: AnyConfig) -> dict[str, Any]:
+    """Return what :func:`fit` would do, without starting or writing anything.
+
+    Memory is in MiB and leaves out activations, which depend on the lengths of texts.
+    """
+    _check_workers(config)
+    task = task_of(config)
+    corpus = task.corpus(archive)
+    per_epoch = steps_per_epoch(corpus, config.batch_size)
+    trained, frozen = task.parameters(corpus)
+    about = corpus.about
+    region = about["slots"] * about["encoder"]["dim"]
+    share = config.batch_size // config.accumulate // (config.max_workers or 1)
+    largest = min(config.max_regions or sys.maxsize, max(corpus.num_regions))
+    cache = sum(corpus.num_regions) * region * 2 / 2**20
+    return {
+        "run": str(_local(run)),
+        "preset": config.preset,
+        "encoder": about["encoder"]["name"],
+        **corpus.counts(),
+        "left_out": about["left_out"],
+        "steps": config.total_steps(per_epoch),
+        "steps_per_epoch": per_epoch,
+        "parameters": trained,
+        **({"frozen_parameters": frozen} if frozen else {}),
+        "memory_mb": {
+            "weights_and_optimizer": round((trained * 16 + frozen * 4) / 2**20, 1),
+            "features_of_a_batch": round(share * largest * region * (4 + 2 * AHEAD) / 2**20, 1),
+            "cached_features": round(cache, 1) if cache <= config.cache_mb else 0.0,
+        },
+    }
+
+
+def _local(run: str | Path) -> Path:
+    if "://" in str(run):
+        raise ConfigError(
+            f"The run folder {run} is not a path.",
+            hint="Runs are written to a file system that every worker sees; archives may be on "
+            "s3://, gs:// or az://.",
+        )
+    return Path(run).expanduser().absolute()
+
+
+def _check_workers(config: TrainConfig) -> None:
+    """Refuse worker counts that cannot share a micro-batch evenly."""
+    share = config.batch_size // config.accumulate
+    most = config.max_workers or 1
+    if shareable(share, most) != most and config.min_workers in (None, most):
+        raise ConfigError(
+            f"{most} workers cannot share micro-batches of {share} slides evenly.",
+            hint="Make batch_size / accumulate a multiple of the number of workers.",
+        )
+
+
+# -- Ray ------------------------------------------------------------------------------------------
+
+
+def _fit(
+    run: Path,
+    config: AnyConfig,
+    address: str | None,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Train in Ray Train workers until the last step is done."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from jobs.cluster import connect
+
+    # Ray looks after its workers every 2 s otherwise: half of that is lost at each start and end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray execs at once
+        private = connect(address)
+    resources: dict[str, float] = dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+    use_gpu, few, many, cpus = _workers(config, resources, private=private)
+    for name in (run_dir.STOPPED, run_dir.PROGRESS):
+        (run / name).unlink(missing_ok=True)
+    train_api: Any = ray.train  # what a type checker sees there is the API before 2.43
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"run": str(run), "threads": cpus},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=train_api.ScalingConfig(
+            num_workers=many if few == many else (few, many),
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=train_api.RunConfig(
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(run / ".ray"),
+            failure_config=train_api.FailureConfig(max_failures=config.max_failures),
+            logging_config=train_api.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        with _watching(run, progress), _own_interrupt():
+            trainer.fit()
+    except train_api.TrainingFailedError as error:
+        if (noted := run_dir.stopped(run)) is not None:
+            raise noted from error
+        raise TrainingError(
+            f"The workers of {run} died {config.max_failures + 1} times: {_last_line(error)}",
+            hint="The same command goes on from the last checkpoint.",
+            code="workers_died",
+        ) from error
+    if (noted := run_dir.stopped(run)) is not None and not run_dir.may_pass(noted):
+        raise noted
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the workers in Ray's way and the command in ours: Ray would exit with 0."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _workers(
+    config: TrainConfig, resources: dict[str, float], *, private: bool
+) -> tuple[bool, int, int, int]:
+    """Returns whether to use GPUs, fewest and most workers, and cores of each."""
+    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    if config.device == "cuda" and private and not gpus:
+        raise ConfigError(
+            "device is cuda but this machine has no GPU.",
+            hint="Leave device on auto, or name a cluster with GPUs (--address).",
+            code="no_gpu",
+        )
+    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
+    share = config.batch_size // config.accumulate
+    many = config.max_workers or config.min_workers or 0
+    many = many or (shareable(share, gpus) if use_gpu and gpus else 1)
+    few = config.min_workers or many
+    cpus = config.cpus_per_worker or (max(1, cores // many) if private else 1)
+    there, what = (gpus, "GPUs") if use_gpu else (cores // cpus, f"times {cpus} cores")
+    if private and few > there:
+        raise ConfigError(
+            f"{few} workers need {few} {what}; this machine has {there}.",
+            hint="Ask for fewer workers (--min-workers, --max-workers), or name a cluster "
+            "(--address).",
+            code="resources",
+        )
+    return use_gpu, few, many, cpus
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """One worker: what Ray Train calls."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    run = Path(settings["run"])
+    if (noted := run_dir.stopped(run)) is not None and not run_dir.may_pass(noted):
+        return
+    context = ray.train.get_context()
+    rank, device = context.get_world_rank(), ray.train.torch.get_device()
+    torch.set_num_threads(settings["threads"])
+    try:
+        train(
+            run,
+            rank=rank,
+            world=context.get_world_size(),
+            device=str(device),
+            progress=_note_progress(run) if rank == 0 else None,
+        )
+    except PathFLIPError as error:
+        run_dir.stop(run, error)
+        raise  # the others may wait for this one: Ray ends them
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+def _note_progress(run: Path) -> Callable[[Progress], None]:
+    last = [0.0]
+
+    def note(progress: Progress) -> None:
+        now = time.monotonic()
+        if now - last[0] >= PROGRESS_EVERY_S or progress.fraction >= 1:
+            last[0] = now
+            part = run / f"{run_dir.PROGRESS}.partial"
+            part.write_text(json.dumps(asdict(progress)))
+            part.replace(run / run_dir.PROGRESS)
+
+    return note
+
+
+@contextmanager
+def _watching(run: Path, progress: Callable[[Progress], None] | None) -> Iterator[None]:
+    """Pass on what rank 0 notes of its progress."""
+    over = threading.Event()
+
+    def watch() -> None:
+        seen = ""
+        while not over.wait(PROGRESS_EVERY_S / 2):
+            try:
+                text = (run / run_dir.PROGRESS).read_text()
+            except FileNotFoundError:
+                continue
+            if text != seen and progress is not None:
+                seen = text
+                progress(Progress(**json.loads(text)))
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

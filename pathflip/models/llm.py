@@ -1,0 +1,99 @@
+"""The base language model: a folder of ``transformers``, and the adapter of ``peft`` in it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pathflip.errors import CheckpointError, ConfigError
+from pathflip.models.prompt_encoder import InstructConfig
+
+LORA_TARGETS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Hex SHA-256 of a language model's config.json, weights and tokenizer.json.
+
+    Raises:
+        CheckpointError: It has no weights in safetensors.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise CheckpointError(
+            f"{folder} holds no *.safetensors.",
+            hint="Give the folder of a language model, e.g. one of pathflip make-llm.",
+        )
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *weights, folder / "tokenizer.json"):
+        if path.exists():
+            with path.open("rb") as file:
+                own = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name} {own}\n".encode())
+    return digest.hexdigest()
+
+
+def load_llm(folder: Path) -> Any:
+    """Load a causal language model in float32 (safetensors only).
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+        )
+    except Exception as error:  # safetensors and transformers raise many kinds on damaged files
+        raise CheckpointError(
+            f"The language model {folder} cannot be loaded: {str(error).splitlines()[0]}",
+            hint="It needs config.json, *.safetensors and the tokenizer's files of a Qwen3.",
+            code="llm",
+        ) from error
+
+
+def with_adapter(llm: Any, config: InstructConfig) -> Any:
+    """Put an adapter that does nothing yet (LoRA, B = 0) into a language model's layers.
+
+    Raises:
+        ConfigError: It lacks Qwen's seven projections.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    about = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(LORA_TARGETS),
+    )
+    try:
+        return get_peft_model(llm, about)
+    except ValueError as error:
+        raise ConfigError(
+            f"The language model takes no adapter: {str(error).splitlines()[0]}",
+            hint="Take a Qwen3, or llm_tuning freeze or full.",
+        ) from error
+
+
+def read_adapter(llm: Any, folder: Path) -> Any:
+    """Put a saved adapter into a language model's layers.
+
+    Raises:
+        CheckpointError: It is missing, damaged or of another model.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(llm, str(folder))
+    except Exception as error:  # peft and safetensors raise many kinds on damaged files
+        raise CheckpointError(
+            f"The adapter {folder} cannot be read: {str(error).splitlines()[0]}",
+            hint="Copy it again.",
+            code="damaged",
+        ) from error

@@ -1,0 +1,1 @@
+"""The training library: configuration, data, objectives and the loop; never imports Ray."""

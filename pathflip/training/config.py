@@ -1,0 +1,498 @@
+"""The settings of a training, and what follows from them: schedule, decay, metric.
+
+A preset gives the model and how to train it; a file, ``-o key=value`` and flags go over it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import yaml
+
+from pathflip.config import load_config
+from pathflip.errors import CheckpointError, ConfigError
+from pathflip.models import PRESETS, InstructConfig, PathFLIPConfig
+from pathflip.training.loader import Examples, Sampling
+
+DEFAULT_PRESET, DEFAULT_TUNE_PRESET = "pathflip/paper", "instruct/paper"
+MAY_CHANGE = (
+    "min_workers", "max_workers", "cpus_per_worker", "cache_mb", "log_every", "save_every",
+    "max_failures",
+)  # fmt: skip
+"""Settings a resumed run may be given anew: they change how it runs, not what comes out."""
+TUNE_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # Sizes and rates of the instruction stage are not published: SlideChat's and the code's.
+    "instruct/paper": {},
+    "instruct/official_v1": {
+        "instruct": {"prefix": "mean", "template": "official_v1"},
+        "projector_epochs": 0,
+        "batch_size": 8,
+    },
+    "instruct/mini": {
+        "instruct": {
+            "prefix": "joined",
+            "choice_answer": "text",
+            "projector_start": "text",
+            "lora_r": 32,
+            "lora_alpha": 64,
+            "lora_dropout": 0.1,
+            "train_vision": False,
+        },
+        "projector_epochs": 0,
+        "epochs": 5,
+        "batch_size": 8,
+        "lr": 2e-3,
+        "min_lr": 1e-5,
+        "projector_rate": 0.5,
+        "max_regions": 16,
+        "examples_per_slide": 5,
+        "caption_share": 0.7,
+        "captions": "affirmed",
+        "pieces": "affirmed",
+        "open_share": 1.0,
+        "weight_decay": 0.01,
+        # The loss of whole captions is no measure of the findings that are read (docs/instruct.md).
+        "best": "last",
+    },
+}
+"""Settings that differ from the defaults, by preset; see docs/tune.md."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of any training.
+
+    Attributes:
+        encoder: Whose features to train on; None where the archive holds one encoder.
+        source: Which captions to train on; None takes the first source each slide has.
+        pieces: What sub-captions are drawn from: sentences; those that affirm something (there is
+            no region in which "No necrosis." could be found); or the statements a language model
+            made of them (slides without any use their sentences).
+        num_subcaptions: K, sub-captions of a slide in a step.
+        max_merged: Most sentences merged into one sub-caption.
+        contig_off_by_one: Draw windows of sentences as the published code does: never the last.
+        val_fraction: Share of patients held out to validate where the archive names no split.
+        batch_size: Slides of a step, of all workers and micro-batches together.
+        accumulate: Micro-batches a step is cut into, to save memory; negatives come from one
+            micro-batch (of all workers, with gathered negatives).
+        max_regions: Most regions of a slide in a training step; None for all. Validation always
+            uses all.
+        epochs: Passes over the training slides.
+        lr: Peak learning rate.
+        min_lr: Learning rate at the end.
+        warmup: Share of the steps in which the learning rate rises linearly.
+        weight_decay: Of matrices; biases, norms, scales, query tokens have none.
+        clip: Largest norm of the gradient; 0 for no limit.
+        seed: Of weights, order, draws, dropout and the split where the archive names none.
+        precision: ``bf16`` (autocast), ``fp32``, or ``auto``: bf16 on GPUs.
+        device: ``cpu``, ``cuda``, or ``auto``: GPUs where the cluster has some.
+        min_workers: Fewest workers to go on with; None: as many as max_workers.
+        max_workers: Most workers; None: one a GPU, one on CPUs.
+        cpus_per_worker: Cores of a worker; None: all there are, shared evenly, on this machine,
+            one on a cluster.
+        cache_mb: Features are kept in memory, in each worker, if they are no larger (MiB).
+        log_every: Steps between lines of metrics.jsonl.
+        save_every: Steps between checkpoints; there is one at each validation, too.
+        val_every: Epochs between validations.
+        max_skipped_in_row: Stop when so many steps in a row were not finite.
+        max_skipped_share: Stop when a larger share of the steps (of 100 or more) was not.
+        max_failures: Times Ray restarts the workers after one died.
+    """
+
+    encoder: str | None = None
+    source: str | None = None
+    pieces: Literal["sentences", "affirmed", "statements"] = "sentences"
+    num_subcaptions: int = 8
+    max_merged: int = 3
+    contig_off_by_one: bool = False
+    val_fraction: float = 0.1
+    batch_size: int = 64
+    accumulate: int = 1
+    max_regions: int | None = 24
+    epochs: int = 50
+    lr: float = 1e-4
+    min_lr: float = 5e-6
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    min_workers: int | None = None
+    max_workers: int | None = None
+    cpus_per_worker: int | None = None
+    cache_mb: int = 2048
+    log_every: int = 10
+    save_every: int = 200
+    val_every: int = 1
+    max_skipped_in_row: int = 10
+    max_skipped_share: float = 0.1
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        self._check_positive(
+            "num_subcaptions", "max_merged", "epochs", "batch_size", "accumulate", "max_regions",
+            "min_workers", "max_workers", "cpus_per_worker", "log_every", "save_every",
+            "val_every", "max_skipped_in_row",
+        )  # fmt: skip
+        self._check_within(
+            val_fraction=0.9, warmup=1.0, lr=math.inf, min_lr=math.inf, weight_decay=math.inf,
+            clip=math.inf, max_skipped_share=1.0, cache_mb=math.inf, max_failures=math.inf,
+        )  # fmt: skip
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be cut into {self.accumulate} micro-batches "
+                "of equal size.",
+                hint="Make batch_size a multiple of accumulate.",
+            )
+        if self.min_workers and self.max_workers and self.min_workers > self.max_workers:
+            raise ConfigError(
+                f"min_workers {self.min_workers} is more than max_workers {self.max_workers}.",
+                hint="Give --min-workers a number up to --max-workers.",
+            )
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}.", hint="It must be 1 or more.")
+
+    def _check_within(self, **highest: float) -> None:
+        for name, high in highest.items():
+            value = getattr(self, name)
+            if not 0 <= value <= high:
+                raise ConfigError(f"{name} is {value}.", hint=f"It must be 0 to {high:g}.")
+
+    def sampling(self) -> Sampling:
+        """Returns what is drawn from each slide."""
+        return Sampling(
+            seed=self.seed,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            num_subcaptions=self.num_subcaptions,
+            max_regions=self.max_regions,
+            max_merged=self.max_merged,
+            statements=self.pieces == "statements",
+            contig_off_by_one=self.contig_off_by_one,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """Settings of ``pathflip pretrain``; a preset fills in model and training.
+
+    Attributes:
+        preset: The preset these settings started from, for the record.
+        model: The model, see :class:`pathflip.models.PathFLIPConfig`.
+        steps: Optimisation steps; over epochs where given.
+        best: What decides which weights are exported: mean of R@1/5/10 both ways on the
+            validation slides (``recall``), their loss (``loss``), or the last (``last``).
+    """
+
+    preset: str = DEFAULT_PRESET
+    model: PathFLIPConfig = field(default_factory=PathFLIPConfig)
+    steps: int | None = None
+    best: Literal["recall", "loss", "last"] = "recall"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("steps")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Returns how many optimisation steps the run has."""
+        return self.steps or self.epochs * steps_per_epoch
+
+    def metric(self, val: Mapping[str, Any]) -> float | None:
+        """Returns what the best checkpoint has most of, from a validation."""
+        if self.best == "last":
+            return None
+        value = val["mean_recall"] if self.best == "recall" else val["loss"]
+        if value is None:
+            return None
+        return float(value) if self.best == "recall" else -float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(TrainConfig):
+    """Settings of ``pathflip tune``; a preset fills them in.
+
+    Attributes:
+        preset: The preset these settings started from, for the record.
+        run: The pretraining run whose model sees the slides.
+        llm: The language model: a folder, or ``owner/name`` on the hub.
+        instruct: The instruction model, see :class:`pathflip.models.InstructConfig`.
+        projector_epochs: Passes of the first stage, in which the projector alone trains, on
+            captions; 0 for a single stage. The second stage has ``epochs``, ``lr``,
+            ``weight_decay``.
+        projector_lr: Peak learning rate of the first stage, which has no weight decay.
+        projector_rate: Learning rate of the projector in the second stage, times ``lr``.
+        vision_rate: That of the slide model.
+        examples_per_slide: Most examples (caption, questions) of a slide in an epoch.
+        caption_share: How often a slide that has questions, too, shows its caption.
+        open_share: How often a question with options is asked without them.
+        captions: How captions are written: ``whole``, as they are; ``shuffled``, their sentences in
+            a random order, for reports whose order means nothing; ``affirmed``, what they affirm,
+            in the order of the alphabet.
+        align: Weight of the vision model's own losses, which train along in the second stage.
+        best: What decides which weights are exported: the loss of the answers about the
+            validation slides (``loss``), or the last (``last``).
+    """
+
+    preset: str = DEFAULT_TUNE_PRESET
+    run: str = ""
+    llm: str = ""
+    instruct: InstructConfig = field(default_factory=InstructConfig)
+    batch_size: int = 16
+    projector_epochs: int = 5
+    projector_lr: float = 1e-3
+    projector_rate: float = 1.0
+    vision_rate: float = 1.0
+    epochs: int = 2
+    examples_per_slide: int = 4
+    caption_share: float = 0.5
+    open_share: float = 0.25
+    captions: Literal["whole", "shuffled", "affirmed"] = "whole"
+    align: float = 0.0
+    best: Literal["loss", "last"] = "loss"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("examples_per_slide")
+        self._check_within(
+            projector_epochs=math.inf, projector_lr=math.inf, projector_rate=math.inf,
+            vision_rate=math.inf, caption_share=1.0, open_share=1.0, align=math.inf,
+        )  # fmt: skip
+        if self.align and not self.instruct.train_vision:
+            raise ConfigError(
+                f"align is {self.align}, and the vision model does not train.",
+                hint="Leave instruct.train_vision on, or align at 0.",
+            )
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Returns how many optimisation steps the run has, both stages together."""
+        return (self.projector_epochs + self.epochs) * steps_per_epoch
+
+    def sampling(self) -> Sampling:
+        """Returns what is drawn from each slide: sub-captions only where they are used."""
+        return replace(
+            super().sampling(),
+            num_subcaptions=self.num_subcaptions if self.align else 0,
+            examples=Examples(
+                most=self.examples_per_slide,
+                caption_share=self.caption_share,
+                open_share=self.open_share,
+                caption_epochs=self.projector_epochs,
+                captions=self.captions,
+                letters=self.instruct.choice_answer == "letter",
+            ),
+        )
+
+    def metric(self, val: Mapping[str, Any]) -> float | None:
+        """Returns what the best checkpoint has most of, from a validation."""
+        value = None if self.best == "last" else val["loss_answer"]
+        return None if value is None else -float(value)
+
+
+AnyConfig = PretrainConfig | TuneConfig
+
+
+def resolve(
+    preset_name: str | None = None,
+    *,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> PretrainConfig:
+    """Returns the settings of a preset with a file, ``key=value`` overrides and flags over it.
+
+    Args:
+        preset_name: The preset; without it the one the overrides or the file name, else
+            ``pathflip/paper``.
+        file: YAML file of settings.
+        overrides: ``key=value``; the model's are ``model.key=value``.
+        given: Values that win over everything.
+
+    Raises:
+        ConfigError: Unknown preset or setting, or a value that cannot be.
+    """
+    trains = {name: {**own.train, "model": asdict(own.model)} for name, own in PRESETS.items()}
+    return _resolve(PretrainConfig, trains, DEFAULT_PRESET, preset_name, file, overrides, given)
+
+
+def resolve_tuning(
+    preset_name: str | None = None,
+    *,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> TuneConfig:
+    """Returns the settings of a tuning; see :func:`resolve`.
+
+    Folders are made absolute; what is no folder here is a name on the hub.
+    """
+    made = _resolve(
+        TuneConfig, TUNE_PRESETS, DEFAULT_TUNE_PRESET, preset_name, file, overrides, given
+    )
+    for name, what in (("run", "The run of pathflip pretrain"), ("llm", "The language model")):
+        if not getattr(made, name):
+            raise ConfigError(f"{what} is not named.", hint=f"Give --{name}.")
+    run = str(Path(made.run).expanduser().absolute())
+    folder = Path(made.llm).expanduser()
+    return replace(made, run=run, llm=str(folder.absolute()) if folder.is_dir() else made.llm)
+
+
+C = TypeVar("C", PretrainConfig, TuneConfig)
+
+
+def _resolve(
+    kind: type[C],
+    presets: Mapping[str, Mapping[str, Any]],
+    default: str,
+    preset_name: str | None,
+    file: str | Path | None,
+    overrides: Sequence[str],
+    given: Mapping[str, Any] | None,
+) -> C:
+    from_file: dict[str, Any] = {}
+    if file is not None:
+        load_config(kind, file=file)  # what is wrong in it is told with its name
+        from_file = yaml.safe_load(Path(file).read_text())
+    named = [text.partition("=")[2].strip() for text in overrides if text.startswith("preset=")]
+    name: str = preset_name or (named[-1] if named else from_file.get("preset")) or default
+    if name not in presets:
+        raise ConfigError(
+            f"There is no preset {name!r}.", hint=f"Known: {', '.join(sorted(presets))}."
+        )
+    layers = [*_flat(presets[name]), *_flat(from_file), *overrides]
+    return load_config(kind, overrides=layers, given={**(given or {}), "preset": name})
+
+
+def as_overrides(file: str | Path) -> list[str]:
+    """Returns a file's settings as ``key=value``.
+
+    Raises:
+        ConfigError: The file or a setting in it is wrong.
+    """
+    load_config(PretrainConfig, file=file)
+    return list(_flat(yaml.safe_load(Path(file).read_text())))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={json.dumps(value)}"
+
+
+def save_settings(config: TrainConfig) -> str:
+    """Returns the settings as YAML."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
+
+
+def read_settings(run: Path) -> AnyConfig:
+    """Reads the settings of a run, of either kind.
+
+    Raises:
+        CheckpointError: If they are missing or not those of this version.
+    """
+    path = run / "config.yaml"
+    if not path.exists():
+        raise CheckpointError(f"There is no run at {run}.", code="missing")
+    try:
+        content = yaml.safe_load(path.read_text())
+        if isinstance(content, dict) and "instruct" in content:
+            return load_config(TuneConfig, file=path)
+        return load_config(PretrainConfig, file=path)
+    except (ConfigError, yaml.YAMLError) as error:
+        what = error.message if isinstance(error, ConfigError) else str(error)
+        raise CheckpointError(
+            f"The settings of the run cannot be used: {what}",
+            hint="Begin again in another run folder.",
+            code="damaged",
+        ) from error
+
+
+def load_settings(run: Path) -> PretrainConfig:
+    """Reads the settings of a pretraining run.
+
+    Raises:
+        CheckpointError: If they are missing, not those of this version, or of a tuning.
+    """
+    made = read_settings(run)
+    if not isinstance(made, PretrainConfig):
+        raise CheckpointError(
+            f"{run} is a run of pathflip tune.",
+            hint=f"Name the run of pathflip pretrain it began with: {made.run}.",
+            code="other_kind",
+        )
+    return made
+
+
+def differing(made: TrainConfig, asked: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Returns (key, value made with, value asked for) of settings that would change the result."""
+    mine, theirs = (dict(_leaves(asdict(config))) for config in (made, asked))
+    return [
+        (key, mine.get(key), theirs.get(key))
+        for key in dict.fromkeys([*mine, *theirs])
+        if key not in MAY_CHANGE and mine.get(key) != theirs.get(key)
+    ]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def learning_rate(step: int, *, steps: int, peak: float, floor: float, warmup: float) -> float:
+    """Returns the learning rate of a step (from 0): linear to the peak, then cosine to the floor.
+
+    Args:
+        step: The step.
+        steps: All steps.
+        peak: Rate at the end of the warm-up.
+        floor: Rate of the last step.
+        warmup: Share of the steps that warm up.
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    share = (step - rising) / max(1, steps - 1 - rising)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, rates: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Returns the parameters that train in groups: matrices decay, all else does not.
+
+    Not decayed are biases, norms, scales and the bias of the sigmoid loss (vectors and scalars),
+    and the query tokens.
+
+    Args:
+        model: The model.
+        weight_decay: Of the matrices.
+        rates: Learning rates of parts of the model, by their name in it, as a multiple of that of
+            the rest; each group has its own as ``rate``.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tokens = "query_tokens" in name or "queries" in name or "latent" in name
+            plain = parameter.ndim < 2 or tokens
+            rate = (rates or {}).get(name.partition(".")[0], 1.0)
+            group = groups.setdefault(
+                (rate, plain),
+                {"params": [], "weight_decay": 0.0 if plain else weight_decay, "rate": rate},
+            )
+            group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]

@@ -1,0 +1,130 @@
+"""The model cards of runs: what they are, what they saw, what they score, what they are not for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pathflip.training.config import AnyConfig, PretrainConfig, TuneConfig, save_settings
+from pathflip.training.dataset import Corpus
+
+
+def model_card(name: str, config: PretrainConfig, corpus: Corpus, result: dict[str, Any]) -> str:
+    """Returns the model card: what it is, what it saw, what it scores, what it is not for."""
+    val = result["val"]
+
+    def row(what: str, cells: Callable[[str], str]) -> str:
+        return f"| {what} | {' | '.join(cells(k) for k in ('r@1', 'r@5', 'r@10'))} |"
+
+    lines = [
+        "---", "library_name: pathflip", "tags: [pathology, whole-slide-image, contrastive]",
+        "---", "",
+        f"# {name}", "",
+        f"A slide and text encoder trained with pathflip, preset `{config.preset}`: slides and "
+        "captions in one space, slides searchable and groundable by text.", "",
+        "```python", "from pathflip.models import PathFLIP",
+        'model = PathFLIP.from_pretrained("<this folder>")', "```", "",
+        *_data(corpus, "without a caption"),
+        "## Results", "",
+    ]  # fmt: skip
+    if val:
+        lines += [
+            f"Validation retrieval, {val['n']} slides, protocol {val['protocol']}, step "
+            f"{result['best_step']:,} of {result['steps']:,}:", "",
+            "| | R@1 | R@5 | R@10 |", "|---|---|---|---|",
+            row("slide to caption", lambda k: f"{val['itr'][k]:.3f}"),
+            row("caption to slide", lambda k: f"{val['tir'][k]:.3f}"),
+            row("chance", lambda k: f"{val['chance'][k]:.3f}"), "",
+            "These slides chose the weights: measure on others before quoting a figure.",
+        ]  # fmt: skip
+    else:
+        lines += ["No slide was held out to validate; the last weights were exported."]
+    lines += [
+        "", *_training(config, result),
+        "* Contrastive text encoders hardly read negation: \"no necrosis\" is close to "
+        "\"necrosis\".",
+        "* Whatever the captions share with the slides besides the findings (site, stain) can be "
+        "learned as well.",
+        "* Features, weights and captions carry the licences of the encoder and the data.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def tuned_card(name: str, config: TuneConfig, corpus: Corpus, result: dict[str, Any]) -> str:
+    """Returns the model card of a tuned run."""
+    counts, about, val = corpus.counts(), corpus.about, result["val"]
+    trained = ["the projector"]
+    if config.instruct.llm_tuning != "freeze":
+        adapted = config.instruct.llm_tuning == "lora"
+        trained.append("a LoRA adapter" if adapted else "the language model")
+    if config.instruct.train_vision:
+        trained.append("the slide model")
+    lines = [
+        "---", "library_name: pathflip", "tags: [pathology, whole-slide-image, captioning, vqa]",
+        "---", "",
+        f"# {name}", "",
+        f"Answers about slides: the slide model of `{about['vision']['name']}` and the language "
+        f"model `{Path(about['base']['name']).name}`, tuned with pathflip, preset "
+        f"`{config.preset}`. What trained: {', '.join(trained)}.", "",
+        "`model/` holds what was tuned; `llm/` the language model as it is served, adapter folded "
+        "in.", "",
+        *_data(corpus, "without a text"),
+        f"Of these, {counts['train_captions']:,} training slides have a caption; "
+        f"{counts['train_questions']:,} questions are about them. Validation: "
+        f"{counts['val_captions']:,} and {counts['val_questions']:,}.", "",
+        "## Results", "",
+    ]  # fmt: skip
+    if val:
+        lines += [
+            f"Mean cross-entropy of the answers' tokens on {val['n']} validation slides, step "
+            f"{result['best_step']:,} of {result['steps']:,}: "
+            f"{_number(val['loss_answer'])}. These slides chose the weights: measure on others "
+            "(pathflip evaluate vqa, caption) before quoting a figure.",
+        ]  # fmt: skip
+    else:
+        lines += ["No slide was held out to validate; the last weights were exported."]
+    lines += [
+        "", *_training(config, result),
+        "* What it says is generated text: it can be wrong, and sound sure of it.",
+        "* It may answer from the question alone; evaluation says how far it looks at the slide "
+        "(accuracy with slides exchanged, majority baseline).",
+        "* Features, weights and texts carry the licences of the encoder, the language model and "
+        "the data.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _data(corpus: Corpus, without: str) -> list[str]:
+    counts, about = corpus.counts(), corpus.about
+    tiling, encoder, left_out = about["tiling"], about["encoder"], about["left_out"]
+    return [
+        "## Data", "",
+        f"* {counts['train_slides']:,} training slides of {counts['train_patients']:,} patients "
+        f"({counts['train_regions']:,} regions), {counts['val_slides']:,} validation slides of "
+        f"{counts['val_patients']:,} patients; no patient is in both.",
+        f"* Left out: {left_out['test']:,} test slides, {left_out['without_caption']:,} slides "
+        f"{without}.",
+        f"* Patch features: `{encoder['name']}` revision {encoder['revision']}, {encoder['dim']} "
+        f"wide. Regions of {tiling['region_um']:g} µm, patches of {tiling['patch_um']:g} µm at "
+        f"{tiling['mpp']:g} µm per pixel. The model is of no use with other features or another "
+        "tiling.", "",
+    ]  # fmt: skip
+
+
+def _training(config: AnyConfig, result: dict[str, Any]) -> list[str]:
+    return [
+        f"Training loss at the end {_number(result['loss'])}, {result['skipped']} steps skipped, "
+        f"{result['seconds']:,.0f} s.", "",
+        "## Settings", "", "```yaml", save_settings(config).rstrip(), "```", "",
+        "## Limits", "",
+        "* For research. Not a medical device; not validated for diagnosis.",
+        "* It knows the scanners, stains, organs and wording of its training slides; expect less "
+        "elsewhere.",
+    ]  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,434 @@
+"""The folder of a run: how it begins, what is logged in it, how it ends.
+
+``prepare`` writes settings, the list of slides and the slide model to start from; ``RunLog`` is
+what rank 0 writes while training; ``finish`` exports the best weights with their model card.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from pathflip.archive.storage import normalise
+from pathflip.checkpoints import (
+    Checkpoint,
+    best_checkpoint,
+    latest_checkpoint,
+    remove_folder,
+    verify_whole,
+    write_file,
+    write_whole,
+)
+from pathflip.errors import ArchiveError, CheckpointError, ConfigError, PathFLIPError, TrainingError
+from pathflip.training.config import AnyConfig, TuneConfig, differing, read_settings, save_settings
+from pathflip.training.dataset import Corpus, steps_per_epoch
+from pathflip.training.objective import task_of
+
+STOPPED, PROGRESS = ".stopped.json", ".progress.json"
+WRITER_WAIT_S = 60.0
+"""How long to wait for a rank 0 of the attempt before, which Ray or the kernel is ending."""
+
+
+# -- beginning ------------------------------------------------------------------------------------
+
+
+def prepare(archive: str, run: str | Path, config: AnyConfig) -> Corpus:
+    """Make the run folder, or check that it is of the same run.
+
+    Everything that cannot work is refused here, before any worker starts.
+
+    Args:
+        archive: The archive's URI.
+        run: The run folder.
+        config: The settings.
+
+    Returns:
+        The slides of the run.
+
+    Raises:
+        ConfigError: The folder holds a run with other settings (the first differing one is named)
+            or other files, or the slides do not suit the settings.
+        ArchiveError, EncoderError, CheckpointError: The archive or a model cannot be used.
+    """
+    run = Path(run).absolute()
+    task = task_of(config)
+    if (run / "config.yaml").exists():
+        corpus = _same_run(archive, run, config)
+        if finished(run) is None:
+            task.check(corpus)
+            if not (run / "init").exists():  # its model was lost
+                again = task_of(read_settings(run)).begin(corpus)
+                write_whole(run / "init", lambda part: again.save_pretrained(str(part)))
+        return corpus
+    if run.is_dir() and (
+        alien := [
+            p.name
+            for p in run.iterdir()
+            if p.name not in _OWN and not (p.name.startswith(".") and p.name.endswith(".partial"))
+        ]
+    ):
+        raise ConfigError(
+            f"{run} is not a run and not empty (it holds {sorted(alien)[0]}).",
+            hint="Give a new or empty folder.",
+            code="not_empty",
+        )
+    corpus = task.corpus(archive)
+    config = task.fitted(corpus)
+    steps_per_epoch(corpus, config.batch_size)  # enough slides for a batch
+    model = task_of(config).begin(corpus)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        corpus.save(run / ".data.parquet.partial")
+        (run / ".data.parquet.partial").replace(run / "data.parquet")
+        write_whole(run / "init", lambda part: model.save_pretrained(str(part)))
+        write_file(run / "versions.json", json.dumps(versions(), indent=1))
+        write_file(run / "config.yaml", save_settings(config))  # last: now it is a run
+    except OSError as error:
+        raise ConfigError(
+            f"The run {run} cannot be written: {error.strerror}.",
+            hint="Check permissions and space, or give another folder.",
+            code="not_permitted",
+        ) from error
+    return corpus
+
+
+_OWN = ("init", "data.parquet", "versions.json", ".lock", ".writer", ".data.parquet.partial",
+        ".init.partial")  # fmt: skip
+"""What a preparation that was killed may have left."""
+
+
+def _same_run(archive: str, run: Path, config: AnyConfig) -> Corpus:
+    made, corpus = read_settings(run), Corpus.load(run / "data.parquet")
+    if type(made) is not type(config):
+        kind = "tune" if isinstance(made, TuneConfig) else "pretrain"
+        raise ConfigError(
+            f"{run} is a run of pathflip {kind}.",
+            hint="Give another run folder.",
+            code="other_settings",
+        )
+    if differ := differing(made, task_of(config).fitted(corpus)):
+        key, old, new = differ[0]
+        more = "" if len(differ) == 1 else f" ({len(differ) - 1} more differ)"
+        raise ConfigError(
+            f"{run} was begun with {key}={json.dumps(old)}; this asks for {key}={json.dumps(new)}"
+            f"{more}.",
+            hint="Repeat the settings of the run (its config.yaml), or give another run folder.",
+            code="other_settings",
+        )
+    if corpus.about["archive"] != normalise(archive):
+        raise ConfigError(
+            f"{run} was begun with --archive {corpus.about['archive']}; this asks for {archive}.",
+            hint="Name the same archive, or give another run folder.",
+            code="other_settings",
+        )
+    return corpus
+
+
+def versions() -> dict[str, Any]:
+    """Returns what the run was made with: package versions and the git revision, where known."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, Any] = {"python": sys.version.split()[0]}
+    for name in (
+        "pathflip", "torch", "ray", "transformers", "peft", "tokenizers", "pylance", "numpy",
+    ):  # fmt: skip
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    here = Path(__file__).resolve().parents[2]
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+        found["git"] = revision.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        found["git"] = None
+    return found
+
+
+@contextmanager
+def opened(run: Path) -> Iterator[None]:
+    """Hold a run folder, made if need be, for one driver; one made in vain is removed again."""
+    new = not run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = Lock(run / ".lock")
+        lock.__enter__()
+    except OSError as error:
+        raise ConfigError(
+            f"The run {run} cannot be written: {error.strerror}.",
+            hint="Give a folder of yours for the run.",
+            code="not_permitted",
+        ) from error
+    try:
+        yield
+    except PathFLIPError:
+        if new and [path.name for path in run.iterdir()] == [".lock"]:
+            shutil.rmtree(run)
+        raise
+    finally:
+        lock.__exit__(None, None, None)
+
+
+class Lock:
+    """Exclusive right to a run, or to be its rank 0; the kernel frees it when the process dies.
+
+    Args:
+        path: The lock's file.
+        wait_s: How long to wait for another holder to go.
+    """
+
+    def __init__(self, path: Path, *, wait_s: float = 0.0) -> None:
+        self._path, self._wait_s = path, wait_s
+
+    def __enter__(self) -> Lock:
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    os.close(self._handle)
+                    raise TrainingError(
+                        f"Another process is training the run {self._path.parent}.",
+                        hint="Wait for it to finish, or stop it; the lock goes with the process.",
+                        code="locked",
+                    ) from None
+                time.sleep(0.1)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._handle)
+
+
+# -- while it trains ------------------------------------------------------------------------------
+
+
+class RunLog:
+    """metrics.jsonl and TensorBoard, written by the one rank 0 there is.
+
+    Args:
+        run: The run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._lock = Lock(run / ".writer", wait_s=WRITER_WAIT_S)
+
+    def __enter__(self) -> RunLog:
+        self._lock.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if hasattr(self, "_lines"):
+            self._lines.close()
+            self._board.close()
+        self._lock.__exit__(None, None, None)
+
+    def begin(self, step: int, *, pids: list[int]) -> None:
+        """Open the logs at a step: what an attempt that died logged beyond it is removed.
+
+        Args:
+            step: The step training goes on from.
+            pids: Process ids of the ranks, noted in attempt.json with the step.
+        """
+        from tensorboardX import SummaryWriter
+
+        path = self._run / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_metrics(self._run) if line["step"] <= step]
+            write_file(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(self._run / "tensorboard"), purge_step=step + 1, flush_secs=10
+        )
+        started = {"workers": len(pids), "pids": pids, "from_step": step}
+        write_file(self._run / "attempt.json", json.dumps(started))
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Log a step."""
+        self._write(line, {key: line[key] for key in line if key not in ("step", "epoch", "stage")})
+
+    def validation(self, line: dict[str, Any]) -> None:
+        """Log a validation."""
+        val = line["val"]
+        nested = {
+            f"val/{way}_{name}": value
+            for way in ("itr", "tir")
+            for name, value in val.get(way, {}).items()
+        }
+        plain = {f"val/{key}": value for key, value in val.items() if isinstance(value, float)}
+        self._write(line, nested | plain)
+
+    def _write(self, line: dict[str, Any], scalars: dict[str, Any]) -> None:
+        self._lines.write(f"{json.dumps(line)}\n")
+        self._lines.flush()
+        for name, value in scalars.items():
+            if value is not None:
+                self._board.add_scalar(
+                    name if "/" in name else f"train/{name}", value, line["step"]
+                )
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl; one that a dying process cut short is left out."""
+    path = Path(run) / "metrics.jsonl"
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
+def checkpoint_at(run: Path, step: int) -> Checkpoint:
+    """Returns the checkpoint of a step, verified.
+
+    Raises:
+        CheckpointError: If this machine does not see it.
+    """
+    path = run / "checkpoints" / f"step-{step:08d}"
+    note = verify_whole(path)
+    return Checkpoint(path=path, step=step, metric=note.get("metric"))
+
+
+def stop(run: Path, error: PathFLIPError) -> None:
+    """Note an error that a restart would only meet again."""
+    note = {"kind": type(error).__name__, "message": error.message, "hint": error.hint,
+            "code": error.code}  # fmt: skip
+    write_file(run / STOPPED, json.dumps(note))
+
+
+def stopped(run: Path) -> PathFLIPError | None:
+    """Returns the error that :func:`stop` noted."""
+    from pathflip import errors
+
+    try:
+        note = json.loads((run / STOPPED).read_bytes())
+    except FileNotFoundError:
+        return None
+    kind: type[PathFLIPError] = getattr(errors, note["kind"])
+    return kind(note["message"], hint=note["hint"], code=note["code"])
+
+
+def may_pass(error: PathFLIPError) -> bool:
+    """Says whether an error may be gone when the workers start again: storage that hiccups."""
+    return isinstance(error, ArchiveError) and error.code != "damaged"
+
+
+# -- the end --------------------------------------------------------------------------------------
+
+
+def finished(run: str | Path) -> dict[str, Any] | None:
+    """Returns the result of a run whose model is there and intact; None if it is not finished."""
+    run = Path(run)
+    try:
+        result: dict[str, Any] = json.loads((run / "result.json").read_bytes())
+        for folder in task_of(read_settings(run)).exports:
+            verify_whole(run / folder)
+    except (FileNotFoundError, CheckpointError):
+        return None
+    return result
+
+
+def finish(run: str | Path, corpus: Corpus) -> dict[str, Any]:
+    """Export the best weights and write the model card and result.json.
+
+    Raises:
+        TrainingError: If training has not reached its last step.
+    """
+    run = Path(run).absolute()
+    config = read_settings(run)
+    last = latest_checkpoint(run / "checkpoints")
+    best = best_checkpoint(run / "checkpoints")
+    steps = config.total_steps(steps_per_epoch(corpus, config.batch_size))
+    if last is None or best is None or last.step < steps:
+        raise TrainingError(
+            f"The training of {run} ended at step {last.step if last else 0:,} of {steps:,}.",
+            hint="The same command goes on from there.",
+            code="unfinished",
+        )
+    state = last.state()
+    recent = state["recent"]
+    val = best.state()["val"] if best.metric is not None else state["val"]
+    result = {
+        "run": str(run),
+        "steps": last.step,
+        "loss": sum(recent) / len(recent) if recent else None,
+        "val": val,
+        "seconds": round(state["seconds"], 3),
+        "best_step": best.step,
+        "skipped": state["skipped"],
+    }
+    card = task_of(config).export(run, corpus, best, result)
+    write_file(run / "README.md", card)
+    write_file(run / "result.json", json.dumps(result, indent=1))
+    return result
+
+
+def clear(run: Path) -> None:
+    """Remove what only an unfinished run needs besides its checkpoints."""
+    if (run / "init").exists():
+        remove_folder(run / "init")
+    shutil.rmtree(run / ".ray", ignore_errors=True)
+    for name in (STOPPED, PROGRESS):
+        (run / name).unlink(missing_ok=True)
+
+
+def model_tensors(
+    model: torch.nn.Module, names: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Returns parameters and buffers of a model by name, shared ones once.
+
+    Args:
+        model: The model.
+        names: Of these only.
+
+    Raises:
+        TrainingError: If one of them is not finite: such weights are never written.
+    """
+    named: dict[str, torch.Tensor] = dict(model.named_parameters())
+    persistent = model.state_dict()
+    named |= {name: value for name, value in model.named_buffers() if name in persistent}
+    if names is not None:
+        named = {name: named[name] for name in names}
+    for name, value in named.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise TrainingError(
+                f"The weights {name} are not finite; the checkpoint was not written.",
+                hint="Train with a lower lr in a new run folder; the last checkpoint is intact.",
+                code="not_finite",
+            )
+    return {name: value.detach() for name, value in named.items()}
+
+
+@torch.no_grad()
+def load_tensors(
+    model: torch.nn.Module,
+    tensors: dict[str, torch.Tensor],
+    names: Collection[str] | None = None,
+) -> None:
+    """Put the tensors of :func:`model_tensors` into a model of the same shape."""
+    for name, value in model_tensors(model, names).items():
+        value.copy_(tensors[name])

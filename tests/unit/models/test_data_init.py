@@ -1,0 +1,107 @@
+"""What a start from data promises: centred vectors, queries on prototypes, nothing at random."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pathflip.models import PathFLIP
+from pathflip.models.data_init import warm_start
+
+SENTENCES = ["Necrosis is present.", "Mucin pools are seen.", "Sections show colonic mucosa."]
+TISSUES = 6
+
+
+def cohort(*, slides: int = 12, regions: int = 4, patches: int = 16, dim: int = 10) -> Any:
+    """Patches of a few tissues, told apart by the first features: slides, mask, tissue of each."""
+    draw = torch.Generator().manual_seed(0)
+    tissue = torch.randint(TISSUES, (slides, regions, patches), generator=draw)
+    features = torch.randn(slides, regions, patches, dim, generator=draw)
+    features[..., :TISSUES] += 8 * torch.nn.functional.one_hot(tissue, TISSUES)
+    mask = torch.rand(slides, regions, patches, generator=draw) < 0.9
+    return (features * mask[..., None]).half(), mask, tissue
+
+
+def build(**settings: Any) -> PathFLIP:
+    torch.manual_seed(0)
+    return PathFLIP.from_preset(
+        "pathflip/mini", feature_dim=10, texts=SENTENCES, **({"num_queries": 4} | settings)
+    )
+
+
+def test_vectors_of_regions_slides_and_sentences_average_to_zero() -> None:
+    features, mask, _ = cohort()
+    model = build()
+    before = model.encode_slide(features.float(), mask).tokens
+    assert before.mean(0).mean(0).norm() > 0.1 * before.norm(dim=-1).mean()
+    warm_start(model, features, mask, SENTENCES, seed=0)
+    seen = model.see(features.float(), mask, regions=True)
+    assert seen.tokens is not None
+    torch.testing.assert_close(seen.tokens.mean((0, 1)), torch.zeros(4, 128), atol=2e-5, rtol=0)
+    torch.testing.assert_close(seen.slide.mean(0), torch.zeros(128), atol=2e-5, rtol=0)
+    texts = model.encode_text(SENTENCES, normalize=False)
+    torch.testing.assert_close(texts.mean(0), torch.zeros(128), atol=2e-5, rtol=0)
+
+
+def test_a_sharp_query_attends_to_one_tissue() -> None:
+    features, mask, tissue = cohort()
+    model = build(num_queries=8, heads=1)
+    warm_start(model, features, mask, SENTENCES, seed=0)
+    model.eval()
+    seen = model.see(features.float(), mask, regions=True, attention=True)
+    assert seen.attention is not None
+    spread = []
+    for query in (0, 7):  # the flattest and the sharpest
+        share = torch.zeros(TISSUES)
+        share.index_add_(0, tissue[mask], seen.attention.detach()[:, :, query][mask])
+        spread.append(float((share / share.sum()).max()))
+    assert spread[1] > 0.6 > 1.5 * spread[0]
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    features, mask, _ = cohort()
+    prints = []
+    for seed in (0, 0, 1):
+        model = build()
+        warm_start(model, features, mask, SENTENCES, seed=seed)
+        prints.append(model.fingerprint())
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"region_encoder": "mean"},
+        {"slide_encoder": "region_mean"},
+        {"tr_attention": "none"},
+        {"global_only": True},
+        {"region_encoder": "none"},
+        {"region_tokens": "mean"},
+        {"num_queries": 40},  # more than a head is wide: prototypes do not fit
+    ],
+)
+def test_every_ablation_starts_and_trains(settings: dict[str, Any]) -> None:
+    features, mask, _ = cohort(slides=4)
+    model = build(**settings)
+    warm_start(model, features, mask, SENTENCES, seed=0)
+    model.train()
+    texts = [SENTENCES[i % 3] for i in range(4)]
+    loss = model(features.float(), mask, texts, [[text, text] for text in texts]).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_what_masked_slots_hold_does_not_matter() -> None:
+    features, mask, _ = cohort()
+    prints = []
+    for junk in (0.0, 7.0):
+        model = build()
+        filled = torch.where(mask[..., None], features, torch.tensor(junk).half())
+        warm_start(model, filled, mask, SENTENCES, seed=0)
+        prints.append(model.fingerprint())
+    assert prints[0] == prints[1]
