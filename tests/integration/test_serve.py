@@ -23,8 +23,8 @@ from serve.audit import verify
 from serve.proxy import SECRET
 from tests.faults import command_line, descendants, listening, resident_bytes
 from tests.serving import free_port
+from tests.unit.serve.service_fixture import SECRETS, TOKENS, World, bearer, make_world
 from tests.unit.serve.test_auth import BODIES, ROUTES
-from tests.unit.serve.world import SECRETS, TOKENS, World, bearer, make_world
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 

@@ -17,7 +17,7 @@ from serve.ingress import Parts, make_app
 from serve.limits import Limits
 from serve.proxy import Proofs
 from serve.search import Search
-from tests.unit.serve.world import World, bearer, make_world
+from tests.unit.serve.service_fixture import World, bearer, make_world
 
 Ask = Callable[..., httpx.Response]
 

@@ -9,7 +9,7 @@ import pytest
 from pathflip.errors import ConfigError
 from serve.auth import SCOPES, is_loopback, read_tokens
 from serve.proxy import ANSWERED_BY, ASKED_BY, Proofs
-from tests.unit.serve.world import TOKENS, bearer, write_tokens
+from tests.unit.serve.service_fixture import TOKENS, bearer, write_tokens
 
 ROUTES = {
     ("GET", "/readyz"): None,

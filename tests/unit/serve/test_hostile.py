@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.middleware import STATUS
+from tests.unit.serve.service_fixture import SECRETS, SLIDES, png, slide_id
 from tests.unit.serve.test_auth import BODIES, ROUTES
-from tests.unit.serve.world import SECRETS, SLIDES, png, slide_id
 
 opened: list[str] = []
 watching = threading.Event()

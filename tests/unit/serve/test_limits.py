@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serve.limits import Limits, Refused, read_body, read_image, strict_json
-from tests.unit.serve.world import bearer, png
+from tests.unit.serve.service_fixture import bearer, png
 
 PIXELS = 1 << 20
 

@@ -13,7 +13,7 @@ from pathflip.archive.search import search, stored_vector
 from pathflip.archive.textsearch import search_text
 from pathflip.evaluation.ground_slide import locate
 from pathflip.evaluation.zeroshot import classify
-from tests.unit.serve.world import REGIONS, SLIDES, pixels, png, rows_of, slide_id
+from tests.unit.serve.service_fixture import REGIONS, SLIDES, pixels, png, rows_of, slide_id
 
 
 def test_slides_by_pages(ask, world):
@@ -190,7 +190,7 @@ def test_the_official_client_reads_embeddings_and_models(serving, world, loop):
     import openai
 
     app = serving().app
-    from tests.unit.serve.world import TOKENS
+    from tests.unit.serve.service_fixture import TOKENS
 
     async def use() -> None:
         transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
