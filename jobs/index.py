@@ -26,9 +26,9 @@ import pyarrow as pa
 from jobs.ingest.embed import fixed, from_ipc
 from jobs.ingest.ledger import duration
 from pathflip.archive import Archive
-from pathflip.archive.attach import check_fits, ensure_model, indexed_slides
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
+from pathflip.archive.model_vectors import check_fits, ensure_model, indexed_slides
 from pathflip.errors import (
     ArchiveError,
     CheckpointError,

@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from pathflip.archive import schema
-from pathflip.archive.attach import Caption, write_captions
-from pathflip.archive.commit import Committer, create_archive, write_fragment
+from pathflip.archive.captions import Caption, write_captions
+from pathflip.archive.commit import Committer
+from pathflip.archive.create import create_archive
+from pathflip.archive.fragments import write_fragment
 
 TILING = {
     "region_um": 256.0,

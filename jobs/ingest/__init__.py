@@ -32,7 +32,8 @@ from jobs.ingest.config import IngestConfig as IngestConfig
 from jobs.ingest.embed import Embedder, Planner
 from jobs.ingest.ledger import IngestResult, Ledger, Progress
 from pathflip.archive import Archive
-from pathflip.archive.commit import Committer, create_archive
+from pathflip.archive.commit import Committer
+from pathflip.archive.create import create_archive
 from pathflip.encoders import EncoderInfo, encoder_info, load_encoder
 from pathflip.errors import ArchiveError, ConfigError, SlideError
 from pathflip.geometry import patch_rects

@@ -239,7 +239,7 @@ class Embedder:
         return row | out | {"record": json.dumps(record)}
 
     def _embed(self, row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-        from pathflip.archive.commit import write_fragment
+        from pathflip.archive.fragments import write_fragment
         from pathflip.archive.schema import region_id
 
         tiling = self._config.tiling

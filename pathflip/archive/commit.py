@@ -13,15 +13,11 @@ written are removed first, and row counts are checked after every commit.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +25,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pathflip.archive import CAPTIONS, READY, Archive, read_meta, slots_of
+from pathflip.archive.archive import READY, Archive
+from pathflip.archive.fragments import Shard, create_table, write_shard
+from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.schema import (
     CHECKSUM,
     SCHEMA_VERSION,
@@ -40,279 +38,26 @@ from pathflip.archive.schema import (
     features_table,
     files_schema,
     key_of,
-    meta_schema,
-    regions_schema,
     slides_schema,
 )
+from pathflip.archive.settings import CAPTIONS, meta_rows, read_meta
 from pathflip.archive.storage import (
+    SELF_DIGEST,
     data_paths,
     digest_file,
     guarded,
     is_local,
-    local_tables,
+    known_digests,
     normalise,
     open_table,
     rows_per_batch,
     sql_in,
-    table_uri,
 )
 from pathflip.errors import ArchiveError
 
 FEATURE_BYTES_PER_FRAGMENT = 64 << 20
-_SELF_DIGEST = "sha256:"  # prefix of config keys in ``files``: digests of its own data files
 _IDS_PER_STATEMENT = 500
 _SLIDE_COLUMNS = [name for name in slides_schema().names if name != CHECKSUM]
-
-
-class ArchiveLock:
-    """Exclusive right to write an archive, as a context manager.
-
-    For local paths it is ``flock`` on ``<archive>/.lock``, which the kernel frees when the process
-    dies however it dies; the file stays and holds pid, host and start of the last holder. It also
-    works between machines on NFSv4 and Lustre mounted with flock; on file systems without it, and
-    on object stores, where there is nothing to lock, the user has to start one job per archive at
-    a time: there the lock does nothing.
-
-    Raises:
-        ArchiveError: On entering, if another process holds it (``locked``) or the folder cannot be
-            written (``not_permitted``).
-    """
-
-    def __init__(self, uri: str | Path) -> None:
-        self.uri = normalise(uri)
-        self._handle: int | None = None
-
-    def __enter__(self) -> ArchiveLock:
-        if not is_local(self.uri):
-            return self
-        path = Path(self.uri, ".lock")
-        with guarded(self.uri, "lock the archive"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 1000, 0)
-            os.close(handle)
-            raise self._locked(holder) from None
-        note = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        with guarded(self.uri, "lock the archive"):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(note).encode(), 0)
-        self._handle = handle
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def _locked(self, holder: bytes) -> ArchiveError:
-        try:
-            note = json.loads(holder)
-            who = f"process {note['pid']} on {note['host']} since {note['started']}"
-        except (ValueError, KeyError, TypeError):
-            who = "another process"
-        return ArchiveError(
-            f"The archive {self.uri} is locked by {who}.",
-            hint="Wait for it to finish, or stop it; the lock goes with the process.",
-            code="locked",
-        )
-
-
-def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
-    """Creates an archive, or opens the one that is there if it was made with the same tiling.
-
-    The table ``meta`` is written last: an archive exists once it does.
-
-    Args:
-        uri: Path or URI.
-        tiling: All fields of the tiling (JSON values); region_um and patch_um give the slots.
-
-    Raises:
-        ArchiveError: If the archive there has another tiling (``settings``), is damaged or locked,
-            or the folder holds other files (``not_empty``).
-    """
-    from importlib.metadata import PackageNotFoundError, version
-
-    where = normalise(uri)
-    wanted = json.loads(json.dumps(dict(tiling)))
-    try:
-        return _with_tiling(Archive(where), wanted)
-    except ArchiveError as error:
-        # Without meta.lance, slides and regions are what a creation that was killed left.
-        unfinished = error.code == "damaged" and "meta" not in local_tables(where)
-        if error.code not in ("missing_archive", "missing_table") and not unfinished:
-            raise
-    if is_local(where) and Path(where).exists():
-        if not Path(where).is_dir():
-            raise ArchiveError(f"{where} is a file, not a folder.", code="not_empty")
-        names = [path.name for path in Path(where).iterdir()]
-        if alien := [n for n in names if not n.startswith(".") and not n.endswith(".lance")]:
-            raise _not_empty(where, alien[0])
-    try:
-        package = version("pathflip")
-    except PackageNotFoundError:
-        package = "unknown"
-    settings = {
-        "schema_version": SCHEMA_VERSION,
-        "tiling": wanted,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "package_version": package,
-    }
-    with ArchiveLock(where), guarded(where, "create the archive"):
-        # Another process may have created it while this one waited for its turn.
-        if not is_local(where) or "meta" not in local_tables(where):
-            noted = {key: json.dumps(value) for key, value in settings.items()}
-            create_table(where, "slides", slides_schema())
-            create_table(where, "regions", regions_schema(slots_of(wanted), noted))
-            create_table(where, "files", files_schema())
-            create_table(where, "meta", meta_schema(), meta_rows(settings))
-    with Committer(where):  # registers the first files
-        return _with_tiling(Archive(where), wanted)
-
-
-def _not_empty(uri: str, name: str) -> ArchiveError:
-    return ArchiveError(
-        f"{uri} is not an archive and not empty (it holds {name}).",
-        hint="Give a new or empty folder.",
-        code="not_empty",
-    )
-
-
-def _with_tiling(archive: Archive, wanted: Mapping[str, Any]) -> Archive:
-    made = archive.tiling()
-    if made != wanted:
-        other = ", ".join(
-            f"{key} {made.get(key)} instead of {wanted.get(key)}"
-            for key in sorted({*made, *wanted})
-            if made.get(key) != wanted.get(key)
-        )
-        raise ArchiveError(
-            f"The archive {archive.uri} was made with another tiling: {other}.",
-            hint="Use the archive's settings, or another archive.",
-            code="settings",
-        )
-    return archive
-
-
-def meta_rows(settings: Mapping[str, Any]) -> pa.Table:
-    """Returns rows of ``meta`` for settings (JSON values)."""
-    data = {
-        "key": list(settings),
-        "value": [json.dumps(value, sort_keys=True) for value in settings.values()],
-    }
-    return conform(pa.table(data), meta_schema())
-
-
-def create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None = None) -> None:
-    """Creates a table, empty or with its first rows; for a new archive and for repair."""
-    import lance
-
-    where = table_uri(uri, table)
-    mode = "create"
-    if is_local(uri) and table in local_tables(uri):
-        # A creation that was killed left it, empty; nothing refers to it yet.
-        if lance.dataset(where).count_rows():
-            raise _not_empty(uri, f"{table}.lance")
-        mode = "overwrite"
-    data = schema.empty_table() if rows is None else rows
-    lance.write_dataset(data, where, schema=schema, mode=mode)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Fragments of one table that lie in the archive but belong to no version yet.
-
-    Attributes:
-        table: The table.
-        rows: {slide_id: number of rows}.
-        files: {path relative to the archive: (sha256, bytes)}.
-        fragments: Lance's description of the fragments (JSON values).
-    """
-
-    table: str
-    rows: dict[str, int]
-    files: dict[str, tuple[str, int]]
-    fragments: list[dict[str, Any]] = field(repr=False)
-
-    def to_json(self) -> str:
-        """Returns the shard as one JSON line."""
-        return json.dumps(
-            {
-                "table": self.table,
-                "rows": self.rows,
-                "files": self.files,
-                "fragments": self.fragments,
-            }
-        )
-
-    @classmethod
-    def joined(cls, shards: Sequence[Shard]) -> Shard:
-        """Returns shards of one table as one, so that they become visible in one commit."""
-        rows: Counter[str] = Counter()
-        for shard in shards:
-            rows.update(shard.rows)
-        return cls(
-            table=shards[0].table,
-            rows=dict(rows),
-            files={path: digest for shard in shards for path, digest in shard.files.items()},
-            fragments=[item for shard in shards for item in shard.fragments],
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> Shard:
-        """Reads what :meth:`to_json` wrote."""
-        raw = json.loads(text)
-        files = {path: (sha256, size) for path, (sha256, size) in raw["files"].items()}
-        return cls(table=raw["table"], rows=raw["rows"], files=files, fragments=raw["fragments"])
-
-
-def write_fragment(uri: str | Path, table: str, data: pa.Table) -> str:
-    """Writes rows as immutable fragments of an existing table, invisible until committed.
-
-    For workers; safe to call from any number of processes at once.
-
-    Args:
-        uri: The archive.
-        table: The table, as from :func:`pathflip.archive.schema.features_table`.
-        data: Its columns (any order); ``checksum`` is computed here.
-
-    Returns:
-        A :class:`Shard` as JSON, to be handed to :meth:`Committer.commit`.
-
-    Raises:
-        ArchiveError: If the disk is full or the archive cannot be written.
-        ValueError: If the columns are not those of the table.
-    """
-    where = normalise(uri)
-    return _write_shard(where, table, data, open_table(where, table).schema).to_json()
-
-
-def _write_shard(uri: str, table: str, data: pa.Table, schema: pa.Schema) -> Shard:
-    from lance.fragment import write_fragments
-
-    rows = conform(data, schema)
-    with guarded(uri, f"write rows of table {table}"):
-        written = write_fragments(rows, table_uri(uri, table))
-        paths = [f"{table}.lance/data/{file.path}" for item in written for file in item.files]
-        files = {path: digest_file(uri, path) for path in paths}
-    owner = rows["slide_id"].to_pylist() if "slide_id" in rows.column_names else []
-    return Shard(
-        table=table,
-        rows=dict(Counter(owner)),
-        files=files,
-        fragments=[item.to_json() for item in written],
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -668,7 +413,7 @@ class Committer:
     def forget_files(self, paths: Collection[str]) -> None:
         """Drops the digests of files that no longer exist."""
         self._delete_from("files", "path", list(paths))
-        if own := [_SELF_DIGEST + path for path in paths if path.startswith("files.lance/")]:
+        if own := [SELF_DIGEST + path for path in paths if path.startswith("files.lance/")]:
             with guarded(self.uri, "drop digests"):
                 open_table(self.uri, "files").delete_config_keys(own)
 
@@ -693,7 +438,7 @@ class Committer:
         rows = rows.filter(pc.is_in(rows["slide_id"], pa.array(slides, pa.string())))
         if rows.num_rows == 0:
             return None
-        return _write_shard(self.uri, table, rows, self._archive.dataset(table).schema)
+        return write_shard(self.uri, table, rows, self._archive.dataset(table).schema)
 
     def _narrowed(self, shard: Shard, slides: Sequence[str]) -> Shard | None:
         """Returns a shard that holds rows of these slides only, rewritten if it must be."""
@@ -798,14 +543,14 @@ class Committer:
                 "bytes": pa.array([size for _, size in files.values()], pa.int64()),
             }
         )
-        shard = _write_shard(self.uri, "files", rows, files_schema())
+        shard = write_shard(self.uri, "files", rows, files_schema())
         self._append(shard)
         self._note_own_digests(shard.files)
 
     def _note_own_digests(self, files: Mapping[str, tuple[str, int]]) -> None:
         with guarded(self.uri, "write the digests"):
             dataset = open_table(self.uri, "files")
-            dataset.update_config({_SELF_DIGEST + path: d for path, (d, _) in files.items()})
+            dataset.update_config({SELF_DIGEST + path: d for path, (d, _) in files.items()})
 
     def _register_missing(self) -> None:
         known = known_digests(self.uri)
@@ -830,24 +575,6 @@ class Committer:
                 f"--archive {self.uri}",
                 code="commit",
             )
-
-
-def known_digests(uri: str) -> dict[str, tuple[str, int]]:
-    """Returns {path: (sha256, bytes)} of every data file that was digested; bytes -1 if unknown."""
-    dataset = open_table(uri, "files")
-    with guarded(uri, "read the table files", damaged=is_local(uri)):
-        rows = dataset.to_table(columns=["path", "sha256", "bytes"]).to_pylist()
-        config = dict(dataset.config())
-    return own_digests(config) | {row["path"]: (row["sha256"], row["bytes"]) for row in rows}
-
-
-def own_digests(config: Mapping[str, str]) -> dict[str, tuple[str, int]]:
-    """Returns the digests of the data files of ``files`` itself, from its configuration."""
-    return {
-        key.removeprefix(_SELF_DIGEST): (value, -1)
-        for key, value in config.items()
-        if key.startswith(_SELF_DIGEST)
-    }
 
 
 def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:

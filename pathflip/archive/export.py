@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pathflip.archive import Archive
+from pathflip.archive.archive import Archive
 from pathflip.archive.storage import guarded, is_local, rows_per_batch
 from pathflip.errors import ConfigError
 

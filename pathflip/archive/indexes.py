@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pathflip.archive import CAPTIONS
+from pathflip.archive.settings import CAPTIONS
 from pathflip.archive.storage import guarded, open_table
 
 VECTOR_INDEX_ROWS = 50_000

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pathflip.errors import ArchiveError, PathFLIPError
 OBJECT_STORE_ON_DISK = "file-object-store://"
 """Lance's scheme for a folder treated as an object store: how the remote code is tested."""
 FIXED_TABLES = ("slides", "regions", "files")
+SELF_DIGEST = "sha256:"  # prefix of config keys in ``files``: digests of its own data files
 
 
 def is_local(uri: str) -> bool:
@@ -135,6 +136,24 @@ def digest_file(uri: str, path: str) -> tuple[str, int]:
             digest.update(block)
             size += len(block)
     return digest.hexdigest(), size
+
+
+def known_digests(uri: str) -> dict[str, tuple[str, int]]:
+    """Returns {path: (sha256, bytes)} of every data file that was digested; bytes -1 if unknown."""
+    dataset = open_table(uri, "files")
+    with guarded(uri, "read the table files", damaged=is_local(uri)):
+        rows = dataset.to_table(columns=["path", "sha256", "bytes"]).to_pylist()
+        config = dict(dataset.config())
+    return own_digests(config) | {row["path"]: (row["sha256"], row["bytes"]) for row in rows}
+
+
+def own_digests(config: Mapping[str, str]) -> dict[str, tuple[str, int]]:
+    """Returns the digests of the data files of ``files`` itself, from its configuration."""
+    return {
+        key.removeprefix(SELF_DIGEST): (value, -1)
+        for key, value in config.items()
+        if key.startswith(SELF_DIGEST)
+    }
 
 
 def rows_per_batch(schema: Any, *, budget: int = 32 << 20) -> int:

@@ -274,7 +274,7 @@ def archive_verify(archive: ArchiveOption, as_json: JsonOption = False) -> None:
     """Check every file and every row; exit 1 and name what is damaged."""
     from dataclasses import asdict
 
-    from pathflip.archive.health import verify
+    from pathflip.archive.verify import verify
 
     report = verify(archive)
     if as_json:
@@ -296,7 +296,7 @@ def archive_repair(archive: ArchiveOption, as_json: JsonOption = False) -> None:
     """Restore damaged tables and clear damaged slides so that ingest makes them again."""
     from dataclasses import asdict
 
-    from pathflip.archive.health import repair
+    from pathflip.archive.repair import repair
 
     document = asdict(repair(archive))
     show_document(document, "repaired", as_json=as_json)
@@ -305,7 +305,7 @@ def archive_repair(archive: ArchiveOption, as_json: JsonOption = False) -> None:
 @archive_app.command("maintain")
 def archive_maintain(archive: ArchiveOption, as_json: JsonOption = False) -> None:
     """Merge small files, refresh indexes, remove versions older than a day."""
-    from pathflip.archive.health import maintain
+    from pathflip.archive.maintain import maintain
 
     document = maintain(archive)
     show_document(document, "maintained", as_json=as_json)

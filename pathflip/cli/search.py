@@ -158,7 +158,7 @@ def _check_usage(
 
 def _indexed_run(opened: Any, run: str) -> Any:
     """Load a run, and refuse one whose vectors are not in the archive."""
-    from pathflip.archive.attach import check_fits
+    from pathflip.archive.model_vectors import check_fits
     from pathflip.checkpoints import load_run
 
     loaded = load_run(run)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pathflip.archive import CAPTIONS, Archive
-from pathflip.archive.attach import Caption, changed_captions, write_captions
+from pathflip.archive.captions import Caption, changed_captions, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.slide_names import SlideNames, listed

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pathflip.archive import Archive
-from pathflip.archive.attach import check_fits
+from pathflip.archive.model_vectors import check_fits
 from pathflip.checkpoints import Checkpoint, load_run, write_whole
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PathFLIP, PathFLIPInstruct, hub

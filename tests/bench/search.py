@@ -167,8 +167,9 @@ def make_archive(
 ) -> str:
     """Writes the vectors as the table of a model, as ``pathflip index`` does."""
     from pathflip.archive import schema
-    from pathflip.archive.attach import ensure_model
-    from pathflip.archive.commit import Committer, create_archive
+    from pathflip.archive.commit import Committer
+    from pathflip.archive.create import create_archive
+    from pathflip.archive.model_vectors import ensure_model
 
     uri = str(folder / "archive")
     tiling = {"region_um": 2048.0, "patch_um": 128.0, "mpp": 0.5}

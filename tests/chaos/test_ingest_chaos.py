@@ -69,7 +69,7 @@ def test_driver_killed_at_random_then_run_again(
     slides: Path, clean: Clean, cluster: str, tmp_path: Path
 ) -> None:
     """B3: nothing partial is ever visible, nothing twice, and the end is the clean end."""
-    from pathflip.archive.health import verify
+    from pathflip.archive.verify import verify
 
     archive = tmp_path / "archive"
     rng = random.Random(3)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from pathflip.archive import Archive
-from pathflip.archive.attach import indexed_slides
 from pathflip.archive.commit import Committer
-from pathflip.archive.health import verify
+from pathflip.archive.model_vectors import indexed_slides
+from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError, CheckpointError
 from tests.unit.archive import cohort, models
 

@@ -41,7 +41,7 @@ def pathflip(capfd: pytest.CaptureFixture[str]) -> Shell:
 
 
 def test_every_slide_is_ready_and_counted(slides: Path, clean: Clean) -> None:
-    from pathflip.archive.health import verify
+    from pathflip.archive.verify import verify
 
     assert clean.result.slides == {"ready": 7, "quarantined": 0, "empty": 0, "skipped": 0}
     assert clean.result.exit_code == 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pathflip.archive import Archive
-from pathflip.archive.health import verify
+from pathflip.archive.verify import verify
 from pathflip.slides.slide import Slide
 from pathflip.synth import make_slide
 

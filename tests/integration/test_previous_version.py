@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from pathflip.archive import Archive
-from pathflip.archive.health import verify
 from pathflip.archive.search import search
+from pathflip.archive.verify import verify
 from pathflip.checkpoints import load_run
 from pathflip.synth import make_slide
 from pathflip.training import run_dir

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pathflip.archive import Archive
-from pathflip.archive.attach import Caption, write_captions
+from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.slide_qa import Answerer
 from pathflip.text import split_sentences

@@ -20,7 +20,9 @@ import pyarrow as pa
 import pytest
 
 from pathflip.archive import Archive
-from pathflip.archive.commit import Committer, create_archive, write_fragment
+from pathflip.archive.commit import Committer
+from pathflip.archive.create import create_archive
+from pathflip.archive.fragments import write_fragment
 from pathflip.archive.schema import slides_schema
 from pathflip.geometry import Tiling
 from pathflip.report import SampleSearch, write_report, write_results

@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from pathflip.archive import schema
-from pathflip.archive.commit import Committed, Committer, create_archive, write_fragment
+from pathflip.archive.commit import Committed, Committer
+from pathflip.archive.create import create_archive
+from pathflip.archive.fragments import write_fragment
 
 TILING = {
     "region_um": 512.0,

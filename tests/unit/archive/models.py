@@ -6,9 +6,10 @@ import zlib
 import numpy as np
 
 from pathflip.archive import schema
-from pathflip.archive.attach import Caption, ensure_model, write_captions
+from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
+from pathflip.archive.model_vectors import ensure_model
 from tests.unit.archive import cohort
 
 MODEL, DIM = "mini_0123abcd", 8

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pathflip.archive import Archive
-from pathflip.archive.commit import Committer, create_archive
+from pathflip.archive.commit import Committer
+from pathflip.archive.create import create_archive
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort
 

@@ -8,17 +8,15 @@ from pathlib import Path
 import lance
 import pytest
 
-from pathflip.archive import Archive, health
-from pathflip.archive.attach import (
-    Caption,
-    check_fits,
-    ensure_model,
-    indexed_slides,
-    write_captions,
-)
-from pathflip.archive.commit import Committer, meta_rows
+from pathflip.archive import Archive
+from pathflip.archive.captions import Caption, write_captions
+from pathflip.archive.commit import Committer
 from pathflip.archive.export import export_parquet
-from pathflip.archive.health import maintain, repair, verify
+from pathflip.archive.maintain import maintain
+from pathflip.archive.model_vectors import check_fits, ensure_model, indexed_slides
+from pathflip.archive.repair import repair
+from pathflip.archive.settings import meta_rows
+from pathflip.archive.verify import verify
 from pathflip.checkpoints import Run
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort, models
@@ -150,7 +148,7 @@ def test_bit_flips_are_reported_and_repaired(uri, table):
     chance = random.Random(5)
     (path,) = (uri / f"{table}.lance/data").glob("*")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(health, "salvage", lambda *_: (None, []))  # a process each
+        patch.setattr("pathflip.archive.verify.salvage", lambda *_: (None, []))  # a process each
         for _ in range(4):
             byte, bit = chance.randrange(path.stat().st_size), chance.randrange(8)
             flip(path, byte, bit)

@@ -10,15 +10,12 @@ import pyarrow as pa
 import pytest
 
 from pathflip.archive import Archive, schema
-from pathflip.archive.commit import (
-    ArchiveLock,
-    Committer,
-    Shard,
-    create_archive,
-    meta_rows,
-    write_fragment,
-)
-from pathflip.archive.health import verify
+from pathflip.archive.commit import Committer
+from pathflip.archive.create import create_archive
+from pathflip.archive.fragments import Shard, write_fragment
+from pathflip.archive.lock import ArchiveLock
+from pathflip.archive.settings import meta_rows
+from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort
 

@@ -3,7 +3,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pathflip.archive import Archive, export
-from pathflip.archive.commit import Committer, Shard, write_fragment
+from pathflip.archive.commit import Committer
+from pathflip.archive.fragments import Shard, write_fragment
 from pathflip.errors import ArchiveError, ConfigError
 from tests.unit.archive import cohort
 

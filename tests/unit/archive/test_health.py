@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pathflip.archive import Archive, health
-from pathflip.archive.commit import ArchiveLock, Committer, known_digests
-from pathflip.archive.health import maintain, repair, verify
+from pathflip.archive import Archive
+from pathflip.archive.commit import Committer
+from pathflip.archive.lock import ArchiveLock
+from pathflip.archive.maintain import maintain
+from pathflip.archive.repair import repair
+from pathflip.archive.storage import known_digests
+from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort
 
@@ -70,7 +74,7 @@ def test_a_clean_archive_has_nothing_to_report(uri):
 
 def test_every_one_of_20_bit_flips_in_data_files_of_all_tables_is_reported(uri, monkeypatch):
     """D4, in whatever file and wherever in it, one at a time; what is left is another test's."""
-    monkeypatch.setattr(health, "salvage", lambda *_: (None, []))
+    monkeypatch.setattr("pathflip.archive.verify.salvage", lambda *_: (None, []))
     chance = random.Random(11)
     files = sorted(uri.glob("*.lance/data/*.lance"))
     tables = sorted({path.parent.parent for path in files})
@@ -250,7 +254,9 @@ def test_maintain_compacts_cleans_and_keeps_all_rows(uri, monkeypatch):
     assert set(done["fragments"].values()) == {1}
     assert len(list(uri.glob("features_tex.lance/data/*"))) == kept + 1  # readers of 24 hours
     assert_like_clean(uri)
-    monkeypatch.setattr(health, "KEEP_HOURS", timedelta(microseconds=1) / timedelta(hours=1))
+    monkeypatch.setattr(
+        "pathflip.archive.maintain.KEEP_HOURS", timedelta(microseconds=1) / timedelta(hours=1)
+    )
     maintain(uri)
     assert not young.exists()
     assert len(list(uri.glob("features_tex.lance/data/*"))) == 1

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 from lance.fragment import write_fragments
 
-from pathflip.archive import Archive, ann, health, indexes, schema
+from pathflip.archive import Archive, ann, indexes, schema
 from pathflip.archive.commit import Committer
 from pathflip.archive.filters import Filter
+from pathflip.archive.maintain import maintain
 from pathflip.archive.search import search, search_many, stored_vector
 from tests.unit.archive import cohort, models
 
@@ -143,7 +144,7 @@ def test_searching_while_others_write_and_maintain(tmp_path, monkeypatch):
         committer.replace_rows(table, pa.concat_tables([clustered(n) for n in range(4)]))
     for name in ("VECTOR_INDEX_ROWS", "SCALAR_INDEX_ROWS"):
         monkeypatch.setattr(indexes, name, 500)
-    health.maintain(uri)
+    maintain(uri)
     known = {
         row["id"]: np.array(row["vector"], float)
         for n in range(4) for row in clustered(n).to_pylist() if row["kind"] == "region"
@@ -178,7 +179,7 @@ def test_searching_while_others_write_and_maintain(tmp_path, monkeypatch):
         with Committer(uri) as committer:
             cohort.commit(committer, n)
             committer.replace_rows(table, clustered(n))
-        health.maintain(uri)
+        maintain(uri)
         n += 1
     over.set()
     reader.join()
@@ -211,7 +212,7 @@ def test_five_hundred_small_writes_become_few_fragments(tmp_path):
             dataset, lance.LanceOperation.Append(more), read_version=dataset.version
         )
         assert len(lance.dataset(where).get_fragments()) == 500
-    done = health.maintain(uri)
+    done = maintain(uri)
     assert max(done["fragments"].values()) <= 5
     stored = lance.dataset(where).to_table()
     assert stored.sort_by("id").equals(rows.sort_by("id"))

@@ -3,9 +3,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pathflip.archive import Archive, health, indexes, schema
-from pathflip.archive.commit import Committer, create_archive, write_fragment
+from pathflip.archive import Archive, indexes, schema
+from pathflip.archive.commit import Committer
+from pathflip.archive.create import create_archive
 from pathflip.archive.filters import FIELDS, Filter
+from pathflip.archive.fragments import write_fragment
+from pathflip.archive.maintain import maintain
 from pathflip.archive.search import search, stored_vector
 from pathflip.errors import ArchiveError, ConfigError
 from tests.unit.archive import cohort
@@ -199,7 +202,7 @@ def test_vector_index_finds_what_the_scan_finds(tmp_path, monkeypatch, dim):
     queries = rng.standard_normal((10, dim))
     plain = [search(Archive(uri), q, k=10)["region_id"].to_pylist() for q in queries]
     monkeypatch.setattr(indexes, "VECTOR_INDEX_ROWS", 1000)
-    assert health.maintain(uri)["indexed"] == ["embeddings_tex.vector"]
+    assert maintain(uri)["indexed"] == ["embeddings_tex.vector"]
     near = [search(Archive(uri), q, k=10)["region_id"].to_pylist() for q in queries]
     hits = sum(len(set(a) & set(b)) for a, b in zip(plain, near, strict=True))
     assert hits >= 95

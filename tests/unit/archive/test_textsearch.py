@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pathflip.archive import Archive
-from pathflip.archive.attach import Caption, write_captions
+from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.filters import Filter
 from pathflip.archive.search import search, search_many, stored_vector

@@ -17,7 +17,9 @@ import torch
 
 from pathflip import Archive
 from pathflip.archive import schema
-from pathflip.archive.commit import Committer, create_archive, write_fragment
+from pathflip.archive.commit import Committer
+from pathflip.archive.create import create_archive
+from pathflip.archive.fragments import write_fragment
 from pathflip.geometry import Tiling, patch_rects
 from tests.unit.archive.cohort import filled
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pathflip.archive.attach import Caption, write_captions
+from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.cli import main
 from pathflip.interop.qupath import read_geojson

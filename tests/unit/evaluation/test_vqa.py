@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pathflip.archive import Archive
-from pathflip.archive.attach import Caption, write_captions
+from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.errors import ConfigError
 from pathflip.evaluation.encode import SlideRow

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pathflip.archive import Archive
-from pathflip.archive.health import verify
 from pathflip.archive.textsearch import search_text
+from pathflip.archive.verify import verify
 from pathflip.errors import ConfigError
 from pathflip.interop.captions import import_captions
 from pathflip.interop.questions import (

@@ -18,9 +18,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pathflip.archive import Archive, schema
-from pathflip.archive.attach import Caption, ensure_model, write_captions
-from pathflip.archive.commit import Committer, create_archive, write_fragment
+from pathflip.archive.captions import Caption, write_captions
+from pathflip.archive.commit import Committer
+from pathflip.archive.create import create_archive
+from pathflip.archive.fragments import write_fragment
 from pathflip.archive.indexes import refresh_indexes
+from pathflip.archive.model_vectors import ensure_model
 from pathflip.checkpoints import Run, load_run, write_whole
 from tests.archives import filled
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pathflip import Archive
-from pathflip.archive.attach import Caption, write_captions
+from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from pathflip.training.dataset import Corpus, epoch_order, make_corpus, steps_per_epoch

@@ -1,0 +1,408 @@
+"""Reading an archive: a snapshot of its tables, of which only ready slides have visible rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pathflip.archive.settings import CAPTIONS, entries_of, read_meta, slots_of
+from pathflip.archive.storage import (
+    FIXED_TABLES,
+    damaged_error,
+    guarded,
+    is_local,
+    normalise,
+    open_table,
+)
+from pathflip.errors import ArchiveError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+T = TypeVar("T")
+
+READY = "ready"
+_IMAGES = ("tissue_png", "thumbnail")
+
+
+class Archive:
+    """A snapshot of an archive, for reading.
+
+    The tables are opened once, ``slides`` before the rest, so every slide that is ready here has
+    all of its rows here, whatever is being written meanwhile; :meth:`refresh` moves to the newest
+    state. Only ready slides have visible rows.
+
+    Args:
+        uri: Path or URI of the archive.
+
+    Raises:
+        ArchiveError: If there is no archive (``missing_archive``), it is damaged (``damaged``; the
+            hint names the repair command), unreachable, or of a newer layout (``schema_version``).
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        self.uri = normalise(uri)
+        self.refresh()
+
+    def __repr__(self) -> str:
+        return f"Archive({self.uri!r})"
+
+    def refresh(self) -> None:
+        """Moves to the newest committed state."""
+        self._meta = read_meta(self.uri)
+        self._datasets: dict[str, Any] = {}
+        self._ledger: dict[str, dict[str, Any]] | None = None
+        self._cache: dict[str, Any] = {}
+        names = [*FIXED_TABLES]
+        for entry in self.encoders().values():
+            names += [entry["features_table"], entry["embeddings_table"]]
+        names += [entry["embeddings_table"] for entry in self.models().values()]
+        if CAPTIONS in self._meta:
+            names.append(CAPTIONS)
+        for name in names:
+            self._datasets[name] = open_table(self.uri, name)
+
+    def cached(self, key: str, make: Callable[[], T]) -> T:
+        """Returns what ``make`` returned the first time it was asked for in this snapshot."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: T = self._cache[key]
+        return value
+
+    def dataset(self, table: str) -> Any:
+        """Returns the ``lance.LanceDataset`` of a table at this snapshot, unfiltered."""
+        return self._datasets[table]
+
+    def tables(self) -> list[str]:
+        """Returns the names of all tables but ``meta``."""
+        return list(self._datasets)
+
+    def tiling(self) -> dict[str, Any]:
+        """Returns how slides are cut: the fields of :class:`pathflip.geometry.Tiling`."""
+        return dict(self._meta["tiling"])
+
+    @property
+    def slots(self) -> int:
+        """Patch slots of a region."""
+        return slots_of(self._meta["tiling"])
+
+    def encoders(self) -> dict[str, dict[str, Any]]:
+        """Returns {name: {dim, revision, mpp, licence, features_table, embeddings_table}}."""
+        return entries_of(self._meta, "encoder")
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Returns the trained models whose vectors of slides and regions are here.
+
+        {name: {dim, fingerprint, encoder, encoder_revision, run, created_at, embeddings_table}}.
+        """
+        return entries_of(self._meta, "model")
+
+    def model(self, name: str | None = None) -> tuple[str, dict[str, Any]]:
+        """Returns a model's name and entry; without a name, those of the only one.
+
+        Raises:
+            ArchiveError: If the archive does not hold it (``not_indexed``), or the choice is not
+                clear (``unknown_model``).
+        """
+        known = self.models()
+        if name is None and len(known) == 1:
+            name = next(iter(known))
+        if name is None or name not in known:
+            asked = "no model was named" if name is None else f"none of them is {name!r}"
+            raise ArchiveError(
+                f"The archive {self.uri} holds vectors of {len(known)} models and {asked}.",
+                hint=f"Make them: pathflip index --archive {self.uri} --run RUN"
+                + (f"; it holds {', '.join(known)}." if known else "."),
+                code="unknown_model" if name is None and known else "not_indexed",
+            )
+        return name, known[name]
+
+    def encoder(self, name: str | None = None) -> tuple[str, dict[str, Any]]:
+        """Returns an encoder's name and entry; without a name, those of the only one.
+
+        Raises:
+            ArchiveError: If the archive does not hold it, or the choice is not clear.
+        """
+        known = self.encoders()
+        if name is None and len(known) == 1:
+            name = next(iter(known))
+        if name is None or name not in known:
+            asked = "no encoder was named" if name is None else f"it has no encoder {name!r}"
+            raise ArchiveError(
+                f"The archive {self.uri} holds {len(known)} encoders and {asked}.",
+                hint=f"Name one of: {', '.join(known) or '(none yet)'}.",
+                code="unknown_encoder",
+            )
+        return name, known[name]
+
+    def ledger(self) -> dict[str, dict[str, Any]]:
+        """Returns {slide_id: {status, fingerprint, encoders, n_regions, uri, aliases}}."""
+        if self._ledger is None:
+            columns = [
+                "slide_id", "status", "fingerprint", "encoders", "n_regions", "uri", "aliases",
+            ]  # fmt: skip
+            rows = self._read("slides", columns=columns).to_pylist()
+            self._ledger = {row.pop("slide_id"): row for row in rows}
+        return self._ledger
+
+    def slides(self, status: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Returns the slides, sorted by ``slide_id``.
+
+        Args:
+            status: Only slides of this status (ready, empty, quarantined).
+            columns: Columns to return; by default all but the two images.
+        """
+        import pyarrow.compute as pc
+
+        names = self._datasets["slides"].schema.names
+        wanted = list(columns or [name for name in names if name not in _IMAGES])
+        where = None if status is None else pc.field("status") == status
+        return self._read("slides", columns=wanted, where=where, sort=True)
+
+    def slide(self, name: str) -> dict[str, Any]:
+        """Returns one slide's row, images included.
+
+        Args:
+            name: A ``slide_id``, or a file's name with or without its ending where that is unique.
+
+        Raises:
+            ArchiveError: If no slide, or more than one, goes by that name.
+        """
+        import pyarrow.compute as pc
+
+        slide_id = self.resolve(name)
+        row: dict[str, Any] = self._read(
+            "slides", where=pc.field("slide_id") == slide_id
+        ).to_pylist()[0]
+        return row
+
+    def resolve(self, name: str) -> str:
+        """Returns the ``slide_id`` for an id or a unique file name; see :meth:`slide`."""
+        import difflib
+
+        ledger = self.ledger()
+        if name in ledger:
+            return name
+        called: dict[str, set[str]] = {}
+        for slide_id, row in ledger.items():
+            for uri in (row["uri"], *(row["aliases"] or ())):
+                path = PurePosixPath(uri or "")
+                for alias in (path.stem, path.name):
+                    called.setdefault(alias, set()).add(slide_id)
+        found = sorted(called.get(name, ()))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            hint = f"Use the id: {', '.join(found[:5])}."
+            message = f"{len(found)} slides of {self.uri} are called {name!r}."
+        else:
+            near = difflib.get_close_matches(name, [*ledger, *called], n=3, cutoff=0.4)
+            hint = f"Did you mean {', '.join(near)}?" if near else "List them: pathflip slides list"
+            message = f"The archive {self.uri} has no slide {name!r}."
+        raise ArchiveError(message, hint=hint, code="unknown_slide")
+
+    def regions(
+        self, slide_id: str | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Returns the regions of one ready slide, or of all, sorted by ``region_id``."""
+        if slide_id is None:
+            return self._ready_rows("regions", columns)
+        return self._slide_rows("regions", self._ready(slide_id), columns)
+
+    def features(self, slide_id: str, encoder: str | None = None) -> pa.Table:
+        """Returns a ready slide's patch features, sorted by ``region_id``.
+
+        Columns: region_id, slide_id, features (fp16 [slots * dim], slot-major, masked slots zero).
+
+        Args:
+            slide_id: The slide, see :meth:`slide`.
+            encoder: The encoder; may be left out when the archive holds one.
+        """
+        name, entry = self.encoder(encoder)
+        slide = self._ready(slide_id)
+        if name not in self.ledger()[slide]["encoders"]:
+            raise ArchiveError(
+                f"Slide {slide} has no features of encoder {name}.",
+                hint=f"Run: pathflip ingest … --archive {self.uri} --encoder {name}",
+                code="unknown_encoder",
+            )
+        columns = ["region_id", "slide_id", "features"]
+        return self._slide_rows(entry["features_table"], slide, columns)
+
+    def features_array(
+        self, slide_id: str, encoder: str | None = None
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]:
+        """Returns a slide's features as arrays.
+
+        Returns:
+            features float16 [R, slots, dim]; mask bool [R, slots], True where a patch is; the
+            region ids [R], in the order of :meth:`regions`.
+        """
+        name, entry = self.encoder(encoder)
+        rows = self.features(slide_id, name)
+        regions = self.regions(slide_id, columns=["region_id", "patch_mask"])
+        ids: list[str] = rows["region_id"].to_pylist()
+        if ids != regions["region_id"].to_pylist():
+            raise damaged_error(self.uri, f"regions and features of slide {slide_id} differ")
+        shape = (len(ids), self.slots, entry["dim"])
+        features = vectors(rows["features"]).reshape(shape)
+        mask = vectors(regions["patch_mask"]).reshape(shape[:2]) != 0
+        return features, mask, ids
+
+    def embeddings(self, encoder: str | None = None, *, model: str | None = None) -> pa.Table:
+        """Returns the embeddings of ready slides and their regions, sorted by ``id``.
+
+        Args:
+            encoder: Means of this encoder's features; may be left out when there is one encoder.
+            model: The vectors of this trained model instead.
+        """
+        _, entry = self.encoder(encoder) if model is None else self.model(model)
+        return self._ready_rows(entry["embeddings_table"], None)
+
+    def slide_embeddings(self, slide_id: str, encoder: str | None = None) -> pa.Table:
+        """Returns a ready slide's rows of an encoder's embeddings, sorted by ``id``."""
+        _, entry = self.encoder(encoder)
+        return self._slide_rows(entry["embeddings_table"], self._ready(slide_id), None)
+
+    def captions(self, source: str | None = None) -> pa.Table:
+        """Returns the text of ready slides, sorted by slide, then source.
+
+        Columns: caption_id, slide_id, source, text, sentences, statements, model, qa. Empty when
+        no captions were imported.
+
+        Args:
+            source: Only captions from this source.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        from pathflip.archive.schema import CHECKSUM, captions_schema
+
+        names = [name for name in captions_schema().names if name != CHECKSUM]
+        if CAPTIONS not in self._datasets:
+            return captions_schema().empty_table().select(names)
+        where = None if source is None else pc.field("source") == source
+        rows = self._read(CAPTIONS, columns=names, where=where)
+        rows = rows.filter(
+            pc.is_in(rows["slide_id"], pa.array(sorted(self.ready_ids()), pa.string()))
+        )
+        return rows.sort_by([("slide_id", "ascending"), ("source", "ascending")])
+
+    def stats(self) -> dict[str, Any]:
+        """Returns counts over ready slides, the encoders, slides by status, and bytes stored."""
+        from collections import Counter
+
+        import pyarrow.compute as pc
+
+        slides = self.slides(columns=["slide_id", "status", "n_patches"])
+        ready = slides.filter(pc.field("status") == READY)
+        regions = self._ready_rows("regions", ["slide_id"]).num_rows
+        encoders = {
+            name: {
+                "dim": entry["dim"],
+                "regions": self._ready_rows(entry["features_table"], ["slide_id"]).num_rows,
+                "revision": entry["revision"],
+                "licence": entry["licence"],
+            }
+            for name, entry in self.encoders().items()
+        }
+        with guarded(self.uri, "list the files"):
+            size = sum(
+                sum(batch.column("size_bytes").to_pylist())
+                for dataset in self._datasets.values()
+                for batch in dataset.all_files()
+            )
+        return {
+            "slides": ready.num_rows,
+            "regions": regions,
+            "patches": int(pc.sum(ready["n_patches"]).as_py() or 0),
+            "encoders": encoders,
+            "models": {name: entry["encoder"] for name, entry in self.models().items()},
+            "captions": self.captions().filter(pc.field("text") != "").num_rows,
+            "bytes": size,
+            "status": dict(Counter(slides["status"].to_pylist())),
+        }
+
+    def ready_ids(self, encoder: str | None = None) -> set[str]:
+        """Returns the ids of ready slides, or of those that have an encoder's features."""
+        return {
+            slide_id
+            for slide_id, row in self.ledger().items()
+            if row["status"] == READY and (encoder is None or encoder in row["encoders"])
+        }
+
+    def encoder_of(self, table: str) -> str | None:
+        """Returns the encoder whose features, or what was made of them, a table holds."""
+        for name, entry in self.encoders().items():
+            if table in (entry["features_table"], entry["embeddings_table"]):
+                return name
+        for entry in self.models().values():
+            if table == entry["embeddings_table"]:
+                return str(entry["encoder"])
+        return None
+
+    def _ready(self, name: str) -> str:
+        slide_id = self.resolve(name)
+        status = self.ledger()[slide_id]["status"]
+        if status != READY:
+            raise ArchiveError(
+                f"Slide {slide_id} is {status} and has no regions.",
+                hint=f"See: pathflip slides show {slide_id} --archive {self.uri}",
+                code="not_ready",
+            )
+        return slide_id
+
+    def _slide_rows(self, table: str, slide_id: str, columns: Sequence[str] | None) -> pa.Table:
+        import pyarrow.compute as pc
+
+        return self._read(table, columns=columns, where=pc.field("slide_id") == slide_id, sort=True)
+
+    def _ready_rows(self, table: str, columns: Sequence[str] | None) -> pa.Table:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted = None if columns is None else list(dict.fromkeys([*columns, "slide_id"]))
+        rows = self._read(table, columns=wanted, sort=True)
+        ready = pa.array(sorted(self.ready_ids(self.encoder_of(table))), pa.string())
+        rows = rows.filter(pc.is_in(rows["slide_id"], ready))
+        return rows if columns is None else rows.select(list(columns))
+
+    def _read(
+        self,
+        table: str,
+        *,
+        columns: Sequence[str] | None = None,
+        where: Any = None,
+        sort: bool = False,
+    ) -> pa.Table:
+        import pyarrow.compute as pc
+
+        from pathflip.archive.schema import key_of
+
+        key = key_of(table)
+        wanted = None if columns is None else list(columns)
+        extra = [key] if sort and wanted is not None and key not in wanted else []
+        damaged = is_local(self.uri)
+        with guarded(self.uri, f"read the table {table}", damaged=damaged):
+            rows = self._datasets[table].to_table(
+                columns=None if wanted is None else [*wanted, *extra], filter=where
+            )
+        if sort:
+            order = pc.sort_indices(rows[key]).to_numpy()
+            if (order[1:] < order[:-1]).any():  # rows already in order need no copy
+                rows = rows.take(order)
+        return rows.drop_columns(extra) if extra else rows
+
+
+def vectors(column: Any) -> np.ndarray[Any, Any]:
+    """Returns a column of fixed-size lists (no nulls) as an array [n, width]."""
+    import pyarrow as pa
+
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    width = column.type.list_size
+    values = column.values.slice(column.offset * width, len(column) * width)
+    array: np.ndarray[Any, Any] = values.to_numpy(zero_copy_only=False)
+    return array.reshape(len(column), width)

@@ -1,0 +1,110 @@
+"""Captions of slides: text that came from elsewhere, so it stays while a slide is ingested anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pathflip.archive.archive import Archive
+from pathflip.archive.commit import Committer
+from pathflip.archive.schema import (
+    CHECKSUM,
+    caption_id,
+    captions_schema,
+)
+from pathflip.archive.settings import CAPTIONS
+from pathflip.archive.storage import guarded, is_local
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """What one source says of a slide: a text, questions about the slide, or both.
+
+    Attributes:
+        slide_id: The slide.
+        text: The text; None leaves the one that is stored, which is empty where there is none.
+        qa: Questions and answers, {"question", "answer", "choices"?, "category"?} each; None leaves
+            those that are stored.
+        statements: What a model made of the text, where the source has that.
+    """
+
+    slide_id: str
+    text: str | None = None
+    qa: list[dict[str, Any]] | None = None
+    statements: list[str] = field(default_factory=list)
+
+
+def write_captions(
+    committer: Committer, captions: Iterable[Caption], *, source: str
+) -> dict[str, int]:
+    """Writes captions of one source; those that are there already are left alone.
+
+    Statements that a model made of a caption stay as long as its text does.
+
+    Args:
+        committer: The open writer of the archive.
+        captions: At most one a slide.
+        source: What they come from; a slide may have captions from several.
+
+    Returns:
+        {"new", "changed", "unchanged"}: numbers of slides.
+    """
+    rows, counts = changed_captions(committer.archive, captions, source=source)
+    if rows.num_rows:
+        if CAPTIONS not in committer.archive.tables():
+            made = {"created_at": datetime.now(UTC).isoformat(timespec="seconds")}
+            committer.add_table(CAPTIONS, captions_schema(), {CAPTIONS: made})
+        committer.upsert(CAPTIONS, rows)
+    return counts
+
+
+def changed_captions(
+    archive: Archive, captions: Iterable[Caption], *, source: str
+) -> tuple[pa.Table, dict[str, int]]:
+    """Returns the rows that have to be written, and counts as :func:`write_captions` does."""
+    from pathflip.text import split_sentences
+
+    stored: dict[str, dict[str, Any]] = {}
+    if CAPTIONS in archive.tables():
+        with guarded(archive.uri, "read the captions", damaged=is_local(archive.uri)):
+            rows = archive.dataset(CAPTIONS).to_table().drop_columns([CHECKSUM]).to_pylist()
+        stored = {row["caption_id"]: row for row in rows}
+    counts = {"new": 0, "changed": 0, "unchanged": 0}
+    write = []
+    for caption in captions:
+        key = caption_id(caption.slide_id, source)
+        old = stored.get(key)
+        text, qa = caption.text, None
+        if text is None:
+            text = old["text"] if old else ""
+        if caption.qa is None:
+            qa = old["qa"] if old else None
+        elif caption.qa:
+            qa = json.dumps(caption.qa)
+        row: dict[str, Any] = {
+            "caption_id": key,
+            "slide_id": caption.slide_id,
+            "source": source,
+            "text": text,
+            "sentences": split_sentences(text),
+            "statements": caption.statements,
+            "model": source if caption.statements else None,
+            "qa": qa,
+        }
+        if old is not None and old["text"] == row["text"] and not caption.statements:
+            row |= {"statements": old["statements"] or [], "model": old["model"]}
+        if old == row:
+            counts["unchanged"] += 1
+        else:
+            counts["new" if old is None else "changed"] += 1
+            write.append(row)
+    schema = pa.schema([item for item in captions_schema() if item.name != CHECKSUM])
+    return pa.Table.from_pylist(write, schema=schema), counts

@@ -1,0 +1,92 @@
+"""Making a new archive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pathflip.archive.archive import Archive
+from pathflip.archive.commit import Committer
+from pathflip.archive.fragments import create_table, not_empty
+from pathflip.archive.lock import ArchiveLock
+from pathflip.archive.schema import (
+    SCHEMA_VERSION,
+    files_schema,
+    meta_schema,
+    regions_schema,
+    slides_schema,
+)
+from pathflip.archive.settings import meta_rows, slots_of
+from pathflip.archive.storage import guarded, is_local, local_tables, normalise
+from pathflip.errors import ArchiveError
+
+
+def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
+    """Creates an archive, or opens the one that is there if it was made with the same tiling.
+
+    The table ``meta`` is written last: an archive exists once it does.
+
+    Args:
+        uri: Path or URI.
+        tiling: All fields of the tiling (JSON values); region_um and patch_um give the slots.
+
+    Raises:
+        ArchiveError: If the archive there has another tiling (``settings``), is damaged or locked,
+            or the folder holds other files (``not_empty``).
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    where = normalise(uri)
+    wanted = json.loads(json.dumps(dict(tiling)))
+    try:
+        return _with_tiling(Archive(where), wanted)
+    except ArchiveError as error:
+        # Without meta.lance, slides and regions are what a creation that was killed left.
+        unfinished = error.code == "damaged" and "meta" not in local_tables(where)
+        if error.code not in ("missing_archive", "missing_table") and not unfinished:
+            raise
+    if is_local(where) and Path(where).exists():
+        if not Path(where).is_dir():
+            raise ArchiveError(f"{where} is a file, not a folder.", code="not_empty")
+        names = [path.name for path in Path(where).iterdir()]
+        if alien := [n for n in names if not n.startswith(".") and not n.endswith(".lance")]:
+            raise not_empty(where, alien[0])
+    try:
+        package = version("pathflip")
+    except PackageNotFoundError:
+        package = "unknown"
+    settings = {
+        "schema_version": SCHEMA_VERSION,
+        "tiling": wanted,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "package_version": package,
+    }
+    with ArchiveLock(where), guarded(where, "create the archive"):
+        # Another process may have created it while this one waited for its turn.
+        if not is_local(where) or "meta" not in local_tables(where):
+            noted = {key: json.dumps(value) for key, value in settings.items()}
+            create_table(where, "slides", slides_schema())
+            create_table(where, "regions", regions_schema(slots_of(wanted), noted))
+            create_table(where, "files", files_schema())
+            create_table(where, "meta", meta_schema(), meta_rows(settings))
+    with Committer(where):  # registers the first files
+        return _with_tiling(Archive(where), wanted)
+
+
+def _with_tiling(archive: Archive, wanted: Mapping[str, Any]) -> Archive:
+    made = archive.tiling()
+    if made != wanted:
+        other = ", ".join(
+            f"{key} {made.get(key)} instead of {wanted.get(key)}"
+            for key in sorted({*made, *wanted})
+            if made.get(key) != wanted.get(key)
+        )
+        raise ArchiveError(
+            f"The archive {archive.uri} was made with another tiling: {other}.",
+            hint="Use the archive's settings, or another archive.",
+            code="settings",
+        )
+    return archive

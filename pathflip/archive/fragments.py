@@ -1,0 +1,139 @@
+"""Files before they count: new tables, and fragments of rows that belong to no version yet.
+
+Workers write immutable Lance fragments with :func:`write_fragment`; nothing of them is visible
+until :class:`pathflip.archive.commit.Committer` commits them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pathflip.archive.schema import conform
+from pathflip.archive.storage import (
+    digest_file,
+    guarded,
+    is_local,
+    local_tables,
+    normalise,
+    open_table,
+    table_uri,
+)
+from pathflip.errors import ArchiveError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Fragments of one table that lie in the archive but belong to no version yet.
+
+    Attributes:
+        table: The table.
+        rows: {slide_id: number of rows}.
+        files: {path relative to the archive: (sha256, bytes)}.
+        fragments: Lance's description of the fragments (JSON values).
+    """
+
+    table: str
+    rows: dict[str, int]
+    files: dict[str, tuple[str, int]]
+    fragments: list[dict[str, Any]] = field(repr=False)
+
+    def to_json(self) -> str:
+        """Returns the shard as one JSON line."""
+        return json.dumps(
+            {
+                "table": self.table,
+                "rows": self.rows,
+                "files": self.files,
+                "fragments": self.fragments,
+            }
+        )
+
+    @classmethod
+    def joined(cls, shards: Sequence[Shard]) -> Shard:
+        """Returns shards of one table as one, so that they become visible in one commit."""
+        rows: Counter[str] = Counter()
+        for shard in shards:
+            rows.update(shard.rows)
+        return cls(
+            table=shards[0].table,
+            rows=dict(rows),
+            files={path: digest for shard in shards for path, digest in shard.files.items()},
+            fragments=[item for shard in shards for item in shard.fragments],
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Shard:
+        """Reads what :meth:`to_json` wrote."""
+        raw = json.loads(text)
+        files = {path: (sha256, size) for path, (sha256, size) in raw["files"].items()}
+        return cls(table=raw["table"], rows=raw["rows"], files=files, fragments=raw["fragments"])
+
+
+def write_fragment(uri: str | Path, table: str, data: pa.Table) -> str:
+    """Writes rows as immutable fragments of an existing table, invisible until committed.
+
+    For workers; safe to call from any number of processes at once.
+
+    Args:
+        uri: The archive.
+        table: The table, as from :func:`pathflip.archive.schema.features_table`.
+        data: Its columns (any order); ``checksum`` is computed here.
+
+    Returns:
+        A :class:`Shard` as JSON, to be handed to :meth:`Committer.commit`.
+
+    Raises:
+        ArchiveError: If the disk is full or the archive cannot be written.
+        ValueError: If the columns are not those of the table.
+    """
+    where = normalise(uri)
+    return write_shard(where, table, data, open_table(where, table).schema).to_json()
+
+
+def write_shard(uri: str, table: str, data: pa.Table, schema: pa.Schema) -> Shard:
+    """Writes rows as fragments of a table and digests their files; see :func:`write_fragment`."""
+    from lance.fragment import write_fragments
+
+    rows = conform(data, schema)
+    with guarded(uri, f"write rows of table {table}"):
+        written = write_fragments(rows, table_uri(uri, table))
+        paths = [f"{table}.lance/data/{file.path}" for item in written for file in item.files]
+        files = {path: digest_file(uri, path) for path in paths}
+    owner = rows["slide_id"].to_pylist() if "slide_id" in rows.column_names else []
+    return Shard(
+        table=table,
+        rows=dict(Counter(owner)),
+        files=files,
+        fragments=[item.to_json() for item in written],
+    )
+
+
+def create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None = None) -> None:
+    """Creates a table, empty or with its first rows; for a new archive and for repair."""
+    import lance
+
+    where = table_uri(uri, table)
+    mode = "create"
+    if is_local(uri) and table in local_tables(uri):
+        # A creation that was killed left it, empty; nothing refers to it yet.
+        if lance.dataset(where).count_rows():
+            raise not_empty(uri, f"{table}.lance")
+        mode = "overwrite"
+    data = schema.empty_table() if rows is None else rows
+    lance.write_dataset(data, where, schema=schema, mode=mode)
+
+
+def not_empty(uri: str, name: str) -> ArchiveError:
+    """Returns the refusal of a folder that holds something else."""
+    return ArchiveError(
+        f"{uri} is not an archive and not empty (it holds {name}).",
+        hint="Give a new or empty folder.",
+        code="not_empty",
+    )

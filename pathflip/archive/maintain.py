@@ -1,0 +1,70 @@
+"""Compacting, indexing and cleaning an archive."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pathflip.archive.commit import Committer
+from pathflip.archive.indexes import refresh_indexes
+from pathflip.archive.storage import (
+    filesystem,
+    guarded,
+    known_digests,
+    normalise,
+    open_table,
+)
+
+KEEP_HOURS = 24
+
+
+def maintain(uri: str | Path) -> dict[str, Any]:
+    """Compacts, indexes and cleans an archive.
+
+    Merges small fragments; builds the indexes of :mod:`pathflip.archive.indexes`, or brings them up
+    to date; drops versions older than 24 hours and files no version refers to that are older than
+    that. Readers
+    keep their snapshot for 24 hours.
+
+    Returns:
+        {"fragments": {table: n}, "indexed": [table.column], "bytes_removed": n}.
+
+    Raises:
+        ArchiveError: If the archive is being written (``locked``), missing or damaged.
+    """
+    where = normalise(uri)
+    with Committer(where) as committer:
+        fragments = committer.compact()
+        indexed: list[str] = []
+        for table in committer.archive.tables():
+            indexed += refresh_indexes(where, table)
+        removed = 0
+        for table in fragments:
+            with guarded(where, f"clean the table {table}"):
+                dataset = open_table(where, table)
+                keep = timedelta(hours=KEEP_HOURS)
+                removed += dataset.cleanup_old_versions(older_than=keep).bytes_removed
+                removed += _remove_orphans(where, table)
+        system, root = filesystem(where)
+        known = known_digests(where)
+        infos = system.get_file_info([f"{root}/{path}" for path in known])
+        gone = [path for path, info in zip(known, infos, strict=True) if info.size is None]
+        committer.forget_files(gone)
+    return {"fragments": fragments, "indexed": indexed, "bytes_removed": removed}
+
+
+def _remove_orphans(uri: str, table: str) -> int:
+    """Removes data files that no version refers to and that are older than a day."""
+    dataset = open_table(uri, table)
+    named = {path for batch in dataset.tracked_files() for path in batch["path"].to_pylist()}
+    before = datetime.now(UTC) - timedelta(hours=KEEP_HOURS)
+    system, root = filesystem(uri)
+    removed = 0
+    for batch in dataset.all_files():
+        for row in batch.to_pylist():
+            path = row["path"]
+            if path.startswith("data/") and path not in named and row["last_modified"] < before:
+                system.delete_file(f"{root}/{table}.lance/{path}")
+                removed += row["size_bytes"]
+    return removed
