@@ -238,7 +238,7 @@ def content(archive: Path) -> dict[str, dict[str, Any]]:
     import pyarrow.compute as pc
 
     from pathflip import Archive
-    from pathflip.archive.schema import key_of
+    from pathflip.archive.tables import key_of
 
     opened = Archive(archive)
     for table in opened.tables():

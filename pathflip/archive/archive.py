@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pathflip.archive.settings import CAPTIONS, entries_of, read_meta, slots_of
 from pathflip.archive.storage import (
-    FIXED_TABLES,
     damaged_error,
     guarded,
     is_local,
@@ -20,6 +19,8 @@ from pathflip.errors import ArchiveError
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+    from pathflip.archive.tables import Table
 
 T = TypeVar("T")
 
@@ -51,18 +52,16 @@ class Archive:
 
     def refresh(self) -> None:
         """Moves to the newest committed state."""
+        from pathflip.archive.tables import META, tables_of
+
         self._meta = read_meta(self.uri)
+        self._tables = tables_of(self._meta)
         self._datasets: dict[str, Any] = {}
         self._ledger: dict[str, dict[str, Any]] | None = None
         self._cache: dict[str, Any] = {}
-        names = [*FIXED_TABLES]
-        for entry in self.encoders().values():
-            names += [entry["features_table"], entry["embeddings_table"]]
-        names += [entry["embeddings_table"] for entry in self.models().values()]
-        if CAPTIONS in self._meta:
-            names.append(CAPTIONS)
-        for name in names:
-            self._datasets[name] = open_table(self.uri, name)
+        for name in self._tables:
+            if name != META:
+                self._datasets[name] = open_table(self.uri, name)
 
     def cached(self, key: str, make: Callable[[], T]) -> T:
         """Returns what ``make`` returned the first time it was asked for in this snapshot."""
@@ -78,6 +77,14 @@ class Archive:
     def tables(self) -> list[str]:
         """Returns the names of all tables but ``meta``."""
         return list(self._datasets)
+
+    def table(self, name: str) -> Table:
+        """Returns what a table is: its spec, and the encoder or model it belongs to."""
+        return self._tables[name]
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings of the archive: its table ``meta``."""
+        return dict(self._meta)
 
     def tiling(self) -> dict[str, Any]:
         """Returns how slides are cut: the fields of :class:`pathflip.geometry.Tiling`."""
@@ -139,10 +146,11 @@ class Archive:
 
     def ledger(self) -> dict[str, dict[str, Any]]:
         """Returns {slide_id: {status, fingerprint, encoders, n_regions, uri, aliases}}."""
+        from pathflip.archive.tables import count_columns
+
         if self._ledger is None:
-            columns = [
-                "slide_id", "status", "fingerprint", "encoders", "n_regions", "uri", "aliases",
-            ]  # fmt: skip
+            columns = ["slide_id", "status", "fingerprint", "encoders", "uri", "aliases"]
+            columns += count_columns()
             rows = self._read("slides", columns=columns).to_pylist()
             self._ledger = {row.pop("slide_id"): row for row in rows}
         return self._ledger
@@ -335,13 +343,7 @@ class Archive:
 
     def encoder_of(self, table: str) -> str | None:
         """Returns the encoder whose features, or what was made of them, a table holds."""
-        for name, entry in self.encoders().items():
-            if table in (entry["features_table"], entry["embeddings_table"]):
-                return name
-        for entry in self.models().values():
-            if table == entry["embeddings_table"]:
-                return str(entry["encoder"])
-        return None
+        return self._tables[table].encoder
 
     def _ready(self, name: str) -> str:
         slide_id = self.resolve(name)
@@ -379,9 +381,7 @@ class Archive:
     ) -> pa.Table:
         import pyarrow.compute as pc
 
-        from pathflip.archive.schema import key_of
-
-        key = key_of(table)
+        key = self._tables[table].spec.key
         wanted = None if columns is None else list(columns)
         extra = [key] if sort and wanted is not None and key not in wanted else []
         damaged = is_local(self.uri)

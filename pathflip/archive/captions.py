@@ -61,7 +61,7 @@ def write_captions(
     if rows.num_rows:
         if CAPTIONS not in committer.archive.tables():
             made = {"created_at": datetime.now(UTC).isoformat(timespec="seconds")}
-            committer.add_table(CAPTIONS, captions_schema(), {CAPTIONS: made})
+            committer.add_tables(CAPTIONS, made)
         committer.upsert(CAPTIONS, rows)
     return counts
 

@@ -30,17 +30,11 @@ from pathflip.archive.fragments import Shard, create_table, write_shard
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.schema import (
     CHECKSUM,
-    SCHEMA_VERSION,
     conform,
-    embeddings_schema,
-    embeddings_table,
-    features_schema,
-    features_table,
     files_schema,
-    key_of,
     slides_schema,
 )
-from pathflip.archive.settings import CAPTIONS, meta_rows, read_meta
+from pathflip.archive.settings import meta_rows, read_meta
 from pathflip.archive.storage import (
     SELF_DIGEST,
     data_paths,
@@ -52,6 +46,16 @@ from pathflip.archive.storage import (
     open_table,
     rows_per_batch,
     sql_in,
+)
+from pathflip.archive.tables import (
+    META,
+    SLIDES,
+    count_columns,
+    dependents_of,
+    key_of,
+    names_of,
+    spec_of,
+    tables_of,
 )
 from pathflip.errors import ArchiveError
 
@@ -133,9 +137,8 @@ class Committer:
             "revision": revision,
             "mpp": mpp,
             "licence": licence,
-            "features_table": features_table(name),
-            "embeddings_table": embeddings_table(name),
         }
+        entry |= names_of("encoder", name)
         known = self._archive.encoders()
         for other, made in known.items():
             if other != name and made["features_table"] == entry["features_table"]:
@@ -154,24 +157,33 @@ class Committer:
                         code="settings",
                     )
             return str(entry["features_table"])
-        noted = {"encoder": json.dumps({"name": name, **entry})}
-        with guarded(self.uri, f"add encoder {name}"):
-            create_table(
-                self.uri, entry["features_table"],
-                features_schema(self._archive.slots, dim, noted),
-            )  # fmt: skip
-            create_table(self.uri, entry["embeddings_table"], embeddings_schema(dim, noted))
-        self.upsert("meta", meta_rows({f"encoder:{name}": entry}))
-        self._refresh()
+        self.add_tables(f"encoder:{name}", entry)
         return str(entry["features_table"])
 
-    def add_table(self, table: str, schema: pa.Schema, settings: Mapping[str, Any]) -> None:
-        """Makes a table and the settings that name it, in that order."""
-        with guarded(self.uri, f"make the table {table}"):
-            create_table(self.uri, table, schema)
-        # Another layout than the first: a pathflip that knows only that must not write here.
-        self.upsert("meta", meta_rows({"schema_version": SCHEMA_VERSION, **settings}))
+    def add_tables(self, setting: str, entry: Mapping[str, Any]) -> list[str]:
+        """Adds an entry to the settings, after making the tables it names.
+
+        Args:
+            setting: Its key: a :attr:`TableSpec.setting`, followed by ``:<name>`` for a family.
+            entry: Its value (JSON values).
+
+        Returns:
+            The names of those tables.
+        """
+        settings = self._archive.settings() | {setting: dict(entry)}
+        held = self._archive.tables()
+        made = [table for name, table in tables_of(settings).items() if name not in (META, *held)]
+        with guarded(self.uri, f"make the tables of {setting}"):
+            for table in made:
+                create_table(self.uri, table.name, table.schema(settings))
+        changes: dict[str, Any] = {setting: dict(entry)}
+        # A pathflip that knows only an older layout must not write to one with newer tables.
+        layout = max((table.spec.since for table in made), default=1)
+        if layout > 1:
+            changes["schema_version"] = max(layout, settings["schema_version"])
+        self.upsert("meta", meta_rows(changes))
         self._refresh()
+        return [table.name for table in made]
 
     def replace_rows(self, table: str, rows: pa.Table) -> None:
         """Writes all rows of some slides in a table that is made from others, in one commit.
@@ -194,6 +206,7 @@ class Committer:
         regions: pa.Table | None = None,
         embeddings: Mapping[str, pa.Table] | None = None,
         fragments: Mapping[str, Sequence[str]] | None = None,
+        others: Mapping[str, pa.Table] | None = None,
     ) -> Committed:
         """Makes slides visible with all of their rows, or leaves the archive as it was.
 
@@ -208,6 +221,7 @@ class Committer:
             embeddings: {encoder name: rows of its embeddings table}.
             fragments: {encoder name: what :func:`write_fragment` returned}. Shards with rows of
                 slides that are skipped are fine.
+            others: {table: its rows} of further tables that are written with the slide.
 
         Returns:
             Which slides were written, extended, skipped.
@@ -219,7 +233,16 @@ class Committer:
                 features and its embeddings (one more: the slide's own).
         """
         try:
-            return self._commit(slides, regions, embeddings or {}, fragments or {})
+            rows = {} if regions is None else {"regions": regions}
+            for name, of_encoder in (embeddings or {}).items():
+                _, entry = self._archive.encoder(name)
+                rows[entry["embeddings_table"]] = of_encoder
+            shards = [
+                Shard.from_json(text)
+                for texts in (fragments or {}).values()
+                for text in dict.fromkeys(texts)
+            ]
+            return self._commit(slides, rows | dict(others or {}), shards)
         except BaseException:
             self._stale = True  # part of it may have happened
             raise
@@ -227,9 +250,8 @@ class Committer:
     def _commit(
         self,
         slides: pa.Table,
-        regions: pa.Table | None,
-        embeddings: Mapping[str, pa.Table],
-        fragments: Mapping[str, Sequence[str]],
+        given: Mapping[str, pa.Table],
+        shards: Sequence[Shard],
     ) -> Committed:
         if self._stale:
             self._refresh()
@@ -240,7 +262,7 @@ class Committer:
         skipped: list[str] = []
         incoming: dict[str, dict[str, Any]] = {}
         for row in slides.select(
-            ["slide_id", "status", "fingerprint", "encoders", "n_regions"]
+            ["slide_id", "status", "fingerprint", "encoders", *count_columns()]
         ).to_pylist():
             slide = row["slide_id"]
             if slide in incoming:
@@ -261,18 +283,16 @@ class Committer:
             else:
                 skipped.append(slide)
         new: list[Shard] = []
-        for name, texts in fragments.items():
-            wanted = self._wanted(name, write, extend, incoming)
-            for text in dict.fromkeys(texts):
-                if shard := self._narrowed(Shard.from_json(text), wanted):
-                    new.append(shard)
-        for name, rows in embeddings.items():
-            _, entry = self._archive.encoder(name)
-            wanted = self._wanted(name, write, extend, incoming)
-            if shard := self._shard(entry["embeddings_table"], rows, wanted):
-                new.append(shard)
-        if regions is not None and (shard := self._shard("regions", regions, write)):
-            new.append(shard)
+        for shard in shards:
+            wanted = self._wanted(shard.table, write, extend, incoming)
+            if kept := self._narrowed(shard, wanted):
+                new.append(kept)
+        for table, rows in given.items():
+            wanted = self._wanted(table, write, extend, incoming)
+            if made := self._shard(table, rows, wanted):
+                new.append(made)
+        # Regions last: nothing finds a slide's rows in other tables without them.
+        new.sort(key=lambda shard: shard.table == "regions")
         self._assert_complete(new, write, extend, incoming)
 
         chosen = [*write, *extend, *note]
@@ -304,8 +324,8 @@ class Committer:
         """
         removed: dict[str, int] = {}
         for table in self._archive.tables():
-            if table in ("slides", "files", CAPTIONS):  # nobody could make captions again
-                continue
+            if self._archive.table(table).spec.derived_from is None:
+                continue  # what came from elsewhere could not be made again
             dataset = self._archive.dataset(table)
             allowed = self._archive.ready_ids(self._archive.encoder_of(table))
             with guarded(self.uri, f"read the table {table}", damaged=is_local(self.uri)):
@@ -316,21 +336,29 @@ class Committer:
         self._refresh()
         return removed
 
-    def drop_slides(self, slide_ids: Collection[str], *, keep_captions: bool = False) -> None:
-        """Removes slides and all of their rows, as when the file behind a URI has changed."""
+    def drop_slides(self, slide_ids: Collection[str], *, keep_imported: bool = False) -> None:
+        """Removes slides and all of their rows, as when the file behind a URI has changed.
+
+        Args:
+            slide_ids: The slides.
+            keep_imported: Whether what came from elsewhere, such as captions, stays.
+        """
         self._hide(slide_ids)
         self._delete_rows(slide_ids)
-        if CAPTIONS in self._archive.tables() and not keep_captions:
-            self._delete_from(CAPTIONS, "slide_id", list(slide_ids))
+        for table in self._archive.tables():
+            if self._archive.table(table).spec.imported and not keep_imported:
+                self._delete_from(table, "slide_id", list(slide_ids))
         self._refresh()
 
     def drop_rows(self, table: str, slide_ids: Collection[str]) -> None:
-        """Removes rows of slides from a table that is made from others."""
-        self._delete_from(table, "slide_id", list(slide_ids))
+        """Removes rows of slides from a table, and from the tables computed from it."""
+        tables = {name: self._archive.table(name) for name in self._archive.tables()}
+        for name in (*dependents_of(table, tables), table):
+            self._delete_from(name, "slide_id", list(slide_ids))
         self._refresh()
 
     def update_slides(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Changes columns of slides: paths, people, labels; the patient also in embeddings.
+        """Changes columns of slides: paths, people, labels; the patient in every table.
 
         Args:
             changes: {slide_id: {column of ``slides``: value}}.
@@ -342,8 +370,9 @@ class Committer:
             for slide, change in changes.items()
             if "patient_id" in change
         }
-        pooled = [*self._archive.encoders().values(), *self._archive.models().values()]
-        for table in [entry["embeddings_table"] for entry in pooled]:
+        for table in self._archive.tables():
+            if table == SLIDES or "patient_id" not in self._archive.dataset(table).schema.names:
+                continue
             for ids in _chunks(list(patients)):
                 rows = open_table(self.uri, table).to_table(filter=sql_in("slide_id", ids))
                 named = [patients[slide] for slide in rows["slide_id"].to_pylist()]
@@ -395,7 +424,8 @@ class Committer:
             dataset = open_table(self.uri, table)
             rows = dataset.count_rows()
             target = 1 << 20
-            if table.startswith("features_"):  # rows of a large encoder are near a megabyte
+            spec = spec_of(table)
+            if spec is not None and spec.wide:
                 target = rows_per_batch(dataset.schema, budget=FEATURE_BYTES_PER_FRAGMENT)
             with guarded(self.uri, f"compact the table {table}"):
                 dataset.optimize.compact_files(
@@ -425,12 +455,15 @@ class Committer:
 
     def _wanted(
         self,
-        encoder: str,
+        table: str,
         write: Sequence[str],
         extend: Mapping[str, Sequence[str]],
         incoming: Mapping[str, Mapping[str, Any]],
     ) -> list[str]:
-        """Returns the slides whose rows of an encoder are to be written."""
+        """Returns the slides whose rows of a table are to be written."""
+        encoder = self._archive.encoder_of(table)
+        if encoder is None:
+            return list(write)
         anew = [slide for slide in write if encoder in (incoming[slide]["encoders"] or ())]
         return anew + [slide for slide, names in extend.items() if encoder in names]
 
@@ -464,16 +497,21 @@ class Committer:
         have: dict[str, Counter[str]] = {}
         for shard in shards:
             have.setdefault(shard.table, Counter()).update(shard.rows)
+        tables = [self._archive.table(name) for name in self._archive.tables()]
         for slide in (*write, *extend):
-            known = self._archive.ledger() if slide in extend else incoming
-            regions = known[slide]["n_regions"]
-            expected = {} if slide in extend else {"regions": regions}
-            for name in extend.get(slide, incoming[slide]["encoders"] or ()):
-                _, entry = self._archive.encoder(name)
-                expected[entry["features_table"]] = regions
-                expected[entry["embeddings_table"]] = regions + 1
+            row = (self._archive.ledger() if slide in extend else incoming)[slide]
+            encoders = extend.get(slide, incoming[slide]["encoders"] or ())
+            for name in encoders:
+                self._archive.encoder(name)  # refuses those the archive does not hold
+            made = [
+                table
+                for table in tables
+                if table.ingested
+                and (slide in write if table.encoder is None else table.encoder in encoders)
+            ]
+            expected = {table.name: table.spec.rows_of(row) for table in made}
             for table, count in expected.items():
-                if (found := have.get(table, Counter())[slide]) != count:
+                if count is not None and (found := have.get(table, Counter())[slide]) != count:
                     raise ValueError(f"slide {slide} has {found} rows for {table}, not {count}")
 
     def _changed(self, changes: Mapping[str, Mapping[str, Any]]) -> pa.Table:
@@ -494,10 +532,10 @@ class Committer:
     ) -> None:
         """Deletes what was made of slides, in all tables or in those of encoders.
 
-        Captions stay: they came from elsewhere.
+        What came from elsewhere, such as captions, stays.
         """
         for table in self._archive.tables():
-            if table in ("slides", "files", CAPTIONS):
+            if self._archive.table(table).spec.derived_from is None:
                 continue
             if encoders is None or self._archive.encoder_of(table) in encoders:
                 self._delete_from(table, "slide_id", list(slide_ids))

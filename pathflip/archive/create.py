@@ -12,15 +12,10 @@ from pathflip.archive.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.fragments import create_table, not_empty
 from pathflip.archive.lock import ArchiveLock
-from pathflip.archive.schema import (
-    SCHEMA_VERSION,
-    files_schema,
-    meta_schema,
-    regions_schema,
-    slides_schema,
-)
-from pathflip.archive.settings import meta_rows, slots_of
+from pathflip.archive.schema import SCHEMA_VERSION
+from pathflip.archive.settings import meta_rows
 from pathflip.archive.storage import guarded, is_local, local_tables, normalise
+from pathflip.archive.tables import META, tables_of
 from pathflip.errors import ArchiveError
 
 
@@ -67,11 +62,10 @@ def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
     with ArchiveLock(where), guarded(where, "create the archive"):
         # Another process may have created it while this one waited for its turn.
         if not is_local(where) or "meta" not in local_tables(where):
-            noted = {key: json.dumps(value) for key, value in settings.items()}
-            create_table(where, "slides", slides_schema())
-            create_table(where, "regions", regions_schema(slots_of(wanted), noted))
-            create_table(where, "files", files_schema())
-            create_table(where, "meta", meta_schema(), meta_rows(settings))
+            tables = tables_of(settings)
+            for table in sorted(tables.values(), key=lambda table: table.name == META):
+                rows = meta_rows(settings) if table.name == META else None
+                create_table(where, table.name, table.schema(settings), rows)
     with Committer(where):  # registers the first files
         return _with_tiling(Archive(where), wanted)
 

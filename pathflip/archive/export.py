@@ -12,18 +12,18 @@ import pyarrow.compute as pc
 
 from pathflip.archive.archive import Archive
 from pathflip.archive.storage import guarded, is_local, rows_per_batch
+from pathflip.archive.tables import SLIDES
 from pathflip.errors import ConfigError
 
 ROWS_PER_FILE = 4096
-"""Rows a file of features; the other tables go into one file each up to 2**20 rows."""
+"""Rows in a file of features; the files of tables with small rows hold up to 2**20."""
 
 
 def export_parquet(archive: Archive, folder: str | Path) -> dict[str, int]:
-    """Writes slides, regions, features and embeddings as Parquet.
+    """Writes every table whose rows belong to slides as Parquet.
 
-    Layout: ``<folder>/<table>/part-00000.parquet`` and so on. Of regions, features and embeddings
-    only those of ready slides; of slides all, whatever their status. The folder appears when
-    everything is in it.
+    Layout: ``<folder>/<table>/part-00000.parquet`` and so on. Rows of ready slides only; of
+    ``slides`` itself all rows, whatever their status. The folder appears when everything is in it.
 
     Args:
         archive: What to export.
@@ -45,7 +45,7 @@ def export_parquet(archive: Archive, folder: str | Path) -> dict[str, int]:
     try:
         with guarded(str(target), "export"):
             for table in archive.tables():
-                if table != "files":
+                if archive.table(table).spec.per_slide:
                     (draft / table).mkdir(parents=True)
                     written[table] = _export_table(archive, table, draft / table)
             if target.exists():
@@ -60,7 +60,7 @@ def _export_table(archive: Archive, table: str, folder: Path) -> int:
     import pyarrow.parquet as pq
 
     dataset = archive.dataset(table)
-    per_file = ROWS_PER_FILE if table.startswith("features_") else 1 << 20
+    per_file = ROWS_PER_FILE if archive.table(table).spec.wide else 1 << 20
     ready = pa.array(sorted(archive.ready_ids(archive.encoder_of(table))), pa.string())
     total, in_file, part, writer = 0, 0, 0, None
     batches: Any = dataset.to_batches(batch_size=rows_per_batch(dataset.schema))
@@ -69,7 +69,7 @@ def _export_table(archive: Archive, table: str, folder: Path) -> int:
         with guarded(archive.uri, f"read the table {table}", damaged=is_local(archive.uri)):
             for batch in batches:
                 rows = pa.Table.from_batches([batch])
-                if table != "slides":
+                if table != SLIDES:  # the ledger: all slides, whatever became of them
                     rows = rows.filter(pc.is_in(rows["slide_id"], ready))
                 if in_file and in_file + rows.num_rows > per_file:
                     writer.close()

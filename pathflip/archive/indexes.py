@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pathflip.archive.settings import CAPTIONS
 from pathflip.archive.storage import guarded, open_table
+from pathflip.archive.tables import spec_of
 
 VECTOR_INDEX_ROWS = 50_000
 """Embeddings from which on they get a vector index; below, a scan is fast."""
@@ -33,7 +33,8 @@ def refresh_indexes(uri: str, table: str) -> list[str]:
     Returns:
         Those made now, as ``table.column``.
     """
-    if table == "files":
+    spec = spec_of(table)
+    if spec is None or not spec.per_slide:
         return []
     with guarded(uri, f"index the table {table}"):
         dataset = open_table(uri, table)
@@ -48,10 +49,11 @@ def refresh_indexes(uri: str, table: str) -> list[str]:
                 if column in dataset.schema.names and column not in have:
                     dataset.create_scalar_index(column, kind)
                     made.append(f"{table}.{column}")
-        if table == CAPTIONS and rows and "text" not in have:
-            dataset.create_scalar_index("text", "INVERTED")
-            made.append(f"{table}.text")
-        wanted = table.startswith("embeddings_") and rows >= VECTOR_INDEX_ROWS
+        for column, kind in spec.indexes.items():
+            if kind != "VECTOR" and rows and column not in have:
+                dataset.create_scalar_index(column, kind)
+                made.append(f"{table}.{column}")
+        wanted = "vector" in spec.indexes and rows >= VECTOR_INDEX_ROWS
         if (wanted and "vector" not in have) or pieces >= _PIECES:
             _index_vectors(dataset, rows)
             made.append(f"{table}.vector")

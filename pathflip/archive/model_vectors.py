@@ -5,7 +5,6 @@ They are made from features, so they go with them, and ``pathflip index`` makes 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from pathflip.archive.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.schema import (
-    embeddings_schema,
     embeddings_table,
 )
 from pathflip.archive.storage import guarded, is_local
@@ -76,8 +74,7 @@ def ensure_model(
             code="wrong_model",
         )
     entry["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-    noted = {"model": json.dumps({"name": name, **entry})}
-    committer.add_table(table, embeddings_schema(dim, noted), {f"model:{name}": entry})
+    committer.add_tables(f"model:{name}", entry)
     return table
 
 

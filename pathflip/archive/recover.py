@@ -18,8 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pathflip.archive.schema import intact_rows, key_of
+from pathflip.archive.schema import intact_rows
 from pathflip.archive.storage import is_failure, open_table, rows_per_batch
+from pathflip.archive.tables import key_of
 
 _SECONDS = 300
 _MEMORY = 16 << 30
@@ -40,7 +41,7 @@ def salvage(
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         try:
             subprocess.run(
-                [sys.executable, "-m", __name__, uri, table, str(fragment), folder],
+                [sys.executable, "-m", __name__, uri, table, key_of(table), str(fragment), folder],
                 env={**os.environ, "PYTHONPATH": path, "RUST_BACKTRACE": "0"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -56,12 +57,12 @@ def salvage(
     return good, [(str(key), slide) for key, slide in bad]
 
 
-def _main(uri: str, table: str, number: int, folder: str) -> None:
+def _main(uri: str, table: str, key: str, number: int, folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     dataset = open_table(uri, table)
     fragment = dataset.get_fragment(number)
-    key, step, count = key_of(table), rows_per_batch(dataset.schema), fragment.count_rows()
+    step, count = rows_per_batch(dataset.schema), fragment.count_rows()
     bad: list[tuple[Any, Any]] = []
     with (
         pa.OSFile(str(Path(folder, "good.arrow")), "wb") as sink,
@@ -102,4 +103,4 @@ def _readable(fragment: Any, start: int, stop: int, failed: list[int]) -> Iterat
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    _main(*sys.argv[1:4], int(sys.argv[4]), sys.argv[5])

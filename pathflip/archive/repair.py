@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,18 +17,8 @@ from pathflip.archive.commit import Committer
 from pathflip.archive.fragments import create_table
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.recover import salvage
-from pathflip.archive.schema import (
-    captions_schema,
-    embeddings_schema,
-    features_schema,
-    files_schema,
-    meta_schema,
-    regions_schema,
-    slides_schema,
-)
-from pathflip.archive.settings import CAPTIONS, entries_of, meta_rows, read_meta, slots_of
+from pathflip.archive.settings import meta_rows, read_meta
 from pathflip.archive.storage import (
-    FIXED_TABLES,
     damaged_error,
     data_paths,
     guarded,
@@ -39,6 +30,7 @@ from pathflip.archive.storage import (
     open_table,
     table_uri,
 )
+from pathflip.archive.tables import META, Table, spec_of, specs_of, tables_of
 from pathflip.archive.verify import Report, verify
 from pathflip.errors import ArchiveError
 
@@ -69,8 +61,9 @@ def repair(uri: str | Path) -> Repaired:
       table with none left is made anew, empty. ``meta`` is completed from the other tables.
     * A damaged data file: rows whose checksum is right move to a new file; the old one is moved
       aside, and versions older than this repair may not open any more.
-    * A slide some of whose vectors of a trained model are lost loses the rest of them too, and
-      ``pathflip index`` makes them again. Captions that are lost have to be imported again.
+    * A slide some of whose rows in a table computed after ingest are lost (vectors of a trained
+      model) loses the rest of them too, and the command that made them makes them again. Captions
+      that are lost have to be imported again.
     * A ready slide that is not whole then: its rows go, and its row in ``slides`` says
       ``quarantined``, reason ``damaged_rows``, with an empty fingerprint: the ledger does not know
       its content any more, so the same ingest command as before does it again. A slide whose own
@@ -93,8 +86,9 @@ def repair(uri: str | Path) -> Repaired:
         read_meta(where)  # says what is wrong
     actions: list[str] = []
     with ArchiveLock(where):
-        for table in sorted({"meta", *FIXED_TABLES, *local_tables(where)}):
-            actions += _restore_table(where, table)
+        for table in sorted({*tables_of({}), *local_tables(where)}):
+            if spec_of(table) is not None:
+                actions += _restore_table(where, table)
         report = verify(where)
         broken = {(d.table, d.fragment) for d in report.damaged if d.fragment is not None}
         moved = {d.id for d in report.damaged if d.kind == "file"}
@@ -112,11 +106,15 @@ def repair(uri: str | Path) -> Repaired:
     with Committer(where) as committer:
         rows = committer.archive.dataset("slides").to_table()
         rows = rows.filter(pc.is_in(rows["slide_id"], pa.array(report.slides, pa.string())))
-        committer.drop_slides(report.slides, keep_captions=True)
+        committer.drop_slides(report.slides, keep_imported=True)
         committer.upsert("slides", _unready(rows))
         for table, slides in report.reindex.items():
             committer.drop_rows(table, slides)
-            actions.append(f"Table {table}: {len(slides)} slides are to be indexed again.")
+            command = committer.archive.table(table).spec.made_by
+            actions.append(
+                f"Table {table}: removed the rows of {len(slides)} slides; make them again: "
+                f"pathflip {command}."
+            )
         committer.forget_files([p for p in known_digests(where) if not Path(where, p).exists()])
     if report.slides:
         actions.append(f"{len(report.slides)} slides were not whole; ingest them again.")
@@ -149,7 +147,7 @@ def _restore_table(uri: str, table: str) -> list[str]:
             actions.append(f"Table {table}: went back to version {newest}.")
             continue
         if (schema := _schema_of(uri, table)) is None:
-            if table == "meta" or not table.startswith(("features_", "embeddings_")):
+            if not any(spec.family for spec in specs_of(table)):
                 raise damaged_error(uri, f"the settings and every version of {table} are lost")
             # Nothing says how wide it was; the encoder is added anew by the next ingest.
             _move_aside(uri, Path(table_uri(uri, table)))
@@ -173,29 +171,17 @@ def _manifests(folder: Path) -> dict[int, Path]:
 
 def _schema_of(uri: str, table: str) -> pa.Schema | None:
     """Returns the schema of a table whose versions are lost, from what the settings say."""
-    fixed = {
-        "meta": meta_schema,
-        "slides": slides_schema,
-        "files": files_schema,
-        CAPTIONS: captions_schema,
-    }
-    if table in fixed:
-        return fixed[table]()
+    settings: dict[str, Any] = {}
+    if table != META:
+        with suppress(ArchiveError):
+            settings = read_meta(uri)
+    known = tables_of(settings).get(table)
+    if known is None and (spec := spec_of(table)) is not None and not spec.family:
+        known = Table(name=table, spec=spec)
     try:
-        meta = read_meta(uri)
-    except ArchiveError:
+        return None if known is None else known.schema(settings)
+    except KeyError:
         return None
-    slots = slots_of(meta["tiling"])
-    if table == "regions":
-        return regions_schema(slots, {k: json.dumps(v) for k, v in meta.items() if ":" not in k})
-    for kind in ("encoder", "model"):
-        for name, entry in entries_of(meta, kind).items():
-            noted = {kind: json.dumps({"name": name, **entry})}
-            if table == entry.get("features_table"):
-                return features_schema(slots, entry["dim"], noted)
-            if table == entry["embeddings_table"]:
-                return embeddings_schema(entry["dim"], noted)
-    return None
 
 
 def _rewrite_fragment(uri: str, table: str, fragment: int) -> str:
@@ -229,17 +215,18 @@ def _complete_meta(uri: str) -> list[str]:
     meta = {row["key"]: json.loads(row["value"]) for row in rows.to_pylist()}
     found: dict[str, Any] = {}
     for table in local_tables(uri):
+        if not (specs := specs_of(table)):
+            continue
         noted = open_table(uri, table).schema.metadata or {}
         if table == "regions":
             found |= {key.decode(): json.loads(value) for key, value in noted.items()}
-        elif table.startswith("features_") and b"encoder" in noted:
-            entry = json.loads(noted[b"encoder"])
-            found[f"encoder:{entry.pop('name')}"] = entry
-        elif table.startswith("embeddings_") and b"model" in noted:
-            entry = json.loads(noted[b"model"])
-            found[f"model:{entry.pop('name')}"] = entry
-        elif table == CAPTIONS:
-            found[CAPTIONS] = {}
+        for spec in specs:
+            value = noted.get((spec.setting or "").encode())
+            if spec.family and value is not None:
+                entry = json.loads(value)
+                found[f"{spec.setting}:{entry.pop('name')}"] = entry
+            elif spec.setting is not None and not spec.family:
+                found[spec.setting] = {} if value is None else json.loads(value)
     lost = {key: value for key, value in found.items() if key not in meta}
     if lost:
         import lance
@@ -247,12 +234,8 @@ def _complete_meta(uri: str) -> list[str]:
         with guarded(uri, "complete the settings"):
             lance.write_dataset(meta_rows(lost), table_uri(uri, "meta"), mode="append")
         actions.append(f"Table meta: brought back {', '.join(sorted(lost))}.")
-    meta = read_meta(uri)
-    for entry in (*entries_of(meta, "encoder").values(), *entries_of(meta, "model").values()):
-        for table in filter(None, (entry.get("features_table"), entry["embeddings_table"])):
-            actions += _restore_table(uri, table)
-    if CAPTIONS in meta:
-        actions += _restore_table(uri, CAPTIONS)
+    for table in tables_of(read_meta(uri)):
+        actions += _restore_table(uri, table)
     return actions
 
 

@@ -1,21 +1,7 @@
-"""Tables of an archive: Arrow schemas, keys, names and row checksums.
+"""Columns of an archive's tables, and the checksum of every row.
 
-This module is the interface between the stages: whoever writes a table writes exactly these
-columns, in this order. An archive is a LanceDB database; every table is one Lance dataset.
-
-===================== ==================== ======================================================
-table                 key                  one row per
-===================== ==================== ======================================================
-meta                  key                  setting (JSON): schema_version, tiling, captions,
-                                           encoder:<name>, model:<name>
-slides                slide_id             slide, whatever became of it; visible when status=ready
-regions               region_id            region of the grid that holds tissue
-features_<encoder>    region_id            region: fp16 patch features, masked slots zero
-embeddings_<encoder>  id                   slide and region: L2-normalised mean of patch features
-embeddings_<model>    id                   slide and region: vectors of a trained model
-captions              caption_id           slide and source of text: report, sentences, questions
-files                 path                 immutable data file: sha256, so that bit rot is found
-===================== ==================== ======================================================
+Whoever writes a table writes exactly these columns, in this order; which tables there are, and
+what belongs together, is in :mod:`pathflip.archive.tables`.
 
 Positions are level-0 pixels (``x0``, ``y0``, ``size0``) beside the slide's level-0 ``mpp`` (µm per
 pixel). ``slides.fingerprint`` identifies content and cut (slide sha256, tiling, tissue settings),
@@ -42,50 +28,33 @@ CHECKSUM = "checksum"
 
 _KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 
-KEYS = {
-    "meta": "key",
-    "slides": "slide_id",
-    "regions": "region_id",
-    "files": "path",
-    "captions": "caption_id",
-}
-
-
-def key_of(table: str) -> str:
-    """Returns the primary key column of a table."""
-    if table.startswith("features_"):
-        return "region_id"
-    if table.startswith("embeddings_"):
-        return "id"
-    return KEYS[table]
-
 
 def region_id(slide_id: str, *, rx: int, ry: int) -> str:
     """Returns the key of the region at grid position (rx, ry) of a slide."""
     return f"{slide_id}/{rx}_{ry}"
 
 
-def encoder_slug(encoder: str) -> str:
-    """Returns an encoder's name reduced to [a-z0-9_], as table names carry it.
+def slug(name: str) -> str:
+    """Returns the name of an encoder or model reduced to [a-z0-9_], as table names carry it.
 
     Names too long for a file name are cut and told apart by a hash.
     """
-    slug = re.sub(r"[^a-z0-9]+", "_", encoder.lower()).strip("_")
-    if not slug:
-        raise ValueError(f"encoder name {encoder!r} holds no letter or digit")
-    if len(slug) > 80:
-        slug = f"{slug[:64]}_{hashlib.sha256(encoder.encode()).hexdigest()[:12]}"
-    return slug
+    reduced = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    if not reduced:
+        raise ValueError(f"name {name!r} holds no letter or digit")
+    if len(reduced) > 80:
+        reduced = f"{reduced[:64]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return reduced
 
 
 def features_table(encoder: str) -> str:
     """Returns the name of the table that holds an encoder's patch features."""
-    return f"features_{encoder_slug(encoder)}"
+    return f"features_{slug(encoder)}"
 
 
 def embeddings_table(encoder: str) -> str:
     """Returns the name of the table of an encoder's, or a model's, slide and region embeddings."""
-    return f"embeddings_{encoder_slug(encoder)}"
+    return f"embeddings_{slug(encoder)}"
 
 
 def _schema(

@@ -19,7 +19,6 @@ from pathflip.errors import ArchiveError, PathFLIPError
 
 OBJECT_STORE_ON_DISK = "file-object-store://"
 """Lance's scheme for a folder treated as an object store: how the remote code is tested."""
-FIXED_TABLES = ("slides", "regions", "files")
 SELF_DIGEST = "sha256:"  # prefix of config keys in ``files``: digests of its own data files
 
 

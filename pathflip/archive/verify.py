@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,9 @@ import pyarrow as pa
 
 from pathflip.archive.archive import READY
 from pathflip.archive.recover import salvage
-from pathflip.archive.schema import (
-    intact_rows,
-    key_of,
-)
-from pathflip.archive.settings import CAPTIONS, entries_of, read_meta
+from pathflip.archive.schema import intact_rows
+from pathflip.archive.settings import entries_of, read_meta
 from pathflip.archive.storage import (
-    FIXED_TABLES,
     data_paths,
     digest_file,
     guarded,
@@ -40,9 +36,12 @@ from pathflip.archive.storage import (
     own_digests,
     rows_per_batch,
 )
+from pathflip.archive.tables import SLIDES, Table, count_columns, key_of, spec_of, tables_of
 from pathflip.errors import ArchiveError
 
 _OLD = " Only older versions refer to it."
+
+_Held = dict[str, dict[str, set[str]]]  # table -> slide -> keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ class Report:
     Attributes:
         damaged: Everything wrong, tables first.
         slides: Ready slides whose rows are not whole.
-        reindex: {table of a trained model: slides some of whose vectors are lost}.
+        reindex: {table that is computed after ingest: slides some of whose rows are lost}.
         notes: What is not damage but worth knowing.
         files: Data files whose digest was checked.
         rows: Rows whose checksum was checked.
@@ -140,14 +139,8 @@ def verify(uri: str | Path) -> Report:
         if error.code not in ("damaged", "missing_table"):
             raise
         settings_fault = error.message
-    encoders, models = entries_of(meta, "encoder"), entries_of(meta, "model")
-    tables = {"meta", *FIXED_TABLES} | {entry["embeddings_table"] for entry in models.values()}
-    if CAPTIONS in meta:
-        tables.add(CAPTIONS)
-    for entry in encoders.values():
-        tables |= {entry["features_table"], entry["embeddings_table"]}
-    if is_local(where):
-        tables |= set(local_tables(where))
+    named = tables_of(meta)
+    tables = named | _unnamed(where, named, scan)
     known = _trusted_digests(where, scan)
     for table in sorted(tables):
         try:
@@ -161,8 +154,9 @@ def verify(uri: str | Path) -> Report:
     if settings_fault and not any(damage.table == "meta" for damage in scan.damaged):
         scan.damaged.append(Damage(table="meta", kind="table", id="meta", detail=settings_fault))
     _check_old_files(where, known, scan)
-    _check_slides(encoders, {entry["embeddings_table"] for entry in models.values()}, scan)
-    _check_models(models, scan)
+    held = _held(tables, scan)
+    _check_slides(named, held, set(entries_of(meta, "encoder")), scan)
+    _check_derived(named, held, scan)
     order = {"table": 0, "file": 1}
     scan.damaged.sort(key=lambda d: (order.get(d.kind, 2), d.table, d.id, d.kind))
     return Report(
@@ -175,6 +169,19 @@ def verify(uri: str | Path) -> Report:
         bytes=scan.bytes,
         seconds=time.perf_counter() - start,
     )
+
+
+def _unnamed(uri: str, named: Mapping[str, Table], scan: _Scan) -> dict[str, Table]:
+    """Returns the tables of a local archive that its settings do not name (any more)."""
+    found: dict[str, Table] = {}
+    for name in local_tables(uri) if is_local(uri) else ():
+        if name in named:
+            continue
+        if (spec := spec_of(name)) is None:
+            scan.notes.append(f"{name}.lance is no table of an archive and was not checked.")
+        else:
+            found[name] = Table(name=name, spec=spec)
+    return found
 
 
 def _trusted_digests(uri: str, scan: _Scan) -> dict[str, tuple[str, int]]:
@@ -291,7 +298,7 @@ def _batches(fragment: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 def _note_rows(table: str, key: str, rows: pa.Table | pa.RecordBatch, scan: _Scan) -> None:
     ids = rows.column(key).to_pylist()
     if table == "slides":
-        columns = ["slide_id", "status", "n_regions", "encoders"]
+        columns = ["slide_id", "status", "encoders", *count_columns()]
         scan.slides |= {row["slide_id"]: row for row in rows.select(columns).to_pylist()}
     owners = rows.column("slide_id").to_pylist() if "slide_id" in rows.schema.names else ids
     scan.keys.setdefault(table, []).extend(zip(ids, owners, strict=True))
@@ -317,96 +324,127 @@ def _table_of(path: str) -> str:
     return path.split(".lance/", 1)[0]
 
 
-def _check_slides(encoders: dict[str, dict[str, Any]], attached: set[str], scan: _Scan) -> None:
-    """Checks that ready slides have exactly their rows, each once.
-
-    Captions, and the vectors of models (``attached``), can be lost without the slide.
-    """
-    held: dict[str, dict[str, set[str]]] = {}  # table -> slide -> keys
+def _held(tables: Mapping[str, Table], scan: _Scan) -> _Held:
+    """Sorts the rows that were read by table and slide; keys that are there twice are damage."""
+    held: _Held = {}
     for table, rows in scan.keys.items():
-        for item, count in Counter(rows).items():
-            held.setdefault(table, {}).setdefault(item[1], set()).add(item[0])
+        for (key, slide), count in Counter(rows).items():
+            held.setdefault(table, {}).setdefault(slide, set()).add(key)
             if count > 1:
-                if table in attached:
-                    scan.reindex.setdefault(table, set()).add(item[1])
-                else:
-                    scan.incomplete.add(item[1])
+                _lose(tables[table], slide, scan)
                 scan.damaged.append(
                     Damage(
                         table=table,
                         kind="duplicate",
-                        id=item[0],
+                        id=key,
                         detail=f"The key is there {count} times.",
-                        slide_id=item[1],
+                        slide_id=slide,
                     )
                 )
+    return held
+
+
+def _lose(table: Table, slide: str, scan: _Scan) -> None:
+    """Notes that a slide's rows of a table are not whole: who has to write them again?"""
+    if table.ingested or table.name == SLIDES:
+        scan.incomplete.add(slide)
+    elif table.spec.derived_from is not None:
+        scan.reindex.setdefault(table.name, set()).add(slide)
+
+
+def _check_slides(
+    named: Mapping[str, Table], held: _Held, encoders: Collection[str], scan: _Scan
+) -> None:
+    """Checks that ready slides have exactly the rows that ingest wrote.
+
+    What came from elsewhere, and what later commands computed, can be lost without the slide.
+    """
     ready = {slide: row for slide, row in scan.slides.items() if row["status"] == READY}
     for table, owned in held.items():
         hidden = sum(len(keys) for slide, keys in owned.items() if slide not in ready)
-        if hidden and table not in ("meta", "slides", "files", CAPTIONS):
+        spec = spec_of(table)
+        if hidden and spec is not None and spec.derived_from is not None:
             scan.notes.append(
                 f"{hidden} rows of table {table} belong to no ready slide; nobody sees them and "
                 "the next ingest deletes them."
             )
     listed = {(damage.table, damage.id) for damage in scan.damaged}
+    made = [table for table in named.values() if table.ingested and table.spec.one_per]
     for slide, row in sorted(ready.items()):
-        names = [name for name in row["encoders"] or () if name in encoders]
-        tables = ["regions", *(encoders[name]["features_table"] for name in names)]
-        pooled = [encoders[name]["embeddings_table"] for name in names]
-        # What one table has lost the others still name.
-        keys = {key for t in (*tables, *pooled) for key in held.get(t, {}).get(slide, ())} - {slide}
-        if len(keys) != row["n_regions"] or len(names) != len(row["encoders"] or ()):
-            scan.incomplete.add(slide)
-            scan.damaged.append(
-                Damage(
-                    table="slides",
-                    kind="missing",
-                    id=slide,
-                    detail=f"{len(keys)} of the slide's {row['n_regions']} regions are found.",
-                    slide_id=slide,
-                )
-            )
-        for table in (*tables, *pooled):
-            wanted = keys | {slide} if table in pooled else keys
-            lost = wanted - held.get(table, {}).get(slide, set())
-            if lost:
+        names = set(row["encoders"] or ())
+        own = [table for table in made if table.encoder is None or table.encoder in names]
+        lost_encoders = not names <= set(encoders)
+        for root in dict.fromkeys(table.spec.one_per for table in own):
+            group = [table for table in own if table.spec.one_per == root]
+            # What one table has lost the others still name.
+            keys = _keys(group, slide, held)
+            wanted = named[str(root)].spec.rows_of(row)
+            if lost_encoders or wanted not in (None, len(keys)):
                 scan.incomplete.add(slide)
-            scan.damaged += [
-                Damage(
-                    table=table,
-                    kind="missing",
-                    id=key,
-                    detail="The row of a ready slide is not there.",
-                    slide_id=slide,
-                )
-                for key in sorted(lost)
-                if (table, key) not in listed
-            ]
-
-
-def _check_models(models: dict[str, dict[str, Any]], scan: _Scan) -> None:
-    """Checks that a slide has all of its vectors of a model, or none: then it waits for index."""
-    listed = {(damage.table, damage.id) for damage in scan.damaged}
-    for name, entry in models.items():
-        table = entry["embeddings_table"]
-        held = Counter(slide for _, slide in set(scan.keys.get(table, ())))
-        waiting = 0
-        for slide, row in sorted(scan.slides.items()):
-            if row["status"] != READY or entry["encoder"] not in (row["encoders"] or ()):
-                continue
-            waiting += slide not in held
-            if held[slide] in (0, row["n_regions"] + 1):
-                continue
-            scan.reindex.setdefault(table, set()).add(slide)
-            if (table, slide) not in listed:
                 scan.damaged.append(
                     Damage(
-                        table=table,
+                        table=SLIDES,
                         kind="missing",
                         id=slide,
-                        detail=f"{held[slide]} of {row['n_regions'] + 1} vectors are there.",
+                        detail=f"{len(keys)} of the slide's {wanted} {root} are found.",
+                        slide_id=slide,
+                    )
+                )
+            for table in group:
+                lost = keys | ({slide} if table.spec.and_slide else set())
+                lost -= held.get(table.name, {}).get(slide, set())
+                if lost:
+                    scan.incomplete.add(slide)
+                scan.damaged += [
+                    Damage(
+                        table=table.name,
+                        kind="missing",
+                        id=key,
+                        detail="The row of a ready slide is not there.",
+                        slide_id=slide,
+                    )
+                    for key in sorted(lost)
+                    if (table.name, key) not in listed
+                ]
+
+
+def _keys(tables: Iterable[Table], slide: str, held: _Held) -> set[str]:
+    """Returns the keys that at least one of the tables has for a slide, without its own."""
+    return {key for t in tables for key in held.get(t.name, {}).get(slide, ())} - {slide}
+
+
+def _check_derived(named: Mapping[str, Table], held: _Held, scan: _Scan) -> None:
+    """Checks that a slide has all of its rows in a table computed later, or none: then it waits."""
+    listed = {(damage.table, damage.id) for damage in scan.damaged}
+    later = [t for t in named.values() if not t.ingested and t.spec.derived_from and t.spec.one_per]
+    for table in later:
+        siblings = [other for other in later if other.spec.one_per == table.spec.one_per]
+        waiting = 0
+        for slide, row in sorted(scan.slides.items()):
+            if row["status"] != READY or table.encoder not in (None, *(row["encoders"] or ())):
+                continue
+            there = len(held.get(table.name, {}).get(slide, ()))
+            wanted = table.spec.rows_of(row)
+            if wanted is None:  # as many as any of those with the same keys has
+                wanted = len(_keys(siblings, slide, held)) + table.spec.and_slide
+            if there == wanted:
+                continue
+            if not there:
+                waiting += 1
+                continue
+            scan.reindex.setdefault(table.name, set()).add(slide)
+            if (table.name, slide) not in listed:
+                scan.damaged.append(
+                    Damage(
+                        table=table.name,
+                        kind="missing",
+                        id=slide,
+                        detail=f"{there} of the slide's {wanted} rows are there.",
                         slide_id=slide,
                     )
                 )
         if waiting:
-            scan.notes.append(f"{waiting} slides have no vectors of model {name}: pathflip index.")
+            scan.notes.append(
+                f"{waiting} slides have no rows in table {table.name} yet; make them: "
+                f"pathflip {table.spec.made_by}."
+            )

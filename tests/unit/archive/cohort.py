@@ -105,9 +105,14 @@ def embedding_rows(n: int, *, dim: int = DIM) -> pa.Table:
 
 
 def commit(
-    committer: Committer, *numbers: int, dims=None, together: bool = False, fingerprint: str = "f"
+    committer: Committer,
+    *numbers: int,
+    dims=None,
+    together: bool = False,
+    fingerprint: str = "f",
+    others=None,
 ) -> Committed:
-    """Commits ready slides; dims is {encoder: dim}."""
+    """Commits ready slides; dims is {encoder: dim}, others {table: rows} of further tables."""
     dims = dims or {"tex": DIM}
     fragments = {}
     for name, dim in dims.items():
@@ -126,6 +131,7 @@ def commit(
             for name, dim in dims.items()
         },
         fragments=fragments,
+        others=others,
     )
 
 

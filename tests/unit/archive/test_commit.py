@@ -9,12 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pathflip.archive import Archive, schema
+from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
 from pathflip.archive.fragments import Shard, write_fragment
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.settings import meta_rows
+from pathflip.archive.tables import key_of
 from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort
@@ -291,7 +292,7 @@ def test_upsert_of_the_ledger_alone(tmp_path):
             committer.upsert("slides", pa.concat_tables([rows, rows]))
     assert Archive(tmp_path / "a").slides()["labels"].to_pylist() == ["{}", "{}"]
     assert_whole(tmp_path / "a", [0, 1])
-    assert schema.key_of("slides") == "slide_id"
+    assert key_of("slides") == "slide_id"
 
 
 def test_a_table_opens_while_another_process_commits(tmp_path: Path) -> None:

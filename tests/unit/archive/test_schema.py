@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pathflip.archive import schema
+from pathflip.archive.tables import key_of
 from tests.unit.archive import cohort
 
 
@@ -19,7 +20,7 @@ def test_every_table_has_a_declared_non_null_key_and_a_checksum():
         "files": schema.files_schema(),
     }
     for table, fields in made.items():
-        key = fields.field(schema.key_of(table))
+        key = fields.field(key_of(table))
         assert not key.nullable
         assert key.metadata[b"lance-schema:unenforced-primary-key"] == b"true"
         assert fields.names[-1] == "checksum"
