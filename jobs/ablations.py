@@ -26,11 +26,12 @@ from jobs.pretrain import PretrainConfig, pretrain, resolve
 from jobs.progress import HasLine
 from pathflip.archive import Archive
 from pathflip.archive.storage import normalise
-from pathflip.checkpoints import load_run, write_file
+from pathflip.checkpoints import load_run
 from pathflip.errors import ConfigError, TrainingError
 from pathflip.evaluation.prompts import read_tasks
 from pathflip.evaluation.suite import evaluate_all, headline
 from pathflip.evaluation.zeroshot import default_tasks
+from pathflip.files import write_file
 from pathflip.training.config import as_overrides, load_settings, save_settings
 
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,6 @@ line with the reason, costs no other slide, and is tried again by the next run.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -29,6 +28,7 @@ from pathflip.archive import Archive
 from pathflip.archive.slide_names import SlideNames, listed
 from pathflip.errors import CheckpointError, ConfigError, PathFLIPError
 from pathflip.evaluation.encode import Progress, Report, list_slides
+from pathflip.files import claim
 from pathflip.slide_qa import check_question, tuned_name
 from pathflip.vllm_engine import engine_arguments
 
@@ -293,14 +293,12 @@ def _appending(path: Path) -> Iterator[BinaryIO]:
     """The file, of which this process is the only writer, cut after its last whole line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not claim(file.fileno()):
             raise ConfigError(
                 f"Another process is writing {path}.",
                 hint="Wait for it, or name another file in --out.",
                 code="out",
-            ) from error
+            )
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         yield file

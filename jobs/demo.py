@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.ingest.config import IngestConfig
 from pathflip.errors import ArchiveError, ConfigError, PathFLIPError, SlideError
 from pathflip.evaluation.prompts import read_tasks
+from pathflip.files import replacing
 from pathflip.geometry import Tiling
 
 if TYPE_CHECKING:
@@ -339,10 +340,9 @@ def make_slides(out: Path, *, cohort: int) -> None:
 def _plant(path: Path, source: Path, spoil: Callable[[Path], None]) -> None:
     if path.exists():
         return
-    copy = path.with_name(f".{path.name}.tmp")
-    shutil.copyfile(source, copy)
-    spoil(copy)
-    os.replace(copy, path)
+    with replacing(path) as copy:
+        shutil.copyfile(source, copy)
+        spoil(copy)
 
 
 def _truncate(path: Path) -> None:

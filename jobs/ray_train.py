@@ -22,6 +22,7 @@ from typing import Any
 
 from pathflip.checkpoints import latest_checkpoint
 from pathflip.errors import ConfigError, PathFLIPError, TrainingError
+from pathflip.files import write_file
 from pathflip.training import run_dir
 from pathflip.training.config import AnyConfig, TrainConfig
 from pathflip.training.dataset import steps_per_epoch
@@ -264,9 +265,7 @@ def _note_progress(run: Path) -> Callable[[Progress], None]:
         now = time.monotonic()
         if now - last[0] >= PROGRESS_EVERY_S or progress.fraction >= 1:
             last[0] = now
-            part = run / f"{run_dir.PROGRESS}.partial"
-            part.write_text(json.dumps(asdict(progress)))
-            part.replace(run / run_dir.PROGRESS)
+            write_file(run / run_dir.PROGRESS, json.dumps(asdict(progress)))
 
     return note
 

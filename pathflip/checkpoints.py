@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pathflip.errors import CheckpointError
+from pathflip.files import PARTIAL, partial, sync, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,6 @@ COMPLETE = "COMPLETE.json"
 KEEP = 3
 """Newest checkpoints kept beside the best one."""
 _STEP = re.compile(r"step-(\d{8,})")
-_PART = ".partial"
 
 
 # -- whole folders --------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def write_whole(folder: str | Path, fill: Callable[[Path], None], **note: Any) -
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.parent / f".{folder.name}{_PART}"
+    part = partial(folder, one_writer=True)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
@@ -78,7 +78,7 @@ def write_whole(folder: str | Path, fill: Callable[[Path], None], **note: Any) -
     if folder.exists():
         remove_folder(folder)
     part.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     return folder
 
 
@@ -93,7 +93,7 @@ def _seal(part: Path, note: Mapping[str, Any]) -> None:
     body = {**note, "files": files}
     write_file(part / COMPLETE, json.dumps({**body, "sha256": _digest(body)}, indent=1))
     for inner in sorted({part, *(path.parent for path in _files(part))}):
-        _sync(inner)
+        sync(inner)
 
 
 def verify_whole(folder: str | Path) -> dict[str, Any]:
@@ -145,24 +145,9 @@ def read_note(folder: str | Path) -> dict[str, Any]:
     return dict(note)
 
 
-def write_file(path: str | Path, text: str) -> None:
-    """Write a small text file so that it holds the old text or the new one, never half."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}{_PART}")
-    try:
-        with part.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
 def remove_folder(folder: Path) -> None:
     """Remove a folder; a process killed meanwhile leaves only a hidden one."""
-    gone = folder.parent / f".{folder.name}.removed{_PART}"
+    gone = folder.parent / f".{folder.name}.removed{PARTIAL}"
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
@@ -174,14 +159,6 @@ def _files(folder: Path) -> list[Path]:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _damaged(folder: Path, what: str) -> CheckpointError:
@@ -348,7 +325,7 @@ def _prune(folder: Path, keep: int) -> None:
     for step in whole[:-keep]:
         if step != best:
             remove_folder(folder / f"step-{step:08d}")
-    for path in folder.glob(f".step-*{_PART}"):
+    for path in folder.glob(f".step-*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 
 

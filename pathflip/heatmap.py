@@ -14,7 +14,6 @@ Shapes: N regions, M patch slots of each, H rows and W columns of the grid.
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pathflip.errors import ConfigError
+from pathflip.files import write_file
 from pathflip.geometry import Tiling, edge, patch_rects
 
 SIGMA = 1.0
@@ -438,17 +438,13 @@ def _lines(grid: HeatmapGrid, index: NDArray[Any]) -> list[int]:
 
 
 def _write(path: Path, data: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        write_file(path, data)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror or error}.",
             hint="Give a file in a folder with room that you may write to.",
             code="out",
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

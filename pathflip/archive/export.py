@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pathflip.archive.archive import Archive
 from pathflip.archive.storage import guarded, is_local, rows_per_batch
 from pathflip.archive.tables import SLIDES
 from pathflip.errors import ConfigError
+from pathflip.files import partial
 
 ROWS_PER_FILE = 4096
 """Rows in a file of features; the files of tables with small rows hold up to 2**20."""
@@ -40,7 +40,7 @@ def export_parquet(archive: Archive, folder: str | Path) -> dict[str, int]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is not an empty folder.", hint="Give another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+    draft = partial(target)
     written: dict[str, int] = {}
     try:
         with guarded(str(target), "export"):

@@ -41,7 +41,7 @@ def slug(name: str) -> str:
     """
     reduced = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     if not reduced:
-        raise ValueError(f"name {name!r} holds no letter or digit")
+        raise ValueError(f"encoder name {name!r} holds no letter or digit")
     if len(reduced) > 80:
         reduced = f"{reduced[:64]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return reduced

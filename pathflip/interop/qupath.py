@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
+from pathflip.files import replacing
 from pathflip.geometry import Tiling, edge
 
 if TYPE_CHECKING:
@@ -283,16 +284,8 @@ def _measurements(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _write_atomic(path: Path, document: Mapping[str, Any]) -> None:
-    """Write beside the target and rename, so that no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(document, file, allow_nan=False, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
+        json.dump(document, file, allow_nan=False, separators=(",", ":"))
 
 
 def _texts(path: Path) -> Iterable[bytes]:

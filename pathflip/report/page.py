@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pathflip.errors import ConfigError
+from pathflip.files import write_file
 
 
 def write_page(template: str, path: Path, **values: Any) -> Path:
@@ -43,20 +43,15 @@ def write_page(template: str, path: Path, **values: Any) -> Path:
         style_digest=digest,
         version=pathflip.__version__,
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(temporary, path)
+        write_file(path, page.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(
             f"The page {path} cannot be written: {error.strerror}.",
             hint="Give a file in a folder you may write.",
             code="out",
         ) from error
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
     return path
 
 

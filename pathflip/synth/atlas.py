@@ -8,7 +8,6 @@ per stain strength turns codes into colours (Beer-Lambert).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from pathflip.files import replacing
 
 Float = NDArray[np.float32]
 Code = NDArray[np.uint16]
@@ -95,9 +96,8 @@ class Atlas:
             return _scaled(name, mpp)
         path = self._directory / f"{name.replace(':', '-')}@{mpp:g}.npy"
         if not path.exists():
-            temp = path.with_name(f".{os.getpid()}-{path.name}")
-            np.save(temp, _scaled(name, mpp))
-            os.replace(temp, path)
+            with replacing(path) as part, part.open("wb") as file:
+                np.save(file, _scaled(name, mpp))
         loaded: Code = np.load(path, mmap_mode="r")
         return loaded
 

@@ -23,6 +23,7 @@ import yaml
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
+from pathflip.files import write_file
 from pathflip.synth import text
 from pathflip.synth.atlas import GLASS_LEVEL, GRADES, NUCLEI, ORGANS, PATTERNS, Atlas
 from pathflip.synth.scene import (
@@ -318,7 +319,7 @@ def _write_tables(root: Path, scenes: Sequence[Scene], items: Sequence[text.Ques
         for slide, report in said.items()
     }
     _write_json(root / "sentences.json", sentences)
-    _write_text(root / "tasks.yaml", yaml.safe_dump(tasks(), sort_keys=False, width=100))
+    write_file(root / "tasks.yaml", yaml.safe_dump(tasks(), sort_keys=False, width=100))
     lines = [
         json.dumps(
             {
@@ -332,7 +333,7 @@ def _write_tables(root: Path, scenes: Sequence[Scene], items: Sequence[text.Ques
         )
         for q in items
     ]
-    _write_text(root / "vqa.jsonl", "\n".join(lines) + "\n")
+    write_file(root / "vqa.jsonl", "\n".join(lines) + "\n")
 
 
 def tasks() -> dict[str, Any]:
@@ -427,14 +428,8 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    _write_text(path, out.getvalue())
+    write_file(path, out.getvalue())
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
-
-
-def _write_text(path: Path, content: str) -> None:
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temp.write_text(content, encoding="utf-8")
-    os.replace(temp, path)
+    write_file(path, json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")

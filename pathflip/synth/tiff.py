@@ -19,6 +19,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from pathflip.files import partial
+
 _RGB, _YCBCR = 2, 6
 _CLASSIC_LIMIT = 2**32 - 2**20
 _TABLES = (0xDB, 0xC4)  # DQT, DHT
@@ -93,7 +95,7 @@ class SlideFile:
     ) -> None:
         self.path = Path(path)
         self.mpp, self.aperio, self.quality, self.components = mpp, aperio, quality, components
-        self._temp = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temp = partial(self.path)
         self._file = open(self._temp, "wb", buffering=1 << 20)  # noqa: SIM115 - closed in __exit__
         self._file.write(b"\0" * 16)  # room for either header
         self._pages: list[_Tags] = []

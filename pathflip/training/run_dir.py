@@ -6,17 +6,13 @@ what rank 0 writes while training; ``finish`` exports the best weights with thei
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,10 +24,10 @@ from pathflip.checkpoints import (
     latest_checkpoint,
     remove_folder,
     verify_whole,
-    write_file,
     write_whole,
 )
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError, PathFLIPError, TrainingError
+from pathflip.files import FileLock, replacing, write_file
 from pathflip.training.config import AnyConfig, TuneConfig, differing, read_settings, save_settings
 from pathflip.training.dataset import Corpus, steps_per_epoch
 from pathflip.training.objective import task_of
@@ -90,8 +86,8 @@ def prepare(archive: str, run: str | Path, config: AnyConfig) -> Corpus:
     model = task_of(config).begin(corpus)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        corpus.save(run / ".data.parquet.partial")
-        (run / ".data.parquet.partial").replace(run / "data.parquet")
+        with replacing(run / "data.parquet", one_writer=True) as part:
+            corpus.save(part)
         write_whole(run / "init", lambda part: model.save_pretrained(str(part)))
         write_file(run / "versions.json", json.dumps(versions(), indent=1))
         write_file(run / "config.yaml", save_settings(config))  # last: now it is a run
@@ -166,7 +162,7 @@ def opened(run: Path) -> Iterator[None]:
     new = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = Lock(run / ".lock")
+        lock = run_lock(run / ".lock")
         lock.__enter__()
     except OSError as error:
         raise ConfigError(
@@ -184,41 +180,22 @@ def opened(run: Path) -> Iterator[None]:
         lock.__exit__(None, None, None)
 
 
-class Lock:
-    """Exclusive right to a run, or to be its rank 0; the kernel frees it when the process dies.
+def run_lock(path: Path, *, wait_s: float = 0.0) -> FileLock:
+    """Returns the exclusive right to a run, or to be its rank 0.
 
     Args:
-        path: The lock's file.
+        path: The lock's file, in the run folder.
         wait_s: How long to wait for another holder to go.
     """
 
-    def __init__(self, path: Path, *, wait_s: float = 0.0) -> None:
-        self._path, self._wait_s = path, wait_s
+    def refusal(holder: str) -> TrainingError:
+        return TrainingError(
+            f"Another process is training the run {path.parent} ({holder}).",
+            hint="Wait for it to finish, or stop it; the lock goes with the process.",
+            code="locked",
+        )
 
-    def __enter__(self) -> Lock:
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        deadline = time.monotonic() + self._wait_s
-        while True:
-            try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return self
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    os.close(self._handle)
-                    raise TrainingError(
-                        f"Another process is training the run {self._path.parent}.",
-                        hint="Wait for it to finish, or stop it; the lock goes with the process.",
-                        code="locked",
-                    ) from None
-                time.sleep(0.1)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self._handle)
+    return FileLock(path, refusal=refusal, wait_s=wait_s)
 
 
 # -- while it trains ------------------------------------------------------------------------------
@@ -233,7 +210,7 @@ class RunLog:
 
     def __init__(self, run: Path) -> None:
         self._run = run
-        self._lock = Lock(run / ".writer", wait_s=WRITER_WAIT_S)
+        self._lock = run_lock(run / ".writer", wait_s=WRITER_WAIT_S)
 
     def __enter__(self) -> RunLog:
         self._lock.__enter__()

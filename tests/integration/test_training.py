@@ -311,12 +311,12 @@ def test_another_run_in_the_same_folder_is_refused(
 
 def test_two_trainers_of_a_run_are_one_too_many(tmp_path: Path) -> None:
     with (
-        run_dir.Lock(tmp_path / ".lock"),
+        run_dir.run_lock(tmp_path / ".lock"),
         pytest.raises(TrainingError, match="Another process is training"),
-        run_dir.Lock(tmp_path / ".lock"),
+        run_dir.run_lock(tmp_path / ".lock"),
     ):
         pass
-    with run_dir.Lock(tmp_path / ".lock"):
+    with run_dir.run_lock(tmp_path / ".lock"):
         pass
 
 

@@ -426,7 +426,7 @@ def test_many_slides_are_bounded_and_the_newest_are_shown(tmp_path: Path) -> Non
     assert shown == sorted(row["slide_id"] for row in newest)
     assert "The 10 ingested last are shown, of 40." in page.source
     assert "The 10 ingested last are shown, of 12." in page.source
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_a_browser_draws_it(archive: Archive, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_slides_open_with_their_scale(cohort: Path) -> None:
 def test_same_bytes_whatever_the_processes_and_resume(cohort: Path, tmp_path: Path) -> None:
     make_cohort(tmp_path, slides=3, seed=3, processes=2, size_um=512.0)
     first = digests(tmp_path)
-    assert not [name for name in first if "atlas" in name or name.endswith(".tmp")]
+    assert not [name for name in first if "atlas" in name or name.endswith(".partial")]
     whole = digests(cohort)
     drawn = [name for name in first if name.startswith(("slides/", "lesions/"))]
     assert len(drawn) == 6

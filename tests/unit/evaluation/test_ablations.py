@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from jobs import ablations as jobs_evaluate
-from pathflip.checkpoints import write_file
 from pathflip.errors import ConfigError, TrainingError
+from pathflip.files import write_file
 from tests.unit.evaluation import planted
 
 

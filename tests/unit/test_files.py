@@ -1,0 +1,79 @@
+"""Files are whole or as before, and a lock is one process's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pathflip.files import FileLock, claim, partial, replacing, write_file
+
+
+def held(who: str) -> RuntimeError:
+    return RuntimeError(f"held by {who}")
+
+
+def test_a_file_is_the_old_one_until_the_block_has_ended(tmp_path):
+    path = tmp_path / "a.json"
+    write_file(path, "old")
+    with replacing(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old"
+        assert part.parent == path.parent
+        assert part.name.startswith(".")
+    assert path.read_text() == "new"
+    with pytest.raises(ZeroDivisionError), replacing(path) as part:
+        part.write_text(str(1 / 0 if part.write_text("half") else ""))
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_text_and_bytes_are_written_as_they_are(tmp_path):
+    write_file(tmp_path / "text", "µm\r\n")
+    assert (tmp_path / "text").read_bytes() == b"\xc2\xb5m\r\n"
+    write_file(tmp_path / "bytes", b"\xff\0")
+    assert (tmp_path / "bytes").read_bytes() == b"\xff\0"
+
+
+def test_two_writers_do_not_share_a_neighbour_and_one_uses_its_own_again(tmp_path):
+    path = tmp_path / "f"
+    assert partial(path) != partial(path)
+    assert partial(path, one_writer=True) == partial(path, one_writer=True)
+
+
+def test_a_lock_names_its_holder_and_goes_with_the_process(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from pathflip.files import FileLock\n"
+        "with FileLock(Path(sys.argv[1]), refusal=RuntimeError): print('held', flush=True), input()"
+    )
+    path = tmp_path / ".lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match=rf"held by process {holder.pid} on \S+ since \d"):
+            FileLock(path, refusal=held).__enter__()
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+        holder.stdout.close()
+    with FileLock(path, refusal=held, wait_s=5):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_without_a_readable_note_is_still_a_lock(tmp_path):
+    path = tmp_path / ".lock"
+    with path.open("w") as file:
+        assert claim(file.fileno())
+        with pytest.raises(RuntimeError, match="held by another process"):
+            FileLock(path, refusal=held).__enter__()
+        with path.open("r") as other:
+            assert not claim(other.fileno(), wait_s=0.2)
+    with FileLock(path, refusal=held):
+        pass
