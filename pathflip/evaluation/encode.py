@@ -372,7 +372,7 @@ def captions_of(
 def _read(
     archive: Archive, slides: Sequence[SlideRow], group: Sequence[int], encoder: str
 ) -> Batch:
-    import torch
+    from pathflip.models.slide_batch import pad_slides
 
     read = []
     for row in group:
@@ -385,13 +385,7 @@ def _read(
             )
         xy = np.stack([regions["rx"].to_numpy(), regions["ry"].to_numpy()], axis=1)
         read.append((features, mask, xy.astype(np.int64)))
-    most = max(len(mask) for _, mask, _ in read)
-    slots, dim = read[0][0].shape[1:]
-    padded = torch.zeros(len(read), most, slots, dim)
-    masks = torch.zeros(len(read), most, slots, dtype=torch.bool)
-    for i, (values, mask, _) in enumerate(read):
-        padded[i, : len(mask)] = torch.from_numpy(np.array(values)).float()
-        masks[i, : len(mask)] = torch.from_numpy(mask)
+    padded, masks = pad_slides([values for values, _, _ in read], [mask for _, mask, _ in read])
     return Batch(
         rows=list(group),
         slides=[slides[row] for row in group],

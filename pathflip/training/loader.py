@@ -26,6 +26,7 @@ from pathflip.archive.schema import intact_rows
 from pathflip.archive.storage import guarded, is_local
 from pathflip.errors import ArchiveError, CheckpointError
 from pathflip.models.chat_template import CaptionStyle, Example, caption_example, question_example
+from pathflip.models.slide_batch import pad_slides
 from pathflip.training.dataset import Corpus, epoch_order, rng_for, steps_per_epoch
 
 AHEAD = 2
@@ -432,19 +433,14 @@ class Batches:
             for i in mine
         ]
         blocks, masks = self.reader.read_many(list(zip(mine, numbers, strict=True)))
-        most = max(len(block) for block in blocks)
-        shape = (len(mine), most, self.reader.slots)
-        features = torch.zeros((*shape, self.reader.dim), dtype=torch.float16)
-        mask = torch.zeros(shape, dtype=torch.bool)
-        for row, (block, own) in enumerate(zip(blocks, masks, strict=True)):
-            if sampling.examples is not None and not validating:
-                # A language model reads regions one after the other; what it says of a slide
-                # must not hang on which comes first.
-                rng = rng_for("order", sampling.seed, epoch, ids[mine[row]])
-                order = rng.permutation(len(block))
-                block, own = block[order], own[order]
-            features[row, : len(block)] = torch.from_numpy(block)
-            mask[row, : len(block)] = torch.from_numpy(own)
+        if sampling.examples is not None and not validating:
+            # A language model reads regions one after the other; what it says of a slide must
+            # not hang on which comes first.
+            for row, i in enumerate(mine):
+                rng = rng_for("order", sampling.seed, epoch, ids[i])
+                order = rng.permutation(len(blocks[row]))
+                blocks[row], masks[row] = blocks[row][order], masks[row][order]
+        features, mask = pad_slides(blocks, masks, dtype=torch.float16)
         subcaptions = [
             draw_subcaptions(
                 corpus.pieces[i],

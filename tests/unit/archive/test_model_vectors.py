@@ -1,6 +1,5 @@
 """Captions and vectors of models: through the one committer, checked and mended like the rest."""
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -9,18 +8,16 @@ import lance
 import pytest
 
 from pathflip.archive import Archive
-from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.export import export_parquet
 from pathflip.archive.maintain import maintain
 from pathflip.archive.model_vectors import check_fits, ensure_model, indexed_slides
 from pathflip.archive.repair import repair
-from pathflip.archive.settings import meta_rows
 from pathflip.archive.verify import verify
 from pathflip.checkpoints import Run
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort, models
-from tests.unit.archive.test_health import flip, newest_manifest
+from tests.unit.archive.harm import flip, newest_manifest
 
 SLIDES = range(4)
 TABLE = f"embeddings_{models.MODEL}"
@@ -28,7 +25,7 @@ TABLE = f"embeddings_{models.MODEL}"
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    uri = tmp_path_factory.mktemp("attach") / "a"
+    uri = tmp_path_factory.mktemp("vectors") / "a"
     cohort.build(uri)
     with Committer(uri) as committer:
         cohort.commit(committer, *SLIDES)
@@ -81,39 +78,6 @@ def test_rows_come_back_as_written(uri):
     assert list(archive.encoders()) == ["tex"]
     written = export_parquet(archive, uri.parent / "out")
     assert (written["captions"], written[TABLE]) == (4, 4 * (cohort.REGIONS + 1))
-
-
-def test_an_archive_of_before_opens_and_becomes_new_when_written(tmp_path):
-    uri = tmp_path / "a"
-    cohort.build(uri, 0)
-    with Committer(uri) as committer:
-        committer.upsert("meta", meta_rows({"schema_version": 1}))
-    archive = Archive(uri)
-    assert (archive.captions().num_rows, archive.models()) == (0, {})
-    assert verify(uri).ok
-    with Committer(uri) as committer:
-        assert indexed_slides(committer.archive, "none") == set()
-        assert write_captions(committer, [], source="s") == {"new": 0, "changed": 0, "unchanged": 0}
-        assert not (uri / "captions.lance").exists()
-        models.tell(committer, 0)
-    meta = {
-        r["key"]: r["value"] for r in lance.dataset(str(uri / "meta.lance")).to_table().to_pylist()
-    }
-    assert json.loads(meta["schema_version"]) == 2
-    archive.refresh()
-    assert archive.captions().num_rows == 1
-
-
-def test_statements_stay_as_long_as_the_text(uri):
-    with Committer(uri) as committer:
-        given = Caption(slide_id="slide001", text="One. Two.", statements=["one", "two"])
-        write_captions(committer, [given], source="llm")
-        plain = Caption(slide_id="slide001", text="One. Two.")
-        assert write_captions(committer, [plain], source="llm")["unchanged"] == 1
-        other = Caption(slide_id="slide001", text="Three.")
-        assert write_captions(committer, [other], source="llm")["changed"] == 1
-    (row,) = Archive(uri).captions("llm").to_pylist()
-    assert (row["statements"], row["model"], row["sentences"]) == ([], None, ["Three."])
 
 
 def test_a_slide_ingested_anew_keeps_its_caption_and_loses_its_vectors(uri):

@@ -1,0 +1,41 @@
+"""Slides of different numbers of regions as one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def pad_slides(
+    features: Sequence[NDArray[Any]],
+    masks: Sequence[NDArray[np.bool_]],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Pads the regions of slides with zeros to the most of any of them.
+
+    Shapes: b slides, n_i regions of slide i, N the most, M patch slots, d_in features.
+
+    Args:
+        features: Of each slide, [n_i, M, d_in].
+        masks: Of each slide, [n_i, M], True where a patch is.
+        dtype: Type of the padded features.
+
+    Returns:
+        features [b, N, M, d_in] and mask bool [b, N, M], False where a region is padding.
+    """
+    most = max(len(mask) for mask in masks)
+    slots, dim = features[0].shape[1:]
+    padded = torch.zeros(len(features), most, slots, dim, dtype=dtype)
+    there = torch.zeros(len(features), most, slots, dtype=torch.bool)
+    for row, (values, mask) in enumerate(zip(features, masks, strict=True)):
+        # A copy where the array is read-only: torch warns of those.
+        own = values if values.flags.writeable else np.array(values)
+        padded[row, : len(mask)] = torch.from_numpy(own).to(dtype)
+        there[row, : len(mask)] = torch.from_numpy(np.array(mask))
+    return padded, there
