@@ -2,9 +2,10 @@
 
 This module is the pipeline; its parts, in the order of the data::
 
-    config.py  the settings, slides found, what the user says of them, what the archive has
-    embed.py   Planner (hash, open, tissue, cut) -> Embedder (read, embed, write fragments)
-    ledger.py  on the driver: one committer, slides become visible whole
+    config.py      settings
+    candidates.py  slides found, metadata the user gave, what the archive already holds
+    embed.py       Planner (hash, open, tissue, cut) -> Embedder (read, embed, write fragments)
+    ledger.py      on the driver: one committer, slides become visible whole
 
 Planner and Embedder are Ray Data actors, each owning reader processes; a row between them is one
 chunk of regions of one slide, so pixels and features never cross the object store and work is
@@ -27,7 +28,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.ingest.config import Archived, Candidate, find_candidates, read_people
+from jobs.ingest.candidates import Archived, Candidate, find_candidates, read_people
 from jobs.ingest.config import IngestConfig as IngestConfig
 from jobs.ingest.embed import Embedder, Planner
 from jobs.ingest.ledger import IngestResult, Ledger, Progress

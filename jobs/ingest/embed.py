@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jobs.ingest.config import Candidate, IngestConfig, same_cut
+from jobs.ingest.candidates import Candidate, same_cut
+from jobs.ingest.config import IngestConfig
 from pathflip.archive import Archive
 from pathflip.encoders import Encoder, load_encoder
 from pathflip.errors import ArchiveError, EncoderError, PathFLIPError, SlideError

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 import pathflip
-from jobs.ingest.config import Archived, Candidate, IngestConfig, Sheet
+from jobs.ingest.candidates import Archived, Candidate, Sheet
+from jobs.ingest.config import IngestConfig
 from jobs.ingest.embed import fixed, from_ipc, unit
 from pathflip.archive.commit import Committer
 from pathflip.encoders import EncoderInfo
