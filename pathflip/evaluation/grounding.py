@@ -29,7 +29,8 @@ from pathflip.evaluation.encode import Batch, Report, SlideRow, batches, check_f
 from pathflip.evaluation.prompts import Suite
 from pathflip.geometry import Tiling
 from pathflip.heatmap import heatmap_grid, patch_heat, slide_rects, smooth
-from pathflip.interop.qupath import Polygon, read_geojson
+from pathflip.interop.qupath import read_geojson
+from pathflip.slides.outlines import Polygon
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive

@@ -31,10 +31,8 @@ from pathflip.geometry import Tiling, edge
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
+    from pathflip.slides.outlines import Polygon
     from pathflip.slides.tissue import TissueMask
-
-Polygon = tuple[NDArray[np.float64], list[NDArray[np.float64]]]
-"""Outer ring and hole rings, (x, y) level-0 px [k, 2] each, first point not repeated."""
 
 MAX_BYTES = 1 << 30
 """Largest GeoJSON text read; a zip that unpacks to more is refused before it is unpacked."""
@@ -235,6 +233,63 @@ def read_geojson(path: str | Path, *, bounds_x0: int = 0, bounds_y0: int = 0) ->
             hint="Unpack it by hand and give the .geojson file.",
             code="geojson",
         ) from error
+
+
+def read_tissue(
+    path: str | Path,
+    *,
+    width: int,
+    height: int,
+    slide_mpp: float,
+    mpp: float | None = None,
+    bounds_x0: int = 0,
+    bounds_y0: int = 0,
+) -> TissueMask:
+    """Read a user's annotations as a tissue mask.
+
+    All polygons of annotations together; if the file has none, all polygons. A pixel is tissue if
+    its centre is inside.
+
+    Args:
+        path: GeoJSON, see :func:`read_geojson`.
+        width: Level-0 width of the slide, px.
+        height: Level-0 height of the slide, px.
+        slide_mpp: Level-0 µm/px.
+        mpp: µm per pixel of the mask; that of ``TissueConfig`` by default.
+        bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
+        bounds_y0: Top likewise.
+
+    Raises:
+        ConfigError: Not GeoJSON, no polygon in it, or none on the slide.
+    """
+    from pathflip.slides.tissue import TissueConfig, TissueMask
+
+    objects = read_geojson(path, bounds_x0=bounds_x0, bounds_y0=bounds_y0)
+    objects = [one for one in objects if one.polygons]
+    annotations = [one for one in objects if one.object_type == "annotation"]
+    polygons = [polygon for one in annotations or objects for polygon in one.polygons]
+    if not polygons:
+        raise ConfigError(
+            f"{path} holds no polygon.",
+            hint="Export annotations that are areas, not points or lines.",
+            code="geojson",
+        )
+    if all(
+        (outer.max(axis=0) <= 0).any() or (outer.min(axis=0) >= (width, height)).any()
+        for outer, _ in polygons
+    ):
+        raise ConfigError(
+            f"No polygon of {path} lies on the slide of {width} x {height} px.",
+            hint="Check that it belongs to this slide and is in full-resolution pixels.",
+            code="geojson",
+        )
+    return TissueMask.from_polygons(
+        polygons,
+        width=width,
+        height=height,
+        slide_mpp=slide_mpp,
+        mpp=TissueConfig().mpp if mpp is None else mpp,
+    )
 
 
 def _feature(

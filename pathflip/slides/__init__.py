@@ -1,6 +1,7 @@
-"""Whole-slide images: open, scale, read (isolated and direct), tissue mask and quality scores.
+"""Whole-slide images: open, scale, read (isolated and direct), tissue masks and quality scores.
 
-Read in this order: ``scale`` (µm per pixel), ``slide`` (one open slide), ``tiff`` (the direct
-path), ``tissue`` (where the tissue is), ``reader`` (the same in a process of its own), ``sources``
-(which files are slides).
+Read in this order: ``slide`` (one open slide), ``scale`` (its µm per pixel), ``resample`` (area
+averages), ``tiff`` (layout and limits of TIFF files), ``direct`` (their tiles), ``tissue``,
+``outlines`` and ``quality`` (which patches to embed), ``reader`` (the same in a process of its own,
+``reader_child``), ``sources`` (which files are slides).
 """

@@ -5,7 +5,7 @@ mpp. Reading at a resolution the file does not store takes the nearest finer lev
 within 1 %) and averages areas down to the exact scale: never the "closest level", never upsampled
 unless the caller asks for pixels finer than the slide has.
 
-OpenSlide is the reader of record. Tiled JPEG files take the direct path of ``tiff``, checked
+OpenSlide is the reader of record. Tiled JPEG files take the path of ``direct``, checked
 against OpenSlide on the tiles with most detail each time a file is opened.
 """
 
@@ -17,7 +17,6 @@ import stat
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -27,15 +26,18 @@ import openslide
 from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
-from pathflip.slides.scale import Scale, resolve_scale
-from pathflip.slides.tiff import (
-    JpegLevel,
+from pathflip.slides.direct import (
+    DAMAGED_RGB,
+    HalvedTiles,
     JpegTiles,
     can_shrink,
-    check_limits,
-    jpeg_levels,
+    read_rect,
     shrink_for,
 )
+from pathflip.slides.direct import read_patches as read_direct
+from pathflip.slides.resample import on_white, resize_area, resize_exact
+from pathflip.slides.scale import Scale, resolve_scale
+from pathflip.slides.tiff import JpegLevel, TiffLayout, check_limits, jpeg_levels, read_layout
 
 Halving = Literal["exact", "dct"]
 
@@ -45,8 +47,6 @@ _DIRECT_VENDORS = ("aperio", "generic-tiff")
 _CHECK_PX = 96
 _STRIP_PX = 1024
 _DAMAGE_PX = 256
-_DAMAGED_RGB = (205, 130, 180)  # tissue to the mask, and plain to see on a thumbnail
-_FEW = 3  # averages of fewer pixels than this each way are made here, of more by OpenCV
 
 
 class Slide:
@@ -80,7 +80,8 @@ class Slide:
         self._override = mpp
         self._halving = halving
         self._source = openable(self.path)
-        check_limits(self._source)
+        layout = read_layout(self._source)
+        check_limits(layout)
         self._handle = self._open()
         handle = self._handle
         if self.path.is_dir():
@@ -93,7 +94,7 @@ class Slide:
         self.level_dimensions: Sequence[tuple[int, int]] = handle.level_dimensions
         self.level_downsamples: Sequence[float] = handle.level_downsamples
         self._scale: Scale | None = None
-        self._jpeg = self._find_direct()
+        self._jpeg = self._find_direct(layout)
         self.reader: Literal["direct", "openslide"] = "direct" if self._jpeg else "openslide"
 
     # -- what it is ------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class Slide:
             boxes[:, 0] = np.minimum(boxes[:, 0], width - out.shape[1])
             boxes[:, 1] = np.minimum(boxes[:, 1], height - out.shape[1])
         if tiles is not None:
-            return _read_direct(tiles, boxes, out, native=native)
+            return read_direct(tiles, boxes, out, native=native)
         return self._read_openslide(level, boxes, out)
 
     def thumbnail(self, max_px: int) -> NDArray[np.uint8]:
@@ -262,7 +263,7 @@ class Slide:
         if self._jpeg and level in self._jpeg:
             tiles = JpegTiles(self._file, self._jpeg[level])
             downsample = self.level_downsamples[level]
-            return _read_rect(tiles, round(x0 / downsample), round(y0 / downsample), w, h)
+            return read_rect(tiles, round(x0 / downsample), round(y0 / downsample), w, h)
         try:
             rgba = np.asarray(self._handle.read_region((int(x0), int(y0)), level, (w, h)))
         except openslide.OpenSlideError as error:
@@ -272,7 +273,7 @@ class Slide:
             raise SlideError(
                 f"{self.path.name} is damaged at ({x0}, {y0}): {error}", code="bad_tile"
             ) from error
-        return _on_white(rgba)
+        return on_white(rgba)
 
     def _read_scaled(
         self,
@@ -317,14 +318,16 @@ class Slide:
             top = round(y0 / downsample + row * y_scale)
             height = max(1, math.ceil(rows * y_scale - 1e-6))
             if tiles:
-                strip = _read_rect(tiles, left, top, width, height, tolerant=tolerant)
+                strip = read_rect(tiles, left, top, width, height, tolerant=tolerant)
             else:
                 corner = round(left * downsample), round(top * downsample)
                 if tolerant:
                     strip = self._tolerant_rect(level, *corner, width, height)
                 else:
                     strip = self._level_rect(level, *corner, width, height)
-            out[row : row + rows] = _scaled(strip, x_scale, y_scale, out_w, rows)
+            out[row : row + rows] = resize_exact(
+                strip, x_scale=x_scale, y_scale=y_scale, width=out_w, height=rows
+            )
         return out
 
     def _tolerant_rect(self, level: int, x0: int, y0: int, w: int, h: int) -> NDArray[np.uint8]:
@@ -332,7 +335,7 @@ class Slide:
             return self._level_rect(level, x0, y0, w, h)
         except SlideError:
             if max(w, h) <= _DAMAGE_PX:
-                return np.full((h, w, 3), _DAMAGED_RGB, np.uint8)
+                return np.full((h, w, 3), DAMAGED_RGB, np.uint8)
         downsample = self.level_downsamples[level]
         out = np.empty((h, w, 3), np.uint8)
         for y in range(0, h, _DAMAGE_PX):
@@ -368,21 +371,21 @@ class Slide:
                     x, y, w, h = boxes[index].tolist()
                     patch = read(x, y, w, h) if strip is None else strip[:h, x - left :][:, :w]
                     if patch is not None:
-                        out[index] = _area(patch, px, px)
+                        out[index] = resize_area(patch, width=px, height=px)
                         ok[index] = True
         return ok
 
     # -- the direct path -------------------------------------------------------------------------
 
-    def _find_direct(self) -> dict[int, JpegLevel]:
-        """The levels the direct path may read: level number -> layout; empty where it may not."""
+    def _find_direct(self, layout: TiffLayout) -> dict[int, JpegLevel]:
+        """Choose the levels the direct path may read: level number -> its tiles; none if unsure."""
         self.reader_note = ""
         if self.vendor not in _DIRECT_VENDORS:
             self.reader_note = f"{self.vendor} has no direct path"
             return {}
-        layouts = jpeg_levels(self._source)
-        sizes = Counter((layout.width, layout.height) for layout in layouts)
-        by_size = {(layout.width, layout.height): layout for layout in layouts}
+        found = jpeg_levels(layout)
+        sizes = Counter((level.width, level.height) for level in found)
+        by_size = {(level.width, level.height): level for level in found}
         levels = {
             level: by_size[size]
             for level, size in enumerate(self.level_dimensions)
@@ -415,8 +418,8 @@ class Slide:
                 if max(abs(corner[0] / downsample - x), abs(corner[1] / downsample - y)) > 0.01:
                     continue  # OpenSlide would interpolate: nothing to compare
                 try:
-                    theirs = _on_white(np.asarray(self._handle.read_region(corner, level, (w, h))))
-                    ours = _read_rect(JpegTiles(self._file, layout), x, y, w, h)
+                    theirs = on_white(np.asarray(self._handle.read_region(corner, level, (w, h))))
+                    ours = read_rect(JpegTiles(self._file, layout), x, y, w, h)
                 except openslide.OpenSlideError:
                     self._handle.close()
                     self._handle = self._open()
@@ -448,26 +451,8 @@ class Slide:
             return JpegTiles(self._file, layout, shrink=shrink)
         # Averaging a tile before it is cut is exact only if no pixel of a patch splits a pair.
         if downsample == 1 and not (rects[:, :2] & 1).any() and (rects[:, 2:] == 2 * px).all():
-            return _HalvedTiles(self._file, layout)
+            return HalvedTiles(self._file, layout)
         return JpegTiles(self._file, layout)
-
-
-class _HalvedTiles(JpegTiles):
-    """Tiles decoded at full size, then halved by exact area averages."""
-
-    def __init__(self, file: int, level: JpegLevel) -> None:
-        super().__init__(file, level)
-        self._whole = JpegTiles(file, level)
-        self._full = np.empty((level.tile_h, level.tile_w, 3), np.uint8)
-        self.tile_w, self.tile_h = level.tile_w // 2, level.tile_h // 2
-        self.width, self.height = level.width // 2, level.height // 2
-        self.shrink = 2
-
-    def decode(self, tile: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Decode and halve one tile."""
-        full = self._whole.decode(tile, self._full)
-        halved = cv2.resize(full, (self.tile_w, self.tile_h), dst=out, interpolation=cv2.INTER_AREA)
-        return np.asarray(halved, np.uint8)
 
 
 def openable(path: Path) -> Path:
@@ -506,184 +491,3 @@ def openable(path: Path) -> Path:
             code="not_a_file",
         ) from error
     return path
-
-
-def _on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Composite straight-alpha RGBA on white; the common opaque case is a plain copy."""
-    alpha = rgba[..., 3]
-    if alpha.min() == 255:
-        return np.asarray(cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB), np.uint8)
-    weight = alpha[..., None].astype(np.float32) / 255
-    rgb = rgba[..., :3] * weight + 255 * (1 - weight)
-    return (rgb + 0.5).astype(np.uint8)
-
-
-def _area(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """Resample by area (linear where it must enlarge)."""
-    rows, columns = pixels.shape[:2]
-    if (rows, columns) == (height, width):
-        return pixels
-    finer = rows >= height and columns >= width
-    whole = rows % height == 0 and columns % width == 0
-    if finer and not whole and rows < _FEW * height and columns < _FEW * width:
-        # What most 40x slides need (0.2525 or 0.2738 to 0.5): OpenCV takes three times as long.
-        tall = _average_rows(pixels.reshape(rows, -1), height)
-        turned = cv2.transpose(tall.reshape(height, columns, 3))
-        both = _average_rows(np.asarray(turned, np.uint8).reshape(columns, -1), width)
-        return np.asarray(cv2.transpose(both.reshape(width, height, 3)), np.uint8)
-    method = cv2.INTER_AREA if finer else cv2.INTER_LINEAR
-    resized = cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=method)
-    return np.asarray(resized, np.uint8)
-
-
-def _average_rows(pixels: NDArray[np.uint8], cells: int) -> NDArray[np.uint8]:
-    """Area averages of rows [n, m] -> [cells, m], in integers."""
-    total = np.full((cells, pixels.shape[1]), 128, np.uint16)
-    for rows, weights in _row_weights(len(pixels), cells):
-        part = pixels[rows].astype(np.uint16)
-        part *= weights
-        total += part
-    total >>= 8
-    return total.astype(np.uint8)
-
-
-@lru_cache(maxsize=64)
-def _row_weights(n: int, cells: int) -> list[tuple[NDArray[np.int64], NDArray[np.uint16]]]:
-    """For the first, second, ... row under every cell: which it is, and its share in 1/256."""
-    edges = np.arange(cells + 1) * (n / cells)
-    first = np.floor(edges[:-1]).astype(np.int64)
-    nth = first + np.arange(math.ceil(n / cells) + 1)[:, None]
-    share = np.minimum(edges[1:], nth + 1) - np.maximum(edges[:-1], nth)
-    weights = np.rint(np.maximum(0, share) * (256 * cells / n)).astype(np.int64)
-    weights[weights.argmax(axis=0), np.arange(cells)] += 256 - weights.sum(axis=0)
-    return [
-        (rows, one.astype(np.uint16)[:, None])
-        for rows, one in zip(np.minimum(nth, n - 1), weights, strict=True)
-        if one.any()
-    ]
-
-
-def _scaled(
-    pixels: NDArray[np.uint8], x_scale: float, y_scale: float, width: int, height: int
-) -> NDArray[np.uint8]:
-    """Resample by area at an exact scale in pixels per pixel, from the top-left corner on."""
-    if pixels.shape[:2] == (height, width) or min(x_scale, y_scale) < 1:
-        return _area(pixels, width, height)
-    # Given factors instead of a size, OpenCV uses them as they are; the size it makes may be one
-    # more, and what is asked for may reach a fraction of a pixel beyond what was read.
-    grown = cv2.copyMakeBorder(
-        pixels, 0, math.ceil(y_scale), 0, math.ceil(x_scale), cv2.BORDER_REPLICATE
-    )
-    resized = cv2.resize(grown, None, fx=1 / x_scale, fy=1 / y_scale, interpolation=cv2.INTER_AREA)
-    return np.asarray(resized[:height, :width], np.uint8)
-
-
-def _read_rect(
-    tiles: JpegTiles, x: int, y: int, w: int, h: int, *, tolerant: bool = False
-) -> NDArray[np.uint8]:
-    """A rectangle in pixels of ``tiles``, white outside, RGB [h, w, 3]."""
-    out = np.full((h, w, 3), 255, np.uint8)
-    right, bottom = min(x + w, tiles.width), min(y + h, tiles.height)
-    left, top = max(x, 0), max(y, 0)
-    if left >= right or top >= bottom:
-        return out
-    tile_w, tile_h = tiles.tile_w, tiles.tile_h
-    for row in range(top // tile_h, -(-bottom // tile_h)):
-        for column in range(left // tile_w, -(-right // tile_w)):
-            try:
-                pixels = tiles.decode(row * tiles.level.across + column)
-            except SlideError:
-                if not tolerant:
-                    raise
-                pixels = np.full((tile_h, tile_w, 3), _DAMAGED_RGB, np.uint8)
-            ax, bx = max(left, column * tile_w), min(right, (column + 1) * tile_w)
-            ay, by = max(top, row * tile_h), min(bottom, (row + 1) * tile_h)
-            out[ay - y : by - y, ax - x : bx - x] = pixels[
-                ay - row * tile_h : by - row * tile_h, ax - column * tile_w : bx - column * tile_w
-            ]
-    return out
-
-
-def _read_direct(
-    tiles: JpegTiles, boxes: NDArray[np.int64], out: NDArray[np.uint8], *, native: bool
-) -> NDArray[np.bool_]:
-    """Fill ``out`` [n, px, px, 3] decoding each needed tile once; False where one is damaged.
-
-    Tiles are visited in file order and copied into every patch they touch; a tile that is a patch
-    is decoded in place. A patch that is not at the target scale is gathered in a buffer of its own
-    and averaged down when its last tile came, so about two rows of patches are held at a time.
-    """
-    px = out.shape[1]
-    ok = np.ones(len(boxes), bool)
-    pieces = _pieces(boxes, tiles)
-    waiting = np.bincount([piece[1] for piece in pieces], minlength=len(boxes)).tolist()
-    buffers: dict[int, NDArray[np.uint8]] = {}
-    scratch = np.empty((tiles.tile_h, tiles.tile_w, 3), np.uint8)
-    whole = (0, px, 0, px) if native and tiles.tile_w == tiles.tile_h == px else None
-    decoded, damaged = -1, False
-    for tile, index, top, bottom, left, right, down, across in pieces:
-        in_place = (top, bottom, left, right) == whole
-        if in_place or tile != decoded:
-            try:
-                tiles.decode(tile, out[index] if in_place else scratch)
-                damaged = False
-            except SlideError:
-                damaged = True
-            decoded = -1 if in_place else tile
-        if damaged:
-            ok[index] = False
-            buffers.pop(index, None)
-            continue
-        if in_place:
-            continue
-        if native:
-            target = out[index]
-        elif ok[index]:
-            target = buffers.get(index)
-            if target is None:
-                target = buffers[index] = np.empty((*boxes[index, :1:-1], 3), np.uint8)
-        else:
-            continue
-        target[top + down : bottom + down, left + across : right + across] = scratch[
-            top:bottom, left:right
-        ]
-        waiting[index] -= 1
-        if not native and not waiting[index]:
-            out[index] = _area(buffers.pop(index), px, px)
-    return ok
-
-
-def _pieces(boxes: NDArray[np.int64], tiles: JpegTiles) -> list[list[int]]:
-    """What every patch takes from every tile it touches, in tile order.
-
-    Args:
-        boxes: int64 [n, 4]: x, y, w, h in pixels of ``tiles``.
-        tiles: The level.
-
-    Returns:
-        For each piece: tile, patch, top, bottom, left, right inside the tile, and what to add to
-        rows and to columns to find it in the patch.
-    """
-    x, y, w, h = boxes.T
-    tile_w, tile_h = tiles.tile_w, tiles.tile_h
-    columns = (x + w - 1) // tile_w - x // tile_w + 1
-    rows = (y + h - 1) // tile_h - y // tile_h + 1
-    count = columns * rows
-    patch = np.repeat(np.arange(len(boxes)), count)
-    nth = np.arange(len(patch)) - np.repeat(np.cumsum(count) - count, count)
-    x, y, w, h = boxes[patch].T
-    column = x // tile_w + nth % columns[patch]
-    row = y // tile_h + nth // columns[patch]
-    x, y = x - column * tile_w, y - row * tile_h  # the patch's corner, seen from the tile's
-    piece = [
-        row * tiles.level.across + column,
-        patch,
-        np.maximum(y, 0),
-        np.minimum(y + h, tile_h),
-        np.maximum(x, 0),
-        np.minimum(x + w, tile_w),
-        -y,
-        -x,
-    ]
-    table: list[list[int]] = np.stack(piece, axis=1)[np.argsort(piece[0], kind="stable")].tolist()
-    return table

@@ -1,21 +1,13 @@
-"""The direct path: tiled JPEG pyramids decoded tile by tile with libjpeg-turbo.
-
-OpenSlide decodes the same tile again for every patch that touches it and converts every pixel
-twice. For tiled JPEG TIFF (Aperio SVS, generic pyramids) the layout is parsed once (tifffile) and
-each needed tile is decoded once, straight into the patches that touch it. ``Slide`` checks the
-result against OpenSlide when it opens a file and keeps to OpenSlide where they differ.
-"""
+"""The layout of TIFF slides, parsed once: its limits, and the levels the direct path may read."""
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 import tifffile
 from numpy.typing import NDArray
 
@@ -24,11 +16,56 @@ from pathflip.errors import SlideError
 MAX_TILE_PX = 8192
 MAX_LEVEL_PX = 2**36
 MAX_LEVELS = 16
+MAX_PAGES = 8 * MAX_LEVELS + 1
+"""Pages looked at; a pyramid comes first, and 16 levels leave room for planes between them."""
 
-_SOI = b"\xff\xd8"
+SOI = b"\xff\xd8"
+"""Start of image, the first two bytes of every JPEG stream."""
 _APP14 = bytes.fromhex("ffee000e41646f6265006400000000")  # Adobe marker, then the transform byte
 _JPEG_COMPRESSION = 7
 _RGB, _YCBCR = 2, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiffPage:
+    """Tags of one page (image file directory) of a TIFF.
+
+    Attributes:
+        width, height: Size, px.
+        tile_w, tile_h: Tile size, px; 0 if the page is not tiled.
+        offsets, counts: int64 [tiles], where each tile's bytes lie in the file; empty if the page
+            is not tiled, or its tiles are beyond ``MAX_TILE_PX``.
+        compression, photometric, planar, samples, bits: Values of the tags of these names.
+        jpeg_tables: JPEG tables shared by the tiles, or nothing.
+    """
+
+    width: int
+    height: int
+    tile_w: int
+    tile_h: int
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    compression: int
+    photometric: int
+    planar: int
+    samples: int
+    bits: int | tuple[int, ...]
+    jpeg_tables: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiffLayout:
+    """What the tags of a TIFF declare.
+
+    Attributes:
+        name: The file's name, for messages.
+        file_bytes: Size of the file.
+        pages: Its pages; none if the file is no TIFF or cannot be parsed.
+    """
+
+    name: str
+    file_bytes: int
+    pages: tuple[TiffPage, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +76,7 @@ class JpegLevel:
         width, height: Size in pixels of this level.
         tile_w, tile_h: Tile size in pixels.
         offsets, counts: int64 [rows * across], where each tile's bytes lie in the file.
-        header: What goes before each tile's own bytes (SOI, shared tables, colour transform).
+        header: Bytes put before each tile's own: SOI, shared tables, colour transform.
     """
 
     width: int
@@ -63,45 +100,83 @@ def is_tiff(path: str | Path) -> bool:
     return magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def check_limits(path: str | Path) -> None:
+def read_layout(path: str | Path) -> TiffLayout:
+    """Parse the tags of a TIFF file, none of its pixels.
+
+    A file that is no TIFF or that tifffile cannot parse has no pages: OpenSlide, in a process of
+    its own, has the last word on it.
+    """
+    empty = TiffLayout(name=Path(path).name, file_bytes=os.stat(path).st_size)
+    if not is_tiff(path):
+        return empty
+    pages = []
+    try:
+        with tifffile.TiffFile(path) as tif:
+            for index, page in enumerate(tif.pages):
+                if index == MAX_PAGES or not isinstance(page, tifffile.TiffPage):
+                    break
+                pages.append(_page(page))
+    except (ValueError, KeyError, IndexError, OSError, struct.error, MemoryError, TypeError):
+        return empty
+    return TiffLayout(name=empty.name, file_bytes=empty.file_bytes, pages=tuple(pages))
+
+
+def _page(page: tifffile.TiffPage) -> TiffPage:
+    tile_w, tile_h = (page.tilewidth, page.tilelength) if page.is_tiled else (0, 0)
+    # Offsets of absurd tiles are not even looked at: such a file is refused.
+    located = page.is_tiled and max(tile_w, tile_h) <= MAX_TILE_PX
+    return TiffPage(
+        width=page.imagewidth,
+        height=page.imagelength,
+        tile_w=tile_w,
+        tile_h=tile_h,
+        offsets=np.asarray(page.dataoffsets if located else (), np.int64),
+        counts=np.asarray(page.databytecounts if located else (), np.int64),
+        compression=page.compression,
+        photometric=page.photometric,
+        planar=page.planarconfig,
+        samples=page.samplesperpixel,
+        bits=page.bitspersample,
+        jpeg_tables=page.jpegtables or b"",
+    )
+
+
+def check_limits(layout: TiffLayout) -> None:
     """Refuse a TIFF whose declared geometry would make the C library allocate absurd memory.
 
     A 1,151-byte file that declares one 65536 x 65536 tile makes GLib abort the whole process; no
-    Python exception can catch that, so the tags are read before OpenSlide sees the file.
+    Python exception can catch that, so the tags are checked before OpenSlide sees the file.
 
     Raises:
         SlideError: ``reader_limits`` naming the tag; ``unreadable`` when the file ends before its
             tiles do, whichever level they belong to.
     """
-    if not is_tiff(path):
-        return
-    name = Path(path).name
-    try:
-        geometry = _page_geometry(path)
-    except (ValueError, KeyError, IndexError, OSError, struct.error, MemoryError, TypeError):
-        return  # not parseable by us: OpenSlide, in its own process, has the last word
-    levels = beyond = 0
-    for width, height, tile_w, tile_h, lost in geometry:
-        beyond += lost
-        if max(tile_w, tile_h) > MAX_TILE_PX:
+    name = layout.name
+    for page in layout.pages:
+        if max(page.tile_w, page.tile_h) > MAX_TILE_PX:
             raise SlideError(
-                f"{name} declares tiles of {tile_w} x {tile_h} px; the limit is {MAX_TILE_PX}.",
+                f"{name} declares tiles of {page.tile_w} x {page.tile_h} px; the limit is "
+                f"{MAX_TILE_PX}.",
                 hint="Such a file is damaged or hostile; convert it to a tiled pyramid first.",
                 code="reader_limits",
             )
-        if width * height > MAX_LEVEL_PX:
+        if page.width * page.height > MAX_LEVEL_PX:
             raise SlideError(
-                f"{name} declares a level of {width} x {height} px; the limit is 2^36 pixels.",
+                f"{name} declares a level of {page.width} x {page.height} px; the limit is 2^36 "
+                "pixels.",
                 hint="Such a file is damaged or hostile.",
                 code="reader_limits",
             )
-        levels += tile_w > 0
+    beyond = sum(
+        int((page.offsets + page.counts > layout.file_bytes).sum()) for page in layout.pages
+    )
     if beyond:
         raise SlideError(
             f"{name} is cut off: {beyond} of its tiles lie beyond the end of the file.",
             hint="Copy it again from its source.",
             code="unreadable",
         )
+    levels = sum(page.tile_w > 0 for page in layout.pages)
     if levels > MAX_LEVELS:
         raise SlideError(
             f"{name} declares {levels} tiled levels; the limit is {MAX_LEVELS}.",
@@ -110,124 +185,33 @@ def check_limits(path: str | Path) -> None:
         )
 
 
-def _page_geometry(path: str | Path) -> list[tuple[int, int, int, int, int]]:
-    """Of every page: width, height, tile width and height (0 if not tiled), tiles past the end."""
-    found = []
-    size = Path(path).stat().st_size
-    with tifffile.TiffFile(path) as tif:
-        for index, page in enumerate(tif.pages):
-            if index > 8 * MAX_LEVELS or not isinstance(page, tifffile.TiffPage):
-                break
-            tile_w, tile_h = (page.tilewidth, page.tilelength) if page.is_tiled else (0, 0)
-            lost = 0
-            if page.is_tiled and max(tile_w, tile_h) <= MAX_TILE_PX:
-                ends = np.asarray(page.dataoffsets, np.int64) + np.asarray(
-                    page.databytecounts, np.int64
-                )
-                lost = int((ends > size).sum())
-            found.append((page.imagewidth, page.imagelength, tile_w, tile_h, lost))
-    return found
-
-
-def jpeg_levels(path: str | Path) -> list[JpegLevel]:
+def jpeg_levels(layout: TiffLayout) -> list[JpegLevel]:
     """Every tiled 8-bit colour JPEG level of a TIFF file; empty where there is none."""
-    levels: list[JpegLevel] = []
-    if not is_tiff(path):
-        return levels
-    try:
-        with tifffile.TiffFile(path) as tif:
-            for page in tif.pages:
-                if isinstance(page, tifffile.TiffPage) and (level := _jpeg_level(page)):
-                    levels.append(level)
-    except (ValueError, KeyError, IndexError, OSError, struct.error, MemoryError, TypeError):
-        return []
-    return levels
+    return [level for page in layout.pages if (level := _jpeg_level(page))]
 
 
-def _jpeg_level(page: tifffile.TiffPage) -> JpegLevel | None:
+def _jpeg_level(page: TiffPage) -> JpegLevel | None:
     if not (
-        page.is_tiled
+        min(page.tile_w, page.tile_h) > 0
         and page.compression == _JPEG_COMPRESSION
-        and page.samplesperpixel == 3
-        and page.bitspersample == 8
+        and page.samples == 3
+        and page.bits == 8
         and page.photometric in (_RGB, _YCBCR)
-        and page.planarconfig == 1
+        and page.planar == 1
     ):
         return None
-    offsets = np.asarray(page.dataoffsets, dtype=np.int64)
-    counts = np.asarray(page.databytecounts, dtype=np.int64)
-    tiles = -(-page.imagewidth // page.tilewidth) * -(-page.imagelength // page.tilelength)
-    if len(offsets) != tiles or len(counts) != tiles or not counts.all():
+    tiles = -(-page.width // page.tile_w) * -(-page.height // page.tile_h)
+    if len(page.offsets) != tiles or len(page.counts) != tiles or not page.counts.all():
         return None  # sparse files: OpenSlide knows what each vendor means by a missing tile
-    tables: bytes = page.jpegtables or b""
-    header = tables[:-2] if tables else _SOI
+    header = page.jpeg_tables[:-2] if page.jpeg_tables else SOI
     # Aperio stores R, G, B components without saying so inside the JPEG stream.
     header += _APP14 + (b"\x00" if page.photometric == _RGB else b"\x01")
     return JpegLevel(
-        width=page.imagewidth,
-        height=page.imagelength,
-        tile_w=page.tilewidth,
-        tile_h=page.tilelength,
-        offsets=offsets,
-        counts=counts,
+        width=page.width,
+        height=page.height,
+        tile_w=page.tile_w,
+        tile_h=page.tile_h,
+        offsets=page.offsets,
+        counts=page.counts,
         header=header,
     )
-
-
-class JpegTiles:
-    """Decodes tiles of one level, optionally shrunk 2, 4 or 8 times in the DCT domain.
-
-    Args:
-        file: Open file descriptor; not owned.
-        level: The layout.
-        shrink: 1, 2, 4 or 8; tile sides must divide by it (see ``can_shrink``).
-    """
-
-    def __init__(self, file: int, level: JpegLevel, *, shrink: int = 1) -> None:
-        if not can_shrink(level, shrink):
-            raise ValueError(f"{level.tile_w} x {level.tile_h} px tiles do not shrink by {shrink}")
-        self.level = level
-        self.shrink = shrink
-        self.tile_w, self.tile_h = level.tile_w // shrink, level.tile_h // shrink
-        self.width, self.height = level.width // shrink, level.height // shrink
-        self._file = file
-
-    def decode(self, tile: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Decode one tile to uint8 RGB [tile_h, tile_w, 3], into ``out`` if it is given.
-
-        Raises:
-            SlideError: ``bad_tile`` when the bytes are missing or the stream is damaged, however
-                slightly: libjpeg's warnings count, since it fills what it cannot read with grey.
-        """
-        level = self.level
-        count = int(level.counts[tile])
-        data = os.pread(self._file, count, int(level.offsets[tile]))
-        if len(data) != count or data[:2] != _SOI:
-            raise SlideError(f"tile {tile} is cut off or is no JPEG", code="bad_tile")
-        stream = level.header + data[2:]
-        try:
-            if self.shrink == 1:
-                pixels = simplejpeg.decode_jpeg(stream, buffer=out)
-            else:
-                pixels = simplejpeg.decode_jpeg(
-                    stream,
-                    min_height=self.tile_h,
-                    min_width=self.tile_w,
-                    min_factor=self.shrink,
-                    buffer=out,
-                )
-        except ValueError as error:
-            raise SlideError(f"tile {tile}: {error}", code="bad_tile") from error
-        if pixels.shape != (self.tile_h, self.tile_w, 3):
-            raise SlideError(f"tile {tile} has the wrong size", code="bad_tile")
-        return np.asarray(pixels)
-
-
-def can_shrink(level: JpegLevel, shrink: int) -> bool:
-    """Whether every tile side divides by ``shrink`` and libjpeg can scale by it."""
-    return shrink in (1, 2, 4, 8) and level.tile_w % shrink == 0 and level.tile_h % shrink == 0
-
-
-def shrink_for(ratio: float) -> int:
-    """Largest DCT shrink (1, 2, 4, 8) that stays at or finer than ``ratio`` within 1 %."""
-    return int(min(8, 2 ** max(0, math.floor(math.log2(ratio * 1.01)))))

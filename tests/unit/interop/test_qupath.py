@@ -14,7 +14,7 @@ import pytest
 
 from pathflip.errors import ConfigError
 from pathflip.geometry import Tiling, patch_rects, plan_regions
-from pathflip.interop.qupath import export_archive, export_slide, read_geojson
+from pathflip.interop.qupath import export_archive, export_slide, read_geojson, read_tissue
 from pathflip.slides.tissue import TissueMask
 
 MPP = 0.2738
@@ -117,7 +117,7 @@ def test_the_export_read_back_is_the_same_tissue(tmp_path: Path, bounds: tuple[i
     path = tmp_path / "s.geojson"
     frame = {"bounds_x0": bounds[0], "bounds_y0": bounds[1]}
     export_slide(path, slide_id="s", mpp=MPP, tiling=Tiling(), tissue=tissue, regions=rows, **frame)
-    back = TissueMask.from_geojson(path, width=8180, height=8760, slide_mpp=MPP, **frame)
+    back = read_tissue(path, width=8180, height=8760, slide_mpp=MPP, **frame)
     assert np.array_equal(back.mask, tissue.mask)  # the tiles are not taken for tissue
 
 
@@ -183,7 +183,7 @@ def test_an_archive_is_exported_slide_by_slide(tmp_path: Path) -> None:
 
     frame = {"width": 8180, "height": 8760, "slide_mpp": MPP}
     for path, bounds in zip(written, ({}, {"bounds_x0": 96, "bounds_y0": 32}), strict=True):
-        back = TissueMask.from_geojson(path, **frame, **bounds)
+        back = read_tissue(path, **frame, **bounds)
         assert np.array_equal(back.mask, archive.tissue.mask)
         tiles = [one for one in read_geojson(path) if one.object_type == "tile"]
         assert len(tiles) == len(archive.rows)
@@ -235,7 +235,7 @@ def test_a_zip_is_read_by_content(tmp_path: Path) -> None:
         archive.writestr("__MACOSX/._objects.geojson", b"\x00\x05")
         archive.writestr("readme.txt", "x")
     assert len(read_geojson(path)) == 2
-    assert TissueMask.from_geojson(path, width=100, height=80, slide_mpp=8.0).mask.sum() == 7600
+    assert read_tissue(path, width=100, height=80, slide_mpp=8.0).mask.sum() == 7600
 
 
 def test_old_and_foreign_properties_are_read(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_file_without_a_polygon_is_no_tissue(tmp_path: Path, document: Any) ->
     path = write(tmp_path, document)
     assert all(not one.polygons for one in read_geojson(path))
     with pytest.raises(ConfigError, match=r"objects\.geojson holds no polygon"):
-        TissueMask.from_geojson(path, width=100, height=80, slide_mpp=0.5)
+        read_tissue(path, width=100, height=80, slide_mpp=0.5)
 
 
 @pytest.mark.parametrize(

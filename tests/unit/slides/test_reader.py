@@ -79,38 +79,91 @@ def victim_pid(path: str) -> int:
     raise AssertionError("nobody opened the slide")
 
 
-@pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGSTOP, "timeout"), (signal.SIGABRT, "reader_crash")]
-)
-def test_a_stuck_or_dead_process_is_replaced(reader, slide_path, sent, code):
+def dead(pid: int) -> None:
+    """Wait until a killed process has ended; its owner has not looked at it yet."""
+    for _ in range(1000):
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+    raise AssertionError("the process does not die")
+
+
+def gone(pid: int) -> bool:
+    """Whether a process is dead and was waited for."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_stuck_process_costs_the_request_and_is_replaced(reader, slide_path):
     _, rects = first_region(reader, slide_path)
     pid = victim_pid(slide_path)
-    os.kill(pid, sent)
+    os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(SlideError) as caught:
         read(reader, slide_path, rects, timeout_s=2.0)
-    assert caught.value.code == code
+    assert caught.value.code == "timeout"
     assert time.monotonic() - began < 10
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    assert gone(pid)
     assert read(reader, slide_path, rects).ok.all()
 
 
-def test_a_process_killed_while_it_works_is_replaced(reader, slide_path):
+@pytest.mark.parametrize("when", ["before the request", "as the request waits to be taken"])
+def test_a_death_before_the_work_costs_the_slide_nothing(reader, slide_path, when):
+    """Nothing of the slide was being read: the request is answered by another process."""
     _, rects = first_region(reader, slide_path)
+    before = read(reader, slide_path, rects).pixels.copy()
     pid = victim_pid(slide_path)
-    killer = threading.Timer(0.05, os.kill, (pid, signal.SIGKILL))
+    if when == "before the request":
+        os.kill(pid, signal.SIGABRT)
+        dead(pid)
+        after = read(reader, slide_path, rects)
+    else:
+        os.kill(pid, signal.SIGSTOP)  # alive, but it can take no request any more
+        reader.start_read(slide_path, rects, mpp=0.5, px=128, slide_mpp=None, timeout_s=60)
+        os.kill(pid, signal.SIGKILL)
+        dead(pid)
+        after = reader.finish_read(px=128)
+    assert after.ok.all()
+    assert (after.pixels == before).all()
+    assert gone(pid)
+
+
+@pytest.fixture
+def endless(tmp_path) -> str:
+    """A file whose digest takes minutes; its bytes are a hole that takes no room."""
+    path = tmp_path / "endless.svs"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    return str(path)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_death_at_work_costs_the_request(reader, slide_path, endless, served):
+    """Whether the process is new or has answered before; the next request has another one."""
+    if served:
+        first_region(reader, slide_path)
+    killer = threading.Thread(target=lambda: os.kill(victim_pid(endless), signal.SIGKILL))
     killer.start()
-
-    def read_for_ever():
-        while True:
-            read(reader, slide_path, rects)
-
     with pytest.raises(SlideError) as caught:
-        read_for_ever()
+        reader.digest(endless, timeout_s=60)
+    killer.join()
     assert caught.value.code == "reader_crash"
     assert "SIGKILL" in caught.value.message
+    assert "endless.svs" in caught.value.message
+    _, rects = first_region(reader, slide_path)
     assert read(reader, slide_path, rects).ok.all()
+
+
+def test_a_process_that_cannot_start_is_not_started_for_ever(slide_path, monkeypatch):
+    """A new process that dies before it begins is an error, with what it said last."""
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with SlideReader(patches=16, px=128) as broken, pytest.raises(SlideError) as caught:
+        broken.digest(slide_path, timeout_s=60)
+    assert caught.value.code == "reader_crash"
+    assert "exit 1" in caught.value.message
 
 
 def test_the_child_goes_with_its_owner(slide_path):
@@ -118,8 +171,7 @@ def test_the_child_goes_with_its_owner(slide_path):
     first_region(opened, slide_path)
     pid = victim_pid(slide_path)
     opened.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    assert gone(pid)
 
 
 def test_errors_carry_the_slides_reason(reader, tmp_path):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import openslide
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
 from pathflip.errors import SlideError
 from pathflip.geometry import Tiling, patch_rects
 from pathflip.slides import slide as slide_module
+from pathflip.slides.direct import JpegTiles
 from pathflip.slides.slide import Slide
-from pathflip.slides.tiff import JpegTiles
 from pathflip.synth.large import make_slide
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "slides" / "CMU-1-Small-Region.svs"
@@ -125,25 +127,6 @@ def test_exact_patches_are_area_averages(slides: dict[str, Path], kind: str) -> 
         difference = gap(patch, by_area(stored(slides[kind], *rect), PX))
         assert difference.mean() < 0.4  # rounding to whole grey levels alone is 0.25
         assert difference.max() < 2
-
-
-@pytest.mark.parametrize("length", [257, 300, 468, 507, 512, 521, 1000, 1100])
-def test_area_averages_of_noise(length: int) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (length, length, 3), np.uint8)
-    averaged = slide_module._area(pixels, PX, PX)
-    difference = averaged - by_area(pixels, PX)
-    assert np.abs(difference).max() < 2
-    assert np.abs(difference).mean() < 0.35
-    assert abs(difference.mean()) < 0.13  # OpenCV rounds halves up where the ratio is 2
-
-
-def test_area_averages_of_one_colour_and_of_an_oblong_are_exact() -> None:
-    flat = np.full((300, 461, 3), (0, 255, 137), np.uint8)
-    assert (slide_module._area(flat, 256, 200) == (0, 255, 137)).all()
-    ramp = np.repeat(np.arange(300, dtype=np.float64)[:, None] * 0.8, 461, axis=1)
-    pixels = np.repeat(ramp[..., None], 3, axis=2).astype(np.uint8)
-    y, x = np.arange(201) * 1.5, np.arange(257) * (461 / 256)
-    assert gap(slide_module._area(pixels, 256, 200), averages(pixels, y, x)).max() < 2
 
 
 def test_halving_of_odd_corners_is_exact(slides: dict[str, Path]) -> None:
@@ -321,6 +304,21 @@ def test_patches_may_overlap_and_repeat(slides: dict[str, Path]) -> None:
     assert ok.all()
     for patch, rect in zip(patches, rects.tolist(), strict=True):
         assert np.array_equal(patch, stored(slides["tile is patch"], *rect))
+
+
+def test_a_file_is_parsed_once(slides: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One parse of the TIFF serves the limits and the direct path."""
+    parsed = []
+
+    class Counted(tifffile.TiffFile):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            parsed.append(arguments)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(tifffile, "TiffFile", Counted)
+    with Slide(slides["40x"]) as opened:
+        assert opened.reader == "direct"
+    assert len(parsed) == 1
 
 
 # -- what is refused -------------------------------------------------------------------------------

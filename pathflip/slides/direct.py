@@ -1,0 +1,214 @@
+"""The direct path: decodes tiled JPEG levels tile by tile with libjpeg-turbo.
+
+OpenSlide decodes the same tile again for every patch that touches it and converts every pixel
+twice. Here each needed tile is decoded once, straight into the patches that touch it. ``Slide``
+checks the result against OpenSlide when it opens a file and keeps to OpenSlide where they differ.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from pathflip.errors import SlideError
+from pathflip.slides.resample import resize_area
+from pathflip.slides.tiff import SOI, JpegLevel
+
+DAMAGED_RGB = (205, 130, 180)
+"""Colour of damaged tiles on overviews: tissue to the mask, and plain to see on a thumbnail."""
+
+
+class JpegTiles:
+    """Decodes tiles of one level, optionally shrunk 2, 4 or 8 times in the DCT domain.
+
+    Args:
+        file: Open file descriptor; not owned.
+        level: The layout.
+        shrink: 1, 2, 4 or 8; tile sides must divide by it (see ``can_shrink``).
+    """
+
+    def __init__(self, file: int, level: JpegLevel, *, shrink: int = 1) -> None:
+        if not can_shrink(level, shrink):
+            raise ValueError(f"{level.tile_w} x {level.tile_h} px tiles do not shrink by {shrink}")
+        self.level = level
+        self.shrink = shrink
+        self.tile_w, self.tile_h = level.tile_w // shrink, level.tile_h // shrink
+        self.width, self.height = level.width // shrink, level.height // shrink
+        self._file = file
+
+    def decode(self, tile: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Decode one tile to uint8 RGB [tile_h, tile_w, 3], into ``out`` if it is given.
+
+        Raises:
+            SlideError: ``bad_tile`` when the bytes are missing or the stream is damaged, however
+                slightly: libjpeg's warnings count, since it fills what it cannot read with grey.
+        """
+        level = self.level
+        count = int(level.counts[tile])
+        data = os.pread(self._file, count, int(level.offsets[tile]))
+        if len(data) != count or data[:2] != SOI:
+            raise SlideError(f"tile {tile} is cut off or is no JPEG", code="bad_tile")
+        stream = level.header + data[2:]
+        try:
+            if self.shrink == 1:
+                pixels = simplejpeg.decode_jpeg(stream, buffer=out)
+            else:
+                pixels = simplejpeg.decode_jpeg(
+                    stream,
+                    min_height=self.tile_h,
+                    min_width=self.tile_w,
+                    min_factor=self.shrink,
+                    buffer=out,
+                )
+        except ValueError as error:
+            raise SlideError(f"tile {tile}: {error}", code="bad_tile") from error
+        if pixels.shape != (self.tile_h, self.tile_w, 3):
+            raise SlideError(f"tile {tile} has the wrong size", code="bad_tile")
+        return np.asarray(pixels)
+
+
+class HalvedTiles(JpegTiles):
+    """Tiles decoded at full size, then halved by exact area averages."""
+
+    def __init__(self, file: int, level: JpegLevel) -> None:
+        super().__init__(file, level)
+        self._whole = JpegTiles(file, level)
+        self._full = np.empty((level.tile_h, level.tile_w, 3), np.uint8)
+        self.tile_w, self.tile_h = level.tile_w // 2, level.tile_h // 2
+        self.width, self.height = level.width // 2, level.height // 2
+        self.shrink = 2
+
+    def decode(self, tile: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Decode and halve one tile."""
+        full = self._whole.decode(tile, self._full)
+        halved = cv2.resize(full, (self.tile_w, self.tile_h), dst=out, interpolation=cv2.INTER_AREA)
+        return np.asarray(halved, np.uint8)
+
+
+def can_shrink(level: JpegLevel, shrink: int) -> bool:
+    """Whether every tile side divides by ``shrink`` and libjpeg can scale by it."""
+    return shrink in (1, 2, 4, 8) and level.tile_w % shrink == 0 and level.tile_h % shrink == 0
+
+
+def shrink_for(ratio: float) -> int:
+    """Largest DCT shrink (1, 2, 4, 8) that stays at or finer than ``ratio`` within 1 %."""
+    return int(min(8, 2 ** max(0, math.floor(math.log2(ratio * 1.01)))))
+
+
+def read_rect(
+    tiles: JpegTiles, x: int, y: int, w: int, h: int, *, tolerant: bool = False
+) -> NDArray[np.uint8]:
+    """Read a rectangle given in pixels of ``tiles``: RGB [h, w, 3], white outside the level.
+
+    A damaged tile raises SlideError (``bad_tile``); with ``tolerant`` it is painted as tissue.
+    """
+    out = np.full((h, w, 3), 255, np.uint8)
+    right, bottom = min(x + w, tiles.width), min(y + h, tiles.height)
+    left, top = max(x, 0), max(y, 0)
+    if left >= right or top >= bottom:
+        return out
+    tile_w, tile_h = tiles.tile_w, tiles.tile_h
+    for row in range(top // tile_h, -(-bottom // tile_h)):
+        for column in range(left // tile_w, -(-right // tile_w)):
+            try:
+                pixels = tiles.decode(row * tiles.level.across + column)
+            except SlideError:
+                if not tolerant:
+                    raise
+                pixels = np.full((tile_h, tile_w, 3), DAMAGED_RGB, np.uint8)
+            ax, bx = max(left, column * tile_w), min(right, (column + 1) * tile_w)
+            ay, by = max(top, row * tile_h), min(bottom, (row + 1) * tile_h)
+            out[ay - y : by - y, ax - x : bx - x] = pixels[
+                ay - row * tile_h : by - row * tile_h, ax - column * tile_w : bx - column * tile_w
+            ]
+    return out
+
+
+def read_patches(
+    tiles: JpegTiles, boxes: NDArray[np.int64], out: NDArray[np.uint8], *, native: bool
+) -> NDArray[np.bool_]:
+    """Fill ``out`` [n, px, px, 3] decoding each needed tile once; False where one is damaged.
+
+    Tiles are visited in file order and copied into every patch they touch; a tile that is a patch
+    is decoded in place. A patch that is not at the target scale is gathered in a buffer of its own
+    and averaged down when its last tile came, so about two rows of patches are held at a time.
+    """
+    px = out.shape[1]
+    ok = np.ones(len(boxes), bool)
+    pieces = _pieces(boxes, tiles)
+    waiting = np.bincount([piece[1] for piece in pieces], minlength=len(boxes)).tolist()
+    buffers: dict[int, NDArray[np.uint8]] = {}
+    scratch = np.empty((tiles.tile_h, tiles.tile_w, 3), np.uint8)
+    whole = (0, px, 0, px) if native and tiles.tile_w == tiles.tile_h == px else None
+    decoded, damaged = -1, False
+    for tile, index, top, bottom, left, right, down, across in pieces:
+        in_place = (top, bottom, left, right) == whole
+        if in_place or tile != decoded:
+            try:
+                tiles.decode(tile, out[index] if in_place else scratch)
+                damaged = False
+            except SlideError:
+                damaged = True
+            decoded = -1 if in_place else tile
+        if damaged:
+            ok[index] = False
+            buffers.pop(index, None)
+            continue
+        if in_place:
+            continue
+        if native:
+            target = out[index]
+        elif ok[index]:
+            target = buffers.get(index)
+            if target is None:
+                target = buffers[index] = np.empty((*boxes[index, :1:-1], 3), np.uint8)
+        else:
+            continue
+        target[top + down : bottom + down, left + across : right + across] = scratch[
+            top:bottom, left:right
+        ]
+        waiting[index] -= 1
+        if not native and not waiting[index]:
+            out[index] = resize_area(buffers.pop(index), width=px, height=px)
+    return ok
+
+
+def _pieces(boxes: NDArray[np.int64], tiles: JpegTiles) -> list[list[int]]:
+    """List the overlaps of patches and tiles, in tile order.
+
+    Args:
+        boxes: int64 [n, 4]: x, y, w, h in pixels of ``tiles``.
+        tiles: The level.
+
+    Returns:
+        For each piece: tile, patch, top, bottom, left, right inside the tile, and what to add to
+        rows and to columns to find it in the patch.
+    """
+    x, y, w, h = boxes.T
+    tile_w, tile_h = tiles.tile_w, tiles.tile_h
+    columns = (x + w - 1) // tile_w - x // tile_w + 1
+    rows = (y + h - 1) // tile_h - y // tile_h + 1
+    count = columns * rows
+    patch = np.repeat(np.arange(len(boxes)), count)
+    nth = np.arange(len(patch)) - np.repeat(np.cumsum(count) - count, count)
+    x, y, w, h = boxes[patch].T
+    column = x // tile_w + nth % columns[patch]
+    row = y // tile_h + nth // columns[patch]
+    x, y = x - column * tile_w, y - row * tile_h  # the patch's corner, seen from the tile's
+    piece = [
+        row * tiles.level.across + column,
+        patch,
+        np.maximum(y, 0),
+        np.minimum(y + h, tile_h),
+        np.maximum(x, 0),
+        np.minimum(x + w, tile_w),
+        -y,
+        -x,
+    ]
+    table: list[list[int]] = np.stack(piece, axis=1)[np.argsort(piece[0], kind="stable")].tolist()
+    return table

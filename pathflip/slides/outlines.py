@@ -1,0 +1,140 @@
+"""Outlines of masks: polygons along pixel edges, and their inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Polygon = tuple[NDArray[np.float64], list[NDArray[np.float64]]]
+"""Outer ring and hole rings, (x, y) [k, 2] each, first point not repeated."""
+
+
+def trace(mask: NDArray[np.bool_]) -> list[Polygon]:
+    """Trace rings along the pixel edges of each 4-connected piece, in pixels of the mask.
+
+    Every straight run of boundary is one arrow with tissue on its right. Where two pieces meet at
+    a corner each arrow turns back along its own pixel, so a ring belongs to one piece only.
+    """
+    w = mask.shape[1]
+    padded = np.pad(mask, 1).view(np.int8)
+    _, labels = cv2.connectedComponents(np.ascontiguousarray(mask).view(np.uint8), connectivity=4)
+    down, across = np.diff(padded, axis=0)[:, 1:-1], np.diff(padded, axis=1)[1:-1]
+
+    # Kinds in the order an arrow turns round a single pixel: top, right, bottom, left.
+    runs = []
+    for kind, steps in enumerate((down == 1, across.T == -1, down == -1, across.T == 1)):
+        line, first, last = _runs(steps)
+        if kind == 0:
+            start, end, pixel = (first, line), (last, line), (line, first)
+        elif kind == 1:
+            start, end, pixel = (line, first), (line, last), (first, line - 1)
+        elif kind == 2:
+            start, end, pixel = (last, line), (first, line), (line - 1, first)
+        else:
+            start, end, pixel = (line, last), (line, first), (first, line)
+        runs.append(np.stack([*start, *end, labels[pixel], np.full(len(line), kind)], axis=1))
+    arrows = np.concatenate(runs).astype(np.int64)
+    if not len(arrows):
+        return []
+    point, kind = arrows[:, :2], arrows[:, 5]
+    key = (point[:, 1] * (w + 1) + point[:, 0]) * 4 + kind
+    order = np.argsort(key)
+    end = (arrows[:, 3] * (w + 1) + arrows[:, 2]) * 4
+    following = np.zeros(len(arrows), np.int64)
+    for turn in (3, 1):  # a right turn, where there is one, is the arrow's own pixel
+        wanted = end + (kind + turn) % 4
+        at = np.minimum(np.searchsorted(key[order], wanted), len(order) - 1)
+        found = key[order[at]] == wanted
+        following[found] = order[at][found]
+
+    outer: dict[int, NDArray[np.float64]] = {}
+    holes: dict[int, list[NDArray[np.float64]]] = {}
+    successor, corners = following.tolist(), [tuple(xy) for xy in point.tolist()]
+    piece = arrows[:, 4].tolist()
+    seen = bytearray(len(successor))
+    for begin in range(len(successor)):
+        if seen[begin]:
+            continue
+        ring, current = [], begin
+        while not seen[current]:
+            seen[current] = 1
+            ring.append(corners[current])
+            current = successor[current]
+        for simple in _split(ring):
+            xy = np.array(simple, np.float64)
+            x, y = (xy - xy[0]).T
+            if x @ np.roll(y, -1) - y @ np.roll(x, -1) > 0:
+                outer[piece[begin]] = xy
+            else:
+                holes.setdefault(piece[begin], []).append(xy)
+    return [(outer[label], holes.get(label, [])) for label in sorted(outer)]
+
+
+def _runs(
+    steps: NDArray[np.bool_],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Stretches of True along axis 1: (row, first column, column after the last)."""
+    change = np.diff(np.pad(steps, ((0, 0), (1, 1))).view(np.int8), axis=1)
+    row, first = np.nonzero(change == 1)
+    _, last = np.nonzero(change == -1)
+    return row, first, last
+
+
+def _split(ring: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Cut a ring that meets itself at points into rings that do not."""
+    if len(set(ring)) == len(ring):
+        return [ring]
+    rings: list[list[tuple[int, int]]] = []
+    path: list[tuple[int, int]] = []
+    place: dict[tuple[int, int], int] = {}
+    for corner in ring:
+        if corner in place:
+            cut = place[corner]
+            rings.append(path[cut:])
+            for left in path[cut + 1 :]:
+                del place[left]
+            del path[cut:]
+        place[corner] = len(path)
+        path.append(corner)
+    return [*rings, path]
+
+
+def fill(polygons: Iterable[Polygon], *, scale: float, h: int, w: int) -> NDArray[np.bool_]:
+    """Rasterise the union of polygons, even-odd within each; a pixel is in if its centre is.
+
+    Args:
+        polygons: In level-0 px.
+        scale: Level-0 px per pixel of the result.
+        h: Rows.
+        w: Columns.
+
+    Returns:
+        bool [h, w].
+    """
+    mask = np.zeros((h, w), np.bool_)
+    for outer, holes in polygons:
+        starts = [ring / scale for ring in (outer, *holes)]
+        a = np.concatenate(starts)
+        b = np.concatenate([np.roll(ring, -1, axis=0) for ring in starts])
+        upper = np.clip(np.ceil(np.minimum(a[:, 1], b[:, 1]) - 0.5), 0, h).astype(np.int64)
+        lower = np.clip(np.ceil(np.maximum(a[:, 1], b[:, 1]) - 0.5), 0, h).astype(np.int64)
+        crossed = lower - upper
+        if not crossed.any():
+            continue
+        # One entry for each pixel row whose centre line an edge crosses.
+        which = np.repeat(np.arange(len(a)), crossed)
+        row = np.arange(len(which)) - np.repeat(np.cumsum(crossed) - crossed, crossed)
+        row += upper[which]
+        slope = (b[which, 0] - a[which, 0]) / (b[which, 1] - a[which, 1])
+        x = a[which, 0] + (row + 0.5 - a[which, 1]) * slope
+        col = np.clip(np.ceil(x - 0.5), 0, w).astype(np.int64)
+        top, left, right = row.min(), col.min(), col.max()
+        inside = np.zeros((row.max() + 1 - top, right - left + 1), np.uint8)
+        np.add.at(inside, (row - top, col - left), np.uint8(1))
+        inside &= 1
+        np.bitwise_xor.accumulate(inside, axis=1, out=inside)
+        mask[top : row.max() + 1, left:right] |= inside[:, :-1].view(np.bool_)
+    return mask

@@ -1,0 +1,230 @@
+"""The reader process: ``python -m pathflip.slides.reader_child``, started by ``SlideReader``.
+
+It limits its own address space first and imports what a request needs when it comes, so that a
+process starts fast.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.errors import ConfigError, SlideError
+from pathflip.geometry import Tiling
+from pathflip.slides.reader_messages import pack_regions, read_message, write_message
+
+if TYPE_CHECKING:
+    from pathflip.slides.slide import Slide
+
+MEMORY_LIMIT_BYTES = 3 << 30
+OPEN_SLIDES = 2
+THUMBNAIL_PX = 1024
+
+Answer = tuple[dict[str, Any], list[bytes]]
+"""Header and blobs of a message."""
+
+
+class ReaderChild:
+    """Answers requests one by one, keeping the last slides open.
+
+    Args:
+        memory: Memory shared with the owner, for pixels.
+    """
+
+    def __init__(self, memory: memoryview) -> None:
+        self.memory = memory
+        self.slides: OrderedDict[tuple[Any, ...], Slide] = OrderedDict()
+
+    def slide(self, request: dict[str, Any]) -> Slide:
+        """The open slide of a request; opened again if its file changed."""
+        from pathflip.slides.slide import Slide
+        from pathflip.slides.sources import stat_source
+
+        path = Path(request["path"])
+        found = stat_source(path)
+        key = (found, request["mpp"], request["halving"])
+        if key in self.slides:
+            self.slides.move_to_end(key)
+            return self.slides[key]
+        slide = Slide(path, mpp=request["mpp"], halving=request["halving"])
+        self.slides[key] = slide
+        while len(self.slides) > OPEN_SLIDES:
+            self.slides.popitem(last=False)[1].close()
+        return slide
+
+    def digest(self, request: dict[str, Any], _: list[bytes]) -> Answer:
+        """Answer ``SlideReader.digest``."""
+        from pathflip.slides.sources import digest_source
+
+        return {"sha256": digest_source(Path(request["path"]))}, []
+
+    def plan(self, request: dict[str, Any], _: list[bytes]) -> Answer:
+        """Answer ``SlideReader.plan``."""
+        from pathflip.geometry import plan_regions
+        from pathflip.interop.qupath import read_tissue
+        from pathflip.slides.tissue import TissueConfig, find_tissue
+
+        slide = self.slide(request)
+        tiling = Tiling(**request["tiling"])
+        config = TissueConfig()
+        if tiling.mpp < slide.mpp * 0.99:
+            raise SlideError(
+                f"{slide.path.name} is scanned at {slide.mpp:g} µm per pixel, coarser than the "
+                f"{tiling.mpp:g} the archive is cut at.",
+                hint="Finer pixels cannot be invented; ingest it into an archive with a coarser "
+                "tiling.mpp.",
+                code="mpp_too_coarse",
+            )
+        overview = slide.overview(config.mpp)
+        if request["geojson"]:
+            mask = read_tissue(
+                Path(request["geojson"]),
+                width=slide.width,
+                height=slide.height,
+                slide_mpp=slide.mpp,
+                mpp=config.mpp,
+                bounds_x0=slide.bounds_x0,
+                bounds_y0=slide.bounds_y0,
+            )
+        else:
+            mask = find_tissue(overview, mpp=config.mpp, slide_mpp=slide.mpp, config=config)
+        regions = plan_regions(
+            tiling, width=slide.width, height=slide.height, mpp=slide.mpp, tissue=mask
+        )
+        thumbnail, thumbnail_mpp = _thumbnail(slide, overview, config.mpp)
+        info = {
+            "vendor": slide.vendor,
+            "width": slide.width,
+            "height": slide.height,
+            "levels": slide.levels,
+            "mpp": slide.mpp,
+            "mpp_source": slide.scale.source,
+            "bounds_x0": slide.bounds_x0,
+            "bounds_y0": slide.bounds_y0,
+            "reader": slide.reader,
+            "reader_note": slide.reader_note,
+            "tissue_mpp": mask.mpp,
+            "tissue_mm2": mask.area_mm2,
+            "thumbnail_mpp": thumbnail_mpp,
+        }
+        blobs = [mask.to_png(), thumbnail, *pack_regions(regions)]
+        return {"info": info, "size0": int(regions.size0)}, blobs
+
+    def read(self, request: dict[str, Any], blobs: list[bytes]) -> Answer:
+        """Answer ``SlideReader.start_read``: pixels into the shared memory."""
+        from pathflip.slides.quality import patch_quality
+
+        slide = self.slide(request)
+        n, px = request["n"], request["px"]
+        rects = np.frombuffer(blobs[0], np.int64).reshape(n, 4)
+        out = np.frombuffer(self.memory, np.uint8, n * px * px * 3).reshape(n, px, px, 3)
+        ok = slide.read_patches(rects, mpp=request["at_mpp"], out=out)
+        out[~ok] = 0
+        quality = patch_quality(out)
+        return {"n": n}, [ok.astype(np.uint8).tobytes(), quality.astype(np.float32).tobytes()]
+
+    def view(self, request: dict[str, Any], _: list[bytes]) -> Answer:
+        """Answer ``SlideReader.view``."""
+        slide = self.slide(request)
+        x0, y0, size0 = request["box"]
+        return {}, [_jpeg(slide.shown(x0, y0, size0, px=request["px"]))]
+
+
+def _thumbnail(slide: Slide, overview: NDArray[np.uint8], mpp: float) -> tuple[bytes, float]:
+    import cv2
+
+    longest = max(overview.shape[:2])
+    if longest < THUMBNAIL_PX:  # a small slide: finer than the overview where it has the pixels
+        pixels = slide.thumbnail(min(THUMBNAIL_PX, max(slide.width, slide.height)))
+        return _jpeg(pixels), slide.mpp * max(slide.width, slide.height) / max(pixels.shape[:2])
+    factor = longest / THUMBNAIL_PX
+    height, width = (max(1, round(side / factor)) for side in overview.shape[:2])
+    small = cv2.resize(overview, (width, height), interpolation=cv2.INTER_AREA)
+    return _jpeg(np.asarray(small, np.uint8)), mpp * factor
+
+
+def _jpeg(rgb: NDArray[np.uint8]) -> bytes:
+    import simplejpeg
+
+    data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=85)
+    return data
+
+
+def _serve(connection: socket.socket, child: ReaderChild) -> None:
+    requests: list[tuple[dict[str, Any], list[bytes]]] = []
+    ready = threading.Condition()
+
+    def listen() -> None:
+        try:
+            while True:
+                request = read_message(connection)
+                with ready:
+                    requests.append(request)
+                    ready.notify()
+        except (EOFError, OSError):
+            os._exit(0)  # the owner is gone, whatever C code the main thread is in
+
+    threading.Thread(target=listen, daemon=True).start()
+    operations: dict[str, Callable[[dict[str, Any], list[bytes]], Answer]] = {
+        "digest": child.digest,
+        "plan": child.plan,
+        "read": child.read,
+        "view": child.view,
+    }
+    while True:
+        with ready:
+            while not requests:
+                ready.wait()
+            request, blobs = requests.pop(0)
+        write_message(connection, {"started": True})
+        try:
+            answer, out = operations[request["op"]](request, blobs)
+        except SlideError as error:
+            answer, out = _failure(error.code, error.message, error.hint), []
+        except ConfigError as error:  # the only file of the user's that is read here
+            answer, out = _failure("bad_outline", error.message, error.hint), []
+        except Exception as error:  # the outermost line of a process that must answer
+            name = Path(request["path"]).name
+            if isinstance(error, MemoryError) or "Insufficient memory" in str(error):
+                answer = _failure(
+                    "reader_limits",
+                    f"{name} needs more memory than a reader may use.",
+                    "The file declares a geometry no real slide has.",
+                )
+            else:
+                message = f"{name} cannot be read: {type(error).__name__}: {error}"
+                answer = _failure("unreadable", message[:500], "The file may be damaged.")
+            out = []
+        write_message(connection, answer, out)
+
+
+def _failure(code: str, message: str, hint: str) -> dict[str, Any]:
+    return {"error": {"code": code, "message": message, "hint": hint}}
+
+
+def main(arguments: list[str]) -> None:
+    """Run the child: arguments are the socket, the shared memory and its size."""
+    import resource
+
+    connection_fd, memory_fd, capacity = (int(argument) for argument in arguments)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    import cv2
+
+    cv2.setNumThreads(1)
+    memory = mmap.mmap(memory_fd, capacity)
+    _serve(socket.socket(fileno=connection_fd), ReaderChild(memoryview(memory)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
