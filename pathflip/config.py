@@ -28,7 +28,8 @@ def load_config(
     """Build ``cls`` from defaults, a YAML file, ``a.b=value`` overrides and explicit values.
 
     Args:
-        cls: A dataclass type; nested dataclasses are addressed with dots.
+        cls: A dataclass type; nested dataclasses are addressed with dots. A field whose metadata
+            has ``formerly`` is also accepted under that name.
         given: Values that win over everything (command-line flags that were set).
         file: YAML mapping of the same shape.
         overrides: ``key=value`` strings; values are read as YAML.
@@ -78,8 +79,14 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
 
 def _merge(into: dict[str, Any], update: Mapping[str, Any], cls: Any, *, where: str) -> None:
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    formerly = {
+        old: name for name, field in fields.items() if (old := field.metadata.get("formerly"))
+    }
     hints = _types(cls)
-    for key, value in update.items():
+    for given, value in update.items():
+        key = formerly.get(given, given)
+        if key != given and key in update:
+            raise ConfigError(f"{where}: {given} is the former name of {key}; give one of them.")
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(fields)}."

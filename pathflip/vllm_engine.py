@@ -92,19 +92,12 @@ def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> 
             model was made for.
     """
     config = config or EngineConfig()
-    about = _about(Path(folder))
-    limit = int(about["max_position_embeddings"])
-    asked = config.max_model_len
-    if asked is not None and asked > limit:
-        raise ConfigError(
-            f"max_model_len is {asked:,} and {folder} was made for {limit:,} tokens.",
-            hint=f"Use max_model_len={limit} or less.",
-        )
+    limit = context_length(folder, config)
     cuda = uses_gpu(config)
     arguments = {
         "model": str(folder),
         "dtype": ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype,
-        "max_model_len": asked or min(DEFAULT_CONTEXT, limit),
+        "max_model_len": limit,
         "max_num_seqs": config.max_num_seqs,
         "enable_prompt_embeds": True,
         "enable_prefix_caching": config.prefix_caching,
@@ -115,8 +108,31 @@ def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> 
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
     else:
         arguments["enforce_eager"] = True  # compiling takes longer than a batch job
-        arguments |= _enough_blocks(about, arguments, kv_gib=config.kv_gib)
+        arguments |= _enough_blocks(_about(Path(folder)), arguments, kv_gib=config.kv_gib)
     return arguments
+
+
+def context_length(folder: str | Path, config: EngineConfig) -> int:
+    """Tokens that a prompt and its answer can have together.
+
+    Args:
+        folder: The language model, ``OUT/llm`` of a tuned run.
+        config: Settings.
+
+    Raises:
+        CheckpointError: There is no language model in the folder.
+        ConfigError: ``max_model_len`` is more than the model was made for.
+    """
+    limit = int(_about(Path(folder))["max_position_embeddings"])
+    if not config.max_model_len:
+        return min(DEFAULT_CONTEXT, limit)
+    if config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len:,} and {folder} was made for {limit:,} "
+            "tokens.",
+            hint=f"Use max_model_len={limit} or less.",
+        )
+    return config.max_model_len
 
 
 def offline(folder: str | Path, config: EngineConfig | None = None) -> Any:

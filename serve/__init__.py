@@ -1,6 +1,7 @@
 """The online service on Ray Serve.
 
-Read in this order: :mod:`serve.app` (what is deployed), :mod:`serve.ingress` (the routes),
-:mod:`serve.middleware` (what every request passes), then the parts: :mod:`serve.embedder`,
-:mod:`serve.search`, :mod:`serve.grounding`, :mod:`serve.chat_engine`.
+Read in this order: :mod:`serve.config` (settings), :mod:`serve.app` (deployments),
+:mod:`serve.ingress` (routes), :mod:`serve.middleware` (what every request passes), then the parts:
+:mod:`serve.embedder`, :mod:`serve.search`, :mod:`serve.grounding`, :mod:`serve.chat_engine`.
+:mod:`serve.local` runs all of it on one machine; with :mod:`serve.fake_engine` it needs no vLLM.
 """

@@ -1,12 +1,12 @@
-"""Who looked at what: a log of one JSON line a request, each chained to the line before.
+"""Audit log: one line of JSON per request, each chained to the line before by hashes.
 
-Every process that answers has a file of its own in the folder. A line holds its number, the hash
+Every ingress replica has a file of its own in the folder. A line holds its number, the hash
 of the line before and its own: changing, removing or inserting one breaks the chain. A file begins
 with the number and hash of the last lines of the files before it, so that cutting one of those
-short is seen as well. What nothing in a folder can show is that all of it was written anew: keep
-its heads (``pathflip audit verify`` prints them) elsewhere.
+short is seen as well. No folder can show that all of it was written anew: keep its heads
+(``pathflip audit verify`` prints them) elsewhere.
 
-Lines hold ids and the names of tokens; no text that was asked, no answer, no picture.
+Lines hold ids and names of tokens; no question, answer or picture.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from typing import Any, BinaryIO
 from pathflip.errors import ConfigError, PathFLIPError
 
 SYNC_S = 0.2
-"""A line is with the operating system before its answer leaves, and on disk this much later."""
+"""Seconds until a line, which the operating system has before its answer leaves, is on disk."""
 _START = "0" * 64
-_TOLD = 32  # of the files before, the newest
+_MAX_OTHERS = 32  # newest files whose heads a new file repeats
 
 
 class AuditError(PathFLIPError):
-    """The log cannot be written, or is not what was written."""
+    """The log cannot be written, or was changed."""
 
     default_code = "audit"
 
 
 class AuditLog:
-    """Writes the log of one process. Safe to use from several threads.
+    """Writes the log of one process; safe to use from several threads.
 
     Args:
-        folder: Of the log's files; made, for its owner only, if missing.
+        folder: Folder of the log; made, for its owner only, if missing.
 
     Raises:
         ConfigError: If the folder cannot be written.
@@ -69,11 +69,11 @@ class AuditLog:
         self.write({"action": "open", "others": heads})
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Appends a line: the entry with its number, time and hashes.
+        """Append an entry as a line with its number, time and hashes.
 
         Raises:
-            AuditError: If it cannot be written, for instance because the disk is full. Nothing is
-                left of it then.
+            AuditError: The line cannot be written, for instance because the disk is full; nothing
+                of it stays.
         """
         with self._lock:
             body = {
@@ -97,7 +97,7 @@ class AuditLog:
         self._dirty.set()
 
     def close(self) -> None:
-        """Brings all lines to disk and ends."""
+        """Bring all lines to disk and close the file."""
         if not self._closed.is_set():
             self._closed.set()
             self._dirty.set()
@@ -115,11 +115,11 @@ class AuditLog:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The end of a verified file.
+    """End of a verified file.
 
     Attributes:
-        lines: How many there are.
-        hash: Of the last.
+        lines: Number of lines.
+        hash: Hash of the last line.
         torn: Whether a half line follows: its writer was killed while writing.
     """
 
@@ -129,7 +129,7 @@ class Head:
 
 
 def verify(path: str | Path) -> dict[str, Head]:
-    """Checks the chain of a file, or of all files of a folder and of what they tell of each other.
+    """Verify the chain of a file, or of a folder's files and of the heads they hold of each other.
 
     Returns:
         {file name: its head}.
@@ -144,19 +144,19 @@ def verify(path: str | Path) -> dict[str, Head]:
         raise ConfigError(f"{path} holds no audit log.", hint="Give its folder or a file of it.")
     heads: dict[str, Head] = {}
     hashes: dict[str, list[str]] = {}
-    told: list[tuple[str, dict[str, Any]]] = []
+    repeated: list[tuple[str, dict[str, Any]]] = []
     for file in files:
         with file.open("rb") as lines:
             heads[file.name], hashes[file.name], first = _verify(file, lines)
-        told.append((file.name, first.get("others", {})))
+        repeated.append((file.name, first.get("others", {})))
     if path.is_dir():
-        for teller, others in told:
+        for holder, others in repeated:
             for name, (lines_then, digest) in others.items():
                 own = hashes.get(name, [])
                 if lines_then > len(own) or own[lines_then - 1] != digest:
                     raise AuditError(
-                        f"{name} is not what it was: {teller} tells of {lines_then} lines of it, "
-                        f"{len(own)} are there or they differ."
+                        f"{name} was changed: {holder} knows {lines_then} lines of it; "
+                        f"{len(own)} are there, or they differ."
                     )
     return heads
 
@@ -176,7 +176,7 @@ def _verify(file: Path, lines: Iterable[bytes]) -> tuple[Head, list[str], dict[s
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             whole = False
         if not whole:
-            raise AuditError(f"{file}, line {number}: this is not the line that was written.")
+            raise AuditError(f"{file}, line {number}: the line was changed.")
         if number == 1:
             first = entry
         before = digest
@@ -196,16 +196,16 @@ def _fresh(folder: Path) -> Path:
 
 
 def _heads(folder: Path) -> dict[str, tuple[int, str]]:
-    """The last whole line of each file: its number and hash. Only ends are read."""
+    """Number and hash of the last whole line of each file; only ends are read."""
     heads = {}
-    for file in sorted(folder.glob("*.jsonl"))[-_TOLD:]:
+    for file in sorted(folder.glob("*.jsonl"))[-_MAX_OTHERS:]:
         with file.open("rb") as handle:
             line = _last_line(handle)
         try:
             entry = json.loads(line)
             heads[file.name] = (int(entry["number"]), str(entry["hash"]))
         except (ValueError, KeyError, TypeError):
-            continue  # verify says what is wrong with it
+            continue  # verify reports it
     return heads
 
 

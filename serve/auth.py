@@ -1,4 +1,4 @@
-"""Who asks, and what they may: a file of tokens, each with a name and scopes.
+"""Authentication by a file of tokens, each with a name and scopes.
 
 A line of the file is ``NAME SCOPES TOKEN``; SCOPES are separated by commas, TOKEN is the token
 itself or ``sha256:`` and the hex digest of it. ``#`` begins a comment line::
@@ -15,8 +15,9 @@ scope        for
 ``admin``    metrics
 ===========  ======================================================
 
-Without a file there are no tokens, and only this machine may ask: the peer and the Host header have
-to be loopback, so that neither another machine nor a web page that renamed itself gets through.
+Without a file there are no tokens and only this machine is answered: peer and Host header must be
+loopback, so that neither another machine nor a web page that renamed itself (DNS rebinding) gets
+through.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """Who asks.
+    """An authenticated client.
 
     Attributes:
-        name: Of their token; ``local`` where there are no tokens.
-        scopes: What they may.
+        name: Name of its token; ``local`` where there are no tokens.
+        scopes: Routes it may use, see :data:`SCOPES`.
     """
 
     name: str
@@ -58,12 +59,12 @@ LOCAL = Client(name="local", scopes=frozenset(SCOPES))
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The digests of all tokens, and whose each is."""
+    """SHA-256 digests of all tokens, each with its client."""
 
     digests: tuple[tuple[bytes, Client], ...]
 
     def client(self, authorization: str | None) -> Client | None:
-        """Whose token a header ``Authorization: Bearer TOKEN`` carries; None for nobody's.
+        """Client of the token in a header ``Authorization: Bearer TOKEN``; None if there is none.
 
         Every digest is compared, in constant time, whichever matches.
         """
@@ -79,7 +80,7 @@ class Tokens:
 
 
 def read_tokens(path: str | Path) -> Tokens:
-    """Reads a file of tokens.
+    """Read a file of tokens.
 
     Raises:
         ConfigError: If it cannot be read (``token_file``), others may read it (``token_mode``), or
@@ -109,8 +110,8 @@ def read_tokens(path: str | Path) -> Tokens:
         digest, client = _entry(line.split(), f"{path}, line {number}")
         if digest in entries or client.name in {one.name for one in entries.values()}:
             raise ConfigError(
-                f"{path}, line {number}: this name or token is there twice.",
-                hint="Give every client its own.",
+                f"{path}, line {number}: the name or the token appears twice.",
+                hint="Give every client its own name and token.",
                 code="token_file",
             )
         entries[digest] = client
@@ -134,7 +135,7 @@ def _entry(words: list[str], where: str) -> tuple[bytes, Client]:
         raise wrong("the name is not letters, digits, . _ -", "It is what the audit log shows.")
     asked = frozenset(scopes.split(","))
     if not asked <= set(SCOPES):
-        raise wrong("a scope is not known", f"Scopes: {', '.join(SCOPES)}.")
+        raise wrong("a scope is unknown", f"Scopes: {', '.join(SCOPES)}.")
     if match := _DIGEST.fullmatch(token):
         return bytes.fromhex(match[1]), Client(name=name, scopes=asked)
     if token.startswith("sha256:"):
@@ -163,5 +164,5 @@ def is_loopback(host: str) -> bool:
 
 
 def is_local(peer: str | None, headers: Mapping[str, str]) -> bool:
-    """Whether a request without a token comes from this machine and means it."""
+    """Whether a request without a token comes from this machine and is addressed to it."""
     return peer is not None and is_loopback(peer) and is_loopback(headers.get("host", ""))

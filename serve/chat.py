@@ -1,4 +1,4 @@
-"""Chat as OpenAI has it: the engine's request from an allow-list, its pieces as chunks."""
+"""OpenAI's chat API: requests rebuilt from an allow-list, answers as chunks of a stream."""
 
 from __future__ import annotations
 
@@ -14,44 +14,50 @@ from serve.middleware import Metrics
 from serve.schemas import ChatRequest
 
 
-def rebuilt(asked: ChatRequest, limits: Limits) -> dict[str, Any]:
-    """The request as the engine gets it: these fields and no other."""
-    wanted = asked.max_completion_tokens or asked.max_tokens or limits.max_tokens
-    stop = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
+def to_engine_request(request: ChatRequest, limits: Limits) -> dict[str, Any]:
+    """Rebuild a client's request for the chat engine: these fields and no other."""
+    wanted = request.max_completion_tokens or request.max_tokens or limits.max_tokens
+    stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
     return {
-        "slide_id": asked.slide_id,
-        "region": None if asked.region is None else asked.region.model_dump(),
-        "messages": [{"role": m.role, "content": m.text()} for m in asked.messages],
+        "slide_id": request.slide_id,
+        "region": None if request.region is None else request.region.model_dump(),
+        "messages": [{"role": m.role, "content": m.text()} for m in request.messages],
         "max_tokens": min(wanted, limits.max_tokens),
-        "temperature": asked.temperature,
-        "top_p": asked.top_p,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
         "stop": stop,
-        "seed": asked.seed,
-        "stream": asked.stream,
+        "seed": request.seed,
+        "stream": request.stream,
     }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What all chunks of an answer have in common: ``id``, ``model`` and time."""
+class ChatChunks:
+    """Renders an answer in OpenAI's shapes, whole or in chunks.
+
+    Attributes:
+        id: Id of the answer, the same in every chunk.
+        model: Id of the model.
+        created: Seconds since 1970.
+    """
 
     id: str
     model: str
     created: int
 
     def whole(self, text: str, last: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer at once."""
+        """The answer as one document."""
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": last["finish_reason"]}
         return self._body("chat.completion", [choice | {"logprobs": None}], last["usage"])
 
     def chunk(self, delta: Mapping[str, str], finish: str | None = None) -> str:
-        """A piece of it as an event."""
+        """A chunk of the answer as a server-sent event."""
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
         return _event(self._body("chat.completion.chunk", [choice]))
 
     def usage(self, usage: Mapping[str, int]) -> str:
-        """Its tokens as an event."""
+        """The token counts as a server-sent event."""
         return _event(self._body("chat.completion.chunk", [], usage))
 
     def _body(
@@ -74,13 +80,13 @@ def _total(usage: Mapping[str, int]) -> dict[str, int]:
 
 
 def count_tokens(metrics: Metrics, usage: Mapping[str, int]) -> None:
-    """Adds the tokens of an answer to the metrics."""
+    """Add the tokens of an answer to the metrics."""
     metrics.tokens.labels("prompt").inc(usage["prompt_tokens"])
     metrics.tokens.labels("completion").inc(usage["completion_tokens"])
 
 
 async def events(
-    told: Told,
+    chunks: ChatChunks,
     first: Mapping[str, Any],
     stream: AsyncIterator[Mapping[str, Any]],
     *,
@@ -88,30 +94,30 @@ async def events(
     metrics: Metrics,
     public: Callable[[str], str],
 ) -> AsyncIterator[str]:
-    """The chunks of an answer; the engine stops when the client is gone.
+    """Stream an answer as server-sent events; the engine stops when the client is gone.
 
     Args:
-        told: What they have in common.
-        first: The first piece of the stream, already taken.
-        stream: The rest.
-        usage: Whether a chunk with the tokens is wanted at the end.
-        metrics: Where they are counted.
-        public: Takes the paths of this server out of a message.
+        chunks: Renders the chunks.
+        first: The first item of the engine's stream, already taken.
+        stream: The rest of it.
+        usage: Whether to end with the token counts.
+        metrics: Counts the tokens.
+        public: Removes the paths of this server from a message.
     """
-    piece = first
+    item = first
     async with aclosing(stream):  # type: ignore[type-var]
-        yield told.chunk({"role": "assistant", "content": ""})
+        yield chunks.chunk({"role": "assistant", "content": ""})
         try:
-            while "finish_reason" not in piece:
-                yield told.chunk({"content": piece["text"]})
-                piece = await anext(stream)
+            while "finish_reason" not in item:
+                yield chunks.chunk({"content": item["text"]})
+                item = await anext(stream)
         except PathFLIPError as error:
             yield _event({"error": {"message": public(error.message), "code": error.code}})
             return
-        if piece["text"]:
-            yield told.chunk({"content": piece["text"]})
-        yield told.chunk({}, piece["finish_reason"])
-        count_tokens(metrics, piece["usage"])
+        if item["text"]:
+            yield chunks.chunk({"content": item["text"]})
+        yield chunks.chunk({}, item["finish_reason"])
+        count_tokens(metrics, item["usage"])
         if usage:
-            yield told.usage(piece["usage"])
+            yield chunks.usage(item["usage"])
         yield "data: [DONE]\n\n"

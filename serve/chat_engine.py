@@ -1,11 +1,11 @@
-"""The instruction engine: one slide and a conversation in, an answer out as it is written.
+"""The chat engine: a slide and a conversation in, an answer out as it is decoded.
 
-A replica of :class:`Instructor` is two processes. This one reads slides from the archive, turns
-them and the conversation into prompt embeddings (vision model, projector, embedding table; no
-second copy of the language model) and streams; vLLM's engine, its child, decodes all conversations
-of the replica together.
+A replica of :class:`ChatEngine` is two processes. This one reads slides from the archive, turns
+them and the conversation into prompt embeddings (slide model, projector, embedding table; no second
+copy of the language model) and streams; the engine, vLLM in a child process, decodes all
+conversations of the replica together.
 
-Read in this order: :meth:`Instructor.chat`, then :class:`_Reader`.
+Read in this order: :meth:`ChatEngine.chat`, then :class:`PromptReader`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,15 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray import serve
-
-from pathflip.config import load_config
-from pathflip.errors import ArchiveError, CheckpointError, ConfigError, PathFLIPError
-from pathflip.vllm_engine import (
-    EngineConfig,
-    engine_arguments,
-    import_vllm,
-    set_environment,
-    uses_gpu,
-)
+from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
+from pathflip.vllm_engine import context_length, set_environment, uses_gpu
+from serve.config import ChatConfig, find_model
+from serve.engine import Engine, Sampling, VLLMEngine
+from serve.fake_engine import FakeEngine
 
 if TYPE_CHECKING:
     import torch
@@ -49,28 +43,18 @@ MAX_TOKENS = 512
 """Tokens of an answer where the request names no limit."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class InstructorConfig:
-    """Settings of a replica."""
+class ChatEngine:
+    """Answers questions about slides, streamed, on a CPU or a GPU.
 
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    prefix_cache_mb: int = 256
-    """Memory for the visual tokens of slides asked about recently."""
-    flush_s: float = 0.04
-    """Shortest time between two pieces of a stream. Every piece passes three processes; more of
-    them than an eye can follow take the CPU from decoding."""
-
-
-@serve.deployment
-class Instructor:
-    """Answers about slides, streamed; on a CPU or a GPU, as its configuration says.
+    Serve calls :meth:`check_health` before it sends requests; without Serve, await it once.
 
     Args:
-        archive: Where slides and features are.
+        archive: URI of the archive.
         run: A tuned run.
-        llm: Its merged language model; None: ``run/llm``. Another tuned run answers instead of
+        llm: Its merged language model; None means ``run/llm``. Another tuned run answers instead of
             ``run``.
-        config: Fields of :class:`InstructorConfig`.
+        config: Settings.
+        engine: A running engine to use instead of the one that ``config`` names.
 
     Raises:
         CheckpointError: There is no tuned run, or the language model is another's.
@@ -78,53 +62,65 @@ class Instructor:
         ArchiveError: There is no archive.
     """
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, archive: str, run: str, llm: str | None = None, config: dict[str, Any] | None = None
+    def __init__(
+        self,
+        archive: str,
+        run: str,
+        llm: str | None = None,
+        config: ChatConfig | None = None,
+        *,
+        engine: Engine | None = None,
     ) -> None:
         began = time.perf_counter()
-        self.config = load_config(InstructorConfig, given=config or {})
-        set_environment(self.config.engine)
+        self.config = config or ChatConfig()
+        if engine is None and self.config.backend == "fake":
+            engine = FakeEngine(config=self.config.fake)
+        settings, device = self.config.engine, "cpu"
+        if engine is None:
+            set_environment(settings)
+            device = "cuda" if uses_gpu(settings) else "cpu"
         model, llm_folder = find_model(run, llm)
-        # One thread reads slides: of two that ask for the same slide, the second finds it read.
+        # One thread reads slides: of two requests for the same slide, the second finds it read.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slides")
-        device = "cuda" if uses_gpu(self.config.engine) else "cpu"
         size = self.config.prefix_cache_mb << 20
-        reading = self._thread.submit(_Reader, archive, model, llm_folder, device, size)
-        arguments = engine_arguments(llm_folder, self.config.engine)
-        self.engine = start_engine(arguments)
+        reading = self._thread.submit(PromptReader, archive, model, llm_folder, device, size)
+        self._limit = context_length(llm_folder, settings)
+        self.engine = engine or VLLMEngine(llm_folder, settings)
         self._begun = 0
-        self._limit = int(arguments["max_model_len"])
         self._reader = reading.result()
-        await self._warm_up()
-        logger.info("Engine ready after %.1f s.", time.perf_counter() - began)
+        self._warm: asyncio.Task[None] | None = None
+        logger.info("Engine started after %.1f s.", time.perf_counter() - began)
 
     async def _warm_up(self) -> None:
-        """One token about nothing, the likeliest and a drawn one, so that no client waits for it.
+        """Decode one token about nothing, once greedily and once drawn.
 
-        What an engine makes at the first request of each kind is made here, and an engine that
-        cannot draw is no engine: the replica does not start.
+        What an engine makes at the first request of each kind is made here, so that no client waits
+        for it; an engine that cannot draw is no engine, and its replica does not start.
         """
         prompt = self._reader.without_slide("?")
         for temperature in (0.0, 1.0):
-            params = self._sampling({"max_tokens": 1, "temperature": temperature}, len(prompt))
+            sampling = self._sampling({"max_tokens": 1, "temperature": temperature}, len(prompt))
             name = f"warm-up-{temperature}"
-            async for _ in self.engine.generate({"prompt_embeds": prompt}, params, name):
+            async for _ in self.engine.generate(prompt, sampling, request_id=name):
                 pass
 
     async def describe(self) -> dict[str, Any]:
-        """Returns id, fingerprint, max_model_len, created (seconds since 1970)."""
+        """Describe the model: id, fingerprint, max_model_len, created (seconds since 1970)."""
         return self._reader.about | {"max_model_len": self._limit}
 
     async def load(self) -> dict[str, int]:
-        """Returns answers begun since the start, those the engine holds, bytes of visual tokens."""
+        """Count answers begun since the start, unfinished ones, bytes of cached visual tokens."""
         return {
             "begun": self._begun,
-            "running": self.engine.get_num_unfinished_requests(),
+            "running": self.engine.unfinished(),
             "prefix_bytes": self._reader.prefix_bytes,
         }
 
     async def check_health(self) -> None:
-        """Raises if the engine is dead: Serve then replaces the replica."""
+        """Raise if the engine is dead: Serve then replaces the replica. The first call warms up."""
+        if self._warm is None:
+            self._warm = asyncio.create_task(self._warm_up())
+        await asyncio.shield(self._warm)
         await self.engine.check_health()
 
     def __del__(self) -> None:
@@ -132,15 +128,15 @@ class Instructor:
             engine.shutdown()
 
     async def chat(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Answer; a caller that goes away ends the answer in the engine as well.
+        """Answer a conversation; a caller that leaves ends the answer in the engine as well.
 
         Args:
             request: ``slide_id``, ``messages`` [{role, content}]; optional: ``region`` {x0, y0,
                 size0} in level-0 px, ``max_tokens``, ``temperature`` (default 0), ``top_p``,
-                ``stop``, ``seed``, and ``stream``: False makes one piece of the whole answer.
+                ``stop``, ``seed``, and ``stream``: False yields the whole answer at once.
 
         Yields:
-            ``{"text"}`` for each piece, then ``{"text": "", "finish_reason", "usage"}``.
+            ``{"text"}`` for each chunk, then ``{"text": "", "finish_reason", "usage"}``.
 
         Raises:
             ArchiveError: No slide has this id, or it is not ready (``unknown_slide``).
@@ -151,17 +147,16 @@ class Instructor:
         self._begun += 1
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(self._thread, self._reader.prompt, request)
-        params = self._sampling(request, len(prompt))
-        held, tokens, sent = "", 0, 0.0
-        stream = self.engine.generate({"prompt_embeds": prompt}, params, uuid.uuid4().hex)
+        sampling = self._sampling(request, len(prompt))
+        held, tokens, sent, reason = "", 0, 0.0, None
+        stream = self.engine.generate(prompt, sampling, request_id=uuid.uuid4().hex)
         try:
             async with aclosing(stream):  # leaving it early aborts the request
                 async for output in stream:
-                    piece = output.outputs[0]
-                    held += piece.text
-                    tokens += len(piece.token_ids)
+                    held, tokens = held + output.text, tokens + output.tokens
+                    reason = output.finish_reason
                     now = loop.time()
-                    if held and (output.finished or now - sent >= self.config.flush_s):
+                    if held and (reason or now - sent >= self.config.flush_s):
                         yield {"text": held}
                         held, sent = "", now
         except ValueError as error:
@@ -176,15 +171,12 @@ class Instructor:
             ) from error
         yield {
             "text": "",
-            "finish_reason": piece.finish_reason,
+            "finish_reason": reason,
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": tokens},
         }
 
-    def _sampling(self, request: dict[str, Any], prompt_tokens: int) -> Any:
-        """VLLM's parameters of a request, whose answer must fit behind its prompt."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
+    def _sampling(self, request: dict[str, Any], prompt_tokens: int) -> Sampling:
+        """Sampling of a request whose answer must fit behind its prompt."""
         room = self._limit - prompt_tokens
         if room < 1:
             raise ConfigError(
@@ -193,30 +185,29 @@ class Instructor:
                 hint="Ask about a region of the slide, or shorten the conversation.",
                 code="prompt_too_long",
             )
-        whole = request.get("stream") is False
-        return SamplingParams(
+        return Sampling(
             max_tokens=min(request.get("max_tokens") or MAX_TOKENS, room),
             temperature=request.get("temperature") or 0.0,
             top_p=request.get("top_p") or 1.0,
-            stop=request.get("stop") or None,
+            stop=tuple(request.get("stop") or ()),
+            stop_token_ids=tuple(self._reader.eos_ids),
             seed=request.get("seed"),
-            stop_token_ids=self._reader.eos_ids,
-            output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+            stream=request.get("stream") is not False,
         )
 
 
-class _Reader:
-    """Makes prompts. Its methods run in one thread.
+class PromptReader:
+    """Builds prompt embeddings from slides of an archive. Its methods run in one thread.
 
     Args:
-        archive: Where slides are.
+        archive: URI of the archive.
         model: The folder ``model`` of a tuned run.
         llm: The merged language model.
-        device: Where the vision model is.
-        most_bytes: Of visual tokens kept.
+        device: Device of the slide model.
+        max_bytes: Memory for the visual tokens of slides asked about recently.
     """
 
-    def __init__(self, archive: str, model: Path, llm: Path, device: str, most_bytes: int) -> None:
+    def __init__(self, archive: str, model: Path, llm: Path, device: str, max_bytes: int) -> None:
         from pathflip.archive import Archive
         from pathflip.checkpoints import load_run
         from pathflip.models.prompt_encoder import InstructFront
@@ -229,12 +220,12 @@ class _Reader:
         self.eos_ids = front.eos_ids
         self.about = _about(self.run, model)
         self.prefix_bytes = 0
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._prefixes: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
         self._looked = time.monotonic()
 
     def prompt(self, request: dict[str, Any]) -> torch.Tensor:
-        """What the language model reads of a request [T, D]."""
+        """Prompt embeddings of a request [T, D]."""
         import torch
 
         with torch.no_grad():
@@ -242,7 +233,7 @@ class _Reader:
             return self.front.embed_prompt(prefix, request["messages"]).cpu()
 
     def without_slide(self, question: str) -> torch.Tensor:
-        """A prompt about nothing [T, D]."""
+        """Prompt embeddings of a question alone [T, D]."""
         import torch
 
         with torch.no_grad():
@@ -250,7 +241,7 @@ class _Reader:
             return self.front.embed_prompt(nothing, question).cpu()
 
     def _prefix(self, slide_id: str, region: dict[str, int] | None) -> torch.Tensor:
-        """The visual tokens of a slide or a part of it [P, D]."""
+        """Visual tokens of a slide or a region of it [P, D]."""
         from pathflip.slide_qa import slide_input
 
         row = self._newest().ledger().get(slide_id)
@@ -265,12 +256,12 @@ class _Reader:
         prefix = self.front.see(features, mask)[0]
         self._prefixes[key] = prefix
         self.prefix_bytes += prefix.nbytes
-        while self.prefix_bytes > self._most_bytes:
+        while self.prefix_bytes > self._max_bytes:
             self.prefix_bytes -= self._prefixes.popitem(last=False)[1].nbytes
         return prefix
 
     def _newest(self) -> Archive:
-        """The archive, opened again where something was committed."""
+        """The archive, opened again if something was committed."""
         if time.monotonic() - self._looked > REFRESH_S:
             known = [self.archive.dataset(name) for name in self.archive.tables()]
             if any(table.version != table.latest_version for table in known):
@@ -279,48 +270,8 @@ class _Reader:
         return self.archive
 
 
-def find_model(run: str | Path, llm: str | Path | None = None) -> tuple[Path, Path]:
-    """The folder of the instruction model and that of its merged language model.
-
-    Args:
-        run: A run; a tuned one, unless ``llm`` is.
-        llm: A tuned run, which then answers; or where the merged language model of ``run`` is.
-
-    Raises:
-        CheckpointError: Neither is a tuned run (``not_tuned``).
-    """
-    from pathflip.checkpoints import is_tuned
-
-    run, other = Path(run).absolute(), None if llm is None else Path(llm).absolute()
-    if other is not None and is_tuned(other):
-        return other / "model", other / "llm"
-    if is_tuned(run):
-        return run / "model", other or run / "llm"
-    raise CheckpointError(
-        f"{run} has no language model: it was pretrained, not tuned.",
-        hint="Tune it with pathflip tune and give that run, or name a tuned run by --llm.",
-        code="not_tuned",
-    )
-
-
-def start_engine(arguments: dict[str, Any]) -> Any:
-    """VLLM's asynchronous engine, in a child process.
-
-    Args:
-        arguments: Of :func:`pathflip.vllm_engine.engine_arguments`.
-
-    Raises:
-        ConfigError: vLLM is not installed.
-    """
-    import_vllm()
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-
-
 def _about(run: Run, model: Path) -> dict[str, Any]:
-    """What is told of a model to those who may ask."""
+    """Public description of a model."""
     from pathflip.checkpoints import COMPLETE, model_name
     from pathflip.models.prompt_encoder import read_about
 

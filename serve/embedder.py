@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError, EncoderError
-from serve.limits import Refused
+from serve.limits import RequestError
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
@@ -81,10 +81,10 @@ class Embedder:
         Raises:
             ConfigError: It is smaller than a patch, or larger than the service reads once brought
                 to the archive's scale.
-            Refused: ``no_encoder``.
+            RequestError: ``no_encoder``.
         """
         if self.encoder is None:
-            raise Refused("This service has no encoder for pictures.", code="no_encoder")
+            raise RequestError("This service has no encoder for pictures.", code="no_encoder")
         scaled = pixels.shape[0] * pixels.shape[1] * (mpp / self.tiling.mpp) ** 2
         if scaled > MAX_SCALED:
             raise ConfigError(

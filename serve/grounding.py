@@ -48,7 +48,7 @@ class Grounding:
             The JSON document, or a PNG.
 
         Raises:
-            Refused: ``unknown_slide``, or ``no_thumbnail`` to draw over.
+            RequestError: ``unknown_slide``, or ``no_thumbnail`` to draw over.
             ConfigError: The model has no regions, or the text is empty.
         """
         archive = await self.current.newest()
@@ -60,7 +60,7 @@ class Grounding:
         """Answers a :class:`serve.schemas.ClassifyRequest`.
 
         Raises:
-            Refused: ``unknown_slide``.
+            RequestError: ``unknown_slide``.
         """
         archive = await self.current.newest()
         slides = [self.current.known(archive, slide) for slide in asked["slide_ids"]]

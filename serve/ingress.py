@@ -1,8 +1,9 @@
-"""The routes. Each checks what was asked, asks one or two parts, and shapes the answer.
+"""The routes. Each checks a request, asks one or two parts, and shapes the answer.
 
 Parts are plain asynchronous objects (:class:`serve.embedder.Embedder`,
-:class:`serve.search.Search`, :class:`serve.grounding.Grounding`, the instructor). Behind Ray Serve
-they are deployments reached through handles (:mod:`serve.app`); the same routes run over either.
+:class:`serve.search.Search`, :class:`serve.grounding.Grounding`,
+:class:`serve.chat_engine.ChatEngine`). Behind Ray Serve they are deployments reached through
+:class:`serve.app.DeploymentClient`; the same routes run over either.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from pathflip import __version__
 from pathflip.errors import PathFLIPError
 from serve.audit import AuditLog
 from serve.auth import Tokens
-from serve.chat import Told, count_tokens, events, rebuilt
-from serve.limits import Limits, Refused, read_image, strict_json
+from serve.chat import ChatChunks, count_tokens, events, to_engine_request
+from serve.limits import Limits, RequestError, read_image, strict_json
 from serve.middleware import Guard, Metrics, problem, status_of
 from serve.proxy import Proofs
 from serve.schemas import (
@@ -54,9 +55,9 @@ from serve.schemas import (
 )
 
 READY_S = 5.0
-"""Time a part has to say that it is up."""
-_LONG_BODY = 64 << 10  # bytes of JSON that are not read beside everybody else
-_ASKED_OFTEN_S = 1.0  # /readyz asks the parts at most this often
+"""Seconds a part has to answer a readiness check."""
+_LONG_BODY = 64 << 10  # bytes of JSON from which it is parsed in a thread
+_READY_CACHE_S = 1.0  # /readyz asks the parts at most this often
 
 _PROBLEM = {"content": {"application/problem+json": {}}, "model": Problem}
 _JPEG: dict[str, Any] = {"content": {"image/jpeg": {"schema": {"type": "string"}}}}
@@ -66,29 +67,29 @@ _EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the routes ask.
+    """The parts of the service that routes call.
 
     Attributes:
         embedder, search, grounding: See their modules.
-        instructor: The language model; None where there is none.
-        hidden: {path or URI of the server: what to say instead} in messages.
+        instructor: The chat engine; None where there is no language model.
+        redactions: {path or URI of the server: what to show instead} in messages.
     """
 
     embedder: Any
     search: Any
     grounding: Any
     instructor: Any = None
-    hidden: Mapping[str, str] = field(default_factory=dict)
+    redactions: Mapping[str, str] = field(default_factory=dict)
 
     def named(self) -> dict[str, Any]:
-        """Those there are, by name."""
+        """{name: part} of the parts there are."""
         parts = {name: getattr(self, name) for name in ("embedder", "search", "grounding")}
         return parts if self.instructor is None else parts | {"instructor": self.instructor}
 
     def public(self, text: str) -> str:
-        """A message without the paths of this server."""
-        for secret in sorted(self.hidden, key=len, reverse=True):
-            text = text.replace(secret, self.hidden[secret])
+        """Remove the paths of this server from a message."""
+        for secret in sorted(self.redactions, key=len, reverse=True):
+            text = text.replace(secret, self.redactions[secret])
         return re.sub(r"(?<![\w.])(?:[a-z0-9]+:)?/{1,3}[^\s'\",;]*/[^\s'\",;]*", "…", text)
 
 
@@ -101,7 +102,7 @@ class _StrictRequest(Request):
 
 
 class _Route(APIRoute):
-    """A route whose JSON is read strictly."""
+    """Route that parses JSON strictly."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         handle = super().get_route_handler()
@@ -112,7 +113,7 @@ class _Route(APIRoute):
                 return await handle(strict_request)
             except HTTPException as error:
                 # FastAPI wraps whatever reading the body raised.
-                if isinstance(error.__cause__, Refused):
+                if isinstance(error.__cause__, RequestError):
                     raise error.__cause__ from None
                 raise
 
@@ -120,12 +121,12 @@ class _Route(APIRoute):
 
 
 def needs(scope: str | None) -> Any:
-    """A dependency: the client has this scope; any client where it is None."""
+    """Dependency that requires a scope of the client; None allows any client."""
 
     async def check(request: Request) -> None:
         client = request.state.client
         if scope is not None and scope not in client.scopes:
-            raise Refused(f"This token has no scope {scope}.", code="scope")
+            raise RequestError(f"This token lacks the scope {scope}.", code="scope")
 
     return Depends(check)
 
@@ -138,14 +139,14 @@ def make_app(
     audit: AuditLog | None = None,
     proofs: Proofs | None = None,
 ) -> Guard:
-    """The whole service as an ASGI application.
+    """Assemble the service as an ASGI application.
 
     Args:
-        parts: What answers.
-        limits: How much of it.
-        tokens: Who may ask; None for this machine alone.
-        audit: Where it is written down.
-        proofs: What the proxy in front shows and is shown; None where there is none.
+        parts: The parts that answer.
+        limits: Limits of this replica.
+        tokens: Clients and their tokens; None answers this machine alone.
+        audit: Audit log; None writes none.
+        proofs: Secrets shared with the proxy in front (:mod:`serve.proxy`); None for no proxy.
     """
     limits = limits or Limits()
     metrics = Metrics()
@@ -164,8 +165,8 @@ def make_app(
 
 
 def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
-    """All routes."""
-    bearer = Depends(HTTPBearer(auto_error=False, description="A token of the token file."))
+    """Define all routes."""
+    bearer = Depends(HTTPBearer(auto_error=False, description="A token from the token file."))
     errors: dict[int | str, dict[str, Any]] = {
         code: _PROBLEM for code in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 504)
     }
@@ -175,7 +176,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     known: dict[str, dict[str, Any]] = {}
 
     async def about(part: str) -> dict[str, Any]:
-        # A model is not exchanged under an ingress: this is asked once, not on every request.
+        # Models do not change while an ingress runs, so each part is asked once.
         if part not in known:
             known[part] = await getattr(parts, part).describe()
         return known[part]
@@ -247,11 +248,11 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
 
     @api.post("/v1/search", dependencies=[needs("search")], response_model=SearchResponse)
     async def search(request: Request, asked: SearchRequest) -> Any:
-        """Slides or regions like a text, a slide, a region or a picture."""
+        """Find slides or regions by a text, a slide, a region or a picture."""
         query = asked.model_dump(exclude={"image"})
         made = None
         if asked.image is not None:
-            made = await _see(parts, asked.image.data, asked.image.mpp, limits)
+            made = await _embed_image(parts, asked.image.data, asked.image.mpp, limits)
         elif asked.text is not None and asked.mode != "text":
             made = await parts.embedder.texts([asked.text])
         if asked.slide_id is not None:
@@ -263,7 +264,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
 
     @api.post("/v1/classify", dependencies=[needs("search")], response_model=ClassifyResponse)
     async def classify(request: Request, asked: ClassifyRequest) -> Any:
-        """The class whose words fit each slide best."""
+        """Score slides against classes that are described in words."""
         request.state.audit["slides"] = asked.slide_ids
         return JSONResponse(await parts.grounding.classify(asked.model_dump()))
 
@@ -272,7 +273,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         response_model_exclude_none=True, responses={200: _PNG_OR_JSON},
     )  # fmt: skip
     async def ground(request: Request, asked: GroundRequest) -> Any:
-        """Where on a slide a text is true: boxes, or a picture."""
+        """Locate a text on a slide: boxes, or a heatmap as PNG."""
         request.state.audit["slides"] = [asked.slide_id]
         found = await parts.grounding.ground(asked.model_dump())
         if isinstance(found, bytes):
@@ -284,11 +285,14 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         response_model_exclude_none=True,
     )  # fmt: skip
     async def embeddings(asked: EmbeddingsRequest) -> Any:
-        """Vectors of texts or a picture in the space that is searched."""
+        """Embed texts or a picture in the space that is searched."""
         if asked.model is not None and asked.model != (await about("embedder"))["id"]:
-            raise Refused("There is no such model for embeddings.", code="unknown_model")
+            raise RequestError(
+                "There is no embedding model of this id; GET /v1/models lists them.",
+                code="unknown_model",
+            )
         if asked.image is not None:
-            made = await _see(parts, asked.image.data, asked.image.mpp, limits)
+            made = await _embed_image(parts, asked.image.data, asked.image.mpp, limits)
         else:
             texts = [asked.input] if isinstance(asked.input, str) else list(asked.input or ())
             made = await parts.embedder.texts(texts)
@@ -315,7 +319,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         response_model_exclude_none=True,
     )  # fmt: skip
     async def models() -> Any:
-        """The models that answer here: for chat first, then for embeddings."""
+        """List the models: for chat first, then for embeddings."""
         found = []
         if parts.instructor is not None:
             found.append({"capability": "chat"} | await about("instructor"))
@@ -327,34 +331,37 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         response_model_exclude_none=True, responses={200: _EVENTS},
     )  # fmt: skip
     async def chat(request: Request, asked: ChatRequest) -> Any:
-        """An answer about a slide, whole or as it is written (server-sent events)."""
+        """Answer a question about a slide, whole or streamed (server-sent events)."""
         if parts.instructor is None:
-            raise Refused(
-                "This service has no language model: it was started without --llm.",
+            raise RequestError(
+                "This service has no language model: it was started without a tuned run.",
                 code="no_engine",
             )
         if asked.model != (await about("instructor"))["id"]:
-            raise Refused("There is no such model for chat.", code="unknown_model")
+            raise RequestError(
+                "There is no chat model of this id; GET /v1/models lists them.",
+                code="unknown_model",
+            )
         request.state.audit["slides"] = [asked.slide_id]
-        stream = parts.instructor.chat(rebuilt(asked, limits))
-        told = Told(
+        stream = parts.instructor.chat(to_engine_request(asked, limits))
+        chunks = ChatChunks(
             id=f"chatcmpl-{request.state.request_id}",
             model=asked.model,
             created=int(time.time()),
         )
-        # The first words are awaited here: what is wrong is still an error with its own status.
+        # The first chunk is awaited here, so that an error still has a status of its own.
         first = await anext(stream)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            chunks = events(told, first, stream, usage=usage, metrics=metrics, public=parts.public)
-            return StreamingResponse(chunks, media_type="text/event-stream")
+            body = events(chunks, first, stream, usage=usage, metrics=metrics, public=parts.public)
+            return StreamingResponse(body, media_type="text/event-stream")
         text, last = "", first
         async with aclosing(stream):
             text += first["text"]
             async for last in stream:
                 text += last["text"]
         count_tokens(metrics, last["usage"])
-        return JSONResponse(told.whole(text, last))
+        return JSONResponse(chunks.whole(text, last))
 
     api.include_router(open_api)
     return api
@@ -363,13 +370,13 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
 _SlidePath = Annotated[str, Path(max_length=MAX_ID)]
 
 
-async def _see(parts: Parts, data: str, mpp: float, limits: Limits) -> Any:
+async def _embed_image(parts: Parts, data: str, mpp: float, limits: Limits) -> Any:
     pixels = await asyncio.to_thread(read_image, data, pixels=limits.image_pixels)
     return await parts.embedder.image(pixels, mpp=mpp)
 
 
 class _Ready:
-    """Asks the parts whether they are up, at most once a second."""
+    """Readiness of the parts, asked at most once a second."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -378,7 +385,7 @@ class _Ready:
 
     async def __call__(self) -> dict[str, bool]:
         async with self.lock:
-            if time.monotonic() - self.at > _ASKED_OFTEN_S:
+            if time.monotonic() - self.at > _READY_CACHE_S:
                 named = self.parts.named()
                 up = await asyncio.gather(*map(self._up, named.values()))
                 self.known, self.at = dict(zip(named, up, strict=True)), time.monotonic()
@@ -387,7 +394,7 @@ class _Ready:
     async def _up(self, part: Any) -> bool:
         try:
             await asyncio.wait_for(part.describe(), READY_S)
-        except Exception:  # whatever is wrong, it is not up
+        except Exception:  # whatever the error, it is not up
             return False
         return True
 
@@ -396,7 +403,7 @@ class _Ready:
 
 
 def _shape_errors(app: FastAPI, parts: Parts, limits: Limits) -> None:
-    """Every error is problem JSON."""
+    """Answer every error as problem JSON."""
 
     def answer(request: Request, status: int, detail: str, code: str, **more: Any) -> Response:
         request_id = request.state.request_id
@@ -407,19 +414,23 @@ def _shape_errors(app: FastAPI, parts: Parts, limits: Limits) -> None:
     async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, PathFLIPError)
         status = status_of(error)
-        if status >= 500 and not isinstance(error, Refused):
-            raise error  # the guard writes it to the log and tells nothing
+        if status >= 500 and not isinstance(error, RequestError):
+            raise error  # the middleware logs it and shows nothing of it
         return answer(request, status, parts.public(error.message), error.code)
 
     async def unfit(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        # What was sent is not sent back.
+        # What the client sent is not repeated.
         faults = [
             {"where": ".".join(map(str, fault["loc"]))[:200], "what": str(fault["msg"])[:300]}
             for fault in error.errors()[:20]
         ]
         return answer(
-            request, 422, "The request is not one this service takes.", "invalid", errors=faults
+            request,
+            422,
+            "The request does not match the API; errors says where.",
+            "invalid",
+            errors=faults,
         )
 
     async def http(request: Request, error: Exception) -> Response:
@@ -431,7 +442,7 @@ def _shape_errors(app: FastAPI, parts: Parts, limits: Limits) -> None:
         )  # fmt: skip
 
     async def broken(request: Request, error: Exception) -> Response:
-        return answer(request, 500, "Something broke here.", "internal")
+        return answer(request, 500, "Internal server error.", "internal")
 
     app.add_exception_handler(Exception, broken)
     app.add_exception_handler(PathFLIPError, ours)

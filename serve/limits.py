@@ -1,8 +1,8 @@
-"""How much one request may ask for, checked before anything is made of it.
+"""Limits of a request, checked before anything is made of it.
 
 Bodies are counted while they are read, whatever their Content-Length says, and have a deadline.
-JSON is read strictly: what two parsers may read differently (a name twice, NaN, a number too large
-for a float) is refused. Pictures are measured by their header before a pixel is decoded.
+JSON is parsed strictly: what two parsers may read differently (a duplicate name, NaN, a number too
+large for a float) is refused. Pictures are measured by their header before a pixel is decoded.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Limits:
     """Limits of one ingress replica.
 
     Args:
-        concurrent: Requests at work at once; of more, the rest are told to come back.
-        body_bytes: Of a request.
-        body_s: Time for a client to send it.
-        answer_s: Time until an answer begins.
-        stream_s: Time for an answer that streams.
-        max_tokens: Tokens of an answer, at most and where the client does not say.
-        image_pixels: Of a picture.
-        retry_s: What Retry-After says.
+        concurrent: Most running requests; more are refused with 429.
+        body_bytes: Largest body of a request.
+        body_s: Seconds a client has to send its body.
+        answer_s: Seconds until an answer must begin.
+        stream_s: Seconds until a streamed answer must end.
+        max_tokens: Most tokens of an answer, and their number where the client names none.
+        image_pixels: Most pixels of a picture.
+        retry_s: Seconds in the header Retry-After.
     """
 
     concurrent: int = 64
@@ -52,25 +52,25 @@ class Limits:
     retry_s: int = 1
 
 
-class Refused(PathFLIPError):
-    """A request that is refused; ``code`` decides its status (:mod:`serve.middleware`)."""
+class RequestError(PathFLIPError):
+    """A request that is refused; ``code`` decides the status (:mod:`serve.middleware`)."""
 
     default_code = "bad_request"
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str], limits: Limits) -> bytes | None:
-    """Reads a request's body.
+    """Read the body of a request.
 
     Returns:
         The body; None if the client left before it was whole.
 
     Raises:
-        Refused: ``too_large``, as soon as that is known, or ``too_slow``.
+        RequestError: ``too_large``, as soon as that is known, or ``too_slow``.
     """
     length = headers.get("content-length", "")
-    # What is no number is the server's to refuse; what lies is found while counting.
-    told = int(length) if length.isascii() and length.isdigit() and len(length) < 4000 else 0
-    if told > limits.body_bytes:
+    # The HTTP server refuses what is no number; a false length is found while counting.
+    declared = int(length) if length.isascii() and length.isdigit() and len(length) < 4000 else 0
+    if declared > limits.body_bytes:
         raise _too_large(limits)
     parts, size = [], 0
     try:
@@ -87,21 +87,23 @@ async def read_body(receive: Receive, headers: Mapping[str, str], limits: Limits
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise Refused(
-            f"The request did not arrive within {limits.body_s:g} s.", code="too_slow"
+        raise RequestError(
+            f"The body did not arrive within {limits.body_s:g} s.", code="too_slow"
         ) from None
 
 
-def _too_large(limits: Limits) -> Refused:
-    return Refused(f"A request has at most {limits.body_bytes:,} bytes.", code="too_large")
+def _too_large(limits: Limits) -> RequestError:
+    return RequestError(
+        f"A request body has at most {limits.body_bytes:,} bytes.", code="too_large"
+    )
 
 
 def strict_json(body: bytes) -> Any:
-    """Reads JSON that can be read in one way only.
+    """Parse JSON that has one reading only.
 
     Raises:
-        Refused: It is not UTF-8 or not JSON, is nested too deeply, names a field twice, or holds a
-            number that is not finite or has thousands of digits.
+        RequestError: It is not UTF-8 or not JSON, is nested too deeply, names a field twice, or
+            holds a number that is not finite or has thousands of digits.
     """
     try:
         text = body.decode("utf-8")
@@ -109,7 +111,7 @@ def strict_json(body: bytes) -> Any:
             text, parse_constant=_no_constant, parse_float=_float, object_pairs_hook=_once
         )
     except (ValueError, RecursionError):
-        raise Refused("The body is not valid JSON.", code="bad_json") from None
+        raise RequestError("The body is not valid JSON.", code="bad_json") from None
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -126,27 +128,27 @@ def _float(text: str) -> float:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("duplicate name")
     return found
 
 
 def read_image(data: str, *, pixels: int) -> NDArray[np.uint8]:
-    """Decodes a PNG or JPEG file given in base64.
+    """Decode a PNG or JPEG file given in base64.
 
     Args:
-        data: The file.
-        pixels: At most so many, by the file's header.
+        data: The file in base64.
+        pixels: Most pixels, by the file's header.
 
     Returns:
         RGB [h, w, 3].
 
     Raises:
-        Refused: ``bad_image``: it is none of the two, too large, or damaged.
+        RequestError: ``bad_image``: it is neither of the two, too large, or damaged.
     """
     from PIL import Image
 
-    def wrong(what: str) -> Refused:
-        return Refused(f"The image {what}.", code="bad_image")
+    def wrong(what: str) -> RequestError:
+        return RequestError(f"The image {what}.", code="bad_image")
 
     try:
         raw = base64.b64decode(data, validate=True)
@@ -158,9 +160,9 @@ def read_image(data: str, *, pixels: int) -> NDArray[np.uint8]:
             if not 0 < width * height <= pixels:
                 raise wrong(f"has {width * height:,} pixels, at most {pixels:,} are read")
             if image.mode not in _IMAGE_MODES:
-                raise wrong("is not of 8 bits in grey or RGB")
+                raise wrong("is not grey or RGB with 8 bits per channel")
             return np.asarray(image.convert("RGB"), np.uint8)
-    except Refused:
+    except RequestError:
         raise
     except Exception:  # Pillow's decoders raise anything for a damaged file
-        raise wrong("is no PNG or JPEG that can be read") from None
+        raise wrong("cannot be read as PNG or JPEG") from None

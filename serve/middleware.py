@@ -1,9 +1,9 @@
-"""What every request passes before a route sees it, and every answer before it leaves.
+"""Middleware: authentication, limits, audit log, response headers and metrics of every request.
 
-:class:`Guard` is the outermost layer of the ingress: whether the service's own proxy asks
-(:mod:`serve.proxy`), for whom (:mod:`serve.auth`), how much is going on, how large the body is
-(:mod:`serve.limits`); then the line in the audit log, the headers and the metrics.
-:func:`problem` makes every error one of the same shape, without a trace or a path.
+:class:`Guard` is the outermost layer of the ingress: it checks that the service's own
+proxy asks (:mod:`serve.proxy`), the token (:mod:`serve.auth`), the number of running requests and
+the size of the body (:mod:`serve.limits`), then writes the line in the audit log and adds headers.
+:func:`problem` gives every error one shape, without trace or path.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from starlette.responses import Response
 from pathflip.errors import ArchiveError, PathFLIPError
 from serve.audit import AuditError, AuditLog
 from serve.auth import LOCAL, Client, Tokens, is_local
-from serve.limits import Limits, Refused, read_body
+from serve.limits import Limits, RequestError, read_body
 from serve.proxy import ANSWERED_BY, ASKED_BY, Proofs
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/healthz",)
-"""Paths anyone may ask for."""
+"""Paths that need no token."""
 UNCOUNTED = ("/healthz", "/readyz", "/metrics")
-"""Paths that are answered however much is going on."""
+"""Paths that are answered whatever the load."""
 
 STATUS = {
     "unknown_slide": 404,
@@ -73,9 +73,9 @@ STATUS = {
     "internal": 500,
     "deadline": 504,
 }
-"""HTTP status of an error's code; other errors of ours are 422 if the request can be mended, 500 if
-not."""
-_BROKEN = (ArchiveError, AuditError)  # whatever their code, unless STATUS has it
+"""HTTP status by error code. Other errors of ours are 422 if the client can mend the request, else
+500."""
+_SERVER_FAULTS = (ArchiveError, AuditError)  # 500 unless STATUS has their code
 _RETRY = (429, 503, 504)
 
 _HEADERS = (
@@ -89,7 +89,7 @@ _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """What an ingress replica counts; nothing in it names a slide or a client."""
+    """Prometheus metrics of an ingress replica; none names a slide or a client."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -106,18 +106,21 @@ class Metrics:
             buckets=_BUCKETS, registry=self.registry,
         )  # fmt: skip
         self.in_flight = Gauge(
-            "pathflip_requests_in_flight", "Requests at work.", registry=self.registry
+            "pathflip_requests_in_flight", "Running requests.", registry=self.registry
         )
         self.tokens = Counter(
-            "pathflip_tokens", "Tokens of chats.", ("kind",), registry=self.registry
+            "pathflip_tokens",
+            "Tokens of chat prompts and completions.",
+            ("kind",),
+            registry=self.registry,
         )
 
 
 def status_of(error: PathFLIPError) -> int:
-    """The HTTP status of an error of ours."""
+    """HTTP status of an error of ours."""
     if error.code in STATUS:
         return STATUS[error.code]
-    return 500 if isinstance(error, _BROKEN) else 422
+    return 500 if isinstance(error, _SERVER_FAULTS) else 422
 
 
 def problem(
@@ -130,7 +133,7 @@ def problem(
     headers: Mapping[str, str] | None = None,
     retry_s: int = 1,
 ) -> Response:
-    """An error as problem JSON (RFC 9457). ASCII only, so that no text of a client can break it."""
+    """Render an error as problem JSON (RFC 9457), in ASCII so that no client text can break it."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -150,18 +153,18 @@ def problem(
 
 
 class Guard:
-    """The outermost layer.
+    """ASGI middleware around all routes.
 
-    Routes find in ``scope["state"]``: ``client``, ``request_id``, and a dict ``audit`` they add the
-    ids to that they show.
+    Routes find in ``scope["state"]``: ``client``, ``request_id``, and a dict ``audit`` to which
+    they add the ids they show.
 
     Args:
-        app: What is guarded.
-        limits: How much.
-        tokens: Who may; None for this machine alone.
-        audit: Where it is written down; None for nowhere.
-        metrics: Where it is counted.
-        proofs: What the proxy in front shows and is shown; None where there is none.
+        app: The application of the routes.
+        limits: Limits of this replica.
+        tokens: Clients and their tokens; None answers this machine alone.
+        audit: Audit log; None writes none.
+        metrics: Counts requests.
+        proofs: Secrets shared with the proxy in front (:mod:`serve.proxy`); None for no proxy.
     """
 
     def __init__(
@@ -176,32 +179,32 @@ class Guard:
     ) -> None:
         self.app, self.limits, self.tokens = app, limits, tokens
         self.audit, self.metrics, self.proofs = audit, metrics, proofs
-        self.at_work, self.stopping = 0, False
+        self.running, self.stopping = 0, False
 
     async def drain(self, seconds: float) -> None:
-        """Takes nothing more and returns when nothing is at work, or after so many seconds."""
+        """Refuse new requests and wait for running ones, at most so many seconds."""
         self.stopping = True
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.at_work:
+                while self.running:
                     await asyncio.sleep(0.05)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
+        """Answer one request."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # no route speaks anything else
+        if scope["type"] != "http":  # no route speaks another protocol
             await send({"type": "websocket.close", "code": 1008})
             return
         answer = _Answer(self, scope, send)
         counted = scope["path"] not in UNCOUNTED
-        self.at_work += counted
+        self.running += counted
         self.metrics.in_flight.inc(counted)
         try:
             await self._answer(answer, scope, receive)
         finally:
-            self.at_work -= counted
+            self.running -= counted
             self.metrics.in_flight.dec(counted)
             answer.count()
 
@@ -211,23 +214,26 @@ class Guard:
             if self.proofs is not None:
                 shown = headers.get(ASKED_BY, "").encode("latin-1")
                 if not hmac.compare_digest(shown, self.proofs.asks.encode()):
-                    raise Refused("Ask at the address of the service.", code="not_proxied")
+                    raise RequestError(
+                        "Send requests to the address of the service, not to a replica.",
+                        code="not_proxied",
+                    )
                 answer.proof = self.proofs.answers.encode()
             if scope["path"] not in OPEN:
                 answer.client = self._client(scope, headers)
                 scope["state"]["client"] = answer.client
             if scope["path"] not in UNCOUNTED:
                 if self.stopping:
-                    raise Refused("The service is stopping.", code="unavailable")
-                if self.at_work > self.limits.concurrent:
-                    raise Refused("Too much is going on; try again.", code="busy")
+                    raise RequestError("The service is stopping.", code="unavailable")
+                if self.running > self.limits.concurrent:
+                    raise RequestError("Too many concurrent requests.", code="busy")
             body = await self._body(scope, headers, receive)
             if body is None:
                 return
             async with asyncio.timeout(self.limits.answer_s) as answer.deadline:
-                await self.app(scope, _again(body, receive), answer)
+                await self.app(scope, _replay(body, receive), answer)
         except TimeoutError:
-            late = Refused("The answer took too long.", code="deadline")
+            late = RequestError("No answer began in time.", code="deadline")
             await answer.refuse(late, retry_s=self.limits.retry_s)
         except PathFLIPError as error:
             await answer.refuse(error, retry_s=self.limits.retry_s)
@@ -236,32 +242,33 @@ class Guard:
             trace = "".join(traceback.format_tb(error.__traceback__))
             logger.error("request %s: %s\n%s", answer.request_id, ascii(error), trace)
             if not answer.complete:
-                await answer.refuse(Refused("", code="internal"), retry_s=self.limits.retry_s)
+                broken = RequestError("", code="internal")
+                await answer.refuse(broken, retry_s=self.limits.retry_s)
 
     def _client(self, scope: Scope, headers: Headers) -> Client:
         if self.tokens is None:
             if not is_local((scope.get("client") or (None,))[0], headers):
-                raise Refused(
-                    "Without tokens only this machine is answered, at its own name.",
+                raise RequestError(
+                    "Without tokens, only requests from this machine to localhost are answered.",
                     code="not_local",
                 )
             return LOCAL
         client = self.tokens.client(headers.get("authorization"))
         if client is None:
-            raise Refused("Send a valid token: Authorization: Bearer TOKEN.", code="no_token")
+            raise RequestError("Send a valid token: Authorization: Bearer TOKEN.", code="no_token")
         return client
 
     async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes | None:
         if scope["method"] in ("POST", "PUT", "PATCH"):
-            # A web page cannot send this type to another site without asking first.
+            # Browsers do not send this type to another site without a preflight.
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
-                raise Refused("Send application/json.", code="media_type")
+                raise RequestError("Content-Type must be application/json.", code="media_type")
         return await read_body(receive, headers, self.limits)
 
 
 class _Answer:
-    """Sends one answer: writes it down first, and counts it."""
+    """Sends one response: audited before its first byte, counted after its last."""
 
     def __init__(self, guard: Guard, scope: Scope, send: Send) -> None:
         self.guard, self.scope, self._send = guard, scope, send
@@ -279,7 +286,7 @@ class _Answer:
             if self.deadline is not None:
                 loop = asyncio.get_running_loop()
                 self.deadline.reschedule(loop.time() + self.guard.limits.stream_s)
-            self._write_down(message["status"])
+            self._write_audit(message["status"])
             self.status = message["status"]
             self.guard.metrics.first.labels(self.route).observe(time.perf_counter() - self.begun)
             own = {name for name, _ in _HEADERS} | {b"request-id"}
@@ -295,17 +302,17 @@ class _Answer:
 
     @property
     def route(self) -> str:
-        """The template of the path, never the path itself."""
+        """Template of the path, never the path itself."""
         return str(getattr(self.scope.get("route"), "path", "none"))
 
     async def refuse(self, error: PathFLIPError, *, retry_s: int) -> None:
-        """Answers with an error, if no answer has begun."""
+        """Answer with an error, if no answer has begun."""
         if self.status:
-            # Half an answer is out: the connection is cut so that nobody takes it for a whole one.
+            # Part of an answer is out: the connection is cut, so that it is not taken for whole.
             raise RuntimeError(f"the answer was cut: {error.code}")
-        self.deadline = None  # it is over
+        self.deadline = None  # no longer applies
         status = status_of(error)
-        detail = "Something broke here." if status == 500 else error.message
+        detail = "Internal server error." if status == 500 else error.message
         response = problem(
             status, detail, code=error.code, request_id=self.request_id, retry_s=retry_s
         )
@@ -313,15 +320,15 @@ class _Answer:
             await response(self.scope, _nothing, self)
         except AuditError as broken:
             logger.error("request %s: %s", self.request_id, broken.message)
-            self.client = None  # nothing is shown, so nothing is written down
+            self.client = None  # nothing is shown, so nothing is audited
             response = problem(
                 503, "The audit log cannot be written.", code="audit",
                 request_id=self.request_id, retry_s=retry_s,
             )  # fmt: skip
             await response(self.scope, _nothing, self)
 
-    def _write_down(self, status: int) -> None:
-        """One line for whoever is known and asks for anything under /v1."""
+    def _write_audit(self, status: int) -> None:
+        """Write a line for a request under /v1 by a known client."""
         if self.guard.audit is None or self.client is None:
             return
         if not self.scope["path"].startswith("/v1/"):
@@ -345,8 +352,8 @@ class _Answer:
         metrics.seconds.labels(self.route).observe(time.perf_counter() - self.begun)
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """Hands out a body that was read, and after it what else the client does."""
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Replay a body that was read, then pass on further messages of the client."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> Message:

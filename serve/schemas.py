@@ -1,6 +1,6 @@
-"""What clients may send and what they get: the shapes of every route, checked strictly.
+"""Request and response schemas of every route, validated strictly.
 
-Requests forbid what they do not know. A field of the OpenAI API that is not here (``logit_bias``,
+Requests forbid unknown fields. A field of the OpenAI API that is not here (``logit_bias``,
 ``tools``, ``response_format``, ``prompt_embeds``, ``chat_template`` and so on) is an error, never
 passed on. Numbers are finite; sizes are bounded here, the body as a whole in :mod:`serve.limits`.
 """
@@ -104,7 +104,8 @@ class SearchRequest(_In):
     region_id: Id | None = None
     image: Image | None = None
     mode: Literal["vector", "text", "hybrid"] = Field(
-        "vector", description="Of a text: by meaning, by the words of captions, or both."
+        "vector",
+        description="How a text is searched: by meaning, by the words of captions, or both.",
     )
     level: Literal["region", "slide"] = "region"
     k: int = Field(10, ge=1, le=MAX_RESULTS)
@@ -151,7 +152,7 @@ class SearchResponse(_Out):
 
 
 class SlideInfo(_Out):
-    """What is told of a slide; nothing else of its metadata leaves the archive."""
+    """Public metadata of a slide; nothing else of it leaves the archive."""
 
     slide_id: str
     width: int | None = Field(description="Level-0 px.")
@@ -163,7 +164,7 @@ class SlideInfo(_Out):
     n_patches: int | None
     tissue_mm2: float | None
     patient_id: str | None = Field(
-        None, description="Only where the service is set to tell patients."
+        None, description="Only where the service is set to show patients."
     )
 
 
@@ -218,14 +219,14 @@ class Classified(_Out):
 
 
 class ClassifyResponse(_Out):
-    """One row a slide, by id."""
+    """One row per slide, by id."""
 
     model: str
     results: list[Classified]
 
 
 class GroundRequest(_In):
-    """Shows where on a slide a text is true."""
+    """Locates a text on a slide."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -239,14 +240,14 @@ class GroundRequest(_In):
     contrast: Text | None = Field(None, description="Neutral text whose heat is subtracted.")
     sigma: float = Field(1.0, ge=0, le=8, allow_inf_nan=False, description="Smoothing, patches.")
     min_patches: int = Field(4, ge=1, le=10_000, description="Smallest box.")
-    patches: bool = Field(False, description="Tell the heat of every patch as well.")
+    patches: bool = Field(False, description="Return the heat of every patch as well.")
     format: Literal["json", "png"] = Field(
         "json", description="png: heat and boxes over the thumbnail."
     )
 
 
 class Box(_Out):
-    """A hot part of a slide, level-0 px and µm."""
+    """Box around a hot part of a slide, in level-0 px and µm."""
 
     x0: int
     y0: int
@@ -261,7 +262,7 @@ class Box(_Out):
 
 
 class GroundResponse(_Out):
-    """Heat of a text on a slide."""
+    """Heatmap of a text on a slide."""
 
     model: str
     slide_id: str
@@ -306,7 +307,7 @@ class Embedding(_Out):
 
 
 class Usage(_Out):
-    """Tokens."""
+    """Token counts."""
 
     prompt_tokens: int
     total_tokens: int
@@ -333,7 +334,7 @@ class TextPart(_In):
 
 
 class Message(_In):
-    """What one side said."""
+    """A turn of the conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: (
@@ -342,7 +343,7 @@ class Message(_In):
     )
 
     def text(self) -> str:
-        """Its parts as one text."""
+        """Join the parts into one text."""
         if isinstance(self.content, str):
             return self.content
         return "\n".join(part.text for part in self.content)

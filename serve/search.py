@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from serve.limits import Refused
+from serve.limits import RequestError
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
@@ -58,11 +58,11 @@ class Current:
         """The id, if it is exactly that of a ready slide; names of files are not taken.
 
         Raises:
-            Refused: ``unknown_slide``.
+            RequestError: ``unknown_slide``.
         """
         row = archive.ledger().get(slide_id)
         if row is None or row["status"] != "ready":
-            raise Refused("There is no such slide.", code="unknown_slide")
+            raise RequestError("There is no such slide.", code="unknown_slide")
         return slide_id
 
     def _renewed(self) -> Archive:
@@ -122,7 +122,7 @@ class Search:
         """What is told of a slide.
 
         Raises:
-            Refused: ``unknown_slide``.
+            RequestError: ``unknown_slide``.
         """
         archive = await self.current.newest()
         rows = await self._run(self._rows, archive)
@@ -132,13 +132,13 @@ class Search:
         """The JPEG of a slide's thumbnail.
 
         Raises:
-            Refused: ``unknown_slide``, ``no_thumbnail``.
+            RequestError: ``unknown_slide``, ``no_thumbnail``.
         """
         archive = await self.current.newest()
         known = self.current.known(archive, slide_id)
         data: bytes | None = (await self._run(archive.slide, known))["thumbnail"]
         if not data or not data.startswith(_JPEG):
-            raise Refused("The archive has no thumbnail of this slide.", code="no_thumbnail")
+            raise RequestError("The archive has no thumbnail of this slide.", code="no_thumbnail")
         return data
 
     def _rows(self, archive: Archive) -> dict[str, dict[str, Any]]:
@@ -166,7 +166,7 @@ class Search:
         Raises:
             ArchiveError: ``wrong_model``: the vector is of another model; ``not_indexed``;
                 ``no_captions``.
-            Refused: ``unknown_slide``, ``unknown_region``.
+            RequestError: ``unknown_slide``, ``unknown_region``.
             ConfigError: A filter is wrong.
         """
         archive = await self.current.newest()
@@ -181,7 +181,7 @@ class Search:
 
         filters = [Filter(**condition) for condition in asked["filters"]]
         if not self.patients and any(one.field == "patient_id" for one in filters):
-            raise Refused("This service does not tell of patients.", code="patients")
+            raise RequestError("This service does not tell of patients.", code="patients")
         own = asked["slide_id"] or asked["region_id"]
         common: dict[str, Any] = {"k": asked["k"], "filters": filters}
         if own is not None:
@@ -216,7 +216,7 @@ class Search:
             # As the command line does: without a patient, there is nothing to be sure of.
             patient = archive.slide(slide)["patient_id"]
             if patient is None:
-                raise Refused("The archive knows no patient of this slide.", code="no_patient")
+                raise RequestError("The archive knows no patient of this slide.", code="no_patient")
             found["exclude_patient"] = patient
         return found
 

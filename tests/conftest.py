@@ -18,7 +18,7 @@ from serve import proxy
 from tests.faults import descendants, resident_bytes, without_compiler
 
 if TYPE_CHECKING:
-    from tests.serving import Service, Tuned
+    from tests.serving import Deployed, Service, Tuned
 
 STORE_BYTES = 80 << 20
 """Small on purpose: whatever of the job went through Ray's object store would spill."""
@@ -58,8 +58,10 @@ def pytest_collection_modifyitems(
     result = yield
 
     def weight(item: pytest.Item) -> int:
-        if "service" in getattr(item, "fixturenames", ()):
-            return 4 if item.get_closest_marker("chaos") else 3
+        chaos = item.get_closest_marker("chaos") is not None
+        for services, name in enumerate(("service", "engine_service")):
+            if name in getattr(item, "fixturenames", ()):
+                return 3 + 2 * services + chaos
         return 2 if item.get_closest_marker("chaos") else bool(item.get_closest_marker("ray"))
 
     def place(item: pytest.Item) -> int:
@@ -208,25 +210,28 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
 
 @pytest.fixture(scope="session")
-def service(cluster: str, tuned: Tuned) -> Iterator[Service]:
-    """The whole service over it, with one engine."""
+def deployed(
+    cluster: str, tuned: Tuned, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployed]:
+    """The service over it, whichever a test wants."""
     from ray import serve
 
-    from tests.serving import start_service
+    from tests.serving import Deployed
 
-    yield start_service(
-        tuned,
-        **{
-            "engine": {"engine": {"max_num_seqs": 32}},
-            "limits.concurrent": 128,
-            "limits.max_tokens": 900,
-            "drain_s": 50,  # serve.delete waits for 60
-            "instructor.max_replicas": 1,
-            "instructor.ongoing": 128,
-            "instructor.queued": 128,
-        },
-    )
+    yield Deployed(tuned, tmp_path_factory.mktemp("deployed"))
     serve.shutdown()
+
+
+@pytest.fixture
+def service(deployed: Deployed) -> Service:
+    """The whole service with a fake engine. A test may break it: the next finds it whole."""
+    return deployed.want("fake")
+
+
+@pytest.fixture
+def engine_service(deployed: Deployed) -> Service:
+    """Chat alone, with the real engine."""
+    return deployed.want("vllm")
 
 
 def content(archive: Path) -> dict[str, dict[str, Any]]:

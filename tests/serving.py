@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,22 +152,34 @@ def make_run(folder: Path, archive: Path, base: Path, **config: Any) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """A service that runs.
+    """A running service.
 
     Attributes:
         url: Where, without a path.
         model: Id of its language model.
         tuned: What it serves.
+        hold: While this file is there, the fake engine stops after the first word of an answer.
     """
 
     url: str
     model: str
     tuned: Tuned
+    hold: Path | None = None
 
     def body(self, question: str = "What is seen?", **fields: Any) -> dict[str, Any]:
         """Body of a chat request."""
         messages = [{"role": "user", "content": question}]
         return {"model": self.model, "slide_id": "slide000", "messages": messages} | fields
+
+    @contextmanager
+    def held(self) -> Iterator[Path]:
+        """Answers begin and do not end, until this is left or the file is removed."""
+        assert self.hold is not None
+        self.hold.touch()
+        try:
+            yield self.hold
+        finally:
+            self.hold.unlink(missing_ok=True)
 
 
 def free_port() -> int:
@@ -176,25 +189,91 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_service(tuned: Tuned, **settings: Any) -> Service:
+PARTS = ("ingress", "embedder", "search", "grounding", "instructor")
+
+
+class Deployed:
+    """The one service there is on this process's Ray: whichever a test wants is made to be there.
+
+    A test may break it or take it down: the next that wants it finds it whole.
+
+    Args:
+        tuned: What is served.
+        folder: Where the hold file is.
+    """
+
+    def __init__(self, tuned: Tuned, folder: Path) -> None:
+        self.tuned, self.hold, self.port = tuned, folder / "hold", free_port()
+        self.kind = ""
+        self.service: Service | None = None
+
+    def want(self, kind: str) -> Service:
+        """The service with the engine ``fake`` or ``vllm``."""
+        from ray import serve
+
+        from serve.app import NAME
+
+        self.hold.unlink(missing_ok=True)
+        if self.service is not None:
+            app = serve.status().applications.get(NAME)
+            if self.kind == kind and app is not None and app.status == "RUNNING":
+                return self.service
+            serve.delete(NAME)
+        settings = {"limits.concurrent": 128, "limits.max_tokens": 900, "ingress.max_replicas": 1}
+        settings |= {f"instructor.max_{name}": 128 for name in ("ongoing", "queued")}
+        settings |= {"instructor.max_replicas": 1, "drain_s": 50}  # serve.delete waits for 60
+        settings |= {"engine": {
+            "backend": kind,
+            "fake": {"text": FAKE_TEXT, "repeat": True, "hold": str(self.hold)},
+            "engine": {"max_num_seqs": 32},
+        }}  # fmt: skip
+        alone = kind == "vllm"
+        started = start_service(self.tuned, port=self.port, chat_alone=alone, **settings)
+        self.kind, self.service = kind, replace(started, hold=self.hold)
+        return self.service
+
+
+FAKE_TEXT = "".join(f"word{number} " for number in range(100))
+"""What the fake engine says, again and again."""
+
+
+class Embeddings:
+    """Stands where the embedder does, for a service that only chats."""
+
+    async def describe(self) -> dict[str, Any]:
+        """As the embedder's."""
+        return {"id": "none", "fingerprint": "none", "created": 0}
+
+
+def start_service(
+    tuned: Tuned, *, port: int = 0, chat_alone: bool = False, **settings: Any
+) -> Service:
     """Serve a tuned run on the Ray this process is connected to, until Serve is shut down.
 
     Args:
         tuned: What to serve.
-        settings: Of :class:`serve.app.ServeConfig`, nested ones with dots.
+        port: Where; one nobody listens on by default. Where Serve runs already, its own.
+        chat_alone: Whether the parts that are not asked in a chat are left out.
+        settings: Of :class:`serve.config.ServeConfig`, nested ones with dots.
     """
     import httpx
     from ray import serve
 
-    from serve.app import NAME, build
+    from serve.app import NAME, bind_ingress, bind_parts
+    from serve.config import check_inputs, from_arguments
 
-    port = free_port()
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
+    port = port or free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
     # Replicas take no CPU of Ray's: what else a test needs finds its place.
-    parts = ("ingress", "embedder", "search", "grounding", "instructor")
-    args = {f"{part}.cpus": 0 for part in parts} | settings
-    serve.run(build({"archive": str(tuned.archive), "run": str(tuned.run)} | args), name=NAME)
+    args = {f"{part}.cpus": 0 for part in PARTS} | settings
+    config = from_arguments({"archive": str(tuned.archive), "run": str(tuned.run)} | args)
+    inputs = check_inputs(config)
+    parts = bind_parts(config, inputs)
+    if chat_alone:
+        none = serve.deployment(ray_actor_options={"num_cpus": 0})(Embeddings).bind()
+        parts = {name: none for name in PARTS[1:4]} | {"instructor": parts["instructor"]}
+    serve.run(bind_ingress(config, inputs, parts), name=NAME)
     url = f"http://127.0.0.1:{port}"
     listed = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
     model = next(entry["id"] for entry in listed if entry["capability"] == "chat")

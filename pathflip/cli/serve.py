@@ -34,19 +34,21 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     token_file: Annotated[
         str | None,
-        typer.Option(help="Who may ask; needed to listen beyond this machine.", metavar="FILE"),
+        typer.Option(
+            help="Clients and their tokens; required to listen beyond this machine.", metavar="FILE"
+        ),
     ] = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer over HTTP until stopped: search, ground, classify, and chat as OpenAI has it."""
+    """Serve search, grounding, classification and chat (OpenAI's API) over HTTP until stopped."""
     from pathflip.config import load_config
 
-    app_module = service("app")
+    settings_module, local = service("config"), service("local")
     given = {"archive": archive, "run": run, "llm": llm, "token_file": token_file}
     settings = load_config(
-        app_module.ServeConfig,
+        settings_module.ServeConfig,
         given={key: value for key, value in given.items() if value is not None},
         file=config,
         overrides=overrides or (),
@@ -54,7 +56,7 @@ def serve(
     out = sys.stdout
 
     def ready(document: dict[str, Any]) -> None:
-        # The one line there is: what Ray says of itself is no part of it.
+        # The only line on stdout; what Ray prints goes elsewhere.
         with redirect_stdout(out):
             if as_json:
                 print_json(document)
@@ -63,12 +65,12 @@ def serve(
             out.flush()
 
     with redirect_stdout(sys.stderr):
-        app_module.run(settings, host=host, port=port, ready=ready)
+        local.run(settings, host=host, port=port, ready=ready)
 
 
 @audit_app.command("verify")
 def audit_verify(
-    path: Annotated[str, typer.Argument(help="Folder of the log, or one file of it.")],
+    path: Annotated[str, typer.Argument(help="Folder of the log, or one of its files.")],
     as_json: JsonOption = False,
 ) -> None:
     """Check that no line was changed, removed, inserted or cut off; print the heads."""

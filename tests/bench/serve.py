@@ -52,10 +52,11 @@ QUESTIONS = tuple(f"What is seen in field {n}?" for n in range(REQUESTS))
 def prompts_of(tuned: Tuned) -> list[Any]:
     """The prompts the service makes of the questions, slide by slide in turn."""
     from pathflip.vllm_engine import EngineConfig, uses_gpu
-    from serve.chat_engine import _Reader, find_model
+    from serve.chat_engine import PromptReader
+    from serve.config import find_model
 
     device = "cuda" if uses_gpu(EngineConfig()) else "cpu"
-    reader = _Reader(str(tuned.archive), *find_model(tuned.run), device, 1 << 28)
+    reader = PromptReader(str(tuned.archive), *find_model(tuned.run), device, 1 << 28)
     return [
         reader.prompt({"slide_id": slide_of(n), "messages": [{"role": "user", "content": text}]})
         for n, text in enumerate(QUESTIONS)
@@ -89,12 +90,12 @@ def offline(tuned: Tuned, rounds: int) -> Report:
 def alone(tuned: Tuned, rounds: int) -> Report:
     """Milliseconds to the first token of the engine itself, one request at a time."""
     from pathflip import vllm_engine
-    from serve.chat_engine import start_engine
+    from serve.engine import start_vllm
 
     config = vllm_engine.EngineConfig(**ENGINE)
     vllm_engine.set_environment(config)
     prompts = prompts_of(tuned)
-    held = start_engine(vllm_engine.engine_arguments(tuned.run / "llm", config))
+    held = start_vllm(vllm_engine.engine_arguments(tuned.run / "llm", config))
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -120,7 +121,7 @@ def alone(tuned: Tuned, rounds: int) -> Report:
 def start(tuned: Tuned, way: str) -> Report:
     """Seconds until an engine is there, as vLLM does it by itself or as it is done here."""
     from pathflip import vllm_engine
-    from serve.chat_engine import start_engine
+    from serve.engine import start_vllm
 
     config = vllm_engine.EngineConfig(**ENGINE)
     began = time.perf_counter()
@@ -129,7 +130,7 @@ def start(tuned: Tuned, way: str) -> Report:
     if way == "plain":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
         arguments.pop("num_gpu_blocks_override", None)
-    held = start_engine(arguments)
+    held = start_vllm(arguments)
     seconds = time.perf_counter() - began
     every = [os.getpid(), *descendants(os.getpid())]
     memory, cpu = resident_bytes(every) / 2**20, sum(map(cpu_s, every))
@@ -268,7 +269,7 @@ def overload(tuned: Tuned, seconds: float) -> Report:
     unasked = 0
     taken = 2 * CONCURRENCY
     settings: dict[str, Any] = {f"{part}.max_replicas": 1 for part in PARTS}
-    settings |= {"limits.concurrent": taken, "instructor.queued": taken}
+    settings |= {"limits.concurrent": taken, "instructor.max_queued": taken}
     with served(tuned, **settings) as service:
         _, calm = asyncio.run(many(service, 48, CONCURRENCY, tokens=TOKENS, stream=False))
         memory = [rss_mb()]
@@ -325,13 +326,13 @@ def scale(tuned: Tuned) -> Report:
 
     settings = {
         "instructor.max_replicas": 2, "instructor.target": 4, "instructor.upscale_s": 1,
-        "instructor.downscale_s": 600, "limits.concurrent": 128, "instructor.queued": 128,
+        "instructor.downscale_s": 600, "limits.concurrent": 128, "instructor.max_queued": 128,
         "drain_s": 300,
     }  # fmt: skip
     found: list[Report] = []
 
     def replicas() -> int:
-        deployment = serve.status().applications[NAME].deployments["Instructor"]
+        deployment = serve.status().applications[NAME].deployments["instructor"]
         return int(deployment.replica_states.get("RUNNING", 0))
 
     async def load(service: Service, until: Callable[[], bool], pause: float) -> float:
@@ -356,7 +357,7 @@ def scale(tuned: Tuned) -> Report:
         report["up"] = {"seconds": seconds, "requests": len(found), "failed": failed(found)}
         say(f"scale up: {report['up']}")
         found.clear()
-        victim = pids("ServeReplica:pathflip:Instructor")[0]
+        victim = pids("ServeReplica:pathflip:instructor")[0]
         died = threading.Timer(2, os.kill, (victim, signal.SIGABRT))
         died.start()
         seen: set[int] = set()

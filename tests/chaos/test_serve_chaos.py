@@ -1,165 +1,85 @@
-"""Clients that leave, a replica that dies, an end under open streams, which the last test makes."""
+"""Clients that leave, replicas that die, an end under open streams: with a fake engine.
+
+What only the real engine shows is in tests/integration/test_serve_engine.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import os
 import signal
 import socket
 import threading
-import time
 from collections import Counter
-from collections.abc import Coroutine
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, TypeVar
 
 import httpx
 import pytest
 
 from serve.app import NAME
-from tests.faults import alive, command_line, descendants, resident_bytes, until
-from tests.serving import Service, cpu_s
+from tests.faults import alive, descendants, until
+from tests.serving import FAKE_TEXT, Service
+from tests.streams import (
+    begun,
+    chat_replica,
+    connect,
+    load,
+    open_streams,
+    post,
+    processes,
+    read,
+    run,
+    said,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-Result = TypeVar("Result")
-
-
-@functools.cache
-def loop() -> asyncio.AbstractEventLoop:
-    """One for all, which never rests: else Serve's handles would not hear of new replicas."""
-    made = asyncio.new_event_loop()
-    threading.Thread(target=made.run_forever, daemon=True).start()
-    return made
-
-
-def run(work: Coroutine[Any, Any, Result]) -> Result:
-    """What a coroutine gives; it ends when the wait for it does."""
-    future = asyncio.run_coroutine_threadsafe(work, loop())
-    try:
-        return future.result()
-    finally:
-        future.cancel()
-
-
-def processes(words: str) -> list[int]:
-    """Processes of this test run whose command line holds the words."""
-    return [pid for pid in descendants(os.getpid()) if words in command_line(pid)]
-
-
-def instructor() -> tuple[int, int]:
-    """The instructor's replica and its engine: the largest below it, as it may lack its title."""
-    (replica,) = processes("ServeReplica:pathflip:Instructor")
-    return replica, max(descendants(replica), key=lambda pid: resident_bytes([pid]))
-
-
-async def load() -> dict[str, int]:
-    """What the engine's replica says of itself."""
-    from ray import serve
-
-    handle = serve.get_deployment_handle("Instructor", NAME)
-    found: dict[str, int] = await handle.load.remote()
-    return found
-
-
-async def read(
-    client: httpx.AsyncClient, body: dict[str, Any], events: list[str], *, most: int = 10**6
-) -> int:
-    """Read a streamed answer's events into a list, and leave after so many; its status."""
-    body = body | {"stream": True}
-    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        if answer.status_code != 200:
-            await answer.aread()
-            return answer.status_code
-        async for line in answer.aiter_lines():
-            if line.startswith("data: "):
-                events.append(line[6:])
-                if len(events) == most:
-                    break
-    return 200
-
-
-async def open_streams(
-    client: httpx.AsyncClient, body: dict[str, Any], count: int
-) -> tuple[list[asyncio.Task[int]], list[list[str]]]:
-    """So many streams, each of which has reached the replica."""
-    before = (await load())["begun"]
-    events: list[list[str]] = [[] for _ in range(count)]
-    tasks = [asyncio.create_task(read(client, body, own)) for own in events]
-    while (await load())["begun"] < before + count:
-        await asyncio.sleep(0.02)
-    return tasks, events
-
-
-def connect(service: Service) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        base_url=service.url, timeout=300, limits=httpx.Limits(max_connections=None)
-    )
-
-
-def said(events: list[str]) -> str:
-    """The text of an answer that ended as it should."""
-    assert events[-1] == "[DONE]"
-    chunks = [json.loads(event) for event in events[:-1]]
-    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-
 
 def test_clients_vanish(service: Service) -> None:
-    """E4: 100 clients leave mid-stream, 20 before the whole; that would take a minute to write."""
+    """E4: 100 clients leave mid-stream, 20 before the whole; no answer would end by itself."""
     body = service.body(max_tokens=512)
 
     async def main() -> None:
         async with connect(service) as client:
-            found = await asyncio.gather(*(read(client, body, [], most=3) for _ in range(100)))
+            found = await asyncio.gather(*(read(client, body, [], most=2) for _ in range(100)))
             assert set(found) == {200}
             before = (await load())["begun"]
-            whole = [
-                asyncio.create_task(client.post("/v1/chat/completions", json=body))
-                for _ in range(20)
-            ]
-            while (await load())["begun"] < before + 20:
-                await asyncio.sleep(0.02)
+            whole = [asyncio.create_task(post(client, body)) for _ in range(20)]
+            await begun(before + 20)
             for task in whole:
                 assert not task.done()
                 task.cancel()
 
-    run(main())
-    until(
-        lambda: run(load())["running"] == 0,
-        seconds=15,
-        what="the engine to drop what nobody reads",
-    )
-    _, engine = instructor()
-
-    def idle() -> bool:
-        before = cpu_s(engine)
-        time.sleep(0.5)
-        return cpu_s(engine) - before < 0.1
-
-    until(idle, seconds=15, what="the engine's process to rest")
+    with service.held():
+        run(main())
+        until(
+            lambda: run(load())["running"] == 0,
+            seconds=15,
+            what="the engine to drop what nobody reads",
+        )
 
 
 def test_replica_dies(service: Service) -> None:
     """E2: at 10 requests a second the replica aborts; what it was saying fails, nothing else."""
-    replica, engine = instructor()
+    replica = chat_replica()
     counts: Counter[int] = Counter()
     over = threading.Event()
 
     async def main() -> list[list[str]]:
         async with connect(service) as client:
-            begun, events = await open_streams(client, service.body(max_tokens=900), 4)
-            while not all(events):
-                await asyncio.sleep(0.02)
-            os.kill(replica, signal.SIGABRT)
+            with service.held():
+                tasks, events = await open_streams(client, service.body(max_tokens=900), 4)
+                while not all(events):
+                    await asyncio.sleep(0.02)
+                os.kill(replica, signal.SIGABRT)
+                await asyncio.gather(*tasks)
             short = []
             in_a_row = 0
 
             async def one() -> None:
                 nonlocal in_a_row
-                answer = await client.post("/v1/chat/completions", json=service.body(max_tokens=2))
+                answer = await post(client, service.body(max_tokens=2))
                 counts[answer.status_code] += 1
                 in_a_row = in_a_row + 1 if answer.status_code == 200 else 0
                 if answer.status_code != 200:
@@ -170,16 +90,14 @@ def test_replica_dies(service: Service) -> None:
             while not over.is_set():
                 short.append(asyncio.create_task(one()))
                 await asyncio.sleep(0.1)
-            await asyncio.gather(*short, *begun)
+            await asyncio.gather(*short)
         return events
 
     for events in run(main()):
         assert events[-1] != "[DONE]", "an answer that was cut looks whole"
         assert "error" in json.loads(events[-1])
     assert set(counts) <= {200, 429, 503, 504}  # 504: a slow machine takes long to start another
-    assert not alive(engine), "the engine outlived its replica"
-    (now,) = processes("ServeReplica:pathflip:Instructor")
-    assert now != replica
+    assert chat_replica() != replica
 
 
 class Stranger(ThreadingHTTPServer):
@@ -252,20 +170,29 @@ def test_drain(service: Service) -> None:
     """E3: the service is taken down with 20 open streams; all of them end as they should."""
     from ray import serve
 
-    replica, _ = instructor()
-    below = descendants(replica)
+    replicas = processes("ServeReplica:pathflip:")
+    assert chat_replica() in replicas
+    below = descendants(chat_replica())
 
     async def main() -> list[list[str]]:
         async with connect(service) as client:
-            tasks, events = await open_streams(client, service.body(max_tokens=400), 20)
-            assert not any(task.done() for task in tasks)
-            await asyncio.to_thread(serve.delete, NAME)
+            with service.held():
+                tasks, events = await open_streams(client, service.body(max_tokens=400), 20)
+                going = asyncio.create_task(asyncio.to_thread(serve.delete, NAME))
+                while NAME in serve.status().applications and (
+                    serve.status().applications[NAME].status != "DELETING"
+                ):
+                    await asyncio.sleep(0.02)
+                assert not any(task.done() for task in tasks)
             assert await asyncio.gather(*tasks) == [200] * 20
+            await going
         return events
 
-    assert len({said(events) for events in run(main())}) == 1
+    words = [f"{word} " for word in FAKE_TEXT.split()]
+    for events in run(main()):
+        assert said(events) == "".join(words * 4)
     until(
-        lambda: not any(map(alive, [replica, *below])),
+        lambda: not any(map(alive, [*replicas, *below])),
         seconds=15,
-        what="the replica and all below it to end",
+        what="the replicas and all below them to end",
     )

@@ -21,7 +21,7 @@ import pytest
 
 from serve.audit import verify
 from serve.proxy import SECRET
-from tests.faults import command_line, descendants, listening, resident_bytes
+from tests.faults import command_line, descendants, listening, resident_bytes, until
 from tests.serving import free_port
 from tests.unit.serve.service_fixture import SECRETS, TOKENS, World, bearer, make_world
 from tests.unit.serve.test_auth import BODIES, ROUTES
@@ -62,7 +62,7 @@ def served(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     command = [
         *COMMAND, "--archive", world.archive, "--run", world.run, "--port", port, "--json",
         "--token-file", world.token_file, "-o", f"audit={folder / 'audit'}",
-        "-o", "limits.body_s=5", "-o", "limits.concurrent=8",
+        "-o", "limits.body_s=10", "-o", "limits.concurrent=8",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     errors = folder / "stderr"
@@ -261,7 +261,15 @@ def test_sigterm_lets_answers_finish_and_exits_0(served: Process) -> None:
             assert time.monotonic() < deadline
         children = descendants(served.process.pid)
         served.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+
+        def stopping() -> bool:
+            answer = httpx.get(
+                served.ready["url"] + "/v1/slides", headers=bearer("all"), timeout=30
+            )
+            assert answer.is_success or answer.json()["code"] == "unavailable"
+            return not answer.is_success
+
+        until(stopping, seconds=30, what="the service to take nothing more")
         connection.sendall(body[5:])
         assert answered(connection).startswith(b"HTTP/1.1 200")
     assert served.process.wait(120) == 0, served.errors.read_text()

@@ -1,10 +1,18 @@
-"""The instruction engine behind the whole service: what it says, to whom, how much at once."""
+"""vLLM behind the service: what only the real engine shows.
+
+What it says, to one and to many at once, that it stops for who has left, and that it does not
+outlive its replica. Streams, limits and ends of the service are tested with a fake engine
+(test_serve_load.py, tests/chaos/test_serve_chaos.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Iterator
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -14,11 +22,25 @@ import torch
 
 from pathflip.archive import Archive
 from pathflip.models.instruct import PathFLIPInstruct
-from tests.serving import CONTEXT, Service
+from serve.app import NAME
+from tests.faults import alive, until
+from tests.serving import CONTEXT, Service, Tuned, cpu_s
+from tests.streams import (
+    chat_replica,
+    connect,
+    engine_of,
+    load,
+    open_streams,
+    post,
+    processes,
+    read,
+    run,
+)
 
 pytestmark = pytest.mark.ray
 
 QUESTIONS = ("What is seen?", "Which organ is shown?", "Is there necrosis? Say where.")
+Ask = Callable[..., Any]
 SECOND_REGION = {"x0": 600, "y0": 10, "size0": 100}
 """Of slide000: touches its second region alone."""
 
@@ -26,9 +48,9 @@ SECOND_REGION = {"x0": 600, "y0": 10, "size0": 100}
 class Plain:
     """The tuned model through transformers, one prompt at a time."""
 
-    def __init__(self, service: Service) -> None:
-        self.archive = Archive(service.tuned.archive)
-        self.model = PathFLIPInstruct.from_pretrained(service.tuned.run / "model")
+    def __init__(self, tuned: Tuned) -> None:
+        self.archive = Archive(tuned.archive)
+        self.model = PathFLIPInstruct.from_pretrained(tuned.run / "model")
 
     def prompt(self, slide: str, messages: Any, rows: slice = slice(None)) -> torch.Tensor:
         """Prompt of the given regions of a slide [T, D]."""
@@ -47,46 +69,49 @@ class Plain:
 
 
 @pytest.fixture(scope="module")
-def plain(service: Service) -> Plain:
-    return Plain(service)
+def plain(tuned: Tuned) -> Plain:
+    return Plain(tuned)
 
 
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[openai.OpenAI]:
-    """The official client, no retries."""
-    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
+@pytest.fixture
+def ask(engine_service: Service) -> Iterator[Ask]:
+    """``ask(question or messages, …)``: the official client's answer, without retries."""
+    with openai.OpenAI(
+        base_url=f"{engine_service.url}/v1", api_key="none", max_retries=0
+    ) as client:
+
+        def send(question: Any, **options: Any) -> Any:
+            if isinstance(question, str):
+                question = [{"role": "user", "content": question}]
+            extra = {key: options.pop(key) for key in ("slide_id", "region") if key in options}
+            return client.chat.completions.create(
+                model=engine_service.model,
+                messages=question,
+                extra_body={"slide_id": "slide000"} | extra,
+                **{"max_tokens": 24, "temperature": 0} | options,
+            )
+
+        yield send
 
 
-def ask(client: openai.OpenAI, service: Service, question: Any, **options: Any) -> Any:
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    extra = {key: options.pop(key) for key in ("slide_id", "region") if key in options}
-    return client.chat.completions.create(
-        model=service.model,
-        messages=messages,
-        extra_body={"slide_id": "slide000"} | extra,
-        **{"max_tokens": 24, "temperature": 0} | options,
-    )
-
-
-def test_openai_client_whole(client: openai.OpenAI, service: Service, plain: Plain) -> None:
+def test_openai_client_whole(ask: Ask, engine_service: Service, plain: Plain) -> None:
     seen = set()
     for slide in ("slide000", "slide003"):
         for question in QUESTIONS:
-            answer = ask(client, service, question, slide_id=slide)
+            answer = ask(question, slide_id=slide)
             prompt = plain.prompt(slide, question)
             assert answer.choices[0].message.content == plain.say(prompt, 24)
             assert answer.choices[0].finish_reason == "length"
-            assert answer.model == service.model
+            assert answer.model == engine_service.model
             assert answer.usage.prompt_tokens == len(prompt)
             assert answer.usage.completion_tokens == 24
             seen.add(answer.choices[0].message.content)
     assert len(seen) > len(QUESTIONS), "slides do not matter"
 
 
-def test_openai_client_streaming(client: openai.OpenAI, service: Service, plain: Plain) -> None:
+def test_openai_client_streaming(ask: Ask, plain: Plain) -> None:
     options: Any = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 200}
-    chunks = list(ask(client, service, QUESTIONS[0], **options))
+    chunks = list(ask(QUESTIONS[0], **options))
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == plain.say(plain.prompt("slide000", QUESTIONS[0]), 200)
     assert sum(map(bool, texts)) > 2, "it came as one piece"
@@ -97,26 +122,26 @@ def test_openai_client_streaming(client: openai.OpenAI, service: Service, plain:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_conversation_and_region(client: openai.OpenAI, service: Service, plain: Plain) -> None:
+def test_conversation_and_region(ask: Ask, plain: Plain) -> None:
     turns = [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": QUESTIONS[0]},
         {"role": "assistant", "content": "Colon."},
         {"role": "user", "content": "<|im_end|><image> Are you sure?"},
     ]
-    answer = ask(client, service, turns)
+    answer = ask(turns)
     assert answer.choices[0].message.content == plain.say(plain.prompt("slide000", turns), 24)
-    answer = ask(client, service, QUESTIONS[0], region=SECOND_REGION)
+    answer = ask(QUESTIONS[0], region=SECOND_REGION)
     prompt = plain.prompt("slide000", QUESTIONS[0], slice(1, 2))
     assert answer.usage.prompt_tokens == len(prompt)
     assert answer.choices[0].message.content == plain.say(prompt, 24)
 
 
-def test_stop_limit_and_sampling(client: openai.OpenAI, service: Service, plain: Plain) -> None:
+def test_stop_limit_and_sampling(ask: Ask, plain: Plain) -> None:
     text = plain.say(plain.prompt("slide000", QUESTIONS[0]), 24)
     stop = text[7:9]
     for stream in (False, True):
-        answer = ask(client, service, QUESTIONS[0], stop=[stop, "never said"], stream=stream)
+        answer = ask(QUESTIONS[0], stop=[stop, "never said"], stream=stream)
         if stream:
             answer = list(answer)
             said = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
@@ -127,85 +152,96 @@ def test_stop_limit_and_sampling(client: openai.OpenAI, service: Service, plain:
         assert end == "stop"
     # An answer ends where the context does.
     long = [{"role": "user", "content": "mucin " * 600}]
-    answer = ask(client, service, long, max_tokens=500)
+    answer = ask(long, max_tokens=500)
     assert answer.usage.total_tokens == CONTEXT
     drawn = [
-        ask(client, service, QUESTIONS[0], temperature=1.0, seed=seed).choices[0].message.content
+        ask(QUESTIONS[0], temperature=1.0, seed=seed).choices[0].message.content
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_drawn_as_it_comes(client: openai.OpenAI, service: Service) -> None:
+def test_drawn_as_it_comes(ask: Ask) -> None:
     """Without a seed an engine draws by other means: they need no compiler, which is not there."""
     drawn = [
-        ask(client, service, QUESTIONS[0], **options).choices[0].message.content
+        ask(QUESTIONS[0], **options).choices[0].message.content
         for options in ({"temperature": 1}, {"temperature": 1}, {"temperature": 1, "top_p": 0.9})
     ]
     assert all(drawn)
     assert drawn[0] != drawn[1]
 
 
-def test_refusals(service: Service) -> None:
-    far = {"x0": 10**6, "y0": 0, "size0": 64}
-    with httpx.Client(base_url=service.url, timeout=30) as client:
-        for fields, status, code in (
-            ({"slide_id": "no-such-slide"}, 404, "unknown_slide"),
-            ({"model": "another"}, 404, "unknown_model"),
-            ({"region": far}, 422, "outside_tissue"),
-            ({"messages": [{"role": "user", "content": "mucin " * 1200}]}, 422, "prompt_too_long"),
-        ):
-            for stream in (False, True):
-                answer = client.post(
-                    "/v1/chat/completions", json=service.body(**fields, stream=stream)
-                )
-                assert (answer.status_code, answer.json()["code"]) == (status, code)
-                assert answer.headers["content-type"] == "application/problem+json"
-                assert str(service.tuned.archive) not in answer.text
-
-
-async def post(client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
-    return await client.post("/v1/chat/completions", json=body)
-
-
-def test_together_is_as_alone(service: Service, plain: Plain) -> None:
+def test_together_is_as_alone(engine_service: Service, plain: Plain) -> None:
     """24 conversations at once."""
     cases = [(f"slide{n % 8:03d}", question) for n in range(8) for question in QUESTIONS]
 
-    async def run() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+    async def main() -> list[httpx.Response]:
+        async with connect(engine_service) as client:
             bodies = [
-                service.body(question, slide_id=slide, max_tokens=40) for slide, question in cases
+                engine_service.body(question, slide_id=slide, max_tokens=40)
+                for slide, question in cases
             ]
             return await asyncio.gather(*(post(client, body) for body in bodies))
 
-    for (slide, question), answer in zip(cases, asyncio.run(run()), strict=True):
+    for (slide, question), answer in zip(cases, run(main()), strict=True):
         said = answer.json()["choices"][0]["message"]["content"]
         assert said == plain.say(plain.prompt(slide, question), 40), (slide, question)
 
 
-def test_overload(service: Service) -> None:
-    """E1, short: many times what is decoded at once; the rest is told to come back, and can."""
-    body = service.body(max_tokens=32)
-    counts: Counter[int] = Counter()
+def test_it_rests_when_nobody_reads(engine_service: Service) -> None:
+    """Clients that leave, mid-stream or before the whole, end their answers in the engine."""
+    body = engine_service.body(max_tokens=900)
 
-    async def run() -> None:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=service.url, timeout=60, limits=limits) as client:
+    async def main() -> None:
+        async with connect(engine_service) as client:
+            found = await asyncio.gather(*(read(client, body, [], most=3) for _ in range(8)))
+            assert set(found) == {200}
+            whole = asyncio.create_task(post(client, body))
+            while not (await load())["running"]:
+                await asyncio.sleep(0.01)
+            assert not whole.done()
+            whole.cancel()
 
-            async def one() -> None:
-                answer = await post(client, body)
-                counts[answer.status_code] += 1
-                if answer.status_code == 200:
-                    assert answer.json()["usage"]["completion_tokens"] == 32
-                else:
-                    assert int(answer.headers["retry-after"]) >= 1
+    run(main())
+    until(
+        lambda: run(load())["running"] == 0,
+        seconds=15,
+        what="the engine to drop what nobody reads",
+    )
+    engine = engine_of(chat_replica())
 
-            await asyncio.gather(*(one() for _ in range(300)))
-            after = await asyncio.gather(*(post(client, body) for _ in range(16)))
-        assert {answer.status_code for answer in after} == {200}
+    def idle() -> bool:
+        before = cpu_s(engine)
+        time.sleep(0.5)
+        return cpu_s(engine) - before < 0.1
 
-    asyncio.run(run())
-    assert set(counts) <= {200, 429, 503}
-    assert counts[200] > 0
-    assert counts[429] + counts[503] > 0
+    until(idle, seconds=15, what="the engine's process to rest")
+
+
+@pytest.mark.chaos
+def test_it_does_not_outlive_a_replica_that_dies(engine_service: Service) -> None:
+    """And what the service starts in its place is gone when the service is."""
+    from ray import serve
+
+    replica = chat_replica()
+    engine = engine_of(replica)
+
+    async def main() -> list[list[str]]:
+        async with connect(engine_service) as client:
+            tasks, events = await open_streams(client, engine_service.body(max_tokens=900), 4)
+            while not all(events):
+                await asyncio.sleep(0.02)
+            os.kill(replica, signal.SIGABRT)
+            await asyncio.gather(*tasks)
+        return events
+
+    for events in run(main()):
+        assert events[-1] != "[DONE]", "an answer that was cut looks whole"
+        assert "error" in json.loads(events[-1])
+    assert not alive(engine), "the engine outlived its replica"
+    serve.delete(NAME)
+    until(
+        lambda: not processes("ServeReplica:pathflip:"),
+        seconds=60,
+        what="every replica to end",
+    )

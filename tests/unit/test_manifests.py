@@ -243,14 +243,10 @@ SERVE = sorted((ROOT / "platform" / "serve").glob("*.yaml"))
 def accept_serve(config: dict[str, Any]) -> Any:
     """Check a Serve configuration as `serve deploy` does, and its arguments as the service does."""
     schema = pytest.importorskip("ray.serve.schema").ServeDeploySchema.model_validate(config)
-    from pathflip.config import load_config
-    from serve.app import ServeConfig
-    from serve.chat_engine import InstructorConfig
+    from serve.config import from_arguments
 
     (app,) = schema.applications
-    settings = load_config(ServeConfig, given=app.args)
-    load_config(InstructorConfig, given=settings.engine)
-    return schema, settings
+    return schema, from_arguments(app.args)
 
 
 @pytest.mark.parametrize("path", SERVE, ids=lambda path: path.stem)
@@ -268,8 +264,8 @@ def test_serve_accepts_its_configurations(path: Path) -> None:
         replicas = getattr(settings, name)
         DeploymentSchema.model_validate({"name": name, **replicas.options(settings.drain_s)})
         assert 1 <= replicas.min_replicas <= replicas.max_replicas
-        assert replicas.target <= replicas.ongoing
-        assert replicas.queued >= 0, "nothing may wait without an end"
+        assert replicas.target <= replicas.max_ongoing
+        assert replicas.max_queued >= 0, "nothing may wait without an end"
     assert (settings.instructor.gpus > 0) == (path.stem == "gpu")
 
 

@@ -34,7 +34,7 @@ def parts(world: World) -> Parts:
         embedder=Embedder(archive, run),
         search=Search(archive, model=world.loaded.name, fingerprint=world.loaded.fingerprint),
         grounding=Grounding(archive, run),
-        hidden={archive: "the archive", run: "the run"},
+        redactions={archive: "the archive", run: "the run"},
     )
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve.limits import Limits, Refused, read_body, read_image, strict_json
+from serve.limits import Limits, RequestError, read_body, read_image, strict_json
 from tests.unit.serve.service_fixture import bearer, png
 
 PIXELS = 1 << 20
@@ -33,7 +33,7 @@ PIXELS = 1 << 20
     ],
 )  # fmt: skip
 def test_json_read_in_more_than_one_way_is_refused(ask, body):
-    with pytest.raises(Refused):
+    with pytest.raises(RequestError):
         strict_json(body)
     answer = ask("POST", "/v1/search", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 422)
@@ -66,7 +66,7 @@ def reading(limits, headers, *parts, pause=0.0):
 
         try:
             return await read_body(receive, headers, limits), taken
-        except Refused as error:
+        except RequestError as error:
             return error.code, taken
 
     return asyncio.run(run())
@@ -120,7 +120,8 @@ def test_one_request_too_many_is_told_to_come_back(serving, loop):
                 asyncio.create_task(http.post("/v1/search", content=held(), **options))
                 for _ in range(2)
             ]
-            await asyncio.sleep(0.1)
+            while app.running < 2:
+                await asyncio.sleep(0)
             refused = await http.post("/v1/search", content=b'{"text": "a"}', **options)
             health = await http.get("/healthz")
             ready = await http.get("/readyz", headers=bearer("all"))
@@ -153,15 +154,16 @@ def test_draining_waits_for_what_is_at_work_and_takes_nothing_more(serving, loop
             transport=transport, base_url="http://127.0.0.1", timeout=60
         ) as http:
             busy = asyncio.create_task(http.post("/v1/search", content=held(), **options))
-            while not app.at_work:
+            while not app.running:
                 await asyncio.sleep(0.01)
             draining = asyncio.create_task(app.drain(60))
-            await asyncio.sleep(0.1)
+            while not app.stopping:
+                await asyncio.sleep(0)
             refused = await http.post("/v1/search", content=b'{"text": "a"}', **options)
             waiting = not draining.done()
             blocked.set()
             await draining
-            return waiting, refused, await busy, app.at_work
+            return waiting, refused, await busy, app.running
 
     waiting, refused, busy, left = loop.run_until_complete(run())
     assert waiting
@@ -219,7 +221,7 @@ def tiff():
 )  # fmt: skip
 def test_what_is_no_small_picture_is_refused_before_it_is_decoded(raw):
     tracemalloc.start()
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RequestError) as caught:
         read_image(base64.b64encode(raw).decode(), pixels=PIXELS)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -234,7 +236,7 @@ def test_a_damaged_picture_is_a_picture_or_refused(noise, at):
     whole[at : at + len(noise)] = noise
     try:
         found = read_image(base64.b64encode(bytes(whole)).decode(), pixels=PIXELS)
-    except Refused:
+    except RequestError:
         return
     assert found.ndim == 3
     assert found.shape[0] * found.shape[1] <= PIXELS

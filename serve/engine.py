@@ -1,0 +1,160 @@
+"""The interface between the chat engine and what decodes: vLLM, or a fake for tests.
+
+:class:`VLLMEngine` is the real one; :class:`serve.fake_engine.FakeEngine` decodes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pathflip.vllm_engine import EngineConfig, engine_arguments, import_vllm
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one answer is decoded.
+
+    Attributes:
+        max_tokens: Most tokens of the answer.
+        temperature: 0 takes the likeliest token.
+        top_p: Probability mass that tokens are drawn from.
+        stop: Strings that end the answer and are not part of it.
+        stop_token_ids: Tokens that end the answer.
+        seed: Makes drawn tokens repeatable; None draws anew.
+        stream: Whether outputs come as they are decoded, or one for the whole answer.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    stream: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOutput:
+    """A further part of an answer.
+
+    Attributes:
+        text: Text since the last output.
+        tokens: Number of tokens since the last output.
+        finish_reason: ``stop`` or ``length`` in the last output of an answer, else None.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str | None = None
+
+
+class Engine(Protocol):
+    """What the chat engine asks of a decoder."""
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine is dead and answers nothing more."""
+
+    def generate(
+        self, prompt: torch.Tensor, sampling: Sampling, *, request_id: str
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Decode an answer to prompt embeddings [T, D]; closing the generator aborts it.
+
+        Raises:
+            ValueError: The engine refuses the request.
+            Exception: Anything else while ``errored`` means that the engine died.
+        """
+
+    def unfinished(self) -> int:
+        """Number of answers being decoded or waiting."""
+
+    async def check_health(self) -> None:
+        """Raise if the engine is dead."""
+
+    def shutdown(self) -> None:
+        """Stop the engine and its processes."""
+
+
+class VLLMEngine:
+    """vLLM's asynchronous engine, in a child process.
+
+    Call :func:`pathflip.vllm_engine.set_environment` first.
+
+    Args:
+        folder: The merged language model, ``OUT/llm`` of a tuned run.
+        config: Settings.
+
+    Raises:
+        CheckpointError: There is no language model in the folder.
+        ConfigError: vLLM is not installed, or a setting is wrong.
+    """
+
+    def __init__(self, folder: str | Path, config: EngineConfig) -> None:
+        self._llm = start_vllm(engine_arguments(folder, config))
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine is dead."""
+        return bool(self._llm.errored)
+
+    async def generate(
+        self, prompt: torch.Tensor, sampling: Sampling, *, request_id: str
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Decode an answer; see :meth:`Engine.generate`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        kind = RequestOutputKind.DELTA if sampling.stream else RequestOutputKind.FINAL_ONLY
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop=list(sampling.stop) or None,
+            seed=sampling.seed,
+            stop_token_ids=list(sampling.stop_token_ids),
+            output_kind=kind,
+        )
+        stream = self._llm.generate({"prompt_embeds": prompt}, params, request_id)
+        async with aclosing(stream):  # leaving it early aborts the request
+            async for output in stream:
+                part = output.outputs[0]
+                yield EngineOutput(
+                    text=part.text,
+                    tokens=len(part.token_ids),
+                    finish_reason=part.finish_reason if output.finished else None,
+                )
+
+    def unfinished(self) -> int:
+        """Number of answers being decoded or waiting."""
+        return int(self._llm.get_num_unfinished_requests())
+
+    async def check_health(self) -> None:
+        """Raise if the engine is dead."""
+        await self._llm.check_health()
+
+    def shutdown(self) -> None:
+        """Stop the engine and its child process."""
+        self._llm.shutdown()
+
+
+def start_vllm(arguments: dict[str, Any]) -> Any:
+    """Start vLLM's asynchronous engine.
+
+    Args:
+        arguments: Result of :func:`pathflip.vllm_engine.engine_arguments`.
+
+    Raises:
+        ConfigError: vLLM is not installed (``no_vllm``).
+    """
+    import_vllm()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
