@@ -28,7 +28,8 @@ from jobs.ingest.ledger import duration
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
-from pathflip.archive.model_vectors import check_fits, ensure_model, indexed_slides
+from pathflip.archive.model_vectors import ensure_model, indexed_slides
+from pathflip.compat import check_fits
 from pathflip.errors import (
     ArchiveError,
     CheckpointError,

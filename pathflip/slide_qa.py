@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pathflip.compat import check_fits
 from pathflip.errors import CheckpointError, ConfigError
-from pathflip.evaluation.encode import check_fits
 from pathflip.models.chat_template import CAPTION_INSTRUCTION, multiple_choice
 from pathflip.text import LETTERS
 

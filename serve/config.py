@@ -193,7 +193,7 @@ def check_inputs(config: ServeConfig) -> ServiceInputs:
     from pathflip.archive import Archive
     from pathflip.archive.storage import normalise
     from pathflip.checkpoints import is_tuned, load_run
-    from pathflip.evaluation.encode import check_fits
+    from pathflip.compat import check_fits
 
     _check_numbers(config)
     token_file, llm = _absolute(config.token_file), _absolute(config.llm)

@@ -40,7 +40,7 @@ class Embedder:
     ) -> None:
         from pathflip.archive import Archive
         from pathflip.checkpoints import load_run
-        from pathflip.evaluation.encode import check_fits
+        from pathflip.compat import check_fits
         from pathflip.geometry import Tiling
 
         opened = Archive(archive)
@@ -131,15 +131,9 @@ class Embedder:
 
 
 def _load_encoder(archive: Any, name: str, spec: str | None, device: str) -> Encoder:
+    from pathflip.compat import check_weights
     from pathflip.encoders import load_encoder
 
     encoder = load_encoder(spec or name, device=device)
-    made_with = archive.encoder(name)[1]["revision"]
-    if (encoder.name, encoder.revision) != (name, made_with):
-        raise ConfigError(
-            f"The archive holds features of {name} revision {made_with}; this encoder is "
-            f"{encoder.name} revision {encoder.revision}.",
-            hint="Name the weights the archive was made with: -o encoder=…",
-            code="other_encoder",
-        )
+    check_weights(archive, name, encoder=encoder)
     return encoder

@@ -29,7 +29,7 @@ class Grounding:
         self, archive: str, run: str, *, device: str = "cpu", refresh_s: float = 30.0
     ) -> None:
         from pathflip.checkpoints import load_run
-        from pathflip.evaluation.encode import check_fits
+        from pathflip.compat import check_fits
 
         self.current = Current(archive, refresh_s=refresh_s)
         self.run: Run = load_run(run, device=device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pathflip.archive.archive import Archive
 from pathflip.archive.commit import Committer
@@ -16,9 +16,6 @@ from pathflip.archive.schema import (
 )
 from pathflip.archive.storage import guarded, is_local
 from pathflip.errors import ArchiveError
-
-if TYPE_CHECKING:
-    from pathflip.checkpoints import Run
 
 
 def ensure_model(
@@ -76,42 +73,6 @@ def ensure_model(
     entry["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     committer.add_tables(f"model:{name}", entry)
     return table
-
-
-def check_fits(archive: Archive, run: Run) -> None:
-    """Refuses an archive whose features are not what the model was trained on.
-
-    Raises:
-        ArchiveError: With the code ``other_encoder`` or ``other_tiling``.
-    """
-    wanted = run.encoder
-    held = archive.encoders()
-    if wanted["name"] not in held:
-        raise ArchiveError(
-            f"Model {run.name} reads features of {wanted['name']}; the archive {archive.uri} "
-            f"holds {', '.join(held) or 'none'}.",
-            hint=f"Run: pathflip ingest SLIDES --archive {archive.uri} --encoder "
-            f"{wanted['name']} --add-encoder",
-            code="other_encoder",
-        )
-    entry = held[wanted["name"]]
-    for key in ("revision", "dim"):
-        if entry[key] != wanted[key]:
-            raise ArchiveError(
-                f"Model {run.name} reads features of {wanted['name']} {key} {wanted[key]}; those "
-                f"of {archive.uri} are {key} {entry[key]}.",
-                hint="Use the archive it was trained on, or one made with the same encoder.",
-                code="other_encoder",
-            )
-    tiling = archive.tiling()
-    if other := [key for key in tiling if run.tiling.get(key) != tiling[key]]:
-        raise ArchiveError(
-            f"Model {run.name} was trained on slides cut with "
-            f"{', '.join(f'{key} {run.tiling.get(key)}' for key in other)}; those of "
-            f"{archive.uri} are cut with {', '.join(f'{key} {tiling[key]}' for key in other)}.",
-            hint="Use the archive it was trained on, or one cut the same way.",
-            code="other_tiling",
-        )
 
 
 def indexed_slides(archive: Archive, name: str) -> set[str]:

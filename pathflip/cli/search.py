@@ -12,7 +12,7 @@ from pathflip.cli.options import (
     print_json,
     show_table,
 )
-from pathflip.errors import ArchiveError, ConfigError
+from pathflip.errors import ConfigError
 
 app = typer.Typer()
 
@@ -158,21 +158,11 @@ def _check_usage(
 
 def _indexed_run(opened: Any, run: str) -> Any:
     """Load a run, and refuse one whose vectors are not in the archive."""
-    from pathflip.archive.model_vectors import check_fits
     from pathflip.checkpoints import load_run
+    from pathflip.compat import check_indexed
 
     loaded = load_run(run)
-    if loaded.name not in opened.models():
-        check_fits(opened, loaded)
-        others = ", ".join(
-            f"{name} ({entry['fingerprint'][:12]})" for name, entry in opened.models().items()
-        )
-        raise ArchiveError(
-            f"The archive {opened.uri} has no vectors of model {loaded.name} "
-            f"({loaded.fingerprint[:12]}); it has those of {others or 'none'}.",
-            hint=f"Run: pathflip index --archive {opened.uri} --run {run}",
-            code="not_indexed",
-        )
+    check_indexed(opened, loaded, folder=run)
     return loaded
 
 
@@ -196,20 +186,24 @@ def _by_text(opened: Any, text: str, *, loaded: Any, mode: str, level: Any, **co
 
 def _space(opened: Any, encoder: str | None, loaded: Any) -> tuple[dict[str, Any], str]:
     """The arguments that name what vectors are compared, and how to load their encoder."""
+    from pathflip.compat import resolve_encoder
+
     if loaded is None:
-        name, spec = _archive_encoder(opened, encoder)
+        name, spec = resolve_encoder(opened, encoder)
         return {"encoder": name}, spec
-    _, spec = _archive_encoder(opened, encoder or loaded.encoder["name"])
+    _, spec = resolve_encoder(opened, encoder or loaded.encoder["name"])
     return {"model": loaded.name, "fingerprint": loaded.fingerprint}, spec
 
 
 def _image_vector(opened: Any, image: str, *, spec: str, loaded: Any, mpp: float | None) -> Any:
+    from pathflip.compat import check_weights
     from pathflip.encoders import load_encoder
     from pathflip.geometry import Tiling
     from pathflip.image_query import ImageQuery, embed_image, image_regions
 
     encoder = load_encoder(spec)
-    _check_same_weights(opened, encoder.name, encoder.revision)
+    name = encoder.name if loaded is None else loaded.encoder["name"]
+    check_weights(opened, name, encoder=encoder)
     query, tiling = ImageQuery.parse(image), Tiling(**opened.tiling())
     if loaded is None:
         return embed_image(query, encoder=encoder, tiling=tiling, mpp=mpp)
@@ -235,26 +229,3 @@ def _write_page(
     if image is not None:
         picture = query_picture(ImageQuery.parse(image), tiling=Tiling(**opened.tiling()), mpp=mpp)
     write_results(opened, results, out, query_picture=picture, title=f"Like {image or title}")
-
-
-def _archive_encoder(opened: Any, encoder: str | None) -> tuple[str, str]:
-    """The archive's name of an encoder, and how to load it."""
-    from pathflip.encoders import encoder_info
-
-    if encoder is None or encoder in opened.encoders():
-        name = opened.encoder(encoder)[0]
-        return name, encoder or name
-    info = encoder_info(encoder)
-    name, _ = opened.encoder(info.name)
-    _check_same_weights(opened, name, info.revision)
-    return name, encoder
-
-
-def _check_same_weights(opened: Any, name: str, revision: str) -> None:
-    made_with = opened.encoder(name)[1]["revision"]
-    if revision != made_with:
-        raise ConfigError(
-            f"The archive holds features of {name} revision {made_with}; this is {revision}.",
-            hint="Search with the weights the archive was made with.",
-            code="other_encoder",
-        )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -126,42 +127,6 @@ class Encoded:
     slide: NDArray[np.float32]
     texts: tuple[str, ...] = ()
     local: NDArray[np.float32] | None
-
-
-def check_fits(archive: Archive, run: Run) -> str:
-    """The archive's name of the encoder a run was trained on.
-
-    Raises:
-        ConfigError: The archive lacks it, holds another revision, or is cut otherwise.
-    """
-    name = str(run.encoder["name"])
-    known = archive.encoders()
-    if name not in known:
-        raise ConfigError(
-            f"The run {run.path} was trained on features of {name}; {archive.uri} holds "
-            f"{', '.join(known) or 'none'}.",
-            hint=f"Run: pathflip ingest … --archive {archive.uri} --encoder {name} --add-encoder",
-            code="other_encoder",
-        )
-    trained = (run.encoder.get("revision"), run.encoder.get("dim"))
-    held = (known[name]["revision"], known[name]["dim"])
-    if trained != held:
-        raise ConfigError(
-            f"The run was trained on {name} revision {trained[0]}, width {trained[1]}; the archive "
-            f"holds revision {held[0]}, width {held[1]}.",
-            hint="Use the archive the run was trained on, or one made with the same weights.",
-            code="other_encoder",
-        )
-    tiling = archive.tiling()
-    for key in ("region_um", "patch_um", "mpp"):
-        if key in run.tiling and float(run.tiling[key]) != float(tiling[key]):
-            raise ConfigError(
-                f"The run was trained with {key} {run.tiling[key]:g}; the archive is cut with "
-                f"{tiling[key]:g}.",
-                hint="Ingest the slides as the run's were: see tiling in its model/pathflip.json.",
-                code="other_tiling",
-            )
-    return name
 
 
 def has_regions(run: Run) -> bool:

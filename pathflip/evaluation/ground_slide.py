@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
-from pathflip.evaluation.encode import check_fits
 from pathflip.evaluation.grounding import VARIANTS, check_variant
 from pathflip.geometry import Tiling
 from pathflip.heatmap import (

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap
-from pathflip.evaluation.encode import Batch, Report, SlideRow, batches, check_fits, list_slides
+from pathflip.evaluation.encode import Batch, Report, SlideRow, batches, list_slides
 from pathflip.evaluation.prompts import Suite
 from pathflip.geometry import Tiling
 from pathflip.heatmap import heatmap_grid, patch_heat, slide_rects, smooth

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap, zeroshot
 from pathflip.evaluation.encode import (
     Encoder,
     Report,
     batches,
-    check_fits,
     has_regions,
     list_slides,
 )

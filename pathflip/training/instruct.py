@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from pathflip.archive import Archive
-from pathflip.archive.model_vectors import check_fits
 from pathflip.checkpoints import Checkpoint, load_run, write_whole
+from pathflip.compat import check_fits
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PathFLIP, PathFLIPInstruct, hub
 from pathflip.models.data_init import start_projector

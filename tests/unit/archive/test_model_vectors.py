@@ -11,10 +11,9 @@ from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.export import export_parquet
 from pathflip.archive.maintain import maintain
-from pathflip.archive.model_vectors import check_fits, ensure_model, indexed_slides
+from pathflip.archive.model_vectors import ensure_model, indexed_slides
 from pathflip.archive.repair import repair
 from pathflip.archive.verify import verify
-from pathflip.checkpoints import Run
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort, models
 from tests.unit.archive.harm import flip, newest_manifest
@@ -204,30 +203,3 @@ def test_two_models_side_by_side_and_names_that_clash(uri):
         Archive(uri).model()
     assert error.value.code == "unknown_model"
     assert_whole(uri)
-
-
-@pytest.mark.parametrize(
-    ("encoder", "tiling", "code"),
-    [
-        ({}, {}, None),
-        ({"name": "uni"}, {}, "other_encoder"),
-        ({"revision": "2"}, {}, "other_encoder"),
-        ({"dim": 13}, {}, "other_encoder"),
-        ({}, {"mpp": 0.25}, "other_tiling"),
-        ({}, {"region_um": 1024.0}, "other_tiling"),
-    ],
-)
-def test_a_model_fits_the_archive_or_is_refused(uri, tmp_path, encoder, tiling, code):
-    run = Run(
-        name="m", model=None, fingerprint="f", encoder=models.ENCODER | encoder,
-        tiling=cohort.TILING | tiling, config={}, path=tmp_path,
-    )  # fmt: skip
-    if code is None:
-        check_fits(Archive(uri), run)
-        return
-    with pytest.raises(ArchiveError) as error:
-        check_fits(Archive(uri), run)
-    assert error.value.code == code
-    changed = {**encoder, **tiling}
-    assert str(next(iter(changed.values()))) in error.value.message
-    assert error.value.hint

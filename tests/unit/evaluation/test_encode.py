@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pathflip.errors import ConfigError
+from pathflip.errors import ArchiveError, ConfigError
 from pathflip.evaluation import encode as module
 from pathflip.evaluation.encode import batches, encode, list_slides
 
@@ -57,13 +57,13 @@ def test_what_a_run_trained_on_is_never_test(archive, other_run, tmp_path) -> No
 
 
 def test_a_run_that_does_not_fit_is_refused(archive, run, other_run) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ConfigError, match="trained on features of conch"):
+    with pytest.raises(ArchiveError, match="trained on features of conch"):
         encode(archive, other_run(name="conch"))
-    with pytest.raises(ConfigError, match="revision 2"):
+    with pytest.raises(ArchiveError, match="revision 2"):
         encode(archive, other_run(revision="2"))
     other = other_run()
     other.tiling["patch_um"] = 64.0
-    with pytest.raises(ConfigError, match="patch_um 64"):
+    with pytest.raises(ArchiveError, match="patch_um 64"):
         encode(archive, other)
     with pytest.raises(ConfigError, match="no ready slide of split holdout") as caught:
         encode(archive, run, splits=["holdout"])
