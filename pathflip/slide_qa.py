@@ -212,9 +212,9 @@ def slide_input(
         features float32 [1, N, M, d_in] and mask bool [1, N, M].
 
     Raises:
-        ArchiveError: The slide is unknown, not ready, or its rows are damaged.
-        ConfigError: The run does not fit the archive, or there is no tissue in the region
-            (``outside_tissue``).
+        ArchiveError: The slide is unknown, not ready, or its rows are damaged; or the run does not
+            fit the archive.
+        ConfigError: There is no tissue in the region (``outside_tissue``).
     """
     import torch
 

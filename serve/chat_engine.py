@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
+from pathflip.errors import ConfigError, PathFLIPError
 from pathflip.vllm_engine import context_length, set_environment, uses_gpu
 from serve.config import ChatConfig, find_model
 from serve.engine import Engine, Sampling, VLLMEngine
@@ -31,7 +31,6 @@ from serve.fake_engine import FakeEngine
 if TYPE_CHECKING:
     import torch
 
-    from pathflip.archive import Archive
     from pathflip.checkpoints import Run
     from pathflip.models.prompt_encoder import InstructFront
 
@@ -208,11 +207,11 @@ class PromptReader:
     """
 
     def __init__(self, archive: str, model: Path, llm: Path, device: str, max_bytes: int) -> None:
-        from pathflip.archive import Archive
+        from pathflip.archive.snapshot import ArchiveSnapshot
         from pathflip.checkpoints import load_run
         from pathflip.models.prompt_encoder import InstructFront
 
-        self.archive: Archive = Archive(archive)
+        self._snapshot = ArchiveSnapshot(archive, refresh_s=REFRESH_S)
         front: InstructFront = InstructFront.from_pretrained(model, llm=llm)
         self.front = front.to(device)
         run = load_run(model.parent)
@@ -222,7 +221,6 @@ class PromptReader:
         self.prefix_bytes = 0
         self._max_bytes = max_bytes
         self._prefixes: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
-        self._looked = time.monotonic()
 
     def prompt(self, request: dict[str, Any]) -> torch.Tensor:
         """Prompt embeddings of a request [T, D]."""
@@ -242,32 +240,23 @@ class PromptReader:
 
     def _prefix(self, slide_id: str, region: dict[str, int] | None) -> torch.Tensor:
         """Visual tokens of a slide or a region of it [P, D]."""
+        from pathflip.archive.snapshot import ready_row
         from pathflip.slide_qa import slide_input
 
-        row = self._newest().ledger().get(slide_id)
-        if row is None or row["status"] != "ready":  # by its id alone: file names may name people
-            raise ArchiveError("There is no such slide.", code="unknown_slide")
+        archive = self._snapshot.newest()
+        row = ready_row(archive, slide_id)
         square = None if region is None else (region["x0"], region["y0"], region["size0"])
         key = slide_id, row["fingerprint"], square  # a slide made again has another fingerprint
         if (known := self._prefixes.get(key)) is not None:
             self._prefixes.move_to_end(key)
             return known
-        features, mask = slide_input(self.archive, self.run, slide_id, square)
+        features, mask = slide_input(archive, self.run, slide_id, square)
         prefix = self.front.see(features, mask)[0]
         self._prefixes[key] = prefix
         self.prefix_bytes += prefix.nbytes
         while self.prefix_bytes > self._max_bytes:
             self.prefix_bytes -= self._prefixes.popitem(last=False)[1].nbytes
         return prefix
-
-    def _newest(self) -> Archive:
-        """The archive, opened again if something was committed."""
-        if time.monotonic() - self._looked > REFRESH_S:
-            known = [self.archive.dataset(name) for name in self.archive.tables()]
-            if any(table.version != table.latest_version for table in known):
-                self.archive = type(self.archive)(self.archive.uri)
-            self._looked = time.monotonic()
-        return self.archive
 
 
 def _about(run: Run, model: Path) -> dict[str, Any]:

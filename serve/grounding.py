@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serve.search import Current
+from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
@@ -22,7 +22,7 @@ class Grounding:
         archive: Where the slides are.
         run: The trained model.
         device: ``cpu``, ``cuda`` or ``auto``.
-        refresh_s: How old what is known of the archive may be.
+        refresh_s: Seconds until new commits are looked for.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class Grounding:
         from pathflip.checkpoints import load_run
         from pathflip.compat import check_fits
 
-        self.current = Current(archive, refresh_s=refresh_s)
+        self.snapshot = ArchiveSnapshot(archive, refresh_s=refresh_s)
         self.run: Run = load_run(run, device=device)
-        check_fits(self.current.archive, self.run)
+        check_fits(self.snapshot.archive, self.run)
         # One at a time: the model fills its processor, and a tokenizer is no thread's friend.
         self.turn = asyncio.Lock()
 
@@ -51,8 +51,9 @@ class Grounding:
             RequestError: ``unknown_slide``, or ``no_thumbnail`` to draw over.
             ConfigError: The model has no regions, or the text is empty.
         """
-        archive = await self.current.newest()
-        slide = self.current.known(archive, asked["slide_id"])
+        archive = await self.snapshot.newest_async()
+        slide = asked["slide_id"]
+        ready_row(archive, slide)
         async with self.turn:
             return await asyncio.to_thread(self._ground, archive, slide, asked)
 
@@ -62,8 +63,10 @@ class Grounding:
         Raises:
             RequestError: ``unknown_slide``.
         """
-        archive = await self.current.newest()
-        slides = [self.current.known(archive, slide) for slide in asked["slide_ids"]]
+        archive = await self.snapshot.newest_async()
+        slides = list(asked["slide_ids"])
+        for slide in slides:
+            ready_row(archive, slide)
         async with self.turn:
             rows = await asyncio.to_thread(self._classify, archive, slides, asked)
         return {"model": self.run.name, "results": rows}

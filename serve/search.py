@@ -9,13 +9,13 @@ library keeps in memory of a table has to be read each time.
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
 from serve.limits import RequestError
 
 if TYPE_CHECKING:
@@ -31,50 +31,6 @@ THREADS = 8
 _JPEG = b"\xff\xd8\xff"
 
 
-class Current:
-    """A snapshot of an archive that is renewed when something was committed.
-
-    Args:
-        uri: The archive.
-        refresh_s: How long a snapshot is taken for the newest without a look.
-    """
-
-    def __init__(self, uri: str, *, refresh_s: float) -> None:
-        from pathflip.archive import Archive
-
-        self.archive = Archive(uri)
-        self._refresh_s, self._looked = refresh_s, time.monotonic()
-        self._looking = asyncio.Lock()
-
-    async def newest(self) -> Archive:
-        """The snapshot; a query goes on with the one it began with."""
-        if time.monotonic() - self._looked > self._refresh_s and not self._looking.locked():
-            async with self._looking:
-                self.archive = await asyncio.to_thread(self._renewed)
-                self._looked = time.monotonic()
-        return self.archive
-
-    def known(self, archive: Archive, slide_id: str) -> str:
-        """The id, if it is exactly that of a ready slide; names of files are not taken.
-
-        Raises:
-            RequestError: ``unknown_slide``.
-        """
-        row = archive.ledger().get(slide_id)
-        if row is None or row["status"] != "ready":
-            raise RequestError("There is no such slide.", code="unknown_slide")
-        return slide_id
-
-    def _renewed(self) -> Archive:
-        from pathflip.archive import Archive
-
-        old = self.archive
-        newest = {name: old.dataset(name).latest_version for name in old.tables()}
-        if all(old.dataset(name).version == version for name, version in newest.items()):
-            return old
-        return Archive(old.uri)
-
-
 class Search:
     """Answers what needs the archive alone.
 
@@ -82,7 +38,7 @@ class Search:
         archive: The archive.
         model: Name of the trained model whose vectors are searched.
         fingerprint: Of that model; vectors of another are refused.
-        refresh_s: How old what is known of the archive may be.
+        refresh_s: Seconds until new commits are looked for.
         patients: Whether ids of patients may be asked for and are told.
     """
 
@@ -95,14 +51,14 @@ class Search:
         refresh_s: float = 30.0,
         patients: bool = False,
     ) -> None:
-        self.current = Current(archive, refresh_s=refresh_s)
+        self.snapshot = ArchiveSnapshot(archive, refresh_s=refresh_s)
         self.model, self.fingerprint, self.patients = model, fingerprint, patients
         # Lance spreads a query over all processors: more threads only wait for each other.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="search")
 
     async def describe(self) -> dict[str, Any]:
         """How many slides are ready; reads a row, so that a lost file is seen."""
-        archive = await self.current.newest()
+        archive = await self.snapshot.newest_async()
         await asyncio.to_thread(lambda: archive.dataset("slides").to_table(limit=1))
         return {"slides": len(_ready(archive))}
 
@@ -110,7 +66,7 @@ class Search:
 
     async def slides(self, *, after: str, limit: int) -> tuple[list[dict[str, Any]], str | None]:
         """A page of slides by id, and the id after which the next begins."""
-        archive = await self.current.newest()
+        archive = await self.snapshot.newest_async()
         rows = await self._run(self._rows, archive)
         ids = _ready(archive)
         start = bisect_right(ids, after)
@@ -124,9 +80,10 @@ class Search:
         Raises:
             RequestError: ``unknown_slide``.
         """
-        archive = await self.current.newest()
+        archive = await self.snapshot.newest_async()
+        ready_row(archive, slide_id)
         rows = await self._run(self._rows, archive)
-        return rows[self.current.known(archive, slide_id)]
+        return rows[slide_id]
 
     async def thumbnail(self, slide_id: str) -> bytes:
         """The JPEG of a slide's thumbnail.
@@ -134,9 +91,9 @@ class Search:
         Raises:
             RequestError: ``unknown_slide``, ``no_thumbnail``.
         """
-        archive = await self.current.newest()
-        known = self.current.known(archive, slide_id)
-        data: bytes | None = (await self._run(archive.slide, known))["thumbnail"]
+        archive = await self.snapshot.newest_async()
+        ready_row(archive, slide_id)
+        data: bytes | None = (await self._run(archive.slide, slide_id))["thumbnail"]
         if not data or not data.startswith(_JPEG):
             raise RequestError("The archive has no thumbnail of this slide.", code="no_thumbnail")
         return data
@@ -169,7 +126,7 @@ class Search:
             RequestError: ``unknown_slide``, ``unknown_region``.
             ConfigError: A filter is wrong.
         """
-        archive = await self.current.newest()
+        archive = await self.snapshot.newest_async()
         return await self._run(self._search, archive, asked, made)
 
     def _search(
@@ -210,7 +167,8 @@ class Search:
     def _left_out(self, archive: Archive, asked: Mapping[str, Any]) -> dict[str, Any]:
         """What a query by something of the archive leaves out of the results."""
         region, slide = asked["region_id"], asked["slide_id"]
-        slide = self.current.known(archive, slide or region.rpartition("/")[0])
+        slide = slide or region.rpartition("/")[0]
+        ready_row(archive, slide)
         found: dict[str, Any] = {"exclude_slide": slide if asked["exclude_same_slide"] else None}
         if asked["exclude_same_patient"]:
             # As the command line does: without a patient, there is nothing to be sure of.

@@ -63,6 +63,14 @@ class Archive:
             if name != META:
                 self._datasets[name] = open_table(self.uri, name)
 
+    def is_newest(self) -> bool:
+        """Whether nothing was committed since this state was read.
+
+        Every commit, that of a new table too, registers its files in the table ``files``.
+        """
+        with guarded(self.uri, "look for new commits"):
+            return all(item.version == item.latest_version for item in self._datasets.values())
+
     def cached(self, key: str, make: Callable[[], T]) -> T:
         """Returns what ``make`` returned the first time it was asked for in this snapshot."""
         if key not in self._cache:

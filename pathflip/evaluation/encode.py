@@ -148,7 +148,8 @@ def list_slides(
         splits: Of these splits only; None for all slides.
 
     Raises:
-        ConfigError: There is none, or the run does not fit the archive.
+        ConfigError: There is none.
+        ArchiveError: The run does not fit the archive.
     """
     encoder = check_fits(archive, run)
     drawn = _drawn_splits(run)
