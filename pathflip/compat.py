@@ -41,8 +41,8 @@ def check_fits(archive: Archive, run: Run) -> str:
     name = str(wanted["name"])
     if name not in held:
         raise ArchiveError(
-            f"Model {run.name} was trained on features of {name}; the archive {archive.uri} holds "
-            f"{', '.join(held) or 'none'}.",
+            f"Model {run.name} reads features of {name}; the archive {archive.uri} "
+            f"holds {', '.join(held) or 'none'}.",
             hint=f"Run: pathflip ingest SLIDES --archive {archive.uri} --encoder {name} "
             "--add-encoder",
             code="other_encoder",
@@ -50,8 +50,8 @@ def check_fits(archive: Archive, run: Run) -> str:
     for key in ("revision", "dim"):
         if wanted.get(key) != held[name][key]:
             raise ArchiveError(
-                f"Model {run.name} was trained on features of {name} {key} {wanted.get(key)}; "
-                f"those of {archive.uri} are {key} {held[name][key]}.",
+                f"Model {run.name} reads features of {name} {key} {wanted.get(key)}; those "
+                f"of {archive.uri} are {key} {held[name][key]}.",
                 hint="Use the archive it was trained on, or one made with the same weights.",
                 code="other_encoder",
             )

@@ -95,37 +95,28 @@ class Embedder:
             return await asyncio.to_thread(self._image, pixels, mpp)
 
     def _texts(self, texts: list[str]) -> dict[str, Any]:
-        import torch
+        from pathflip.search import embed_texts
 
         if not all(text.strip() for text in texts):
             raise ConfigError("A text is empty.")
-        with torch.no_grad():
-            vectors = self.run.model.encode_text(texts).float().cpu().numpy()
+        vectors = embed_texts(self.run, texts)
         tokens = self.run.model.tokenizer(texts, truncation=False)["input_ids"]
         return self._made(vectors, sum(map(len, tokens)))
 
     def _image(self, pixels: NDArray[np.uint8], mpp: float) -> dict[str, Any]:
-        import torch
-
         from pathflip.image_query import picture_regions
+        from pathflip.search import embed_regions
 
         assert self.encoder is not None
         regions = picture_regions(pixels, encoder=self.encoder, tiling=self.tiling, mpp=mpp)
-        features = torch.zeros(1, len(regions), self.tiling.slots, self.encoder.dim)
-        mask = torch.zeros(1, len(regions), self.tiling.slots, dtype=torch.bool)
-        for number, values in enumerate(regions):
-            features[0, number, : len(values)] = torch.from_numpy(values)
-            mask[0, number, : len(values)] = True
-        device = self.run.model.device
-        with torch.no_grad():
-            seen = self.run.model.encode_slide(features.to(device), mask.to(device)).slide
-        return self._made(seen.float().cpu().numpy(), 0)
+        vector = embed_regions(self.run, regions, slots=self.tiling.slots)
+        return self._made(vector[None], 0)
 
     def _made(self, vectors: NDArray[np.float32], tokens: int) -> dict[str, Any]:
         return {
             "model": self.run.name,
             "fingerprint": self.run.fingerprint,
-            "vectors": np.ascontiguousarray(vectors, np.float32),
+            "vectors": vectors,
             "tokens": tokens,
         }
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pathflip.search import query_faults
+
 MAX_ID = 400
 """Characters of a slide's or region's id."""
 MAX_TEXT = 2000
@@ -90,6 +92,14 @@ class Condition(_In):
     )
 
 
+_QUERY_FAULTS = {
+    "not_one": "give exactly one of text, slide_id, region_id, image",
+    "needs_text": "modes text and hybrid search for a text",
+    "needs_slides": "captions are of slides: mode text needs level slide",
+    "nothing_stored": "only a slide or a region of the archive has a slide or patient",
+}
+
+
 class SearchRequest(_In):
     """Finds slides or regions like a text, a slide, a region or a picture; give exactly one."""
 
@@ -115,16 +125,21 @@ class SearchRequest(_In):
 
     @model_validator(mode="after")
     def _one_query(self) -> SearchRequest:
-        given = [self.text, self.slide_id, self.region_id, self.image]
-        if sum(value is not None for value in given) != 1:
-            raise ValueError("give exactly one of text, slide_id, region_id, image")
-        if self.text is None and self.mode != "vector":
-            raise ValueError("modes text and hybrid search for a text")
-        if self.mode == "text" and self.level != "slide":
-            raise ValueError("captions are of slides: mode text needs level slide")
-        own = self.slide_id is not None or self.region_id is not None
-        if (self.exclude_same_slide or self.exclude_same_patient) and not own:
-            raise ValueError("only a slide or a region of the archive has a slide or patient")
+        given = {
+            "text": self.text,
+            "slide": self.slide_id,
+            "region": self.region_id,
+            "image": self.image,
+        }
+        found = query_faults(
+            [name for name, value in given.items() if value is not None],
+            mode=self.mode,
+            level=self.level,
+            exclude_same=self.exclude_same_slide or self.exclude_same_patient,
+        )
+        for fault, message in _QUERY_FAULTS.items():
+            if fault in found:
+                raise ValueError(message)
         return self
 
 

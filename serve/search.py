@@ -12,7 +12,6 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
@@ -133,50 +132,34 @@ class Search:
         self, archive: Archive, asked: Mapping[str, Any], made: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         from pathflip.archive.filters import Filter
-        from pathflip.archive.search import search, stored_vector
-        from pathflip.archive.textsearch import search_hybrid, search_text
+        from pathflip.search import NoPatientError, Query, run_query
 
         filters = [Filter(**condition) for condition in asked["filters"]]
         if not self.patients and any(one.field == "patient_id" for one in filters):
             raise RequestError("This service does not tell of patients.", code="patients")
-        own = asked["slide_id"] or asked["region_id"]
-        common: dict[str, Any] = {"k": asked["k"], "filters": filters}
-        if own is not None:
-            common |= self._left_out(archive, asked)
-        if asked["mode"] == "text":
-            # Filters look at the rows of slides, which are the same by every encoder and model.
-            indexed = self.model in archive.models()
-            found = search_text(
-                archive,
-                asked["text"],
-                model=self.model if indexed else None,
-                encoder=None if indexed else next(iter(archive.encoders()), None),
-                **common,
-            )
-            return {"model": "captions", "results": found.to_pylist()}
-        space: dict[str, Any] = {"model": self.model, "fingerprint": self.fingerprint}
-        if made is not None:
-            space = {"model": made["model"], "fingerprint": made["fingerprint"]}
-            vector = made["vectors"][0]
-        else:
-            vector = stored_vector(archive, own, model=self.model)
-        ask = search if asked["mode"] == "vector" else partial(search_hybrid, text=asked["text"])
-        found = ask(archive, vector=vector, level=asked["level"], **space, **common)
-        return {"model": space["model"], "results": found.to_pylist()}
-
-    def _left_out(self, archive: Archive, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """What a query by something of the archive leaves out of the results."""
-        region, slide = asked["region_id"], asked["slide_id"]
-        slide = slide or region.rpartition("/")[0]
-        ready_row(archive, slide)
-        found: dict[str, Any] = {"exclude_slide": slide if asked["exclude_same_slide"] else None}
-        if asked["exclude_same_patient"]:
-            # As the command line does: without a patient, there is nothing to be sure of.
-            patient = archive.slide(slide)["patient_id"]
-            if patient is None:
-                raise RequestError("The archive knows no patient of this slide.", code="no_patient")
-            found["exclude_patient"] = patient
-        return found
+        slide, region = asked["slide_id"], asked["region_id"]
+        if slide is not None or region is not None:
+            ready_row(archive, slide or region.rpartition("/")[0])
+        embedded = made or {"model": self.model, "fingerprint": self.fingerprint}
+        shared = ("text", "mode", "level", "k", "exclude_same_slide", "exclude_same_patient")
+        query = Query(
+            vector=None if made is None else made["vectors"][0],
+            slide=slide,
+            region=region,
+            filters=filters,
+            model=embedded["model"],
+            fingerprint=embedded["fingerprint"],
+            **{name: asked[name] for name in shared},
+        )
+        try:
+            found = run_query(archive, query)
+        except NoPatientError:
+            # The hint of the library names flags of the command line.
+            raise RequestError(
+                "The archive knows no patient of this slide.", code="no_patient"
+            ) from None
+        model = "captions" if query.mode == "text" else query.model
+        return {"model": model, "results": found.to_pylist()}
 
     async def _run(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)

@@ -16,8 +16,6 @@ from pathflip.errors import ConfigError
 
 app = typer.Typer()
 
-# -- search ---------------------------------------------------------------------------------------
-
 
 @app.command()
 def search(
@@ -65,47 +63,38 @@ def search(
 ) -> None:
     """Find slides or regions: by words, or by what looks like a picture, a slide or a region."""
     _check_usage(
-        text=text, image=image, slide=slide, region=region, run=run, mode=mode, level=level,
-        own=exclude_same_slide or exclude_same_patient, patient=exclude_patient,
-        same_patient=exclude_same_patient,
-    )  # fmt: skip
+        {"text": text, "image": image, "slide": slide, "region": region},
+        mode=mode,
+        level=level,
+        exclude_same=exclude_same_slide or exclude_same_patient,
+        exclude_same_patient=exclude_same_patient,
+        exclude_patient=exclude_patient is not None,
+        has_model=run is not None,
+    )
     from pathflip import Archive
     from pathflip.archive.filters import Filter
+    from pathflip.search import Query, run_query
 
     filters = [Filter.parse(one) for one in where or ()]
     opened = Archive(archive)
-    loaded = None if run is None else _indexed_run(opened, run)
-    if loaded is not None and level == "region" and loaded.model.config.region_encoder == "none":
-        raise ConfigError(f"Model {loaded.name} has no regions.", hint="Add --level slide.")
-    own_slide = own_patient = None
-    if slide is not None or region is not None:
-        key = opened.resolve(slide) if slide is not None else str(region)
-        own_slide = key.rpartition("/")[0] or key
-        own_patient = opened.slide(own_slide)["patient_id"]
-    if exclude_same_patient and own_patient is None:
-        raise ConfigError(
-            f"The archive knows no patient of {own_slide}.",
-            hint="Give them when ingesting (--patients CSV), or use --exclude-same-slide.",
-        )
-    common: dict[str, Any] = {
-        "k": k,
-        "filters": filters,
-        "exclude_slide": own_slide if exclude_same_slide else None,
-        "exclude_patient": own_patient if exclude_same_patient else exclude_patient,
-    }
-    if text is not None:
-        results = _by_text(opened, text, loaded=loaded, mode=mode, level=level, **common)
-    else:
-        from pathflip.archive.search import search as search_archive
-        from pathflip.archive.search import stored_vector
-
-        space, spec = _space(opened, encoder, loaded)
+    loaded = None if run is None else _indexed_run(opened, run, level=level)
+    vector: Any = None
+    space: dict[str, str] = {}
+    if loaded is not None:
+        space = {"model": loaded.name, "fingerprint": loaded.fingerprint}
+    if text is None:
+        name, spec = _encoder(opened, encoder, loaded)
+        space = space or {"encoder": name}
         if image is not None:
             vector = _image_vector(opened, image, spec=spec, loaded=loaded, mpp=mpp)
-        else:
-            stored = {name: value for name, value in space.items() if name != "fingerprint"}
-            vector = stored_vector(opened, key, **stored)
-        results = search_archive(opened, vector, level=level, **space, **common)
+    elif mode != "text":
+        vector = _text_vector(text, loaded)
+    query = Query(
+        text=text, vector=vector, slide=slide, region=region, mode=mode, level=level, k=k,
+        filters=filters, exclude_same_slide=exclude_same_slide,
+        exclude_same_patient=exclude_same_patient, exclude_patient=exclude_patient, **space,
+    )  # fmt: skip
+    results = run_query(opened, query)
     if out is not None:
         _write_page(opened, results, out, image=image, mpp=mpp, title=text or slide or region)
     rows = results.to_pylist()
@@ -118,81 +107,67 @@ def search(
         print(f"Pictures: {out}")
 
 
-def _check_usage(
-    *,
-    text: str | None,
-    image: str | None,
-    slide: str | None,
-    region: str | None,
-    run: str | None,
-    mode: str,
-    level: str,
-    own: bool,
-    patient: str | None,
-    same_patient: bool,
-) -> None:
-    if sum(value is not None for value in (text, image, slide, region)) != 1:
-        raise ConfigError(
-            "Say what to look for.", hint="Give one of a text, --image, --slide, --region."
-        )
-    if (text is not None or image is not None) and own:
-        raise ConfigError(
-            "A text or a picture has no slide or patient of the archive to leave out.",
-            hint="Use --slide or --region with the --exclude-same flags, or --exclude-patient.",
-        )
-    if same_patient and patient is not None:
-        raise ConfigError("Give --exclude-patient or --exclude-same-patient, not both.")
-    if text is None and mode != "vector":
-        raise ConfigError(f"--mode {mode} searches for a text.", hint="Give one.")
-    if text is not None and run is None and mode != "text":
-        raise ConfigError(
-            "Searching for a text by its meaning needs a trained model.",
-            hint="Add --run DIR, or search the words of captions with --mode text --level slide.",
-        )
-    if mode == "text" and level != "slide":
-        raise ConfigError(
-            "Captions are of slides, not of regions.",
-            hint="Add --level slide, or use --mode hybrid.",
-        )
+def _check_usage(given: dict[str, str | None], **parts: Any) -> None:
+    """Refuse flags that do not go together.
+
+    Args:
+        given: The values of text, --image, --slide, --region.
+        parts: See :func:`pathflip.search.query_faults`.
+    """
+    from pathflip.search import query_faults
+
+    sought = [name for name, value in given.items() if value is not None]
+    found = query_faults(sought, **parts)
+    for fault, (message, hint) in _FAULTS.items():
+        if fault in found:
+            raise ConfigError(message.format(mode=parts["mode"]), hint=hint)
 
 
-def _indexed_run(opened: Any, run: str) -> Any:
-    """Load a run, and refuse one whose vectors are not in the archive."""
+_FAULTS = {
+    "not_one": ("Say what to look for.", "Give one of a text, --image, --slide, --region."),
+    "nothing_stored": (
+        "A text or a picture has no slide or patient of the archive to leave out.",
+        "Use --slide or --region with the --exclude-same flags, or --exclude-patient.",
+    ),
+    "two_patients": ("Give --exclude-patient or --exclude-same-patient, not both.", ""),
+    "needs_text": ("--mode {mode} searches for a text.", "Give one."),
+    "needs_model": (
+        "Searching for a text by its meaning needs a trained model.",
+        "Add --run DIR, or search the words of captions with --mode text --level slide.",
+    ),
+    "needs_slides": (
+        "Captions are of slides, not of regions.",
+        "Add --level slide, or use --mode hybrid.",
+    ),
+}
+"""Message and hint for each fault of a query, in the order they are told."""
+
+
+def _indexed_run(opened: Any, run: str, *, level: str) -> Any:
+    """Load a run, and refuse one whose vectors are not in the archive or not of this level."""
     from pathflip.checkpoints import load_run
     from pathflip.compat import check_indexed
 
     loaded = load_run(run)
     check_indexed(opened, loaded, folder=run)
+    if level == "region" and loaded.model.config.region_encoder == "none":
+        raise ConfigError(f"Model {loaded.name} has no regions.", hint="Add --level slide.")
     return loaded
 
 
-def _by_text(opened: Any, text: str, *, loaded: Any, mode: str, level: Any, **common: Any) -> Any:
-    from pathflip.archive.search import search as search_archive
-    from pathflip.archive.textsearch import search_hybrid, search_text
-
-    if mode == "text":
-        # Filters look at the rows of slides, which are the same by every encoder and model.
-        name = None if loaded is None else loaded.name
-        first = None if name is not None else next(iter(opened.encoders()), None)
-        return search_text(opened, text, encoder=first, model=name, **common)
-    if not text.strip():
-        raise ConfigError("The text to search for is empty.")
-    vector = loaded.model.encode_text([text])[0].float().cpu().numpy()
-    space = {"model": loaded.name, "fingerprint": loaded.fingerprint}
-    if mode == "hybrid":
-        return search_hybrid(opened, text, vector, level=level, **space, **common)
-    return search_archive(opened, vector, level=level, **space, **common)
-
-
-def _space(opened: Any, encoder: str | None, loaded: Any) -> tuple[dict[str, Any], str]:
-    """The arguments that name what vectors are compared, and how to load their encoder."""
+def _encoder(opened: Any, encoder: str | None, loaded: Any) -> tuple[str, str]:
+    """Find the patch encoder of a query, as (name in the archive, spec to load it by)."""
     from pathflip.compat import resolve_encoder
 
-    if loaded is None:
-        name, spec = resolve_encoder(opened, encoder)
-        return {"encoder": name}, spec
-    _, spec = resolve_encoder(opened, encoder or loaded.encoder["name"])
-    return {"model": loaded.name, "fingerprint": loaded.fingerprint}, spec
+    return resolve_encoder(opened, encoder or (loaded.encoder["name"] if loaded else None))
+
+
+def _text_vector(text: str, loaded: Any) -> Any:
+    from pathflip.search import embed_texts
+
+    if not text.strip():
+        raise ConfigError("The text to search for is empty.")
+    return embed_texts(loaded, [text])[0]
 
 
 def _image_vector(opened: Any, image: str, *, spec: str, loaded: Any, mpp: float | None) -> Any:
@@ -200,6 +175,7 @@ def _image_vector(opened: Any, image: str, *, spec: str, loaded: Any, mpp: float
     from pathflip.encoders import load_encoder
     from pathflip.geometry import Tiling
     from pathflip.image_query import ImageQuery, embed_image, image_regions
+    from pathflip.search import embed_regions
 
     encoder = load_encoder(spec)
     name = encoder.name if loaded is None else loaded.encoder["name"]
@@ -207,15 +183,8 @@ def _image_vector(opened: Any, image: str, *, spec: str, loaded: Any, mpp: float
     query, tiling = ImageQuery.parse(image), Tiling(**opened.tiling())
     if loaded is None:
         return embed_image(query, encoder=encoder, tiling=tiling, mpp=mpp)
-    import torch
-
     regions = image_regions(query, encoder=encoder, tiling=tiling, mpp=mpp)
-    features = torch.zeros(1, len(regions), tiling.slots, encoder.dim)
-    mask = torch.zeros(1, len(regions), tiling.slots, dtype=torch.bool)
-    for number, values in enumerate(regions):
-        features[0, number, : len(values)] = torch.from_numpy(values)
-        mask[0, number, : len(values)] = True
-    return loaded.model.encode_slide(features, mask).slide[0].float().cpu().numpy()
+    return embed_regions(loaded, regions, slots=tiling.slots)
 
 
 def _write_page(

@@ -57,7 +57,7 @@ def test_what_a_run_trained_on_is_never_test(archive, other_run, tmp_path) -> No
 
 
 def test_a_run_that_does_not_fit_is_refused(archive, run, other_run) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ArchiveError, match="trained on features of conch"):
+    with pytest.raises(ArchiveError, match="reads features of conch"):
         encode(archive, other_run(name="conch"))
     with pytest.raises(ArchiveError, match="revision 2"):
         encode(archive, other_run(revision="2"))

@@ -1,0 +1,247 @@
+"""One way to search an archive, for the command line, the service and notebooks.
+
+A :class:`Query` says what is looked for, in which vectors and among which rows; :func:`run_query`
+answers it with an Arrow table. The command line and the service translate flags and JSON into a
+query and rows back; what a query may ask is decided here (:func:`query_faults`), once.
+
+=================  ========  ==============================================================
+looked for         mode      found by
+=================  ========  ==============================================================
+a picture          vector    cosine with its embedding, by a patch encoder or a model
+a slide, a region  vector    cosine with its own stored embedding
+a text             vector    cosine with its embedding by a model
+a text             text      BM25 over captions (slides only)
+a text             hybrid    both, by reciprocal rank fusion
+=================  ========  ==============================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from pathflip.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import ArrayLike, NDArray
+
+    from pathflip.archive import Archive
+    from pathflip.archive.filters import Filter
+    from pathflip.checkpoints import Run
+
+Mode = Literal["vector", "text", "hybrid"]
+Level = Literal["region", "slide"]
+Fault = Literal[
+    "not_one", "nothing_stored", "two_patients", "needs_text", "needs_model", "needs_slides"
+]
+
+FAULTS: dict[Fault, str] = {
+    "not_one": "A query is one of a text, a picture, a slide and a region.",
+    "nothing_stored": "A text or a picture has no slide or patient of the archive to leave out.",
+    "two_patients": "Leave out one patient: the query's own, or a named one.",
+    "needs_text": "The modes text and hybrid search for a text.",
+    "needs_model": "Searching for a text by its meaning needs a trained model.",
+    "needs_slides": "Captions are of slides, not of regions.",
+}
+"""What can be wrong with a query; command line and service have their own words for each."""
+
+
+class NoPatientError(ConfigError):
+    """A query that shall leave out its own patient is a slide whose patient is not known.
+
+    Nothing is searched then: results of the same patient could not be told from others.
+    """
+
+
+def query_faults(
+    sought: Collection[str],
+    *,
+    mode: str,
+    level: str,
+    exclude_same: bool = False,
+    exclude_same_patient: bool = False,
+    exclude_patient: bool = False,
+    has_model: bool = True,
+) -> set[Fault]:
+    """Check the kinds of a query's parts against each other.
+
+    Args:
+        sought: What is looked for: of ``text``, ``image``, ``slide``, ``region``.
+        mode: ``vector``, ``text`` or ``hybrid``.
+        level: ``region`` or ``slide``.
+        exclude_same: Whether the query's own slide or patient is left out.
+        exclude_same_patient: Whether it is the patient.
+        exclude_patient: Whether a named patient is left out.
+        has_model: Whether there is a trained model to embed a text with.
+    """
+    found: set[Fault] = set()
+    if len(sought) != 1:
+        found.add("not_one")
+    if exclude_same and not {"slide", "region"} & set(sought):
+        found.add("nothing_stored")
+    if exclude_same_patient and exclude_patient:
+        found.add("two_patients")
+    if "text" not in sought and mode != "vector":
+        found.add("needs_text")
+    if "text" in sought and mode != "text" and not has_model:
+        found.add("needs_model")
+    if mode == "text" and level != "slide":
+        found.add("needs_slides")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Query:
+    """A search: what is looked for, in which vectors, among which rows.
+
+    Attributes:
+        text: Words; with ``vector`` unless ``mode`` is ``text``.
+        vector: Embedding [d] of the text, or of a picture, by ``model`` or else ``encoder``.
+        slide: A slide of the archive, by id or unique file name.
+        region: A region of the archive, by id.
+        mode: By embedding (``vector``), by the words of captions (``text``), or both (``hybrid``).
+        level: Whether regions or slides are found.
+        k: Results wanted, 1 to 10,000.
+        filters: Conditions that all have to hold.
+        exclude_same_slide: Leave out the slide that ``slide`` or ``region`` names.
+        exclude_same_patient: Leave out its patient.
+        exclude_patient: Leave out this patient; slides without a patient stay.
+        encoder: Patch encoder whose embeddings are compared; may be left out when the archive holds
+            one.
+        model: Trained model whose embeddings are compared, instead.
+        fingerprint: The model's, compared with that of the stored embeddings.
+
+    Raises:
+        ConfigError: The parts do not go together, see :data:`FAULTS`.
+    """
+
+    text: str | None = None
+    vector: ArrayLike | None = None
+    slide: str | None = None
+    region: str | None = None
+    mode: Mode = "vector"
+    level: Level = "region"
+    k: int = 10
+    filters: Sequence[Filter] = ()
+    exclude_same_slide: bool = False
+    exclude_same_patient: bool = False
+    exclude_patient: str | None = None
+    encoder: str | None = None
+    model: str | None = None
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        parts = {
+            "text": self.text is not None,
+            "image": self.text is None and self.vector is not None,
+            "slide": self.slide is not None,
+            "region": self.region is not None,
+        }
+        found = query_faults(
+            [name for name, given in parts.items() if given],
+            mode=self.mode,
+            level=self.level,
+            exclude_same=self.exclude_same_slide or self.exclude_same_patient,
+            exclude_same_patient=self.exclude_same_patient,
+            exclude_patient=self.exclude_patient is not None,
+            has_model=self.vector is not None,
+        )
+        for fault, message in FAULTS.items():
+            if fault in found:
+                raise ConfigError(message)
+
+
+def run_query(archive: Archive, query: Query) -> pa.Table:
+    """Search an archive.
+
+    Returns:
+        Best first: rank (from 1), score (cosine; BM25; or the sum of reciprocal ranks), slide_id,
+        region_id (null for slides), x0, y0, size0 (level-0 px), mpp (µm per level-0 px).
+
+    Raises:
+        ArchiveError: Slide or region are not there or not ready (``unknown_slide``); the embeddings
+            are not there (``not_indexed``, ``unknown_encoder``) or of another model
+            (``wrong_model``, ``wrong_encoder``); there are no captions (``no_captions``).
+        NoPatientError: The query's own patient shall be left out and is not known.
+        ConfigError: The text is empty or too long, the vector zero, or ``k`` out of range.
+    """
+    from pathflip.archive.search import search, stored_vector
+    from pathflip.archive.textsearch import search_hybrid, search_text
+
+    among: dict[str, Any] = {
+        "k": query.k, "filters": query.filters, "exclude_patient": query.exclude_patient,
+    }  # fmt: skip
+    key = None
+    if query.slide is not None or query.region is not None:
+        key = archive.resolve(query.slide) if query.slide is not None else str(query.region)
+        among |= _left_out(archive, key, query)
+    if query.mode == "text":
+        assert query.text is not None
+        # Filters look at the rows of slides, which are the same by every encoder and model.
+        model = query.model if query.model in archive.models() else None
+        encoder = next(iter(archive.encoders()), None) if model is None else None
+        return search_text(archive, query.text, encoder=encoder, model=model, **among)
+    vector = query.vector
+    if vector is None:
+        assert key is not None
+        vector = stored_vector(archive, key, encoder=query.encoder, model=query.model)
+    space: dict[str, Any] = {"model": query.model, "fingerprint": query.fingerprint}
+    if query.mode == "hybrid":
+        assert query.text is not None
+        return search_hybrid(archive, query.text, vector, level=query.level, **space, **among)
+    return search(archive, vector, level=query.level, encoder=query.encoder, **space, **among)
+
+
+def embed_texts(run: Run, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Embed texts by a run's model, to search with.
+
+    Returns:
+        [n, d], of length 1.
+    """
+    vectors = run.model.encode_text(texts).float().cpu().numpy()
+    return np.ascontiguousarray(vectors, np.float32)
+
+
+def embed_regions(
+    run: Run, regions: Sequence[NDArray[np.float32]], *, slots: int
+) -> NDArray[np.float32]:
+    """Embed a picture by a run's model, as it embeds a slide.
+
+    Args:
+        run: The trained model.
+        regions: Patch features [n, d_in] of each region, 1 to ``slots`` patches, see
+            :func:`pathflip.image_query.image_regions`.
+        slots: Patch slots of a region.
+
+    Returns:
+        [d], of length 1.
+    """
+    import torch
+
+    features = torch.zeros(1, len(regions), slots, regions[0].shape[1])
+    mask = torch.zeros(1, len(regions), slots, dtype=torch.bool)
+    for number, values in enumerate(regions):
+        features[0, number, : len(values)] = torch.from_numpy(values)
+        mask[0, number, : len(values)] = True
+    vector = run.model.encode_slide(features, mask).slide[0].float().cpu().numpy()
+    return np.ascontiguousarray(vector, np.float32)
+
+
+def _left_out(archive: Archive, key: str, query: Query) -> dict[str, Any]:
+    """Return the slide and the patient that a query by a stored embedding leaves out."""
+    slide = key.rpartition("/")[0] or key
+    archive.resolve(slide)  # says so if there is none
+    found: dict[str, Any] = {"exclude_slide": slide if query.exclude_same_slide else None}
+    if query.exclude_same_patient:
+        patient = archive.slide(slide)["patient_id"]
+        if patient is None:
+            raise NoPatientError(
+                f"The archive knows no patient of {slide}.",
+                hint="Give them when ingesting (--patients CSV), or use --exclude-same-slide.",
+            )
+        found["exclude_patient"] = patient
+    return found
