@@ -22,7 +22,7 @@ unexport RAY_ADDRESS RAY_AUTH_TOKEN
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /\1\t/' | expand -t 10
-	@echo; echo "GPU=1 before any target: the CUDA build in .venv-gpu (docs/install.md)."
+	@echo; echo "GPU=1 before any target: the CUDA build in .venv-gpu (docs/howto/install.md)."
 
 install: $(STAMP)  ## make .venv with the pinned versions (the other targets do this by themselves)
 
@@ -52,7 +52,7 @@ format: $(STAMP)  ## rewrite files to the house style
 bench: $(STAMP)  ## measure ingest on slides it makes (ARGS=--json for one JSON document)
 	@$(PY) -m tests.bench.ingest $(ARGS)
 
-# torch's CPU wheels come from where UV_FIND_LINKS or UV_EXTRA_INDEX_URL points (docs/install.md).
+# torch's CPU wheels come from where UV_FIND_LINKS or UV_EXTRA_INDEX_URL points (docs/howto/install.md).
 UV = $(or $(shell command -v uv),$(wildcard .venv/bin/uv),$(error make lock needs uv: pip install uv))
 compile = $(UV) pip compile -q pyproject.toml requirements/build.in \
 	--extra ray --extra encoders --extra dev --extra $(1) \

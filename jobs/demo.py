@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 TRUNCATED, WITHOUT_MPP, GLASS = "truncated.svs", "without-mpp.tif", "glass.svs"
 PLANTED = (TRUNCATED, WITHOUT_MPP)
 COHORT = 960
-"""Slides made: with fewer, a model trained from scratch learns them by heart (docs/models.md)."""
+"""Slides made: fewer, and a model trained from scratch memorises them (docs/concepts/models.md)."""
 SIZE_UM = 1024.0
 REGION_UM, PATCH_UM = 256.0, 32.0
 """The cohort's slides are small, so its regions are: 16 a slide, of 64 patches."""
@@ -160,7 +160,7 @@ def demo(
     print(f'  {_program()} ground {slide} "necrosis" {where} --out heat.png')
     of_tuned = f"--archive {_quoted(archive.uri)} --run {_quoted(tuned)}"
     print(f'  {_program()} ask {slide} "How many foci of necrosis are there?" {of_tuned}')
-    print("And the service, which answers what OpenAI clients ask (docs/serve.md):")
+    print("And the service, which answers what OpenAI clients ask (docs/howto/serve.md):")
     print(f"  {_program()} serve {where} --llm {_quoted(tuned)}")
     if serve:
         _ask_the_service(archive.uri, str(run.path), tuned, slide)

@@ -67,7 +67,7 @@ if ! install "$torch" >"$log" 2>&1; then
   [[ $torch == *+cpu ]] || fail "$(<"$log")"  # other builds are on no index of their own
   [[ $torch_index ]] && echo "Trying $torch_index." && install "$from" "$torch_index" "$torch" ||
     fail "No $torch to be had. Set PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS or TORCH_INDEX to where" \
-      "PyTorch's CPU wheels are and run this again (docs/install.md)."
+      "PyTorch's CPU wheels are and run this again (docs/howto/install.md)."
 fi
 grep -v '^torch=' <<<"$exact" | install -r /dev/stdin |
   sed '/^Requirement already satisfied/d'

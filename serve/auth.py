@@ -94,7 +94,7 @@ def read_tokens(path: str | Path) -> Tokens:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(
             f"The token file {path} cannot be read: {reason}.",
-            hint="Give an existing file; docs/serve.md shows one.",
+            hint="Give an existing file; docs/howto/serve.md shows one.",
             code="token_file",
         ) from error
     if stat.S_IMODE(mode) & 0o077:

@@ -53,7 +53,7 @@ def run(
     if config.token_file is None and not is_loopback(host):
         raise ConfigError(
             f"Without tokens the service listens on this machine only, not on {host}.",
-            hint="Give --token-file; docs/serve.md shows one.",
+            hint="Give --token-file; docs/howto/serve.md shows one.",
             code="no_tokens",
         )
     _check_port(host, port)

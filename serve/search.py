@@ -2,7 +2,7 @@
 
 A query is :func:`pathflip.archive.search.search` in a thread: Lance and NumPy work without the
 interpreter's lock, so the event loop stays free. LanceDB's asynchronous API was measured beside it
-(docs/serve.md): for the same columns it took nearly twice as long per query, because what the
+(docs/howto/serve.md): for the same columns it took nearly twice as long per query, because what the
 library keeps in memory of a table has to be read each time.
 """
 

@@ -28,7 +28,7 @@ class IngestConfig:
     """Folder of <slide name>.geojson files used as tissue instead of the computed mask."""
     halving: Literal["exact", "dct"] = "dct"
     """How a twice finer JPEG base is halved: in the DCT domain, or by exact area averages, which
-    take half as long again. docs/performance.md has what it does to features."""
+    take half as long again. docs/notes/performance.md has what it does to features."""
     device: str = "auto"
     """auto, cpu or cuda."""
     actors: int | None = None

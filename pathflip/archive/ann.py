@@ -1,7 +1,7 @@
 """The regions nearest to a query by the vector index, with conditions.
 
 What Lance is asked for is little and what is kept in memory is bounded, for the reasons and the
-numbers in docs/performance.md.
+numbers in docs/notes/performance.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CLOSE = 1e-5  # float32 products of unit vectors are this near the true ones, w
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How hard a vector index is searched; docs/performance.md has what each costs and finds.
+    """How hard a vector index is searched; docs/notes/performance.md has what each costs and finds.
 
     Args:
         probes: Partitions looked into at least; more where a filter leaves too few rows.

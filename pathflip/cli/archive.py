@@ -35,7 +35,8 @@ def ingest(
     sources: Annotated[list[str], typer.Argument(help="Slide files and folders.", metavar="SRC…")],
     archive: ArchiveOption,
     encoder: Annotated[
-        str | None, typer.Option(help="Patch encoder, or several with commas (docs/encoders.md).")
+        str | None,
+        typer.Option(help="Patch encoder, or several with commas (docs/reference/encoders.md)."),
     ] = None,
     mpp_csv: Annotated[
         str | None, typer.Option(help="CSV slide,mpp where metadata is missing or wrong.")
@@ -47,7 +48,8 @@ def ingest(
         str | None, typer.Option(help="Reports: CSV slide,caption, or SlideInstruction JSON.")
     ] = None,
     questions: Annotated[
-        str | None, typer.Option(help="Questions about slides: CSV or JSON (docs/data-model.md).")
+        str | None,
+        typer.Option(help="Questions about slides: CSV or JSON (docs/reference/data-model.md)."),
     ] = None,
     tissue: Annotated[
         str | None, typer.Option(help="Folder of your own <slide>.geojson tissue outlines.")

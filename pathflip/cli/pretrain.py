@@ -26,7 +26,8 @@ def pretrain(
     archive: ArchiveOption,
     run: Annotated[str, typer.Option("--run", help="Run folder: checkpoints, metrics, model.")],
     preset: Annotated[
-        str | None, typer.Option(help="What to start from, e.g. pathflip/mini (docs/pretrain.md).")
+        str | None,
+        typer.Option(help="What to start from, e.g. pathflip/mini (docs/howto/pretrain.md)."),
     ] = None,
     min_workers: Annotated[
         int | None, typer.Option(help="Go on with as few workers as this.", min=1)

@@ -32,7 +32,8 @@ def tune(
         str, typer.Option("--out", help="Run folder: checkpoints, metrics, model, llm.")
     ],
     preset: Annotated[
-        str | None, typer.Option(help="What to start from, e.g. instruct/mini (docs/tune.md).")
+        str | None,
+        typer.Option(help="What to start from, e.g. instruct/mini (docs/howto/tune.md)."),
     ] = None,
     min_workers: Annotated[
         int | None, typer.Option(help="Go on with as few workers as this.", min=1)

@@ -286,7 +286,7 @@ def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
             raise EncoderError(
                 f"Encoder {card.name} comes with code of its own, which pathflip does not run.",
                 hint="Use a model whose architecture transformers has, or export it to "
-                "TorchScript (docs/encoders.md).",
+                "TorchScript (docs/reference/encoders.md).",
                 code="remote_code",
             ) from error
         raise _bad(card.name, str(error).splitlines()[0]) from error

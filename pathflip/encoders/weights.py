@@ -138,8 +138,8 @@ def _unreachable(name: str, repository: str, elsewhere: str) -> EncoderError:
 def _pickled(name: str, what: str) -> EncoderError:
     return EncoderError(
         f"Encoder {name}: {what}, and pathflip loads no pickles.",
-        hint="Convert the weights to safetensors (docs/encoders.md shows how) and name their "
-        f"folder: {name}=/path/to/folder.",
+        hint="Convert the weights to safetensors (docs/reference/encoders.md shows how) and name "
+        f"their folder: {name}=/path/to/folder.",
         code="pickle_weights",
     )
 

@@ -191,7 +191,7 @@ def read_tasks(path: str | Path) -> Suite:
     if not isinstance(content, Mapping) or not isinstance(content.get("tasks"), list):
         raise ConfigError(
             f"{path} holds no list of tasks.",
-            hint="Write tasks: [{name: …, prompts: […]}, …]; see docs/evaluation.md.",
+            hint="Write tasks: [{name: …, prompts: […]}, …]; see docs/howto/evaluation.md.",
             code="tasks",
         )
     _known(content, ("version", "templates", "neutral", "tasks"), where=str(path))

@@ -87,7 +87,7 @@ def default_tasks(archive: Archive) -> Path:
         return found
     raise ConfigError(
         f"No tasks.yaml lies beside the folder of the slides of {archive.uri}.",
-        hint="Give one with --tasks; docs/evaluation.md shows how it is written.",
+        hint="Give one with --tasks; docs/howto/evaluation.md shows how it is written.",
         code="no_tasks",
     )
 

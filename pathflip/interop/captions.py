@@ -70,7 +70,7 @@ def read_captions(path: str | Path) -> list[CaptionRow]:
     else:
         rows = list(_csv(file))
     if not rows:
-        raise ConfigError(f"{path} holds no captions.", hint="See docs/data-model.md.")
+        raise ConfigError(f"{path} holds no captions.", hint="See docs/reference/data-model.md.")
     return _merged(file, rows)
 
 

@@ -76,7 +76,7 @@ def read_questions(path: str | Path) -> list[Question]:
     file = Path(path).expanduser()
     found = list(_json(file) if read_text(file).lstrip()[:1] in ("[", "{") else _csv(file))
     if not found:
-        raise ConfigError(f"{path} holds no questions.", hint="See docs/data-model.md.")
+        raise ConfigError(f"{path} holds no questions.", hint="See docs/reference/data-model.md.")
     return found
 
 

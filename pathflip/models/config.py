@@ -228,7 +228,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             ),
             train={"contig_off_by_one": True, "batch_size": 8},
         ),
-        # Trains on two CPU cores in minutes on the synthetic cohort (docs/models.md).
+        # Trains on two CPU cores in minutes on the synthetic cohort (docs/concepts/models.md).
         "pathflip/mini": Preset(
             model=PathFLIPConfig(
                 feature_dim=131,
@@ -270,7 +270,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
     }
 )
-"""The named models; see docs/models.md."""
+"""The named models; see docs/concepts/models.md."""
 
 
 def preset(name: str) -> Preset:

@@ -340,7 +340,7 @@ def tasks() -> dict[str, Any]:
     """The zero-shot tasks of a cohort, in held-out wording; see ``pathflip.evaluation.prompts``.
 
     Presence of each finding, classes among several, and the genes as positive minus negative; all
-    by local scores, which were best on validation slides (docs/evaluation.md).
+    by local scores, which were best on validation slides (docs/howto/evaluation.md).
     """
     found: list[dict[str, Any]] = [
         {

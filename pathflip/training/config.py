@@ -57,11 +57,12 @@ TUNE_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "pieces": "affirmed",
         "open_share": 1.0,
         "weight_decay": 0.01,
-        # The loss of whole captions is no measure of the findings that are read (docs/instruct.md).
+        # The loss of whole captions does not measure the findings read
+        # (docs/concepts/instruct.md).
         "best": "last",
     },
 }
-"""Settings that differ from the defaults, by preset; see docs/tune.md."""
+"""Settings that differ from the defaults, by preset; see docs/howto/tune.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 Makes its own slides (kept in the system's temporary folder), runs both sides of every ratio in one
 run, interleaved, and counts CPU seconds of all processes, so that other load on the machine
-disturbs the figures little. docs/performance.md says what each figure means and what was measured.
+disturbs the figures little. docs/notes/performance.md says what each figure means and has the
+measurements.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Both sides do one step (forward and backward, fp32) of the published model's sizes on the same
 weights, features and texts, each in processes of its own: CPU seconds of the second step, and the
 most memory held beyond what the libraries hold by themselves. Their losses must be equal.
-docs/models.md says what was measured.
+docs/concepts/models.md says what was measured.
 """
 
 from __future__ import annotations

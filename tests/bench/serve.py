@@ -10,7 +10,7 @@ with the client. Both sides of a ratio run on the same prompts in one run, takin
 * ``scale``: one replica to two under load, one of two killed, a new version under open streams;
 * ``startup``: what a start of the engine costs as vLLM does it and as it is done here.
 
-docs/performance.md says what was measured.
+docs/notes/performance.md says what was measured.
 """
 
 from __future__ import annotations

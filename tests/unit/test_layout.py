@@ -1,4 +1,4 @@
-"""Who may import whom (docs/architecture.md), and what no module of ours may do."""
+"""Who may import whom (docs/concepts/architecture.md), and what no module of ours may do."""
 
 from __future__ import annotations
 
