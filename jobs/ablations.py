@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from jobs.pretrain import PretrainConfig, pretrain, resolve
-from jobs.progress import HasLine
 from pathflip.archive import Archive
 from pathflip.archive.storage import normalise
 from pathflip.checkpoints import load_run
@@ -32,6 +31,7 @@ from pathflip.evaluation.prompts import read_tasks
 from pathflip.evaluation.suite import evaluate_all, headline
 from pathflip.evaluation.zeroshot import default_tasks
 from pathflip.files import write_file
+from pathflip.progress import HasLine, Report
 from pathflip.training.config import as_overrides, load_settings, save_settings
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ class AblationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class AblationProgress:
     """How many trainings are done and what the last word was."""
 
     done: int
@@ -102,9 +102,6 @@ class Progress:
     def line(self) -> str:
         """One line for people."""
         return f"ablations {self.done}/{self.total} · {self.inner}"
-
-
-Report = Callable[[HasLine], None]
 
 
 def pretrain_config(
@@ -322,7 +319,7 @@ def _inner(progress: Report | None, *, done: int, total: int, name: str) -> Repo
 
     def tell(inner: HasLine) -> None:
         progress(
-            Progress(
+            AblationProgress(
                 done=done,
                 total=total,
                 inner=f"{name}: {inner.line()}",
@@ -386,7 +383,7 @@ def _train_beside(
                     finished += 1
                     if progress is not None:
                         inner = f"{folders[key].name} is trained"
-                        progress(Progress(done=finished, total=len(plans), inner=inner))
+                        progress(AblationProgress(done=finished, total=len(plans), inner=inner))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -22,15 +22,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from jobs.batch_vllm import AnswerConfig, Item, Speaker, key_of
-from jobs.ray_data import fatal, spread
+import pyarrow as pa
+
+from jobs.batch_vllm import (
+    AnswerConfig,
+    BatchSlideQA,
+    Item,
+    check_settings,
+    key_of,
+    map_engines,
+)
 from pathflip.archive import Archive
 from pathflip.archive.slide_names import SlideNames, listed
-from pathflip.errors import CheckpointError, ConfigError, PathFLIPError
-from pathflip.evaluation.encode import Progress, Report, list_slides
+from pathflip.errors import CheckpointError, ConfigError
+from pathflip.evaluation.encode import list_slides
 from pathflip.files import claim
+from pathflip.progress import Progress, Report
 from pathflip.slide_qa import check_question, tuned_name
-from pathflip.vllm_engine import engine_arguments
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
@@ -39,15 +47,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerResult:
-    """What a run did, or with ``dry_run`` would do.
+    """Result of a batch, or with ``dry_run`` what it would be.
 
     Attributes:
-        model: Name of the run.
-        out: The file of lines.
-        written: Captions or answers written now.
+        model: Name of the tuned run.
+        out: The output file.
+        written: Captions or answers written by this run.
         failed: {slide_id: reason code} of slides that could not be done.
-        skipped: Captions or answers that were there.
-        unmatched: Names in the file of questions that no slide, or several slides, have.
+        skipped: Captions or answers that were in the file before.
+        unmatched: Names in the file of questions that match no slide, or several.
         seconds: Wall time.
     """
 
@@ -121,7 +129,7 @@ def ask_all(
         config: Settings.
         address: Ray cluster.
         progress: Called whenever slides are done.
-        dry_run: Say what would be done.
+        dry_run: Say what would be done; write nothing, start nothing.
 
     Raises:
         CheckpointError, ConfigError, ArchiveError: See :func:`caption_all`; also where the file of
@@ -147,7 +155,7 @@ def ask_all(
 
 
 def read_asked(path: str) -> list[Question]:
-    """Questions of a file; of a table without a column ``answer`` as well.
+    """Return the questions of a file; a table may lack the column ``answer``.
 
     Raises:
         ConfigError: The file holds no questions, or a line of it is wrong.
@@ -204,7 +212,7 @@ def _answer(
 ) -> AnswerResult:
     started = time.monotonic()
     config = config or AnswerConfig()
-    engine_arguments(run.path / "llm", config.engine)  # what is wrong shall be said now
+    check_settings(run.path / "llm", config.engine, address=address)
     path, model = Path(out).expanduser().absolute(), tuned_name(run)
     had = _read_lines(path, model, asking=asking)
     todo: dict[str, list[Item]] = {}
@@ -220,7 +228,7 @@ def _answer(
     if todo and not dry_run:
         done = 0
         with _appending(path) as file:
-            for slide, lines in _pipeline(todo, archive.uri, run, config, address):
+            for slide, lines in _answered(todo, archive.uri, run, config, address):
                 new = []
                 for line in lines:
                     line = {"slide_id": slide, "model": model, **line}
@@ -252,10 +260,11 @@ def _answer(
 
 
 def _read_lines(path: Path, model: str, *, asking: bool) -> dict[tuple[Any, ...], Item]:
-    """{what was asked: its last line}; a line that a killed run left half written is not there.
+    """Return {request: its last line}, without a line that a killed run left half written.
 
     Raises:
-        ConfigError: The file is not one of these, of another model, or of the other kind.
+        ConfigError: The file holds something else, lines of another model, or captions where
+            answers are written (or the reverse).
     """
     if not path.exists():
         return {}
@@ -267,7 +276,7 @@ def _read_lines(path: Path, model: str, *, asking: bool) -> dict[tuple[Any, ...]
             line = json.loads(raw)
             slide, of = line["slide_id"], line["model"]
         except (ValueError, KeyError, TypeError) as error:
-            raise _other_file(path, f"line {number} is no answer") from error
+            raise _other_file(path, f"line {number} is neither a caption nor an answer") from error
         if of != model:
             raise _other_file(path, f"line {number} is of model {of}, not of {model}")
         if ("question" in line) != asking:
@@ -276,7 +285,7 @@ def _read_lines(path: Path, model: str, *, asking: bool) -> dict[tuple[Any, ...]
             )
         found[key_of(slide, line)] = line
     if not whole and text.strip():
-        raise _other_file(path, "it holds no line")
+        raise _other_file(path, "it is not a file of JSON lines")
     return found
 
 
@@ -290,7 +299,7 @@ def _other_file(path: Path, what: str) -> ConfigError:
 
 @contextmanager
 def _appending(path: Path) -> Iterator[BinaryIO]:
-    """The file, of which this process is the only writer, cut after its last whole line."""
+    """Yield the file, locked by this process and cut after its last whole line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         if not claim(file.fileno()):
@@ -314,61 +323,56 @@ def _append(file: BinaryIO, text: str) -> None:
 # -- the engines ----------------------------------------------------------------------------------
 
 
-def _pipeline(
+def _answered(
     todo: dict[str, list[Item]],
     archive: str,
     run: Run,
     config: AnswerConfig,
     address: str | None,
 ) -> Iterator[tuple[str, list[Item]]]:
-    """Yields each slide with its lines."""
-    rows = [{"slide_id": slide, "items": json.dumps(items)} for slide, items in todo.items()]
-    for batch in spread(
-        rows,
-        Writer,
+    """Yield each slide with its lines."""
+    tables = map_engines(
+        [{"slide_id": slide, "items": json.dumps(items)} for slide, items in todo.items()],
+        AnswerActor,
         (str(run.path), tuned_name(run), archive, config),
         at_once=config.slides_at_once,
         actors=config.actors,
         engine=config.engine,
         address=address,
-    ):
-        for row in batch:
+    )
+    for table in tables:
+        for row in table.to_pylist():
             yield row["slide_id"], json.loads(row["lines"])
 
 
-class Writer:
-    """Holds the vision model and an engine; a row in is a slide, the row out its lines."""
+class AnswerActor:
+    """Answers with a tuned run, whose language model is in an engine; one actor of the job.
+
+    Args:
+        run: The run's folder.
+        model: Name of the tuned run the driver found there.
+        archive: Archive URI.
+        config: Settings.
+
+    Raises:
+        CheckpointError: There is no tuned model in the run, or another one (``wrong_model``).
+        ConfigError: The engine cannot be started with these settings.
+    """
 
     def __init__(self, run: str, model: str, archive: str, config: AnswerConfig) -> None:
-        self._fatal = ""
-        try:
-            self._speaker = Speaker(run, config)
-            if tuned_name(self._speaker.run) != model:
-                raise CheckpointError(
-                    f"{run} holds another model on this node than on the driver's.",
-                    hint="Put the run where every node sees the same folder.",
-                    code="wrong_model",
-                )
-            self._archive = Archive(archive)
-        except PathFLIPError as error:  # raised here, Ray would start the actor again and again
-            self._fatal = fatal(error)
+        self._qa = BatchSlideQA(run, config)
+        if tuned_name(self._qa.run) != model:
+            raise CheckpointError(
+                f"{run} holds another model on this node than on the driver's.",
+                hint="Put the run where every node sees the same folder.",
+                code="wrong_model",
+            )
+        self._archive = Archive(archive)
 
-    def __call__(self, slides: dict[str, Any]) -> dict[str, Any]:
-        """Answers what is asked of each slide."""
-        names = list(slides["slide_id"])
-        if self._fatal:
-            return {
-                "slide_id": names,
-                "lines": ["[]"] * len(names),
-                "fatal": [self._fatal] * len(names),
-            }
-        asked = {
-            str(slide): json.loads(items)
-            for slide, items in zip(names, slides["items"], strict=True)
-        }
-        lines = self._speaker.lines(self._archive, asked)
-        return {
-            "slide_id": names,
-            "lines": [json.dumps(lines[str(slide)]) for slide in names],
-            "fatal": [""] * len(names),
-        }
+    def __call__(self, slides: list[dict[str, str]]) -> pa.Table:
+        """Return each slide's lines."""
+        asked = {row["slide_id"]: json.loads(row["items"]) for row in slides}
+        lines = self._qa.lines(self._archive, asked)
+        return pa.table(
+            {"slide_id": list(lines), "lines": [json.dumps(one) for one in lines.values()]}
+        )

@@ -1,22 +1,25 @@
-"""One process's share of the answers: a tuned run whose language model runs in vLLM.
+"""Slides and questions through vLLM: engines in Ray Data actors, and a tuned run with one of them.
 
-:class:`Speaker` is what an actor of jobs/answer.py holds. The vision model and the projector make
-prompt embeddings here; the engine has the language model, adapter folded in, so there is one copy
-of it.
+:class:`BatchSlideQA` is what an actor of jobs/answer.py holds. The slide model and the projector
+make prompt embeddings in the actor; the engine has the language model, adapter folded in, so there
+is one copy of it. jobs/decompose.py needs only the engine.
 
 Shapes: P visual tokens, D width of the language model, T length of a prompt.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
-from jobs.ray_data import tell
+from jobs.ray_data import available, map_actors
+from pathflip.config import check_positive
 from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
 from pathflip.slide_qa import (
     CAPTION_TOKENS,
@@ -27,7 +30,7 @@ from pathflip.slide_qa import (
     slide_input,
     softmax,
 )
-from pathflip.vllm_engine import EngineConfig, engine_arguments, offline, uses_gpu
+from pathflip.vllm_engine import EngineConfig, context_length, offline, uses_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +38,16 @@ if TYPE_CHECKING:
     from pathflip.archive import Archive
 
 Item = dict[str, Any]
-"""What is asked of a slide: {} for a caption, else {"question", "choices"}; also a line of it."""
+"""Request about a slide: {} for a caption, else {"question", "choices"}; also a line of output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerConfig:
-    """Settings of the job."""
+    """Settings of captions and answers in batch.
+
+    Raises:
+        ConfigError: A number is out of its range.
+    """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     actors: int | None = None
@@ -51,20 +58,82 @@ class AnswerConfig:
     permute: int = 1
     """Cyclic orders that options are shown in; probabilities are averaged."""
 
+    def __post_init__(self) -> None:
+        check_positive(self, "actors", "slides_at_once", "max_new_tokens", "permute")
+
 
 @dataclass
 class _Request:
-    """A prompt on its way through the engine."""
+    """One prompt to the engine, and the request it belongs to."""
 
     slide: str
     item: Item
     prompt: torch.Tensor
     order: tuple[int, ...] = ()
     token: tuple[int, int] | None = None
-    """Of which option the next token is scored, and that token."""
+    """Position of the option whose token is scored as the next one, and that token."""
 
 
-class Speaker:
+def map_engines(
+    rows: Sequence[dict[str, str]],
+    actor: type,
+    arguments: tuple[Any, ...],
+    *,
+    at_once: int,
+    actors: int | None,
+    engine: EngineConfig,
+    address: str | None,
+) -> Iterator[pa.Table]:
+    """Give rows to actors that each hold a vLLM engine; see :func:`jobs.ray_data.map_actors`.
+
+    Args:
+        rows: Columns of text.
+        actor: Class of the actors.
+        arguments: Arguments of its constructor.
+        at_once: Rows an actor is given together.
+        actors: How many; None means one per GPU, or one where there is none.
+        engine: Settings of an engine.
+        address: Ray cluster; see ``cluster.connect``.
+
+    Raises:
+        ConfigError: The engine's device is cuda and there is no GPU.
+        PathFLIPError: The error an actor raised.
+    """
+    if not rows:
+        return
+    from ray.data import ActorPoolStrategy
+
+    from jobs.cluster import connect
+
+    there = available(engine.device, private=connect(address))
+    blocks = -(-len(rows) // at_once)
+    yield from map_actors(
+        rows,
+        actor,
+        arguments,
+        at_once=at_once,
+        blocks=blocks,
+        pool=ActorPoolStrategy(size=min(actors or max(there.gpus, 1), blocks)),
+        num_cpus=float(engine.threads),
+        num_gpus=1.0 if there.use_gpu else 0.0,
+    )
+
+
+def check_settings(folder: str | Path, engine: EngineConfig, *, address: str | None) -> None:
+    """Refuse engine settings that cannot work, on the driver, before anything is started.
+
+    A GPU is looked for here only where no cluster is named: a driver needs none.
+
+    Raises:
+        CheckpointError: There is no language model in the folder.
+        ConfigError: A setting does not go with the model, or there is no GPU and one is asked for.
+    """
+    context_length(folder, engine)
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        uses_gpu(engine)
+
+
+class BatchSlideQA:
     """A tuned run with its language model in a vLLM engine of this process.
 
     Args:
@@ -89,14 +158,14 @@ class Speaker:
         device = "cuda" if uses_gpu(config.engine) else "cpu"
         self.front = InstructFront.from_pretrained(folder, llm=llm).to(device)
         self.run = replace(self.run, model=self.front.vision)
-        self._context = int(engine_arguments(llm, config.engine)["max_model_len"])
+        self._context = context_length(llm, config.engine)
 
     def lines(self, archive: Archive, asked: dict[str, list[Item]]) -> dict[str, list[Item]]:
-        """Answer what is asked of some slides, all prompts in the engine together.
+        """Answer requests about slides, all prompts in the engine together.
 
         Args:
-            archive: Where the slides' features are.
-            asked: {slide_id: what is asked of it}.
+            archive: Archive with the slides' features.
+            asked: {slide_id: its requests}.
 
         Returns:
             {slide_id: a line for each, in that order, without slide and model}.
@@ -105,21 +174,22 @@ class Speaker:
         waiting: list[_Request] = []
         for slide, items in asked.items():
             try:
-                prefix = self.see(archive, slide)
+                prefix = self.visual_prefix(archive, slide)
             except PathFLIPError as error:
                 for item in items:
-                    said[key_of(slide, item)] = {**item, "error": tell(error)}
+                    said[key_of(slide, item)] = {**item, "error": error.as_json()}
                 continue
             for item in items:
                 requests = list(self._requests(slide, item, prefix))
                 longest = max(len(request.prompt) for request in requests)
                 if longest >= self._context:
                     too_long = ConfigError(
-                        f"The prompt has {longest:,} tokens and the model reads {self._context:,}.",
+                        f"The prompt has {longest:,} tokens; the language model reads at most "
+                        f"{self._context:,}.",
                         hint="Ask about a part of the slide, or a shorter question.",
                         code="prompt_too_long",
                     )
-                    said[key_of(slide, item)] = {**item, "error": tell(too_long)}
+                    said[key_of(slide, item)] = {**item, "error": too_long.as_json()}
                 else:
                     waiting += requests
         self._run(waiting, said)
@@ -127,8 +197,8 @@ class Speaker:
             slide: [said[key_of(slide, item)] for item in items] for slide, items in asked.items()
         }
 
-    def see(self, archive: Archive, slide: str) -> torch.Tensor:
-        """A slide's visual tokens [P, D].
+    def visual_prefix(self, archive: Archive, slide: str) -> torch.Tensor:
+        """Return a slide's visual tokens [P, D].
 
         Raises:
             ArchiveError: The slide's rows are damaged, or its features are not finite.
@@ -140,7 +210,8 @@ class Speaker:
             prefix = self.front.see(features, mask)[0]
         if not torch.isfinite(prefix).all():
             raise ArchiveError(
-                f"The features of slide {slide} give values that are not finite.",
+                f"The model gives values that are not finite for slide {slide}: its features are "
+                "damaged.",
                 hint=f"Ingest it again: pathflip slides retry {slide} --archive {archive.uri}",
                 code="not_finite",
             )
@@ -227,5 +298,5 @@ def _choice(request: _Request, scores: np.ndarray[Any, Any]) -> Item:
 
 
 def key_of(slide: str, item: Item) -> tuple[Any, ...]:
-    """What is asked of which slide, as a key; of a line likewise."""
+    """Return the key of a request, or of its line: slide, question and options."""
     return (slide, item.get("question"), tuple(item.get("choices") or ()))

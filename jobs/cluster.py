@@ -1,4 +1,4 @@
-"""How every job reaches Ray: the cluster it was submitted to, one named, or this machine."""
+"""Connects jobs to Ray: a named cluster, the one they were submitted to, or this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def connect(address: str | None = None) -> bool:
             submitted to (RAY_ADDRESS), else a private one on this machine that ends with it.
 
     Returns:
-        Whether Ray runs on this machine alone, so that there is no more than there is now.
+        Whether Ray runs on this machine alone, so that its resources cannot grow.
 
     Raises:
         ConfigError: The named cluster does not answer.
@@ -39,10 +39,10 @@ def connect(address: str | None = None) -> bool:
                 code="no_cluster",
             ) from error
         return False
-    # What Ray and Lance say to themselves is no help on a terminal.
+    # Logs of Ray and Lance do not help whoever reads a terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("LANCE_LOG", "error")
-    # Ray starts workers at niceness 15: right beside a service, not for a job of one's own.
+    # Ray starts workers at niceness 15: right beside a service, wrong for a job alone.
     os.environ.setdefault("RAY_worker_niceness", "0")
     for attempt in range(START_ATTEMPTS):
         try:

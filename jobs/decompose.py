@@ -1,13 +1,13 @@
-"""Decompose: a language model cuts captions into statements that can be seen in a slide.
+"""Decompose: a language model cuts captions into statements about what a slide shows.
 
-Captions are spread over Ray Data actors, each a vLLM engine; the driver checks what comes back and
-commits it to the archive, ``captions.statements`` with the model's name beside it. Pretraining
-draws sub-captions from them with ``-o pieces=statements``.
+Captions are spread over Ray Data actors, each with a vLLM engine; the driver checks what they
+return and commits it to the archive: ``captions.statements``, with the model's name beside it.
+Pretraining draws sub-captions from them with ``-o pieces=statements``.
 
-Nothing a model says is believed: a statement is kept only if it names a sentence of the caption,
-most of its words stand in that sentence, and it denies what the sentence denies and nothing else.
-What is dropped is counted. A caption of which nothing is left keeps its sentences instead. Equal
-captions are asked about once, and captions that this model was asked about are not asked again.
+A statement is kept only if it names a sentence of the caption, most of its words stand in that
+sentence, and both are negated or neither is. Dropped statements are counted. A caption without any
+keeps its sentences instead. Equal captions are sent to the model once, and none is sent to the same
+model again.
 
     python -m jobs.decompose --archive URI --llm DIR       (the same as: pathflip decompose …)
 """
@@ -26,15 +26,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.ray_data import fatal, spread
+from jobs.batch_vllm import check_settings, map_engines
 from pathflip.archive import CAPTIONS, Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.schema import CHECKSUM, captions_schema
-from pathflip.errors import ArchiveError, PathFLIPError
-from pathflip.evaluation.encode import Progress, Report
+from pathflip.config import check_positive
+from pathflip.errors import ArchiveError
+from pathflip.progress import Progress, Report
 from pathflip.text import denies, split_sentences
-from pathflip.vllm_engine import EngineConfig, engine_arguments, offline
+from pathflip.vllm_engine import EngineConfig, context_length, offline
 
 INSTRUCTION = """\
 Split the pathology caption into short, self-contained statements. Keep only findings that could be
@@ -43,7 +44,7 @@ specimen handling, staging codes, margin distances, clinical history and IHC res
 caption's own words. Write one JSON object per line, with the number of the sentence it comes from:
 {"visual_description": "...", "source_sentence": 1}"""
 GROUNDED = 0.6
-"""Share of a statement's content words that must stand in its sentence (method A.5)."""
+"""Share of a statement's content words that must stand in its sentence."""
 _STOP = frozenset(
     re.findall(
         r"\w+",
@@ -56,7 +57,11 @@ _STOP = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class DecomposeConfig:
-    """Settings of the job."""
+    """Settings of the job.
+
+    Raises:
+        ConfigError: A number is out of its range.
+    """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     actors: int | None = None
@@ -64,23 +69,27 @@ class DecomposeConfig:
     captions_at_once: int = 64
     """Captions an engine is given together."""
     max_new_tokens: int = 1024
+    """Most tokens of a caption's statements."""
     source: str | None = None
     """Only captions of this source."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "actors", "captions_at_once", "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecomposeResult:
-    """What a run did, or with ``dry_run`` would do.
+    """Result of the job, or with ``dry_run`` what it would be.
 
     Attributes:
-        model: What the archive calls the language model.
-        captions: Captions done now.
-        skipped: Captions that this model was asked about before.
-        statements: Statements kept, over all captions done now.
-        fell_back: Captions of which no statement was kept: they have their sentences.
-        dropped: {reason: count} of what the model said and was not kept: ``not_json``,
-            ``no_source``, ``not_grounded``, ``denial``, ``duplicate``, and ``too_long``, captions
-            that do not fit the model.
+        model: Name of the language model in the archive.
+        captions: Captions done by this run.
+        skipped: Captions this model has done before.
+        statements: Statements kept, over all captions of this run.
+        fell_back: Captions without a statement, which keep their sentences.
+        dropped: {reason: count} of statements that were not kept: ``not_json``, ``no_source``,
+            ``not_grounded``, ``denial``, ``duplicate``; and of captions longer than the model
+            reads, ``too_long``.
         seconds: Wall time.
     """
 
@@ -106,7 +115,7 @@ def decompose(
     progress: Report | None = None,
     dry_run: bool = False,
 ) -> DecomposeResult:
-    """Writes statements for all captions that have none by this model yet.
+    """Write statements for all captions that have none by this model yet.
 
     Args:
         archive: Archive URI.
@@ -126,7 +135,7 @@ def decompose(
     started = time.monotonic()
     config = config or DecomposeConfig()
     folder = Path(llm).absolute()
-    engine_arguments(folder, config.engine)  # what is wrong shall be said now
+    check_settings(folder, config.engine, address=address)
     model = model_name(folder.name, fingerprint_of(folder))
     todo, known, skipped = _outstanding(Archive(archive), model, config.source)
     kept, fell_back, dropped, done = 0, 0, Counter[str](), 0
@@ -138,9 +147,9 @@ def decompose(
                 _write(committer, rows, known[text], model)
                 done += len(rows)
             total = done + sum(map(len, todo.values()))
-            for batch in spread(
+            for table in map_engines(
                 [{"text": text} for text in todo],
-                Decomposer,
+                DecomposeActor,
                 (str(folder), config),
                 at_once=config.captions_at_once,
                 actors=config.actors,
@@ -148,10 +157,10 @@ def decompose(
                 address=address,
             ):
                 write = []
-                for row in batch:
+                for row in table.to_pylist():
                     text = row["text"]
                     sentences = split_sentences(text)
-                    statements, lost = grounded(json.loads(row["said"]), sentences)
+                    statements, lost = grounded(row["said"], sentences)
                     dropped += lost
                     kept += len(statements)
                     fell_back += not statements
@@ -160,7 +169,12 @@ def decompose(
                 committer.upsert(CAPTIONS, _rows(write, model))
                 if progress is not None:
                     seconds = time.monotonic() - started
-                    progress(Progress(what="decompose", done=done, total=total, seconds=seconds))
+                    progress(
+                        Progress(
+                            what="decompose", done=done, total=total, seconds=seconds,
+                            unit="captions",
+                        )
+                    )  # fmt: skip
             refresh_indexes(committer.uri, CAPTIONS)
     return DecomposeResult(
         model=model,
@@ -174,11 +188,11 @@ def decompose(
 
 
 def grounded(said: str | None, sentences: Sequence[str]) -> tuple[list[str], Counter[str]]:
-    """Returns the statements that a model's output holds and a caption supports.
+    """Return the statements in a model's output that the caption supports.
 
     Args:
-        said: What the model wrote, a JSON object a line; None of a caption that did not fit it.
-        sentences: Of the caption; ``source_sentence`` counts them from 1.
+        said: Output of the model, a JSON object a line; None for a caption longer than it reads.
+        sentences: Sentences of the caption; ``source_sentence`` counts them from 1.
 
     Returns:
         Statements in their order, and {reason: count} of lines that were dropped.
@@ -211,7 +225,7 @@ def grounded(said: str | None, sentences: Sequence[str]) -> tuple[list[str], Cou
 
 
 def _unsupported(statement: str, sentence: str) -> str | None:
-    """Why a sentence does not support a statement; None if it does."""
+    """Return why a sentence does not support a statement; None if it does."""
     words = _content(statement)
     if not words or len(words & _content(sentence)) < GROUNDED * len(words):
         return "not_grounded"
@@ -220,7 +234,7 @@ def _unsupported(statement: str, sentence: str) -> str | None:
 
 
 def _content(text: str) -> set[str]:
-    """Content words of a text, plurals as singulars."""
+    """Return the content words of a text, plurals as singulars."""
     words = re.findall(r"[^\W_]+", text.casefold())
     return {word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words} - _STOP
 
@@ -231,7 +245,7 @@ def _content(text: str) -> set[str]:
 def _outstanding(
     archive: Archive, model: str, source: str | None
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[str]], int]:
-    """Returns {caption: its rows} to do, {caption: statements} of this model, and rows done."""
+    """Return {caption: its rows} to do, {caption: statements} of this model, and rows done."""
     rows = [row for row in archive.captions(source).to_pylist() if (row["text"] or "").strip()]
     if not rows:
         of = "" if source is None else f" of source {source}"
@@ -263,31 +277,31 @@ def _rows(write: Sequence[tuple[dict[str, Any], list[str]]], model: str) -> pa.T
 # -- the engines ----------------------------------------------------------------------------------
 
 
-class Decomposer:
-    """Holds an engine; a row in is a caption, the row out what the model says to it."""
+class DecomposeActor:
+    """Asks a language model to cut captions into statements; one actor of the job.
+
+    Args:
+        llm: Folder of the language model.
+        config: Settings.
+
+    Raises:
+        CheckpointError: There is no language model in the folder.
+        ConfigError: The engine cannot be started with these settings.
+    """
 
     def __init__(self, llm: str, config: DecomposeConfig) -> None:
-        self._fatal = ""
         self._config = config
-        try:
-            self._context = int(engine_arguments(llm, config.engine)["max_model_len"])
-            from pathflip.models.chat_template import Prompter
-            from pathflip.models.hub import read_tokenizer
+        self._context = context_length(llm, config.engine)
+        from pathflip.models.chat_template import Prompter
+        from pathflip.models.hub import read_tokenizer
 
-            self._prompter = Prompter(read_tokenizer(Path(llm)), "qwen3")
-            self._engine = offline(llm, config.engine)
-        except PathFLIPError as error:  # raised here, Ray would start the actor again and again
-            self._fatal = fatal(error)
+        self._prompter = Prompter(read_tokenizer(Path(llm)), "qwen3")
+        self._engine = offline(llm, config.engine)
 
-    def __call__(self, captions: dict[str, Any]) -> dict[str, Any]:
-        """Asks about captions; what does not fit the model comes back as null."""
-        texts = [str(text) for text in captions["text"]]
-        said = [None] * len(texts) if self._fatal else self._ask(texts)
-        return {
-            "text": texts,
-            "said": [json.dumps(one) for one in said],
-            "fatal": [self._fatal] * len(texts),
-        }
+    def __call__(self, captions: list[dict[str, str]]) -> pa.Table:
+        """Return what the model wrote about each caption; null where one does not fit it."""
+        texts = [row["text"] for row in captions]
+        return pa.table({"text": texts, "said": pa.array(self._ask(texts), pa.string())})
 
     def _ask(self, texts: Sequence[str]) -> list[str | None]:
         from vllm import SamplingParams
@@ -312,7 +326,7 @@ class Decomposer:
 
     def _prompt(self, text: str) -> list[int]:
         numbered = "\n".join(f"{n}. {one}" for n, one in enumerate(split_sentences(text), start=1))
-        # Reports are other people's text: their tokens are never special ones.
+        # Reports are foreign text: nothing in them may become a special token.
         before, after = self._prompter.prompt_ids(f"{INSTRUCTION}\n\n{numbered}")
         return before + after
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathflip.archive import Archive
     from pathflip.checkpoints import Run
     from pathflip.report.archive import SampleSearch
-    from pathflip.slide_qa import Answerer
+    from pathflip.slide_qa import SlideQA
 
 TRUNCATED, WITHOUT_MPP, GLASS = "truncated.svs", "without-mpp.tif", "glass.svs"
 PLANTED = (TRUNCATED, WITHOUT_MPP)
@@ -51,23 +51,6 @@ _WORKERS = f"max_workers={min(2, os.cpu_count() or 1)}"
 """Of both trainings, unless settings say otherwise."""
 RESULTS = 6
 QUERY_PX = 360
-
-
-@dataclass(frozen=True, kw_only=True)
-class MakingSlides:
-    """Progress of drawing the cohort."""
-
-    done: int
-    total: int
-
-    def line(self) -> str:
-        """One line for people."""
-        return f"drew {self.done}/{self.total} slides"
-
-    @property
-    def fraction(self) -> float:
-        """Share done, 0 to 1."""
-        return self.done / max(1, self.total)
 
 
 @dataclass
@@ -195,8 +178,8 @@ def _ingested(
 ) -> tuple[Archive, IngestResult]:
     from jobs.cluster import connect
     from jobs.ingest import ingest
-    from jobs.progress import show_progress
     from pathflip.archive import Archive
+    from pathflip.progress import show_progress
 
     with stages.run("start Ray", "Starting Ray on this machine"):
         connect()  # before Lance is loaded, which warns about the processes Ray starts
@@ -215,10 +198,10 @@ def _trained(
     """Train, index and measure; what is finished already is left as it is."""
     from jobs.index import IndexConfig, index
     from jobs.pretrain import pretrain, resolve
-    from jobs.progress import show_progress
     from pathflip.archive import Archive
     from pathflip.checkpoints import load_run
     from pathflip.evaluation.suite import evaluate_all
+    from pathflip.progress import show_progress
 
     config = resolve(PRESET, overrides=[_WORKERS, *settings])
     with (
@@ -242,9 +225,8 @@ def _trained(
 
 def _tuned(
     archive: str, out: Path, language: Sequence[str], settings: Sequence[str], stages: Stages
-) -> tuple[Answerer, dict[str, Any], dict[str, Any]]:
+) -> tuple[SlideQA, dict[str, Any], dict[str, Any]]:
     """Make a small language model, tune it, and ask it about the test slides."""
-    from jobs.progress import show_progress
     from jobs.tune import resolve, tune
     from pathflip.archive import Archive
     from pathflip.checkpoints import load_run
@@ -252,7 +234,8 @@ def _tuned(
     from pathflip.evaluation.captioning import evaluate_captions
     from pathflip.evaluation.vqa import evaluate_vqa
     from pathflip.models.small_llm import SmallLLMConfig, make_from_archive
-    from pathflip.slide_qa import Answerer
+    from pathflip.progress import show_progress
+    from pathflip.slide_qa import SlideQA
 
     opened = Archive(archive)
     base, folder = out / "llm", out / "tuned"
@@ -271,7 +254,7 @@ def _tuned(
     ):
         tune(archive, folder, config, progress=progress)
     with stages.run("ask", "Asking about the test slides"), show_progress() as progress:
-        answerer = Answerer.from_run(folder)
+        answerer = SlideQA.from_run(folder)
         vqa = evaluate_vqa(opened, answerer, split="test", progress=progress)
         captions = evaluate_captions(
             opened, answerer.run, answerer=answerer, split="test", progress=progress
@@ -318,15 +301,18 @@ def _ask_the_service(archive: str, run: str, tuned: str, slide: str) -> None:
 
 def make_slides(out: Path, *, cohort: int) -> None:
     """Make what is missing of the demo's slides in ``out``/slides."""
-    from jobs.progress import show_progress
+    from pathflip.progress import Progress, show_progress
     from pathflip.synth import make_cohort, make_slide
 
+    started = time.monotonic()
     with show_progress() as progress:
         make_cohort(
             out,
             slides=cohort,
             size_um=SIZE_UM,
-            progress=lambda done, total: progress(MakingSlides(done=done, total=total)),
+            progress=lambda done, total: progress(
+                Progress(what="drawing", done=done, total=total, seconds=time.monotonic() - started)
+            ),
         )
     folder = out / "slides"
     made = sorted(path for path in folder.iterdir() if path.name[:1] == "s")

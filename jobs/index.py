@@ -1,4 +1,4 @@
-"""Index: the vectors of a trained model for every slide and region, so that text can find them.
+"""Index: vectors of a trained model for every slide and region, so that text can find them.
 
 Slides are spread over Ray Data actors. Each holds the run's model, reads a slide's features from
 the archive and returns the rows of its vectors; the driver commits them in batches into
@@ -11,50 +11,44 @@ did not get there before the process died.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from jobs.ingest.embed import fixed, from_ipc
-from jobs.ingest.ledger import duration
+from jobs.ingest.embed import fixed
+from jobs.ray_data import available, map_actors
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.model_vectors import ensure_model, indexed_slides
 from pathflip.compat import check_fits
-from pathflip.errors import (
-    ArchiveError,
-    CheckpointError,
-    ConfigError,
-    PathFLIPError,
-    TrainingError,
-)
+from pathflip.config import check_positive
+from pathflip.errors import ArchiveError, CheckpointError
+from pathflip.progress import Progress, Report
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
 
 BLOCKS_PER_ACTOR = 8  # enough that a slow block at the end costs little
-_ROW = pa.schema([("slide_id", pa.string()), ("rows", pa.binary()), ("error", pa.string())])
 _COPIED = (
     "id", "kind", "slide_id", "patient_id", "x0", "y0", "size0", "mpp", "tissue_fraction",
     "n_patches",
 )  # fmt: skip
-_ERRORS: dict[str, type[PathFLIPError]] = {
-    kind.__name__: kind for kind in (ArchiveError, CheckpointError, ConfigError, TrainingError)
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """Settings of an index job."""
+    """Settings of an index job.
+
+    Raises:
+        ConfigError: A number is out of its range.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto means a GPU where the cluster has one."""
@@ -65,45 +59,20 @@ class IndexConfig:
     commit_s: float = 30.0
     """Finished slides are committed at least this often."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a running index job is; given to the progress callback."""
-
-    slides_done: int
-    slides_total: int
-    regions: int
-    seconds: float
-    stage: str
-
-    @property
-    def fraction(self) -> float:
-        """Share done, 0 to 1."""
-        return self.slides_done / self.slides_total if self.slides_total else 1.0
-
-    def line(self) -> str:
-        """One line for people, with the time left."""
-        left = ""
-        if 0 < self.slides_done < self.slides_total:
-            rest = self.seconds * (self.slides_total - self.slides_done) / self.slides_done
-            left = f" · {duration(rest)} left"
-        rate = self.slides_done / max(self.seconds, 1e-9)
-        return (
-            f"{self.stage} {self.slides_done:,}/{self.slides_total:,} slides · "
-            f"{rate:.1f} slides/s · {self.regions:,} regions{left}"
-        )
+    def __post_init__(self) -> None:
+        check_positive(self, "actors", "commit_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexResult:
-    """What a run did, or with ``dry_run`` would do.
+    """Result of an index job, or with ``dry_run`` what it would be.
 
     Attributes:
         model: Name of the model.
         table: Its table.
-        slides: Slides indexed now.
+        slides: Slides indexed by this run.
         regions: Their regions.
-        skipped: Slides that were there.
+        skipped: Slides that were indexed before.
         indexes: Search indexes made or brought up to date, ``table.column``.
         seconds: Wall time.
     """
@@ -127,10 +96,10 @@ def index(
     *,
     config: IndexConfig | None = None,
     address: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
     dry_run: bool = False,
 ) -> IndexResult:
-    """Writes the vectors of a run's model for all slides that do not have them yet.
+    """Write the vectors of a run's model for all slides that do not have them yet.
 
     Args:
         archive: Archive URI.
@@ -183,15 +152,15 @@ def index(
             if progress is not None:
                 progress(
                     Progress(
-                        slides_done=done,
-                        slides_total=len(todo),
-                        regions=regions,
+                        what=stage,
+                        done=done,
+                        total=len(todo),
                         seconds=time.monotonic() - started,
-                        stage=stage,
+                        note=f"{regions:,} regions",
                     )
                 )
 
-        for rows in _pipeline(todo, committer.uri, loaded, config, private=private):
+        for rows in _encoded(todo, committer.uri, loaded, config, private=private):
             waiting.append(rows)
             done, regions = done + 1, regions + rows.num_rows - 1
             overdue = time.monotonic() - committed_at > config.commit_s
@@ -217,7 +186,7 @@ def index(
 
 
 def _outstanding(archive: Archive, run: Run) -> tuple[list[str], int]:
-    """Returns the slides to do, sorted, and how many there are in all."""
+    """Return the slides to do, sorted, and the number of all slides."""
     slides = archive.ready_ids(run.encoder["name"])
     return sorted(slides - indexed_slides(archive, run.name)), len(slides)
 
@@ -226,60 +195,45 @@ def _dim(run: Run) -> int:
     return int(run.model.config.d)
 
 
-def _pipeline(
+def _encoded(
     slides: list[str], archive: str, run: Run, config: IndexConfig, *, private: bool
 ) -> Iterator[pa.Table]:
-    """Runs the actors over Ray Data; yields the rows of one slide after the other."""
+    """Yield the rows of one slide after the other, made by actors on Ray Data."""
     if not slides:
         return
-    import ray
-    import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
-    context = DataContext.get_current()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context.enable_progress_bars = False
-    context.max_errored_blocks = 0
-    context.target_max_block_size = 1 << 20
-    resources = dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
-    gpus = int(resources.get("GPU", 0)) if config.device != "cpu" else 0
-    if config.device == "cuda" and private and not gpus:
-        raise ConfigError(
-            "device is cuda but this machine has no GPU.",
-            hint="Leave device on auto, or name a cluster with GPUs (--address).",
-            code="no_gpu",
-        )
-    use_gpu = gpus > 0 or config.device == "cuda"
-    workers = config.actors or (gpus if use_gpu else int(resources.get("CPU", 1))) or 1
+    there = available(config.device, private=private)
+    workers = config.actors or (there.gpus if there.use_gpu else there.cpus) or 1
     blocks = min(len(slides), max(workers * BLOCKS_PER_ACTOR, math.ceil(len(slides) / 64)))
-    data = ray.data.from_items(
-        [{"slide_id": slide} for slide in slides], override_num_blocks=blocks
-    )
-    vectors = data.map_batches(
-        Indexer,
-        fn_constructor_args=(str(run.path), run.fingerprint, archive, use_gpu),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(
+    yield from map_actors(
+        [{"slide_id": slide} for slide in slides],
+        IndexActor,
+        (str(run.path), run.fingerprint, archive, there.use_gpu),
+        at_once=1,
+        blocks=blocks,
+        pool=ActorPoolStrategy(
             min_size=1,
+            # A cluster may grow: what it is given to do is what makes it grow.
             max_size=config.actors or (workers if private else None),
             initial_size=min(workers, blocks) if private else 1,
         ),
-        num_cpus=1.0,
-        num_gpus=1.0 if use_gpu else 0.0,
+        num_gpus=1.0 if there.use_gpu else 0.0,
     )
-    batches: Any = vectors.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    for batch in batches:
-        for row in batch.to_pylist():
-            if row["error"]:
-                error = json.loads(row["error"])
-                kind = _ERRORS.get(error["kind"], ArchiveError)
-                raise kind(error["message"], hint=error["hint"], code=error["code"])
-            yield from_ipc(row["rows"])
 
 
-class Indexer:
-    """Holds the model; a row in is a slide, the row out its vectors."""
+class IndexActor:
+    """Encodes slides with a run's model; one actor of the job.
+
+    Args:
+        run: The run's folder.
+        fingerprint: Fingerprint of the model the driver found there.
+        archive: Archive URI.
+        use_gpu: Whether the model is on a GPU.
+
+    Raises:
+        CheckpointError: There is no whole model in the run, or another one (``wrong_model``).
+    """
 
     def __init__(self, run: str, fingerprint: str, archive: str, use_gpu: bool) -> None:
         import torch
@@ -287,43 +241,23 @@ class Indexer:
         from pathflip.checkpoints import load_run
 
         torch.set_num_threads(1)  # parallel work is Ray's
-        self._error: PathFLIPError | None = None
-        try:
-            self._run = load_run(run, device="cuda" if use_gpu else "cpu")
-            if self._run.fingerprint != fingerprint:
-                raise CheckpointError(
-                    f"{run} holds another model on this node than on the driver's.",
-                    hint="Put the run where every node sees the same folder.",
-                    code="wrong_model",
-                )
-            self._archive = Archive(archive)
-        except PathFLIPError as error:  # raised here, Ray would start the actor again and again
-            self._error = error
+        self._run = load_run(run, device="cuda" if use_gpu else "cpu")
+        if self._run.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{run} holds another model on this node than on the driver's.",
+                hint="Put the run where every node sees the same folder.",
+                code="wrong_model",
+            )
+        self._archive = Archive(archive)
 
-    def __call__(self, slides: pa.Table) -> pa.Table:
-        """Encodes slides."""
-        rows = []
-        for slide in slides.column("slide_id").to_pylist():
-            row: dict[str, Any] = {"slide_id": slide, "rows": b"", "error": ""}
-            try:
-                if self._error is not None:
-                    raise self._error
-                row["rows"] = _to_ipc(encode_slide(self._archive, self._run, slide))
-            except PathFLIPError as error:
-                row["error"] = json.dumps(
-                    {
-                        "kind": type(error).__name__,
-                        "message": error.message,
-                        "hint": error.hint,
-                        "code": error.code,
-                    }
-                )
-            rows.append(row)
-        return pa.Table.from_pylist(rows, schema=_ROW)
+    def __call__(self, slides: list[dict[str, str]]) -> pa.Table:
+        """Return the rows of one slide."""
+        (slide,) = slides
+        return encode_slide(self._archive, self._run, slide["slide_id"])
 
 
 def encode_slide(archive: Archive, run: Run, slide: str) -> pa.Table:
-    """Returns a slide's rows for its model's table: its own and one for every region.
+    """Return a slide's rows for its model's table: its own and one for every region.
 
     Raises:
         ArchiveError: If the archive is damaged.
@@ -358,13 +292,6 @@ def encode_slide(archive: Archive, run: Run, slide: str) -> pa.Table:
         )
     at = [order[key] for key in rows["id"].to_pylist()]
     return rows.append_column("vector", fixed(vectors[at].astype(np.float32)))
-
-
-def _to_ipc(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
 
 
 if __name__ == "__main__":

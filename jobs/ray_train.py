@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pathflip.checkpoints import latest_checkpoint
 from pathflip.errors import ConfigError, PathFLIPError, TrainingError
@@ -29,6 +29,9 @@ from pathflip.training.dataset import steps_per_epoch
 from pathflip.training.loader import AHEAD
 from pathflip.training.objective import task_of
 from pathflip.training.trainer import Progress, shareable, train
+
+if TYPE_CHECKING:
+    from jobs.ray_data import Available
 
 PROGRESS_EVERY_S = 1.0
 
@@ -139,19 +142,19 @@ def _fit(
     progress: Callable[[Progress], None] | None,
 ) -> None:
     """Train in Ray Train workers until the last step is done."""
-    import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from jobs.cluster import connect
+    from jobs.ray_data import available
 
     # Ray looks after its workers every 2 s otherwise: half of that is lost at each start and end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray execs at once
         private = connect(address)
-    resources: dict[str, float] = dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
-    use_gpu, few, many, cpus = _workers(config, resources, private=private)
+    there = available(config.device, private=private)
+    use_gpu, few, many, cpus = _workers(config, there, private=private)
     for name in (run_dir.STOPPED, run_dir.PROGRESS):
         (run / name).unlink(missing_ok=True)
     train_api: Any = ray.train  # what a type checker sees there is the API before 2.43
@@ -201,17 +204,10 @@ def _own_interrupt() -> Iterator[None]:
 
 
 def _workers(
-    config: TrainConfig, resources: dict[str, float], *, private: bool
+    config: TrainConfig, resources: Available, *, private: bool
 ) -> tuple[bool, int, int, int]:
     """Returns whether to use GPUs, fewest and most workers, and cores of each."""
-    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    if config.device == "cuda" and private and not gpus:
-        raise ConfigError(
-            "device is cuda but this machine has no GPU.",
-            hint="Leave device on auto, or name a cluster with GPUs (--address).",
-            code="no_gpu",
-        )
-    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
+    use_gpu, gpus, cores = resources.use_gpu, resources.gpus, resources.cpus
     share = config.batch_size // config.accumulate
     many = config.max_workers or config.min_workers or 0
     many = many or (shareable(share, gpus) if use_gpu and gpus else 1)

@@ -12,9 +12,15 @@ The tree::
 
 Every error has a ``code`` (short, stable, for machines), a message (what, where) and a ``hint``
 (what to do about it). Programmer errors stay Python's own.
+
+Between processes an error travels as :meth:`PathFLIPError.to_dict` and is made again by
+:func:`from_dict`; rows of Ray Data, a run's ``.stopped.json`` and replicas of the service use it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class PathFLIPError(Exception):
@@ -36,6 +42,15 @@ class PathFLIPError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
+
+    def as_json(self) -> dict[str, str]:
+        """Return what commands, files and the service show of the error: code, message, hint."""
+        return {"code": self.code, "message": self.message, "hint": self.hint}
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the error as plain text for another process; see :func:`from_dict`."""
+        named = (kind.__name__ for kind in type(self).__mro__ if kind.__name__ in _KINDS)
+        return {"kind": next(named), **self.as_json()}
 
 
 class ConfigError(PathFLIPError):
@@ -72,6 +87,37 @@ class TrainingError(PathFLIPError):
     """Training cannot go on: losses that are not finite, or too little data."""
 
     default_code = "training"
+
+
+_KINDS: dict[str, type[PathFLIPError]] = {
+    kind.__name__: kind
+    for kind in (
+        PathFLIPError,
+        ConfigError,
+        SlideError,
+        ArchiveError,
+        EncoderError,
+        CheckpointError,
+        TrainingError,
+    )
+}
+
+
+def from_dict(note: Mapping[str, Any]) -> PathFLIPError:
+    """Make the error that :meth:`PathFLIPError.to_dict` described.
+
+    Only the classes of this module are ever made, whatever the description says: one of an unknown
+    kind becomes a plain :class:`PathFLIPError`.
+
+    Args:
+        note: {"kind", "message", "hint", "code"}; what is missing counts as empty.
+    """
+    kind = _KINDS.get(str(note.get("kind")), PathFLIPError)
+    return kind(
+        str(note.get("message", "")),
+        hint=str(note.get("hint", "")),
+        code=str(note.get("code", "")) or None,
+    )
 
 
 REASONS: dict[str, str] = {

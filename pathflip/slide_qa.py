@@ -1,9 +1,9 @@
-"""Captions of slides and answers to questions about them, one at a time, in this process.
+"""Captions of slides and answers to questions about them, one slide at a time, in this process.
 
-:class:`Answerer` holds a tuned run's vision model, projector and language model and needs neither
-Ray nor vLLM: it is what a notebook, ``pathflip caption`` and ``pathflip ask`` use. Many slides go
-through jobs/answer.py, users through serve/; all of them read a slide by :func:`slide_input` and
-put the options of a question to the model by :func:`rotations`.
+:class:`SlideQA` holds a tuned run's slide model, projector and language model. It needs neither Ray
+nor vLLM: notebooks, ``pathflip caption`` and ``pathflip ask`` use it. Batches of slides go through
+jobs/answer.py, requests of users through serve/. All of them read a slide with :func:`slide_input`
+and show the options of a question in the orders of :func:`rotations`.
 
 Shapes: N regions, M patch slots, d_in feature width, P visual tokens, D width of the language
 model, C options of a question, R orders they are shown in.
@@ -34,27 +34,28 @@ if TYPE_CHECKING:
 
 Mode = Literal["letter_logit", "option_ll", "generate"]
 MODES: tuple[Mode, ...] = ("letter_logit", "option_ll", "generate")
-"""How a choice is made: by the next token's probability among the letters; by the probability a
-token of each option's text as the answer to the question alone; by what the model writes."""
+"""How an option is chosen: by the probability of its letter as the next token; by the mean
+probability of a token of its text as the answer to the bare question; or by reading what the model
+writes."""
 Region = tuple[int, int, int]
-"""x0, y0 and side of a square, level-0 px."""
+"""Square of a slide: x0, y0 and side, level-0 px."""
 CAPTION_TOKENS = 512
 CHOICE_TOKENS = 64
-"""Tokens of a written choice: a letter, or an option's text."""
+"""Most tokens of a choice that is written: a letter, or an option's text."""
 PROMPTS_AT_ONCE = 32
 _LETTER = re.compile(r"\s*\(?([A-H])\b")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model says to a question.
+    """Answer of a model to a question about a slide.
 
     Attributes:
-        slide_id: The slide it is about.
-        answer: The answer; with options the text of the chosen one.
-        choice: The letter of the chosen option; None of an open question, or where the model named
+        slide_id: Id of the slide.
+        answer: The answer; of a question with options the text of the chosen one.
+        choice: Letter of the chosen option; None for an open question, and where the model named
             no option.
-        scores: {letter: probability among the options}; empty of an open question.
+        scores: {letter: probability among the options}; empty for an open question.
     """
 
     slide_id: str
@@ -64,12 +65,12 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A question with options, to be put to a model.
+class ChoiceQuestion:
+    """Question with options about a slide.
 
     Attributes:
-        prefix: What the model sees of the slide [P, D].
-        question: Without its options.
+        prefix: Visual tokens of the slide [P, D].
+        question: The question, without its options.
         choices: The options.
     """
 
@@ -78,12 +79,12 @@ class Asked:
     choices: tuple[str, ...]
 
 
-class Answerer:
-    """A tuned run, ready to answer.
+class SlideQA:
+    """Captions slides and answers questions about them with a tuned run.
 
     Args:
-        run: Its vision model, encoder and tiling.
-        model: Vision model, projector and language model, in evaluation mode.
+        run: The run: slide model, encoder and tiling.
+        model: Slide model, projector and language model, in evaluation mode.
     """
 
     def __init__(self, run: Run, model: PathFLIPInstruct) -> None:
@@ -93,30 +94,30 @@ class Answerer:
     @classmethod
     def from_run(
         cls, run: str | Path, *, llm: str | Path | None = None, device: str = "cpu"
-    ) -> Answerer:
+    ) -> SlideQA:
         """Open a run of ``pathflip tune``.
 
         Args:
-            run: Its folder.
-            llm: Where the base language model is, if it is no longer where it was tuned.
-            device: Where to put the model.
+            run: Folder of the run.
+            llm: Folder of the base language model, if it is no longer where it was tuned.
+            device: Device of the model.
 
         Raises:
-            CheckpointError: The run is missing, unfinished or damaged, or not a tuned one
-                (``not_tuned``), or the language model is another.
+            CheckpointError: The run is missing, unfinished, damaged or not a tuned one
+                (``not_tuned``), or the language model is not the one that was tuned.
         """
         from pathflip.checkpoints import load_run
         from pathflip.models.instruct import PathFLIPInstruct
 
         loaded = load_run(run)
         model = PathFLIPInstruct.from_pretrained(model_folder(loaded), llm=llm, device=device)
-        # One copy of the vision model: the tuned one, which is the run's.
+        # The run's slide model is the tuned one: keep a single copy.
         return cls(replace(loaded, model=model.vision), model.eval())
 
-    def see(
+    def visual_prefix(
         self, archive: Archive, slide_id: str, region: Region | None = None
     ) -> tuple[str, torch.Tensor]:
-        """The slide's id and its visual tokens [P, D]; see :func:`slide_input`."""
+        """Return the slide's id and its visual tokens [P, D]; see :func:`slide_input`."""
         import torch
 
         slide = archive.resolve(slide_id)
@@ -136,16 +137,16 @@ class Answerer:
         """Describe a slide, or a part of it, greedily.
 
         Args:
-            archive: Where the slide's features are.
+            archive: Archive with the slide's features.
             slide_id: A slide id or unique file name.
             region: Only the regions that overlap this square.
-            max_new_tokens: Where to stop at the latest.
+            max_new_tokens: Most tokens of the caption.
 
         Raises:
             ArchiveError: The slide is unknown, not ready, or its rows are damaged.
             ConfigError: The run does not fit the archive, or there is no tissue in the region.
         """
-        _, prefix = self.see(archive, slide_id, region)
+        _, prefix = self.visual_prefix(archive, slide_id, region)
         prompt = self.model.embed_prompt(prefix, CAPTION_INSTRUCTION, kind="caption")
         return self.model.generate([prompt], max_new_tokens=max_new_tokens)[0]
 
@@ -164,29 +165,29 @@ class Answerer:
         """Answer a question about a slide: one of its options, or freely where it has none.
 
         Args:
-            archive: Where the slide's features are.
+            archive: Archive with the slide's features.
             slide_id: A slide id or unique file name.
-            question: What to ask.
+            question: The question, without its options.
             choices: The options.
-            mode: How to choose among them, see ``MODES``; None: as the model was tuned to.
-            permute: In how many cyclic orders to show them; probabilities are averaged.
+            mode: How an option is chosen, see ``MODES``; None: as the model was tuned.
+            permute: Cyclic orders the options are shown in; probabilities are averaged.
             region: Only the regions that overlap this square.
-            max_new_tokens: Where an answer that is written stops at the latest.
+            max_new_tokens: Most tokens of a written answer.
 
         Raises:
-            ConfigError: The question is empty or its options are of no use, the run does not fit
-                the archive, or there is no tissue in the region.
+            ConfigError: The question or its options cannot be used (:func:`check_question`), the
+                run does not fit the archive, or there is no tissue in the region.
             ArchiveError: The slide is unknown, not ready, or its rows are damaged.
         """
         check_question(question, choices)
-        slide, prefix = self.see(archive, slide_id, region)
+        slide, prefix = self.visual_prefix(archive, slide_id, region)
         if not choices:
             prompt = self.model.embed_prompt(prefix, question)
             return Answer(
                 slide_id=slide,
                 answer=self.model.generate([prompt], max_new_tokens=max_new_tokens)[0],
             )
-        asked = Asked(prefix=prefix, question=question, choices=tuple(choices))
+        asked = ChoiceQuestion(prefix=prefix, question=question, choices=tuple(choices))
         scores = score_choices(self.model, [asked], mode=mode, permute=permute)[0]
         return chosen(slide, choices, scores)
 
@@ -197,16 +198,16 @@ class Answerer:
 def slide_input(
     archive: Archive, run: Run, slide_id: str, region: Region | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read what a model sees of a slide.
+    """Read the features of a slide that a run's model takes.
+
+    Where the slide has more regions than the model was shown in training, as many are taken, evenly
+    spaced in the order of the archive.
 
     Args:
-        archive: Where.
-        run: The run whose encoder and tiling are asked for.
+        archive: Archive with the slide's features.
+        run: The run; its encoder names the features.
         slide_id: A slide id or unique file name.
         region: Only the regions that overlap this square, level-0 px.
-
-    Of more regions than the model was shown in training, as many are taken, evenly spaced in the
-    order of the archive.
 
     Returns:
         features float32 [1, N, M, d_in] and mask bool [1, N, M].
@@ -230,7 +231,7 @@ def slide_input(
 
 
 def model_folder(run: Run) -> Path:
-    """The folder ``model`` of a tuned run.
+    """Return the folder ``model`` of a tuned run.
 
     Raises:
         CheckpointError: The run is a pretraining run (``not_tuned``).
@@ -239,18 +240,18 @@ def model_folder(run: Run) -> Path:
 
     if not is_tuned(run.path):
         raise CheckpointError(
-            f"{run.path} has no language model: it was pretrained, not tuned.",
-            hint=f"Tune it: pathflip tune --archive URI --run {run.path} --llm LLM --out DIR, and "
-            "give that folder.",
+            f"{run.path} is a pretrained run: it has no language model that could answer.",
+            hint=f"Tune it: pathflip tune --archive URI --run {run.path} --llm LLM --out DIR, then "
+            "give DIR as --run.",
             code="not_tuned",
         )
     return run.path / "model"
 
 
 def tuned_name(run: Run) -> str:
-    """Name of a tuned run in files: its folder's name and the start of its fingerprint.
+    """Return the name of a tuned run in files: its folder's name and part of its fingerprint.
 
-    Unlike ``run.name``, which is the vision model's, it tells two tunings of one model apart.
+    Unlike ``run.name``, the slide model's, it tells two tunings of one slide model apart.
 
     Raises:
         CheckpointError: The run was not tuned (``not_tuned``), or is damaged.
@@ -262,7 +263,7 @@ def tuned_name(run: Run) -> str:
 
 
 def _overlapping(archive: Archive, slide_id: str, region: Region) -> NDArray[np.int64]:
-    """Positions of the regions that share pixels with a square, ascending."""
+    """Return the positions of the regions that share pixels with a square, ascending."""
     x0, y0, size0 = region
     if size0 <= 0:
         raise ConfigError(
@@ -277,7 +278,7 @@ def _overlapping(archive: Archive, slide_id: str, region: Region) -> NDArray[np.
     found = np.flatnonzero(across & down)
     if not len(found):
         raise ConfigError(
-            f"There is no tissue of {slide_id} in the square of {size0:,} pixels at "
+            f"Slide {slide_id} has no tissue in the square of {size0:,} pixels at "
             f"({x0:,}, {y0:,}).",
             hint=f"Its tissue lies between ({left.min():,}, {top.min():,}) and "
             f"({(left + side).max():,}, {(top + side).max():,}), level-0 pixels.",
@@ -290,33 +291,38 @@ def _overlapping(archive: Archive, slide_id: str, region: Region) -> NDArray[np.
 
 
 def check_question(question: str, choices: Sequence[str]) -> None:
-    """Refuse a question nobody can answer.
+    """Refuse a question that cannot be answered.
 
     Raises:
-        ConfigError: It is empty, or its options are one, more than there are letters, empty or
-            equal.
+        ConfigError: It is empty, it has a single option or more than there are letters, or an
+            option is empty or given twice.
     """
     plain = [choice.strip() for choice in choices]
     what = ""
     if not question.strip():
         what = "The question is empty."
     elif len(plain) == 1 or len(plain) > len(LETTERS):
-        what = f"The question has {len(plain)} options."
+        what = f"The question has {len(plain)} option{'s' if len(plain) > 1 else ''}."
     elif "" in plain or len(set(plain)) < len(plain):
-        what = "An option is empty." if "" in plain else "Two options are equal."
+        what = "An option is empty." if "" in plain else "Two options of the question are equal."
     if what:
         raise ConfigError(
             what,
-            hint=f"Give no options, or 2 to {len(LETTERS)} different ones.",
+            hint="Write a question."
+            if not question.strip()
+            else f"Give no options, or 2 to {len(LETTERS)} different ones.",
             code="question",
         )
 
 
 def rotations(count: int, permute: int) -> list[tuple[int, ...]]:
-    """Cyclic orders of ``count`` options: which option stands at each place, the given order first.
+    """Return cyclic orders of ``count`` options, the given order first.
 
-    In all ``count`` of them every option stands at every place once, so a model that prefers a
+    Over all ``count`` orders every option stands at every place once, so a model that prefers a
     letter gains nothing.
+
+    Returns:
+        ``permute`` orders, ``count`` at most; an order has the option at each place.
     """
     return [
         tuple((start + place) % count for place in range(count))
@@ -325,28 +331,28 @@ def rotations(count: int, permute: int) -> list[tuple[int, ...]]:
 
 
 def mode_of(model: PathFLIPInstruct) -> Mode:
-    """How a model chooses: as it was tuned to answer, by the letter or by the option's text."""
+    """Return how a model chooses: by letter or by the option's text, as it was tuned to answer."""
     return "letter_logit" if model.config.choice_answer == "letter" else "option_ll"
 
 
 def score_choices(
     model: PathFLIPInstruct,
-    asked: Sequence[Asked],
+    asked: Sequence[ChoiceQuestion],
     *,
     mode: Mode | None = None,
     permute: int = 1,
 ) -> list[NDArray[np.float64]]:
-    """Probabilities of the options of each question, in each order they are shown in.
+    """Return the probabilities of the options of questions, in each order they are shown in.
 
     Args:
         model: A tuned model.
         asked: The questions.
-        mode: How, see ``MODES``; None: see :func:`mode_of`.
-        permute: Orders at most; ``option_ll`` shows no options, so its rows are all equal.
+        mode: How an option is chosen, see ``MODES``; None: see :func:`mode_of`.
+        permute: Most orders; ``option_ll`` shows no options, so its rows are all equal.
 
     Returns:
-        Of each question [R, C], options as they were given; a row of zeros where ``generate``
-        named none.
+        An array [R, C] for each question, options in their given order; a row of zeros where
+        ``generate`` named no option.
     """
     mode = mode or mode_of(model)
     found: list[NDArray[np.float64]] = []
@@ -376,26 +382,26 @@ def score_choices(
     return found
 
 
-def in_order(asked: Asked, order: Sequence[int]) -> str:
-    """The instruction that shows a question's options in an order."""
+def in_order(asked: ChoiceQuestion, order: Sequence[int]) -> str:
+    """Return the instruction that shows a question's options in an order."""
     return multiple_choice(asked.question, [asked.choices[i] for i in order])
 
 
 def as_given(row: NDArray[np.float64], order: Sequence[int]) -> NDArray[np.float64]:
-    """Values of options in the order they were shown [C], back in the order they were given."""
+    """Return values of options in the order they were shown [C] in the order they were given."""
     back = np.empty(len(order))
     back[list(order)] = row
     return back
 
 
 def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Along the last axis."""
+    """Return the softmax along the last axis."""
     powers = np.exp(values - values.max(axis=-1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
 def chosen(slide_id: str, choices: Sequence[str], scores: NDArray[np.float64]) -> Answer:
-    """The answer that scores [R, C] choose: the most probable option on average over the orders."""
+    """Return the answer that scores [R, C] choose: the most probable option, mean over orders."""
     mean = scores.mean(axis=0)
     named = dict(zip(LETTERS, map(float, mean), strict=False))
     if not mean.any():
@@ -405,10 +411,11 @@ def chosen(slide_id: str, choices: Sequence[str], scores: NDArray[np.float64]) -
 
 
 def read_choice(text: str, choices: Sequence[str]) -> int | None:
-    """Which option a written answer names; None if none.
+    """Return the option that a written answer names; None if it names none.
 
-    As published: the text before the first full stop is the letter. Otherwise a letter it begins
-    with, or the text of an option; case and a final full stop do not matter there.
+    As in the published evaluation the text before the first full stop is the letter. Otherwise it
+    is a letter the answer begins with, or the text of an option; case and a final full stop do not
+    matter there.
     """
     letters = LETTERS[: len(choices)]
     before = text.partition(".")[0].strip()

@@ -1,11 +1,11 @@
-"""vLLM: what has to be set before it is imported, and what it is started with.
+"""vLLM engines: their settings, the environment they need, and the arguments they start with.
 
-jobs/answer.py (batch) and serve/chat_engine.py (online) both start their engine from here, so one
-setting means the same in both. vLLM serves the folder ``OUT/llm`` of a tuned run, an ordinary
-Qwen3 with the adapter folded in; prompts are embeddings, made by
-:class:`pathflip.models.PathFLIPInstruct` ``[T, D]``.
+jobs/answer.py and jobs/decompose.py (batch) and serve/chat_engine.py (online) start their engines
+from here, so one setting means the same everywhere. vLLM runs the folder ``OUT/llm`` of a tuned
+run, an ordinary Qwen3 with the adapter folded in; prompts are embeddings ``[T, D]``, made by
+:class:`pathflip.models.PathFLIPInstruct`.
 
-Read in this order: :func:`environment`, :func:`engine_arguments`, :func:`offline`.
+Read in this order: :func:`engine_environment`, :func:`engine_arguments`, :func:`offline`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pathflip.config import check_positive
 from pathflip.errors import CheckpointError, ConfigError
 
 DEFAULT_CONTEXT = 2048
@@ -28,7 +29,11 @@ BLOCK = 128
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Settings of an engine; the defaults suit a CPU and a GPU."""
+    """Settings of an engine; the defaults suit a CPU and a GPU.
+
+    Raises:
+        ConfigError: A number is out of its range.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto means the GPU if PyTorch sees one."""
@@ -50,9 +55,17 @@ class EngineConfig:
     """Keep keys and values of what prompts have in common: a slide asked twice is read once."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_positive(self, "max_model_len", "max_num_seqs", "threads", "kv_gib")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}.",
+                hint="It is a share of the GPU's memory: above 0, up to 1.",
+            )
 
-def environment(*, threads: int = 1, kv_gib: int = 1, cuda: bool = False) -> dict[str, str]:
-    """Variables that must be set before vllm is imported.
+
+def engine_environment(*, threads: int = 1, kv_gib: int = 1, cuda: bool = False) -> dict[str, str]:
+    """Environment variables that must be set before vllm is imported.
 
     Without them the CPU engine pins its threads to fixed cores, which collapses on a shared
     machine, spins while it waits, takes most of the memory for its cache, and compiles its sampler
@@ -79,6 +92,28 @@ def environment(*, threads: int = 1, kv_gib: int = 1, cuda: bool = False) -> dic
     }
 
 
+def context_length(folder: str | Path, config: EngineConfig) -> int:
+    """Return how many tokens a prompt and its answer have together; looks at no device.
+
+    Args:
+        folder: The language model, ``OUT/llm`` of a tuned run.
+        config: Settings.
+
+    Raises:
+        CheckpointError: There is no language model in the folder.
+        ConfigError: ``max_model_len`` is more than the model was made for.
+    """
+    limit = int(_about(Path(folder))["max_position_embeddings"])
+    asked = config.max_model_len
+    if asked is not None and asked > limit:
+        raise ConfigError(
+            f"max_model_len is {asked:,}, but the language model at {folder} was made for "
+            f"{limit:,} tokens.",
+            hint=f"Set max_model_len to {limit} or less.",
+        )
+    return asked or min(DEFAULT_CONTEXT, limit)
+
+
 def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> dict[str, Any]:
     """Keyword arguments for ``vllm.LLM`` and ``vllm.AsyncEngineArgs``.
 
@@ -92,12 +127,12 @@ def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> 
             model was made for.
     """
     config = config or EngineConfig()
-    limit = context_length(folder, config)
+    context = context_length(folder, config)
     cuda = uses_gpu(config)
     arguments = {
         "model": str(folder),
         "dtype": ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype,
-        "max_model_len": limit,
+        "max_model_len": context,
         "max_num_seqs": config.max_num_seqs,
         "enable_prompt_embeds": True,
         "enable_prefix_caching": config.prefix_caching,
@@ -110,29 +145,6 @@ def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> 
         arguments["enforce_eager"] = True  # compiling takes longer than a batch job
         arguments |= _enough_blocks(_about(Path(folder)), arguments, kv_gib=config.kv_gib)
     return arguments
-
-
-def context_length(folder: str | Path, config: EngineConfig) -> int:
-    """Tokens that a prompt and its answer can have together.
-
-    Args:
-        folder: The language model, ``OUT/llm`` of a tuned run.
-        config: Settings.
-
-    Raises:
-        CheckpointError: There is no language model in the folder.
-        ConfigError: ``max_model_len`` is more than the model was made for.
-    """
-    limit = int(_about(Path(folder))["max_position_embeddings"])
-    if not config.max_model_len:
-        return min(DEFAULT_CONTEXT, limit)
-    if config.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len:,} and {folder} was made for {limit:,} "
-            "tokens.",
-            hint=f"Use max_model_len={limit} or less.",
-        )
-    return config.max_model_len
 
 
 def offline(folder: str | Path, config: EngineConfig | None = None) -> Any:
@@ -156,7 +168,7 @@ def offline(folder: str | Path, config: EngineConfig | None = None) -> Any:
 
 
 def set_environment(config: EngineConfig) -> None:
-    """Set :func:`environment` in this process, which must not have imported vllm yet.
+    """Set :func:`engine_environment` in this process, which must not have imported vllm yet.
 
     What the user set for thread binding, logging and compiling stays.
 
@@ -164,16 +176,16 @@ def set_environment(config: EngineConfig) -> None:
         ConfigError: vllm is imported already and its settings are others, or a GPU is asked for
             and there is none.
     """
-    wanted = environment(threads=config.threads, kv_gib=config.kv_gib, cuda=True)
+    wanted = engine_environment(threads=config.threads, kv_gib=config.kv_gib, cuda=True)
     for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_LOGGING_LEVEL", "OMP_WAIT_POLICY"):
         wanted[name] = os.environ.get(name, wanted[name])
     if "vllm" in sys.modules:
         fixed = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")
         if other := [name for name in fixed if os.environ.get(name) != wanted[name]]:
             raise ConfigError(
-                f"vllm was imported before {other[0]} was set.",
-                hint="Start the engine in a process of its own, or set "
-                "pathflip.vllm_engine.environment() first.",
+                f"vllm was imported before {other[0]} was set, which it reads only then.",
+                hint="Start the engine in a process of its own, or call "
+                "pathflip.vllm_engine.set_environment() before vllm is imported.",
                 code="engine_environment",
             )
     os.environ.update(wanted)
@@ -183,7 +195,7 @@ def set_environment(config: EngineConfig) -> None:
 
 
 def uses_gpu(config: EngineConfig) -> bool:
-    """Whether an engine with these settings runs on a GPU.
+    """Return whether an engine with these settings runs on a GPU of this machine.
 
     Raises:
         ConfigError: A GPU is asked for and there is none (``no_gpu``).
@@ -201,7 +213,7 @@ def uses_gpu(config: EngineConfig) -> bool:
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """The settings of a language model, which name how many positions it was made for."""
+    """Return a language model's config.json; it must say for how many positions it was made."""
     try:
         settings: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
         int(settings["max_position_embeddings"])
@@ -214,8 +226,8 @@ def _about(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} is not a language model's.",
-            hint="Give the folder llm of a tuned run.",
+            f"{folder / 'config.json'} is damaged, or not that of a language model.",
+            hint="Give the folder llm of a tuned run: pathflip tune … --out RUN makes RUN/llm.",
             code="damaged",
         ) from error
 
@@ -223,7 +235,7 @@ def _about(folder: Path) -> dict[str, Any]:
 def _enough_blocks(
     about: dict[str, Any], arguments: dict[str, Any], *, kv_gib: int
 ) -> dict[str, int]:
-    """What keeps the CPU engine from clearing memory for keys and values it cannot fill.
+    """Arguments that keep the CPU engine from clearing memory for more keys than it can fill.
 
     Returns:
         More arguments: blocks for twice what all sequences hold together; none where all of

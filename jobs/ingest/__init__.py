@@ -28,7 +28,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.ingest.candidates import Archived, Candidate, find_candidates, read_people
+from jobs.ingest.candidates import Archived, Candidate, Sheet, find_candidates, read_people
 from jobs.ingest.config import IngestConfig as IngestConfig
 from jobs.ingest.embed import Embedder, Planner
 from jobs.ingest.ledger import IngestResult, Ledger, Progress
@@ -72,12 +72,7 @@ def ingest(
     started = time.monotonic()
     encoders = [encoder_info(spec) for spec in config.specs]
     candidates = find_candidates(sources, config)
-    people = read_people(config.patients)
-    people.warn_unmatched(candidates)
-    if config.captions is not None:
-        read_captions(config.captions)  # what is wrong with the file is said before the work
-    if config.questions is not None:
-        read_questions(config.questions)
+    people = _read_side_files(config, candidates)
     _check(archive, config, encoders)
     private = connect(address)
     _check_resources(config, private=private)
@@ -104,6 +99,17 @@ def ingest(
         if config.questions is not None:
             result = replace(result, questions=import_questions(committer, config.questions))
         return result
+
+
+def _read_side_files(config: IngestConfig, candidates: Sequence[Candidate]) -> Sheet:
+    """Read the files about slides, so that what is wrong with one is said before the work."""
+    people = read_people(config.patients)
+    people.warn_unmatched(candidates)
+    if config.captions is not None:
+        read_captions(config.captions)
+    if config.questions is not None:
+        read_questions(config.questions)
+    return people
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +139,15 @@ def dry_run(
 ) -> DryRun:
     """Plan every slide as ``ingest`` would, time the encoder on real patches, write nothing.
 
-    Opens every slide and finds its tissue; hashes nothing. Time is estimated from patches of the
+    Reads every file that ``ingest`` would be given, opens every slide and finds its tissue; hashes
+    nothing. Time is estimated from patches of the
     first good slide read and embedded in this process, over the CPUs there are.
     """
     config = config or IngestConfig()
     started = time.monotonic()
     encoders = [encoder_info(spec) for spec in config.specs]
     candidates = find_candidates(sources, config)
+    _read_side_files(config, candidates)
     _check(archive, config, encoders)
     archived = Archived(archive)
     todo = [c for c in candidates if not archived.is_done(c, config, encoders)]

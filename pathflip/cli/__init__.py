@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import typer
 
-from pathflip.cli import answer, archive, evaluation, index, llm, pretrain, search, serve, tune
+from pathflip.cli import answer, archive, evaluation, search, serve, train
 from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for part in (archive, index, search, pretrain, evaluation, llm, tune, answer, serve):
+for part in (archive, search, train, evaluation, answer, serve):
     app.add_typer(part.app)
 
 _FATAL_ARCHIVE_CODES = ("damaged", "disk_full", "io", "commit", "missing_table")
@@ -37,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         app(arguments, prog_name="pathflip")
     except PathFLIPError as error:
         if "--json" in arguments:
-            shown = {"code": error.code, "message": error.message, "hint": error.hint}
-            print(json.dumps({"error": shown}))
+            print(json.dumps({"error": error.as_json()}))
         print(f"pathflip: {error}", file=sys.stderr)
         usage = isinstance(error, ConfigError | EncoderError) or (
             isinstance(error, ArchiveError) and error.code not in _FATAL_ARCHIVE_CODES

@@ -1,4 +1,4 @@
-"""Captions and answers by a tuned model, and captions cut into statements by a language model."""
+"""Commands that run a language model: caption, ask, decompose."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from pathflip.cli.options import (
     JsonOption,
     OverrideOption,
     job,
+    open_slide_qa,
     print_json,
     show_document,
     show_table,
+    were_set,
 )
 from pathflip.errors import ConfigError
+from pathflip.progress import show_progress
 
 app = typer.Typer()
 
@@ -32,7 +35,9 @@ RegionOption = Annotated[
     str | None,
     typer.Option(help="Only this square, level-0 pixels.", metavar="X,Y,SIZE"),
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU if there is one.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, or auto for a GPU if there is one; default: auto.")
+]
 OutOption = Annotated[
     str | None,
     typer.Option(help="Batch on Ray with vLLM: a file of JSON lines that is added to."),
@@ -52,8 +57,10 @@ def caption(
     out: OutOption = None,
     region: RegionOption = None,
     llm: LlmOption = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest caption, tokens.", min=1)] = 512,
-    device: DeviceOption = "auto",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest caption, tokens; default: 512.", min=1)
+    ] = None,
+    device: DeviceOption = None,
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
@@ -75,7 +82,7 @@ def caption(
             )
         jobs_answer = job("answer")
         settings = _settings(config, overrides, device, max_new_tokens=max_new_tokens)
-        with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
+        with redirect_stdout(sys.stderr), show_progress() as progress:
             result = jobs_answer.caption_all(
                 archive, run, out, split=split, config=settings, address=address,
                 progress=progress, dry_run=dry_run,
@@ -88,12 +95,13 @@ def caption(
             "Say which slide to describe.", hint="Name slides, or give --all and --out FILE."
         )
     from pathflip import Archive
+    from pathflip.slide_qa import CAPTION_TOKENS
 
     with redirect_stdout(sys.stderr):
-        opened, answerer = Archive(archive), _answerer(run, llm, device)
+        opened, qa = Archive(archive), open_slide_qa(run, llm=llm, device=device)
         rows = []
         for name in [opened.resolve(name) for name in slide]:
-            text = answerer.caption(opened, name, square, max_new_tokens=max_new_tokens)
+            text = qa.caption(opened, name, square, max_new_tokens=max_new_tokens or CAPTION_TOKENS)
             rows.append({"slide_id": name, "caption": text})
     if as_json:
         print_json(rows[0] if len(rows) == 1 else rows)
@@ -116,16 +124,19 @@ def ask(
         typer.Option(help="How an option is chosen: next letter, its text's likelihood, writing."),
     ] = None,
     permute: Annotated[
-        int, typer.Option(help="Show options in this many cyclic orders.", min=1, max=8)
-    ] = 1,
+        int | None,
+        typer.Option(help="Show options in this many cyclic orders; default: 1.", min=1, max=8),
+    ] = None,
     questions: Annotated[
         str | None, typer.Option(help="Batch: a file of questions.", metavar="FILE")
     ] = None,
     out: OutOption = None,
     region: RegionOption = None,
     llm: LlmOption = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 512,
-    device: DeviceOption = "auto",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, tokens; default: 512.", min=1)
+    ] = None,
+    device: DeviceOption = None,
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
@@ -149,7 +160,7 @@ def ask(
         settings = _settings(
             config, overrides, device, max_new_tokens=max_new_tokens, permute=permute
         )
-        with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
+        with redirect_stdout(sys.stderr), show_progress() as progress:
             result = jobs_answer.ask_all(
                 archive, run, questions, out, config=settings, address=address,
                 progress=progress, dry_run=dry_run,
@@ -162,16 +173,16 @@ def ask(
             "Say which slide, and what to ask.", hint='pathflip ask SLIDE "Is there necrosis?" …'
         )
     from pathflip import Archive
-    from pathflip.slide_qa import check_question
+    from pathflip.slide_qa import CAPTION_TOKENS, check_question
 
     options = [part.strip() for text in choices or () for part in text.split("|")]
     check_question(question, options)
     with redirect_stdout(sys.stderr):
         opened = Archive(archive)
         name = opened.resolve(slide)
-        answer = _answerer(run, llm, device).ask(
-            opened, name, question, options, mode=mode, permute=permute, region=square,
-            max_new_tokens=max_new_tokens,
+        answer = open_slide_qa(run, llm=llm, device=device).ask(
+            opened, name, question, options, mode=mode, permute=permute or 1, region=square,
+            max_new_tokens=max_new_tokens or CAPTION_TOKENS,
         )  # fmt: skip
     document = {
         "slide_id": answer.slide_id,
@@ -195,7 +206,7 @@ def ask(
 def decompose(
     archive: ArchiveOption,
     llm: Annotated[str, typer.Option(help="Folder of a chat model, such as a Qwen3.")],
-    device: DeviceOption = "auto",
+    device: DeviceOption = None,
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
@@ -213,9 +224,9 @@ def decompose(
         jobs_decompose.DecomposeConfig,
         file=config,
         overrides=overrides or (),
-        given=_given(device),
+        given=were_set(engine=_engine(device)),
     )
-    with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
+    with redirect_stdout(sys.stderr), show_progress() as progress:
         result = jobs_decompose.decompose(
             archive, llm, config=settings, address=address, progress=progress, dry_run=dry_run
         )
@@ -231,33 +242,27 @@ def _region(text: str) -> tuple[int, int, int]:
         x0, y0, size0 = (int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(
-            f"{text!r} is no region.", hint="Write it as X,Y,SIZE in whole level-0 pixels."
+            f"{text!r} is not a region.", hint="Write it as X,Y,SIZE in whole level-0 pixels."
         ) from None
     return x0, y0, size0
 
 
-def _answerer(run: str, llm: str | None, device: str) -> Any:
-    import torch
-
-    from pathflip.slide_qa import Answerer
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Answerer.from_run(run, llm=llm, device=device)
+def _engine(device: str | None) -> dict[str, Any] | None:
+    return None if device is None else {"device": device}
 
 
-def _given(device: str) -> dict[str, Any]:
-    return {} if device == "auto" else {"engine": {"device": device}}
-
-
-def _settings(config: str | None, overrides: list[str] | None, device: str, **flags: int) -> Any:
-    """Settings of a batch; flags that were left at their default do not win over a file."""
+def _settings(
+    config: str | None, overrides: list[str] | None, device: str | None, **flags: int | None
+) -> Any:
+    """Settings of a batch."""
     from pathflip.config import load_config
 
-    cls = job("speaker").AnswerConfig
-    default = cls()
-    changed = {name: value for name, value in flags.items() if value != getattr(default, name)}
-    return load_config(cls, file=config, overrides=overrides or (), given=_given(device) | changed)
+    return load_config(
+        job("batch_vllm").AnswerConfig,
+        file=config,
+        overrides=overrides or (),
+        given=were_set(engine=_engine(device), **flags),
+    )
 
 
 def _refuse_batch_options(
@@ -265,8 +270,8 @@ def _refuse_batch_options(
 ) -> None:
     if out is not None or dry_run or config or overrides or address:
         raise ConfigError(
-            "--out, --dry-run, --config, -o and --address are of a batch.",
-            hint="A batch takes --all, --split or --questions FILE, and --out FILE.",
+            "--out, --dry-run, --config, -o and --address are options of a batch.",
+            hint="For a batch give --all, --split or --questions FILE, and --out FILE.",
         )
 
 

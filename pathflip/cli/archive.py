@@ -19,7 +19,9 @@ from pathflip.cli.options import (
     print_json,
     show_document,
     show_table,
+    were_set,
 )
+from pathflip.progress import show_progress
 
 app = typer.Typer()
 slides_app = typer.Typer(help="The slides of an archive.", no_args_is_help=True)
@@ -55,9 +57,14 @@ def ingest(
         str | None, typer.Option(help="Folder of your own <slide>.geojson tissue outlines.")
     ] = None,
     add_encoder: Annotated[
-        bool, typer.Option("--add-encoder", help="Embed with a further encoder beside the first.")
-    ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Try quarantined slides again.")] = False,
+        bool | None,
+        typer.Option(
+            "--add-encoder/--no-add-encoder", help="Embed with a further encoder beside the first."
+        ),
+    ] = None,
+    retry: Annotated[
+        bool | None, typer.Option("--retry/--no-retry", help="Try quarantined slides again.")
+    ] = None,
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
@@ -67,14 +74,20 @@ def ingest(
     as_json: JsonOption = False,
 ) -> None:
     """Tile, embed and archive slides; the same command again does only what is missing."""
+    from pathflip.config import load_config
+
     jobs_ingest = job("ingest")
-    settings = _ingest_settings(
-        jobs_ingest, encoder=encoder, mpp_csv=mpp_csv, patients=patients, captions=captions,
-        questions=questions, tissue=tissue, add_encoder=add_encoder, retry=retry, config=config,
-        overrides=overrides,
+    settings = load_config(
+        jobs_ingest.IngestConfig,
+        file=config,
+        overrides=overrides or (),
+        given=were_set(
+            encoder=encoder, mpp_csv=mpp_csv, patients=patients, captions=captions,
+            questions=questions, tissue_dir=tissue, add_encoder=add_encoder, retry=retry,
+        ),
     )  # fmt: skip
     # Ray tells of lost nodes and the like on stdout, which belongs to the document.
-    with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
+    with redirect_stdout(sys.stderr), show_progress() as progress:
         if dry_run:
             plan = jobs_ingest.dry_run(
                 sources, archive, settings, address=address, progress=progress
@@ -91,38 +104,6 @@ def ingest(
     if result.slides["quarantined"] and not as_json:
         print(f"Reasons: pathflip slides list --archive {archive} --status quarantined")
     raise typer.Exit(result.exit_code)
-
-
-def _ingest_settings(
-    jobs_ingest: Any,
-    *,
-    encoder: str | None,
-    mpp_csv: str | None,
-    patients: str | None,
-    captions: str | None,
-    questions: str | None,
-    tissue: str | None,
-    add_encoder: bool,
-    retry: bool,
-    config: str | None,
-    overrides: list[str] | None,
-) -> Any:
-    from pathflip.config import load_config
-
-    flags = {
-        "encoder": encoder,
-        "mpp_csv": mpp_csv,
-        "patients": patients,
-        "captions": captions,
-        "questions": questions,
-        "tissue_dir": tissue,
-        "add_encoder": add_encoder or None,
-        "retry": retry or None,
-    }
-    given = {key: value for key, value in flags.items() if value is not None}
-    return load_config(
-        jobs_ingest.IngestConfig, given=given, file=config, overrides=overrides or ()
-    )
 
 
 @app.command()
@@ -196,7 +177,7 @@ def slides_show(
     archive: ArchiveOption,
     as_json: JsonOption = False,
 ) -> None:
-    """Everything the archive knows about one slide."""
+    """Show everything the archive knows about one slide."""
     from pathflip import Archive
 
     row = Archive(archive).slide(slide)
@@ -218,6 +199,9 @@ def slides_retry(
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan and estimate; write nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ingest quarantined slides again, as the archive was made."""
@@ -225,6 +209,7 @@ def slides_retry(
 
     from pathflip import Archive
     from pathflip.config import load_config
+    from pathflip.geometry import Tiling
 
     jobs_ingest = job("ingest")
     opened = Archive(archive)
@@ -239,21 +224,33 @@ def slides_retry(
     sources = [row["uri"] for row in chosen if row["uri"] not in gone]
     for uri in gone:
         print(f"{uri} is no longer there; its row stays.", file=sys.stderr)
-    made = [f"encoder={','.join(opened.encoders())}"]
-    made += [f"tiling.{key}={value}" for key, value in opened.tiling().items()]
     settings = load_config(
         jobs_ingest.IngestConfig,
+        base=jobs_ingest.IngestConfig(
+            encoder=",".join(opened.encoders()), tiling=Tiling(**opened.tiling())
+        ),
         given={"retry": True},
         file=config,
-        overrides=[*made, *(overrides or ())],
+        overrides=overrides or (),
     )
     if not sources:
         document: dict[str, Any] = {"slides": {"ready": 0, "quarantined": 0}, "retried": 0}
         print_json(document) if as_json else print("Nothing to retry.")
         return
     # Ray tells of lost nodes and the like on stdout, which belongs to the document.
-    with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
-        result = jobs_ingest.ingest(sources, archive, settings, address=address, progress=progress)
+    with redirect_stdout(sys.stderr), show_progress() as progress:
+        if dry_run:
+            plan = jobs_ingest.dry_run(
+                sources, archive, settings, address=address, progress=progress
+            )
+        else:
+            result = jobs_ingest.ingest(
+                sources, archive, settings, address=address, progress=progress
+            )
+    if dry_run:
+        document = plan.as_json() | {"retried": len(sources)}
+        show_document(document, as_json=as_json, dry_run=True)
+        return
     document = result.as_json() | {"retried": len(sources)}
     show_document(document, as_json=as_json)
     raise typer.Exit(result.exit_code)
@@ -294,12 +291,32 @@ def archive_verify(archive: ArchiveOption, as_json: JsonOption = False) -> None:
 
 
 @archive_app.command("repair")
-def archive_repair(archive: ArchiveOption, as_json: JsonOption = False) -> None:
+def archive_repair(
+    archive: ArchiveOption,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is damaged; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Restore damaged tables and clear damaged slides so that ingest makes them again."""
     from dataclasses import asdict
 
     from pathflip.archive.repair import repair
+    from pathflip.archive.verify import verify
 
+    if dry_run:
+        report = verify(archive)
+        show_document(
+            {
+                "damaged": [f"{one.table} {one.kind} {one.id}" for one in report.damaged],
+                "redo": report.slides,
+                "reindex": report.reindex,
+                "dry_run": True,
+            },
+            as_json=as_json,
+            dry_run=True,
+        )
+        return
     document = asdict(repair(archive))
     show_document(document, "repaired", as_json=as_json)
 

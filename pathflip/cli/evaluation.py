@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from contextlib import redirect_stdout
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,10 +16,15 @@ from pathflip.cli.options import (
     OverrideOption,
     flat,
     job,
+    open_run,
+    open_slide_qa,
     print_json,
     show_table,
+    torch_device,
+    were_set,
 )
 from pathflip.errors import ConfigError
+from pathflip.progress import show_progress
 
 app = typer.Typer()
 evaluate_app = typer.Typer(
@@ -38,7 +41,7 @@ LlmOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU if there is one.")]
 SplitOption = Annotated[str, typer.Option(help="Slides of this split; all for every slide.")]
-SeedOption = Annotated[int, typer.Option(help="Of shuffles and resamples.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of shuffles and resamples.")]
 TasksOption = Annotated[
     str | None,
     typer.Option(help="YAML of tasks; default: tasks.yaml beside the slides' folder."),
@@ -76,9 +79,9 @@ def classify(
     from pathflip.evaluation.zeroshot import classify as classify_slides
 
     named = read_classes(classes)
-    with redirect_stdout(sys.stderr), _progress() as progress:
+    with redirect_stdout(sys.stderr), show_progress() as progress:
         rows = classify_slides(
-            Archive(archive), _load(run, device), named,
+            Archive(archive), open_run(run, device=device), named,
             templates=templates, score=score, split=split, slides=slide, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -111,7 +114,7 @@ def ground(
         check_ending(out)
     with redirect_stdout(sys.stderr):
         found = locate(
-            Archive(archive), _load(run, device), slide, text,
+            Archive(archive), open_run(run, device=device), slide, text,
             variant=variant, contrast=contrast, min_patches=min_patches,
         )  # fmt: skip
         if out is not None:
@@ -149,10 +152,10 @@ def evaluate_retrieval(
     from pathflip import Archive
     from pathflip.evaluation.retrieval import evaluate_retrieval as measure
 
-    with redirect_stdout(sys.stderr), _progress() as progress:
+    with redirect_stdout(sys.stderr), show_progress() as progress:
         document = measure(
-            Archive(archive), _load(run, device), split=split, source=source, protocol=protocol,
-            shuffles=shuffles, seed=seed, progress=progress,
+            Archive(archive), open_run(run, device=device), split=split, source=source,
+            protocol=protocol, shuffles=shuffles, seed=seed, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(document)
@@ -189,9 +192,9 @@ def evaluate_zeroshot(
 
     opened = Archive(archive)
     suite = read_tasks(tasks or default_tasks(opened))
-    with redirect_stdout(sys.stderr), _progress() as progress:
+    with redirect_stdout(sys.stderr), show_progress() as progress:
         document = zeroshot(
-            opened, _load(run, device), suite,
+            opened, open_run(run, device=device), suite,
             split=split, resamples=resamples, seed=seed, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -234,7 +237,7 @@ def evaluate_grounding(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Whether heat lies in outlined lesions: pointing game and patch AP, with exact chance."""
+    """Measure whether heat lies in outlined lesions: pointing game, patch AP, exact chance."""
     from pathflip import Archive
     from pathflip.evaluation.grounding import VARIANTS, grounding, queries_of
     from pathflip.evaluation.prompts import read_tasks
@@ -249,10 +252,11 @@ def evaluate_grounding(
             hint="Grounding asks for the prompts of those; their label is an outline's class.",
         )
     variants = VARIANTS if variant and "all" in variant else tuple(variant or VARIANTS[:1])
-    with redirect_stdout(sys.stderr), _progress() as progress:
+    with redirect_stdout(sys.stderr), show_progress() as progress:
         document = grounding(
-            opened, _load(run, device), queries, truth=truth, split=split, variants=variants,
-            contrast=contrast, resamples=resamples, seed=seed, progress=progress,
+            opened, open_run(run, device=device), queries, truth=truth, split=split,
+            variants=variants, contrast=contrast, resamples=resamples, seed=seed,
+            progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(document)
@@ -295,11 +299,11 @@ def evaluate_vqa(
     from pathflip import Archive
     from pathflip.evaluation.vqa import evaluate_vqa as measure
 
-    with redirect_stdout(sys.stderr), _progress() as progress:
+    with redirect_stdout(sys.stderr), show_progress() as progress:
         document = measure(
-            Archive(archive), _answerer(run, llm, device), split=split, source=source, mode=mode,
-            permute_options=permute_options, swap=swapped, resamples=resamples, seed=seed,
-            progress=progress,
+            Archive(archive), open_slide_qa(run, llm=llm, device=device), split=split,
+            source=source, mode=mode, permute_options=permute_options, swap=swapped,
+            resamples=resamples, seed=seed, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(document)
@@ -351,11 +355,13 @@ def evaluate_caption(
         sentence_embedder,
     )
 
-    with redirect_stdout(sys.stderr), _progress() as progress:
+    with redirect_stdout(sys.stderr), show_progress() as progress:
         written = None if predictions is None else read_predictions(predictions)
-        answerer = None if predictions is not None else _answerer(run, llm, device)
-        loaded = _load(run, device) if answerer is None else answerer.run
-        embed = None if embedder is None else sentence_embedder(embedder, device=_device(device))
+        answerer = None if predictions is not None else open_slide_qa(run, llm=llm, device=device)
+        loaded = open_run(run, device=device) if answerer is None else answerer.run
+        embed = (
+            None if embedder is None else sentence_embedder(embedder, device=torch_device(device))
+        )
         document = evaluate_captions(
             Archive(archive), loaded, answerer=answerer, predictions=written, split=split,
             source=source, embed=embed, max_new_tokens=max_new_tokens, resamples=resamples,
@@ -389,7 +395,7 @@ def evaluate_everything(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """All of it in one pass over the slides, and with --out a page to show."""
+    """Measure retrieval, zero-shot and grounding in one pass; with --out, write a page."""
     from pathflip import Archive
     from pathflip.evaluation.prompts import read_tasks
     from pathflip.evaluation.suite import evaluate_all, headline
@@ -399,8 +405,8 @@ def evaluate_everything(
     opened = Archive(archive)
     file = tasks or find_tasks(opened)
     suite = read_tasks(file) if file else None
-    with redirect_stdout(sys.stderr), _progress() as progress:
-        loaded = _load(run, device)
+    with redirect_stdout(sys.stderr), show_progress() as progress:
+        loaded = open_run(run, device=device)
         document = evaluate_all(
             opened, loaded, suite=suite, truth=truth, split=split,
             resamples=resamples, seed=seed, progress=progress,
@@ -441,62 +447,23 @@ def evaluate_ablations(
     """
     from pathflip.config import load_config
 
-    jobs_evaluate = job("evaluate")
+    jobs_ablations = job("ablations")
     options = load_config(
-        jobs_evaluate.AblationConfig,
-        given={
-            key: value
-            for key, value in {
-                "seeds": seeds, "only": tuple(only) if only else None, "parallel": parallel,
-                "tasks": tasks, "truth": truth, "split": split,
-            }.items()
-            if value is not None
-        },
+        jobs_ablations.AblationConfig,
+        given=were_set(
+            seeds=seeds, only=tuple(only) if only else None, parallel=parallel, tasks=tasks,
+            truth=truth, split=split,
+        ),
     )  # fmt: skip
-    recipe = jobs_evaluate.pretrain_config(
+    recipe = jobs_ablations.pretrain_config(
         run, preset=preset, config=config, overrides=overrides or ()
     )
-    with redirect_stdout(sys.stderr), job("progress").show_progress() as progress:
-        document = jobs_evaluate.ablations(
+    with redirect_stdout(sys.stderr), show_progress() as progress:
+        document = jobs_ablations.ablations(
             archive, run, options, settings=recipe, address=address, progress=progress
         )
     if as_json:
         print_json(document)
         return
-    columns, rows = jobs_evaluate.table(document)
+    columns, rows = jobs_ablations.table(document)
     show_table(f"ablations in {run}", columns, rows)
-
-
-# -- shared ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Progress on stderr; the wheel alone, without jobs/, shows none."""
-    try:
-        module = job("progress")
-    except ConfigError:
-        yield None
-        return
-    with module.show_progress() as progress:
-        yield progress
-
-
-def _load(run: str, device: str) -> Any:
-    from pathflip.checkpoints import load_run
-
-    return load_run(Path(run), device=_device(device))
-
-
-def _answerer(run: str, llm: str | None, device: str) -> Any:
-    from pathflip.slide_qa import Answerer
-
-    return Answerer.from_run(run, llm=llm, device=_device(device))
-
-
-def _device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device

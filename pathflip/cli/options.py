@@ -1,4 +1,4 @@
-"""What the commands share: their common options, how they print, how they reach jobs/."""
+"""Options that commands share, how they print, and how they reach jobs/ and serve/."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ ConfigOption = Annotated[
 ]
 OverrideOption = Annotated[
     list[str] | None,
-    typer.Option("-o", "--set", help="One setting, e.g. -o tiling.mpp=0.25.", metavar="KEY=VALUE"),
+    typer.Option(
+        "-o",
+        "--set",
+        help="One setting, e.g. -o tiling.mpp=0.25; null undoes what a file set.",
+        metavar="KEY=VALUE",
+    ),
 ]
 AddressOption = Annotated[
     str | None,
@@ -54,6 +59,36 @@ def _checked_out(module: str) -> Any:
         ) from error
 
 
+def torch_device(device: str | None) -> str:
+    """Return a ``--device`` as torch names it; None means auto.
+
+    Raises:
+        EncoderError: There is no such device (``no_gpu``).
+    """
+    from pathflip.encoders.neural import pick_device
+
+    return str(pick_device(device or "auto"))
+
+
+def open_run(run: str, *, device: str | None) -> Any:
+    """Open a run, its model on a device; see :func:`pathflip.checkpoints.load_run`."""
+    from pathflip.checkpoints import load_run
+
+    return load_run(run, device=torch_device(device))
+
+
+def open_slide_qa(run: str, *, llm: str | None, device: str | None) -> Any:
+    """Open a tuned run; see :meth:`pathflip.slide_qa.SlideQA.from_run`."""
+    from pathflip.slide_qa import SlideQA
+
+    return SlideQA.from_run(run, llm=llm, device=torch_device(device))
+
+
+def were_set(**flags: Any) -> dict[str, Any]:
+    """Returns the flags that were given; the others leave a setting to files and defaults."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document on one line."""
     print(json.dumps(document, default=str, allow_nan=False))
@@ -65,10 +100,10 @@ def show_document(
     """Print a document as JSON, or as a table of its names and values for people.
 
     Args:
-        document: What came of a command.
-        title: Of the table.
-        as_json: For machines.
-        dry_run: Whether nothing was written, which the table's title then says.
+        document: Result of a command.
+        title: Title of the table.
+        as_json: Print JSON.
+        dry_run: Say in the title that nothing was written.
     """
     if as_json:
         print_json(document)

@@ -1,4 +1,4 @@
-"""The service, and its audit log."""
+"""Commands of the service: serve, audit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathflip.cli.options import (
     print_json,
     service,
     show_table,
+    were_set,
 )
 
 app = typer.Typer()
@@ -46,10 +47,9 @@ def serve(
     from pathflip.config import load_config
 
     settings_module, local = service("config"), service("local")
-    given = {"archive": archive, "run": run, "llm": llm, "token_file": token_file}
     settings = load_config(
         settings_module.ServeConfig,
-        given={key: value for key, value in given.items() if value is not None},
+        given=were_set(archive=archive, run=run, llm=llm, token_file=token_file),
         file=config,
         overrides=overrides or (),
     )

@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.evaluation.bootstrap import interval, patient_weights
-from pathflip.evaluation.encode import Progress, Report, SlideRow, captions_of, list_slides
+from pathflip.evaluation.encode import SlideRow, captions_of, list_slides
+from pathflip.progress import Progress, Report
 from pathflip.slide_qa import tuned_name
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
     from pathflip.checkpoints import Run
-    from pathflip.slide_qa import Answerer
+    from pathflip.slide_qa import SlideQA
 
 SLIDES_AT_ONCE = 16
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -88,7 +89,7 @@ def evaluate_captions(
     archive: Archive,
     run: Run,
     *,
-    answerer: Answerer | None = None,
+    answerer: SlideQA | None = None,
     predictions: Mapping[str, str] | None = None,
     split: str = "test",
     source: str | None = None,
@@ -234,7 +235,7 @@ def _pooling(folder: Path) -> str:
 
 def _write(
     archive: Archive,
-    answerer: Answerer,
+    answerer: SlideQA,
     slides: Sequence[SlideRow],
     max_new_tokens: int,
     progress: Report | None,
@@ -246,7 +247,7 @@ def _write(
     for at in range(0, len(slides), SLIDES_AT_ONCE):
         prompts = []
         for slide in slides[at : at + SLIDES_AT_ONCE]:
-            _, prefix = answerer.see(archive, slide.slide_id)
+            _, prefix = answerer.visual_prefix(archive, slide.slide_id)
             prompts.append(answerer.model.embed_prompt(prefix, CAPTION_INSTRUCTION, kind="caption"))
         written += answerer.model.generate(prompts, max_new_tokens=max_new_tokens)
         if progress is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
+from pathflip.progress import Progress, Report
 
 if TYPE_CHECKING:
     import torch
@@ -35,39 +36,6 @@ _SPLITS = {
     "training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test",
     "train": "train", "val": "val", "test": "test",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far an evaluation is; what ``jobs.progress`` shows.
-
-    Attributes:
-        what: What is being done.
-        done, total: Slides.
-        seconds: Since it began.
-    """
-
-    what: str
-    done: int
-    total: int
-    seconds: float
-
-    @property
-    def fraction(self) -> float:
-        """Share done, 0 to 1."""
-        return self.done / self.total if self.total else 1.0
-
-    def line(self) -> str:
-        """One line for people, with the rate and the time left."""
-        text = f"{self.what} {self.done:,}/{self.total:,} slides"
-        if self.done and self.seconds > 0:
-            rate = self.done / self.seconds
-            left = round((self.total - self.done) / rate)
-            text += f" · {rate:,.1f}/s · {left // 60} min {left % 60:02d} s left"
-        return text
-
-
-Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, kw_only=True)

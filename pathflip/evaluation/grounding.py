@@ -26,11 +26,12 @@ from numpy.typing import ArrayLike, NDArray
 from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap
-from pathflip.evaluation.encode import Batch, Report, SlideRow, batches, list_slides
+from pathflip.evaluation.encode import Batch, SlideRow, batches, list_slides
 from pathflip.evaluation.prompts import Suite
 from pathflip.geometry import Tiling
 from pathflip.heatmap import heatmap_grid, patch_heat, slide_rects, smooth
 from pathflip.interop.qupath import read_geojson
+from pathflip.progress import Report
 from pathflip.slides.outlines import Polygon
 
 if TYPE_CHECKING:

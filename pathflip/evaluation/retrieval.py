@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pathflip.evaluation.bootstrap import interval, patient_weights
-from pathflip.evaluation.encode import Encoded, Report, captions_of, encode
+from pathflip.evaluation.encode import Encoded, captions_of, encode
+from pathflip.progress import Report
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive

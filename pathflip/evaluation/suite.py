@@ -13,17 +13,12 @@ from typing import TYPE_CHECKING, Any
 from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap, zeroshot
-from pathflip.evaluation.encode import (
-    Encoder,
-    Report,
-    batches,
-    has_regions,
-    list_slides,
-)
+from pathflip.evaluation.encode import Encoder, batches, has_regions, list_slides
 from pathflip.evaluation.grounding import VARIANTS, Grounder, queries_of, read_outlines
 from pathflip.evaluation.prompts import Suite
 from pathflip.evaluation.retrieval import evaluate_retrieval
 from pathflip.geometry import Tiling
+from pathflip.progress import Report
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive

@@ -25,15 +25,16 @@ from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
 from pathflip.evaluation.bootstrap import interval, patient_weights, weighted_mean
-from pathflip.evaluation.encode import Progress, Report, SlideRow, list_slides
+from pathflip.evaluation.encode import SlideRow, list_slides
 from pathflip.interop.questions import Question, stored_questions
-from pathflip.slide_qa import MODES, Asked, Mode, mode_of, score_choices, tuned_name
+from pathflip.progress import Progress, Report
+from pathflip.slide_qa import MODES, ChoiceQuestion, Mode, mode_of, score_choices, tuned_name
 
 if TYPE_CHECKING:
     import torch
 
     from pathflip.archive import Archive
-    from pathflip.slide_qa import Answerer
+    from pathflip.slide_qa import SlideQA
 
 ORDERS = 4
 QUESTIONS_AT_ONCE = 64
@@ -122,7 +123,7 @@ def vqa_metrics(
 
 def evaluate_vqa(
     archive: Archive,
-    answerer: Answerer,
+    answerer: SlideQA,
     *,
     split: str = "test",
     source: str | None = None,
@@ -174,7 +175,7 @@ def evaluate_vqa(
     own: dict[int, NDArray[np.float64]] = {}
     other: dict[int, NDArray[np.float64]] = {}
     slides = [chosen[name] for name in dict.fromkeys(one.slide for one in questions)]
-    waiting: list[tuple[bool, int, Asked]] = []  # whether of its own slide, which question
+    waiting: list[tuple[bool, int, ChoiceQuestion]] = []  # whether of its own slide, which question
 
     def put(*, everything: bool) -> None:
         while len(waiting) >= QUESTIONS_AT_ONCE or (everything and waiting):
@@ -193,7 +194,7 @@ def evaluate_vqa(
     for slide, prefix, is_own in _prefixes(archive, answerer, slides, swap, seed, progress):
         for number in of_slide[slide.slide_id]:
             one = questions[number]
-            item = Asked(prefix=prefix, question=one.question, choices=one.choices)
+            item = ChoiceQuestion(prefix=prefix, question=one.question, choices=one.choices)
             waiting.append((is_own, number, item))
         put(everything=False)
     put(everything=True)
@@ -230,7 +231,7 @@ def exchange(slides: Sequence[SlideRow], *, seed: int = 0) -> tuple[list[int], i
 
 def _prefixes(
     archive: Archive,
-    answerer: Answerer,
+    answerer: SlideQA,
     slides: Sequence[SlideRow],
     swap: bool,
     seed: int,
@@ -242,7 +243,7 @@ def _prefixes(
     last: deque[torch.Tensor] = deque(maxlen=step)  # each slide is read once
     start = time.monotonic()
     for done, at in enumerate(order, start=1):
-        _, prefix = answerer.see(archive, slides[at].slide_id)
+        _, prefix = answerer.visual_prefix(archive, slides[at].slide_id)
         yield slides[at], prefix, True
         if swap and len(last) == step:
             yield slides[at], last[0], False

@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap
-from pathflip.evaluation.encode import Encoded, Report, SlideRow, encode, list_slides
+from pathflip.evaluation.encode import Encoded, SlideRow, encode, list_slides
 from pathflip.evaluation.prompts import Source, Suite, Task, read_classes, templates_of
+from pathflip.progress import Report
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -40,6 +40,7 @@ from pathflip.models.chat_template import (
     question_example,
 )
 from pathflip.models.data_init import distinct, rotation, words_of
+from pathflip.progress import Progress, Report
 from pathflip.text import split_sentences
 
 if TYPE_CHECKING:
@@ -138,33 +139,6 @@ class SmallLLMConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far the training is.
-
-    Attributes:
-        step: Steps done.
-        steps: Steps in all.
-        loss: Of the last step.
-        seconds: Since it began.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    seconds: float
-
-    @property
-    def fraction(self) -> float:
-        """Share done."""
-        return self.step / self.steps
-
-    def line(self) -> str:
-        """One line for people."""
-        left = self.seconds / self.step * (self.steps - self.step)
-        return f"step {self.step}/{self.steps} · loss {self.loss:.3f} · {left:.0f} s left"
-
-
 def make(
     texts: Sequence[str],
     folder: str | Path,
@@ -172,7 +146,8 @@ def make(
     *,
     questions: Sequence[Sequence[Asked]] | None = None,
     vision: PathFLIP | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train a small language model and write it as an ordinary ``transformers`` folder.
 
@@ -183,6 +158,7 @@ def make(
         questions: About each text; None: only those made of the texts themselves.
         vision: The slide model it is going to read; None: any.
         progress: Called now and then.
+        dry_run: Check everything and train nothing; only ``texts`` and ``questions`` are returned.
 
     Returns:
         ``made`` (False where the folder holds it already), ``vision`` (fingerprint of the slide
@@ -218,8 +194,11 @@ def make(
         "made_of": made_of,
         "vision": read,
     }
-    if folder.exists():
-        return {"made": False, **_made_before(folder, made_of)}
+    before = _made_before(folder, made_of) if folder.exists() else None
+    if dry_run:
+        return {key: about[key] for key in ("texts", "questions")}
+    if before is not None:
+        return {"made": False, **before}
     began = time.monotonic()
     corpus = list(texts) + [
         "\n".join([one.question, *one.choices, one.answer]) for own in asked for one in own
@@ -308,7 +287,7 @@ def make_from_archive(
     config: SmallLLMConfig | None = None,
     *,
     vision: PathFLIP | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> dict[str, Any]:
     """:func:`make` of what :func:`gather` finds."""
     texts, questions = gather(archive)
@@ -390,7 +369,7 @@ def _train(
     asked: Sequence[Sequence[Asked]],
     config: SmallLLMConfig,
     vision: PathFLIP | None,
-    progress: Callable[[Progress], None] | None,
+    progress: Report | None,
     began: float,
 ) -> list[float]:
     prompter = Prompter(tokenizer, "qwen3")
@@ -445,10 +424,12 @@ def _train(
             if progress is not None:
                 progress(
                     Progress(
-                        step=len(losses),
-                        steps=steps,
-                        loss=losses[-1],
+                        what="make-llm",
+                        done=len(losses),
+                        total=steps,
                         seconds=time.monotonic() - began,
+                        unit="steps",
+                        note=f"loss {losses[-1]:.3f}",
                     )
                 )
     return losses

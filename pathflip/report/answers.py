@@ -15,7 +15,7 @@ from pathflip.report.page import metric_row, slide_view, write_page
 
 if TYPE_CHECKING:
     from pathflip.evaluation.encode import SlideRow
-    from pathflip.slide_qa import Answerer
+    from pathflip.slide_qa import SlideQA
 
 EXAMPLES = 6
 QUESTIONS = 5
@@ -25,7 +25,7 @@ PICTURE_PX = 320
 
 def write_answers_report(
     archive: Archive | str,
-    answerer: Answerer,
+    answerer: SlideQA,
     path: str | Path,
     *,
     vqa: Mapping[str, Any],
@@ -137,7 +137,7 @@ def _captions(captions: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _examples(
     archive: Archive,
-    answerer: Answerer,
+    answerer: SlideQA,
     slides: Sequence[SlideRow],
     reports: Mapping[str, str],
     captions: Mapping[str, Any],
@@ -181,7 +181,7 @@ def _verdict(told: bool, true: bool) -> str:
     return ("right" if true else "invented") if told else "missed"
 
 
-def _asked(answerer: Answerer, archive: Archive, slide: str, one: Any) -> dict[str, Any]:
+def _asked(answerer: SlideQA, archive: Archive, slide: str, one: Any) -> dict[str, Any]:
     answer = answerer.ask(archive, slide, one.question, one.choices)
     options = [
         {

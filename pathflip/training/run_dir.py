@@ -26,7 +26,14 @@ from pathflip.checkpoints import (
     verify_whole,
     write_whole,
 )
-from pathflip.errors import ArchiveError, CheckpointError, ConfigError, PathFLIPError, TrainingError
+from pathflip.errors import (
+    ArchiveError,
+    CheckpointError,
+    ConfigError,
+    PathFLIPError,
+    TrainingError,
+    from_dict,
+)
 from pathflip.files import FileLock, replacing, write_file
 from pathflip.training.config import AnyConfig, TuneConfig, differing, read_settings, save_settings
 from pathflip.training.dataset import Corpus, steps_per_epoch
@@ -292,21 +299,15 @@ def checkpoint_at(run: Path, step: int) -> Checkpoint:
 
 def stop(run: Path, error: PathFLIPError) -> None:
     """Note an error that a restart would only meet again."""
-    note = {"kind": type(error).__name__, "message": error.message, "hint": error.hint,
-            "code": error.code}  # fmt: skip
-    write_file(run / STOPPED, json.dumps(note))
+    write_file(run / STOPPED, json.dumps(error.to_dict()))
 
 
 def stopped(run: Path) -> PathFLIPError | None:
     """Returns the error that :func:`stop` noted."""
-    from pathflip import errors
-
     try:
-        note = json.loads((run / STOPPED).read_bytes())
+        return from_dict(json.loads((run / STOPPED).read_bytes()))
     except FileNotFoundError:
         return None
-    kind: type[PathFLIPError] = getattr(errors, note["kind"])
-    return kind(note["message"], hint=note["hint"], code=note["code"])
 
 
 def may_pass(error: PathFLIPError) -> bool:

@@ -15,7 +15,7 @@ from jobs.answer import caption_all
 from pathflip.archive import Archive
 from pathflip.checkpoints import load_run
 from pathflip.errors import ConfigError
-from pathflip.slide_qa import Answerer, tuned_name
+from pathflip.slide_qa import SlideQA, tuned_name
 from tests.serving import Tuned
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -87,7 +87,7 @@ def test_questions_are_answered_once_whatever_was_there(
     lines = [json.loads(line) for line in text.splitlines()]
     assert len(lines) == 9
     assert {line["model"] for line in lines} == {model}
-    answerer, archive = Answerer.from_run(tuned.run), Archive(damaged)
+    answerer, archive = SlideQA.from_run(tuned.run), Archive(damaged)
     for line in lines[1:]:
         if line["slide_id"] == BAD:
             assert line["error"]["code"] == "damaged"
@@ -111,8 +111,8 @@ def test_files_of_something_else_are_left_alone(ask: Shell, tuned: Tuned, tmp_pa
     for text, what in {
         '{"slide_id": "slide000", "model": "other_01234567", "question": "q"}\n': "of model other",
         json.dumps({"slide_id": "s", "model": model, "caption": "c"}) + "\n": "is a caption",
-        "slide,answer\n": "line 1 is no answer",
-        "a note without an end": "holds no line",
+        "slide,answer\n": "line 1 is neither a caption nor an answer",
+        "a note without an end": "not a file of JSON lines",
     }.items():
         out.write_text(text)
         code, document = ask("--out", out)

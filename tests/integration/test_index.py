@@ -66,7 +66,7 @@ def indexed(run: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -
 
     def stop(progress: Any) -> None:
         seen.append(progress)
-        if progress.slides_done == 3:
+        if progress.done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

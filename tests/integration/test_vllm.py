@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from pathflip.archive import Archive
 from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
-from pathflip.slide_qa import Answerer
+from pathflip.slide_qa import SlideQA
 from pathflip.text import split_sentences
 from tests.archives import make_archive
 from tests.serving import Tuned
@@ -55,16 +56,16 @@ def host(cluster: str) -> Iterator[Call]:
 
 
 def start(kept: dict[str, Any], run: str) -> None:
-    from jobs.batch_vllm import AnswerConfig, Speaker
+    from jobs.batch_vllm import AnswerConfig, BatchSlideQA
 
-    kept["speaker"] = Speaker(run, AnswerConfig(max_new_tokens=TOKENS, permute=3))
+    kept["qa"] = BatchSlideQA(run, AnswerConfig(max_new_tokens=TOKENS, permute=3))
 
 
 def greedy(kept: dict[str, Any], prompts: list[np.ndarray[Any, Any]], batched: bool) -> list[Any]:
     """Token ids that vLLM says to prompt embeddings, all together or each by itself."""
     from vllm import SamplingParams
 
-    engine, ends = kept["speaker"].engine, kept["speaker"].front.eos_ids
+    engine, ends = kept["qa"].engine, kept["qa"].front.eos_ids
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, stop_token_ids=ends)
     inputs = [{"prompt_embeds": torch.from_numpy(prompt)} for prompt in prompts]
     parts = [inputs] if batched else [[one] for one in inputs]
@@ -73,7 +74,7 @@ def greedy(kept: dict[str, Any], prompts: list[np.ndarray[Any, Any]], batched: b
 
 
 def lines(kept: dict[str, Any], archive: str, asked: dict[str, Any]) -> dict[str, Any]:
-    return kept["speaker"].lines(Archive(archive), asked)
+    return kept["qa"].lines(Archive(archive), asked)
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +84,18 @@ def engine(host: Call, tuned: Tuned) -> Call:
 
 
 @pytest.fixture(scope="module")
-def answerer(tuned: Tuned) -> Answerer:
-    return Answerer.from_run(tuned.run, llm=tuned.base)
+def answerer(tuned: Tuned) -> SlideQA:
+    return SlideQA.from_run(tuned.run, llm=tuned.base)
 
 
-def test_tokens_are_those_of_transformers(engine: Call, answerer: Answerer, tuned: Tuned) -> None:
+def test_tokens_are_those_of_transformers(engine: Call, answerer: SlideQA, tuned: Tuned) -> None:
     """Merged weights in vLLM, batched and one by one, against peft's adapter in transformers."""
     archive = Archive(tuned.archive)
     model = answerer.model
     assert "lora" in type(model.llm.peft_config["default"]).__name__.lower()
     prompts = []
     for n in range(8):
-        _, prefix = answerer.see(archive, f"slide{n:03d}")
+        _, prefix = answerer.visual_prefix(archive, f"slide{n:03d}")
         prompts += [model.embed_prompt(prefix, question) for question in QUESTIONS]
     assert len(prompts) == 32
     assert len({len(prompt) for prompt in prompts}) > 8
@@ -106,7 +107,7 @@ def test_tokens_are_those_of_transformers(engine: Call, answerer: Answerer, tune
 
 
 def test_lines_of_a_batch_are_what_one_slide_at_a_time_gives(
-    engine: Call, answerer: Answerer, tuned: Tuned
+    engine: Call, answerer: SlideQA, tuned: Tuned
 ) -> None:
     archive = Archive(tuned.archive)
     choice = {"question": "Which tissue is shown?", "choices": ["colon", "breast", "lung", "bone"]}
@@ -128,7 +129,7 @@ def test_lines_of_a_batch_are_what_one_slide_at_a_time_gives(
 
 def lines_by_text(kept: dict[str, Any], archive: str, asked: dict[str, Any]) -> dict[str, Any]:
     """As of a run that was tuned to answer with the text of an option."""
-    front = kept["speaker"].front
+    front = kept["qa"].front
     before, front.config = front.config, replace(front.config, choice_answer="text")
     try:
         return lines(kept, archive, asked)
@@ -137,7 +138,7 @@ def lines_by_text(kept: dict[str, Any], archive: str, asked: dict[str, Any]) -> 
 
 
 def test_options_are_scored_by_their_text_where_a_run_was_tuned_so(
-    engine: Call, answerer: Answerer, tuned: Tuned
+    engine: Call, answerer: SlideQA, tuned: Tuned
 ) -> None:
     choices = ["colon", "breast tissue", "lung of a patient", "bone"]
     asked = {"question": "Which tissue is shown?", "choices": choices}
@@ -151,16 +152,13 @@ def test_options_are_scored_by_their_text_where_a_run_was_tuned_so(
         assert chosen["scores"] == pytest.approx(answer.scores, abs=1e-5)
 
 
-def decomposed(
-    kept: dict[str, Any], llm: str, config: Any, rows: list[dict[str, str]]
-) -> list[dict[str, str]]:
+def decomposed(kept: dict[str, Any], llm: str, config: Any, rows: list[dict[str, str]]) -> pa.Table:
     """What the job's actor says, in the process that has vLLM."""
-    from jobs.decompose import Decomposer
+    from jobs.decompose import DecomposeActor
 
     if "decomposer" not in kept:
-        kept["decomposer"] = Decomposer(llm, config)
-    found = kept["decomposer"]({name: [row[name] for row in rows] for name in rows[0]})
-    return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+        kept["decomposer"] = DecomposeActor(llm, config)
+    return kept["decomposer"](rows)
 
 
 def test_captions_are_decomposed(
@@ -172,12 +170,12 @@ def test_captions_are_decomposed(
     def in_the_host(
         rows: list[dict[str, str]], actor: type, arguments: tuple[Any, ...], *, at_once: int,
         **where: Any,
-    ) -> Iterator[list[dict[str, str]]]:  # fmt: skip
-        assert actor is job.Decomposer
+    ) -> Iterator[pa.Table]:  # fmt: skip
+        assert actor is job.DecomposeActor
         for at in range(0, len(rows), at_once):
             yield engine(decomposed, *arguments, rows[at : at + at_once])
 
-    monkeypatch.setattr(job, "spread", in_the_host)
+    monkeypatch.setattr(job, "map_engines", in_the_host)
     uri = make_archive(tmp_path / "archive", slides=5)
     texts = [row["text"] for row in Archive(uri).captions().to_pylist()]
     with Committer(uri) as committer:  # the same text from another source is not asked twice

@@ -16,8 +16,8 @@ from pathflip.checkpoints import load_run
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from pathflip.models.chat_template import multiple_choice
 from pathflip.slide_qa import (
-    Answerer,
-    Asked,
+    ChoiceQuestion,
+    SlideQA,
     as_given,
     check_question,
     chosen,
@@ -37,8 +37,8 @@ CHOICES = ("colon", "breast tissue", "lung")
 
 
 @pytest.fixture(scope="module")
-def answerer(tuned: Tuned) -> Answerer:
-    return Answerer.from_run(tuned.run)
+def answerer(tuned: Tuned) -> SlideQA:
+    return SlideQA.from_run(tuned.run)
 
 
 @pytest.fixture
@@ -98,13 +98,13 @@ def test_a_region_takes_what_it_overlaps(tuned: Tuned) -> None:
         assert empty.value.code == "region"
 
 
-def test_an_unknown_slide(answerer: Answerer, tuned: Tuned) -> None:
+def test_an_unknown_slide(answerer: SlideQA, tuned: Tuned) -> None:
     with pytest.raises(ArchiveError) as refused:
         answerer.caption(Archive(tuned.archive), "slide999")
     assert refused.value.code == "unknown_slide"
 
 
-def test_what_is_said_depends_on_the_slide_and_the_region(answerer: Answerer, tuned: Tuned) -> None:
+def test_what_is_said_depends_on_the_slide_and_the_region(answerer: SlideQA, tuned: Tuned) -> None:
     archive = Archive(tuned.archive)
     names = [f"slide{n:03d}" for n in range(8)]
     asked = [answerer.ask(archive, name, "Which tissue?", CHOICES).scores for name in names]
@@ -118,15 +118,15 @@ def test_what_is_said_depends_on_the_slide_and_the_region(answerer: Answerer, tu
 
 def test_a_pretrained_run_is_no_tuned_one(tmp_path: Path) -> None:
     models.make_run(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="pretrained, not tuned") as refused:
-        Answerer.from_run(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="is a pretrained run") as refused:
+        SlideQA.from_run(tmp_path / "run")
     assert refused.value.code == "not_tuned"
     assert "pathflip tune" in refused.value.hint
 
 
 def test_another_base_is_refused(tuned: Tuned) -> None:
     with pytest.raises(CheckpointError) as refused:
-        Answerer.from_run(tuned.run, llm=tuned.run / "llm")
+        SlideQA.from_run(tuned.run, llm=tuned.run / "llm")
     assert refused.value.code == "other_model"
 
 
@@ -190,12 +190,12 @@ def test_questions_nobody_can_answer(question: str, choices: tuple[str, ...]) ->
     assert refused.value.code == "question"
 
 
-def test_scores_are_the_models_probabilities(answerer: Answerer, tuned: Tuned) -> None:
+def test_scores_are_the_models_probabilities(answerer: SlideQA, tuned: Tuned) -> None:
     """Each mode against the model's own methods, prompt by prompt."""
     archive, model = Archive(tuned.archive), answerer.model
-    _, prefix = answerer.see(archive, SLIDE)
+    _, prefix = answerer.visual_prefix(archive, SLIDE)
     question = "Which tissue is shown?"
-    asked = [Asked(prefix=prefix, question=question, choices=CHOICES)] * 2
+    asked = [ChoiceQuestion(prefix=prefix, question=question, choices=CHOICES)] * 2
     found = score_choices(model, asked, permute=3)
     assert [one.shape for one in found] == [(3, 3), (3, 3)]
     for row, order in zip(found[1], rotations(3, 3), strict=True):
@@ -223,7 +223,7 @@ def test_scores_are_the_models_probabilities(answerer: Answerer, tuned: Tuned) -
 # -- commands -------------------------------------------------------------------------------------
 
 
-def test_caption_command(pathflip: Shell, answerer: Answerer, tuned: Tuned) -> None:
+def test_caption_command(pathflip: Shell, answerer: SlideQA, tuned: Tuned) -> None:
     expected = answerer.caption(Archive(tuned.archive), SLIDE, max_new_tokens=8)
     code, found, _ = pathflip("caption", f"{SLIDE}.svs", "--max-new-tokens", 8)
     assert (code, found) == (0, {"slide_id": SLIDE, "caption": expected})
@@ -233,7 +233,7 @@ def test_caption_command(pathflip: Shell, answerer: Answerer, tuned: Tuned) -> N
     assert (code, found["error"]["code"]) == (2, "outside_tissue")
 
 
-def test_ask_command(pathflip: Shell, answerer: Answerer, tuned: Tuned) -> None:
+def test_ask_command(pathflip: Shell, answerer: SlideQA, tuned: Tuned) -> None:
     expected = answerer.ask(Archive(tuned.archive), SLIDE, "Which?", CHOICES, permute=3)
     for options in (["--choices", "|".join(CHOICES)], [f"--choices={one}" for one in CHOICES]):
         code, found, _ = pathflip("ask", SLIDE, "Which?", *options, "--permute", 3)

@@ -216,9 +216,9 @@ def test_a_model_that_pools_otherwise_or_is_not_there(embedder: Path, tmp_path: 
 
 def test_captions_of_an_archive(tuned, tmp_path: Path) -> None:
     from pathflip.archive import Archive
-    from pathflip.slide_qa import Answerer
+    from pathflip.slide_qa import SlideQA
 
-    archive, answerer = Archive(tuned.archive), Answerer.from_run(tuned.run)
+    archive, answerer = Archive(tuned.archive), SlideQA.from_run(tuned.run)
     found = evaluate_captions(
         archive, answerer.run, answerer=answerer, split="all", max_new_tokens=8
     )

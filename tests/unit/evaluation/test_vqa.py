@@ -17,7 +17,7 @@ from pathflip.errors import ConfigError
 from pathflip.evaluation.encode import SlideRow
 from pathflip.evaluation.vqa import evaluate_vqa, exchange, vqa_metrics
 from pathflip.interop.questions import Question
-from pathflip.slide_qa import Answerer, rotations
+from pathflip.slide_qa import SlideQA, rotations
 from tests.archives import ORGANS, make_archive
 from tests.serving import Tuned, make_run
 
@@ -225,13 +225,13 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answerer(asked: Path, tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Answerer:
-    return Answerer.from_run(make_run(tmp_path_factory.mktemp("runs") / "r", asked, tuned.base))
+def answerer(asked: Path, tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> SlideQA:
+    return SlideQA.from_run(make_run(tmp_path_factory.mktemp("runs") / "r", asked, tuned.base))
 
 
 @pytest.mark.parametrize("mode", ["letter_logit", "option_ll"])
 def test_evaluation_is_what_asking_one_by_one_gives(
-    asked: Path, answerer: Answerer, mode: str
+    asked: Path, answerer: SlideQA, mode: str
 ) -> None:
     """Batches, the ring of exchanged slides and the padding change nothing."""
     archive = Archive(asked)
@@ -260,7 +260,7 @@ def test_evaluation_is_what_asking_one_by_one_gives(
         assert found["consistency"] == 1
 
 
-def test_a_language_model_that_always_says_a(asked: Path, answerer: Answerer) -> None:
+def test_a_language_model_that_always_says_a(asked: Path, answerer: SlideQA) -> None:
     """Layers that add nothing and a head that knows one letter, through the whole evaluation."""
     model = copy.deepcopy(answerer.model)
     (letter,) = model.prompter.text_ids("A")
@@ -271,7 +271,7 @@ def test_a_language_model_that_always_says_a(asked: Path, answerer: Answerer) ->
                 weight.zero_()
         model.causal.lm_head.weight.zero_()
         model.causal.lm_head.weight[letter] = model.embedding.weight[last]
-    found = evaluate_vqa(Archive(asked), Answerer(answerer.run, model), split="all")
+    found = evaluate_vqa(Archive(asked), SlideQA(answerer.run, model), split="all")
     assert found["n"] == 60
     share = np.mean([n % (4 if n % 3 else 3) == 0 for n in range(5)])
     assert found["accuracy"] == pytest.approx(share)
@@ -282,7 +282,7 @@ def test_a_language_model_that_always_says_a(asked: Path, answerer: Answerer) ->
     assert found["baselines"]["text"] == pytest.approx(3 / 5)
 
 
-def test_no_questions_is_said(asked: Path, answerer: Answerer) -> None:
+def test_no_questions_is_said(asked: Path, answerer: SlideQA) -> None:
     with pytest.raises(ConfigError) as refused:
         evaluate_vqa(Archive(asked), answerer, source="nobody")
     assert refused.value.code == "no_questions"

@@ -72,7 +72,7 @@ def test_it_is_an_ordinary_qwen3(made: tuple[Path, dict[str, Any], list[Any]]) -
     assert about["parameters"] == sum(own.numel() for own in model.parameters())
     assert about["made"] is True
     assert (about["texts"], about["questions"]) == (5, 2)
-    assert [one.step for one in seen] == list(range(1, about["steps"] + 1))
+    assert [one.done for one in seen] == list(range(1, about["steps"] + 1))
     assert seen[-1].fraction == 1.0
     asked = [{"role": "user", "content": "Which tissue is shown?"}]
     for thinking, ending in ((True, QWEN["thinking"]), (False, QWEN["none"])):

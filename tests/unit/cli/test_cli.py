@@ -7,11 +7,15 @@ import sys
 import pytest
 
 from pathflip.cli import main
+from tests.archives import make_archive
 
 COMMANDS = [
     ["ingest"], ["demo"], ["synth"], ["search"], ["doctor"], ["slides", "list"],
     ["slides", "show"], ["slides", "retry"], ["archive", "stats"], ["archive", "verify"],
-    ["archive", "repair"], ["archive", "maintain"], ["archive", "export"],
+    ["archive", "repair"], ["archive", "maintain"], ["archive", "export"], ["archive", "import"],
+    ["pretrain"], ["tune"], ["make-llm"], ["index"], ["caption"], ["ask"], ["decompose"],
+    ["classify"], ["ground"], ["evaluate", "all"], ["evaluate", "ablations"], ["serve"],
+    ["audit", "verify"],
 ]  # fmt: skip
 
 
@@ -79,3 +83,23 @@ def test_doctor(capsys):
 
 def test_unknown_command_is_usage(capsys):
     assert run(capsys, "ingset")[0] == 2
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:9"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["classify", "--classes", "lung,colon"],
+        ["ground", "slide000", "necrosis"],
+        ["evaluate", "retrieval"],
+        ["caption", "slide000"],
+    ],
+    ids=" ".join,
+)
+def test_a_device_that_is_not_there_is_one_sentence(capsys, tmp_path, command, device):
+    uri = make_archive(tmp_path / "archive", slides=1)
+    more = ["--archive", str(uri), "--run", str(tmp_path / "run"), "--device", device]
+    code, _, err = run(capsys, *command, *more)
+    assert code == 2
+    assert device in err
+    assert err.startswith("pathflip: ")

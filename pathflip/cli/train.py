@@ -1,0 +1,179 @@
+"""Commands that make models, and index an archive with one: pretrain, tune, make-llm, index."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Annotated, Any
+
+import typer
+
+from pathflip.cli.options import (
+    AddressOption,
+    ArchiveOption,
+    ConfigOption,
+    JsonOption,
+    OverrideOption,
+    job,
+    show_document,
+    were_set,
+)
+from pathflip.progress import Report, show_progress
+
+app = typer.Typer()
+
+MinWorkersOption = Annotated[
+    int | None, typer.Option(help="Go on with as few workers as this.", min=1)
+]
+MaxWorkersOption = Annotated[
+    int | None, typer.Option(help="Workers; default: one a GPU, or one.", min=1)
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan and count; write nothing.")]
+
+
+@app.command()
+def pretrain(
+    archive: ArchiveOption,
+    run: Annotated[str, typer.Option("--run", help="Run folder: checkpoints, metrics, model.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(help="What to start from, e.g. pathflip/mini (docs/howto/pretrain.md)."),
+    ] = None,
+    min_workers: MinWorkersOption = None,
+    max_workers: MaxWorkersOption = None,
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train on slides and captions; the same command again goes on where it stopped."""
+    module = job("pretrain")
+    settings = module.resolve(
+        preset,
+        file=config,
+        overrides=overrides or (),
+        given=were_set(min_workers=min_workers, max_workers=max_workers),
+    )
+    if dry_run:
+        show_document(module.plan(archive, run, settings), as_json=as_json, dry_run=True)
+        return
+    _train(
+        lambda progress: module.pretrain(
+            archive, run, settings, address=address, progress=progress
+        ),
+        f"trained in {run}",
+        as_json=as_json,
+    )
+
+
+@app.command()
+def tune(
+    archive: ArchiveOption,
+    run: Annotated[str, typer.Option("--run", help="Run of pathflip pretrain: the slide model.")],
+    llm: Annotated[
+        str, typer.Option("--llm", help="Language model: a folder, or owner/name on the hub.")
+    ],
+    out: Annotated[
+        str, typer.Option("--out", help="Run folder: checkpoints, metrics, model, llm.")
+    ],
+    preset: Annotated[
+        str | None,
+        typer.Option(help="What to start from, e.g. instruct/mini (docs/howto/tune.md)."),
+    ] = None,
+    min_workers: MinWorkersOption = None,
+    max_workers: MaxWorkersOption = None,
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tune a language model to caption slides and answer; the same command again goes on."""
+    module = job("tune")
+    settings = module.resolve(
+        preset,
+        file=config,
+        overrides=overrides or (),
+        given=were_set(run=run, llm=llm, min_workers=min_workers, max_workers=max_workers),
+    )
+    if dry_run:
+        show_document(module.plan(archive, out, settings), as_json=as_json, dry_run=True)
+        return
+    _train(
+        lambda progress: module.tune(archive, out, settings, address=address, progress=progress),
+        f"tuned in {out}",
+        as_json=as_json,
+    )
+
+
+def _train(train: Callable[[Report], dict[str, Any]], title: str, *, as_json: bool) -> None:
+    # Ray tells of lost nodes and the like on stdout, which belongs to the document.
+    with redirect_stdout(sys.stderr), show_progress() as progress:
+        document = train(progress)
+    if not document["trained"]:
+        print(f"{document['run']} is finished: nothing to do.", file=sys.stderr)
+    show_document(document, title, as_json=as_json)
+
+
+@app.command("make-llm")
+def make_llm(
+    out: Annotated[str, typer.Argument(help="Folder to write the model to.", metavar="OUT")],
+    archive: ArchiveOption,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Run of pathflip pretrain it is going to read.")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count texts and questions; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small Qwen3 from scratch on the training slides' captions and questions."""
+    from dataclasses import asdict
+
+    from pathflip.archive import Archive
+    from pathflip.checkpoints import load_run
+    from pathflip.config import load_config
+    from pathflip.models import small_llm
+
+    settings = load_config(small_llm.SmallLLMConfig, file=config, overrides=overrides or ())
+    texts, asked = small_llm.gather(Archive(archive))
+    vision = None if run is None else load_run(run).model
+    document: dict[str, Any] = {"out": out}
+    with show_progress() as progress:
+        document |= small_llm.make(
+            texts, out, settings, questions=asked, vision=vision, progress=progress,
+            dry_run=dry_run,
+        )  # fmt: skip
+    if dry_run:
+        document |= {"settings": asdict(settings)}
+    elif not document["made"]:
+        print(f"{out} is made of these already: nothing to do.", file=sys.stderr)
+    show_document(document, f"made {out}", as_json=as_json, dry_run=dry_run)
+
+
+@app.command()
+def index(
+    archive: ArchiveOption,
+    run: Annotated[str, typer.Option(help="Run of pathflip pretrain.")],
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count; write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute a model's vectors of all slides and regions; again, only what is missing."""
+    from pathflip.config import load_config
+
+    module = job("index")
+    settings = load_config(module.IndexConfig, file=config, overrides=overrides or ())
+    # Ray tells of lost nodes and the like on stdout, which belongs to the document.
+    with redirect_stdout(sys.stderr), show_progress() as progress:
+        result = module.index(
+            archive, run, config=settings, address=address, progress=progress, dry_run=dry_run
+        )
+    document = result.as_json() | ({"dry_run": True} if dry_run else {})
+    show_document(document, f"indexed {archive}", as_json=as_json, dry_run=dry_run)

@@ -1,0 +1,105 @@
+"""Progress of long work, for people: a bar on a terminal, a line now and then elsewhere; on stderr.
+
+Whoever works calls back with something that has a line and a fraction (:class:`HasLine`):
+:class:`Progress` where counting is all there is to say, a class of its own where a job has more.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+LINE_EVERY_S = 10.0
+
+
+class HasLine(Protocol):
+    """State of long work that can be shown: one line, and the share that is done."""
+
+    def line(self) -> str:
+        """One line for people."""
+        ...
+
+    @property
+    def fraction(self) -> float:
+        """Share done, 0 to 1."""
+        ...
+
+
+Report = Callable[[HasLine], None]
+"""Progress callback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Count of what is done.
+
+    Attributes:
+        what: Name of the work.
+        done: Items done.
+        total: Items in all.
+        seconds: Seconds since the work began.
+        unit: Name of the items, in the plural.
+        note: More to show, such as a loss.
+    """
+
+    what: str
+    done: int
+    total: int
+    seconds: float
+    unit: str = "slides"
+    note: str = ""
+
+    @property
+    def fraction(self) -> float:
+        """Share done, 0 to 1."""
+        return self.done / self.total if self.total else 1.0
+
+    def line(self) -> str:
+        """One line for people, with the rate and the time left."""
+        parts = [f"{self.what} {self.done:,}/{self.total:,} {self.unit}", self.note]
+        if self.done and self.seconds > 0:
+            rate = self.done / self.seconds
+            parts.append(f"{rate:,.1f}/s · {duration((self.total - self.done) / rate)} left")
+        return " · ".join(part for part in parts if part)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 10 s, 2 h 05 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@contextmanager
+def show_progress() -> Iterator[Report]:
+    """Yield the callback to give to long work as ``progress``."""
+    if not sys.stderr.isatty():
+        last = [0.0]
+
+        def plain(progress: HasLine) -> None:
+            now = time.monotonic()
+            if now - last[0] >= LINE_EVERY_S or progress.fraction >= 1:
+                last[0] = now
+                print(progress.line(), file=sys.stderr, flush=True)
+
+        yield plain
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}% {task.description}"))
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def moving(progress: HasLine) -> None:
+            bar.update(task, completed=progress.fraction, description=progress.line())
+
+        yield moving

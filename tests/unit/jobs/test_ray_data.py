@@ -1,0 +1,85 @@
+"""What every job shares of Ray Data: carried errors, and the machines there are. Without Ray."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pytest
+import ray
+
+from jobs.ray_data import Carrier, available, from_ipc
+from pathflip.errors import ArchiveError, CheckpointError, ConfigError, from_dict
+
+
+class Doubler:
+    """Doubles numbers; cannot read some of them."""
+
+    def __init__(self, fault: str) -> None:
+        if fault == "model":
+            raise CheckpointError("There is no model.", hint="Train one.", code="missing")
+
+    def __call__(self, rows: list[dict[str, str]]) -> pa.Table:
+        if any(row["n"] == "bad" for row in rows):
+            raise ArchiveError("Row 3 is damaged.", hint="Repair it.", code="damaged")
+        return pa.table({"n": [2 * int(row["n"]) for row in rows]})
+
+
+def rows(*values: str) -> pa.Table:
+    return pa.table({"n": list(values)})
+
+
+def test_tables_of_an_actor_are_carried() -> None:
+    (row,) = Carrier(Doubler, ("",))(rows("1", "2")).to_pylist()
+    assert row["error"] == ""
+    assert from_ipc(row["table"]).to_pylist() == [{"n": 2}, {"n": 4}]
+
+
+def test_an_error_is_carried_and_costs_only_its_rows() -> None:
+    carrier = Carrier(Doubler, ("",))
+    (row,) = carrier(rows("bad")).to_pylist()
+    found = from_dict(json.loads(row["error"]))
+    assert isinstance(found, ArchiveError)
+    assert (found.code, found.hint) == ("damaged", "Repair it.")
+    (row,) = carrier(rows("1")).to_pylist()
+    assert row["error"] == ""
+
+
+def test_an_actor_that_cannot_be_made_says_so_for_every_row() -> None:
+    carrier = Carrier(Doubler, ("model",))
+    for _ in range(2):
+        (row,) = carrier(rows("1")).to_pylist()
+        assert isinstance(from_dict(json.loads(row["error"])), CheckpointError)
+
+
+def test_faults_of_our_own_are_not_carried() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        Carrier(Doubler, ("",))(rows("x"))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "private", "use_gpu", "seen"),
+    [
+        ("auto", 0, True, False, 0),
+        ("auto", 2, True, True, 2),
+        ("auto", 0, False, False, 0),
+        ("cpu", 2, True, False, 0),
+        ("cuda", 2, True, True, 2),
+        ("cuda", 0, False, True, 0),  # a cluster may grow
+    ],
+)
+def test_what_a_job_may_use(
+    device: str, gpus: int, private: bool, use_gpu: bool, seen: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0, "GPU": float(gpus)})
+    found = available(device, private=private)
+    assert (found.cpus, found.gpus, found.use_gpu) == (3, seen, use_gpu)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0})
+    with pytest.raises(ConfigError, match="this machine has no GPU") as refused:
+        available("cuda", private=True)
+    assert refused.value.code == "no_gpu"
+    assert "--address" in refused.value.hint
