@@ -33,7 +33,7 @@ from jobs.batch_vllm import (
     map_engines,
 )
 from pathflip.archive import Archive
-from pathflip.archive.slide_names import SlideNames, listed
+from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames, listed
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.evaluation.encode import list_slides
 from pathflip.files import claim
@@ -138,20 +138,18 @@ def ask_all(
     loaded = _open(run)
     opened = Archive(archive)
     usable = {slide.slide_id for slide in list_slides(opened, loaded)}
-    names = SlideNames(opened)
-    wanted: list[tuple[str, Item]] = []
-    unmatched = []
-    for one in read_asked(questions):
+    rows = opened.slides(columns=NAME_COLUMNS).to_pylist()
+    names = SlideNames.from_rows(row for row in rows if row["slide_id"] in usable)
+    asked = read_asked(questions)
+    for one in asked:
         check_question(one.question, one.choices)
-        found = names.find_case(one.slide) if one.is_case else names.find(one.slide)
-        found = [slide for slide in found if slide in usable]
-        if not found or (len(found) > 1 and not one.is_case):
-            unmatched.append(one.slide)
-            continue
+    matches = names.match(asked, lambda one: (one.slide, one.is_case))
+    wanted: list[tuple[str, Item]] = []
+    for one, found in matches.found:
         item: Item = {"question": one.question, "choices": list(one.choices)}
         wanted += [(slide, item) for slide in found]
     done = _answer(opened, loaded, wanted, out, config, address, progress, dry_run, asking=True)
-    return replace(done, unmatched=listed(unmatched))
+    return replace(done, unmatched=listed([*matches.unmatched, *matches.ambiguous]))
 
 
 def read_asked(path: str) -> list[Question]:
@@ -160,11 +158,10 @@ def read_asked(path: str) -> list[Question]:
     Raises:
         ConfigError: The file holds no questions, or a line of it is wrong.
     """
-    from pathflip.interop.captions import SLIDE_COLUMNS
-    from pathflip.interop.questions import Question, read_questions
-    from pathflip.interop.tables import bad_line, column, read_rows, read_text
+    from pathflip.interop.questions import Question, filled, read_questions
+    from pathflip.interop.tables import SLIDE_COLUMNS, bad_line, column, is_json, read_rows
 
-    if read_text(path).lstrip()[:1] in ("[", "{"):
+    if is_json(path):
         return read_questions(path)
     rows = read_rows(path)
     header = rows[0][1]
@@ -174,15 +171,16 @@ def read_asked(path: str) -> list[Question]:
     choices = column(path, header, ("choices", "options"))
     found = []
     for line, row in rows:
-        if not row[slide] or not row[question]:
-            raise bad_line(path, line, f"no {'slide' if not row[slide] else 'question'}")
-        parts = row[choices].split("|") if choices is not None else []
+        for name, column_name in (("slide", slide), ("question", question)):
+            if not filled(row[column_name]):
+                raise bad_line(path, line, f"no {name}")
+        parts = map(filled, row[choices].split("|")) if choices is not None else ()
         found.append(
             Question(
                 slide=row[slide],
                 question=row[question],
                 answer="",
-                choices=tuple(part.strip() for part in parts if part.strip()),
+                choices=tuple(part for part in parts if part),
                 line=line,
             )
         )

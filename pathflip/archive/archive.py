@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pathflip.archive.settings import CAPTIONS, entries_of, read_meta, slots_of
+from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames
 from pathflip.archive.storage import (
     damaged_error,
     guarded,
@@ -181,7 +182,8 @@ class Archive:
         """Returns one slide's row, images included.
 
         Args:
-            name: A ``slide_id``, or a file's name with or without its ending where that is unique.
+            name: A ``slide_id``, or another name that only this slide goes by; see
+                :mod:`pathflip.archive.slide_names`.
 
         Raises:
             ArchiveError: If no slide, or more than one, goes by that name.
@@ -195,29 +197,29 @@ class Archive:
         return row
 
     def resolve(self, name: str) -> str:
-        """Returns the ``slide_id`` for an id or a unique file name; see :meth:`slide`."""
+        """Returns the ``slide_id`` for an id or a name of one slide; see :meth:`slide`."""
         import difflib
 
-        ledger = self.ledger()
-        if name in ledger:
+        if name in self.ledger():
             return name
-        called: dict[str, set[str]] = {}
-        for slide_id, row in ledger.items():
-            for uri in (row["uri"], *(row["aliases"] or ())):
-                path = PurePosixPath(uri or "")
-                for alias in (path.stem, path.name):
-                    called.setdefault(alias, set()).add(slide_id)
-        found = sorted(called.get(name, ()))
+        found = self.names().find(name)
         if len(found) == 1:
             return found[0]
         if found:
             hint = f"Use the id: {', '.join(found[:5])}."
             message = f"{len(found)} slides of {self.uri} are called {name!r}."
         else:
-            near = difflib.get_close_matches(name, [*ledger, *called], n=3, cutoff=0.4)
+            near = difflib.get_close_matches(name, self.names().short(), n=3, cutoff=0.4)
             hint = f"Did you mean {', '.join(near)}?" if near else "List them: pathflip slides list"
             message = f"The archive {self.uri} has no slide {name!r}."
         raise ArchiveError(message, hint=hint, code="unknown_slide")
+
+    def names(self) -> SlideNames:
+        """Returns the names that the slides go by, whatever their status."""
+        return self.cached(
+            "names",
+            lambda: SlideNames.from_rows(self.slides(columns=NAME_COLUMNS).to_pylist()),
+        )
 
     def regions(
         self, slide_id: str | None = None, columns: Sequence[str] | None = None

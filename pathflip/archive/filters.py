@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pathflip.archive.schema import embeddings_schema
 from pathflip.errors import ConfigError
+from pathflip.splits import spellings
 
 FIELDS: dict[str, type] = {
     "slide_id": str,
@@ -45,6 +46,8 @@ _SHAPE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,40})\s*(!=|<=|>=|=|<|>)(.*)", 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
     """One condition on a column; several are joined by "and".
+
+    A split is met under any of its names: ``split=val`` also by ``Validation`` and ``dev``.
 
     Args:
         field: One of :data:`FIELDS`.
@@ -120,6 +123,12 @@ class Filter:
     def expression(self) -> pc.Expression:
         """Returns the filter as an Arrow expression on its column."""
         column, value = pc.field(self.field), self._scalar()
+        if self.field == "split":  # tables of slides are small: no index has to understand this
+            named = pc.is_in(
+                pc.utf8_lower(pc.utf8_trim_whitespace(column)),
+                value_set=pa.array(spellings(str(self.value)), pa.string()),
+            )
+            return ~named | column.is_null() if self.op == "!=" else named
         if self.op == "!=":
             return (column != value) | column.is_null()
         compare = {

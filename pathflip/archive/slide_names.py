@@ -1,76 +1,250 @@
-"""Which slides of an archive a name in somebody else's table means."""
+"""Finds the slides that a name means, whoever wrote it: a table, a folder of outlines, a user.
+
+A slide goes by its id and by its paths: where it lies and, as an alias, where each copy of it lies.
+Of a path these count, in this order: the whole of it; the file's name; that without its ending;
+that without the UUID of a TCGA file. A name asked for is shortened in the same way, so that a
+feature file's name (``TCGA-LUSC/<stem>.<UUID>.pt``) finds its slide. Case counts only where it
+makes a difference. Where several slides carry a name, the folders before it decide
+(``siteA/1.tif``); where they do not, the name is ambiguous and means none of them.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+import stat
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any, Generic, TypeVar
 
-from pathflip.archive import Archive
+from pathflip.interop.tables import clean, known
 from pathflip.slides.sources import DICOM_SUFFIX, SUFFIXES
 
-_ENDINGS = (*SUFFIXES, DICOM_SUFFIX, ".csv", ".pt", ".h5", ".npy", ".json", ".jpg", ".png")
+Row = TypeVar("Row")
+
+NAME_COLUMNS = ("slide_id", "uri", "aliases", "patient_id")
+"""Columns of the slides table that :meth:`SlideNames.from_rows` reads."""
+
+OUTLINE_ENDINGS = (".geojson", ".json", ".zip")
+_ENDINGS = (
+    *SUFFIXES, DICOM_SUFFIX, ".ome", ".bif", ".qptiff", ".vsi", ".isyntax", ".zarr",
+    ".csv", ".pt", ".h5", ".npy", ".npz", ".parquet", ".jpg", ".jpeg", ".png", *OUTLINE_ENDINGS,
+)  # fmt: skip
 _UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)
 
 
-class SlideNames:
-    """The names slides go by, all slides of the archive whatever their status.
+@dataclass(frozen=True, kw_only=True)
+class Matches(Generic[Row]):
+    """Rows of a table, and the slides that their names mean.
 
-    In this order: the slide's id or path; its file's name; that without its ending; that before
-    the UUID, as TCGA's files carry one. The name asked for is shortened in the same way, so that a
-    feature file's name (``TCGA-LUSC/<stem>.<UUID>.pt``) finds its slide.
+    Attributes:
+        found: (row, its slides), in the order of the table: one slide, or all those of a case.
+        unmatched: Names that no slide has, sorted.
+        ambiguous: Names that several slides have, sorted.
     """
 
-    def __init__(self, archive: Archive) -> None:
-        self._slides: dict[str, set[str]] = {}
-        self._patients: dict[str, set[str]] = {}
-        columns = ["slide_id", "uri", "aliases", "patient_id"]
-        for row in archive.slides(columns=columns).to_pylist():
+    found: list[tuple[Row, list[str]]]
+    unmatched: list[str]
+    ambiguous: list[str]
+
+    def report(self) -> dict[str, Any]:
+        """Returns the names without a slide of their own, as every import reports them."""
+        return {"unmatched": self.unmatched, "ambiguous": self.ambiguous}
+
+
+class SlideNames:
+    """Index of the names that slides go by; :meth:`from_rows` and :meth:`from_paths` make it."""
+
+    def __init__(self) -> None:
+        self._exact: dict[str, set[str]] = {}
+        self._folded: dict[str, set[str]] = {}
+        self._cases: dict[str, set[str]] = {}
+        self._folded_cases: dict[str, set[str]] = {}
+        self._paths: dict[str, list[str]] = {}
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> SlideNames:
+        """Indexes the slides of an archive, each under its ``slide_id``.
+
+        Args:
+            rows: Rows of the slides table with :data:`NAME_COLUMNS`, whatever their status.
+        """
+        names = cls()
+        for row in rows:
             slide = row["slide_id"]
-            self._add(slide, slide)
-            for uri in (row["uri"], *(row["aliases"] or ())):
-                for name in shortened(uri or ""):
-                    self._add(name, slide)
-                    self._add_case(name, slide)
-            if row["patient_id"]:
-                self._patients.setdefault(row["patient_id"], set()).add(slide)
+            names._add(slide, slide)
+            for path in (row["uri"], *(row["aliases"] or ())):
+                if path:
+                    names._add_path(path, slide)
+            if patient := known(row["patient_id"]):
+                names._add_case(patient, slide)
+        return names
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[str]) -> SlideNames:
+        """Indexes slides that no archive knows yet, each under its path.
+
+        A link goes by the name of the file it points to as well.
+        """
+        names = cls()
+        for path in dict.fromkeys(paths):
+            names._add_path(path, path)
+            target = os.path.realpath(path)
+            if os.path.basename(target) != os.path.basename(path):
+                names._add_path(target, path)
+        return names
 
     def _add(self, name: str, slide: str) -> None:
-        self._slides.setdefault(name, set()).add(slide)
+        self._exact.setdefault(name, set()).add(slide)
+        self._folded.setdefault(name.casefold(), set()).add(slide)
 
-    def _add_case(self, name: str, slide: str) -> None:
-        fields = name.split("-")
-        for count in range(2, len(fields)):
-            self._patients.setdefault("-".join(fields[:count]), set()).add(slide)
+    def _add_path(self, path: str, slide: str) -> None:
+        path = _normal(path)
+        self._paths.setdefault(slide, []).append(path)
+        forms = shortened(path)
+        if len(forms) == 2:  # no ending that is known: what is behind the last dot is one
+            forms.append(PurePosixPath(path).stem)
+        for form in forms:
+            self._add(form, slide)
+            fields = form.split("-")
+            for count in range(2, len(fields)):
+                self._add_case("-".join(fields[:count]), slide)
+
+    def _add_case(self, case: str, slide: str) -> None:
+        case = _normal(case)
+        self._cases.setdefault(case, set()).add(slide)
+        self._folded_cases.setdefault(case.casefold(), set()).add(slide)
+
+    def short(self) -> list[str]:
+        """Returns the names without folders, sorted: what a misspelt name may have meant."""
+        return sorted(name for name in self._exact if "/" not in name)
 
     def find(self, name: str) -> list[str]:
         """Returns the slides a name means, sorted: none, one, or several where it is not clear."""
+        name = _normal(name)
         for form in shortened(name):
-            if form in self._slides:
-                return sorted(self._slides[form])
+            if found := self._exact.get(form) or self._folded.get(form.casefold()):
+                return self._nearest(name, found)
         return []
 
     def find_case(self, case: str) -> list[str]:
         """Returns the slides of a case: of that patient, or named ``<case>-…``."""
-        return sorted(self._patients.get(case, ())) or self.find(case)
+        case = _normal(case)
+        found = self._cases.get(case) or self._folded_cases.get(case.casefold())
+        return sorted(found) if found else self.find(case)
+
+    def match(self, rows: Iterable[Row], name: Callable[[Row], tuple[str, bool]]) -> Matches[Row]:
+        """Finds the slides of the rows of a table.
+
+        A name with folders that its slide does not lie in still means it (the table may be from
+        another machine), but not where the table has a row with the right folders as well, or where
+        there is another file of that size at that very path: then the row is about another slide.
+
+        Args:
+            rows: The table.
+            name: Returns a row's name, and whether it is that of a case, so that all slides of the
+                case are meant.
+        """
+        found: list[tuple[Row, list[str], str, bool]] = []
+        unmatched, ambiguous = [], []
+        placed: set[str] = set()  # slides that some row names with the folders they lie in
+        for row in rows:
+            asked, is_case = name(row)
+            slides = self.find_case(asked) if is_case else self.find(asked)
+            stray = False
+            if len(slides) > 1 and not is_case:
+                ambiguous.append(asked)
+                continue
+            if len(slides) == 1 and not is_case and _folders(_normal(asked)):
+                stray = not self._agreement(_normal(asked), slides[0])
+                if not stray:
+                    placed.update(slides)
+                elif self._is_another_file(asked, slides[0]):
+                    slides = []
+            if slides:
+                found.append((row, slides, asked, stray))
+            else:
+                unmatched.append(asked)
+        kept = []
+        for row, slides, asked, stray in found:
+            if stray and slides[0] in placed:
+                unmatched.append(asked)
+            else:
+                kept.append((row, slides))
+        return Matches(found=kept, unmatched=listed(unmatched), ambiguous=listed(ambiguous))
+
+    def _nearest(self, name: str, slides: set[str]) -> list[str]:
+        """Returns the slides whose folders agree best with those before a name."""
+        if len(slides) == 1 or not _folders(name):
+            return sorted(slides)
+        agreement = {slide: self._agreement(name, slide) for slide in slides}
+        best = max(agreement.values())
+        return sorted(slide for slide in slides if agreement[slide] == best)
+
+    def _agreement(self, name: str, slide: str) -> int:
+        """Returns how many folders before a name a path of the slide has as well, from the last."""
+        asked = _folders(name)
+        return max(
+            (_common(asked, _folders(path)) for path in self._paths.get(slide, ())), default=0
+        )
+
+    def _is_another_file(self, name: str, slide: str) -> bool:
+        """Whether there is a file at the path that is asked for, and it is of another size."""
+        if not os.path.isabs(name):
+            return False
+        size = _file_size(name)
+        sizes = {_file_size(path) for path in self._paths.get(slide, ())} - {None}
+        return size is not None and bool(sizes) and size not in sizes
 
 
 def shortened(name: str) -> list[str]:
-    """Returns a name, without folders, without its ending, without its UUID; each once."""
-    base = PurePosixPath(name.replace("\\", "/")).name
-    stem = next((base[: -len(end)] for end in _ENDINGS if base.lower().endswith(end)), base)
-    return list(dict.fromkeys(filter(None, (name, base, stem, _UUID.sub("", stem)))))
+    """Returns a name, without folders, without its endings, without its UUID; each once."""
+    forms = [name, PurePosixPath(name.replace("\\", "/")).name]
+    while True:
+        last = forms[-1]
+        end = next((end for end in _ENDINGS if last.lower().endswith(end)), "")
+        if not end:
+            break
+        forms.append(last[: -len(end)])
+    return list(dict.fromkeys(filter(None, (*forms, _UUID.sub("", forms[-1])))))
 
 
 def patient_of(stem: str) -> str | None:
     """Returns the patient of a TCGA barcode (first three fields) or a CPTAC name (first two)."""
-    if match := re.match(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})(-|$)", stem):
-        return match[1]
-    if match := re.match(r"(C3[A-Z]-\d{5})(-|$)", stem):
-        return match[1]
+    for barcode in (r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", r"C3[A-Z]-\d{5}"):
+        if match := re.match(rf"({barcode})(-|$)", stem, re.IGNORECASE):
+            return match[1].upper()
     return None
 
 
 def listed(names: Iterable[str]) -> list[str]:
     """Returns names for a report: sorted, each once."""
     return sorted(set(names))
+
+
+def _normal(name: str) -> str:
+    """Returns a name without space around it; letters with accents are one character each."""
+    return unicodedata.normalize("NFC", clean(name))
+
+
+def _folders(name: str) -> list[str]:
+    """Returns the folders before a name, the last first."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    return [part.casefold() for part in reversed(parts[:-1])]
+
+
+def _common(one: list[str], other: list[str]) -> int:
+    return next(
+        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+
+
+def _file_size(path: str) -> int | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -25,6 +25,7 @@ from pathflip.cli.options import (
 )
 from pathflip.errors import ConfigError
 from pathflip.progress import show_progress
+from pathflip.splits import requested_split
 
 app = typer.Typer()
 evaluate_app = typer.Typer(
@@ -40,7 +41,10 @@ LlmOption = Annotated[
     typer.Option(help="Where the base language model is, if it is not where it was tuned."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU if there is one.")]
-SplitOption = Annotated[str, typer.Option(help="Slides of this split; all for every slide.")]
+SplitOption = Annotated[
+    str,
+    typer.Option(help="Slides of this split; all for every slide.", callback=requested_split),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of shuffles and resamples.")]
 TasksOption = Annotated[
     str | None,

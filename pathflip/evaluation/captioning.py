@@ -105,7 +105,8 @@ def evaluate_captions(
         archive: Where slides, features and captions are.
         run: The run the captions are of.
         answerer: Writes them, greedily; may be left out where they are given.
-        predictions: {slide_id: caption} that was written already, by ``pathflip caption --out``.
+        predictions: {slide: caption} that was written already, by ``pathflip caption --out`` or
+            under other names of the slides.
         split: Which slides; ``all`` for every one.
         source: Whose captions to measure against; by default the first each slide has.
         embed: See :func:`caption_metrics`.
@@ -127,6 +128,7 @@ def evaluate_captions(
     slides = [slide for slide in slides if slide.slide_id in texts]
     reference = [texts[slide.slide_id] for slide in slides]
     if predictions is not None:
+        predictions = _by_slide(archive, predictions)
         if lost := [slide.slide_id for slide in slides if slide.slide_id not in predictions]:
             raise ConfigError(
                 f"{len(lost)} slides of split {split} have no caption there, {lost[0]} for one.",
@@ -151,8 +153,26 @@ def evaluate_captions(
     return found | {"split": split, "model": tuned_name(run), "captions": said}
 
 
+def _by_slide(archive: Archive, predictions: Mapping[str, str]) -> dict[str, str]:
+    """Returns {slide_id: caption}; captions of slides that are not in the archive are left out."""
+    matches = archive.names().match(predictions.items(), lambda item: (item[0], False))
+    if matches.ambiguous:
+        raise ConfigError(
+            f"{len(matches.ambiguous)} captions are named like several slides of {archive.uri}, "
+            f"{matches.ambiguous[0]} for one.",
+            hint="Name slides by slide_id, or by a path that only one of them has.",
+        )
+    found: dict[str, str] = {}
+    for (name, text), (slide,) in matches.found:
+        if found.setdefault(slide, text) != text:
+            raise ConfigError(
+                f"Slide {slide} has two captions, {name} for one.", hint="Keep one of them."
+            )
+    return found
+
+
 def read_predictions(path: str | Path) -> dict[str, str]:
-    """Read captions that ``pathflip caption --out`` wrote: {slide_id: caption}.
+    """Read captions that ``pathflip caption --out`` wrote: {name of a slide: caption}.
 
     Raises:
         ConfigError: The file cannot be read, or a line of it is something else.

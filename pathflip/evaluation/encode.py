@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
 from pathflip.progress import Progress, Report
+from pathflip.splits import canonical_split, requested_split
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
 BATCH_BYTES = 96 << 20
 """Features of a padded batch, float32; one slide may need more."""
 MAX_BATCH = 32
-_SPLITS = {
-    "training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test",
-    "train": "train", "val": "val", "test": "test",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +124,9 @@ def list_slides(
         row for row in archive.slides("ready", columns).to_pylist() if row["slide_id"] in usable
     ]
     for row in rows:
-        named = (row["split"] or "").strip().lower()
-        row["split"] = drawn.get(row["slide_id"]) or _SPLITS.get(named, row["split"] or None)
-    chosen = [row for row in rows if splits is None or row["split"] in splits]
+        row["split"] = drawn.get(row["slide_id"]) or canonical_split(row["split"])
+    wanted = None if splits is None else {requested_split(split) for split in splits}
+    chosen = [row for row in rows if wanted is None or row["split"] in wanted]
     if not chosen:
         there = sorted({str(row["split"]) for row in rows})
         raise ConfigError(

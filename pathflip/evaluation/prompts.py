@@ -35,7 +35,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from pathflip.errors import ConfigError
-from pathflip.interop.tables import read_text
+from pathflip.interop.tables import clean, is_unknown, read_text
 
 PLACEHOLDER = "CLASSNAME"
 TEMPLATES: tuple[str, ...] = (
@@ -71,7 +71,6 @@ _POSITIVE = frozenset({"1", "1.0", "true", "yes", "positive", "pos", "present", 
 _NEGATIVE = frozenset(
     {"0", "0.0", "false", "no", "negative", "neg", "absent", "wild type", "wildtype", "wild-type"}
 )
-_UNKNOWN = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "not available"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +139,13 @@ class Task:
         Raises:
             ConfigError: The value is neither.
         """
-        text = (value or "").strip()
+        text = clean(value or "")
         if self.positive:
             if text in self.positive:
                 return True
-            return None if text.lower() in _UNKNOWN else False
+            return None if is_unknown(text) else False
         folded = text.lower()
-        if folded in _UNKNOWN:
+        if is_unknown(text):
             return None
         if folded in _POSITIVE or folded in _NEGATIVE:
             return folded in _POSITIVE
@@ -222,7 +221,7 @@ def read_classes(source: str) -> dict[str, tuple[str, ...]]:
     if path.suffix.lower() in (".yaml", ".yml", ".json"):
         content = _yaml(path)
     elif "," not in source and path.is_file():
-        content = [line.strip() for line in read_text(path).splitlines()]
+        content = [clean(line) for line in read_text(path).splitlines()]
     else:
         content = source.split(",")
     if isinstance(content, Mapping) and set(content) == {"classes"}:
@@ -230,7 +229,8 @@ def read_classes(source: str) -> dict[str, tuple[str, ...]]:
     if isinstance(content, Mapping):
         classes = {_name(key): _names(value) for key, value in content.items()}
     elif isinstance(content, list):
-        classes = {str(name).strip(): (str(name).strip(),) for name in content if str(name).strip()}
+        names = [clean(str(name)) for name in content]
+        classes = {name: (name,) for name in names if name}
     else:
         classes = {}
     if len(classes) < 2 or not all(classes.values()):
@@ -297,14 +297,7 @@ def _known(given: Mapping[str, Any], known: Sequence[str], *, where: str) -> Non
 
 def _yaml(path: str | Path) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{path} cannot be read: {reason}.",
-            hint="Give an existing file.",
-            code="missing_file",
-        ) from error
+        return yaml.safe_load(read_text(path, code="missing_file"))
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{path} is not valid YAML: {error}.", hint="Check its indentation.", code="tasks"

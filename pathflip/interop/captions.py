@@ -23,13 +23,22 @@ from pathflip.archive import CAPTIONS, Archive
 from pathflip.archive.captions import Caption, changed_captions, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
-from pathflip.archive.slide_names import SlideNames, listed
 from pathflip.errors import ConfigError
-from pathflip.interop.tables import bad_line, column, json_entries, read_rows, read_text
+from pathflip.interop.conversations import question_answer_pairs
+from pathflip.interop.tables import (
+    SLIDE_COLUMNS,
+    bad_line,
+    clean,
+    column,
+    is_json,
+    is_missing,
+    json_entries,
+    needed_column,
+    read_rows,
+    read_text,
+)
 
-SLIDE_COLUMNS = ("slide", "slide_id", "slide_name", "wsi", "wsi_id", "image", "filename")
 _TEXT_COLUMNS = ("caption", "report", "text")
-IMAGE_TAG = re.compile(r"\s*<image>\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +46,12 @@ class CaptionRow:
     """One caption as a file has it.
 
     Attributes:
-        slide: The slide as the file names it; a case where ``is_case``.
+        slide: Name of the slide in the file; of the case where ``is_case``.
         text: The caption.
-        question: What it answers, where the file says.
+        question: The question it answers, where the file has one.
         qa: Further questions and answers.
-        statements: What a model made of it, where the file has that.
-        line: Where in the file; 0 if it is a file of its own.
+        statements: Statements that a language model cut the caption into, where the file has them.
+        line: Line in the file; 0 if the caption is a file of its own.
         is_case: Whether the name is a case's, so that all of its slides are meant.
     """
 
@@ -65,7 +74,7 @@ def read_captions(path: str | Path) -> list[CaptionRow]:
     file = Path(path).expanduser()
     if file.is_dir():
         rows = list(_folder(file))
-    elif read_text(file).lstrip()[:1] in ("[", "{"):
+    elif is_json(file):
         rows = list(_json(file))
     else:
         rows = list(_csv(file))
@@ -120,22 +129,15 @@ def _import(
     source: str,
     dry_run: bool,
 ) -> dict[str, Any]:
-    names = SlideNames(archive)
+    matches = archive.names().match(rows, lambda row: (row.slide, row.is_case))
     found: dict[str, CaptionRow] = {}
-    unmatched, ambiguous = [], []
-    for row in rows:
-        slides = names.find_case(row.slide) if row.is_case else names.find(row.slide)
-        if not slides:
-            unmatched.append(row.slide)
-        elif len(slides) > 1 and not row.is_case:
-            ambiguous.append(row.slide)
-        else:
-            for slide in slides:
-                other = found.setdefault(slide, row)
-                if other.text != row.text:
-                    raise bad_line(
-                        path, row.line, f"{row.slide} is the slide of line {other.line} again"
-                    )
+    for row, slides in matches.found:
+        for slide in slides:
+            other = found.setdefault(slide, row)
+            if other.text != row.text:
+                raise bad_line(
+                    path, row.line, f"{row.slide} is the slide of line {other.line} again"
+                )
     captions = [
         Caption(slide_id=slide, text=row.text, qa=row.qa or None, statements=row.statements)
         for slide, row in sorted(found.items())
@@ -150,8 +152,7 @@ def _import(
         "source": source,
         "rows": len(rows),
         **counts,
-        "unmatched": listed(unmatched),
-        "ambiguous": listed(ambiguous),
+        **matches.report(),
     }
 
 
@@ -160,15 +161,13 @@ def _import(
 
 def _csv(file: Path) -> Iterator[CaptionRow]:
     rows = read_rows(file)
-    slide = column(file, rows[0][1], SLIDE_COLUMNS)
-    text = column(file, rows[0][1], _TEXT_COLUMNS)
+    slide = needed_column(file, rows[0][1], SLIDE_COLUMNS)
+    text = needed_column(file, rows[0][1], _TEXT_COLUMNS)
     question = column(file, rows[0][1], ("question",))
-    if slide is None or text is None:
-        lost = "slide" if slide is None else "caption"
-        raise bad_line(file, 1, f"no column {lost} among {', '.join(rows[0][1])}")
     for line, row in rows:
-        if not row[slide] or not row[text]:
-            raise bad_line(file, line, f"no {'slide' if not row[slide] else 'caption'}")
+        for name in (slide, text):
+            if is_missing(row[name]):
+                raise bad_line(file, line, f"no {'slide' if name == slide else 'caption'}")
         asked = row[question] if question is not None else None
         yield CaptionRow(slide=row[slide], text=row[text], question=asked, line=line)
 
@@ -180,12 +179,12 @@ def _json(file: Path) -> Iterator[CaptionRow]:
         if not isinstance(images, list) or not images or not all(map(_text, images)):
             raise bad_line(file, line, "an entry without the name of its image")
         if "conversations" in entry:
-            pairs = _pairs(file, line, entry["conversations"])
-            question, text = pairs[0]
-            further = [{"question": q, "answer": a} for q, a in pairs[1:]]
+            (question, text), *rest = question_answer_pairs(file, line, entry["conversations"])
+            _check_caption(file, line, text)
+            further = [{"question": asked or "", "answer": answer} for asked, answer in rest]
             statements: list[str] = []
         elif _text(entry.get("caption")):
-            question, text, further = None, entry["caption"].strip(), []
+            question, text, further = None, clean(entry["caption"]), []
             concepts = entry.get("fine_grained_concepts") or []
             if not isinstance(concepts, list):
                 raise bad_line(file, line, "fine_grained_concepts is no list")
@@ -198,29 +197,20 @@ def _json(file: Path) -> Iterator[CaptionRow]:
             raise bad_line(file, line, "an entry without conversations or caption")
         for image in images:
             yield CaptionRow(
-                slide=image.strip(), text=text, question=question, qa=further,
+                slide=clean(image), text=text, question=question, qa=further,
                 statements=statements, line=line,
             )  # fmt: skip
 
 
-def _pairs(file: Path, line: int, turns: Any) -> list[tuple[str, str]]:
-    """Returns the questions and answers of a conversation."""
-    good = isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns
-    )
-    if not good or len(turns) < 2:
-        raise bad_line(file, line, "no question and answer among the conversations")
-    values = [IMAGE_TAG.sub(" ", turn["value"]).strip() for turn in turns]
-    answer = values[1]
-    if not answer:
+def _check_caption(file: Path, line: int, text: str) -> None:
+    if is_missing(text):
         raise bad_line(file, line, "the caption is empty")
-    if re.fullmatch(r"[A-H][).]?", answer):
+    if re.fullmatch(r"[A-H][).]?", text):
         raise bad_line(
             file,
             line,
             "the answer is a letter: this is a test with choices, no caption (see --questions)",
         )
-    return list(zip(values[::2], values[1::2], strict=False))
 
 
 def _folder(folder: Path) -> Iterator[CaptionRow]:
@@ -231,11 +221,11 @@ def _folder(folder: Path) -> Iterator[CaptionRow]:
             raise bad_line(file, error.lineno, f"not JSON ({error.msg})") from error
         if not _text(text):
             raise bad_line(file, 1, "not a JSON string")
-        yield CaptionRow(slide=file.parent.name, text=text.strip(), is_case=True)
+        yield CaptionRow(slide=file.parent.name, text=clean(text), is_case=True)
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and not is_missing(value)
 
 
 def _merged(file: Path, rows: list[CaptionRow]) -> list[CaptionRow]:

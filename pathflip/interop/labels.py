@@ -1,11 +1,16 @@
-"""Labels and patients of slides from tables of others.
+"""Labels, patients and splits of slides from tables of other tools.
 
-=============  ==================================================================================
-label tables   CSV or TSV with a column for the slide (slide_id, slide) or the case (case_id,
-               patient_id) and labels: CPTAC splits (slide_id, conch_feature, label), Patho-Bench
-               tasks (case_id, slide_id, <task>, fold_0…)
-GDC manifests  TSV id, filename, md5, size, state: patient and sample type from the TCGA barcode
-=============  ==================================================================================
+==============  =================================================================================
+patients        CSV or TSV slide, patient_id[, split][, any label…], for ``ingest --patients``
+label tables    CSV or TSV with a column for the slide (slide_id, slide) or the case (case_id,
+                patient_id) and labels: CPTAC splits (slide_id, conch_feature, label), Patho-Bench
+                tasks (case_id, slide_id, <task>, fold_0…)
+GDC manifests   TSV id, filename, md5, size, state: patient and sample type from the TCGA barcode
+==============  =================================================================================
+
+A table gives a slide a patient by a column ``patient_id`` in a line about that slide. A case that
+lines are looked up by, or that a barcode names, becomes the patient of slides that have none; it
+never renames one, which would make two patients of the slides of one.
 """
 
 from __future__ import annotations
@@ -19,30 +24,41 @@ from typing import Any
 
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
-from pathflip.archive.slide_names import SlideNames, listed, patient_of, shortened
+from pathflip.archive.slide_names import listed, patient_of, shortened
 from pathflip.errors import ConfigError
-from pathflip.interop.captions import SLIDE_COLUMNS
-from pathflip.interop.tables import bad_line, column, read_rows
+from pathflip.interop.tables import (
+    CASE_COLUMNS,
+    PATIENT_COLUMNS,
+    SLIDE_COLUMNS,
+    bad_line,
+    column,
+    is_missing,
+    known,
+    needed_column,
+    read_rows,
+)
+from pathflip.splits import canonical_split
 
-_CASE_COLUMNS = ("case_id", "patient_id", "case", "patient")
 _NO_LABEL = re.compile(r"fold_\d+|.*feature|unnamed.*|", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRow:
-    """What a line of a table says of a slide, or of all slides of a case.
+    """Patient, split and labels of a slide, or of all slides of a case, from a line of a table.
 
     Attributes:
-        slide: The slide as the file names it; None where the row is about a case.
-        patient: The case.
-        split: train, val or test, where the file says.
+        slide: Name of the slide in the file; None where the row is about a case.
+        patient: Patient of the slide.
+        case: Case the row is about, or that the slide is of: the patient of slides without one.
+        split: train, val or test, or another name of the file's own; None where it has none.
         labels: {name: value}.
-        line: Where in the file.
-        bytes: Size of the slide's file, where the file says.
+        line: Line in the file.
+        bytes: Size of the slide's file, where the file has it.
     """
 
     slide: str | None
     patient: str | None = None
+    case: str | None = None
     split: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     line: int = 0
@@ -70,29 +86,66 @@ def read_labels(
     rows = read_rows(path)
     first = rows[0][1]
     slide = column(path, first, SLIDE_COLUMNS, asked=slide_col)
-    case = column(path, first, _CASE_COLUMNS, asked=case_col)
+    case = column(path, first, CASE_COLUMNS, asked=case_col)
+    by_slide = slide is not None and case_col is None
+    patient = column(path, first, PATIENT_COLUMNS) if by_slide else None
     split = column(path, first, ("split",))
     if slide is None and case is None:
         raise bad_line(path, 1, f"no column slide_id or case_id among {', '.join(first)}")
+    taken = (slide, case, patient, split)
     chosen = [column(path, first, (), asked=name) for name in label_cols] or [
-        name for name in first if name not in (slide, case, split) and not _NO_LABEL.fullmatch(name)
+        name for name in first if name not in taken and not _NO_LABEL.fullmatch(name)
     ]
     found = []
     for line, row in rows:
-        name = row[slide] if slide is not None else None
-        patient = row[case] if case is not None else None
-        if not name and not patient:
+        name = None if slide is None or is_missing(row[slide]) else row[slide]
+        who = None if case is None else known(row[case])
+        if not name and not who:
             raise bad_line(path, line, "no slide and no case")
         found.append(
             LabelRow(
-                slide=name or None,
-                patient=patient or None,
-                split=(row[split] or None) if split is not None else None,
-                labels={key: row[key] for key in chosen if key is not None and row[key]},
+                slide=name,
+                patient=None if patient is None or name is None else known(row[patient]),
+                case=None if patient == case and name is not None else who,
+                split=None if split is None else canonical_split(row[split]),
+                labels=_labels(row, chosen),
                 line=line,
             )
         )
     return found
+
+
+def read_patients(path: str | Path) -> list[LabelRow]:
+    """Reads the patients of slides, their splits and labels: every further column is a label.
+
+    Raises:
+        ConfigError: If the columns slide and patient_id are not there, or a line names no slide.
+    """
+    rows = read_rows(path)
+    first = rows[0][1]
+    slide = needed_column(path, first, SLIDE_COLUMNS)
+    patient = needed_column(path, first, (*PATIENT_COLUMNS, *CASE_COLUMNS))
+    split = column(path, first, ("split",))
+    chosen = [name for name in first if name and name not in (slide, patient, split)]
+    found = []
+    for line, row in rows:
+        if is_missing(row[slide]):
+            raise bad_line(path, line, "no slide")
+        found.append(
+            LabelRow(
+                slide=row[slide],
+                patient=known(row[patient]),
+                split=None if split is None else canonical_split(row[split]),
+                labels=_labels(row, chosen),
+                line=line,
+            )
+        )
+    return found
+
+
+def _labels(row: dict[str, str], columns: Sequence[str | None]) -> dict[str, str]:
+    """Returns the labels of a row that are there; "none" is one, a cell left empty is none."""
+    return {name: row[name] for name in columns if name is not None and not is_missing(row[name])}
 
 
 def read_manifest(path: str | Path) -> list[LabelRow]:
@@ -117,7 +170,7 @@ def read_manifest(path: str | Path) -> list[LabelRow]:
         found.append(
             LabelRow(
                 slide=row["filename"],
-                patient=patient,
+                case=patient,
                 labels={"sample_type": kind} if code else {},
                 line=line,
                 bytes=int(row["size"]),
@@ -133,17 +186,18 @@ def import_labels(
 ) -> dict[str, Any]:
     """Adds patients, splits and labels to the slides that are in the archive.
 
-    Labels a slide has under other names stay. Again, it changes nothing.
+    Labels that a slide has under other names stay. Importing again changes nothing.
 
     Args:
         archive: The archive.
         path: The file the rows are from, for messages.
-        rows: What :func:`read_labels` or :func:`read_manifest` returned.
+        rows: Rows of :func:`read_labels` or :func:`read_manifest`.
         dry_run: Only say what would be done.
 
     Returns:
         {"rows", "changed", "unchanged": counts of slides, "unmatched", "ambiguous": names,
-        "other_size": slides whose file is not as long as the manifest says}.
+        "other_size": slides whose file is not as long as the manifest says, "other_patient": slides
+        that keep a patient who is not the case of their row}.
 
     Raises:
         ConfigError: If two lines contradict each other; nothing is written then.
@@ -161,27 +215,27 @@ def _import(
     rows: Sequence[LabelRow],
     write: Callable[[dict[str, dict[str, Any]]], None],
 ) -> dict[str, Any]:
-    names = SlideNames(archive)
-    stored = {
-        row["slide_id"]: row
-        for row in archive.slides(
-            columns=["slide_id", "patient_id", "split", "labels", "bytes"]
-        ).to_pylist()
-    }
+    columns = ["slide_id", "patient_id", "split", "labels", "bytes"]
+    stored = {row["slide_id"]: row for row in archive.slides(columns=columns).to_pylist()}
+    matches = archive.names().match(rows, lambda row: (row.slide or row.case or "", not row.slide))
     said: dict[str, dict[str, tuple[str, int]]] = {}  # slide -> name -> value, line
-    unmatched, ambiguous, other_size = [], [], []
-    for row in rows:
-        slides = names.find(row.slide) if row.slide else names.find_case(row.patient or "")
-        if not slides:
-            unmatched.append(row.slide or row.patient or "")
-        if row.slide and len(slides) > 1:
-            ambiguous.append(row.slide)
-            continue
+    other_size, other_patient = [], []
+    held: dict[str, set[str]] = {}  # case -> patients that its slides have
+    for row, slides in matches.found:
+        own_patients = (known(stored[slide]["patient_id"]) for slide in slides)
+        held.setdefault(row.case or "", set()).update(filter(None, own_patients))
+    for row, slides in matches.found:
         for slide in slides:
+            own = known(stored[slide]["patient_id"])
             if row.bytes is not None and stored[slide]["bytes"] != row.bytes:
                 other_size.append(slide)
+            if row.case and not row.patient and own not in (None, row.case):
+                other_patient.append(slide)
             values = {f"label:{name}": value for name, value in row.labels.items()}
-            values |= {"patient_id": row.patient or "", "split": row.split or ""}
+            patient = row.patient
+            if patient is None and row.case:
+                patient = own or _patient_of_case(row.case, held[row.case])
+            values |= {"patient_id": patient or "", "split": row.split or ""}
             for name, value in values.items():
                 if not value:
                     continue
@@ -191,7 +245,7 @@ def _import(
                     raise bad_line(
                         path,
                         row.line,
-                        f"{row.slide or row.patient} has {what} {value!r}, but {other!r} in line "
+                        f"{row.slide or row.case} has {what} {value!r}, but {other!r} in line "
                         f"{line}",
                     )
     changes = {}
@@ -214,7 +268,14 @@ def _import(
         "rows": len(rows),
         "changed": len(changes),
         "unchanged": len(said) - len(changes),
-        "unmatched": listed(unmatched),
-        "ambiguous": listed(ambiguous),
+        **matches.report(),
         "other_size": listed(other_size),
+        "other_patient": listed(other_patient),
     }
+
+
+def _patient_of_case(case: str, held: set[str]) -> str | None:
+    """Returns the patient of a case's slides that have none: their siblings', or else the case."""
+    if not held:
+        return case
+    return next(iter(held)) if len(held) == 1 else None

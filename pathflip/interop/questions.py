@@ -27,10 +27,21 @@ from pathflip.archive import CAPTIONS, Archive
 from pathflip.archive.captions import Caption, changed_captions, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
-from pathflip.archive.slide_names import SlideNames, listed
 from pathflip.errors import ConfigError
-from pathflip.interop.captions import IMAGE_TAG, SLIDE_COLUMNS, source_name
-from pathflip.interop.tables import bad_line, column, json_entries, read_rows, read_text
+from pathflip.interop.captions import source_name
+from pathflip.interop.conversations import question_answer_pairs, without_image_tag
+from pathflip.interop.tables import (
+    SLIDE_COLUMNS,
+    bad_line,
+    clean,
+    column,
+    is_json,
+    is_missing,
+    json_entries,
+    needed_column,
+    read_rows,
+)
+from pathflip.splits import canonical_split, requested_split
 from pathflip.text import LETTERS
 
 _CHOICES = ("choices", "options", "choice")
@@ -45,14 +56,14 @@ class Question:
     """One question about a slide.
 
     Attributes:
-        slide: The slide as the file names it, a case where ``is_case``; of stored questions the
-            slide's id.
+        slide: Name of the slide in the file, of the case where ``is_case``; the id of the slide for
+            a stored question.
         question: The question, without its options.
         answer: The answer; with options the text of the right one.
         choices: The options; empty for an open question.
-        category: What it is about, where the file says.
-        split: The split the file names; of stored questions the slide's in the archive.
-        line: Where in the file; 0 for stored ones.
+        category: Topic of the question, where the file has one.
+        split: Split that the file names; for a stored question the split of its slide.
+        line: Line in the file; 0 for stored ones.
         is_case: Whether the name is a case's, so that all of its slides are meant.
     """
 
@@ -74,7 +85,7 @@ def read_questions(path: str | Path) -> list[Question]:
             the line.
     """
     file = Path(path).expanduser()
-    found = list(_json(file) if read_text(file).lstrip()[:1] in ("[", "{") else _csv(file))
+    found = list(_json(file) if is_json(file) else _csv(file))
     if not found:
         raise ConfigError(f"{path} holds no questions.", hint="See docs/reference/data-model.md.")
     return found
@@ -123,16 +134,16 @@ def stored_questions(
     """Returns the questions about ready slides: by slide and source, in the order of their files.
 
     Args:
-        archive: Where.
+        archive: Archive to read.
         source: Only questions of this source; the same question of several sources is there once.
-        split: Only of slides of this split.
+        split: Only questions about slides of this split.
     """
     slides = archive.slides("ready", columns=["slide_id", "split"]).to_pylist()
-    splits = {row["slide_id"]: row["split"] for row in slides}
+    splits = {row["slide_id"]: canonical_split(row["split"]) for row in slides}
     found: dict[tuple[str, str, str, tuple[str, ...]], Question] = {}
     for row in archive.captions(source).to_pylist():
         own = splits[row["slide_id"]]
-        if split is not None and own != split:
+        if split is not None and own != requested_split(split):
             continue
         for entry in json.loads(row["qa"]) if row["qa"] else ():
             question = Question(
@@ -155,22 +166,14 @@ def _import(
     source: str,
     dry_run: bool,
 ) -> dict[str, Any]:
-    names = SlideNames(archive)
+    matches = archive.names().match(rows, lambda row: (row.slide, row.is_case))
     asked: dict[str, list[dict[str, Any]]] = {}
-    unmatched, ambiguous, matched = [], [], 0
-    for row in rows:
-        slides = names.find_case(row.slide) if row.is_case else names.find(row.slide)
-        if not slides:
-            unmatched.append(row.slide)
-        elif len(slides) > 1 and not row.is_case:
-            ambiguous.append(row.slide)
-        else:
-            matched += 1
-            entry = _entry(row)
-            for slide in slides:
-                own = asked.setdefault(slide, [])
-                if entry not in own:
-                    own.append(entry)
+    for row, slides in matches.found:
+        entry = _entry(row)
+        for slide in slides:
+            own = asked.setdefault(slide, [])
+            if entry not in own:
+                own.append(entry)
     captions = [Caption(slide_id=slide, qa=qa) for slide, qa in sorted(asked.items())]
     if committer is None or dry_run:
         _, counts = changed_captions(archive, captions, source=source)
@@ -181,10 +184,9 @@ def _import(
     return {
         "source": source,
         "rows": len(rows),
-        "questions": matched,
+        "questions": len(matches.found),
         **counts,
-        "unmatched": listed(unmatched),
-        "ambiguous": listed(ambiguous),
+        **matches.report(),
     }
 
 
@@ -204,22 +206,18 @@ def _entry(row: Question) -> dict[str, Any]:
 def _csv(file: Path) -> Iterator[Question]:
     rows = read_rows(file)
     header = rows[0][1]
-    slide = column(file, header, SLIDE_COLUMNS)
-    question = column(file, header, ("question",))
-    answer = column(file, header, ("answer",))
-    named = {"slide": slide, "question": question, "answer": answer}
-    if slide is None or question is None or answer is None:
-        lost = next(name for name, found in named.items() if found is None)
-        raise bad_line(file, 1, f"no column {lost} among {', '.join(header)}")
+    slide = needed_column(file, header, SLIDE_COLUMNS)
+    question = needed_column(file, header, ("question",))
+    answer = needed_column(file, header, ("answer",))
     listed_choices = column(file, header, _CHOICES)
     lettered = [name for name in LETTERS if name in header]
     category = column(file, header, _CATEGORIES)
     split = column(file, header, ("split",))
     for line, row in rows:
         if listed_choices is not None:
-            choices = [part.strip() for part in row[listed_choices].split("|")]
+            choices = [filled(part) for part in row[listed_choices].split("|")]
         else:
-            choices = [row[name] for name in lettered]
+            choices = [filled(row[name]) for name in lettered]
             if "" in choices and any(choices[choices.index("") :]):
                 raise bad_line(file, line, f"option {LETTERS[choices.index('')]} is empty")
         yield _made(
@@ -229,7 +227,7 @@ def _csv(file: Path) -> Iterator[Question]:
             question=row[question],
             answer=row[answer],
             choices=[choice for choice in choices if choice],
-            category=row[category] if category is not None else "",
+            category=filled(row[category]) if category is not None else "",
             split=row[split] if split is not None else None,
         )
 
@@ -253,7 +251,7 @@ def _json(file: Path) -> Iterator[Question]:
             slide=lower.get("id") if is_case else slide,
             question=lower.get("question"),
             answer=lower.get("answer"),
-            choices=[choice.strip() for choice in choices],
+            choices=[clean(choice) for choice in choices],
             category=next((lower[name] for name in _CATEGORIES if lower.get(name)), ""),
             split=lower.get("split"),
             is_case=is_case,
@@ -261,18 +259,13 @@ def _json(file: Path) -> Iterator[Question]:
 
 
 def _conversation(file: Path, line: int, entry: Mapping[str, Any]) -> Iterator[Question]:
-    images, turns = entry.get("image"), entry["conversations"]
+    images = entry.get("image")
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not images:
         raise bad_line(file, line, "an entry without the name of its image")
-    if (
-        not isinstance(turns, list)
-        or len(turns) < 2
-        or not all(isinstance(turn, Mapping) and _filled(turn.get("value")) for turn in turns)
-    ):
-        raise bad_line(file, line, "no question and answer among the conversations")
-    values = [IMAGE_TAG.sub(" ", turn["value"]).strip() for turn in turns]
-    for question, answer in zip(values[::2], values[1::2], strict=False):
+    for question, answer in question_answer_pairs(file, line, entry["conversations"]):
+        if question is None:  # a description that nobody asked for: see captions.py
+            continue
         choices: list[str] = []
         if _LONE_LETTER.fullmatch(answer) or _LETTER_FIRST.fullmatch(answer):
             question, choices = _inline(question)
@@ -312,22 +305,22 @@ def _made(
     is_case: bool = False,
 ) -> Question:
     for name, value in (("slide", slide), ("question", question), ("answer", answer)):
-        if not _filled(value):
+        if not _filled(value) and not (name == "answer" and value in choices):
             raise bad_line(file, line, f"no {name}")
     if choices and not 2 <= len(choices) <= len(LETTERS):
         raise bad_line(file, line, f"{len(choices)} options; 2 to {len(LETTERS)} can be")
     if choices and not all(choices):
         raise bad_line(file, line, "an option without text")
-    right = _right(answer.strip(), choices)
+    right = _right(clean(answer), choices)
     if right is None:
-        raise bad_line(file, line, f"the answer {answer.strip()[:60]!r} is none of the options")
+        raise bad_line(file, line, f"the answer {clean(answer)[:60]!r} is none of the options")
     return Question(
-        slide=slide.strip(),
-        question=IMAGE_TAG.sub(" ", question).strip(),
+        slide=clean(slide),
+        question=without_image_tag(question),
         answer=right,
         choices=tuple(choices),
-        category=category.strip() if isinstance(category, str) else str(category),
-        split=split if isinstance(split, str) and split else None,
+        category=clean(category) if isinstance(category, str) else str(category),
+        split=canonical_split(split) if isinstance(split, str) else None,
         line=line,
         is_case=is_case,
     )
@@ -355,4 +348,9 @@ def _right(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _filled(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and not is_missing(value)
+
+
+def filled(cell: str) -> str:
+    """Returns an option or a category without the space around it; "" for a missing one."""
+    return "" if is_missing(cell) else clean(cell)

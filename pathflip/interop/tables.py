@@ -1,72 +1,189 @@
-"""Reading tables of others line by line, so that what is wrong can be named."""
+"""Reads tables, JSON and plain lists made by other tools; errors name file, line and remedy.
+
+Every file of names, texts or labels that a user gives comes in through this module: patients,
+resolutions, captions, questions, labels, manifests, predictions, classes. So there is one answer to
+what an empty cell is, which separators are known, and what an editor may have put around a name.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pathflip.errors import ConfigError
 
+SLIDE_COLUMNS = ("slide", "slide_id", "slide_name", "wsi", "wsi_id", "image", "filename")
+PATIENT_COLUMNS = ("patient_id", "patient")
+CASE_COLUMNS = ("case_id", "patient_id", "case", "patient")
 
-def read_text(file: str | Path) -> str:
-    """Returns the text of a UTF-8 file, with or without a byte order mark.
+MISSING = frozenset(
+    {"", "nan", "-nan", "na", "n/a", "n.a.", "<na>", "#n/a", "#na", "nat", "null", "<null>"}
+)
+"""What pandas, R, Excel and databases write for an empty cell; compared in lower case."""
+UNKNOWN = MISSING | {
+    "none", "unknown", "not available", "[not available]", "not reported", "[not reported]",
+    "not applicable", "[not applicable]", "[unknown]", "'--",
+}  # fmt: skip
+"""What people write for a label that nobody knows; compared in lower case."""
+_DASHES = frozenset({"-", "--", "\u2013", "\u2014", "?", "."})
+"""No name of a patient or split either; as a label ``-`` may be a result."""
+
+_SEPARATORS = ",;|"  # among equals the first; a tab in the header wins over all
+_INVISIBLE = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060\u00ad"  # str.strip leaves them
+_SPACE = "".join(filter(str.isspace, map(chr, range(0x3001)))) + _INVISIBLE
+_ENCODINGS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+
+
+def clean(text: str) -> str:
+    """Returns a text without the space around it, no-break and zero-width ones included."""
+    return text.strip(_SPACE)
+
+
+def is_missing(text: str) -> bool:
+    """Whether a cell is empty, or holds what software writes for an empty one."""
+    return clean(text).lower() in MISSING
+
+
+def is_unknown(text: str) -> bool:
+    """Whether a label says nothing."""
+    return clean(text).lower() in UNKNOWN
+
+
+def known(text: str | None) -> str | None:
+    """Returns the patient or split that a cell names; None where it names none."""
+    name = clean(text or "")
+    return None if is_unknown(name) or name in _DASHES else name
+
+
+def read_text(file: str | Path, *, code: str | None = None) -> str:
+    """Returns the text of a UTF-8 file, or of a UTF-16 one that says so by its byte order mark.
+
+    Args:
+        file: Path of the file.
+        code: Code of the error where it cannot be opened.
 
     Raises:
         ConfigError: If it cannot be read.
     """
     try:
-        return Path(file).read_text(encoding="utf-8-sig")
+        content = Path(file).read_bytes()
     except OSError as error:
         raise ConfigError(
-            f"{file} cannot be read: {error.strerror}.", hint="Check the path."
+            f"{file} cannot be read: {error.strerror}.", hint="Check the path.", code=code
         ) from error
-    except UnicodeDecodeError as error:
-        before = Path(file).read_bytes()[: error.start]
+    if content.startswith(b"PK\x03\x04"):
         raise ConfigError(
-            f"{file}, line {before.count(10) + 1}: not UTF-8.", hint="Save the file as UTF-8."
+            f"{file} is a spreadsheet or an archive, not text.", hint="Save it as CSV in UTF-8."
+        )
+    encoding = next((name for mark, name in _ENCODINGS if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{file}, line {line}: not UTF-8.", hint="Save the file as UTF-8."
         ) from error
+
+
+def is_json(file: str | Path) -> bool:
+    """Whether a text file holds JSON (a list, an object, or lines of objects) and no table."""
+    return clean(read_text(file))[:1] in ("[", "{")
 
 
 def read_rows(file: str | Path) -> list[tuple[int, dict[str, str]]]:
-    """Returns (line, row) of a CSV or TSV whose first line names the columns.
+    """Returns (line, row) of a table whose first line names the columns.
 
-    Cells are stripped; empty lines are skipped; the separator is a tab if the first line has one.
+    The separator is the one that cuts the first line into most cells: tab, comma, semicolon or
+    bar. Cells and headings are stripped of every kind of space; empty lines, and columns without
+    heading and content, are left out.
 
     Raises:
         ConfigError: If a line has another number of cells, or the file is no table.
     """
     text = read_text(file)
-    separator = "\t" if "\t" in text.partition("\n")[0] else ","
+    separator, skipped = _separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows: list[tuple[int, dict[str, str]]] = []
-    header: list[str] = []
+    table: list[tuple[int, list[str]]] = []
+    width = 0
     start = 1
     try:
         for cells in reader:
             line, start = start, reader.line_num + 1
-            if not any(cell.strip() for cell in cells):
+            cells = [clean(cell) for cell in cells]
+            if line <= skipped or not any(cells):
                 continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-                if twice := next((name for name in header if header.count(name) > 1), None):
-                    raise bad_line(file, line, f"the column {twice!r} is there twice")
-                continue
-            if len(cells) != len(header):
-                raise bad_line(
-                    file, line, f"{len(cells)} cells where the first line has {len(header)}"
-                )
+            if not table:
+                cells = _headings(file, line, cells)
+                width = len(cells)
+            while len(cells) > width and not cells[-1]:
+                cells.pop()
+            if len(cells) != width:
+                raise _uneven(file, line, cells, width, separator)
             if any("\0" in cell for cell in cells):
                 raise bad_line(file, line, "a zero byte")
-            rows.append((line, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
+            table.append((line, cells))
     except csv.Error as error:
-        raise bad_line(file, start, str(error)) from error
-    if not rows:
+        what = "a quotation mark is opened and not closed" if "end of data" in str(error) else error
+        raise bad_line(file, start, str(what)) from error
+    if len(table) < 2:
         raise ConfigError(f"{file} has no rows.", hint="Its first line must name the columns.")
-    return rows
+    (top, header), *rows = table
+    used = [at for at, name in enumerate(header) if name or any(cells[at] for _, cells in rows)]
+    names = [header[at] for at in used]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise bad_line(file, top, f"the column {twice!r} is there twice")
+    return [
+        (line, dict(zip(names, (cells[at] for at in used), strict=True))) for line, cells in rows
+    ]
+
+
+def _headings(file: str | Path, line: int, cells: list[str]) -> list[str]:
+    while cells and not cells[-1]:
+        cells = cells[:-1]
+    if any("\0" in cell for cell in cells):
+        raise bad_line(file, line, "a zero byte")
+    return cells
+
+
+def _separator(text: str) -> tuple[str, int]:
+    """Returns the separator, and how many lines before the headings only name it (``sep=;``)."""
+    lines = text.lstrip("\ufeff").splitlines()
+    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not filled:
+        return ",", 0
+    number, first = filled[0]
+    if match := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", first):
+        return match[1], number
+    if "\t" in first:
+        return "\t", 0
+    bare = re.sub(r'"[^"]*"', "", first)  # a separator within quotation marks separates nothing
+    return max(_SEPARATORS, key=lambda one: (bare.count(one), -_SEPARATORS.index(one))), 0
+
+
+def _uneven(
+    file: str | Path, line: int, cells: list[str], width: int, separator: str
+) -> ConfigError:
+    """Returns the error for a line with more or fewer cells than there are columns."""
+    name = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}.get(separator, separator)
+    what = f"{len(cells)} cells where the first line has {width}"
+    if len(cells) > width:
+        return bad_line(
+            file,
+            line,
+            what,
+            hint=f"Put quotation marks around a cell that holds a {name}; nothing was written.",
+        )
+    return bad_line(file, line, what)
 
 
 def json_entries(file: str | Path) -> Iterator[tuple[int, Any]]:
@@ -99,7 +216,7 @@ def json_entries(file: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def column(
-    file: str | Path, row: dict[str, str], known: Sequence[str], *, asked: str | None = None
+    file: str | Path, row: dict[str, str], names: Sequence[str], *, asked: str | None = None
 ) -> str | None:
     """Returns the column that goes by one of some names, whatever its case; None without one.
 
@@ -111,11 +228,27 @@ def column(
             raise ConfigError(f"{file} has no column {asked!r}.", hint=f"It has: {', '.join(row)}.")
         return asked
     lower = {name.lower(): name for name in reversed(row)}
-    return next((lower[name] for name in known if name in lower), None)
+    return next((lower[name] for name in names if name in lower), None)
 
 
-def bad_line(file: str | Path, line: int, what: str) -> ConfigError:
+def needed_column(file: str | Path, row: dict[str, str], names: Sequence[str]) -> str:
+    """Returns the column that goes by one of some names, whatever its case.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = column(file, row, names)
+    if found is None:
+        raise bad_line(file, 1, f"no column {names[0]} among {', '.join(row)}")
+    return found
+
+
+def bad_line(
+    file: str | Path,
+    line: int,
+    what: str,
+    *,
+    hint: str = "Correct that line; nothing was written.",
+) -> ConfigError:
     """Returns the error for one line of a file."""
-    return ConfigError(
-        f"{file}, line {line}: {what}.", hint="Correct that line; nothing was written."
-    )
+    return ConfigError(f"{file}, line {line}: {what}.", hint=hint)

@@ -41,6 +41,7 @@ from pathflip.models.chat_template import (
 )
 from pathflip.models.data_init import distinct, rotation, words_of
 from pathflip.progress import Progress, Report
+from pathflip.splits import canonical_split
 from pathflip.text import split_sentences
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ _FEWEST = 4
 _MUCH_LONGER = 1.5
 _SPREAD = 0.08
 """Of the weights as drawn, about 1 / sqrt(hidden): at Qwen's 0.02 so narrow a model learns late."""
-_TRAIN = ("train", "training")
 
 
 class Asked(Protocol):
@@ -263,7 +263,7 @@ def gather(archive: Archive) -> tuple[list[str], list[list[Question]]]:
     from pathflip.interop.questions import stored_questions
 
     slides = archive.slides("ready", columns=["slide_id", "split"]).to_pylist()
-    chosen = {row["slide_id"] for row in slides if (row["split"] or "train") in _TRAIN}
+    chosen = {row["slide_id"] for row in slides if canonical_split(row["split"]) in (None, "train")}
     texts: dict[str, str] = {}
     for row in archive.captions().to_pylist():  # sorted by slide, then source
         if row["slide_id"] in chosen and (row["text"] or "").strip():

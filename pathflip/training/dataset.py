@@ -22,11 +22,8 @@ from numpy.typing import NDArray
 
 from pathflip.archive import Archive
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
+from pathflip.splits import SPLITS, canonical_split
 
-_SPLITS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-    "dev": "val", "test": "test", "testing": "test",
-}  # fmt: skip
 _SWAPS, _ALL_SWAPS = 200, 100_000  # tried for a slide, and in an epoch, to part equal captions
 
 
@@ -258,16 +255,14 @@ def _questions(archive: Archive) -> dict[str, list[dict[str, Any]]]:
 
 
 def _split_name(given: str | None, slide_id: str) -> str | None:
-    if given is None or not given.strip():
-        return None
-    try:
-        return _SPLITS[given.strip().lower()]
-    except KeyError:
+    split = canonical_split(given)
+    if split is not None and split not in SPLITS:
         raise ConfigError(
             f"Slide {slide_id} has split {given!r}.",
             hint="Splits are train, val and test: mend them with pathflip ingest --patients CSV.",
             code="unknown_split",
-        ) from None
+        )
+    return split
 
 
 def _splits(

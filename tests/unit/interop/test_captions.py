@@ -6,7 +6,6 @@ import pytest
 
 from pathflip.archive import Archive, schema
 from pathflip.archive.commit import Committer
-from pathflip.archive.slide_names import SlideNames, patient_of, shortened
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.interop.captions import import_captions, read_captions, source_name
 from tests.unit.archive import cohort
@@ -42,44 +41,6 @@ def uri(tmp_path):
 def write(path: Path, text: str) -> Path:
     path.write_bytes(text.encode("utf-8"))
     return path
-
-
-@pytest.mark.parametrize(
-    ("name", "slides"),
-    [
-        ("id2", ["id2"]),
-        (URIS[0], ["id0"]),
-        (f"TCGA-21-1083-01Z-00-DX1.{UUID}.svs", ["id0"]),
-        (f"TCGA-LUSC/TCGA-21-1083-01Z-00-DX1.{UUID}.pt", ["id0"]),
-        (f"TCGA-21-1083-01Z-00-DX1.{UUID.upper()}", ["id0"]),
-        ("TCGA-21-1083-01Z-00-DX1.csv", ["id0"]),
-        ("TCGA-21-1083-01Z-00-DX2", ["id1"]),
-        ("TCGA-21-1083", []),
-        ("C3N-00580-27", ["id2"]),
-        ("same", ["id3", "id4"]),
-        ("same.svs", ["id3"]),
-        ("with.dots.v2", ["id5"]),
-        ("with", []),
-        ("", []),
-    ],
-)
-def test_names_mean_the_slide_that_carries_them(uri, name, slides):
-    assert SlideNames(Archive(uri)).find(name) == slides
-
-
-@pytest.mark.parametrize(
-    ("case", "slides"),
-    [("TCGA-21-1083", ["id0", "id1"]), ("C3N-00580", ["id2"]), ("P9", ["id3"]), ("TCGA-21-10", [])],
-)
-def test_cases_mean_all_of_their_slides(uri, case, slides):
-    assert SlideNames(Archive(uri)).find_case(case) == slides
-
-
-def test_patients_of_barcodes():
-    assert patient_of("TCGA-A7-A0CJ-01Z-00-DX2") == "TCGA-A7-A0CJ"
-    assert patient_of("C3N-00580-27") == "C3N-00580"
-    assert patient_of("tcga") is None
-    assert shortened("a/b.svs") == ["a/b.svs", "b.svs", "b"]
 
 
 PLAIN = 'slide,caption\nid0,One. Two.\nsame.svs,"A, b\nc"\nnobody,x\nsame,y\n'
@@ -287,3 +248,59 @@ def test_command_line(uri, tmp_path, capsys):
     assert (code, "line 2" in failed["error"]["message"]) == (2, True)
     assert json.loads(Archive(uri).slide("id2")["labels"]) == {"stage": "II"}  # no site: nothing
     assert run()[0] == 2
+
+
+SYSTEM, HUMAN, GPT = (
+    {"from": role, "value": text}
+    for role, text in (
+        ("system", "You are a pathologist."),
+        ("human", "<image>\nDescribe the slide."),
+        ("gpt", "Invasive carcinoma."),
+    )
+)
+GRADE = [{"from": "human", "value": "Grade?"}, {"from": "gpt", "value": "Two."}]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "question", "qa"),
+    [
+        ([HUMAN, GPT], "Describe the slide.", []),
+        ([SYSTEM, HUMAN, GPT], "Describe the slide.", []),
+        ([GPT], None, []),
+        ([GPT, *GRADE], None, [{"question": "Grade?", "answer": "Two."}]),
+        ([SYSTEM, HUMAN, GPT, *GRADE], "Describe the slide.",
+         [{"question": "Grade?", "answer": "Two."}]),
+        ([HUMAN, GPT, {"from": "human", "value": "And?"}], "Describe the slide.", []),
+        ([{"role": "system", "content": "x"}, {"role": "user", "content": "Describe the slide."},
+          {"role": "assistant", "content": "Invasive carcinoma."}], "Describe the slide.", []),
+    ],
+)  # fmt: skip
+def test_roles_say_which_turn_is_the_caption(tmp_path, conversation, question, qa):
+    file = write(tmp_path / "c.json", json.dumps([{"image": "a", "conversations": conversation}]))
+    (row,) = read_captions(file)
+    assert (row.text, row.question, row.qa) == ("Invasive carcinoma.", question, qa)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "told"),
+    [
+        ([HUMAN, HUMAN, GPT], "turn 2 asks"),
+        ([HUMAN, GPT, GPT], "turn 3 answers"),
+        ([HUMAN, {"from": "tool", "value": "x"}, GPT], "turn 2 is of the unknown role 'tool'"),
+        ([SYSTEM, HUMAN], "no question and answer"),
+        ([HUMAN, {"from": "gpt", "value": " nan "}], "the caption is empty"),
+        ([HUMAN, {"from": "gpt"}], "turn 2 of the conversation has no text"),
+    ],
+)
+def test_conversations_of_another_order_are_refused(tmp_path, conversation, told):
+    text = json.dumps([{"image": "a", "conversations": conversation}])
+    with pytest.raises(ConfigError, match=told):
+        read_captions(write(tmp_path / "c.json", text))
+
+
+def test_a_missing_caption_is_no_text(tmp_path):
+    for cell in ("nan", "N/A", ""):
+        with pytest.raises(ConfigError, match="line 3: no caption"):
+            read_captions(write(tmp_path / "c.csv", f"slide,caption\na,b\nc,{cell}\n"))
+    (row,) = read_captions(write(tmp_path / "c.csv", "slide;caption\nid0\u00a0; A, b. \n"))
+    assert (row.slide, row.text) == ("id0", "A, b.")

@@ -4,7 +4,7 @@ import pytest
 
 from pathflip.archive import Archive
 from pathflip.errors import ConfigError
-from pathflip.interop.labels import import_labels, read_labels, read_manifest
+from pathflip.interop.labels import import_labels, read_labels, read_manifest, read_patients
 from tests.unit.interop.test_captions import UUID, uri, write  # noqa: F401
 
 
@@ -92,3 +92,71 @@ def test_gdc_manifest(uri, tmp_path):  # noqa: F811
     ):
         with pytest.raises(ConfigError, match=told):
             read_manifest(write(tmp_path / "bad.txt", text))
+
+
+def patients(where):
+    return {slide: row[0] for slide, row in stored(where).items()}
+
+
+def imported(where, folder, text, **columns):
+    file = write(folder / "t.csv", text)
+    return import_labels(where, file, read_labels(file, **columns))
+
+
+def test_a_table_by_case_never_renames_a_patient(uri, tmp_path):  # noqa: F811
+    imported(uri, tmp_path, "slide_id,patient_id\nid0,P7\nid1,P7\nid5,P7\n")
+    done = imported(uri, tmp_path, "case_id,grade\ntcga-21-1083,2\nC3N-00580,1\n")
+    assert done["other_patient"] == ["id0", "id1"]
+    found = stored(uri)
+    assert found["id0"] == found["id1"] == ("P7", None, {"grade": "2"})
+    assert found["id5"][0] == "P7"
+    assert found["id2"] == ("C3N-00580", None, {"grade": "1"})  # it had none
+    # a column of cases beside the slides, and a barcode, are cases as well
+    imported(uri, tmp_path, "slide_id,case_id\nid0,TCGA-21-1083\nid4,C1\n")
+    assert (patients(uri)["id0"], patients(uri)["id4"]) == ("P7", "C1")
+    manifest = write(
+        tmp_path / "gdc.txt", f"id\tfilename\tsize\n1\tTCGA-21-1083-01Z-00-DX1.{UUID}.svs\t1000\n"
+    )
+    assert import_labels(uri, manifest, read_manifest(manifest))["other_patient"] == ["id0"]
+    assert patients(uri)["id0"] == "P7"
+    # a line about a slide that names its patient is a correction
+    assert imported(uri, tmp_path, "slide_id,patient_id\nid0,P8\n")["changed"] == 1
+    assert (patients(uri)["id0"], patients(uri)["id1"]) == ("P8", "P7")
+
+
+def test_a_slide_without_patient_gets_that_of_the_others_of_its_case(uri, tmp_path):  # noqa: F811
+    imported(uri, tmp_path, "slide_id,patient_id\nid0,P7\n")
+    imported(uri, tmp_path, "slide_id,case_id\nid0,C\nid1,C\n")
+    assert (patients(uri)["id0"], patients(uri)["id1"]) == ("P7", "P7")
+
+
+def test_missing_cells_are_no_patients_splits_or_labels(uri, tmp_path):  # noqa: F811
+    imported(
+        uri,
+        tmp_path,
+        "slide_id,patient_id,split,stage,margin\n"
+        "id0,nan,N/A,NaN,none\nid1,Unknown,Validation,II,\nid2\u00a0, P1 ,TRAIN,NA,-\n",
+    )
+    found = stored(uri)
+    assert found["id0"] == (None, None, {"margin": "none"})
+    assert found["id1"] == (None, "val", {"stage": "II"})
+    assert found["id2"] == ("P1", "train", {"margin": "-"})
+
+
+def test_patients_as_ingest_reads_them(tmp_path):
+    file = write(
+        tmp_path / "p.csv", "Slide;Patient_ID;fold_0;grade\na ; P1\u00a0;1;nan\nb;nan;2;x\n"
+    )
+    rows = read_patients(file)
+    assert [(row.slide, row.patient, row.labels) for row in rows] == [
+        ("a", "P1", {"fold_0": "1"}),
+        ("b", None, {"fold_0": "2", "grade": "x"}),
+    ]
+    for text, told in (
+        ("slide,name\na,b\n", "no column patient_id among slide, name"),
+        ("patient_id,x\na,b\n", "no column slide among patient_id, x"),
+        ("slide,patient_id\n,P1\n", "line 2: no slide"),
+        ("slide,patient_id,note\na,P1,moderate, grade 2\n", "line 2: 4 cells"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            read_patients(write(file, text))

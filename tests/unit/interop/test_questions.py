@@ -269,3 +269,38 @@ def test_a_real_file_finds_its_slide(uri: str) -> None:
     (first, *_) = stored_questions(Archive(uri))
     assert (first.slide, len(first.choices)) == ("id0", 4)
     assert UUID in read_questions(REAL / "wsi-bench/Morphology_choice_test.json")[0].slide
+
+
+def test_missing_options_are_left_out_and_missing_answers_are_named(tmp_path: Path) -> None:
+    head = "Slide,Question,A,B,C,D,Answer\n"
+    (one,) = read(tmp_path, head + "p1a,Tumour?,yes,None,nan,NaN,B\n")
+    assert (one.choices, one.answer) == (("yes", "None"), "None")
+    with pytest.raises(ConfigError, match="line 2: no answer"):
+        read(tmp_path, head + "p1a,Tumour?,yes,no,,,nan\n")
+    with pytest.raises(ConfigError, match="line 2: option B is empty"):
+        read(tmp_path, head + "p1a,Tumour?,yes,n/a,no,,A\n")
+    (one,) = read(tmp_path, "slide;question;choices;answer\np1a;Tumour?;yes|no|nan;no\n")
+    assert one.choices == ("yes", "no")
+    (one,) = read(
+        tmp_path,
+        json.dumps(
+            [{"slide": "a", "question": "Site?", "options": ["NA", "lung"], "answer": "NA"}]
+        ),
+    )
+    assert one.answer == "NA"  # an option by that name is one
+
+
+def test_roles_say_which_turn_is_a_question(tmp_path: Path) -> None:
+    system = {"from": "system", "value": "You are a pathologist."}
+    asked = [{"from": "human", "value": "Organ?"}, {"from": "gpt", "value": "Breast."}]
+    described = {"from": "gpt", "value": "A carcinoma."}
+    for before in ([], [system], [described], [system, described]):
+        (one,) = read(tmp_path, json.dumps([{"image": "a", "conversations": [*before, *asked]}]))
+        assert (one.question, one.answer) == ("Organ?", "Breast.")
+
+
+def test_a_split_goes_by_one_name(tmp_path: Path) -> None:
+    (one,) = read(
+        tmp_path, '{"slide": "a", "question": "q?", "answer": "x", "split": "Validation"}'
+    )
+    assert one.split == "val"
