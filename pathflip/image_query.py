@@ -1,4 +1,4 @@
-"""From a picture to a query vector: the same cut, pixels and pooling as in the archive."""
+"""Query embeddings from pictures: cut, resampled and pooled as slides in the archive are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageQuery:
-    """``FILE`` or ``FILE#x,y,w,h`` (level-0 px of a slide, pixels of a picture)."""
+    """A file to search with, or a box of it: ``FILE`` or ``FILE#x,y,w,h``.
+
+    Attributes:
+        path: Slide or picture.
+        box: x, y, width, height in level-0 px of a slide or pixels of a picture; None for all.
+    """
 
     path: Path
     box: tuple[int, int, int, int] | None = None
@@ -32,7 +37,7 @@ class ImageQuery:
         """Read the command-line form.
 
         Raises:
-            ConfigError: The box is not four whole numbers with a positive size.
+            ConfigError: The box is not four integers with a positive size.
         """
         name, separator, box = text.rpartition("#")
         if not separator or Path(text).exists():
@@ -51,17 +56,17 @@ class ImageQuery:
 def embed_image(
     query: ImageQuery, *, encoder: Encoder, tiling: Tiling, mpp: float | None = None
 ) -> NDArray[np.float32]:
-    """Mean feature of the query's patches, of length 1.
+    """Mean feature of the query's patches, as a unit vector.
 
-    A slide without a box is cut on its tissue as when it is ingested; a box is cut from its own
-    corner into whole patches (one around its centre if it is smaller than a patch), of which those
-    on tissue count, or all where none is.
+    A slide without a box is cut on its tissue as in ingest. A box is cut into whole patches from
+    its corner (one patch around its centre if it is smaller); those on tissue are used, or all if
+    none is.
 
     Args:
-        query: What to look for.
+        query: The file and box.
         encoder: The archive's encoder.
         tiling: The archive's tiling.
-        mpp: µm per pixel of the file; needed for ordinary pictures, which do not state it.
+        mpp: µm per level-0 pixel of the file; needed for ordinary pictures, which do not state it.
 
     Returns:
         float32 [dim].
@@ -78,9 +83,9 @@ def embed_image(
 def image_regions(
     query: ImageQuery, *, encoder: Encoder, tiling: Tiling, mpp: float | None = None
 ) -> list[NDArray[np.float32]]:
-    """Features of the query's patches by region, as a model takes them; cut as :func:`embed_image`.
+    """Patch features of the query by region, as models take them; cut as in :func:`embed_image`.
 
-    A slide has its regions; a box or a picture is one region, or as many as its patches fill.
+    A slide keeps its regions; the patches of a box or a picture fill one region or more.
 
     Returns:
         float32 [n, dim] for each region, 1 to ``tiling.slots`` patches each.
@@ -100,7 +105,7 @@ def image_regions(
 def query_picture(
     query: ImageQuery, *, tiling: Tiling, mpp: float | None = None, px: int = 512
 ) -> bytes:
-    """JPEG of what was asked for, its longer side about ``px`` pixels."""
+    """JPEG of the query for people, its longer side about ``px`` pixels."""
     if query.path.suffix.lower() in _PICTURES:
         pixels = cv2.imread(str(query.path), cv2.IMREAD_COLOR)
         if pixels is None:
@@ -152,7 +157,7 @@ def _slide(
 
 
 def _on_tissue(rects: NDArray[np.int64], mask: TissueMask, tiling: Tiling) -> NDArray[np.int64]:
-    """The patches with as much tissue as the archive asks for; all of them if none has."""
+    """Patches with at least the tissue the archive's tiling asks for; all if none has it."""
     share = np.array(
         [
             mask.coverage(np.array([x, x + w], float), np.array([y, y + h], float))[0, 0]
@@ -216,7 +221,14 @@ def picture_regions(
     mpp: float,
     name: str = "The picture",
 ) -> list[NDArray[np.float32]]:
-    """Features of the whole patches of a picture, RGB [h, w, 3] at ``mpp`` µm/px, by region.
+    """Patch features of a picture by region; what is left of a patch at its edges is cut off.
+
+    Args:
+        rgb: Pixels [h, w, 3].
+        encoder: The archive's encoder.
+        tiling: The archive's tiling.
+        mpp: µm per pixel of the picture.
+        name: The picture, for messages.
 
     Returns:
         As :func:`image_regions`.

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
     from pathflip.archive import Archive
     from pathflip.archive.filters import Filter
+    from pathflip.archive.search import Level
     from pathflip.checkpoints import Run
 
 Mode = Literal["vector", "text", "hybrid"]
-Level = Literal["region", "slide"]
 Fault = Literal[
     "not_one", "nothing_stored", "two_patients", "needs_text", "needs_model", "needs_slides"
 ]

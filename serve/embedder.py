@@ -1,4 +1,4 @@
-"""Texts and pictures to vectors of the model that the archive is searched by."""
+"""Embeds texts and pictures by the model whose embeddings are searched."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from pathflip.encoders import Encoder
 
 MAX_SCALED = 32 << 20
-"""Pixels of a picture at the archive's resolution: two regions of the paper's size."""
+"""Largest picture, pixels at the archive's resolution: two regions of 4096 x 4096 px."""
 
 logger = logging.getLogger(__name__)
 
 
 class Embedder:
-    """Embeds what clients send.
+    """Service part that embeds the texts and pictures of requests.
 
     Args:
-        archive: Whose encoder and tiling pictures are cut and embedded with.
-        run: The trained model.
-        encoder: How to load the encoder, such as ``uni2=/path``; by default by the name the run
-            was trained with. Where it cannot be loaded, pictures are refused and texts are not.
+        archive: URI of the archive whose encoder and tiling pictures are embedded with.
+        run: Folder of the run.
+        encoder: Spec to load the patch encoder by, such as ``uni2=/path``; the name the run was
+            trained with by default. Where it cannot be loaded, only pictures are refused.
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
@@ -48,18 +48,18 @@ class Embedder:
         name = check_fits(opened, self.run)
         self.tiling = Tiling(**opened.tiling())
         self.encoder: Encoder | None = None
-        # One at a time: the model fills its processor, and a tokenizer is no thread's friend.
-        self.turn = asyncio.Lock()
+        # Serialised: the model fills its processor, and tokenizers are not thread-safe.
+        self.lock = asyncio.Lock()
         self.created = int(time.time())
         try:
             self.encoder = _load_encoder(opened, name, encoder, device)
         except (EncoderError, ConfigError) as error:
             logger.warning("Pictures are not taken: %s", error)
-        # The first text is slow: not a client's.
+        # Warm-up: the first text takes longest.
         self._texts(["tissue"])
 
     async def describe(self) -> dict[str, Any]:
-        """The model: ``id``, ``fingerprint``, ``created``."""
+        """``id``, ``fingerprint`` and ``created`` (seconds since 1970) of the model."""
         return {
             "id": self.run.name,
             "fingerprint": self.run.fingerprint,
@@ -67,20 +67,27 @@ class Embedder:
         }
 
     async def texts(self, texts: Sequence[str]) -> dict[str, Any]:
-        """Vectors of texts.
+        """Embed texts.
 
         Returns:
             {"model", "fingerprint", "vectors": float32 [n, d] of length 1, "tokens"}.
         """
-        async with self.turn:
+        async with self.lock:
             return await asyncio.to_thread(self._texts, list(texts))
 
     async def image(self, pixels: NDArray[np.uint8], *, mpp: float) -> dict[str, Any]:
-        """The vector of a picture, RGB [h, w, 3] at µm/px, read by the model as one region or more.
+        """Embed a picture, cut into one region or more, as the model embeds a slide.
+
+        Args:
+            pixels: RGB [h, w, 3].
+            mpp: µm per pixel of the picture.
+
+        Returns:
+            As :meth:`texts`, one vector.
 
         Raises:
-            ConfigError: It is smaller than a patch, or larger than the service reads once brought
-                to the archive's scale.
+            ConfigError: At the archive's scale it is smaller than a patch, or larger than
+                :data:`MAX_SCALED`.
             RequestError: ``no_encoder``.
         """
         if self.encoder is None:
@@ -91,7 +98,7 @@ class Embedder:
                 f"At the archive's {self.tiling.mpp:g} µm/px the picture has {scaled:,.0f} pixels; "
                 f"at most {MAX_SCALED:,} are read."
             )
-        async with self.turn:
+        async with self.lock:
             return await asyncio.to_thread(self._image, pixels, mpp)
 
     def _texts(self, texts: list[str]) -> dict[str, Any]:
@@ -101,7 +108,7 @@ class Embedder:
             raise ConfigError("A text is empty.")
         vectors = embed_texts(self.run, texts)
         tokens = self.run.model.tokenizer(texts, truncation=False)["input_ids"]
-        return self._made(vectors, sum(map(len, tokens)))
+        return self._answer(vectors, sum(map(len, tokens)))
 
     def _image(self, pixels: NDArray[np.uint8], mpp: float) -> dict[str, Any]:
         from pathflip.image_query import picture_regions
@@ -110,9 +117,9 @@ class Embedder:
         assert self.encoder is not None
         regions = picture_regions(pixels, encoder=self.encoder, tiling=self.tiling, mpp=mpp)
         vector = embed_regions(self.run, regions, slots=self.tiling.slots)
-        return self._made(vector[None], 0)
+        return self._answer(vector[None], 0)
 
-    def _made(self, vectors: NDArray[np.float32], tokens: int) -> dict[str, Any]:
+    def _answer(self, vectors: NDArray[np.float32], tokens: int) -> dict[str, Any]:
         return {
             "model": self.run.name,
             "fingerprint": self.run.fingerprint,

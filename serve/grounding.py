@@ -1,4 +1,4 @@
-"""Where on a slide a text is true, and which class a slide is: what needs a slide's features."""
+"""Grounding of texts on slides, and zero-shot classification: the slide model over features."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Grounding:
-    """Runs the model over the features of single slides.
+    """Service part that runs the slide model over the features of single slides.
 
     Args:
-        archive: Where the slides are.
-        run: The trained model.
+        archive: URI of the archive.
+        run: Folder of the run.
         device: ``cpu``, ``cuda`` or ``auto``.
         refresh_s: Seconds until new commits are looked for.
     """
@@ -34,64 +34,66 @@ class Grounding:
         self.snapshot = ArchiveSnapshot(archive, refresh_s=refresh_s)
         self.run: Run = load_run(run, device=device)
         check_fits(self.snapshot.archive, self.run)
-        # One at a time: the model fills its processor, and a tokenizer is no thread's friend.
-        self.turn = asyncio.Lock()
+        # Serialised: the model fills its processor, and tokenizers are not thread-safe.
+        self.lock = asyncio.Lock()
 
     async def describe(self) -> dict[str, Any]:
-        """The model: ``id`` and ``fingerprint``."""
+        """``id`` and ``fingerprint`` of the model."""
         return {"id": self.run.name, "fingerprint": self.run.fingerprint}
 
-    async def ground(self, asked: Mapping[str, Any]) -> dict[str, Any] | bytes:
-        """Answers a :class:`serve.schemas.GroundRequest`.
+    async def ground(self, request: Mapping[str, Any]) -> dict[str, Any] | bytes:
+        """Answer a :class:`serve.schemas.GroundRequest`.
 
         Returns:
             The JSON document, or a PNG.
 
         Raises:
-            RequestError: ``unknown_slide``, or ``no_thumbnail`` to draw over.
+            ArchiveError: ``unknown_slide``, or there is no thumbnail to draw over.
             ConfigError: The model has no regions, or the text is empty.
         """
         archive = await self.snapshot.newest_async()
-        slide = asked["slide_id"]
+        slide = request["slide_id"]
         ready_row(archive, slide)
-        async with self.turn:
-            return await asyncio.to_thread(self._ground, archive, slide, asked)
+        async with self.lock:
+            return await asyncio.to_thread(self._ground, archive, slide, request)
 
-    async def classify(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Answers a :class:`serve.schemas.ClassifyRequest`.
+    async def classify(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer a :class:`serve.schemas.ClassifyRequest`.
 
         Raises:
-            RequestError: ``unknown_slide``.
+            ArchiveError: ``unknown_slide``.
         """
         archive = await self.snapshot.newest_async()
-        slides = list(asked["slide_ids"])
+        slides = list(request["slide_ids"])
         for slide in slides:
             ready_row(archive, slide)
-        async with self.turn:
-            rows = await asyncio.to_thread(self._classify, archive, slides, asked)
+        async with self.lock:
+            rows = await asyncio.to_thread(self._classify, archive, slides, request)
         return {"model": self.run.name, "results": rows}
 
-    def _ground(self, archive: Any, slide: str, asked: Mapping[str, Any]) -> dict[str, Any] | bytes:
+    def _ground(
+        self, archive: Any, slide: str, request: Mapping[str, Any]
+    ) -> dict[str, Any] | bytes:
         from pathflip.evaluation.ground_slide import locate
 
         found = locate(
-            archive, self.run, slide, asked["text"],
-            variant=asked["variant"], contrast=asked["contrast"], sigma=asked["sigma"],
-            min_patches=asked["min_patches"],
+            archive, self.run, slide, request["text"],
+            variant=request["variant"], contrast=request["contrast"], sigma=request["sigma"],
+            min_patches=request["min_patches"],
         )  # fmt: skip
-        if asked["format"] == "png":
+        if request["format"] == "png":
             return _png(found)
         document = found.as_json() | {"model": self.run.name}
-        if not asked["patches"]:
+        if not request["patches"]:
             del document["patches"]
         return document
 
-    def _classify(self, archive: Any, slides: list[str], asked: Mapping[str, Any]) -> Any:
+    def _classify(self, archive: Any, slides: list[str], request: Mapping[str, Any]) -> Any:
         from pathflip.evaluation.zeroshot import classify
 
         return classify(
-            archive, self.run, asked["classes"],
-            templates=asked["templates"], score=asked["score"], slides=slides,
+            archive, self.run, request["classes"],
+            templates=request["templates"], score=request["score"], slides=slides,
         )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""Search over the archive, and what is told of its slides.
+"""Search over the archive, and the public metadata of its slides.
 
-A query is :func:`pathflip.archive.search.search` in a thread: Lance and NumPy work without the
-interpreter's lock, so the event loop stays free. LanceDB's asynchronous API was measured beside it
-(docs/howto/serve.md): for the same columns it took nearly twice as long per query, because what the
-library keeps in memory of a table has to be read each time.
+A query is :func:`pathflip.search.run_query` in a thread: Lance and NumPy release the interpreter's
+lock, so the event loop stays free. LanceDB's asynchronous API took nearly twice as long per query
+for the same columns, because the library keeps region locations in memory and the API reads them
+each time (docs/howto/serve.md).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ T = TypeVar("T")
 SHOWN = (
     "slide_id", "width", "height", "mpp", "vendor", "split", "n_regions", "n_patches", "tissue_mm2",
 )  # fmt: skip
-"""Columns of a slide that clients see: what is not here is not told."""
+"""Columns of a slide that clients may see; no other leaves the archive."""
 THREADS = 8
 _JPEG = b"\xff\xd8\xff"
 
 
 class Search:
-    """Answers what needs the archive alone.
+    """Service part for search and slide metadata; needs no model.
 
     Args:
-        archive: The archive.
-        model: Name of the trained model whose vectors are searched.
-        fingerprint: Of that model; vectors of another are refused.
+        archive: URI of the archive.
+        model: Name of the trained model whose embeddings are searched.
+        fingerprint: The model's; embeddings of another are refused.
         refresh_s: Seconds until new commits are looked for.
-        patients: Whether ids of patients may be asked for and are told.
+        patients: Whether clients may filter by patient and see patients' ids.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Search:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="search")
 
     async def describe(self) -> dict[str, Any]:
-        """How many slides are ready; reads a row, so that a lost file is seen."""
+        """Number of ready slides; reads a row, so that a lost file is noticed."""
         archive = await self.snapshot.newest_async()
         await asyncio.to_thread(lambda: archive.dataset("slides").to_table(limit=1))
         return {"slides": len(_ready(archive))}
@@ -64,7 +64,7 @@ class Search:
     # -- slides -----------------------------------------------------------------------------------
 
     async def slides(self, *, after: str, limit: int) -> tuple[list[dict[str, Any]], str | None]:
-        """A page of slides by id, and the id after which the next begins."""
+        """A page of slides by id, and the id after which the next page begins."""
         archive = await self.snapshot.newest_async()
         rows = await self._run(self._rows, archive)
         ids = _ready(archive)
@@ -74,10 +74,10 @@ class Search:
         return [rows[slide] for slide in page], more
 
     async def slide(self, slide_id: str) -> dict[str, Any]:
-        """What is told of a slide.
+        """Public metadata of a slide.
 
         Raises:
-            RequestError: ``unknown_slide``.
+            ArchiveError: ``unknown_slide``.
         """
         archive = await self.snapshot.newest_async()
         ready_row(archive, slide_id)
@@ -88,7 +88,8 @@ class Search:
         """The JPEG of a slide's thumbnail.
 
         Raises:
-            RequestError: ``unknown_slide``, ``no_thumbnail``.
+            ArchiveError: ``unknown_slide``.
+            RequestError: ``no_thumbnail``.
         """
         archive = await self.snapshot.newest_async()
         ready_row(archive, slide_id)
@@ -108,48 +109,49 @@ class Search:
     # -- search -----------------------------------------------------------------------------------
 
     async def search(
-        self, asked: Mapping[str, Any], made: Mapping[str, Any] | None
+        self, request: Mapping[str, Any], embedded: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        """Answers a :class:`serve.schemas.SearchRequest`.
+        """Answer a :class:`serve.schemas.SearchRequest`.
 
         Args:
-            asked: Its fields.
-            made: The vector of its text or picture, as :class:`serve.embedder.Embedder` gives it.
+            request: Its fields.
+            embedded: Embedding of its text or picture, as :class:`serve.embedder.Embedder` returns
+                it; None for a slide or region, and for a search by words.
 
         Returns:
             {"model", "results"} of :class:`serve.schemas.SearchResponse`.
 
         Raises:
-            ArchiveError: ``wrong_model``: the vector is of another model; ``not_indexed``;
-                ``no_captions``.
-            RequestError: ``unknown_slide``, ``unknown_region``.
+            ArchiveError: ``unknown_slide``; ``wrong_model``: the embedding is of another model;
+                ``not_indexed``; ``no_captions``.
+            RequestError: ``patients``, ``no_patient``.
             ConfigError: A filter is wrong.
         """
         archive = await self.snapshot.newest_async()
-        return await self._run(self._search, archive, asked, made)
+        return await self._run(self._search, archive, request, embedded)
 
     def _search(
-        self, archive: Archive, asked: Mapping[str, Any], made: Mapping[str, Any] | None
+        self, archive: Archive, request: Mapping[str, Any], embedded: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         from pathflip.archive.filters import Filter
         from pathflip.search import NoPatientError, Query, run_query
 
-        filters = [Filter(**condition) for condition in asked["filters"]]
+        filters = [Filter(**condition) for condition in request["filters"]]
         if not self.patients and any(one.field == "patient_id" for one in filters):
             raise RequestError("This service does not tell of patients.", code="patients")
-        slide, region = asked["slide_id"], asked["region_id"]
+        slide, region = request["slide_id"], request["region_id"]
         if slide is not None or region is not None:
             ready_row(archive, slide or region.rpartition("/")[0])
-        embedded = made or {"model": self.model, "fingerprint": self.fingerprint}
+        space = embedded or {"model": self.model, "fingerprint": self.fingerprint}
         shared = ("text", "mode", "level", "k", "exclude_same_slide", "exclude_same_patient")
         query = Query(
-            vector=None if made is None else made["vectors"][0],
+            vector=None if embedded is None else embedded["vectors"][0],
             slide=slide,
             region=region,
             filters=filters,
-            model=embedded["model"],
-            fingerprint=embedded["fingerprint"],
-            **{name: asked[name] for name in shared},
+            model=space["model"],
+            fingerprint=space["fingerprint"],
+            **{name: request[name] for name in shared},
         )
         try:
             found = run_query(archive, query)
@@ -166,5 +168,5 @@ class Search:
 
 
 def _ready(archive: Archive) -> list[str]:
-    """The ids of ready slides, sorted."""
+    """Ids of the ready slides, sorted."""
     return archive.cached("serve/ready", lambda: sorted(archive.ready_ids()))

@@ -1,6 +1,6 @@
-"""Structured filters: a column, an operator, a value.
+"""Structured filters on search results: a column, an operator, a value.
 
-Filters are values in an expression tree; no text of a user ever becomes part of a query string.
+A filter becomes a node of an Arrow expression; no text of a user becomes part of a query string.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ FIELDS: dict[str, type] = {
     "split": str,
     "vendor": str,
 }
-"""Columns a filter may name, with their types; split and vendor are the slide's."""
+"""Columns a filter may name, and their types."""
 
-OF_SLIDE = ("split", "vendor")
-"""Fields that only the table of slides has."""
+SLIDE_FIELDS = ("split", "vendor")
+"""Those of them that only the table of slides has."""
 
 _STORED = embeddings_schema(1)
 _OPS = ("!=", "<=", ">=", "=", "<", ">")
@@ -45,18 +45,18 @@ _SHAPE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,40})\s*(!=|<=|>=|=|<|>)(.*)", 
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """One condition on a column; several are joined by "and".
+    """A condition on a column; several conditions all have to hold.
 
     A split is met under any of its names: ``split=val`` also by ``Validation`` and ``dev``.
 
-    Args:
+    Attributes:
         field: One of :data:`FIELDS`.
-        op: ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``; text knows the first two only. ``!=`` also
-            keeps rows that have no value.
-        value: Text, or a finite number; a whole one for columns that hold such.
+        op: ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``; only the first two for text. ``!=`` also
+            keeps rows without a value.
+        value: Text, or a finite number, which is whole for integer columns.
 
     Raises:
-        ConfigError: If field, operator or value is not one of those.
+        ConfigError: Field, operator or value is none of these.
     """
 
     field: str
@@ -98,10 +98,10 @@ class Filter:
 
     @classmethod
     def parse(cls, text: str) -> Filter:
-        """Reads a filter from text such as ``patient_id=P1`` or ``mpp<=0.3``.
+        """Read a filter from text such as ``patient_id=P1`` or ``mpp<=0.3``.
 
         Raises:
-            ConfigError: If the text is anything else.
+            ConfigError: The text is anything else.
         """
         match = _SHAPE.fullmatch(text)
         if match is None:
@@ -121,7 +121,7 @@ class Filter:
         return cls(field=name, op=op, value=number)
 
     def expression(self) -> pc.Expression:
-        """Returns the filter as an Arrow expression on its column."""
+        """Return the filter as an Arrow expression on its column."""
         column, value = pc.field(self.field), self._scalar()
         if self.field == "split":  # tables of slides are small: no index has to understand this
             named = pc.is_in(
@@ -141,7 +141,7 @@ class Filter:
         return compare[self.op]
 
     def mask(self, column: pa.ChunkedArray) -> NDArray[np.bool_]:
-        """Returns which values of its column meet the filter, as :meth:`expression` has it."""
+        """Return which values of its column meet the filter: :meth:`expression`, evaluated."""
         compare = {
             "=": pc.equal,
             "!=": pc.not_equal,
@@ -155,10 +155,10 @@ class Filter:
         return kept
 
 
-def meeting(rows: pa.Table, conditions: Sequence[Filter]) -> NDArray[np.bool_]:
-    """Returns which rows of embeddings meet the conditions on them, not those on slides."""
+def row_mask(rows: pa.Table, conditions: Sequence[Filter]) -> NDArray[np.bool_]:
+    """Return which rows of embeddings meet the conditions, :data:`SLIDE_FIELDS` aside."""
     keep = np.ones(rows.num_rows, np.bool_)
     for condition in conditions:
-        if condition.field not in OF_SLIDE:
+        if condition.field not in SLIDE_FIELDS:
             keep &= condition.mask(rows[condition.field])
     return keep

@@ -1,9 +1,9 @@
 """Search by vector over the embeddings of slides and regions, with structured filters.
 
-A table without a vector index (see :mod:`pathflip.archive.indexes`), and all slides of any table,
-are compared one by one: exact, from memory where they fit. With an index, its candidates are
-compared. Scores are cosine similarities computed here in float64 from the stored vectors whichever
-way the candidates were found.
+Slides, and regions of a table without a vector index (:mod:`pathflip.archive.indexes`), are found
+by an exact scan, from memory where the vectors fit. With an index, only its candidates are compared
+(:mod:`pathflip.archive.ann`). Scores are cosine similarities in float64 from the stored vectors
+either way.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from pathflip.archive import Archive, ann, vectors
 from pathflip.archive.ann import (
-    EFFORT,
-    FILTERED,
-    PLACE,
+    DEFAULT_PARAMS,
+    FILTER_COLUMNS,
+    LOCATION,
     Block,
-    Effort,
-    approximate,
-    best_of,
-    block_of,
+    SearchParams,
+    make_block,
+    search_index,
+    top_k,
 )
-from pathflip.archive.filters import OF_SLIDE, Filter, meeting
+from pathflip.archive.filters import SLIDE_FIELDS, Filter, row_mask
 from pathflip.archive.indexes import indexed_columns
 from pathflip.archive.storage import guarded
 from pathflip.errors import ArchiveError, ConfigError
@@ -61,31 +61,33 @@ def search(
     filters: Sequence[Filter] = (),
     exclude_slide: str | None = None,
     exclude_patient: str | None = None,
-    effort: Effort = EFFORT,
+    params: SearchParams = DEFAULT_PARAMS,
 ) -> pa.Table:
-    """Finds the regions or slides whose embeddings point most nearly the same way.
+    """Find the regions or slides whose embeddings have the highest cosine similarity to a vector.
+
+    :func:`pathflip.search.run_query` also takes a slide, a region or a text.
 
     Args:
-        archive: Where to search; only ready slides are found.
-        vector: The query [dim], any length but zero.
-        encoder: The encoder the query comes from; may be left out when the archive holds one.
-        model: The trained model the query comes from, instead.
-        fingerprint: The model's, to be compared with that of the stored vectors.
+        archive: The archive; only ready slides are found.
+        vector: Query embedding [dim], not zero.
+        encoder: Patch encoder that made it; may be left out when the archive holds one.
+        model: Trained model that made it, instead.
+        fingerprint: The model's, compared with that of the stored embeddings.
         level: ``region`` or ``slide``.
         k: Results wanted, 1 to 10,000.
         filters: Conditions that all have to hold.
         exclude_slide: Id of a slide to leave out.
         exclude_patient: Patient to leave out; slides without a patient stay.
-        effort: How hard the index is searched.
+        params: Effort of a search by vector index.
 
     Returns:
-        Columns rank (from 1), score (cosine similarity, falling; ties by id), slide_id, region_id
-        (null for slides), x0, y0, size0 (level-0 px), mpp (µm per level-0 px).
+        Columns rank (from 1), score (cosine similarity, descending; ties by id), slide_id,
+        region_id (null for slides), x0, y0, size0 (level-0 px), mpp (µm per level-0 px).
 
     Raises:
-        ArchiveError: If the query's size is not the encoder's (``wrong_encoder``), its model is
-            another one (``wrong_model``) or has no vectors here (``not_indexed``).
-        ConfigError: If the query is zero or not finite, or ``level`` or ``k`` is out of range.
+        ArchiveError: The query's dimension is not the encoder's (``wrong_encoder``), its model is
+            another one (``wrong_model``) or has no embeddings here (``not_indexed``).
+        ConfigError: The query is zero or not finite, or ``level`` or ``k`` is out of range.
     """
     return search_many(
         archive,
@@ -98,7 +100,7 @@ def search(
         filters=filters,
         exclude_slide=exclude_slide,
         exclude_patient=exclude_patient,
-        effort=effort,
+        params=params,
     )[0]
 
 
@@ -114,44 +116,44 @@ def search_many(
     filters: Sequence[Filter] = (),
     exclude_slide: str | None = None,
     exclude_patient: str | None = None,
-    effort: Effort = EFFORT,
+    params: SearchParams = DEFAULT_PARAMS,
 ) -> list[pa.Table]:
-    """Searches for several queries [n, dim] at once, at about half the cost each.
+    """Search for several queries [n, dim] at once, at about half the cost each.
 
     Returns:
-        What :func:`search` returns, for each.
+        A table for each query, see :func:`search`.
     """
-    space = space_of(archive, encoder=encoder, model=model, fingerprint=fingerprint)
-    unit = _checked(archive, space, queries)
+    space = vector_space(archive, encoder=encoder, model=model, fingerprint=fingerprint)
+    unit = _normalised(archive, space, queries)
     if level not in ("region", "slide") or not 1 <= k <= 10_000:
         raise ConfigError(f"Cannot search level {level!r} for {k} results.")
-    conditions = conditions_of(filters, exclude_slide, exclude_patient)
+    conditions = all_conditions(filters, exclude_slide, exclude_patient)
     slides = allowed_slides(archive, space.encoder, filters)
     with guarded(archive.uri, f"search the table {space.table}", damaged=True):
         dataset = archive.dataset(space.table)
         indexed = archive.cached(f"{space.table}/indexes", lambda: indexed_columns(dataset))
         if level == "region" and "vector" in indexed:
-            found = approximate(
+            found = search_index(
                 archive, space.table, unit, conditions=conditions, k=k, slides=slides,
-                effort=effort,
+                params=params,
             )  # fmt: skip
         else:
-            found = _exact(
+            found = _scan(
                 archive, space.table, unit, level=level, conditions=conditions, k=k, slides=slides
             )
         return [_result(rows, level) for rows in found]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
-    """A set of vectors that can be compared with each other.
+class VectorSpace:
+    """Embeddings that can be compared with each other: those of one encoder or one model.
 
     Attributes:
-        table: Where they are.
-        dim: Their size.
-        encoder: The patch encoder they rest on.
-        name: What made them, for messages.
-        code: Error code for a query from elsewhere.
+        table: Table of embeddings.
+        dim: Dimension of the vectors.
+        encoder: Patch encoder of the features they were made from.
+        name: The encoder or model, for messages.
+        code: Error code for a query vector of another dimension.
     """
 
     table: str
@@ -161,22 +163,22 @@ class Space:
     code: str
 
 
-def space_of(
+def vector_space(
     archive: Archive,
     *,
     encoder: str | None = None,
     model: str | None = None,
     fingerprint: str | None = None,
-) -> Space:
-    """Returns the vectors of an encoder or of a trained model.
+) -> VectorSpace:
+    """Return the embeddings of an encoder or of a trained model.
 
     Raises:
-        ArchiveError: If there are none (``unknown_encoder``, ``not_indexed``), or they are of a
-            model with another fingerprint (``wrong_model``).
+        ArchiveError: There are none (``unknown_encoder``, ``not_indexed``), or they are of a model
+            with another fingerprint (``wrong_model``).
     """
     if model is None and fingerprint is None:
         name, entry = archive.encoder(encoder)
-        return Space(
+        return VectorSpace(
             table=entry["embeddings_table"],
             dim=entry["dim"],
             encoder=name,
@@ -191,7 +193,7 @@ def space_of(
             hint="Search with the run they were made with, or run pathflip index with this one.",
             code="wrong_model",
         )
-    return Space(
+    return VectorSpace(
         table=entry["embeddings_table"],
         dim=entry["dim"],
         encoder=entry["encoder"],
@@ -203,18 +205,18 @@ def space_of(
 def stored_vector(
     archive: Archive, name: str, *, encoder: str | None = None, model: str | None = None
 ) -> NDArray[np.float32]:
-    """Returns the embedding [dim] of a ready slide or region, to search with.
+    """Return the embedding [dim] of a ready slide or region, to search with.
 
     Args:
         archive: The archive.
-        name: A region id, or a slide's id or unique file name.
-        encoder: The encoder; may be left out when the archive holds one.
-        model: A trained model, instead.
+        name: A region's id, or a slide's id or unique file name.
+        encoder: Patch encoder; may be left out when the archive holds one.
+        model: Trained model, instead.
 
     Raises:
-        ArchiveError: If it is not there.
+        ArchiveError: There is no such slide or region (``unknown_slide``), or no embedding of it.
     """
-    space = space_of(archive, encoder=encoder, model=model)
+    space = vector_space(archive, encoder=encoder, model=model)
     slide, slash, _ = name.rpartition("/")
     row_id = name if slash and slide in archive.ledger() else archive.resolve(name)
     # Of these two columns, only the slide's may have an index.
@@ -236,21 +238,21 @@ def stored_vector(
 
 
 def allowed_slides(archive: Archive, encoder: str, filters: Sequence[Filter]) -> pa.Array:
-    """Returns the ids of ready slides that meet the conditions on slides, sorted."""
+    """Return the ids of ready slides that meet the conditions on slides, sorted."""
     ready = archive.cached(
         f"ready/{encoder}", lambda: pa.array(sorted(archive.ready_ids(encoder)), pa.string())
     )
-    conditions = [condition for condition in filters if condition.field in OF_SLIDE]
+    conditions = [condition for condition in filters if condition.field in SLIDE_FIELDS]
     if not conditions:
         return ready
-    rows = archive.slides(columns=["slide_id", *OF_SLIDE])
+    rows = archive.slides(columns=["slide_id", *SLIDE_FIELDS])
     for condition in conditions:
         rows = rows.filter(condition.expression())
     return ready.filter(pc.is_in(ready, rows["slide_id"].combine_chunks()))
 
 
-def _checked(archive: Archive, space: Space, queries: ArrayLike) -> NDArray[np.float64]:
-    """Returns the queries [n, dim] scaled to length 1."""
+def _normalised(archive: Archive, space: VectorSpace, queries: ArrayLike) -> NDArray[np.float64]:
+    """Return the queries as unit vectors [n, dim]."""
     values = np.asarray(queries, dtype=np.float64)
     values = values.reshape(-1, values.shape[-1])
     if values.shape[1] != space.dim:
@@ -267,10 +269,10 @@ def _checked(archive: Archive, space: Space, queries: ArrayLike) -> NDArray[np.f
     return unit
 
 
-def conditions_of(
+def all_conditions(
     filters: Sequence[Filter], exclude_slide: str | None, exclude_patient: str | None
 ) -> tuple[Filter, ...]:
-    """Returns filters and exclusions as conditions."""
+    """Return filters and exclusions as one list of conditions."""
     conditions = list(filters)
     if exclude_slide is not None:
         conditions.append(Filter(field="slide_id", op="!=", value=exclude_slide))
@@ -279,7 +281,7 @@ def conditions_of(
     return tuple(conditions)
 
 
-def _exact(
+def _scan(
     archive: Archive,
     table: str,
     queries: NDArray[np.float64],
@@ -289,18 +291,17 @@ def _exact(
     k: int,
     slides: pa.Array,
 ) -> list[pa.Table]:
-    """Returns each query's best among all rows of a level."""
+    """Return each query's best among all rows of a level."""
     best: list[pa.Table | None] = [None] * len(queries)
     for block in _blocks(archive, table, level):
-        rows, found, lengths = block
-        keep = meeting(rows, conditions)
-        keep &= pc.is_in(rows["slide_id"], slides).to_numpy(zero_copy_only=False)
+        keep = row_mask(block.rows, conditions)
+        keep &= pc.is_in(block.rows["slide_id"], slides).to_numpy(zero_copy_only=False)
         at = np.flatnonzero(keep)
         if not len(at):
             continue
-        rough = (found @ queries.astype(np.float32).T / lengths[:, None])[at]
+        scores = (block.vectors @ queries.astype(np.float32).T / block.norms[:, None])[at]
         for number, query in enumerate(queries):
-            part = best_of(block, query, k, at=at, rough=rough[:, number])
+            part = top_k(block, query, k, at=at, approximate=scores[:, number])
             before = best[number]
             if before is not None:
                 both = pa.concat_tables([before, part])
@@ -314,15 +315,15 @@ def _exact(
 
 
 def _blocks(archive: Archive, table: str, level: Level) -> Iterator[Block]:
-    """Yields the rows of a level; their places carry the columns conditions are about."""
+    """Yield the rows of a level with the columns that conditions may name."""
     dataset = archive.dataset(table)
     where = pc.field("kind") == level
     width = dataset.schema.field("vector").type.list_size * 4
     size = archive.cached(f"{table}/{level}/bytes", lambda: dataset.count_rows(where) * width)
-    columns = [*PLACE, *FILTERED, "vector"]
+    columns = [*LOCATION, *FILTER_COLUMNS, "vector"]
 
     def read(rows: pa.Table) -> Block:
-        return block_of(rows.drop_columns(["vector"]), vectors(rows["vector"]))
+        return make_block(rows.drop_columns(["vector"]), vectors(rows["vector"]))
 
     if size == 0:
         return

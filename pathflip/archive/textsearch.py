@@ -1,7 +1,7 @@
-"""Search by words in captions, and by words and vector together.
+"""Full-text search in captions (BM25), and its fusion with search by vector.
 
-A text is a bag of words to the full-text index: no operator, field name or wildcard in it means
-anything. Without the index there is no search by words; writing captions makes it.
+A text is a bag of words to the full-text index: operators, field names and wildcards in it have no
+meaning. The index is made when captions are written; without it there is no search by words.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
 from pathflip.archive import CAPTIONS, Archive
-from pathflip.archive.filters import OF_SLIDE, Filter, meeting
+from pathflip.archive.filters import SLIDE_FIELDS, Filter, row_mask
 from pathflip.archive.indexes import indexed_columns
 from pathflip.archive.search import (
     RESULT,
     Level,
-    Space,
+    VectorSpace,
+    all_conditions,
     allowed_slides,
-    conditions_of,
     search,
-    space_of,
+    vector_space,
 )
 from pathflip.archive.storage import guarded
 from pathflip.errors import ArchiveError, ConfigError
 
 MAX_TEXT = 10_000
-"""Characters of a text."""
+"""Longest text that is searched for, characters."""
 
 RRF = 60
 """The constant of reciprocal rank fusion (Cormack, Clarke and Büttcher 2009)."""
@@ -47,33 +47,33 @@ def search_text(
     exclude_slide: str | None = None,
     exclude_patient: str | None = None,
 ) -> pa.Table:
-    """Finds the slides whose captions share the most telling words with a text (BM25).
+    """Find the slides whose captions match the words of a text best, by BM25.
 
     Args:
-        archive: Where to search; only ready slides are found.
+        archive: The archive; only ready slides are found.
         text: The words.
-        encoder: Whose rows of slides the filters are about; may be left out with one encoder.
-        model: The same, of a trained model.
+        encoder: Patch encoder whose rows of slides are filtered; may be left out with one encoder.
+        model: Trained model whose rows of slides are filtered, instead.
         k: Results wanted, 1 to 10,000.
         filters: Conditions that all have to hold.
         exclude_slide: Id of a slide to leave out.
         exclude_patient: Patient to leave out; slides without a patient stay.
 
     Returns:
-        As :func:`pathflip.archive.search.search` at the level of slides; score is BM25, of the
-        slide's best caption where it has several.
+        The columns of :func:`pathflip.archive.search.search` for slides; score is the BM25 of the
+        slide's best caption.
 
     Raises:
-        ArchiveError: If there are no captions (``no_captions``), or no index of their words
+        ArchiveError: There are no captions (``no_captions``), or no full-text index of them
             (``not_indexed``).
-        ConfigError: If the text is empty or too long, or ``k`` is out of range.
+        ConfigError: The text is empty or too long, or ``k`` is out of range.
     """
     if not 1 <= k <= 10_000:
         raise ConfigError(f"Cannot search for {k} results.")
-    space = space_of(archive, encoder=encoder, model=model)
-    places = _places(archive, space, filters, exclude_slide, exclude_patient)
-    ranked = _ranked(archive, text, set(places["slide_id"].to_pylist()), k)
-    return _result(places, ranked)
+    space = vector_space(archive, encoder=encoder, model=model)
+    slides = _slide_rows(archive, space, filters, exclude_slide, exclude_patient)
+    ranked = _ranked(archive, text, set(slides["slide_id"].to_pylist()), k)
+    return _result(slides, ranked)
 
 
 def search_hybrid(
@@ -89,10 +89,10 @@ def search_hybrid(
     exclude_slide: str | None = None,
     exclude_patient: str | None = None,
 ) -> pa.Table:
-    """Finds by a text's vector and by its words, joined by reciprocal rank fusion.
+    """Find by a text's embedding and by its words, fused by reciprocal rank.
 
-    A result's score is the sum of 1 / (60 + rank) over the two lists; a region has its slide's rank
-    among the captions. Arguments, columns and errors are those of
+    A result's score is the sum of 1 / (60 + rank) over the two rankings; a region has its slide's
+    rank among the captions. Arguments, columns and errors are those of
     :func:`pathflip.archive.search.search` and :func:`search_text`.
     """
     depth = min(10_000, max(100, 5 * k))
@@ -100,9 +100,9 @@ def search_hybrid(
         archive, vector, model=model, fingerprint=fingerprint, level=level, k=depth,
         filters=filters, exclude_slide=exclude_slide, exclude_patient=exclude_patient,
     )  # fmt: skip
-    space = space_of(archive, model=model)
-    places = _places(archive, space, filters, exclude_slide, exclude_patient)
-    words = dict(_ranked(archive, text, set(places["slide_id"].to_pylist()), depth))
+    space = vector_space(archive, model=model)
+    slides = _slide_rows(archive, space, filters, exclude_slide, exclude_patient)
+    words = dict(_ranked(archive, text, set(slides["slide_id"].to_pylist()), depth))
     by_words = {slide: rank for rank, slide in enumerate(words, start=1)}
     key = "region_id" if level == "region" else "slide_id"
     scores: dict[str, float] = {}
@@ -114,7 +114,7 @@ def search_hybrid(
         for slide, rank in by_words.items():
             scores.setdefault(slide, 1 / (RRF + rank))
         best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:k]
-        return _result(places, best)
+        return _result(slides, best)
     best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:k]
     found = {row["region_id"]: row for row in rows}
     return pa.Table.from_pylist(
@@ -126,14 +126,14 @@ def search_hybrid(
     )
 
 
-def _places(
+def _slide_rows(
     archive: Archive,
-    space: Space,
+    space: VectorSpace,
     filters: Sequence[Filter],
     exclude_slide: str | None,
     exclude_patient: str | None,
 ) -> pa.Table:
-    """Returns the rows of slides that meet the conditions."""
+    """Return id and location of the slides that meet the conditions."""
     columns = ["slide_id", "patient_id", "x0", "y0", "size0", "mpp", "tissue_fraction", "n_patches"]
     with guarded(archive.uri, f"read the table {space.table}", damaged=True):
         rows = archive.cached(
@@ -142,16 +142,16 @@ def _places(
                 columns=columns, filter=pc.field("kind") == "slide"
             ),
         )
-    conditions = conditions_of(filters, exclude_slide, exclude_patient)
-    rows = rows.filter(pa.array(meeting(rows, conditions)))
-    slides = allowed_slides(archive, space.encoder, [f for f in filters if f.field in OF_SLIDE])
+    conditions = all_conditions(filters, exclude_slide, exclude_patient)
+    rows = rows.filter(pa.array(row_mask(rows, conditions)))
+    slides = allowed_slides(archive, space.encoder, [f for f in filters if f.field in SLIDE_FIELDS])
     return rows.filter(pc.is_in(rows["slide_id"], slides)).select(
         ["slide_id", "x0", "y0", "size0", "mpp"]
     )
 
 
 def _ranked(archive: Archive, text: str, slides: set[str], k: int) -> list[tuple[str, float]]:
-    """Returns the best k of some slides by BM25, as (slide, score), best first, ties by id."""
+    """Return the best k of some slides by BM25, as (slide, score), best first, ties by id."""
     from lance.query import MatchQuery
 
     if not text.strip() or len(text) > MAX_TEXT or "\0" in text:
@@ -199,8 +199,8 @@ def _ranked(archive: Archive, text: str, slides: set[str], k: int) -> list[tuple
     return sorted(best.items(), key=lambda item: (-item[1], item[0]))[:k]
 
 
-def _result(places: pa.Table, ranked: Sequence[tuple[str, float]]) -> pa.Table:
-    rows = {row["slide_id"]: row for row in places.to_pylist()}
+def _result(slides: pa.Table, ranked: Sequence[tuple[str, float]]) -> pa.Table:
+    rows = {row["slide_id"]: row for row in slides.to_pylist()}
     return pa.Table.from_pylist(
         [
             rows[slide] | {"rank": rank, "score": score, "region_id": None}

@@ -218,7 +218,7 @@ def _rows(vectors: Vectors, start: int, stop: int) -> pa.Table:
 def bench_ours(folder: Path, data: Data, *, quick: bool) -> dict[str, Any]:
     """The archive's search with its default index and settings, and a curve over the settings."""
     from pathflip.archive import Archive
-    from pathflip.archive.ann import EFFORT, Effort
+    from pathflip.archive.ann import DEFAULT_PARAMS, SearchParams
     from pathflip.archive.filters import Filter
     from pathflip.archive.indexes import refresh_indexes
     from pathflip.archive.search import search_many
@@ -230,11 +230,13 @@ def bench_ours(folder: Path, data: Data, *, quick: bool) -> dict[str, Any]:
     tight = [Filter(field="tissue_fraction", op=">=", value=1 - FILTERED)]
     archive = Archive(uri)
 
-    def asking(filtered: bool, effort: Effort) -> Callable[[Vectors], list[NDArray[np.int64]]]:
+    def asking(
+        filtered: bool, params: SearchParams
+    ) -> Callable[[Vectors], list[NDArray[np.int64]]]:
         def ask(queries: Vectors) -> list[NDArray[np.int64]]:
             tables = search_many(
                 archive, queries, model="bench", k=K, filters=tight if filtered else (),
-                effort=effort,
+                params=params,
             )  # fmt: skip
             return [_numbers(found["region_id"].to_pylist()) for found in tables]
 
@@ -244,20 +246,24 @@ def bench_ours(folder: Path, data: Data, *, quick: bool) -> dict[str, Any]:
     forget(home)
     archive = Archive(uri)
     began = time.perf_counter()
-    asking(False, EFFORT)(data.queries[:1])
+    asking(False, DEFAULT_PARAMS)(data.queries[:1])
     cold = {"first_query_ms": round(1e3 * (time.perf_counter() - began), 1)}
-    curve = [EFFORT] if quick else [
-        Effort(probes=probes, refine=refine)
-        for probes in (1, 4, 16, 64) for refine in (2, 4, 8)
+    curve = [DEFAULT_PARAMS] if quick else [
+        SearchParams(nprobe=nprobe, refine=refine)
+        for nprobe in (1, 4, 16, 64) for refine in (2, 4, 8)
     ]  # fmt: skip
     for filtered in (False, True):
-        for effort in dict.fromkeys([EFFORT, *curve]):
-            name = f"pathflip probes={effort.probes} refine={effort.refine}"
-            name += " (default)" if effort == EFFORT else ""
-            lines.append(measured(name, asking(filtered, effort), data, filtered=filtered))
+        for params in dict.fromkeys([DEFAULT_PARAMS, *curve]):
+            name = f"pathflip nprobe={params.nprobe} refine={params.refine}"
+            name += " (default)" if params == DEFAULT_PARAMS else ""
+            lines.append(measured(name, asking(filtered, params), data, filtered=filtered))
         lines.append(
             measured(
-                "pathflip default", asking(filtered, EFFORT), data, filtered=filtered, batch=50
+                "pathflip default",
+                asking(filtered, DEFAULT_PARAMS),
+                data,
+                filtered=filtered,
+                batch=50,
             )
         )
     return {

@@ -85,7 +85,7 @@ def test_conditions_leave_the_same_regions(large, monkeypatch, case, few_bytes):
     """With and without the places in memory, one query or many, few regions left or most."""
     plain, indexed = (Archive(uri) for uri in large)
     truth = answers(plain, **CONDITIONS[case])
-    monkeypatch.setattr(ann, "_FEW_BYTES", few_bytes)
+    monkeypatch.setattr(ann, "_SCAN_BYTES", few_bytes)
     total = sum(table.num_rows for table in truth)
     for memory in (0, 256 << 20):
         monkeypatch.setattr(ann, "MEMORY_BYTES", memory)
@@ -133,7 +133,7 @@ def test_more_results_than_there_are_regions(large):
 
 
 def test_searching_while_others_write_and_maintain(tmp_path, monkeypatch):
-    """D5: 20 queries a second beside commits, compaction and cleaning: no error, no lost recall."""
+    """20 queries a second beside commits, compaction and cleaning: no error, no lost recall."""
     uri = tmp_path / "a"
     cohort.build(uri)
     with Committer(uri) as committer:
@@ -194,7 +194,7 @@ def test_searching_while_others_write_and_maintain(tmp_path, monkeypatch):
 
 
 def test_five_hundred_small_writes_become_few_fragments(tmp_path):
-    """D6: rows and answers stay, fragments go. 40 upserts; 460 more fragments in one commit."""
+    """Rows and answers stay, fragments go. 40 upserts; 460 more fragments in one commit."""
     uri = tmp_path / "a"
     cohort.build(uri)
     table = f"embeddings_{models.MODEL}"

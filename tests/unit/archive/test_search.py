@@ -121,7 +121,7 @@ def test_ties_are_in_the_order_of_ids(tmp_path):
 
 
 def test_query_of_another_encoder_is_refused(archive):
-    """D7: both sides are named, nothing is found."""
+    """Both sides are named, nothing is found."""
     with pytest.raises(ArchiveError, match=r"13 values; encoder tex \(1\).* has 12") as error:
         search(archive, np.ones(13))
     assert error.value.code == "wrong_encoder"
@@ -161,7 +161,7 @@ def test_anything_else_is_no_filter(text):
 @example(value="%")
 @example(value="P0'; DROP TABLE slides; --")
 def test_no_value_widens_a_filter(archive, value):
-    """D8: whatever the value, the rows are those whose column equals it."""
+    """Whatever the value, the rows are those whose column equals it."""
     try:
         condition = Filter(field="patient_id", op="=", value=value)
     except ConfigError:

@@ -59,7 +59,7 @@ def test_a_model_s_vectors_equal_the_slow_reference(archive, level):
 
 
 def test_a_query_of_another_model_is_refused(archive):
-    """D7: by fingerprint, by size, by name; never results."""
+    """By fingerprint, by size, by name; never results."""
     query = np.ones(models.DIM)
     with pytest.raises(ArchiveError) as error:
         search(archive, query, model=models.MODEL, fingerprint="a" * 64)
@@ -146,7 +146,7 @@ def test_hybrid_is_reciprocal_rank_fusion(archive):
 @example(text="'; DROP TABLE captions; --")
 @example(text="\0")
 def test_no_text_means_more_than_its_words(archive, text):
-    """D8 for words: nothing in a text widens a condition or reaches a slide that is not ready."""
+    """Nothing in a text widens a condition or reaches a slide that is not ready."""
     try:
         found = search_text(archive, text, k=100, filters=[Filter.parse("patient_id=P0")])
         free = search_text(archive, text, k=100)
