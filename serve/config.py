@@ -275,19 +275,10 @@ def _check_numbers(config: ServeConfig) -> None:
         }
         if replicas.target <= 0:
             raise ConfigError(f"{name}.target is {replicas.target:g}; it must be more than 0.")
-    chat, engine = config.engine, config.engine.engine
-    at_least |= {
-        "engine.prefix_cache_mb": (chat.prefix_cache_mb, 0),
-        "engine.flush_s": (chat.flush_s, 0),
-        "engine.engine.max_num_seqs": (engine.max_num_seqs, 1),
-        "engine.engine.threads": (engine.threads, 1),
-        "engine.engine.kv_gib": (engine.kv_gib, 1),
+    at_least |= {  # EngineConfig checks its own
+        "engine.prefix_cache_mb": (config.engine.prefix_cache_mb, 0),
+        "engine.flush_s": (config.engine.flush_s, 0),
     }
     for name, (value, least) in at_least.items():
         if value < least:
             raise ConfigError(f"{name} is {value:g}; it must be at least {least:g}.")
-    if not 0 < engine.gpu_memory_utilization <= 1:
-        raise ConfigError(
-            f"engine.engine.gpu_memory_utilization is {engine.gpu_memory_utilization:g}; "
-            "it must be more than 0 and at most 1."
-        )
