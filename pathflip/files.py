@@ -1,4 +1,4 @@
-"""Files that hold the old content or the new one, never half of it, and locks on files."""
+"""Atomic writes and file locks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PARTIAL = ".partial"
 
 
 def partial(path: Path, *, one_writer: bool = False) -> Path:
-    """Returns the hidden neighbour of a file or folder that is written before it takes its place.
+    """Returns a hidden temporary path beside a file or folder, to be renamed over it.
 
     Args:
         path: The file or folder.
-        one_writer: Whether only one process ever writes it: then what one that was killed left is
-            used again. Otherwise the name is another on every call.
+        one_writer: Whether only one process ever writes it: the name is then always the same, so
+            that what a killed process left is overwritten. Otherwise every call returns another.
     """
     infix = "" if one_writer else f".{uuid.uuid4().hex[:12]}"
     return path.with_name(f".{path.name}{infix}{PARTIAL}")
@@ -31,12 +31,12 @@ def partial(path: Path, *, one_writer: bool = False) -> Path:
 
 @contextmanager
 def replacing(path: str | Path, *, one_writer: bool = False) -> Iterator[Path]:
-    """Yields a file to write, which takes the place of ``path`` once the block has ended well.
+    """Yields a temporary file, which replaces ``path`` when the block ends without an error.
 
-    It is forced to disk before; readers and a machine that fails see the old file or the new one.
+    It is flushed to disk first: readers, and a machine that crashes, see the old file or the new.
 
     Args:
-        path: The file that is wanted; its folder must be there.
+        path: The file to replace; its folder must exist.
         one_writer: See :func:`partial`.
     """
     path = Path(path)
@@ -51,13 +51,13 @@ def replacing(path: str | Path, *, one_writer: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Writes a file so that it holds the old content or the new one, never half."""
+    """Writes a small file atomically: it holds the old content or the new, never a part of it."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:
-    """Forces a file, or the entries of a folder, to disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -68,12 +68,12 @@ def sync(path: Path) -> None:
 def claim(handle: int, *, wait_s: float = 0.0) -> bool:
     """Takes the exclusive lock (``flock``) of an open file; False if another process holds it.
 
-    The kernel frees it when the file is closed, or the process dies however it dies. It also works
-    between machines on NFSv4 and Lustre mounted with flock.
+    The kernel releases it when the file is closed or the process dies, whatever the cause. It also
+    works between machines on NFSv4, and on Lustre mounted with flock.
 
     Args:
         handle: The open file.
-        wait_s: How long to wait for another holder to go.
+        wait_s: Seconds to wait for another process to release it.
     """
     deadline = time.monotonic() + wait_s
     while True:
@@ -87,14 +87,14 @@ def claim(handle: int, *, wait_s: float = 0.0) -> bool:
 
 
 class FileLock:
-    """Exclusive right that goes with a file, as a context manager; see :func:`claim`.
+    """Exclusive lock on a file, as a context manager; see :func:`claim`.
 
-    The file stays and holds pid, host and start of the last holder.
+    The file remains and holds pid, host and start time of the last process that locked it.
 
     Args:
-        path: The lock's file; its folder must be there.
-        refusal: Makes the error to raise from who holds it, as in "process 7 on host since ...".
-        wait_s: How long to wait for another holder to go.
+        path: The lock file; its folder must exist.
+        refusal: Returns the error to raise, given the holder ("process 7 on host since ...").
+        wait_s: Seconds to wait for another process to release it.
 
     Raises:
         OSError: On entering, if the file cannot be written.

@@ -73,7 +73,7 @@ class Archive:
             return all(item.version == item.latest_version for item in self._datasets.values())
 
     def cached(self, key: str, make: Callable[[], T]) -> T:
-        """Returns what ``make`` returned the first time it was asked for in this snapshot."""
+        """Returns the value of ``make()``, computed once for each snapshot."""
         if key not in self._cache:
             self._cache[key] = make()
         value: T = self._cache[key]
@@ -88,7 +88,7 @@ class Archive:
         return list(self._datasets)
 
     def table(self, name: str) -> Table:
-        """Returns what a table is: its spec, and the encoder or model it belongs to."""
+        """Returns a table's spec with the encoder or model it belongs to."""
         return self._tables[name]
 
     def settings(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Archive:
         return dict(self._meta)
 
     def tiling(self) -> dict[str, Any]:
-        """Returns how slides are cut: the fields of :class:`pathflip.geometry.Tiling`."""
+        """Returns the grid slides are cut on: the fields of :class:`pathflip.geometry.Tiling`."""
         return dict(self._meta["tiling"])
 
     @property
@@ -352,7 +352,7 @@ class Archive:
         }
 
     def encoder_of(self, table: str) -> str | None:
-        """Returns the encoder whose features, or what was made of them, a table holds."""
+        """Returns the encoder a table's rows were computed with; None if it depends on none."""
         return self._tables[table].encoder
 
     def _ready(self, name: str) -> str:

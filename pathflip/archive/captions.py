@@ -1,4 +1,4 @@
-"""Captions of slides: text that came from elsewhere, so it stays while a slide is ingested anew."""
+"""Imports captions and questions, which survive when a slide is ingested again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,20 +20,17 @@ from pathflip.archive.schema import (
 from pathflip.archive.settings import CAPTIONS
 from pathflip.archive.storage import guarded, is_local
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """What one source says of a slide: a text, questions about the slide, or both.
+    """Text about a slide from one source: a caption, questions with answers, or both.
 
     Attributes:
         slide_id: The slide.
-        text: The text; None leaves the one that is stored, which is empty where there is none.
-        qa: Questions and answers, {"question", "answer", "choices"?, "category"?} each; None leaves
-            those that are stored.
-        statements: What a model made of the text, where the source has that.
+        text: The caption; None keeps the stored one (empty if there is none).
+        qa: Questions and answers, {"question", "answer", "choices"?, "category"?} each; None keeps
+            the stored ones.
+        statements: Statements a language model made of the caption, if the source has them.
     """
 
     slide_id: str
@@ -45,14 +42,14 @@ class Caption:
 def write_captions(
     committer: Committer, captions: Iterable[Caption], *, source: str
 ) -> dict[str, int]:
-    """Writes captions of one source; those that are there already are left alone.
+    """Writes the captions of one source; unchanged ones are not written again.
 
-    Statements that a model made of a caption stay as long as its text does.
+    Statements that a model made of a caption are kept as long as its text is unchanged.
 
     Args:
         committer: The open writer of the archive.
         captions: At most one a slide.
-        source: What they come from; a slide may have captions from several.
+        source: Name of the source; a slide may have captions from several.
 
     Returns:
         {"new", "changed", "unchanged"}: numbers of slides.
@@ -69,7 +66,7 @@ def write_captions(
 def changed_captions(
     archive: Archive, captions: Iterable[Caption], *, source: str
 ) -> tuple[pa.Table, dict[str, int]]:
-    """Returns the rows that have to be written, and counts as :func:`write_captions` does."""
+    """Returns the rows to write, and the counts that :func:`write_captions` returns."""
     from pathflip.text import split_sentences
 
     stored: dict[str, dict[str, Any]] = {}

@@ -1,14 +1,15 @@
-"""Writing an archive: the lock, fragments written by workers, and the one committer.
+"""Commits to an archive, by its one writer.
 
-Workers write immutable Lance fragments with :func:`write_fragment`; nothing of them is visible.
-The driver of a job holds the archive's lock through :class:`Committer` and alone commits, in this
-order: digests of the new files, features, embeddings, regions, and last the rows of ``slides``.
-A slide is visible when its ``slides`` row says ready, so a process that dies between two commits
-leaves rows nobody sees, and the next committer deletes them before it starts.
+Workers write immutable Lance fragments (:func:`pathflip.archive.fragments.write_fragment`), which
+stay invisible. The driver of a job holds the archive's lock through :class:`Committer` and is the
+only one to commit, in this order: digests of the new files, features and embeddings, regions, and
+last the rows of ``slides``. A slide becomes visible when its row in ``slides`` says ready, so a
+process that dies between two commits leaves rows that no reader sees; the next committer deletes
+them before it does anything else.
 
-Lance accepts the same fragment twice and upserts from two writers can duplicate keys, so the
-ledger (table ``slides``) is asked before anything is appended, rows of a slide that is to be
-written are removed first, and row counts are checked after every commit.
+Lance accepts the same fragment twice, and upserts by two writers can duplicate keys. Therefore the
+ledger (table ``slides``) is checked before anything is appended, the old rows of a slide are
+deleted before new ones are written, and row counts are verified after every commit.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ _SLIDE_COLUMNS = [name for name in slides_schema().names if name != CHECKSUM]
 
 @dataclass(frozen=True, kw_only=True)
 class Committed:
-    """What one call of :meth:`Committer.commit` did, as slide ids.
+    """Result of :meth:`Committer.commit`, as slide ids.
 
     Attributes:
         written: Slides whose rows were written.
         extended: Ready slides that got the rows of further encoders.
-        skipped: Slides that were there already, with the same fingerprint and encoders.
+        skipped: Slides already stored with the same fingerprint and encoders.
     """
 
     written: list[str]
@@ -82,7 +83,7 @@ class Committed:
 class Committer:
     """The one writer of an archive, as a context manager that holds its lock.
 
-    On entering, it deletes what an earlier writer left half done; see :meth:`recover`.
+    Entering deletes what an interrupted writer left behind; see :meth:`recover`.
 
     Args:
         uri: The archive.
@@ -123,14 +124,14 @@ class Committer:
     def ensure_encoder_table(
         self, name: str, *, revision: str, dim: int, mpp: float | None, licence: str
     ) -> str:
-        """Makes the tables of an encoder unless they are there.
+        """Creates the tables of an encoder unless the archive has them.
 
         Returns:
             The name of its features table, for :func:`write_fragment`.
 
         Raises:
             ArchiveError: If the archive holds the encoder in another revision or size, or another
-                encoder whose name reduces to the same table (``settings``).
+                encoder whose name maps to the same table (``settings``).
         """
         entry: dict[str, Any] = {
             "dim": dim,
@@ -161,14 +162,14 @@ class Committer:
         return str(entry["features_table"])
 
     def add_tables(self, setting: str, entry: Mapping[str, Any]) -> list[str]:
-        """Adds an entry to the settings, after making the tables it names.
+        """Adds an entry to the archive's settings, after creating the tables it names.
 
         Args:
             setting: Its key: a :attr:`TableSpec.setting`, followed by ``:<name>`` for a family.
             entry: Its value (JSON values).
 
         Returns:
-            The names of those tables.
+            The names of the tables that were created.
         """
         settings = self._archive.settings() | {setting: dict(entry)}
         held = self._archive.tables()
@@ -186,11 +187,11 @@ class Committer:
         return [table.name for table in made]
 
     def replace_rows(self, table: str, rows: pa.Table) -> None:
-        """Writes all rows of some slides in a table that is made from others, in one commit.
+        """Replaces the rows of some slides in a table computed after ingest, in one commit.
 
         Args:
             table: The table.
-            rows: Its rows; what it holds of their slides is deleted first.
+            rows: All rows of those slides; their old rows are deleted first.
         """
         slides = sorted(set(rows["slide_id"].to_pylist()))
         self._delete_from(table, "slide_id", slides)
@@ -210,27 +211,27 @@ class Committer:
     ) -> Committed:
         """Makes slides visible with all of their rows, or leaves the archive as it was.
 
-        A ready slide that is there with the same fingerprint is skipped, or gets only the rows of
-        encoders it did not have. Any other ready slide is written anew: rows it had are deleted. A
-        slide that is not ready (empty, quarantined) only gets its row in ``slides``; it never
-        replaces a ready one of the same fingerprint, but does replace one of another.
+        A ready slide that is stored with the same fingerprint is skipped, or only gains the rows of
+        encoders it lacks. Any other ready slide is rewritten: its old rows are deleted. A slide
+        that is not ready (empty, quarantined) gets its row in ``slides`` and nothing else; it never
+        replaces a ready slide of the same fingerprint, but does replace one of another.
 
         Args:
             slides: Rows of ``slides``; ``encoders`` names the encoders embedded in this run.
             regions: Rows of ``regions`` of those slides.
             embeddings: {encoder name: rows of its embeddings table}.
-            fragments: {encoder name: what :func:`write_fragment` returned}. Shards with rows of
-                slides that are skipped are fine.
-            others: {table: its rows} of further tables that are written with the slide.
+            fragments: {encoder name: shards returned by ``write_fragment``}. They may hold rows of
+                slides that are skipped.
+            others: {table: rows} of further tables that ingest writes.
 
         Returns:
             Which slides were written, extended, skipped.
 
         Raises:
-            ArchiveError: If the disk is full or a commit did not have its effect; the slides are
-                then not visible, and the same call may be repeated.
-            ValueError: If rows are missing: n_regions of a slide must match its regions, its
-                features and its embeddings (one more: the slide's own).
+            ArchiveError: If the disk is full or a commit had no effect; the slides are then not
+                visible, and the call may be repeated.
+            ValueError: If rows are missing: a slide needs ``n_regions`` regions, as many rows of
+                features, and one more of embeddings (the slide's own).
         """
         try:
             rows = {} if regions is None else {"regions": regions}
@@ -291,7 +292,7 @@ class Committer:
             wanted = self._wanted(table, write, extend, incoming)
             if made := self._shard(table, rows, wanted):
                 new.append(made)
-        # Regions last: nothing finds a slide's rows in other tables without them.
+        # Regions last: without them nothing finds a slide's rows in other tables.
         new.sort(key=lambda shard: shard.table == "regions")
         self._assert_complete(new, write, extend, incoming)
 
@@ -317,7 +318,7 @@ class Committer:
         return Committed(written=[*write, *note], extended=list(extend), skipped=skipped)
 
     def recover(self) -> dict[str, int]:
-        """Deletes rows of slides that are not ready and digests files that nobody digested.
+        """Deletes rows of slides that are not ready and digests files that have no digest yet.
 
         Returns:
             {table: rows deleted}.
@@ -325,7 +326,7 @@ class Committer:
         removed: dict[str, int] = {}
         for table in self._archive.tables():
             if self._archive.table(table).spec.derived_from is None:
-                continue  # what came from elsewhere could not be made again
+                continue  # imported rows could not be computed again
             dataset = self._archive.dataset(table)
             allowed = self._archive.ready_ids(self._archive.encoder_of(table))
             with guarded(self.uri, f"read the table {table}", damaged=is_local(self.uri)):
@@ -341,7 +342,7 @@ class Committer:
 
         Args:
             slide_ids: The slides.
-            keep_imported: Whether what came from elsewhere, such as captions, stays.
+            keep_imported: Whether to keep imported rows, such as captions.
         """
         self._hide(slide_ids)
         self._delete_rows(slide_ids)
@@ -358,7 +359,7 @@ class Committer:
         self._refresh()
 
     def update_slides(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Changes columns of slides: paths, people, labels; the patient in every table.
+        """Changes columns of slides: paths, patients, labels; the patient in every table.
 
         Args:
             changes: {slide_id: {column of ``slides``: value}}.
@@ -382,10 +383,10 @@ class Committer:
         self._refresh()
 
     def upsert(self, table: str, rows: pa.Table) -> None:
-        """Inserts or replaces rows by key in one commit; the file is digested before it counts.
+        """Inserts or replaces rows by key in one commit; new files are digested before it.
 
-        Use :meth:`commit` for slides with rows in other tables; this alone is right for changing
-        the other columns of ``slides`` (aliases, labels, attempts).
+        Slides with rows in other tables go through :meth:`commit`. In ``slides`` this only serves
+        to change columns that no other table depends on (aliases, labels, attempts).
         """
         import lance
 
@@ -530,9 +531,9 @@ class Committer:
     def _delete_rows(
         self, slide_ids: Collection[str], *, encoders: Collection[str] | None = None
     ) -> None:
-        """Deletes what was made of slides, in all tables or in those of encoders.
+        """Deletes rows computed from slides, in all tables or in those of some encoders.
 
-        What came from elsewhere, such as captions, stays.
+        Imported rows, such as captions, stay.
         """
         for table in self._archive.tables():
             if self._archive.table(table).spec.derived_from is None:

@@ -1,4 +1,4 @@
-"""Making a new archive."""
+"""Creates an archive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pathflip.errors import ArchiveError
 
 
 def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
-    """Creates an archive, or opens the one that is there if it was made with the same tiling.
+    """Creates an archive, or opens an existing one of the same tiling.
 
     The table ``meta`` is written last: an archive exists once it does.
 
@@ -29,8 +29,8 @@ def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
         tiling: All fields of the tiling (JSON values); region_um and patch_um give the slots.
 
     Raises:
-        ArchiveError: If the archive there has another tiling (``settings``), is damaged or locked,
-            or the folder holds other files (``not_empty``).
+        ArchiveError: If an archive of another tiling is there (``settings``), it is damaged or
+            locked, or the folder holds other files (``not_empty``).
     """
     from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""Files before they count: new tables, and fragments of rows that belong to no version yet.
+"""New tables, and fragments of rows that are written but not committed.
 
 Workers write immutable Lance fragments with :func:`write_fragment`; nothing of them is visible
 until :class:`pathflip.archive.commit.Committer` commits them.
@@ -30,7 +30,7 @@ from pathflip.errors import ArchiveError
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Fragments of one table that lie in the archive but belong to no version yet.
+    """Fragments of one table that are stored in the archive but not committed.
 
     Attributes:
         table: The table.
@@ -87,7 +87,7 @@ def write_fragment(uri: str | Path, table: str, data: pa.Table) -> str:
         data: Its columns (any order); ``checksum`` is computed here.
 
     Returns:
-        A :class:`Shard` as JSON, to be handed to :meth:`Committer.commit`.
+        A :class:`Shard` as JSON, for :meth:`pathflip.archive.commit.Committer.commit`.
 
     Raises:
         ArchiveError: If the disk is full or the archive cannot be written.
@@ -131,7 +131,7 @@ def create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None 
 
 
 def not_empty(uri: str, name: str) -> ArchiveError:
-    """Returns the refusal of a folder that holds something else."""
+    """Returns the error for a folder that holds other files."""
     return ArchiveError(
         f"{uri} is not an archive and not empty (it holds {name}).",
         hint="Give a new or empty folder.",

@@ -1,7 +1,7 @@
-"""The indexes that make search fast: vectors, the columns filters name, the words of captions.
+"""Indexes for search: vectors, columns that filters name, words of captions.
 
-None of them is needed for an answer: without, search reads everything. Rows written since an index
-was brought up to date are searched without it, so results never lag behind.
+Search works without them by reading everything. Rows written since an index was last updated are
+searched without it, so results never lag behind.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from pathflip.archive.storage import guarded, open_table
 from pathflip.archive.tables import spec_of
 
 VECTOR_INDEX_ROWS = 50_000
-"""Embeddings from which on they get a vector index; below, a scan is fast."""
+"""Rows from which an embeddings table gets a vector index; below that, a scan is fast."""
 
 SCALAR_INDEX_ROWS = 10_000
 
-_PIECES = 4
-"""A vector index of so many pieces is made anew: every query asks all of them, and the fragments of
-different pieces are not merged."""
+_MAX_SEGMENTS = 4
+"""Rebuild the vector index at this many segments: every query reads all of them, and fragments of
+different segments are not merged."""
 
 _SCALAR = {"slide_id": "BTREE", "kind": "BITMAP", "patient_id": "BTREE"}
-"""Without one on ``kind``, every query would read that column of all rows."""
+"""Without an index on ``kind``, every query would read that column of all rows."""
 
 
 def refresh_indexes(uri: str, table: str) -> list[str]:
-    """Makes the indexes a table is large enough for and brings those it has up to date.
+    """Builds the indexes a table is large enough for and updates those it has.
 
     Only for the process that holds the archive's lock.
 
     Returns:
-        Those made now, as ``table.column``.
+        The indexes built now, as ``table.column``.
     """
     spec = spec_of(table)
     if spec is None or not spec.per_slide:
@@ -41,7 +41,7 @@ def refresh_indexes(uri: str, table: str) -> list[str]:
         rows = dataset.count_rows()
         have = indexed_columns(dataset)
         made: list[str] = []
-        pieces = _pieces(dataset)
+        segments = _segments(dataset)
         if have:
             dataset.optimize.optimize_indices()
         if rows >= SCALAR_INDEX_ROWS:
@@ -54,7 +54,7 @@ def refresh_indexes(uri: str, table: str) -> list[str]:
                 dataset.create_scalar_index(column, kind)
                 made.append(f"{table}.{column}")
         wanted = "vector" in spec.indexes and rows >= VECTOR_INDEX_ROWS
-        if (wanted and "vector" not in have) or pieces >= _PIECES:
+        if (wanted and "vector" not in have) or segments >= _MAX_SEGMENTS:
             _index_vectors(dataset, rows)
             made.append(f"{table}.vector")
     return made
@@ -65,14 +65,14 @@ def indexed_columns(dataset: Any) -> set[str]:
     return {column for index in dataset.describe_indices() for column in index.field_names}
 
 
-def _pieces(dataset: Any) -> int:
-    """Returns of how many pieces the vector index is: bringing it up to date adds one."""
+def _segments(dataset: Any) -> int:
+    """Returns the number of segments of the vector index; every update adds one."""
     indexes = dataset.describe_indices()
     return max((len(i.segments) for i in indexes if "vector" in i.field_names), default=0)
 
 
 def partitions_of(rows: int) -> int:
-    """Returns into how many partitions the vectors of a table of that size are divided."""
+    """Returns the number of partitions of a vector index over so many rows."""
     return max(16, min(4096, math.isqrt(rows) // 4))
 
 

@@ -1,4 +1,4 @@
-"""The lock of an archive: one process writes it at a time."""
+"""Locks an archive, so that one process writes it at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compacting, indexing and cleaning an archive."""
+"""Compacts, indexes and cleans an archive."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ KEEP_HOURS = 24
 def maintain(uri: str | Path) -> dict[str, Any]:
     """Compacts, indexes and cleans an archive.
 
-    Merges small fragments; builds the indexes of :mod:`pathflip.archive.indexes`, or brings them up
-    to date; drops versions older than 24 hours and files no version refers to that are older than
-    that. Readers
-    keep their snapshot for 24 hours.
+    Merges small fragments, builds or updates the indexes of :mod:`pathflip.archive.indexes`, and
+    deletes versions, and files that no version refers to, that are older than 24 hours. Readers
+    keep their snapshot for that long.
 
     Returns:
         {"fragments": {table: n}, "indexed": [table.column], "bytes_removed": n}.

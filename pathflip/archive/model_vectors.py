@@ -1,6 +1,7 @@
-"""Vectors of slides and regions by a trained model.
+"""Embeddings of slides and regions by a trained model.
 
-They are made from features, so they go with them, and ``pathflip index`` makes them again.
+They are computed from patch features, are deleted with them, and computed again by
+``pathflip index``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def ensure_model(
     encoder: Mapping[str, Any],
     run: str,
 ) -> str:
-    """Makes the table of a model's vectors unless it is there.
+    """Creates the table of a model's vectors unless the archive has it.
 
     Args:
         committer: The open writer of the archive.
@@ -35,13 +36,13 @@ def ensure_model(
         dim: Size of its vectors.
         fingerprint: sha256 of its configuration and weights.
         encoder: ``name`` and ``revision`` of the patch encoder it was trained on.
-        run: Name of its run's folder, for people.
+        run: Name of the run's folder, shown to users.
 
     Returns:
         The name of the table.
 
     Raises:
-        ArchiveError: If the table belongs to something else (``wrong_model``).
+        ArchiveError: If the table belongs to another model or encoder (``wrong_model``).
     """
     archive = committer.archive
     table = embeddings_table(name)
@@ -76,7 +77,7 @@ def ensure_model(
 
 
 def indexed_slides(archive: Archive, name: str) -> set[str]:
-    """Returns the ready slides of which all vectors of a model are there."""
+    """Returns the ready slides that have all of their vectors of a model."""
     import pyarrow.compute as pc
 
     entry = archive.models().get(name)

@@ -1,7 +1,7 @@
-"""Reading what is left of a damaged fragment, in a child process.
+"""Recovers intact rows of a damaged fragment, in a child process.
 
 Damaged lengths and offsets can make native decoding panic, abort, hang or ask for all memory, so
-no byte that failed its digest is decoded in the caller's process.
+bytes that failed their digest are never decoded in the caller's process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathflip.archive.tables import key_of
 
 _SECONDS = 300
 _MEMORY = 16 << 30
-_FAILED_READS = 500  # then the rest of the fragment is given up
+_FAILED_READS = 500  # give up the rest of the fragment after so many
 
 
 def salvage(

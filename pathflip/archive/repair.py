@@ -1,4 +1,4 @@
-"""Bringing a damaged archive back to a whole one."""
+"""Repairs a damaged archive, giving up only what cannot be read any more."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from pathflip.archive.storage import (
     open_table,
     table_uri,
 )
-from pathflip.archive.tables import META, Table, spec_of, specs_of, tables_of
+from pathflip.archive.tables import META, Table, count_columns, spec_of, specs_of, tables_of
 from pathflip.archive.verify import Report, verify
 from pathflip.errors import ArchiveError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repaired:
-    """What :func:`repair` did.
+    """Result of :func:`repair`.
 
     Attributes:
-        actions: One sentence each.
-        redo: Ids of slides that lost rows; the next ingest of their files writes them anew.
-        report: The state after repair.
+        actions: Sentences, one for each action taken.
+        redo: Ids of slides that lost rows; the next ingest of their files writes them again.
+        report: State of the archive after the repair.
     """
 
     actions: list[str]
@@ -55,21 +55,21 @@ class Repaired:
 
 
 def repair(uri: str | Path) -> Repaired:
-    """Brings a damaged archive back to a whole one, without what cannot be read any more.
+    """Repairs a damaged archive, giving up only what cannot be read any more.
 
     * A table that does not open: manifests are moved aside, newest first, until a version opens; a
-      table with none left is made anew, empty. ``meta`` is completed from the other tables.
-    * A damaged data file: rows whose checksum is right move to a new file; the old one is moved
-      aside, and versions older than this repair may not open any more.
-    * A slide some of whose rows in a table computed after ingest are lost (vectors of a trained
-      model) loses the rest of them too, and the command that made them makes them again. Captions
+      table without any is created again, empty. ``meta`` is completed from the other tables.
+    * A damaged data file: rows with a correct checksum are copied to a new file and the old file is
+      moved aside. Versions older than the repair may no longer open.
+    * A slide that has lost rows of a table computed after ingest (vectors of a trained model)
+      loses its other rows there too, and the command that computed them does so again. Captions
       that are lost have to be imported again.
-    * A ready slide that is not whole then: its rows go, and its row in ``slides`` says
-      ``quarantined``, reason ``damaged_rows``, with an empty fingerprint: the ledger does not know
-      its content any more, so the same ingest command as before does it again. A slide whose own
-      row is lost is unknown again, which has the same effect.
+    * A ready slide that has lost rows written by ingest: all of its rows are deleted, and its row
+      in ``slides`` becomes ``quarantined``, reason ``damaged_rows``, with an empty fingerprint, so
+      that the same ingest command processes it again. A slide whose own row is lost is unknown to
+      the archive, which has the same effect.
 
-    What is moved aside lies in ``<archive>/.damaged``.
+    Files that were moved aside are in ``<archive>/.damaged``.
 
     Raises:
         ArchiveError: If the archive is not local (``remote``; copy it first), locked, or its
@@ -117,12 +117,12 @@ def repair(uri: str | Path) -> Repaired:
             )
         committer.forget_files([p for p in known_digests(where) if not Path(where, p).exists()])
     if report.slides:
-        actions.append(f"{len(report.slides)} slides were not whole; ingest them again.")
+        actions.append(f"{len(report.slides)} slides have lost rows; ingest them again.")
     return Repaired(actions=actions, redo=report.slides, report=verify(where))
 
 
 def _restore_table(uri: str, table: str) -> list[str]:
-    """Makes a table open again at its newest version that does."""
+    """Restores the newest version of a table that opens."""
     actions: list[str] = []
     while True:
         try:
@@ -149,14 +149,14 @@ def _restore_table(uri: str, table: str) -> list[str]:
         if (schema := _schema_of(uri, table)) is None:
             if not any(spec.family for spec in specs_of(table)):
                 raise damaged_error(uri, f"the settings and every version of {table} are lost")
-            # Nothing says how wide it was; the encoder is added anew by the next ingest.
+            # Its width is not known; the next ingest adds the encoder again.
             _move_aside(uri, Path(table_uri(uri, table)))
             return [f"Table {table}: no version opens, moved aside."]
         if Path(table_uri(uri, table)).exists():
             _move_aside(uri, Path(table_uri(uri, table)))
         with guarded(uri, f"make the table {table}"):
             create_table(uri, table, schema)
-        return [f"Table {table}: no version opens, made anew and empty."]
+        return [f"Table {table}: no version opens, created again, empty."]
 
 
 def _manifests(folder: Path) -> dict[int, Path]:
@@ -227,6 +227,9 @@ def _complete_meta(uri: str) -> list[str]:
                 found[f"{spec.setting}:{entry.pop('name')}"] = entry
             elif spec.setting is not None and not spec.family:
                 found[spec.setting] = {} if value is None else json.loads(value)
+    if "schema_version" in found:  # as ``regions`` noted it; tables may have been added since
+        layouts = [table.spec.since for table in tables_of(found).values()]
+        found["schema_version"] = max(found["schema_version"], *layouts)
     lost = {key: value for key, value in found.items() if key not in meta}
     if lost:
         import lance
@@ -247,7 +250,7 @@ def _move_aside(uri: str, path: Path) -> None:
 
 
 def _unready(rows: pa.Table) -> pa.Table:
-    """Returns rows of ``slides`` that make the next ingest do these slides again."""
+    """Returns rows of ``slides`` that make the next ingest process these slides again."""
     by_id = {row["slide_id"]: row for row in rows.to_pylist()}
     change = {
         "status": "quarantined",
@@ -257,7 +260,7 @@ def _unready(rows: pa.Table) -> pa.Table:
         "stage": "repair",
         "fingerprint": "",
         "encoders": [],
-        "n_regions": 0,
         "n_patches": 0,
+        **dict.fromkeys(count_columns(), 0),
     }
     return pa.Table.from_pylist([row | change for row in by_id.values()], schema=rows.schema)

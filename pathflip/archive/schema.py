@@ -1,7 +1,7 @@
 """Columns of an archive's tables, and the checksum of every row.
 
-Whoever writes a table writes exactly these columns, in this order; which tables there are, and
-what belongs together, is in :mod:`pathflip.archive.tables`.
+Every writer of a table writes exactly these columns, in this order. Which tables there are, and how
+they depend on each other, is in :mod:`pathflip.archive.tables`.
 
 Positions are level-0 pixels (``x0``, ``y0``, ``size0``) beside the slide's level-0 ``mpp`` (µm per
 pixel). ``slides.fingerprint`` identifies content and cut (slide sha256, tiling, tissue settings),

@@ -1,4 +1,4 @@
-"""The settings of an archive: its table ``meta``, JSON values by key."""
+"""Settings of an archive: its table ``meta``, JSON values by key."""
 
 from __future__ import annotations
 

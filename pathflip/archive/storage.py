@@ -1,8 +1,8 @@
-"""Where an archive's tables lie, how they are opened, and what is said when that fails.
+"""Paths, opening and error messages of an archive's tables.
 
-One code for local paths and object stores (s3://, gs://, az://): Lance and Arrow read credentials
-and endpoints from their usual environment variables. What exists for local paths only (the lock,
-manifest repair, free-space messages) asks :func:`is_local` and says so.
+Local paths and object stores (s3://, gs://, az://) share one code path; Lance and Arrow read
+credentials and endpoints from their usual environment variables. The lock, manifest repair and
+free-space messages exist for local paths only, see :func:`is_local`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from pathflip.errors import ArchiveError, PathFLIPError
 
 OBJECT_STORE_ON_DISK = "file-object-store://"
-"""Lance's scheme for a folder treated as an object store: how the remote code is tested."""
+"""Lance's scheme for a folder treated as an object store; used to test remote access."""
 SELF_DIGEST = "sha256:"  # prefix of config keys in ``files``: digests of its own data files
 
 
 def is_local(uri: str) -> bool:
-    """Says whether a normalised URI is a path of this machine."""
+    """Whether a normalised URI is a path on this machine."""
     return "://" not in uri
 
 
@@ -175,7 +175,7 @@ def sql_in(column: str, values: Sequence[str]) -> str:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Says whether an exception is a fault of data or storage.
+    """Whether an exception is a fault of data or storage.
 
     A panic in Lance's native code arrives as a ``BaseException`` that is not an ``Exception``.
     """
@@ -188,7 +188,7 @@ def guarded(uri: str, doing: str, *, damaged: bool = False) -> Iterator[None]:
 
     Args:
         uri: The archive.
-        doing: What is being tried, as in "Cannot <doing>".
+        doing: The operation, as in "Cannot <doing>".
         damaged: Whether an unexplained fault means that the archive is damaged.
     """
     try:

@@ -1,11 +1,11 @@
-"""The tables of an archive: the one list that everything which touches them goes through.
+"""List of an archive's tables.
 
-Opening, commit, verify, repair, maintain, export and the indexes loop over :data:`TABLES` and know
-no table by name but ``slides``, the ledger. Adding a table is adding a row there.
+Opening, commit, verify, repair, maintain, export and the indexes loop over :data:`TABLES`: adding a
+table means adding a row there.
 
-A table is there always (``setting`` is None), or from when the settings of the archive (its table
-``meta``) name it: ``<setting>`` for a single table, ``<setting>:<name>`` for each table of a family
-(``features_<encoder>`` and the like).
+Some tables exist in every archive (``setting`` is None). The others exist once the settings of the
+archive (its table ``meta``) name them: ``<setting>`` for a single table, ``<setting>:<name>`` for
+each table of a family such as ``features_<encoder>``.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ SchemaOf = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, str]], p
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """A table of an archive, or a family of tables, one for each encoder or model.
+    """Table of an archive, or a family of tables with one for each encoder or model.
 
     Attributes:
-        name: Its name; that of a family ends with what stands for the encoder or model in angle
-            brackets. Families of one prefix have the same key and indexes.
+        name: Name of the table. A family's name ends with a placeholder, as in
+            ``features_<encoder>``; families with the same prefix share key and indexes.
         key: Primary key column.
-        schema: Builds the Arrow schema from the archive's settings, the table's own entry in them,
-            and schema metadata that brings that entry back when ``meta`` is lost. Raises KeyError
-            where the settings do not say enough.
+        schema: Function of the archive's settings, the table's entry in them, and schema metadata
+            (a copy of that entry, from which ``meta`` can be rebuilt) that returns the Arrow
+            schema. Raises KeyError if the settings lack something.
         per_slide: Whether rows belong to slides (column ``slide_id``).
-        one_per: Table of whose rows each has one here, under the same key; the table itself where
-            others count its rows. None where a slide may have any number.
-        and_slide: Whether a slide has one row more, under its own id.
-        count: Column of ``slides`` that says how many rows a slide has here.
-        derived_from: Table these rows are computed from: they go when a slide is ingested anew.
-            None for what nobody could compute again (text from elsewhere), which stays.
-        made_by: The command, after ``pathflip``, that writes it. What ingest writes is part of the
-            slide: ready means that it is complete.
-        setting: Key of the settings that name the table; None where it is always there.
-        entry_field: Where a family's entry holds the table's name.
-        wide: Whether a row is near a megabyte, so that files are cut by bytes.
-        indexes: {column: index}: ``VECTOR`` for a vector index once the table is large,
-            ``INVERTED`` for words. Columns that filters name are indexed in every table.
-        since: Version of the layout that brought it.
+        one_per: Table with which this one shares its keys, one row here for each row there; its own
+            name if other tables follow it. None if a slide may have any number of rows.
+        and_slide: Whether each slide has one more row, keyed by the slide's id.
+        count: Column of ``slides`` with the number of rows of a slide in this table.
+        derived_from: Table from which the rows are computed. They are deleted when a slide is
+            ingested again. None for imported rows, which could not be computed and are kept.
+        made_by: Command that writes the table, without ``pathflip``. Rows written by ingest are
+            part of the slide: it is ready when they are complete.
+        setting: Key in the settings that names the table; None if every archive has it.
+        entry_field: Field of a family's entry that holds the table's name.
+        wide: Whether rows take up to a megabyte, so that files are limited by bytes, not rows.
+        indexes: {column: kind}: ``VECTOR``, a vector index once the table is large, or
+            ``INVERTED``, words. Columns that filters name are indexed in every table.
+        since: Version of the layout that introduced the table.
     """
 
     name: str
@@ -85,12 +85,12 @@ class TableSpec:
 
     @property
     def prefix(self) -> str:
-        """What the names of a family's tables begin with."""
+        """Prefix of the names of a family's tables."""
         return self.name.partition("<")[0]
 
     @property
     def imported(self) -> bool:
-        """Whether it holds what came from elsewhere, which no command could compute again."""
+        """Whether rows are imported: no command could compute them again."""
         return self.per_slide and self.derived_from is None and self.name != SLIDES
 
     def table_of(self, name: str) -> str:
@@ -98,7 +98,7 @@ class TableSpec:
         return f"{self.prefix}{slug(name)}"
 
     def rows_of(self, slide: Mapping[str, Any]) -> int | None:
-        """Returns how many rows a slide, a row of ``slides``, has here; None where it is open."""
+        """Returns how many rows a slide (a row of ``slides``) must have; None if any number."""
         root = None if self.one_per is None else spec_of(self.one_per)
         if root is None or root.count is None:
             return None
@@ -149,18 +149,18 @@ TABLES: tuple[TableSpec, ...] = (
         made_by="archive import", setting="captions", indexes={"text": "INVERTED"}, since=2,
     ),
 )  # fmt: skip
-"""All tables; ``slides`` before those whose rows it makes visible."""
+"""All tables. ``slides`` is opened before the tables whose rows it makes visible."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of one archive.
+    """Table of one archive.
 
     Attributes:
-        name: Its name.
-        spec: What kind of table it is.
-        owner: The encoder or model of a family's table; empty otherwise.
-        entry: What the settings say of it.
+        name: Name of the table.
+        spec: Its row in :data:`TABLES`.
+        owner: Encoder or model it belongs to; empty if it is not of a family.
+        entry: Its entry in the archive's settings.
     """
 
     name: str
@@ -170,7 +170,7 @@ class Table:
 
     @property
     def encoder(self) -> str | None:
-        """The encoder whose features it holds, or what was made of them."""
+        """Encoder whose features the rows are, or are computed from."""
         if self.spec.setting == "encoder":
             return self.owner or None
         encoder = self.entry.get("encoder")
@@ -185,7 +185,7 @@ class Table:
         """Returns its Arrow schema.
 
         Raises:
-            KeyError: If the settings of the archive do not say enough, as where ``meta`` is lost.
+            KeyError: If the settings lack something, as when ``meta`` is lost.
         """
         setting = self.spec.setting
         if setting is None:
@@ -197,7 +197,7 @@ class Table:
 
 
 def tables_of(settings: Mapping[str, Any]) -> dict[str, Table]:
-    """Returns {name: table} of all tables that an archive of these settings has."""
+    """Returns {name: table} of all tables in an archive with these settings."""
     found: dict[str, Table] = {}
     for spec in TABLES:
         if spec.setting is None:
@@ -214,7 +214,7 @@ def tables_of(settings: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def names_of(setting: str, name: str) -> dict[str, str]:
-    """Returns {field of the entry: table} of all families of an encoder or model."""
+    """Returns {field of the entry: table} of the tables an encoder or model has."""
     return {
         spec.entry_field: spec.table_of(name)
         for spec in TABLES
@@ -223,7 +223,7 @@ def names_of(setting: str, name: str) -> dict[str, str]:
 
 
 def specs_of(table: str) -> list[TableSpec]:
-    """Returns the specs a table of this name can be of, the closest first; none if unknown."""
+    """Returns the specs that match a table's name, closest first; empty if it is unknown."""
     if exact := [spec for spec in TABLES if spec.name == table]:
         return exact
     fitting = [spec for spec in TABLES if spec.family and table.startswith(spec.prefix)]
@@ -248,12 +248,12 @@ def key_of(table: str) -> str:
 
 
 def count_columns() -> list[str]:
-    """Returns the columns of ``slides`` that say how many rows a slide has in a table."""
+    """Returns the columns of ``slides`` with the number of rows a slide has in a table."""
     return [spec.count for spec in TABLES if spec.count is not None]
 
 
 def dependents_of(table: str, tables: Mapping[str, Table]) -> list[str]:
-    """Returns the tables that are computed from a table, and from those, and so on."""
+    """Returns the tables computed from a table, directly or through others."""
     below: list[str] = []
     origin = tables[table]
     for other in tables.values():

@@ -1,11 +1,11 @@
-"""Is an archive whole?
+"""Checks that an archive is complete and undamaged.
 
-What Lance does not tell: one flipped bit in a data file comes back as data, ``count_rows`` counts
-rows whose data is gone, and a newest manifest that is lost or zeroed opens as an older or empty
-table. So every data file has a digest in ``files``, every row a checksum, and :func:`verify` reads
-all of it.
+Lance does not notice damage: it returns a flipped bit as data, ``count_rows`` counts rows whose
+data is gone, and a lost or zeroed newest manifest opens as an older or empty table. Therefore every
+data file has a digest in the table ``files`` and every row a checksum, and :func:`verify` reads
+everything.
 
-Bytes that fail their digest are decoded in a child process only: damaged lengths can make native
+Bytes that fail their digest are only decoded in a child process: damaged lengths can make native
 code panic, abort or hang.
 """
 
@@ -46,7 +46,7 @@ _Held = dict[str, dict[str, set[str]]]  # table -> slide -> keys
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One thing that is wrong.
+    """A damaged file, row or table.
 
     Attributes:
         table: The table.
@@ -68,13 +68,13 @@ class Damage:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What :func:`verify` found.
+    """Result of :func:`verify`.
 
     Attributes:
-        damaged: Everything wrong, tables first.
-        slides: Ready slides whose rows are not whole.
-        reindex: {table that is computed after ingest: slides some of whose rows are lost}.
-        notes: What is not damage but worth knowing.
+        damaged: All damage; tables first, then files.
+        slides: Ready slides with rows lost or damaged.
+        reindex: {table computed after ingest: slides with rows lost or damaged there}.
+        notes: Remarks that are no damage.
         files: Data files whose digest was checked.
         rows: Rows whose checksum was checked.
         bytes: Bytes of those files.
@@ -121,9 +121,10 @@ class _Scan:
 def verify(uri: str | Path) -> Report:
     """Reads everything in an archive and reports what is damaged.
 
-    Digests of all data files, also of those only older versions refer to (repair falls back on
-    them); checksums of all rows, fragment by fragment; and that every ready slide has exactly its
-    rows in every table. Changes nothing, takes no lock; run it when nobody writes.
+    Checks the digests of all data files, including those that only older versions refer to (repair
+    falls back on them), the checksums of all rows, fragment by fragment, and that every ready slide
+    has exactly its rows in every table. Changes nothing and takes no lock: run it while no job
+    writes to the archive.
 
     Raises:
         ArchiveError: If there is no archive at ``uri``. Damage is reported, never raised.
@@ -172,7 +173,7 @@ def verify(uri: str | Path) -> Report:
 
 
 def _unnamed(uri: str, named: Mapping[str, Table], scan: _Scan) -> dict[str, Table]:
-    """Returns the tables of a local archive that its settings do not name (any more)."""
+    """Returns the tables of a local archive that its settings do not name, or no longer."""
     found: dict[str, Table] = {}
     for name in local_tables(uri) if is_local(uri) else ():
         if name in named:
@@ -325,7 +326,7 @@ def _table_of(path: str) -> str:
 
 
 def _held(tables: Mapping[str, Table], scan: _Scan) -> _Held:
-    """Sorts the rows that were read by table and slide; keys that are there twice are damage."""
+    """Groups the keys that were read by table and slide, and reports duplicates."""
     held: _Held = {}
     for table, rows in scan.keys.items():
         for (key, slide), count in Counter(rows).items():
@@ -345,7 +346,7 @@ def _held(tables: Mapping[str, Table], scan: _Scan) -> _Held:
 
 
 def _lose(table: Table, slide: str, scan: _Scan) -> None:
-    """Notes that a slide's rows of a table are not whole: who has to write them again?"""
+    """Notes that a slide has lost rows of a table, for whichever command wrote them."""
     if table.ingested or table.name == SLIDES:
         scan.incomplete.add(slide)
     elif table.spec.derived_from is not None:
@@ -357,7 +358,7 @@ def _check_slides(
 ) -> None:
     """Checks that ready slides have exactly the rows that ingest wrote.
 
-    What came from elsewhere, and what later commands computed, can be lost without the slide.
+    Imported rows, and rows computed after ingest, can be lost without losing the slide.
     """
     ready = {slide: row for slide, row in scan.slides.items() if row["status"] == READY}
     for table, owned in held.items():
@@ -365,8 +366,8 @@ def _check_slides(
         spec = spec_of(table)
         if hidden and spec is not None and spec.derived_from is not None:
             scan.notes.append(
-                f"{hidden} rows of table {table} belong to no ready slide; nobody sees them and "
-                "the next ingest deletes them."
+                f"{hidden} rows of table {table} belong to no ready slide; readers do not see "
+                "them, and the next ingest deletes them."
             )
     listed = {(damage.table, damage.id) for damage in scan.damaged}
     made = [table for table in named.values() if table.ingested and table.spec.one_per]
@@ -409,12 +410,12 @@ def _check_slides(
 
 
 def _keys(tables: Iterable[Table], slide: str, held: _Held) -> set[str]:
-    """Returns the keys that at least one of the tables has for a slide, without its own."""
+    """Returns the keys any of the tables holds for a slide, except the slide's own id."""
     return {key for t in tables for key in held.get(t.name, {}).get(slide, ())} - {slide}
 
 
 def _check_derived(named: Mapping[str, Table], held: _Held, scan: _Scan) -> None:
-    """Checks that a slide has all of its rows in a table computed later, or none: then it waits."""
+    """Checks that a slide has all or none of its rows in each table computed after ingest."""
     listed = {(damage.table, damage.id) for damage in scan.damaged}
     later = [t for t in named.values() if not t.ingested and t.spec.derived_from and t.spec.one_per]
     for table in later:

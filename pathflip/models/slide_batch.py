@@ -1,4 +1,4 @@
-"""Slides of different numbers of regions as one tensor."""
+"""Batches of slides that differ in their number of regions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def pad_slides(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Pads the regions of slides with zeros to the most of any of them.
+    """Pads slides with zero regions to the largest number of regions among them.
 
-    Shapes: b slides, n_i regions of slide i, N the most, M patch slots, d_in features.
+    Shapes: b slides, n_i regions of slide i, N their maximum, M patch slots, d_in feature width.
 
     Args:
-        features: Of each slide, [n_i, M, d_in].
-        masks: Of each slide, [n_i, M], True where a patch is.
+        features: Patch features of each slide, [n_i, M, d_in].
+        masks: Patch mask of each slide, [n_i, M], True where a patch is.
         dtype: Type of the padded features.
 
     Returns:
