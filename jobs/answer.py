@@ -97,8 +97,8 @@ def caption_all(
 
     Raises:
         CheckpointError: If there is no tuned model in the run.
-        ConfigError: If the run does not fit the archive, or the file holds something else.
-        ArchiveError: If the archive is missing or damaged.
+        ConfigError: If the file holds something else.
+        ArchiveError: If the archive is missing or damaged, or the run does not fit it.
     """
     loaded = _open(run)
     opened = Archive(archive)

@@ -153,6 +153,21 @@ def test_every_command_gives_the_same_verdict(
         assert set(ended.values()) == {code}, ended
 
 
+def test_a_batch_of_questions_is_refused_before_it_starts(
+    uri: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import answer
+
+    monkeypatch.setattr(answer, "_open", lambda run: run_of(Path(run), tiling={"mpp": 0.25}))
+    (tmp_path / "questions.jsonl").write_text("")
+    with pytest.raises(ArchiveError) as error:
+        answer.ask_all(
+            str(uri), str(tmp_path), str(tmp_path / "questions.jsonl"), str(tmp_path / "out.jsonl"),
+            dry_run=True,
+        )  # fmt: skip
+    assert error.value.code == "other_tiling"
+
+
 @pytest.mark.parametrize("part", ["embedder", "grounding", "answer"])
 @pytest.mark.parametrize("code", [None, "other_tiling"])
 def test_parts_of_the_service_give_it_as_well(
