@@ -143,7 +143,7 @@ def ask(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask something about a slide: with options one of them, without them in words.
+    """Ask a question about a slide: the answer is one of its options, or free text.
 
     With --questions and --out it is a batch job on Ray with vLLM: the same command again adds what
     is missing, and a slide that cannot be read has a line that says why (exit code 3).
@@ -210,10 +210,12 @@ def decompose(
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count captions; write nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Cut captions into statements that can be seen in a slide, checked against the caption.
+    """Cut captions into visual statements, each checked against its caption.
 
     pathflip pretrain -o pieces=statements draws sub-captions from them.
     """

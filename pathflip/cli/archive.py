@@ -113,7 +113,7 @@ def demo(
         str | None, typer.Option(help="Folder of your own slides; default: slides it makes.")
     ] = None,
 ) -> None:
-    """Walk the whole path on generated slides or your own, and write a report."""
+    """Run everything from ingest to answers on generated slides or your own; write a report."""
     arguments = ["--out", directory, *(["--slides", slides] if slides else [])]
     raise typer.Exit(job("demo").main(arguments))
 
@@ -153,7 +153,8 @@ SLIDE_COLUMNS = (
 def slides_list(
     archive: ArchiveOption,
     status: Annotated[
-        Literal["ready", "empty", "quarantined"] | None, typer.Option(help="Only these.")
+        Literal["ready", "empty", "quarantined"] | None,
+        typer.Option(help="Only slides of this status."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

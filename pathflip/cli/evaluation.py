@@ -1,4 +1,4 @@
-"""Commands that use and measure a trained model: classify, ground, evaluate."""
+"""Commands that use or measure a trained model: classify, ground, evaluate."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def ground(
     out: Annotated[
         str | None, typer.Option(help="Picture (.png) or QuPath objects (.geojson).")
     ] = None,
-    variant: Annotated[Variant, typer.Option(help="How heat is made.")] = "attn",
+    variant: Annotated[Variant, typer.Option(help="How the heatmap is computed.")] = "attn",
     contrast: ContrastOption = None,
     min_patches: Annotated[int, typer.Option(help="Smallest box, patches.", min=1)] = 4,
     device: DeviceOption = "auto",
@@ -146,13 +146,15 @@ def evaluate_retrieval(
         Literal["batch64", "full"],
         typer.Option(help="Galleries of 64 as in the paper, or one of all slides."),
     ] = "batch64",
-    source: Annotated[str | None, typer.Option(help="Whose captions, of several.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Source of the captions, where there are several.")
+    ] = None,
     shuffles: Annotated[int, typer.Option(help="Random batch orders.", min=0)] = 20,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Recall at 1, 5, 10 from slide to caption (ITR) and back (TIR)."""
+    """Measure recall at 1, 5, 10 from slide to caption (ITR) and back (TIR)."""
     from pathflip import Archive
     from pathflip.evaluation.retrieval import evaluate_retrieval as measure
 
@@ -184,12 +186,14 @@ def evaluate_zeroshot(
     run: RunOption,
     tasks: TasksOption = None,
     split: SplitOption = "test",
-    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
+    ] = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """AUC of every task against the slides' labels, with trivial baselines beside it."""
+    """Measure AUC of every task against the slides' labels, beside trivial baselines."""
     from pathflip import Archive
     from pathflip.evaluation.prompts import read_tasks
     from pathflip.evaluation.zeroshot import default_tasks, summary, zeroshot
@@ -236,7 +240,9 @@ def evaluate_grounding(
         typer.Option(help="attn, region_only, cosine, product or all; may be repeated."),
     ] = None,
     contrast: ContrastOption = None,
-    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
+    ] = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -282,7 +288,9 @@ def evaluate_vqa(
     archive: ArchiveOption,
     run: TunedOption,
     split: SplitOption = "test",
-    source: Annotated[str | None, typer.Option(help="Whose questions, of several.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Source of the questions, where there are several.")
+    ] = None,
     mode: Annotated[
         Literal["letter_logit", "option_ll", "generate"] | None,
         typer.Option(help="How an option is chosen: next letter, its text's likelihood, writing."),
@@ -291,15 +299,17 @@ def evaluate_vqa(
         int, typer.Option(help="Show options in this many cyclic orders.", min=1, max=8)
     ] = 4,
     swapped: Annotated[
-        bool, typer.Option("--swapped/--no-swapped", help="Ask about other slides, too.")
+        bool, typer.Option("--swapped/--no-swapped", help="Ask with another patient's slide, too.")
     ] = True,
     llm: LlmOption = None,
-    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
+    ] = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy on questions with options, always beside what needs no slide at all."""
+    """Measure accuracy on questions with options, beside baselines that see no slide."""
     from pathflip import Archive
     from pathflip.evaluation.vqa import evaluate_vqa as measure
 
@@ -335,23 +345,27 @@ def evaluate_caption(
     archive: ArchiveOption,
     run: TunedOption,
     split: SplitOption = "test",
-    source: Annotated[str | None, typer.Option(help="Whose captions, of several.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Source of the captions, where there are several.")
+    ] = None,
     predictions: Annotated[
         str | None,
         typer.Option(help="Captions that pathflip caption --out wrote; default: write them."),
     ] = None,
     embedder: Annotated[
         str | None,
-        typer.Option(help="Sentence-embedding model; without, TF-IDF under its own name."),
+        typer.Option(help="Sentence-embedding model; without one, similarity is TF-IDF."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption, tokens.", min=1)] = 512,
     llm: LlmOption = None,
-    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
+    ] = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """BLEU, ROUGE-L and similarity of captions; findings named and invented where known."""
+    """Measure BLEU, ROUGE-L and similarity of captions, and findings named or invented."""
     from pathflip import Archive
     from pathflip.evaluation.captioning import (
         evaluate_captions,
@@ -394,7 +408,9 @@ def evaluate_everything(
     truth: Annotated[str | None, typer.Option(help="As for evaluate grounding.")] = None,
     split: SplitOption = "test",
     out: Annotated[str | None, typer.Option(help="HTML page with curves and pictures.")] = None,
-    resamples: Annotated[int, typer.Option(help="Bootstrap over patients.", min=0)] = 1000,
+    resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
+    ] = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -429,12 +445,16 @@ def evaluate_everything(
 @evaluate_app.command("ablations")
 def evaluate_ablations(
     archive: ArchiveOption,
-    run: Annotated[str, typer.Option("--run", help="Folder; they are trained in its ablations/.")],
+    run: Annotated[
+        str, typer.Option("--run", help="Run folder; ablations are trained in its ablations/.")
+    ],
     preset: Annotated[
         str | None, typer.Option(help="Settings of a preset; default: those of --run.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each.", min=1)] = 3,
-    only: Annotated[list[str] | None, typer.Option(help="One of them; may be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds each ablation is trained with.", min=1)] = 3,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this ablation; may be repeated.")
+    ] = None,
     parallel: Annotated[int, typer.Option(help="Trainings at a time.", min=1)] = 1,
     tasks: TasksOption = None,
     truth: Annotated[str | None, typer.Option(help="As for evaluate grounding.")] = None,

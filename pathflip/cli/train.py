@@ -24,10 +24,10 @@ from pathflip.progress import Report, show_progress
 app = typer.Typer()
 
 MinWorkersOption = Annotated[
-    int | None, typer.Option(help="Go on with as few workers as this.", min=1)
+    int | None, typer.Option(help="Fewest workers to go on with when some are lost.", min=1)
 ]
 MaxWorkersOption = Annotated[
-    int | None, typer.Option(help="Workers; default: one a GPU, or one.", min=1)
+    int | None, typer.Option(help="Most workers; default: one per GPU, or one.", min=1)
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan and count; write nothing.")]
 
@@ -48,7 +48,7 @@ def pretrain(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train on slides and captions; the same command again goes on where it stopped."""
+    """Train on slides and captions; the same command again continues where it stopped."""
     module = job("pretrain")
     settings = module.resolve(
         preset,
@@ -90,7 +90,7 @@ def tune(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Tune a language model to caption slides and answer; the same command again goes on."""
+    """Tune a language model to caption slides and answer; the same command again continues."""
     module = job("tune")
     settings = module.resolve(
         preset,
@@ -122,7 +122,7 @@ def make_llm(
     out: Annotated[str, typer.Argument(help="Folder to write the model to.", metavar="OUT")],
     archive: ArchiveOption,
     run: Annotated[
-        str | None, typer.Option("--run", help="Run of pathflip pretrain it is going to read.")
+        str | None, typer.Option("--run", help="Pretrained run whose slide model it will read.")
     ] = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
@@ -162,10 +162,12 @@ def index(
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count slides; write nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compute a model's vectors of all slides and regions; again, only what is missing."""
+    """Compute a model's vectors of the slides and regions that do not have them yet."""
     from pathflip.config import load_config
 
     module = job("index")
