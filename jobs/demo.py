@@ -33,7 +33,7 @@ from pathflip.files import replacing
 from pathflip.geometry import Tiling
 
 if TYPE_CHECKING:
-    from jobs.ingest.ledger import IngestResult
+    from jobs.ingest.result import IngestResult
     from pathflip.archive import Archive
     from pathflip.checkpoints import Run
     from pathflip.report.archive import SampleSearch

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from jobs.ingest.embed import fixed
+from jobs.ingest.rows import fixed
 from jobs.ray_data import available, map_actors
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer

@@ -3,9 +3,14 @@
 This module is the pipeline; its parts, in the order of the data::
 
     config.py      settings
-    candidates.py  slides found, metadata the user gave, what the archive already holds
-    embed.py       Planner (hash, open, tissue, cut) -> Embedder (read, embed, write fragments)
+    candidates.py  slides found, with what the user gave for each
+    resume.py      slides the archive holds already
+    plan.py        Planner: hash, open, find tissue, cut into chunks of regions
+    embed.py       Embedder: read, embed, write fragments
+    rows.py        the rows between them and the driver: a slide's record, a chunk
+    decision.py    what becomes of a slide
     ledger.py      on the driver: one committer, slides become visible whole
+    result.py      progress and result
 
 Planner and Embedder are Ray Data actors, each owning reader processes; a row between them is one
 chunk of regions of one slide, so pixels and features never cross the object store and work is
@@ -17,7 +22,6 @@ a status, so that one bad slide costs one slide.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -28,10 +32,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.ingest.candidates import Archived, Candidate, Sheet, find_candidates, read_people
+from jobs.ingest.candidates import Candidate, Sheet, find_candidates, read_people
 from jobs.ingest.config import IngestConfig as IngestConfig
-from jobs.ingest.embed import Embedder, Planner
-from jobs.ingest.ledger import IngestResult, Ledger, Progress
+from jobs.ingest.embed import Embedder
+from jobs.ingest.ledger import Ledger
+from jobs.ingest.plan import Planner
+from jobs.ingest.result import IngestProgress
+from jobs.ingest.result import IngestResult as IngestResult
+from jobs.ingest.resume import Archived
+from jobs.ray_data import Available, available, set_up
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
@@ -52,7 +61,7 @@ def ingest(
     config: IngestConfig | None = None,
     *,
     address: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[IngestProgress], None] | None = None,
 ) -> IngestResult:
     """Ingest slides into an archive; the same call again does only what is missing.
 
@@ -75,7 +84,7 @@ def ingest(
     people = _read_side_files(config, candidates)
     _check(archive, config, encoders)
     private = connect(address)
-    _check_resources(config, private=private)
+    there = available(config.device, private=private)
     uri = create_archive(archive, tiling=asdict(config.tiling)).uri
     with Committer(uri) as committer:
         tables = [
@@ -88,10 +97,20 @@ def ingest(
             )
             for info in encoders
         ]
-        ledger = Ledger(committer, config, encoders, candidates, people, started, progress)
+        ledger = Ledger(
+            committer,
+            config=config,
+            encoders=encoders,
+            candidates=candidates,
+            people=people,
+            started=started,
+            progress=progress,
+        )
         groups = ledger.outstanding()
         if groups:
-            for batch in _pipeline(groups, config, uri, tables, encoders, private=private):
+            for batch in _pipeline(
+                groups, config, uri, tables, encoders, there=there, private=private
+            ):
                 ledger.take(batch)
         result = ledger.finish()
         if config.captions is not None:
@@ -114,7 +133,7 @@ def _read_side_files(config: IngestConfig, candidates: Sequence[Candidate]) -> S
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What an ingest would do, without writing anything."""
+    """Result of a dry run: what an ingest would do."""
 
     slides: dict[str, int]
     regions: int
@@ -135,7 +154,7 @@ def dry_run(
     config: IngestConfig | None = None,
     *,
     address: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[IngestProgress], None] | None = None,
 ) -> DryRun:
     """Plan every slide as ``ingest`` would, time the encoder on real patches, write nothing.
 
@@ -179,7 +198,7 @@ def dry_run(
             bytes_done += max(0, source.bytes)
             if progress is not None:
                 progress(
-                    Progress(
+                    IngestProgress(
                         slides_done=index + 1,
                         slides_total=len(todo),
                         quarantined=counts["quarantined"],
@@ -244,22 +263,17 @@ def _pipeline(
     tables: Sequence[str],
     encoders: Sequence[EncoderInfo],
     *,
+    there: Available,
     private: bool,
 ) -> Iterator[pa.Table]:
-    """Run both actor stages over Ray Data, yielding rows as they come back."""
+    """Run both actor stages over Ray Data; yield chunks as they come back."""
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
-    context = DataContext.get_current()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context.enable_progress_bars = False
-    context.max_errored_blocks = 0
-    # One chunk a block: the unit that is spread over actors.
-    context.target_max_block_size = 4096
-    resources = _resources()
-    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    use_gpu = _uses_gpu(config)
-    workers = config.actors or (gpus if use_gpu else cpus) or 1
+    # The texture encoder has no use for a GPU.
+    use_gpu = there.use_gpu and config.specs != ["texture"]
+    set_up(block_bytes=4096)  # one chunk a block: the unit that is spread over actors
+    workers = config.actors or (there.gpus if use_gpu else there.cpus) or 1
     # A cluster may grow: what it is given to do is what makes it grow.
     most = config.actors or (workers if private else None)
     readers = config.readers or (GPU_READERS if use_gpu else 1)
@@ -286,29 +300,6 @@ def _pipeline(
         num_gpus=1.0 if use_gpu else 0.0,
     )
     yield from embedded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-
-
-def _uses_gpu(config: IngestConfig) -> bool:
-    if config.device == "cpu" or config.specs == ["texture"]:
-        return False
-    if config.device == "cuda":
-        return True
-    return bool(_resources().get("GPU", 0))
-
-
-def _resources() -> dict[str, float]:
-    import ray
-
-    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
-
-
-def _check_resources(config: IngestConfig, *, private: bool) -> None:
-    if config.device == "cuda" and private and not _resources().get("GPU", 0):
-        raise ConfigError(
-            "device is cuda but this machine has no GPU.",
-            hint="Leave device on auto, or name a cluster with GPUs (--address).",
-            code="no_gpu",
-        )
 
 
 def _check(archive: str, config: IngestConfig, encoders: Sequence[EncoderInfo]) -> None:

@@ -1,4 +1,4 @@
-"""Finds the slides to ingest and merges what the user gave with what the archive holds."""
+"""Finds the slides to ingest, with what the user gave for each."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.ingest.config import IngestConfig
-from pathflip.archive import Archive
-from pathflip.encoders import EncoderInfo
-from pathflip.errors import ArchiveError, ConfigError
+from pathflip.errors import ConfigError
 from pathflip.slides.sources import SUFFIXES, Source, discover
 
 logger = logging.getLogger(__name__)
@@ -23,16 +21,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A slide to be ingested, with what the user said about it."""
+    """A slide to be ingested, with what the user gave for it.
+
+    Attributes:
+        source: The file.
+        mpp: µm per level-0 px, where the user gave it.
+        geojson: Path of the tissue outline to use instead of the computed mask.
+        outline: Source of the tissue: ``mask``, or the digest of the GeoJSON.
+    """
 
     source: Source
     mpp: float | None = None
     geojson: str | None = None
-    outline: str = "mask"  # what the tissue comes from: the mask, or the digest of the geojson
+    outline: str = "mask"
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Candidate:
+        """Return the candidate that ``dataclasses.asdict`` described."""
+        return cls(**fields | {"source": Source(**fields["source"])})
 
 
 def find_candidates(sources: Sequence[str], config: IngestConfig) -> list[Candidate]:
-    """The slides under the sources, with the resolution and outline the user gave for each.
+    """Find the slides under the sources, with the resolution and outline the user gave for each.
 
     Raises:
         ConfigError: A source, CSV or folder is missing or wrong, or a line is not clear.
@@ -67,7 +77,7 @@ def find_candidates(sources: Sequence[str], config: IngestConfig) -> list[Candid
 
 
 def read_people(file: str | None) -> Sheet:
-    """Patient, split and labels of slides from a CSV.
+    """Read patient, split and labels of slides from a CSV.
 
     Raises:
         ConfigError: The file is missing or wrong.
@@ -82,89 +92,6 @@ def read_people(file: str | None) -> Sheet:
         }
 
     return _sheet(file, ("slide", "patient_id"), person)
-
-
-class Archived:
-    """What an archive, if there is one, already knows of slides: by id, path and content."""
-
-    def __init__(self, archive: str) -> None:
-        columns = [
-            "slide_id", "uri", "aliases", "status", "reason", "bytes", "mtime_ns", "sha256", "mpp",
-            "mpp_source", "fingerprint", "encoders", "patient_id", "split", "labels", "ingested_at",
-        ]  # fmt: skip
-        try:
-            rows = Archive(archive).slides(columns=columns).to_pylist()
-        except ArchiveError as error:
-            if error.code != "missing_archive":
-                raise
-            rows = []
-        rows.sort(key=lambda row: row["ingested_at"])
-        self.rows: dict[str, dict[str, Any]] = {row["slide_id"]: row for row in rows}
-        self._by_uri = {row["uri"]: row for row in rows}
-        self._by_alias = {alias: row for row in rows for alias in row["aliases"] or ()}
-
-    def row(self, uri: str) -> dict[str, Any] | None:
-        """The row a path is known under, the newest where there are several."""
-        return self._by_uri.get(uri) or self._by_alias.get(uri)
-
-    def remembered(self, candidate: Candidate) -> Candidate:
-        """The candidate with the resolution the user once gave for it, if none is given now."""
-        row = self.row(candidate.source.uri)
-        if candidate.mpp is None and row is not None and row["mpp_source"] == "override":
-            return replace(candidate, mpp=row["mpp"])
-        return candidate
-
-    def is_done(
-        self, candidate: Candidate, config: IngestConfig, encoders: Sequence[EncoderInfo]
-    ) -> bool:
-        """Whether nothing is left to do for a slide."""
-        source = candidate.source
-        row = self.row(source.uri)
-        if row is None or row["bytes"] != source.bytes:
-            return False
-        if row["uri"] != source.uri:  # a copy: unchanged if it is older than what was made of it
-            if source.mtime_ns >= row["ingested_at"].timestamp() * 1e9:
-                return False
-        elif row["mtime_ns"] != source.mtime_ns:
-            return False
-        if row["status"] == "quarantined":
-            # Damage of the archive, not of the source; and what the user may have mended since.
-            if row["reason"] in ("damaged_rows", "bad_outline") or config.retry:
-                return False
-            mendable = row["reason"] in ("needs_mpp", "mpp_out_of_range", "anisotropic_pixels")
-            return not (mendable and candidate.mpp is not None)
-        if not same_cut(candidate, self._held(row, encoders)):
-            return False
-        return self._complete(row, encoders)
-
-    def contents(self, encoders: Sequence[EncoderInfo]) -> dict[int, dict[str, dict[str, Any]]]:
-        """What is held, by size and sha256: what ``Planner`` needs to recognise copies."""
-        held: dict[int, dict[str, dict[str, Any]]] = {}
-        for row in self.rows.values():
-            if row["status"] in ("ready", "empty"):
-                held.setdefault(row["bytes"], {})[row["sha256"]] = self._held(row, encoders)
-        return held
-
-    def _held(self, row: dict[str, Any], encoders: Sequence[EncoderInfo]) -> dict[str, Any]:
-        return {
-            "slide_id": row["slide_id"],
-            "mpp": row["mpp"],
-            "outline": (row["fingerprint"] or "").rpartition("/")[2],
-            "complete": self._complete(row, encoders),
-        }
-
-    @staticmethod
-    def _complete(row: dict[str, Any], encoders: Sequence[EncoderInfo]) -> bool:
-        names = {info.name for info in encoders}
-        return row["status"] == "empty" or names <= set(row["encoders"] or ())
-
-
-def same_cut(candidate: Candidate, held: dict[str, Any]) -> bool:
-    """Whether what the archive holds of these bytes was cut as is asked for now."""
-    if candidate.outline not in ("mask", held["outline"]):
-        return False
-    given = candidate.mpp
-    return given is None or (held["mpp"] is not None and abs(held["mpp"] - given) <= 1e-9 * given)
 
 
 class Sheet:

@@ -1,13 +1,10 @@
-"""The actors of the ingest job: Planner cuts slides, Embedder reads and embeds their patches."""
+"""The second actor of an ingest: reads patches, embeds them, writes features."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,176 +13,76 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jobs.ingest.candidates import Candidate, same_cut
 from jobs.ingest.config import IngestConfig
-from pathflip.archive import Archive
+from jobs.ingest.decision import Attempts, quarantined
+from jobs.ingest.plan import changed
+from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, matrix, to_table, unit
+from jobs.ray_data import from_ipc, to_ipc
+from pathflip.archive.fragments import write_fragment
+from pathflip.archive.schema import region_id
 from pathflip.encoders import Encoder, load_encoder
 from pathflip.errors import ArchiveError, EncoderError, PathFLIPError, SlideError
 from pathflip.geometry import patch_rects
 from pathflip.slides.reader import Patches, SlideReader
-from pathflip.slides.sources import Source, slide_id, stat_source
-
-RETRIED = ("timeout", "reader_crash")
+from pathflip.slides.sources import stat_source
 
 
-ROW = pa.schema(
-    [
-        ("slide_id", pa.string()),
-        ("chunk", pa.int32()),
-        ("n_chunks", pa.int32()),
-        ("record", pa.string()),  # JSON: columns of the slides table known so far
-        ("tissue_png", pa.binary()),
-        ("thumbnail", pa.binary()),
-        ("regions", pa.binary()),  # Arrow IPC
-        ("embeddings", pa.list_(pa.binary())),  # Arrow IPC per encoder
-        ("sums", pa.list_(pa.binary())),  # float64 [d] per encoder: sum over the chunk's patches
-        ("fragments", pa.list_(pa.list_(pa.string()))),  # per encoder
-    ]
-)
-"""A row between the actors and the driver: one chunk of regions of one slide."""
+class _Patches:
+    """Features and scores of a chunk's patches.
 
+    Args:
+        plan: The chunk's regions as planned, n of them.
+        masks: bool [n, slots]: the patches that were planned.
+        dims: Width of the features of each encoder.
 
-class Planner:
-    """Hashes, opens and cuts slides. A row in is a group of files of one size; rows out are chunks.
-
-    Files of equal size are the only ones that can be copies of each other, so they come together
-    and a copy is recognised before anything of it is read twice.
+    Attributes:
+        kept: uint8 [n, slots]: patches that were read and have finite features.
+        quality: float32 [n, slots, 2]: blur and pen scores.
+        features: For each encoder, float16 [n, slots, dim]; zero where not kept.
+        sums: For each encoder, float64 [n, dim]: the sum over a region's patches.
+        not_finite: Patches an encoder returned no finite vector for.
     """
 
-    def __init__(self, config: IngestConfig, archive: str) -> None:
-        self._config = config
-        self._archive = archive
-        self._reader = SlideReader(patches=1, px=16, halving=config.halving)
+    def __init__(self, plan: pa.Table, masks: NDArray[np.bool_], *, dims: Sequence[int]) -> None:
+        n, slots = masks.shape
+        self.plan, self.masks = plan, masks
+        self.kept = np.zeros((n, slots), np.uint8)
+        self.quality = np.zeros((n, slots, 2), np.float32)
+        self.features = [np.zeros((n, slots, dim), np.float16) for dim in dims]
+        self.sums = [np.zeros((n, dim), np.float64) for dim in dims]
+        self.not_finite = 0
 
-    def __call__(self, groups: pa.Table) -> pa.Table:
-        """Plan every distinct slide of the groups."""
-        rows = [row for group in groups.to_pylist() for row in self._plan_group(group)]
-        return pa.Table.from_pylist(rows, schema=ROW)
+    @property
+    def ok(self) -> int:
+        """Patches kept."""
+        return int(self.kept.sum())
 
-    def _plan_group(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        known: dict[str, dict[str, Any]] = json.loads(row["known"])
-        rows: list[dict[str, Any]] = []
-        seen: dict[str, dict[str, Any]] = {}
-        for item in json.loads(row["candidates"]):
-            candidate = Candidate(**item | {"source": Source(**item["source"])})
-            source = candidate.source
-            record = _new_record(source)
-            started = time.perf_counter()
-            try:
-                _check_name(record)
-                sha = self._attempt(record, partial(self._digest, source.uri))
-                if stat_source(Path(source.uri)) != source:
-                    raise _changed(source.uri)
-            except SlideError as error:
-                rows.append(_row(**_failed(record, error, "hash")))
-                continue
-            record["sha256"] = sha
-            record["slide_id"] = slide_id(source.uri, sha)
-            if sha in seen:
-                seen[sha]["aliases"].append(source.uri)
-                continue
-            record["outline"] = candidate.outline
-            if held := known.get(sha):
-                record["slide_id"] = held["slide_id"]
-                if same_cut(candidate, held):
-                    if held["complete"]:
-                        record["status"] = "duplicate"
-                        rows.append(_row(slide_id=held["slide_id"], record=json.dumps(record)))
-                        continue
-                    record["extends"] = True
-            seen[sha] = record
-            record["_started"] = started
-            record["_candidate"] = asdict(candidate)
-        for record in seen.values():
-            rows += self._plan(record)
-        return rows
+    @property
+    def bad(self) -> int:
+        """Patches planned but not kept."""
+        return int(self.masks.sum()) - self.ok
 
-    def _plan(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        candidate = record.pop("_candidate")
-        started = record.pop("_started")
-        if record.get("extends"):
-            return self._plan_as_stored(record)
-        try:
-            plan = self._attempt(
-                record,
-                lambda: self._reader.plan(
-                    record["uri"],
-                    tiling=self._config.tiling,
-                    mpp=candidate["mpp"],
-                    tissue_geojson=candidate["geojson"],
-                    timeout_s=self._config.plan_timeout_s,
-                ),
-            )
-        except SlideError as error:
-            return [_row(**_failed(record, error, "plan"))]
-        record |= plan.info
-        record["seconds"] = time.perf_counter() - started
-        regions = plan.regions
-        if not len(regions):
-            record["status"] = "empty"
-            record["message"] = "No region has enough tissue."
-        table = pa.table(
-            {
-                "rx": regions.rx,
-                "ry": regions.ry,
-                "x0": regions.x0,
-                "y0": regions.y0,
-                "tissue_fraction": regions.tissue_fraction,
-                "patch_mask": fixed(regions.patch_mask.astype(np.uint8)),
-                "patch_tissue": fixed(regions.patch_tissue),
-            }
-        )
-        record["size0"] = int(regions.size0)
-        record["mpp_override"] = candidate["mpp"]
-        rows = self._chunks(record, table)
-        rows[0] |= {"tissue_png": plan.tissue_png, "thumbnail": plan.thumbnail}
-        return rows
-
-    def _plan_as_stored(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """A further encoder sees exactly the patches the first one saw."""
-        opened = Archive(self._archive)
-        stored = opened.slide(record["slide_id"])
-        names = ("width", "height", "mpp", "mpp_source", "tissue_mm2", "fingerprint")
-        record |= {name: stored[name] for name in names}
-        overridden = stored["mpp_source"] == "override"
-        record["mpp_override"] = stored["mpp"] if overridden else None
-        columns = ["rx", "ry", "x0", "y0", "size0", "tissue_fraction", "patch_mask", "patch_tissue"]
-        table = opened.regions(record["slide_id"], columns=columns)
-        record["size0"] = table["size0"][0].as_py()
-        return self._chunks(record, table.drop_columns(["size0"]))
-
-    def _chunks(self, record: dict[str, Any], table: pa.Table) -> list[dict[str, Any]]:
-        masks = table["patch_mask"].combine_chunks().flatten().to_numpy()
-        record["planned_patches"] = int(masks.sum())
-        step = self._config.chunk_regions
-        chunks = [table.slice(start, step) for start in range(0, len(table), step)]
-        text = json.dumps(record)
-        return [
-            _row(
-                slide_id=record["slide_id"],
-                chunk=index,
-                n_chunks=len(chunks),
-                record=text,
-                regions=_to_ipc(chunk),
-            )
-            for index, chunk in enumerate(chunks)
-        ] or [_row(slide_id=record["slide_id"], record=text)]
-
-    def _digest(self, path: str) -> str:
-        return self._reader.digest(path, timeout_s=self._config.plan_timeout_s)
-
-    def _attempt(self, record: dict[str, Any], call: Callable[[], Any]) -> Any:
-        while True:
-            try:
-                return call()
-            except SlideError as error:
-                if error.code not in RETRIED or record["attempts"] >= self._config.attempts:
-                    raise
-                record["attempts"] += 1
+    def add(self, region: int, slots: NDArray[np.int64], values: list[NDArray[np.float32]]) -> None:
+        """Keep patches of one region, each only if all encoders gave it finite values."""
+        finite = np.logical_and.reduce([np.isfinite(one).all(axis=1) for one in values])
+        self.not_finite += int((~finite).sum())
+        kept = slots[finite]
+        self.kept[region, kept] = 1
+        for features, sums, one in zip(self.features, self.sums, values, strict=True):
+            features[region, kept] = one[finite]
+            sums[region] = one[finite].sum(axis=0, dtype=np.float64)
 
 
 class Embedder:
-    """Reads a chunk's patches, embeds them and writes the features as Lance fragments."""
+    """Reads a chunk's patches, embeds them and writes the features as Lance fragments.
+
+    Args:
+        config: Settings.
+        archive: Archive URI.
+        tables: Table of features of each encoder.
+        revisions: Revision of each encoder on the driver.
+        readers: Reader processes to own.
+    """
 
     def __init__(
         self,
@@ -216,88 +113,79 @@ class Embedder:
         self._broken: set[str] = set()
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
-        """Embed chunks; rows without regions pass through."""
-        return pa.Table.from_pylist([self._chunk(row) for row in chunks.to_pylist()], schema=ROW)
+        """Embed chunks; those without regions pass through."""
+        return to_table([self._embedded(chunk) for chunk in from_table(chunks)])
 
-    def _chunk(self, row: dict[str, Any]) -> dict[str, Any]:
-        record = json.loads(row["record"])
+    def _embedded(self, chunk: Chunk) -> Chunk:
+        record = chunk.record
         if self._fatal is not None:
-            return row | {"record": json.dumps(record | _fatal(self._fatal)), "regions": b""}
-        if not row["n_chunks"]:
-            return row
-        if row["slide_id"] in self._broken:
-            return row | {"record": json.dumps(record | {"status": "skip"}), "regions": b""}
+            return _without_data(chunk, _fatal(record, self._fatal))
+        if not chunk.n_chunks:
+            return chunk
+        if record.slide_id in self._broken:
+            return _without_data(chunk, replace(record, status="unread"))
         started = time.perf_counter()
+        attempts = Attempts(limit=self._config.attempts, made=record.attempts)
         try:
-            out = self._embed(row, record)
+            patches = self._embed(record, from_ipc(chunk.regions), attempts)
+            record = replace(
+                record,
+                tiles_ok=patches.ok,
+                tiles_bad=patches.bad,
+                not_finite=patches.not_finite,
+                attempts=attempts.made,
+            )
+            _check_extended(record)
+            done = replace(chunk, **self._tables_of(record, patches))
         except SlideError as error:
-            self._broken.add(row["slide_id"])
-            failed = _failed(record, error, "read")
-            return row | failed | {"regions": b""}
+            self._broken.add(record.slide_id)
+            record = replace(record, attempts=attempts.made)
+            return _without_data(chunk, quarantined(record, error, stage="read"))
         except (ArchiveError, EncoderError) as error:  # nothing about this slide: the run must end
-            return row | {"record": json.dumps(record | _fatal(error)), "regions": b""}
-        record["seconds"] = time.perf_counter() - started
-        return row | out | {"record": json.dumps(record)}
+            return _without_data(chunk, _fatal(record, error))
+        return replace(done, record=replace(record, seconds=time.perf_counter() - started))
 
-    def _embed(self, row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-        from pathflip.archive.fragments import write_fragment
-        from pathflip.archive.schema import region_id
-
+    def _embed(self, record: SlideRecord, plan: pa.Table, attempts: Attempts) -> _Patches:
+        """Read and embed every planned patch of a chunk."""
+        assert record.mpp is not None  # a slide without a resolution is not planned
         tiling = self._config.tiling
-        slots = tiling.slots
-        plan = from_ipc(row["regions"])
-        masks = _matrix(plan["patch_mask"], slots).astype(bool)
+        masks = matrix(plan["patch_mask"], tiling.slots).astype(bool)
         rx, ry = plan["rx"].to_numpy(), plan["ry"].to_numpy()
-        quality = np.zeros((len(plan), slots, 2), np.float32)
-        kept = np.zeros((len(plan), slots), np.uint8)
-        dims = [encoder.dim for encoder in self._encoders]
-        features = [np.zeros((len(plan), slots, dim), np.float16) for dim in dims]
-        means = [np.zeros((len(plan), dim), np.float64) for dim in dims]
+        out = _Patches(plan, masks, dims=[encoder.dim for encoder in self._encoders])
         rects = [
-            patch_rects(tiling, rx=int(rx[i]), ry=int(ry[i]), mpp=record["mpp"])[masks[i]]
+            patch_rects(tiling, rx=int(rx[i]), ry=int(ry[i]), mpp=record.mpp)[masks[i]]
             for i in range(len(plan))
         ]
-        for i, patches in self._read(record, rects):
+        for i, patches in self._read(record, rects, attempts):
             slot = np.flatnonzero(masks[i])
-            quality[i, slot] = patches.quality
+            out.quality[i, slot] = patches.quality
             good = np.flatnonzero(patches.ok)
             pixels = patches.pixels if len(good) == len(slot) else patches.pixels[good]
-            if not len(good):
-                continue
-            values = [_encode(encoder, pixels) for encoder in self._encoders]
-            finite = np.logical_and.reduce([np.isfinite(v).all(axis=1) for v in values])
-            record["not_finite"] = record.get("not_finite", 0) + int((~finite).sum())
-            slot = slot[good[finite]]
-            kept[i, slot] = 1
-            for which, value in enumerate(values):
-                features[which][i, slot] = value[finite]
-                means[which][i] = value[finite].sum(axis=0, dtype=np.float64)
+            if len(good):
+                out.add(i, slot[good], [_encode(encoder, pixels) for encoder in self._encoders])
         self._check_source(record)
+        return out
+
+    def _tables_of(self, record: SlideRecord, patches: _Patches) -> dict[str, Any]:
+        """Write the features; return the rows of the other tables, as fields of a chunk."""
+        plan, masks, kept = patches.plan, patches.masks, patches.kept
         counts = kept.sum(axis=1, dtype=np.int32)
-        record["tiles_ok"] = int(counts.sum())
-        record["tiles_bad"] = int(masks.sum()) - record["tiles_ok"]
-        if record.get("extends") and record["tiles_bad"]:
-            raise SlideError(
-                f"{record['tiles_bad']} patches of {Path(record['uri']).name} that the archive "
-                "holds are now damaged or not finite.",
-                hint="Check the file and the new encoder; the slide stays as it was.",
-                code="too_many_bad_tiles",
-            )
         alive = np.flatnonzero(counts)
-        quality *= kept[..., None]
-        ids = [region_id(row["slide_id"], rx=int(rx[i]), ry=int(ry[i])) for i in alive]
+        quality = patches.quality * kept[..., None]
+        rx, ry = plan["rx"].to_numpy(), plan["ry"].to_numpy()
+        ids = [region_id(record.slide_id, rx=int(rx[i]), ry=int(ry[i])) for i in alive]
         take = plan.take(pa.array(alive))
         n = len(alive)
         common = {
-            "slide_id": pa.array([row["slide_id"]] * n, pa.string()),
+            "slide_id": pa.array([record.slide_id] * n, pa.string()),
             "x0": take["x0"],
             "y0": take["y0"],
-            "size0": pa.array(np.full(n, record["size0"], np.int32)),
-            "mpp": pa.array(np.full(n, record["mpp"])),
+            "size0": pa.array(np.full(n, record.size0, np.int32)),
+            "mpp": pa.array(np.full(n, record.mpp, np.float64)),
             "tissue_fraction": take["tissue_fraction"],
             "n_patches": pa.array(counts[alive]),
         }
-        tissue = _matrix(plan["patch_tissue"], slots)[alive] * kept[alive]
+        tissue = matrix(plan["patch_tissue"], masks.shape[1])[alive] * kept[alive]
         regions = pa.table(
             {
                 "region_id": ids,
@@ -312,129 +200,87 @@ class Embedder:
             | common
         )
         embeddings, sums, fragments = [], [], []
-        for which, (table, dim) in enumerate(zip(self._tables, dims, strict=True)):
-            block = features[which][alive].reshape(n, slots * dim)
+        for table, features, means in zip(
+            self._tables, patches.features, patches.sums, strict=True
+        ):
+            block = features[alive].reshape(n, features[0].size)
             rows = pa.table(
                 {"region_id": ids, "slide_id": common["slide_id"], "features": fixed(block)}
             )
-            fragments.append([write_fragment(self._archive, table, rows)] if n else [])
+            fragments.append((write_fragment(self._archive, table, rows),) if n else ())
             embeddings.append(
-                _to_ipc(pa.table({"id": ids, "vector": fixed(unit(means[which][alive]))} | common))
+                to_ipc(pa.table({"id": ids, "vector": fixed(unit(means[alive]))} | common))
             )
-            sums.append(means[which].sum(axis=0).tobytes())
+            sums.append(means.sum(axis=0).tobytes())
         return {
-            "regions": _to_ipc(regions),
-            "embeddings": embeddings,
-            "sums": sums,
-            "fragments": fragments,
+            "regions": to_ipc(regions),
+            "embeddings": tuple(embeddings),
+            "sums": tuple(sums),
+            "fragments": tuple(fragments),
         }
 
     def _read(
-        self, record: dict[str, Any], rects: list[NDArray[np.int64]]
+        self, record: SlideRecord, rects: list[NDArray[np.int64]], attempts: Attempts
     ) -> Iterator[tuple[int, Patches]]:
-        """Each region's patches in turn; with several readers the next ones are read meanwhile."""
+        """Read each region's patches in turn; several readers read the next ones meanwhile."""
         readers = self._readers
         for ahead in range(min(len(readers), len(rects))):
             self._start(readers[ahead], record, rects[ahead])
         for i in range(len(rects)):
             reader = readers[i % len(readers)]
-            yield i, self._finish(reader, record, rects[i])
+            yield i, self._finish(reader, record, rects[i], attempts)
             if i + len(readers) < len(rects):
                 self._start(reader, record, rects[i + len(readers)])
 
-    def _start(self, reader: SlideReader, record: dict[str, Any], rects: NDArray[np.int64]) -> None:
+    def _start(self, reader: SlideReader, record: SlideRecord, rects: NDArray[np.int64]) -> None:
         self._check_source(record)
         tiling = self._config.tiling
         reader.start_read(
-            record["uri"],
+            record.uri,
             rects,
             mpp=tiling.mpp,
             px=tiling.patch_px,
-            slide_mpp=record.get("mpp_override"),
+            slide_mpp=record.mpp_override,
             timeout_s=self._config.read_timeout_s,
         )
 
     def _finish(
-        self, reader: SlideReader, record: dict[str, Any], rects: NDArray[np.int64]
+        self,
+        reader: SlideReader,
+        record: SlideRecord,
+        rects: NDArray[np.int64],
+        attempts: Attempts,
     ) -> Patches:
         while True:
             try:
                 return reader.finish_read(px=self._config.tiling.patch_px)
             except SlideError as error:
                 self._check_source(record)  # what failed may be another file than was planned
-                if error.code not in RETRIED or record["attempts"] >= self._config.attempts:
-                    raise
-                record["attempts"] += 1
+                attempts.again(error)
                 self._start(reader, record, rects)
 
-    def _check_source(self, record: dict[str, Any]) -> None:
-        source = stat_source(Path(record["uri"]))
-        if (source.bytes, source.mtime_ns) != (record["bytes"], record["mtime_ns"]):
-            raise _changed(record["uri"])
+    def _check_source(self, record: SlideRecord) -> None:
+        source = stat_source(Path(record.uri))
+        if (source.bytes, source.mtime_ns) != (record.bytes, record.mtime_ns):
+            raise changed(record.uri)
 
 
-def _row(**values: Any) -> dict[str, Any]:
-    empty = {"chunk": 0, "n_chunks": 0, "tissue_png": b"", "thumbnail": b"", "regions": b""}
-    return {**empty, "embeddings": [], "sums": [], "fragments": [], **values}
+def _without_data(chunk: Chunk, record: SlideRecord) -> Chunk:
+    return replace(chunk, record=record, regions=b"")
 
 
-def _new_record(source: Source) -> dict[str, Any]:
-    return {
-        "slide_id": slide_id(source.uri, source.uri),
-        "uri": source.uri,
-        "aliases": [],
-        "status": "ready",
-        "reason": None,
-        "message": None,
-        "stage": None,
-        "sha256": None,
-        "bytes": source.bytes,
-        "mtime_ns": source.mtime_ns,
-        "attempts": 1,
-        "tiles_ok": 0,
-        "tiles_bad": 0,
-        "seconds": 0.0,
-    }
+def _fatal(record: SlideRecord, error: PathFLIPError) -> SlideRecord:
+    return replace(record, status="fatal", error=error.to_dict())
 
 
-def _failed(record: dict[str, Any], error: SlideError, stage: str) -> dict[str, Any]:
-    reason = "too_many_bad_tiles" if error.code == "bad_tile" else error.code
-    record = record | {
-        "status": "quarantined",
-        "reason": reason,
-        "message": str(error),
-        "stage": stage,
-    }
-    return {"slide_id": record["slide_id"], "record": json.dumps(record)}
-
-
-def _fatal(error: PathFLIPError) -> dict[str, str]:
-    return {
-        "status": "fatal",
-        "error": type(error).__name__,
-        "reason": error.code,
-        "message": error.message,
-        "hint": error.hint,
-    }
-
-
-def _changed(uri: str) -> SlideError:
-    return SlideError(
-        f"{Path(uri).name} changed while it was being ingested.",
-        hint="Run the same command again once the file is at rest.",
-        code="source_changed",
-    )
-
-
-def _check_name(record: dict[str, Any]) -> None:
-    """Refuse a path that is no Unicode: the archive could not name the slide."""
-    shown = os.fsencode(record["uri"]).decode(errors="backslashreplace")
-    if shown != record["uri"]:
-        record["uri"] = shown
+def _check_extended(record: SlideRecord) -> None:
+    """A further encoder must see every patch the first one saw: the archive holds their masks."""
+    if record.extends and record.tiles_bad:
         raise SlideError(
-            f"The name of {Path(shown).name} is not valid UTF-8.",
-            hint="Rename the file.",
-            code="unsupported",
+            f"{record.tiles_bad} patches of {Path(record.uri).name} that the archive "
+            "holds are now damaged or not finite.",
+            hint="Check the file and the new encoder; the slide stays as it was.",
+            code="too_many_bad_tiles",
         )
 
 
@@ -456,33 +302,3 @@ def _encode(encoder: Encoder, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         raise
     # Stored as fp16: what does not fit there is as lost as a NaN.
     return np.where(np.abs(values) <= np.finfo(np.float16).max, values, np.nan)
-
-
-def unit(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Rows [n, d] scaled to length 1; zero rows stay zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-    return np.asarray(unit, np.float32)
-
-
-def fixed(matrix: NDArray[Any]) -> pa.FixedSizeListArray:
-    """A matrix [n, d] as an Arrow column of n lists of d."""
-    flat = np.ascontiguousarray(matrix)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), matrix.shape[1])
-
-
-def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(flat).reshape(-1, width)
-
-
-def _to_ipc(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def from_ipc(data: bytes) -> pa.Table:
-    """A table from the bytes a row carries it in."""
-    return pa.ipc.open_stream(data).read_all()

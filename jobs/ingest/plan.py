@@ -1,0 +1,202 @@
+"""The first actor of an ingest: hashes slides, opens them, finds their tissue, cuts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.ingest.candidates import Candidate
+from jobs.ingest.config import IngestConfig
+from jobs.ingest.decision import Attempts, identified, quarantined
+from jobs.ingest.resume import Held, same_cut
+from jobs.ingest.rows import Chunk, SlideRecord, fixed, to_table
+from jobs.ray_data import to_ipc
+from pathflip.archive import Archive
+from pathflip.errors import SlideError
+from pathflip.slides.reader import SlideReader
+from pathflip.slides.sources import stat_source
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class _Distinct:
+    """One slide of a group, and the copies of it that were found."""
+
+    record: SlideRecord
+    candidate: Candidate
+    attempts: Attempts
+    started: float
+    copies: list[str] = field(default_factory=list)
+
+
+class Planner:
+    """Hashes, opens and cuts slides. A row in is a group of files of one size; rows out are chunks.
+
+    Files of equal size are the only ones that can be copies of each other, so they come together
+    and a copy is recognised before anything of it is read twice.
+
+    Args:
+        config: Settings.
+        archive: Archive URI.
+    """
+
+    def __init__(self, config: IngestConfig, archive: str) -> None:
+        self._config = config
+        self._archive = archive
+        self._reader = SlideReader(patches=1, px=16, halving=config.halving)
+
+    def __call__(self, groups: pa.Table) -> pa.Table:
+        """Plan every distinct slide of the groups."""
+        return to_table([chunk for group in groups.to_pylist() for chunk in self._group(group)])
+
+    def _group(self, row: dict[str, Any]) -> list[Chunk]:
+        held = {sha: Held(**fields) for sha, fields in json.loads(row["held"]).items()}
+        chunks: list[Chunk] = []
+        distinct: dict[str, _Distinct] = {}
+        for fields in json.loads(row["candidates"]):
+            candidate = Candidate.from_dict(fields)
+            uri = candidate.source.uri
+            record = SlideRecord.of(candidate.source)
+            attempts = Attempts(limit=self._config.attempts)
+            started = time.perf_counter()
+            try:
+                sha = self._hash(candidate, attempts)
+            except SlideError as error:
+                record = replace(record, uri=_printable(uri), attempts=attempts.made)
+                chunks.append(Chunk(record=quarantined(record, error, stage="hash")))
+                continue
+            if sha in distinct:
+                distinct[sha].copies.append(uri)
+                continue
+            known = held.get(sha)
+            record = identified(
+                record,
+                sha256=sha,
+                outline=candidate.outline,
+                held=known,
+                same_cut=known is not None and same_cut(candidate, known),
+            )
+            if record.status == "duplicate":
+                chunks.append(Chunk(record=record))
+                continue
+            distinct[sha] = _Distinct(
+                record=record, candidate=candidate, attempts=attempts, started=started
+            )
+        for slide in distinct.values():
+            chunks += self._plan(slide)
+        return chunks
+
+    def _hash(self, candidate: Candidate, attempts: Attempts) -> str:
+        source = candidate.source
+        if (shown := _printable(source.uri)) != source.uri:  # the archive could not name it
+            raise SlideError(
+                f"The name of {Path(shown).name} is not valid UTF-8.",
+                hint="Rename the file.",
+                code="unsupported",
+            )
+        timeout_s = self._config.plan_timeout_s
+        sha = _attempted(attempts, lambda: self._reader.digest(source.uri, timeout_s=timeout_s))
+        if stat_source(Path(source.uri)) != source:
+            raise changed(source.uri)
+        return sha
+
+    def _plan(self, slide: _Distinct) -> list[Chunk]:
+        attempts, candidate = slide.attempts, slide.candidate
+        record = replace(slide.record, aliases=tuple(slide.copies), attempts=attempts.made)
+        if record.extends:
+            return self._plan_as_stored(record)
+        try:
+            plan = _attempted(
+                attempts,
+                lambda: self._reader.plan(
+                    record.uri,
+                    tiling=self._config.tiling,
+                    mpp=candidate.mpp,
+                    tissue_geojson=candidate.geojson,
+                    timeout_s=self._config.plan_timeout_s,
+                ),
+            )
+        except SlideError as error:
+            record = replace(record, attempts=attempts.made)
+            return [Chunk(record=quarantined(record, error, stage="plan"))]
+        regions = plan.regions
+        record = replace(
+            record,
+            **plan.info,
+            attempts=attempts.made,
+            seconds=time.perf_counter() - slide.started,
+            size0=int(regions.size0),
+            mpp_override=candidate.mpp,
+        )
+        if not len(regions):
+            record = replace(record, status="empty", message="No region has enough tissue.")
+        table = pa.table(
+            {
+                "rx": regions.rx,
+                "ry": regions.ry,
+                "x0": regions.x0,
+                "y0": regions.y0,
+                "tissue_fraction": regions.tissue_fraction,
+                "patch_mask": fixed(regions.patch_mask.astype(np.uint8)),
+                "patch_tissue": fixed(regions.patch_tissue),
+            }
+        )
+        first, *others = self._chunks(record, table)
+        pictures = {"tissue_png": plan.tissue_png, "thumbnail": plan.thumbnail}
+        return [replace(first, **pictures), *others]
+
+    def _plan_as_stored(self, record: SlideRecord) -> list[Chunk]:
+        """Plan for a further encoder: exactly the patches that the first one saw."""
+        opened = Archive(self._archive)
+        stored = opened.slide(record.slide_id)
+        columns = ["rx", "ry", "x0", "y0", "size0", "tissue_fraction", "patch_mask", "patch_tissue"]
+        table = opened.regions(record.slide_id, columns=columns)
+        names = ("width", "height", "mpp", "mpp_source", "tissue_mm2", "fingerprint")
+        record = replace(
+            record,
+            **{name: stored[name] for name in names},
+            mpp_override=stored["mpp"] if stored["mpp_source"] == "override" else None,
+            size0=table["size0"][0].as_py(),
+        )
+        return self._chunks(record, table.drop_columns(["size0"]))
+
+    def _chunks(self, record: SlideRecord, table: pa.Table) -> list[Chunk]:
+        masks = table["patch_mask"].combine_chunks().flatten().to_numpy()
+        record = replace(record, planned_patches=int(masks.sum()))
+        step = self._config.chunk_regions
+        parts = [table.slice(start, step) for start in range(0, len(table), step)]
+        return [
+            Chunk(record=record, chunk=index, n_chunks=len(parts), regions=to_ipc(part))
+            for index, part in enumerate(parts)
+        ] or [Chunk(record=record)]
+
+
+def changed(uri: str) -> SlideError:
+    """Return the error of a file that is not the one that was hashed any more."""
+    return SlideError(
+        f"{Path(uri).name} changed while it was being ingested.",
+        hint="Run the same command again once the file is at rest.",
+        code="source_changed",
+    )
+
+
+def _attempted(attempts: Attempts, call: Callable[[], T]) -> T:
+    while True:
+        try:
+            return call()
+        except SlideError as error:
+            attempts.again(error)
+
+
+def _printable(uri: str) -> str:
+    """A path with the bytes that are no UTF-8 escaped."""
+    return os.fsencode(uri).decode(errors="backslashreplace")

@@ -1,0 +1,86 @@
+"""Progress and result of an ingest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pathflip.progress import duration
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestProgress:
+    """State of a running ingest; given to the progress callback."""
+
+    slides_done: int
+    slides_total: int
+    quarantined: int
+    regions: int
+    patches: int
+    bytes_done: int
+    bytes_total: int
+    seconds: float
+    stage: str
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds left, by bytes of slides still to do."""
+        if not self.bytes_done:
+            return None
+        return self.seconds * (self.bytes_total - self.bytes_done) / self.bytes_done
+
+    @property
+    def fraction(self) -> float:
+        """Share done, 0 to 1."""
+        if self.stage == "done":
+            return 1.0
+        return self.bytes_done / self.bytes_total if self.bytes_total else 0.0
+
+    def line(self) -> str:
+        """One line for people."""
+        eta = self.eta_seconds
+        left = "" if eta is None else f" · {duration(eta)} left"
+        rate = self.patches / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.stage} {self.slides_done:,}/{self.slides_total:,} slides · "
+            f"{self.slides_done / max(self.seconds, 1e-9):.2f} slides/s · {rate:,.0f} patches/s · "
+            f"{self.quarantined} quarantined{left}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestResult:
+    """Result of an ingest.
+
+    Attributes:
+        slides: Counts of this run's slides: ready, quarantined, empty and skipped.
+        regions: Regions committed.
+        patches: Patches embedded.
+        seconds: Wall time.
+        captions: Counts of the captions imported, if any were given.
+        questions: Counts of the questions imported, if any were given.
+    """
+
+    slides: dict[str, int]
+    regions: int
+    patches: int
+    seconds: float
+    captions: dict[str, Any] | None = None
+    questions: dict[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The document ``pathflip ingest --json`` prints."""
+        rate = self.patches / self.seconds if self.seconds else 0.0
+        document = asdict(self) | {
+            "seconds": round(self.seconds, 3),
+            "patches_per_second": round(rate, 1),
+        }
+        for what in ("captions", "questions"):
+            if document[what] is None:
+                del document[what]
+        return document
+
+    @property
+    def exit_code(self) -> int:
+        """0 all good, 3 some slides were quarantined."""
+        return 3 if self.slides["quarantined"] else 0
