@@ -371,7 +371,9 @@ def _slope(steps: Sequence[meter.Step]) -> float:
 def perform(steps: Iterable[dict[str, Any]]) -> None:
     """In the measured process: run the ingests one after another in one Ray session."""
     from jobs import ingest
+    from jobs.ray_data import Available
 
+    one_cpu = Available(cpus=1, gpus=0, use_gpu=False)
     with tempfile.TemporaryDirectory(prefix="pathflip-bench-") as folder:
         for index, step in enumerate(steps):
             archive = f"{folder}/{index}"
@@ -380,7 +382,7 @@ def perform(steps: Iterable[dict[str, Any]]) -> None:
                 with (
                     mock.patch("ray.data.from_items", Loop.over),
                     mock.patch("jobs.cluster.connect"),
-                    mock.patch.object(ingest, "_resources", return_value={"CPU": 1.0}),
+                    mock.patch.object(ingest, "available", return_value=one_cpu),
                 ):
                     result = ingest.ingest(step["sources"], archive, config)
             else:
