@@ -1,21 +1,21 @@
-"""What a Ray is started with that serves: HAProxy before the ingress, and short ways inside.
+"""HAProxy in front of the ingress: Ray's environment for it, and a hardened configuration.
 
-Ray Serve's own proxy is a Python process that every piece of every answer passes; HAProxy, which
-Ray brings along, takes a tenth of its time. As Ray starts it, it tells its statistics to whoever
-asks on any interface, lets every user of the machine command it, writes paths to the system's log,
-hides who asks, makes a 500 of a 503, and asks whoever listens where a replica did or at the port of
-Serve's fallback, which may be another service's: :func:`ours` mends its configuration before it
-reads it. HAProxy and ingress then prove to each other, by :class:`Proofs` of one secret, that they
-belong together.
+Ray Serve's own proxy is a Python process that every chunk of every answer passes; HAProxy, which
+Ray brings along, takes a tenth of its time. As Ray starts it, HAProxy shows its statistics on every
+interface, takes commands from every user of the machine, writes paths to the system's log, hides
+the client's address, turns a 503 into a 500, and forwards requests to whoever listens where a
+replica did or at the port of Serve's fallback, which may be another service: :func:`harden` mends
+its configuration before HAProxy reads it. HAProxy and ingress then prove to each other, by
+:class:`Proofs` of one secret, that they belong together.
 
 ``python -m serve.proxy FOLDER`` prints the variables for the shell that starts a node of a cluster.
 
-Read in this order: :func:`environment`, :class:`Proofs`, :func:`ours`.
+Read in this order: :func:`environment`, :class:`Proofs`, :func:`harden`.
 """
 
 from __future__ import annotations
 
-# Every start and change of HAProxy imports this module, while Ray waits: it imports little.
+# HAProxy's every start and reload imports this module while Ray waits: it imports little.
 import hashlib
 import json
 import os
@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 DRAIN_S = 2
-"""How long an ingress replica that is taken away still answers: HAProxy hears of it in less."""
+"""Seconds an ingress replica that is removed still answers; HAProxy hears of it in less."""
 
 SECRET = "PATHFLIP_PROXY_SECRET"
-"""Variable with what HAProxy and ingress replicas of one service know and nobody else."""
+"""Environment variable with the secret of one service's HAProxy and ingress replicas."""
 ASKED_BY, ANSWERED_BY = "x-pathflip-proxy", "x-pathflip-ingress"
-"""Headers between the two: what proves who asks, and who answers."""
+"""Headers with the proof of HAProxy in requests and of the ingress in responses."""
 
 _DROPPED = re.compile(
     r"\s*(log\s|option httplog|option splice-request|http-request set-header x-forwarded-for"
@@ -44,21 +44,21 @@ _BUSY = {
     "type": "about:blank",
     "title": "Service Unavailable",
     "status": 503,
-    "detail": "No replica of the service is up; try again.",
+    "detail": "No replica of the service is up.",
     "code": "unavailable",
 }
 
 
 def environment(folder: str | Path) -> dict[str, str]:
-    """Prepares a folder for HAProxy's files.
+    """Prepare a folder for HAProxy's files.
 
     Args:
         folder: One that only this user can read, on the machine where Serve's proxy will run. Its
             path is at most 60 characters long: sockets are in it.
 
     Returns:
-        Variables to be set before ``ray.init`` or ``ray start``; none where Ray brings no HAProxy
-        or ``RAY_SERVE_ENABLE_HA_PROXY`` is set, to whatever.
+        Variables to set before ``ray.init`` or ``ray start``; none where Ray brings no HAProxy or
+        ``RAY_SERVE_ENABLE_HA_PROXY`` is set, whatever its value.
     """
     if _ENABLED in os.environ:
         return {}
@@ -84,7 +84,7 @@ def environment(folder: str | Path) -> dict[str, str]:
     return {
         _ENABLED: "1",
         SECRET: secret,
-        # Serve shares this port with whoever else has it, without a word.
+        # Serve shares this port silently with whoever else listens there.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(binary),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -100,13 +100,13 @@ def environment(folder: str | Path) -> dict[str, str]:
 
 
 class Proofs(NamedTuple):
-    """What HAProxy shows the ingress, and the ingress HAProxy; neither tells the other.
+    """Digests of the secret by which HAProxy and ingress know each other.
 
-    Whoever listens at a port that a replica had is shown the first, so the second is another.
+    Whoever listens at a port that a replica had is shown the first, which does not tell the second.
 
     Attributes:
-        asks: With every request.
-        answers: With every answer.
+        asks: Proof that HAProxy adds to every request.
+        answers: Proof that the ingress adds to every response.
     """
 
     asks: str
@@ -114,31 +114,30 @@ class Proofs(NamedTuple):
 
     @classmethod
     def of(cls, secret: str) -> Proofs:
-        """Those of a secret."""
+        """Derive the proofs of a secret."""
         words = (f"{word} {secret}".encode() for word in cls._fields)
         return cls(*(hashlib.sha256(word).hexdigest() for word in words))
 
     @classmethod
     def here(cls) -> Proofs | None:
-        """Those this process was started with; None where Ray's own proxy stands in front."""
+        """Proofs of this process's environment; None where Ray's own proxy is in front."""
         secret = os.environ.get(SECRET)
         return cls.of(secret) if secret and os.environ.get(_ENABLED) == "1" else None
 
 
-def ours(config: str, folder: Path) -> str:
-    """HAProxy's configuration without what is not for everybody.
+def harden(config: str, folder: Path) -> str:
+    """Harden HAProxy's configuration.
 
     Args:
-        config: As Ray wrote it, or as this made it.
-        folder: Of :func:`environment`, which prepared it.
+        config: Configuration as Ray wrote it; one that is hardened already stays as it is.
+        folder: Folder that :func:`environment` prepared.
 
     Returns:
-        The same where nobody but this user's processes can reach statistics and commands, no
-        request is logged, ``X-Forwarded-For`` is the address of the client whatever it says, what
-        HAProxy itself answers is a 503 that says when to come back, also while no part is up, and a
-        client that leaves before its answer begins is seen to leave: spliced bodies of requests
-        hide it. Serve's fallback is not asked; whoever is asked is shown :class:`Proofs`, and a
-        503 stands for the answer of whoever shows none.
+        The configuration with these changes: statistics and commands only over sockets of this
+        user; no log of requests; ``X-Forwarded-For`` is the client's real address; HAProxy's own
+        error is a 503 with ``Retry-After``, also while no part is up; request bodies are not
+        spliced, which would hide that a client has left; Serve's fallback is not asked; requests
+        carry :class:`Proofs`, and an answer without its proof is replaced by a 503.
     """
     proofs = Proofs.of(_secret(folder / "secret"))
     lines, section = [], ""
@@ -166,7 +165,7 @@ def ours(config: str, folder: Path) -> str:
 
 
 def _secret(file: Path) -> str:
-    """What is in a file only this user can read; drawn where it is missing."""
+    """Read the secret from a file only this user can read; draw it if missing."""
     if not file.exists():
         drawn = file.with_suffix(f".{os.getpid()}")
         drawn.touch(mode=0o600)
@@ -178,7 +177,7 @@ def _secret(file: Path) -> str:
 
 
 def _free_port() -> int:
-    """One nobody listens at."""
+    """Find a port nobody listens at."""
     import socket
 
     with socket.socket() as probe:
@@ -187,12 +186,12 @@ def _free_port() -> int:
 
 
 def _start(folder: Path, binary: str, arguments: list[str]) -> None:
-    """Becomes HAProxy, with a configuration of ours."""
+    """Replace this process by HAProxy with the hardened configuration."""
     if "-f" in arguments:
         file = Path(arguments[arguments.index("-f") + 1])
         whole = file.with_suffix(".ours")
         whole.touch(mode=0o600)
-        whole.write_text(ours(file.read_text(), folder))
+        whole.write_text(harden(file.read_text(), folder))
         os.replace(whole, file)
     os.execv(binary, [binary, *arguments])
 

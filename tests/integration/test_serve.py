@@ -298,6 +298,8 @@ def test_sigterm_lets_answers_finish_and_exits_0(served: Process) -> None:
         (["--host", "::"], "no_tokens"),
         (["--token-file", "{run}/model/pathflip.json"], "token_mode"),
         (["-o", "limits.body_byte=1"], "config"),
+        (["-o", "engine.engine.max_num_seq=1"], "config"),
+        (["-o", "instructor.max_ongoing=0"], "config"),
         (["--llm", "{run}"], None),
     ],
 )

@@ -238,8 +238,8 @@ def test_a_client_that_leaves_is_seen_to_leave(
 
 
 def test_twice_is_once(tmp_path: Path) -> None:
-    once = proxy.ours(of_ray(tmp_path, 8000, 9000), tmp_path)
-    assert proxy.ours(once, tmp_path) == once
+    once = proxy.harden(of_ray(tmp_path, 8000, 9000), tmp_path)
+    assert proxy.harden(once, tmp_path) == once
     assert not re.search(r"^\s*log ", once, re.MULTILINE), "paths hold ids of slides"
     assert "bind *:8000" in once, "the port of the service is not for this machine alone"
     assert once.count(proxy.ASKED_BY) == 1
