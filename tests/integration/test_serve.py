@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("served"))
 
 
-@pytest.fixture(scope="module")
-def served(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    folder = tmp_path_factory.mktemp("service")
+def start(world: World, folder: Path) -> Process:
+    """Start the command and wait for its line."""
     port = free_port()
     command = [
         *COMMAND, "--archive", world.archive, "--run", world.run, "--port", port, "--json",
@@ -71,25 +70,52 @@ def served(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
             [str(word) for word in command], stdout=subprocess.PIPE, stderr=stderr, text=True,
             env=environment,
         )  # fmt: skip
-    try:
-        line = process.stdout.readline() if process.stdout else ""
-        assert line, errors.read_text()
-        yield Process(
-            process=process, port=port, audit=folder / "audit", errors=errors,
-            ready=json.loads(line),
-        )  # fmt: skip
-    finally:
-        children = descendants(process.pid)
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-        for pid in children:  # those that a fault left
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    line = process.stdout.readline() if process.stdout else ""
+    service = Process(
+        process=process, port=port, audit=folder / "audit", errors=errors,
+        ready=json.loads(line or "{}"),
+    )  # fmt: skip
+    if not line:
+        end(service)
+    assert line, errors.read_text()
+    return service
+
+
+def end(service: Process) -> None:
+    """End the command, and what a fault left of it."""
+    children = descendants(service.process.pid)
+    if service.process.poll() is None:
+        service.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            service.process.wait(60)
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
+def started(
+    world: World, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], Process]]:
+    """``started()``: the running service; another where a test has ended it."""
+    every: list[Process] = []
+
+    def running() -> Process:
+        if not every or every[-1].process.poll() is not None:
+            every.append(start(world, tmp_path_factory.mktemp("service")))
+        return every[-1]
+
+    yield running
+    for service in every:
+        end(service)
+
+
+@pytest.fixture
+def served(started: Callable[[], Process]) -> Process:
+    return started()
+
+
+@pytest.fixture
 def http(served: Process) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=served.ready["url"], headers=bearer("all"), timeout=60) as client:
         yield client
@@ -245,8 +271,9 @@ def test_ray_answers_nobody_without_its_token(served: Process) -> None:
     assert "InvalidAuthToken" in done.stderr or "Unauthenticated" in done.stderr
 
 
-def test_sigterm_lets_answers_finish_and_exits_0(served: Process) -> None:
-    """Last: it ends the service."""
+def test_sigterm_lets_answers_finish_and_exits_0(served: Process, http: httpx.Client) -> None:
+    for method, path in ROUTES:
+        http.request(method, path, **({"json": BODIES[path]} if path in BODIES else {}))
     body = json.dumps({"slide_id": "slide001", "k": 1}).encode()
     with raw(served, f"Content-Length: {len(body)}", "Connection: close") as connection:
         connection.sendall(body[:5])
