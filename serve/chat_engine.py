@@ -105,7 +105,10 @@ class ChatEngine:
 
     async def describe(self) -> dict[str, Any]:
         """Describe the model: id, fingerprint, max_model_len, created (seconds since 1970)."""
-        return self._reader.about | {"max_model_len": self._limit}
+        about = self._reader.about | {"max_model_len": self._limit}
+        if self.config.backend == "fake":  # nobody shall take its answers for the model's
+            about["id"] = f"fake-{about['id']}"
+        return about
 
     async def load(self) -> dict[str, int]:
         """Count answers begun since the start, unfinished ones, bytes of cached visual tokens."""

@@ -215,6 +215,8 @@ def check_inputs(config: ServeConfig) -> ServiceInputs:
             hint="Make one: pathflip tune --archive URI --run DIR --llm DIR --out DIR",
             code="not_tuned",
         )
+    if tuned and config.engine.backend == "fake":
+        logger.warning("engine.backend is fake: answers are scripted, no language model is asked.")
     if tuned:
         context_length(find_model(run, llm)[1], config.engine.engine)
     return ServiceInputs(

@@ -174,6 +174,7 @@ def test_a_whole_service_needs_no_vllm(tuned):
 
     async def main():
         await chat.check_health()
+        assert (await chat.describe())["id"].startswith("fake-"), "it is not the model's answer"
         return await answer(chat, stream=False)
 
     *texts, last = asyncio.run(main())
