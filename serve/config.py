@@ -26,12 +26,12 @@ class Replicas:
     """Number, size and scaling of a deployment's replicas.
 
     Args:
-        min_replicas: Fewest replicas.
+        min_replicas: Fewest replicas; with 0, the first request waits for one to start.
         max_replicas: Most replicas.
         target: Concurrent requests per replica that scaling aims for.
         max_ongoing: Most concurrent requests of a replica (formerly ``ongoing``).
-        max_queued: Most requests waiting for a replica; more are refused with 429 (formerly
-            ``queued``).
+        max_queued: Most requests waiting for a replica; more are refused with 429; -1 refuses none
+            (formerly ``queued``).
         cpus: CPUs Ray reserves for a replica.
         gpus: GPUs Ray reserves for a replica.
         upscale_s: Seconds of overload before a replica is added.
@@ -268,19 +268,25 @@ def _check_numbers(config: ServeConfig) -> None:
     for name in DEPLOYMENTS:
         replicas: Replicas = getattr(config, name)
         at_least |= {
-            f"{name}.min_replicas": (replicas.min_replicas, 1),
-            f"{name}.max_replicas": (replicas.max_replicas, replicas.min_replicas),
+            f"{name}.min_replicas": (replicas.min_replicas, 0),
+            f"{name}.max_replicas": (replicas.max_replicas, max(1, replicas.min_replicas)),
             f"{name}.max_ongoing": (replicas.max_ongoing, 1),
-            f"{name}.max_queued": (replicas.max_queued, 0),
+            f"{name}.max_queued": (replicas.max_queued, -1),
             f"{name}.cpus": (replicas.cpus, 0),
             f"{name}.gpus": (replicas.gpus, 0),
         }
         if replicas.target <= 0:
-            raise ConfigError(f"{name}.target is {replicas.target:g}; it must be more than 0.")
+            raise ConfigError(
+                f"{name}.target is {replicas.target:g}; it must be more than 0.",
+                hint="It is the number of concurrent requests per replica that scaling aims for.",
+            )
     at_least |= {  # EngineConfig checks its own
         "engine.prefix_cache_mb": (config.engine.prefix_cache_mb, 0),
         "engine.flush_s": (config.engine.flush_s, 0),
     }
     for name, (value, least) in at_least.items():
         if value < least:
-            raise ConfigError(f"{name} is {value:g}; it must be at least {least:g}.")
+            raise ConfigError(
+                f"{name} is {value:g}; it must be at least {least:g}.",
+                hint="See Settings in docs/howto/serve.md.",
+            )

@@ -78,8 +78,8 @@ def test_a_value_of_the_wrong_type_is_refused(key, value):
     [
         "engine.engine.max_num_seqs=0", "engine.engine.threads=0", "engine.engine.kv_gib=0",
         "engine.engine.gpu_memory_utilization=0", "engine.engine.gpu_memory_utilization=1.5",
-        "engine.flush_s=-1", "engine.prefix_cache_mb=-1", "instructor.min_replicas=0",
-        "search.min_replicas=5", "search.max_ongoing=0", "search.queued=-1", "search.target=0",
+        "engine.flush_s=-1", "engine.prefix_cache_mb=-1", "instructor.min_replicas=-1",
+        "search.min_replicas=5", "search.max_ongoing=0", "search.queued=-2", "search.target=0",
         "grounding.gpus=-1", "drain_s=-1",
     ],
 )  # fmt: skip
