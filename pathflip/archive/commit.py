@@ -14,9 +14,8 @@ deleted before new ones are written, and row counts are verified after every com
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,23 +25,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pathflip.archive import transactions
 from pathflip.archive.archive import READY, Archive
 from pathflip.archive.fragments import Shard, create_table, write_shard
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.schema import (
     CHECKSUM,
-    conform,
-    files_schema,
     slides_schema,
 )
 from pathflip.archive.settings import meta_rows, read_meta
 from pathflip.archive.storage import (
-    SELF_DIGEST,
-    data_paths,
-    digest_file,
     guarded,
     is_local,
-    known_digests,
     normalise,
     open_table,
     rows_per_batch,
@@ -53,7 +47,6 @@ from pathflip.archive.tables import (
     SLIDES,
     count_columns,
     dependents_of,
-    key_of,
     names_of,
     spec_of,
     tables_of,
@@ -61,7 +54,6 @@ from pathflip.archive.tables import (
 from pathflip.errors import ArchiveError
 
 FEATURE_BYTES_PER_FRAGMENT = 64 << 20
-_IDS_PER_STATEMENT = 500
 _SLIDE_COLUMNS = [name for name in slides_schema().names if name != CHECKSUM]
 
 
@@ -194,10 +186,10 @@ class Committer:
             rows: All rows of those slides; their old rows are deleted first.
         """
         slides = sorted(set(rows["slide_id"].to_pylist()))
-        self._delete_from(table, "slide_id", slides)
+        transactions.delete_rows(self.uri, table, "slide_id", slides)
         if shard := self._shard(table, rows, slides):
-            self._register(shard.files)
-            self._append(shard)
+            transactions.register(self.uri, shard.files)
+            transactions.append(self.uri, shard)
         self._refresh()
 
     def commit(
@@ -310,9 +302,13 @@ class Committer:
             for slide, names in extend.items()
         }
         rows = pa.concat_tables([rows.select(_SLIDE_COLUMNS), self._changed(extended)])
-        self._register({path: d for shard in new for path, d in shard.files.items()})
+        transactions.register(
+            self.uri, {path: d for shard in new for path, d in shard.files.items()}
+        )
         for table in dict.fromkeys(shard.table for shard in new):
-            self._append(Shard.joined([shard for shard in new if shard.table == table]))
+            transactions.append(
+                self.uri, Shard.joined([shard for shard in new if shard.table == table])
+            )
         self.upsert("slides", rows)
         self._refresh()
         return Committed(written=[*write, *note], extended=list(extend), skipped=skipped)
@@ -332,8 +328,8 @@ class Committer:
             with guarded(self.uri, f"read the table {table}", damaged=is_local(self.uri)):
                 there = pc.unique(dataset.to_table(columns=["slide_id"])["slide_id"]).to_pylist()
             if stray := [slide for slide in there if slide not in allowed]:
-                removed[table] = self._delete_from(table, "slide_id", stray)
-        self._register_missing()
+                removed[table] = transactions.delete_rows(self.uri, table, "slide_id", stray)
+        transactions.register_missing(self.uri, ["meta", *self._archive.tables()])
         self._refresh()
         return removed
 
@@ -348,14 +344,14 @@ class Committer:
         self._delete_rows(slide_ids)
         for table in self._archive.tables():
             if self._archive.table(table).spec.imported and not keep_imported:
-                self._delete_from(table, "slide_id", list(slide_ids))
+                transactions.delete_rows(self.uri, table, "slide_id", list(slide_ids))
         self._refresh()
 
     def drop_rows(self, table: str, slide_ids: Collection[str]) -> None:
         """Removes rows of slides from a table, and from the tables computed from it."""
         tables = {name: self._archive.table(name) for name in self._archive.tables()}
         for name in (*dependents_of(table, tables), table):
-            self._delete_from(name, "slide_id", list(slide_ids))
+            transactions.delete_rows(self.uri, name, "slide_id", list(slide_ids))
         self._refresh()
 
     def update_slides(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -364,7 +360,7 @@ class Committer:
         Args:
             changes: {slide_id: {column of ``slides``: value}}.
         """
-        for ids in _chunks(list(changes)):
+        for ids in transactions.chunks(list(changes)):
             self.upsert("slides", self._changed({slide: changes[slide] for slide in ids}))
         patients = {
             slide: change["patient_id"]
@@ -374,7 +370,7 @@ class Committer:
         for table in self._archive.tables():
             if table == SLIDES or "patient_id" not in self._archive.dataset(table).schema.names:
                 continue
-            for ids in _chunks(list(patients)):
+            for ids in transactions.chunks(list(patients)):
                 rows = open_table(self.uri, table).to_table(filter=sql_in("slide_id", ids))
                 named = [patients[slide] for slide in rows["slide_id"].to_pylist()]
                 at = rows.schema.get_field_index("patient_id")
@@ -383,36 +379,12 @@ class Committer:
         self._refresh()
 
     def upsert(self, table: str, rows: pa.Table) -> None:
-        """Inserts or replaces rows by key in one commit; new files are digested before it.
+        """Inserts or replaces rows by key in one commit.
 
         Slides with rows in other tables go through :meth:`commit`. In ``slides`` this only serves
         to change columns that no other table depends on (aliases, labels, attempts).
         """
-        import lance
-
-        if rows.num_rows == 0:
-            return
-        key = key_of(table)
-        dataset = open_table(self.uri, table)
-        rows = conform(rows, dataset.schema)
-        if len(set(rows[key].to_pylist())) != rows.num_rows:
-            raise ValueError(f"keys of table {table} are there twice")
-        with guarded(self.uri, f"write rows of table {table}"):
-            transaction, _ = (
-                dataset.merge_insert(key)
-                .when_matched_update_all()
-                .when_not_matched_insert_all()
-                .execute_uncommitted(rows)
-            )
-            paths = [
-                f"{table}.lance/data/{file.path}"
-                for item in transaction.operation.new_fragments
-                for file in item.files
-            ]
-            self._register({path: digest_file(self.uri, path) for path in paths})
-            done = lance.LanceDataset.commit(dataset, transaction)
-            there = sum(done.count_rows(sql_in(key, ids)) for ids in _chunks(rows[key].to_pylist()))
-        self._assert_count(table, there, rows.num_rows)
+        transactions.upsert(self.uri, table, rows)
 
     def compact(self) -> dict[str, int]:
         """Merges small fragments and drops deleted rows from the files; digests the new files.
@@ -435,18 +407,15 @@ class Committer:
                     num_threads=1,
                 )
             dataset = open_table(self.uri, table)
-            self._assert_count(table, dataset.count_rows(), rows)
+            transactions.check_count(self.uri, table, dataset.count_rows(), rows)
             fragments[table] = len(dataset.get_fragments())
-        self._register_missing()
+        transactions.register_missing(self.uri, ["meta", *self._archive.tables()])
         self._refresh()
         return fragments
 
     def forget_files(self, paths: Collection[str]) -> None:
         """Drops the digests of files that no longer exist."""
-        self._delete_from("files", "path", list(paths))
-        if own := [SELF_DIGEST + path for path in paths if path.startswith("files.lance/")]:
-            with guarded(self.uri, "drop digests"):
-                open_table(self.uri, "files").delete_config_keys(own)
+        transactions.forget_files(self.uri, paths)
 
     # ---- pieces ----------------------------------------------------------------------------
 
@@ -519,14 +488,14 @@ class Committer:
         """Returns the stored rows of slides with some of their columns changed."""
         schema = pa.schema([field for field in slides_schema() if field.name != CHECKSUM])
         rows = []
-        for ids in _chunks(list(changes)):
+        for ids in transactions.chunks(list(changes)):
             stored = open_table(self.uri, "slides").to_table(filter=sql_in("slide_id", ids))
             for row in stored.drop_columns([CHECKSUM]).to_pylist():
                 rows.append(row | dict(changes[row["slide_id"]]))
         return pa.Table.from_pylist(rows, schema=schema).select(_SLIDE_COLUMNS)
 
     def _hide(self, slide_ids: Collection[str]) -> None:
-        self._delete_from("slides", "slide_id", list(slide_ids))
+        transactions.delete_rows(self.uri, "slides", "slide_id", list(slide_ids))
 
     def _delete_rows(
         self, slide_ids: Collection[str], *, encoders: Collection[str] | None = None
@@ -539,83 +508,4 @@ class Committer:
             if self._archive.table(table).spec.derived_from is None:
                 continue
             if encoders is None or self._archive.encoder_of(table) in encoders:
-                self._delete_from(table, "slide_id", list(slide_ids))
-
-    def _delete_from(self, table: str, column: str, values: Sequence[str]) -> int:
-        deleted = 0
-        with guarded(self.uri, f"delete rows of table {table}"):
-            dataset = open_table(self.uri, table)
-            for ids in _chunks(values):
-                where = sql_in(column, ids)
-                count = dataset.count_rows(where)
-                if count:  # a delete of nothing would still make a version
-                    dataset.delete(where)
-                    self._assert_count(table, dataset.count_rows(where), 0)
-                    deleted += count
-        return deleted
-
-    def _append(self, shard: Shard) -> None:
-        import lance
-        from lance.fragment import FragmentMetadata
-
-        dataset = open_table(self.uri, shard.table)
-        if twice := set(shard.files) & set(data_paths(dataset, shard.table)):
-            raise ValueError(f"the archive already holds {min(twice)}")
-        with guarded(self.uri, f"commit rows of table {shard.table}"):
-            before = dataset.count_rows()
-            added = [FragmentMetadata.from_json(json.dumps(item)) for item in shard.fragments]
-            done = lance.LanceDataset.commit(
-                dataset, lance.LanceOperation.Append(added), read_version=dataset.version
-            )
-            expected = before + sum(item.physical_rows for item in added)
-            self._assert_count(shard.table, done.count_rows(), expected)
-
-    def _register(self, files: Mapping[str, tuple[str, int]]) -> None:
-        """Writes digests to ``files``; those of its own data files go into its configuration."""
-        if not files:
-            return
-        rows = pa.table(
-            {
-                "path": list(files),
-                "table": [path.split(".lance/", 1)[0] for path in files],
-                "sha256": [sha256 for sha256, _ in files.values()],
-                "bytes": pa.array([size for _, size in files.values()], pa.int64()),
-            }
-        )
-        shard = write_shard(self.uri, "files", rows, files_schema())
-        self._append(shard)
-        self._note_own_digests(shard.files)
-
-    def _note_own_digests(self, files: Mapping[str, tuple[str, int]]) -> None:
-        with guarded(self.uri, "write the digests"):
-            dataset = open_table(self.uri, "files")
-            dataset.update_config({SELF_DIGEST + path: d for path, (d, _) in files.items()})
-
-    def _register_missing(self) -> None:
-        known = known_digests(self.uri)
-        missing = [
-            path
-            for table in ("meta", *self._archive.tables())
-            for path in data_paths(open_table(self.uri, table), table)
-            if path not in known
-        ]
-        with guarded(self.uri, "read new files", damaged=is_local(self.uri)):
-            found = {path: digest_file(self.uri, path) for path in missing}
-        own = {path: d for path, d in found.items() if path.startswith("files.lance/")}
-        if own:
-            self._note_own_digests(own)
-        self._register({path: d for path, d in found.items() if path not in own})
-
-    def _assert_count(self, table: str, found: int, expected: int) -> None:
-        if found != expected:
-            raise ArchiveError(
-                f"Table {table} of {self.uri} has {found} rows after a commit, not {expected}.",
-                hint="Is another program writing it? Run: pathflip archive verify "
-                f"--archive {self.uri}",
-                code="commit",
-            )
-
-
-def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(values), _IDS_PER_STATEMENT):
-        yield values[start : start + _IDS_PER_STATEMENT]
+                transactions.delete_rows(self.uri, table, "slide_id", list(slide_ids))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pathflip.archive import Archive
+from pathflip.archive import Archive, transactions
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
 from pathflip.archive.fragments import Shard, write_fragment
@@ -85,7 +85,7 @@ def test_stale_fragments_are_not_appended_again(tmp_path):
         assert committer.commit(**parts, fragments={"tex": [shard, shard]}).written == ["slide000"]
         assert committer.commit(**parts, fragments={"tex": [shard]}).skipped == ["slide000"]
         with pytest.raises(ValueError, match="already holds"):
-            committer._append(Shard.from_json(shard))
+            transactions.append(committer.uri, Shard.from_json(shard))
     assert_whole(uri, [0])
 
 
@@ -159,21 +159,22 @@ def test_incomplete_rows_are_refused_before_anything_is_written(tmp_path):
     assert_whole(tmp_path / "a", [0, 1])
 
 
-@pytest.mark.parametrize("step", ["_register", "_append", "upsert"])
+@pytest.mark.parametrize("step", ["register", "append", "upsert"])
 def test_disk_full_between_commits_then_again(tmp_path, monkeypatch, step):
     cohort.build(tmp_path / "a", 0)
-    original = getattr(Committer, step)
+    owner = Committer if step == "upsert" else transactions
+    original = getattr(owner, step)
     calls = []
 
-    def full(self, *args, **kwargs):
+    def full(*args, **kwargs):
         calls.append(step)
         if len(calls) == 2:
             raise ArchiveError("full", code="disk_full")
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
     with Committer(tmp_path / "a") as committer:
         with monkeypatch.context() as patch:
-            patch.setattr(Committer, step, full)
+            patch.setattr(owner, step, full)
             calls += ["", ""] if step == "upsert" else []
             if step == "upsert":
                 calls.pop()
@@ -269,7 +270,7 @@ def test_rows_of_slides_that_are_not_ready_are_hidden_then_deleted(tmp_path):
             ("regions", cohort.region_rows(1)),
             ("features_tex", cohort.feature_rows(1)),
         ):
-            committer._append(Shard.from_json(write_fragment(uri, table, rows)))
+            transactions.append(committer.uri, Shard.from_json(write_fragment(uri, table, rows)))
     archive = Archive(uri)
     assert archive.regions()["slide_id"].unique().to_pylist() == ["slide000"]
     assert archive.stats()["regions"] == cohort.REGIONS

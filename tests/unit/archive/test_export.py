@@ -2,7 +2,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from pathflip.archive import Archive, export
+from pathflip.archive import Archive, export, transactions
 from pathflip.archive.commit import Committer
 from pathflip.archive.fragments import Shard, write_fragment
 from pathflip.errors import ArchiveError, ConfigError
@@ -16,7 +16,7 @@ def archive(tmp_path):
     with Committer(uri) as committer:
         committer.commit(slides=cohort.slide_rows(2, status="quarantined"))
         shard = write_fragment(uri, "regions", cohort.region_rows(3))
-        committer._append(Shard.from_json(shard))
+        transactions.append(committer.uri, Shard.from_json(shard))
     return Archive(uri)
 
 

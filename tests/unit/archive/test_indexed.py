@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from lance.fragment import write_fragments
 
-from pathflip.archive import Archive, ann, indexes, schema
+from pathflip.archive import Archive, ann, indexes, schema, transactions
 from pathflip.archive.commit import Committer
 from pathflip.archive.filters import Filter
 from pathflip.archive.maintain import maintain
@@ -62,7 +62,7 @@ def large(tmp_path_factory):
             )
             committer.replace_rows(table, pa.concat_tables([clustered(n) for n in range(SLIDES)]))
             # Rows of a slide that is not ready take places among the candidates.
-            committer._append(committer._shard(table, clustered(77), ["slide077"]))
+            transactions.append(committer.uri, committer._shard(table, clustered(77), ["slide077"]))
             if name == "indexed":
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(indexes, "VECTOR_INDEX_ROWS", 1000)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pathflip.archive import Archive, schema, tables
+from pathflip.archive import Archive, schema, tables, transactions
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
 from pathflip.archive.export import export_parquet
@@ -286,7 +286,9 @@ def test_a_patient_changes_wherever_the_column_is(uri):
 def test_rows_of_slides_that_are_gone_are_deleted_by_the_next_writer(uri):
     with Committer(uri) as committer:
         for table in TABLES:
-            committer._append(committer._shard(table, rows(table, 9), ["slide009"]))
+            transactions.append(
+                committer.uri, committer._shard(table, rows(table, 9), ["slide009"])
+            )
     with Committer(uri) as committer:
         assert committer.recovered == {
             "stains": cohort.REGIONS, "trees": TREES, "trees_tex": TREES,

@@ -1,0 +1,154 @@
+"""Commits to one table, with digests of the new files before and row counts checked after.
+
+Only for the process that holds the archive's lock; see :class:`pathflip.archive.commit.Committer`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import pyarrow as pa
+
+from pathflip.archive.fragments import Shard, write_shard
+from pathflip.archive.schema import conform, files_schema
+from pathflip.archive.storage import (
+    SELF_DIGEST,
+    data_paths,
+    digest_file,
+    guarded,
+    is_local,
+    known_digests,
+    open_table,
+    sql_in,
+)
+from pathflip.archive.tables import key_of
+from pathflip.errors import ArchiveError
+
+_IDS_PER_STATEMENT = 500
+
+
+def append(uri: str, shard: Shard) -> None:
+    """Commits fragments that lie in the archive already; their files must be registered first."""
+    import lance
+    from lance.fragment import FragmentMetadata
+
+    dataset = open_table(uri, shard.table)
+    if twice := set(shard.files) & set(data_paths(dataset, shard.table)):
+        raise ValueError(f"the archive already holds {min(twice)}")
+    with guarded(uri, f"commit rows of table {shard.table}"):
+        before = dataset.count_rows()
+        added = [FragmentMetadata.from_json(json.dumps(item)) for item in shard.fragments]
+        done = lance.LanceDataset.commit(
+            dataset, lance.LanceOperation.Append(added), read_version=dataset.version
+        )
+        expected = before + sum(item.physical_rows for item in added)
+        check_count(uri, shard.table, done.count_rows(), expected)
+
+
+def upsert(uri: str, table: str, rows: pa.Table) -> None:
+    """Inserts or replaces rows by key in one commit; new files are registered before it."""
+    import lance
+
+    if rows.num_rows == 0:
+        return
+    key = key_of(table)
+    dataset = open_table(uri, table)
+    rows = conform(rows, dataset.schema)
+    if len(set(rows[key].to_pylist())) != rows.num_rows:
+        raise ValueError(f"keys of table {table} are there twice")
+    with guarded(uri, f"write rows of table {table}"):
+        transaction, _ = (
+            dataset.merge_insert(key)
+            .when_matched_update_all()
+            .when_not_matched_insert_all()
+            .execute_uncommitted(rows)
+        )
+        paths = [
+            f"{table}.lance/data/{file.path}"
+            for item in transaction.operation.new_fragments
+            for file in item.files
+        ]
+        register(uri, {path: digest_file(uri, path) for path in paths})
+        done = lance.LanceDataset.commit(dataset, transaction)
+        there = sum(done.count_rows(sql_in(key, ids)) for ids in chunks(rows[key].to_pylist()))
+    check_count(uri, table, there, rows.num_rows)
+
+
+def delete_rows(uri: str, table: str, column: str, values: Sequence[str]) -> int:
+    """Deletes the rows with one of these values in a column and returns their number."""
+    deleted = 0
+    with guarded(uri, f"delete rows of table {table}"):
+        dataset = open_table(uri, table)
+        for ids in chunks(values):
+            where = sql_in(column, ids)
+            count = dataset.count_rows(where)
+            if count:  # a delete of nothing would still make a version
+                dataset.delete(where)
+                check_count(uri, table, dataset.count_rows(where), 0)
+                deleted += count
+    return deleted
+
+
+def register(uri: str, files: Mapping[str, tuple[str, int]]) -> None:
+    """Writes digests to ``files``; those of its own data files go into its configuration."""
+    if not files:
+        return
+    rows = pa.table(
+        {
+            "path": list(files),
+            "table": [path.split(".lance/", 1)[0] for path in files],
+            "sha256": [sha256 for sha256, _ in files.values()],
+            "bytes": pa.array([size for _, size in files.values()], pa.int64()),
+        }
+    )
+    shard = write_shard(uri, "files", rows, files_schema())
+    append(uri, shard)
+    _note_own_digests(uri, shard.files)
+
+
+def _note_own_digests(uri: str, files: Mapping[str, tuple[str, int]]) -> None:
+    with guarded(uri, "write the digests"):
+        dataset = open_table(uri, "files")
+        dataset.update_config({SELF_DIGEST + path: d for path, (d, _) in files.items()})
+
+
+def register_missing(uri: str, tables: Sequence[str]) -> None:
+    """Digests the data files of tables that have no digest yet."""
+    known = known_digests(uri)
+    missing = [
+        path
+        for table in tables
+        for path in data_paths(open_table(uri, table), table)
+        if path not in known
+    ]
+    with guarded(uri, "read new files", damaged=is_local(uri)):
+        found = {path: digest_file(uri, path) for path in missing}
+    own = {path: d for path, d in found.items() if path.startswith("files.lance/")}
+    if own:
+        _note_own_digests(uri, own)
+    register(uri, {path: d for path, d in found.items() if path not in own})
+
+
+def forget_files(uri: str, paths: Collection[str]) -> None:
+    """Drops the digests of files that no longer exist."""
+    delete_rows(uri, "files", "path", list(paths))
+    if own := [SELF_DIGEST + path for path in paths if path.startswith("files.lance/")]:
+        with guarded(uri, "drop digests"):
+            open_table(uri, "files").delete_config_keys(own)
+
+
+def check_count(uri: str, table: str, found: int, expected: int) -> None:
+    """Refuses a commit that has not left the expected number of rows."""
+    if found != expected:
+        raise ArchiveError(
+            f"Table {table} of {uri} has {found} rows after a commit, not {expected}.",
+            hint=f"Is another program writing it? Run: pathflip archive verify --archive {uri}",
+            code="commit",
+        )
+
+
+def chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yields parts of a list of values that are short enough for one SQL statement."""
+    for start in range(0, len(values), _IDS_PER_STATEMENT):
+        yield values[start : start + _IDS_PER_STATEMENT]
