@@ -32,7 +32,7 @@ from pathflip.evaluation.suite import evaluate_all, headline
 from pathflip.evaluation.zeroshot import default_tasks
 from pathflip.files import write_file
 from pathflip.progress import HasLine, Report
-from pathflip.training.config import as_overrides, load_settings, save_settings
+from pathflip.training.config import read_settings, save_settings
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -119,12 +119,11 @@ def pretrain_config(
         config: YAML file of settings.
         overrides: ``key=value``.
     """
-    own = Path(run) / "config.yaml" if run is not None and preset is None else None
-    if own is None or not own.exists():
-        return resolve(preset, file=config, overrides=overrides)
-    made = load_settings(Path(run))  # type: ignore[arg-type]
-    over = as_overrides(config) if config is not None else []
-    return resolve(made.preset, file=own, overrides=[*over, *overrides])
+    own = Path(run) if run is not None and preset is None else None
+    base = None
+    if own is not None and (own / "config.yaml").exists():
+        base = read_settings(own, PretrainConfig)
+    return resolve(preset, base=base, file=config, overrides=overrides)
 
 
 def ablations(

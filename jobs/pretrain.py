@@ -1,14 +1,16 @@
 """Pretraining: an archive and captions in, a run folder with a trained model out.
 
-The parts, in the order of the data::
+Settings, an objective and the run folder are all there is here; the training library
+(``pathflip/training``) has the parts, in the order of the data::
 
-    recipe.py    the settings: a preset, a file and overrides over it
-    corpus.py    which slides, their split, the order they are seen in
-    batches.py   features from the archive, text drawn per slide and epoch
-    task.py      what a training is; this module and tune.py have one each
-    training.py  the loop of one worker; runs without Ray as well
-    runs.py      the run folder: how it begins, what is logged, how it ends
-    ray_train.py       the driver and Ray Train around the loop
+    config.py         settings: a preset, a file and overrides over it
+    dataset.py        the slides of a run with their texts and their split
+    slide_batches.py  features from the archive, text drawn per slide and epoch
+    contrastive.py    the objective: model, losses, validation, export
+    trainer.py        the loop of one worker; runs without Ray as well
+    run_dir.py        the run folder: how it begins, what is logged, how it ends
+
+``jobs/ray_train.py`` puts Ray Train around the loop.
 
     python -m jobs.pretrain --archive URI --preset P --run DIR   (the same as: pathflip pretrain …)
 """
@@ -23,7 +25,8 @@ from typing import Any
 from jobs import ray_train
 from pathflip.training.config import PretrainConfig as PretrainConfig
 from pathflip.training.config import resolve as resolve
-from pathflip.training.trainer import Progress
+from pathflip.training.contrastive import Contrastive
+from pathflip.training.trainer import TrainingProgress
 
 
 def pretrain(
@@ -32,7 +35,7 @@ def pretrain(
     config: PretrainConfig | None = None,
     *,
     address: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[TrainingProgress], None] | None = None,
 ) -> dict[str, Any]:
     """Train a model on an archive's slides and captions; see :func:`jobs.ray_train.fit`.
 
@@ -43,12 +46,13 @@ def pretrain(
         address: Ray cluster; see ``cluster.connect``.
         progress: Called on the driver about once a second.
     """
-    return ray_train.fit(archive, run, config or resolve(), address=address, progress=progress)
+    objective = Contrastive(config or resolve())
+    return ray_train.fit(objective, archive, run, address=address, progress=progress)
 
 
 def plan(archive: str, run: str | Path, config: PretrainConfig | None = None) -> dict[str, Any]:
     """Return what :func:`pretrain` would do, without starting or writing anything."""
-    return ray_train.planned(archive, run, config or resolve())
+    return ray_train.planned(Contrastive(config or resolve()), archive, run)
 
 
 if __name__ == "__main__":

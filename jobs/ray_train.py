@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -24,11 +23,10 @@ from pathflip.checkpoints import latest_checkpoint
 from pathflip.errors import ConfigError, PathFLIPError, TrainingError
 from pathflip.files import write_file
 from pathflip.training import run_dir
-from pathflip.training.config import AnyConfig, TrainConfig
-from pathflip.training.dataset import steps_per_epoch
+from pathflip.training.config import TrainConfig
 from pathflip.training.loader import AHEAD
-from pathflip.training.objective import task_of
-from pathflip.training.trainer import Progress, shareable, train
+from pathflip.training.objective import Objective
+from pathflip.training.trainer import TrainingProgress, shareable, train
 
 if TYPE_CHECKING:
     from jobs.ray_data import Available
@@ -37,76 +35,67 @@ PROGRESS_EVERY_S = 1.0
 
 
 def fit(
+    objective: Objective[Any, Any],
     archive: str,
     run: str | Path,
-    config: AnyConfig,
     *,
     address: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[TrainingProgress], None] | None = None,
 ) -> dict[str, Any]:
     """Train; the same call again goes on or is done.
 
     Args:
+        objective: What is trained, with its settings.
         archive: Archive URI.
         run: Run folder, on storage that every worker sees; made if it does not exist.
-        config: Settings.
         address: Ray cluster; see ``cluster.connect``.
         progress: Called on the driver about once a second.
 
     Returns:
-        {"run", "steps", "loss", "val", "seconds", "best_step", "skipped", "trained"}: the loss is
-        the mean of the last steps, val the validation of the exported weights, trained the steps
-        that this call did (0: the run was finished already).
+        {"run", "kind", "family", "steps", "loss", "val", "seconds", "best_step", "skipped",
+        "trained"}: the loss is the mean of the last steps, val the validation of the exported
+        weights, trained the steps that this call did (0: the run was finished already).
 
     Raises:
         ConfigError, ArchiveError, EncoderError, CheckpointError: Before anything is started.
         TrainingError: Losses that are not finite, or workers that keep dying.
     """
     run = _local(run)
-    _check_workers(config)
+    _check_workers(objective.config)
     with run_dir.opened(run):
-        corpus = run_dir.prepare(archive, run, config)
-        if done := run_dir.finished(run):
+        objective, dataset = run_dir.prepare(objective, archive, run)
+        if done := run_dir.finished(run, objective.exports):
             return done | {"trained": 0}
         before = latest_checkpoint(run / "checkpoints")
-        if before is None or before.step < config.total_steps(
-            steps_per_epoch(corpus, config.batch_size)
-        ):
-            _fit(run, config, address, progress)
-        result = run_dir.finish(run, corpus)
+        steps = objective.config.total_steps(dataset.steps_per_epoch)
+        if before is None or before.step < steps:
+            _fit(objective, run, address, progress)
+        result = run_dir.finish(objective, dataset, run)
         run_dir.clear(run)
     return result | {"trained": result["steps"] - (before.step if before else 0)}
 
 
-def planned(archive: str, run: str | Path, config: AnyConfig) -> dict[str, Any]:
+def planned(objective: Objective[Any, Any], archive: str, run: str | Path) -> dict[str, Any]:
     """Return what :func:`fit` would do, without starting or writing anything.
 
     Memory is in MiB and leaves out activations, which depend on the lengths of texts.
     """
+    config = objective.config
     _check_workers(config)
-    task = task_of(config)
-    corpus = task.corpus(archive)
-    per_epoch = steps_per_epoch(corpus, config.batch_size)
-    trained, frozen = task.parameters(corpus)
-    about = corpus.about
-    region = about["slots"] * about["encoder"]["dim"]
+    dataset = objective.select(archive)
+    trained, frozen = objective.parameters(dataset)
     share = config.batch_size // config.accumulate // (config.max_workers or 1)
-    largest = min(config.max_regions or sys.maxsize, max(corpus.num_regions))
-    cache = sum(corpus.num_regions) * region * 2 / 2**20
     return {
         "run": str(_local(run)),
         "preset": config.preset,
-        "encoder": about["encoder"]["name"],
-        **corpus.counts(),
-        "left_out": about["left_out"],
-        "steps": config.total_steps(per_epoch),
-        "steps_per_epoch": per_epoch,
+        **dataset.summary(),
+        "steps": config.total_steps(dataset.steps_per_epoch),
+        "steps_per_epoch": dataset.steps_per_epoch,
         "parameters": trained,
         **({"frozen_parameters": frozen} if frozen else {}),
         "memory_mb": {
             "weights_and_optimizer": round((trained * 16 + frozen * 4) / 2**20, 1),
-            "features_of_a_batch": round(share * largest * region * (4 + 2 * AHEAD) / 2**20, 1),
-            "cached_features": round(cache, 1) if cache <= config.cache_mb else 0.0,
+            **dataset.memory_mb(share, read_ahead=AHEAD),
         },
     }
 
@@ -136,10 +125,10 @@ def _check_workers(config: TrainConfig) -> None:
 
 
 def _fit(
+    objective: Objective[Any, Any],
     run: Path,
-    config: AnyConfig,
     address: str | None,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[TrainingProgress], None] | None,
 ) -> None:
     """Train in Ray Train workers until the last step is done."""
     import ray.train
@@ -153,6 +142,7 @@ def _fit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray execs at once
         private = connect(address)
+    config = objective.config
     there = available(config.device, private=private)
     use_gpu, few, many, cpus = _workers(config, there, private=private)
     for name in (run_dir.STOPPED, run_dir.PROGRESS):
@@ -160,7 +150,7 @@ def _fit(
     train_api: Any = ray.train  # what a type checker sees there is the API before 2.43
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"run": str(run), "threads": cpus},
+        train_loop_config={"run": str(run), "objective": objective, "threads": cpus},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=train_api.ScalingConfig(
             num_workers=many if few == many else (few, many),
@@ -239,6 +229,7 @@ def _work(settings: dict[str, Any]) -> None:
     try:
         train(
             run,
+            settings["objective"],
             rank=rank,
             world=context.get_world_size(),
             device=str(device),
@@ -254,10 +245,10 @@ def _last_line(error: BaseException) -> str:
     return lines[-1][:300] if lines else type(error).__name__
 
 
-def _note_progress(run: Path) -> Callable[[Progress], None]:
+def _note_progress(run: Path) -> Callable[[TrainingProgress], None]:
     last = [0.0]
 
-    def note(progress: Progress) -> None:
+    def note(progress: TrainingProgress) -> None:
         now = time.monotonic()
         if now - last[0] >= PROGRESS_EVERY_S or progress.fraction >= 1:
             last[0] = now
@@ -267,7 +258,7 @@ def _note_progress(run: Path) -> Callable[[Progress], None]:
 
 
 @contextmanager
-def _watching(run: Path, progress: Callable[[Progress], None] | None) -> Iterator[None]:
+def _watching(run: Path, progress: Callable[[TrainingProgress], None] | None) -> Iterator[None]:
     """Pass on what rank 0 notes of its progress."""
     over = threading.Event()
 
@@ -280,7 +271,7 @@ def _watching(run: Path, progress: Callable[[Progress], None] | None) -> Iterato
                 continue
             if text != seen and progress is not None:
                 seen = text
-                progress(Progress(**json.loads(text)))
+                progress(TrainingProgress(**json.loads(text)))
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()

@@ -68,13 +68,15 @@ class InstructOutput:
         loss_answer: Mean cross-entropy of the answers' tokens, each with its end token.
         loss_slide: Slide loss of the vision model; 0 where it does not train along.
         loss_region: Its region loss.
-        tokens: Answer tokens the mean is over.
+        answer_sum: The sum of that cross-entropy over the tokens.
+        tokens: Answer tokens it is a sum over.
     """
 
     loss: Tensor
     loss_answer: Tensor
     loss_slide: Tensor
     loss_region: Tensor
+    answer_sum: Tensor
     tokens: int
 
 
@@ -359,6 +361,7 @@ class PathFLIPInstruct(InstructFront):
         return InstructOutput(
             loss=loss,
             loss_answer=loss_answer,
+            answer_sum=summed,
             loss_slide=loss_slide,
             loss_region=loss_region,
             tokens=tokens,

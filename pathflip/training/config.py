@@ -1,24 +1,21 @@
-"""The settings of a training, and what follows from them: schedule, decay, metric.
-
-A preset gives the model and how to train it; a file, ``-o key=value`` and flags go over it.
-"""
+"""Settings of a training: a preset, with a file, ``-o key=value`` and flags over it."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 import yaml
 
-from pathflip.config import load_config
+from pathflip.config import load_config, read_yaml
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PRESETS, InstructConfig, PathFLIPConfig
-from pathflip.training.loader import Examples, Sampling
+from pathflip.training.examples import Examples
+from pathflip.training.slide_batches import Sampling
 
 DEFAULT_PRESET, DEFAULT_TUNE_PRESET = "pathflip/paper", "instruct/paper"
 MAY_CHANGE = (
@@ -196,6 +193,8 @@ class PretrainConfig(TrainConfig):
             validation slides (``recall``), their loss (``loss``), or the last (``last``).
     """
 
+    kind: Literal["contrastive"] = "contrastive"
+    family: Literal["pathflip"] = "pathflip"
     preset: str = DEFAULT_PRESET
     model: PathFLIPConfig = field(default_factory=PathFLIPConfig)
     steps: int | None = None
@@ -210,7 +209,7 @@ class PretrainConfig(TrainConfig):
         return self.steps or self.epochs * steps_per_epoch
 
     def metric(self, val: Mapping[str, Any]) -> float | None:
-        """Returns what the best checkpoint has most of, from a validation."""
+        """Returns the checkpoint-selection metric of a validation; higher is better."""
         if self.best == "last":
             return None
         value = val["mean_recall"] if self.best == "recall" else val["loss"]
@@ -245,6 +244,8 @@ class TuneConfig(TrainConfig):
             validation slides (``loss``), or the last (``last``).
     """
 
+    kind: Literal["instruct"] = "instruct"
+    family: Literal["pathflip"] = "pathflip"
     preset: str = DEFAULT_TUNE_PRESET
     run: str = ""
     llm: str = ""
@@ -295,7 +296,7 @@ class TuneConfig(TrainConfig):
         )
 
     def metric(self, val: Mapping[str, Any]) -> float | None:
-        """Returns what the best checkpoint has most of, from a validation."""
+        """Returns the checkpoint-selection metric of a validation; higher is better."""
         value = None if self.best == "last" else val["loss_answer"]
         return None if value is None else -float(value)
 
@@ -306,15 +307,17 @@ AnyConfig = PretrainConfig | TuneConfig
 def resolve(
     preset_name: str | None = None,
     *,
+    base: PretrainConfig | None = None,
     file: str | Path | None = None,
     overrides: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
 ) -> PretrainConfig:
-    """Returns the settings of a preset with a file, ``key=value`` overrides and flags over it.
+    """Returns settings of a pretraining: a preset, a file over it, then overrides, then flags.
 
     Args:
         preset_name: The preset; without it the one the overrides or the file name, else
             ``pathflip/paper``.
+        base: Settings to start from instead of a preset's.
         file: YAML file of settings.
         overrides: ``key=value``; the model's are ``model.key=value``.
         given: Values that win over everything.
@@ -322,8 +325,16 @@ def resolve(
     Raises:
         ConfigError: Unknown preset or setting, or a value that cannot be.
     """
-    trains = {name: {**own.train, "model": asdict(own.model)} for name, own in PRESETS.items()}
-    return _resolve(PretrainConfig, trains, DEFAULT_PRESET, preset_name, file, overrides, given)
+    if base is not None:
+        return load_config(PretrainConfig, base=base, file=file, overrides=overrides, given=given)
+    name = _preset_name(preset_name, PRESETS, DEFAULT_PRESET, file, overrides)
+    return load_config(
+        PretrainConfig,
+        base={**PRESETS[name].train, "model": PRESETS[name].model},
+        file=file,
+        overrides=overrides,
+        given={**(given or {}), "preset": name},
+    )
 
 
 def resolve_tuning(
@@ -337,59 +348,38 @@ def resolve_tuning(
 
     Folders are made absolute; what is no folder here is a name on the hub.
     """
-    made = _resolve(
-        TuneConfig, TUNE_PRESETS, DEFAULT_TUNE_PRESET, preset_name, file, overrides, given
+    name = _preset_name(preset_name, TUNE_PRESETS, DEFAULT_TUNE_PRESET, file, overrides)
+    made = load_config(
+        TuneConfig,
+        base=TUNE_PRESETS[name],
+        file=file,
+        overrides=overrides,
+        given={**(given or {}), "preset": name},
     )
-    for name, what in (("run", "The run of pathflip pretrain"), ("llm", "The language model")):
-        if not getattr(made, name):
-            raise ConfigError(f"{what} is not named.", hint=f"Give --{name}.")
+    for key, what in (("run", "The run of pathflip pretrain"), ("llm", "The language model")):
+        if not getattr(made, key):
+            raise ConfigError(f"{what} is not named.", hint=f"Give --{key}.")
     run = str(Path(made.run).expanduser().absolute())
     folder = Path(made.llm).expanduser()
     return replace(made, run=run, llm=str(folder.absolute()) if folder.is_dir() else made.llm)
 
 
-C = TypeVar("C", PretrainConfig, TuneConfig)
-
-
-def _resolve(
-    kind: type[C],
-    presets: Mapping[str, Mapping[str, Any]],
+def _preset_name(
+    asked: str | None,
+    presets: Mapping[str, Any],
     default: str,
-    preset_name: str | None,
     file: str | Path | None,
     overrides: Sequence[str],
-    given: Mapping[str, Any] | None,
-) -> C:
-    from_file: dict[str, Any] = {}
-    if file is not None:
-        load_config(kind, file=file)  # what is wrong in it is told with its name
-        from_file = yaml.safe_load(Path(file).read_text())
+) -> str:
+    """The preset asked for, else the one named by the overrides, else by the file."""
+    from_file = {} if file is None else read_yaml(file)
     named = [text.partition("=")[2].strip() for text in overrides if text.startswith("preset=")]
-    name: str = preset_name or (named[-1] if named else from_file.get("preset")) or default
+    name: str = asked or (named[-1] if named else from_file.get("preset")) or default
     if name not in presets:
         raise ConfigError(
             f"There is no preset {name!r}.", hint=f"Known: {', '.join(sorted(presets))}."
         )
-    layers = [*_flat(presets[name]), *_flat(from_file), *overrides]
-    return load_config(kind, overrides=layers, given={**(given or {}), "preset": name})
-
-
-def as_overrides(file: str | Path) -> list[str]:
-    """Returns a file's settings as ``key=value``.
-
-    Raises:
-        ConfigError: The file or a setting in it is wrong.
-    """
-    load_config(PretrainConfig, file=file)
-    return list(_flat(yaml.safe_load(Path(file).read_text())))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={json.dumps(value)}"
+    return name
 
 
 def save_settings(config: TrainConfig) -> str:
@@ -397,43 +387,42 @@ def save_settings(config: TrainConfig) -> str:
     return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
 
 
-def read_settings(run: Path) -> AnyConfig:
-    """Reads the settings of a run, of either kind.
+C = TypeVar("C", bound=TrainConfig)
+
+
+def read_settings(run: Path, kind: type[C]) -> C:
+    """Reads the settings of a run.
+
+    Args:
+        run: The run folder.
+        kind: The settings it must have.
 
     Raises:
-        CheckpointError: If they are missing or not those of this version.
+        CheckpointError: They are missing, not those of this version, or of another kind of run.
     """
     path = run / "config.yaml"
     if not path.exists():
         raise CheckpointError(f"There is no run at {run}.", code="missing")
     try:
-        content = yaml.safe_load(path.read_text())
-        if isinstance(content, dict) and "instruct" in content:
-            return load_config(TuneConfig, file=path)
-        return load_config(PretrainConfig, file=path)
-    except (ConfigError, yaml.YAMLError) as error:
-        what = error.message if isinstance(error, ConfigError) else str(error)
+        content = read_yaml(path)
+        # Runs of version 0.1.0 do not say what they are of.
+        found = content.get("kind", "instruct" if "instruct" in content else "contrastive")
+        wanted = next(item.default for item in fields(kind) if item.name == "kind")
+        if found == wanted:
+            return load_config(kind, file=path)
+    except ConfigError as error:
         raise CheckpointError(
-            f"The settings of the run cannot be used: {what}",
+            f"The settings of the run cannot be used: {error.message}",
             hint="Begin again in another run folder.",
             code="damaged",
         ) from error
-
-
-def load_settings(run: Path) -> PretrainConfig:
-    """Reads the settings of a pretraining run.
-
-    Raises:
-        CheckpointError: If they are missing, not those of this version, or of a tuning.
-    """
-    made = read_settings(run)
-    if not isinstance(made, PretrainConfig):
-        raise CheckpointError(
-            f"{run} is a run of pathflip tune.",
-            hint=f"Name the run of pathflip pretrain it began with: {made.run}.",
-            code="other_kind",
-        )
-    return made
+    command = {"contrastive": "pretrain", "instruct": "tune"}.get(found, found)
+    began = f" it began with: {content['run']}" if found == "instruct" else ""
+    raise CheckpointError(
+        f"{run} is a run of pathflip {command}.",
+        hint=f"Name the run of pathflip pretrain{began}." if began else "Name another run folder.",
+        code="other_kind",
+    )
 
 
 def differing(made: TrainConfig, asked: TrainConfig) -> list[tuple[str, Any, Any]]:
@@ -452,48 +441,3 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
-
-
-def learning_rate(step: int, *, steps: int, peak: float, floor: float, warmup: float) -> float:
-    """Returns the learning rate of a step (from 0): linear to the peak, then cosine to the floor.
-
-    Args:
-        step: The step.
-        steps: All steps.
-        peak: Rate at the end of the warm-up.
-        floor: Rate of the last step.
-        warmup: Share of the steps that warm up.
-    """
-    rising = round(warmup * steps)
-    if step < rising:
-        return peak * (step + 1) / rising
-    share = (step - rising) / max(1, steps - 1 - rising)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def parameter_groups(
-    model: torch.nn.Module, weight_decay: float, rates: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
-    """Returns the parameters that train in groups: matrices decay, all else does not.
-
-    Not decayed are biases, norms, scales and the bias of the sigmoid loss (vectors and scalars),
-    and the query tokens.
-
-    Args:
-        model: The model.
-        weight_decay: Of the matrices.
-        rates: Learning rates of parts of the model, by their name in it, as a multiple of that of
-            the rest; each group has its own as ``rate``.
-    """
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tokens = "query_tokens" in name or "queries" in name or "latent" in name
-            plain = parameter.ndim < 2 or tokens
-            rate = (rates or {}).get(name.partition(".")[0], 1.0)
-            group = groups.setdefault(
-                (rate, plain),
-                {"params": [], "weight_decay": 0.0 if plain else weight_decay, "rate": rate},
-            )
-            group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]

@@ -1,12 +1,15 @@
-"""Contrastive pretraining: slides and captions into one space."""
+"""Contrastive pretraining: slides and captions, regions and sub-captions, in one space.
+
+PathFLIP, arXiv 2512.17621: the slide loss is Eq. 7-9, the region loss Eq. 6.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,28 +20,24 @@ from pathflip.models import PathFLIP, PathFLIPOutput
 from pathflip.models.data_init import warm_start
 from pathflip.training.config import PretrainConfig
 from pathflip.training.dataset import Corpus, make_corpus
-from pathflip.training.loader import Batch
-from pathflip.training.model_card import model_card
-from pathflip.training.objective import Stage, Task, about_model, start_batch
+from pathflip.training.model_card import about_model, pretrained_card
+from pathflip.training.objective import Loss, Objective, Stage, Worker
 from pathflip.training.run_dir import load_tensors
+from pathflip.training.slide_batches import SlideBatch, SlideDataset, named_means
 
 
-class Pretraining(Task):
-    """Slides and captions into one space: the alignment losses of the paper (Eq. 6-10).
+class Contrastive(Objective[SlideDataset, PretrainConfig]):
+    """Alignment of slides with captions and of regions with sub-captions."""
 
-    Args:
-        config: The settings.
-    """
+    command = "pretrain"
+    weights: ClassVar[Mapping[str, float]] = {"loss_slide": 1.0, "loss_region": 1.0}
 
-    losses = ("loss", "loss_slide", "loss_region")
+    # -- beginning --------------------------------------------------------------------------------
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
-
-    def corpus(self, archive: str) -> Corpus:
-        """Returns the slides with a caption."""
+    def select(self, archive: str) -> SlideDataset:
+        """Choose the slides with a caption."""
         config = self.config
-        return make_corpus(
+        corpus = make_corpus(
             Archive(archive),
             encoder=config.encoder,
             source=config.source,
@@ -46,23 +45,33 @@ class Pretraining(Task):
             seed=config.seed,
             val_fraction=config.val_fraction,
         )
+        return self._dataset(corpus)
 
-    def fitted(self, corpus: Corpus) -> PretrainConfig:
-        """Returns the settings with the width of the archive's features in them."""
-        width = corpus.about["encoder"]["dim"]
-        return replace(self.config, model=replace(self.config.model, feature_dim=width))
+    def load(self, path: Path) -> SlideDataset:
+        """Read the slides of a begun run."""
+        return self._dataset(Corpus.load(path))
 
-    def begin(self, corpus: Corpus) -> PathFLIP:
-        """Returns the model at its start: the same weights for the same seed and slides.
+    def _dataset(self, corpus: Corpus) -> SlideDataset:
+        return SlideDataset(corpus, self.config.sampling(), cache_bytes=self.config.cache_mb << 20)
+
+    def fitted(self, dataset: SlideDataset) -> Contrastive:
+        """Return the objective for features as wide as the archive's."""
+        width = dataset.corpus.about["encoder"]["dim"]
+        model = replace(self.config.model, feature_dim=width)
+        return type(self)(replace(self.config, model=model))
+
+    def initial(self, dataset: SlideDataset) -> PathFLIP:
+        """Return the model at its start: the same weights for the same seed and slides.
 
         A tokenizer, if need be, is trained on the captions to train on; what the model takes from
         data before training (input statistics, warm start) is fitted to some of the slides.
         """
-        model = self._drawn(corpus)
+        model = self._drawn(dataset.corpus)
         config = self.config
         if config.model.warm_start or config.model.feature_norm != "none":
-            batch = start_batch(corpus, config)
-            sentences = list(dict.fromkeys(t for i in batch.slides for t in corpus.pieces[i]))
+            batch = dataset.start_batch(config.max_regions)
+            pieces = dataset.corpus.pieces
+            sentences = list(dict.fromkeys(text for i in batch.slides for text in pieces[i]))
             if config.model.warm_start:
                 warm_start(model, batch.features, batch.patch_mask, sentences, seed=config.seed)
             else:
@@ -75,17 +84,19 @@ class Pretraining(Task):
         texts = [corpus.captions[i] for i in corpus.members("train").tolist()]
         return PathFLIP.from_preset(self.config.preset, texts=texts, **overrides)
 
-    def parameters(self, corpus: Corpus) -> tuple[int, int]:
-        """Returns how many parameters train, and that none is frozen."""
-        model = self._drawn(corpus)
+    def parameters(self, dataset: SlideDataset) -> tuple[int, int]:
+        """Return how many parameters train; none is frozen."""
+        model = self._drawn(dataset.corpus)
         return sum(p.numel() for p in model.parameters() if p.requires_grad), 0
 
-    def model(self, vision: PathFLIP, corpus: Corpus) -> PathFLIP:
-        """Returns the slide model itself."""
-        return vision
+    # -- training ---------------------------------------------------------------------------------
+
+    def build(self, dataset: SlideDataset, init: Path) -> PathFLIP:
+        """Build the slide model itself."""
+        return PathFLIP.from_pretrained(str(init))
 
     def stages(self, steps_per_epoch: int) -> list[Stage]:
-        """Returns the one stage there is."""
+        """Return the one stage there is."""
         config = self.config
         return [
             Stage(
@@ -97,34 +108,51 @@ class Pretraining(Task):
             )
         ]
 
-    def forward(
-        self, model: Any, features: torch.Tensor, mask: torch.Tensor, batch: Batch, group: Any
-    ) -> PathFLIPOutput:
-        """Returns losses and vectors of a micro-batch."""
+    def losses(self, model: Any, batch: SlideBatch, *, group: Any) -> dict[str, Loss]:
+        """Return slide and region loss of a micro-batch; each is a mean over its slides."""
+        output = self._output(model, batch, group)
+        return {"loss_slide": Loss(output.loss_slide), "loss_region": Loss(output.loss_region)}
+
+    def _output(self, model: Any, batch: SlideBatch, group: Any) -> PathFLIPOutput:
+        choice = batch.negative_choice
+        if self.config.model.negatives == "local":
+            choice = choice[:, batch.first : batch.first + len(batch.slides)]
         output: PathFLIPOutput = model(
-            features,
-            mask,
+            batch.features,
+            batch.patch_mask,
             batch.captions,
             batch.subcaptions,
-            negative_choice=batch.negative_choice.to(features.device, non_blocking=True),
+            negative_choice=choice,
             group=group,
         )
         return output
 
-    def size(self, output: PathFLIPOutput, slides: Sequence[int]) -> int:
-        """Returns the number of slides."""
-        return len(slides)
+    # -- the end ----------------------------------------------------------------------------------
 
-    def vectors(self, output: PathFLIPOutput) -> torch.Tensor:
-        """Returns the vectors of slides and captions."""
-        return torch.stack([output.slide, output.text])
-
-    def judge(
-        self, corpus: Corpus, slides: Sequence[int], vectors: torch.Tensor, losses: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Returns retrieval among the validation slides, and the losses."""
+    def evaluate(self, model: Any, dataset: SlideDataset, worker: Worker) -> dict[str, Any]:
+        """Return retrieval among the validation slides, and the losses."""
         from pathflip.evaluation.retrieval import retrieval
 
+        corpus = dataset.corpus
+        slides = corpus.members("val").tolist()
+        if not slides:
+            return {}
+        row = {slide: number for number, slide in enumerate(slides)}
+        width = self.config.model.d
+        vectors = torch.zeros(
+            2, len(slides), width
+        )  # of slides and texts; each worker fills in its
+        sums = torch.zeros(len(self.weights) + 2, dtype=torch.float64)
+        for chunk in dataset.validation_batches()[worker.rank :: worker.world]:
+            batch = dataset.batch(chunk, epoch=0, validating=True)
+            with worker.autocast():
+                output = self._output(model, batch.to(worker.device), worker.alone)
+            rows = [row[slide] for slide in chunk]
+            vectors[:, rows] = torch.stack([output.slide, output.text]).float().cpu()
+            parts = [output.loss, *(getattr(output, name) for name in self.weights)]
+            sums[:-1] += torch.stack([part.double().cpu() for part in parts]) * len(chunk)
+            sums[-1] += len(chunk)
+        vectors, sums = worker.summed(vectors), worker.summed(sums)
         captions = [corpus.captions[i] for i in slides]
         found = retrieval(vectors[0].numpy(), vectors[1].numpy(), captions, resamples=0, shuffles=0)
         recalls = [*found["itr"].values(), *found["tir"].values()]
@@ -135,14 +163,17 @@ class Pretraining(Task):
             "tir": found["tir"],
             "chance": found["chance"],
             "mean_recall": float(np.mean(recalls)),
-            **losses,
+            **named_means(("loss", *self.weights), sums),
         }
 
-    def export(self, run: Path, corpus: Corpus, best: Checkpoint, result: dict[str, Any]) -> str:
-        """Writes RUN/model."""
+    def export(
+        self, run: Path, dataset: SlideDataset, best: Checkpoint, result: dict[str, Any]
+    ) -> str:
+        """Write RUN/model."""
         model = PathFLIP.from_pretrained(str(run / "init"))
         load_tensors(model, best.tensors("model"))
-        card = model_card(run.name, self.config, corpus, result)
+        corpus = dataset.corpus
+        card = pretrained_card(run.name, self.config, corpus, result)
         about = about_model(
             self.config, corpus, result, run=run.name, fingerprint=model.fingerprint()
         )

@@ -1,10 +1,15 @@
-"""Instruction tuning: a slide model and a language model that answers about slides."""
+"""Instruction tuning: a slide model and a language model that answers about slides.
+
+PathFLIP, arXiv 2512.17621: the loss is the cross-entropy of the answers' tokens, Eq. 11. It trains
+in two stages, the projector alone on captions, then everything the settings name on captions and
+questions. The base language model is read, never written or copied into checkpoints.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +25,34 @@ from pathflip.models.instruct import InstructOutput, fingerprint_of
 from pathflip.models.small_llm import made_to_read
 from pathflip.training.config import TuneConfig
 from pathflip.training.dataset import Corpus, make_corpus
-from pathflip.training.loader import Batch
-from pathflip.training.model_card import tuned_card
-from pathflip.training.objective import Stage, Task, about_model, start_batch
+from pathflip.training.model_card import about_model, tuned_card
+from pathflip.training.objective import Loss, Objective, Stage, Worker
 from pathflip.training.run_dir import load_tensors
+from pathflip.training.slide_batches import VAL_SLIDES, SlideBatch, SlideDataset, named_means
 
 logger = logging.getLogger(__name__)
 
 
-class Tuning(Task):
-    """Answers about slides: cross-entropy of their tokens (Eq. 11), alignment along with it.
+class Instruct(Objective[SlideDataset, TuneConfig]):
+    """Answers about slides; the slide model's alignment may train along."""
 
-    Args:
-        config: The settings.
-    """
-
-    losses = ("loss", "loss_answer", "loss_slide", "loss_region")
+    command = "tune"
     exports = ("model", "llm")
 
     def __init__(self, config: TuneConfig) -> None:
-        self.config = config
-        self.val_slides = min(16, config.batch_size // config.accumulate)
-        self._align = 0.0
+        super().__init__(config)
+        self._aligning = False
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Losses with their weights; alignment counts in the stage that it trains in."""
+        align = self.config.align if self._aligning else 0.0
+        return {"loss_answer": 1.0, "loss_slide": align, "loss_region": align}
 
     # -- beginning --------------------------------------------------------------------------------
 
-    def corpus(self, archive: str) -> Corpus:
-        """Returns the slides with a caption or questions, and with which models it begins."""
+    def select(self, archive: str) -> SlideDataset:
+        """Choose the slides with a caption or questions; notes which models the run begins with."""
         config = self.config
         run = load_run(config.run)
         opened = Archive(archive)
@@ -79,16 +85,19 @@ class Tuning(Task):
             "fingerprint": run.fingerprint,
         }
         corpus.about["base"] = {"name": config.llm, "fingerprint": fingerprint_of(base)}
-        return corpus
+        return self._dataset(corpus)
 
-    def fitted(self, corpus: Corpus) -> TuneConfig:
-        """Returns the settings as they are."""
-        return self.config
+    def load(self, path: Path) -> SlideDataset:
+        """Read the slides of a begun run."""
+        return self._dataset(Corpus.load(path))
 
-    def begin(self, corpus: Corpus) -> PathFLIP:
-        """Returns the pretrained slide model."""
+    def _dataset(self, corpus: Corpus) -> SlideDataset:
+        return SlideDataset(corpus, self.config.sampling(), cache_bytes=self.config.cache_mb << 20)
+
+    def initial(self, dataset: SlideDataset) -> PathFLIP:
+        """Return the pretrained slide model."""
         run = load_run(self.config.run)
-        if run.fingerprint != corpus.about["vision"]["fingerprint"]:
+        if run.fingerprint != dataset.corpus.about["vision"]["fingerprint"]:
             raise CheckpointError(
                 f"{self.config.run} is not the model this tuning began with.",
                 hint="Restore it, or begin again in another folder.",
@@ -96,9 +105,10 @@ class Tuning(Task):
             )
         return run.model
 
-    def check(self, corpus: Corpus) -> None:
-        """Refuses another base language model than the run began with."""
-        if fingerprint_of(hub.find(self.config.llm)) != corpus.about["base"]["fingerprint"]:
+    def check(self, dataset: SlideDataset) -> None:
+        """Refuse another base language model than the run began with."""
+        base = dataset.corpus.about["base"]["fingerprint"]
+        if fingerprint_of(hub.find(self.config.llm)) != base:
             raise CheckpointError(
                 f"{self.config.llm} is not the language model this tuning began with: its files "
                 "have changed.",
@@ -106,36 +116,37 @@ class Tuning(Task):
                 code="other_model",
             )
 
-    def parameters(self, corpus: Corpus) -> tuple[int, int]:
-        """Returns how many parameters train in the last stage, and how many never do."""
-        model = self._built(self.begin(corpus), corpus)
-        kept = self.kept(model)
+    def parameters(self, dataset: SlideDataset) -> tuple[int, int]:
+        """Return how many parameters train in the last stage, and how many never do."""
+        model = self._built(self.initial(dataset), dataset)
+        saved = self.saved(model)
         sizes = {name: p.numel() for name, p in model.named_parameters()}
-        trained = sum(sizes[name] for name in kept)
+        trained = sum(sizes[name] for name in saved)
         return trained, sum(sizes.values()) - trained
 
     # -- training ---------------------------------------------------------------------------------
 
-    def model(self, vision: PathFLIP, corpus: Corpus) -> PathFLIPInstruct:
-        """Returns slide model, new projector and adapter, and the base language model."""
-        model = self._built(vision, corpus)
+    def build(self, dataset: SlideDataset, init: Path) -> PathFLIPInstruct:
+        """Build slide model, new projector and adapter, and the base language model."""
+        model = self._built(PathFLIP.from_pretrained(str(init)), dataset)
         if self.config.instruct.projector_start == "text":
-            batch = start_batch(corpus, self.config)
+            corpus = dataset.corpus
+            batch = dataset.start_batch(self.config.max_regions)
             train = corpus.members("train").tolist()
             sentences = sorted({text for i in train for text in corpus.pieces[i]})
             start_projector(model, batch.features, batch.patch_mask, sentences)
         return model
 
-    def _built(self, vision: PathFLIP, corpus: Corpus) -> PathFLIPInstruct:
+    def _built(self, vision: PathFLIP, dataset: SlideDataset) -> PathFLIPInstruct:
         """The model before anything is fitted to slides: enough to count it, or to be filled."""
         config = self.config
         model = PathFLIPInstruct.from_parts(vision, config.llm, config.instruct, seed=config.seed)
-        if model.base["fingerprint"] != corpus.about["base"]["fingerprint"]:
-            self.check(corpus)
+        if model.base["fingerprint"] != dataset.corpus.about["base"]["fingerprint"]:
+            self.check(dataset)
         return model
 
     def stages(self, steps_per_epoch: int) -> list[Stage]:
-        """Returns the projector's stage, if it has one, and that of all."""
+        """Return the projector's stage, if it has one, and that of all."""
         config = self.config
         first = config.projector_epochs * steps_per_epoch
         rest = config.epochs * steps_per_epoch
@@ -152,67 +163,79 @@ class Tuning(Task):
         )
         return [projector, every] if first else [every]
 
-    def enter(self, model: PathFLIPInstruct, stage: Stage) -> None:
-        """The projector alone, or what the settings name; alignment only trains in the latter."""
-        self._align = self.config.align if stage.name == "all" else 0.0
+    def trainable(self, model: PathFLIPInstruct, stage: Stage) -> None:
+        """Train the projector alone, or what the settings name; alignment trains in the latter."""
+        self._aligning = stage.name == "all"
         model.trainable(
             "all" if stage.name == "all" else "projector", align=bool(self.config.align)
         )
 
-    def kept(self, model: PathFLIPInstruct) -> Collection[str]:
-        """Returns what the last stage trains: the base is not in checkpoints unless it trains."""
+    def saved(self, model: PathFLIPInstruct) -> Collection[str]:
+        """Return what the last stage trains: the base is not in checkpoints unless it trains."""
         model.trainable("all", align=bool(self.config.align))
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
-    def forward(
-        self, model: Any, features: torch.Tensor, mask: torch.Tensor, batch: Batch, group: Any
-    ) -> InstructOutput:
-        """Returns the losses of a micro-batch."""
+    def counts(self, model: PathFLIPInstruct, batch: SlideBatch) -> dict[str, float]:
+        """Return the answers' tokens: their loss is a mean over those of all workers."""
+        ids = model.prompter.answer_ids
+        tokens = sum(len(ids(example.answer)) for own in batch.examples for example in own)
+        return dict.fromkeys(self.weights, 1.0) | {"loss_answer": float(tokens)}
+
+    def losses(self, model: Any, batch: SlideBatch, *, group: Any) -> dict[str, Loss]:
+        """Return the sum over the answers' tokens, and slide and region loss where they train."""
+        output = self._output(model, batch, group)
+        return {
+            "loss_answer": Loss(output.answer_sum, output.tokens),
+            "loss_slide": Loss(output.loss_slide),
+            "loss_region": Loss(output.loss_region),
+        }
+
+    def _output(self, model: Any, batch: SlideBatch, group: Any) -> InstructOutput:
+        choice = batch.negative_choice
+        vision = getattr(model, "module", model).vision  # below DistributedDataParallel
+        if vision.config.negatives == "local":
+            choice = choice[:, batch.first : batch.first + len(batch.slides)]
         output: InstructOutput = model(
-            features,
-            mask,
+            batch.features,
+            batch.patch_mask,
             batch.examples,
             captions=batch.captions,
             subcaptions=batch.subcaptions,
-            negative_choice=batch.negative_choice.to(features.device, non_blocking=True),
+            negative_choice=choice,
             group=group,
-            align=self._align,
+            align=self.weights["loss_slide"],
         )
         return output
 
-    def weights(self, model: PathFLIPInstruct, batches: Sequence[Batch]) -> list[float]:
-        """Returns the answers' tokens: their mean is over those of all workers."""
-        ids = model.prompter.answer_ids
-        return [
-            float(sum(len(ids(example.answer)) for own in batch.examples for example in own))
-            for batch in batches
-        ]
-
-    def parts(self, output: InstructOutput, share: float) -> list[torch.Tensor]:
-        """Returns the losses, that of the answers as their tokens count."""
-        answer = output.loss_answer * share
-        # With share 1, as in one process, nothing is rounded anew.
-        loss = output.loss + (answer - output.loss_answer)
-        return [loss, answer, output.loss_slide, output.loss_region]
-
-    # -- validation -------------------------------------------------------------------------------
-
-    def size(self, output: InstructOutput, slides: Sequence[int]) -> int:
-        """Returns the number of answer tokens."""
-        return output.tokens
-
-    def judge(
-        self, corpus: Corpus, slides: Sequence[int], vectors: torch.Tensor, losses: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the losses."""
-        return {"n": len(slides), **losses}
-
     # -- the end ----------------------------------------------------------------------------------
 
-    def export(self, run: Path, corpus: Corpus, best: Checkpoint, result: dict[str, Any]) -> str:
-        """Writes RUN/model, what was tuned, and RUN/llm, a language model any engine reads."""
-        model = self._built(PathFLIP.from_pretrained(str(run / "init")), corpus)
-        load_tensors(model, best.tensors("model"), self.kept(model))
+    def evaluate(
+        self, model: PathFLIPInstruct, dataset: SlideDataset, worker: Worker
+    ) -> dict[str, Any]:
+        """Return the losses of the validation slides, means over their answers' tokens."""
+        config, slides = self.config, dataset.corpus.members("val")
+        if not len(slides):
+            return {}
+        names = ("loss", *self.weights)
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        most = min(VAL_SLIDES, config.batch_size // config.accumulate)
+        for chunk in dataset.validation_batches(most_slides=most)[worker.rank :: worker.world]:
+            batch = dataset.batch(chunk, epoch=0, validating=True)
+            with worker.autocast():
+                output = self._output(model, batch.to(worker.device), worker.alone)
+            parts = [getattr(output, name) for name in names]
+            sums[:-1] += torch.stack([part.double().cpu() for part in parts]) * output.tokens
+            sums[-1] += output.tokens
+        sums = worker.summed(sums)
+        return {"n": len(slides), **named_means(names, sums)}
+
+    def export(
+        self, run: Path, dataset: SlideDataset, best: Checkpoint, result: dict[str, Any]
+    ) -> str:
+        """Write RUN/model, what was tuned, and RUN/llm, a language model any engine reads."""
+        corpus = dataset.corpus
+        model = self._built(PathFLIP.from_pretrained(str(run / "init")), dataset)
+        load_tensors(model, best.tensors("model"), self.saved(model))
         model.eval()
         write_whole(run / "llm", model.save_merged, step=best.step)
         vision, card = corpus.about["vision"], tuned_card(run.name, self.config, corpus, result)
@@ -220,7 +243,6 @@ class Tuning(Task):
         # A slide model that did not change keeps its name, and with it the vectors made with it.
         name = vision["run"] if fingerprint == vision["fingerprint"] else run.name
         about = about_model(self.config, corpus, result, run=name, fingerprint=fingerprint) | {
-            "kind": "instruct",
             "instruct_fingerprint": model.fingerprint(),
             "base": corpus.about["base"],
             "max_regions": self.config.max_regions,

@@ -1,8 +1,9 @@
-"""The model cards of runs: what they are, what they saw, what they score, what they are not for."""
+"""Model cards of runs: contents, data, results, settings and limits; and their pathflip.json."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from pathflip.training.config import AnyConfig, PretrainConfig, TuneConfig, save
 from pathflip.training.dataset import Corpus
 
 
-def model_card(name: str, config: PretrainConfig, corpus: Corpus, result: dict[str, Any]) -> str:
-    """Returns the model card: what it is, what it saw, what it scores, what it is not for."""
+def pretrained_card(
+    name: str, config: PretrainConfig, corpus: Corpus, result: dict[str, Any]
+) -> str:
+    """Returns the model card of a pretraining run."""
     val = result["val"]
 
     def row(what: str, cells: Callable[[str], str]) -> str:
@@ -128,3 +131,32 @@ def _training(config: AnyConfig, result: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def about_model(
+    config: AnyConfig, corpus: Corpus, result: dict[str, Any], *, run: str, fingerprint: str
+) -> dict[str, Any]:
+    """Returns pathflip.json of an exported model.
+
+    Args:
+        config: The settings.
+        corpus: The slides.
+        result: The run's result.json.
+        run: Name of the slide model, see ``pathflip.checkpoints.model_name``.
+        fingerprint: Fingerprint of the slide model.
+    """
+    return {
+        "run": run,
+        "kind": config.kind,
+        "family": config.family,
+        "preset": config.preset,
+        "step": result["best_step"],
+        "fingerprint": fingerprint,
+        "encoder": corpus.about["encoder"],
+        "tiling": corpus.about["tiling"],
+        "archive": {"uri": corpus.about["archive"], "slides": len(corpus),
+                    "sha256": corpus.digest()},
+        "split": {**corpus.counts(), "seed": config.seed, "val_fraction": config.val_fraction},
+        "val": result["val"],
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip

@@ -1,29 +1,93 @@
-"""What there is to train: what the loop and the run folder ask of it.
+"""The seam between the trainer and a model family: data, losses, validation, export.
 
-``jobs/pretrain.py`` and ``jobs/tune.py`` each have a task; ``training.py`` runs whichever the
-settings of a run are of. A task makes the model, says what of it trains when, turns batches into
-losses, judges a validation, and writes what the run is for.
+The trainer knows neither slides nor text. A :class:`Dataset` says what the items of a run are, in
+which order they come and how a batch of them is drawn; an :class:`Objective` says how the model is
+built, what its losses are, what trains when, how it is validated and what a finished run holds. A
+new model family adds one of each, and no line to the trainer.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from pathflip.checkpoints import Checkpoint
-from pathflip.models import PathFLIP
-from pathflip.training.config import AnyConfig, TuneConfig
-from pathflip.training.dataset import Corpus, rng_for
-from pathflip.training.loader import Batch, Batches, FeatureReader
 
-START_SLIDES, START_REGIONS, START_BYTES = 128, 24, 256 << 20
-"""How much of the training data a model is started from: slides, regions of each, fp16 bytes."""
+if TYPE_CHECKING:
+    from pathflip.training.config import TrainConfig
+
+
+class Batch(Protocol):
+    """A micro-batch of one worker."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch on a device."""
+        ...
+
+    def pin_memory(self) -> Self:
+        """Return the batch in page-locked memory."""
+        ...
+
+
+class Dataset(Protocol):
+    """Items of a run, their order and how a batch of them is drawn.
+
+    What is drawn is a function of (seed, epoch, item), never of the worker that draws it.
+    """
+
+    @property
+    def unit(self) -> str:
+        """What an item is called, in the plural: ``slides``."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimisation steps of an epoch."""
+        ...
+
+    def micro_batches(self, step: int, *, rank: int = 0, world: int = 1) -> Sequence[Batch]:
+        """Return a worker's share of a step, a micro-batch each."""
+        ...
+
+    @property
+    def archive(self) -> str:
+        """URI of the archive the items are from."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write the list of items, from which a run that is resumed goes on."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts of items by split and what else a dry run shows."""
+        ...
+
+    def memory_mb(self, num_items: int, /, *, read_ahead: int) -> dict[str, float]:
+        """Return MiB a worker needs for data with so many items in a micro-batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of a micro-batch as a sum and what it is a sum over.
+
+    The loss of a step is the sum over all micro-batches and workers, divided by the sum of the
+    counts. A loss that is a mean within its micro-batch (as one over pairs is) has count 1.
+
+    Attributes:
+        total: The sum, a scalar with its gradient.
+        count: Number of terms.
+    """
+
+    total: torch.Tensor
+    count: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +95,12 @@ class Stage:
     """Steps that train the same weights on one schedule.
 
     Attributes:
-        name: Of the stage.
+        name: Name of the stage.
         start: Its first step.
-        steps: How many it has.
+        steps: Number of its steps.
         lr: Peak learning rate.
-        weight_decay: Of matrices.
-        rates: Learning rates of parts of the model, as multiples of it.
+        weight_decay: Weight decay of matrices.
+        rates: Learning rates of parts of the model, as multiples of ``lr``.
     """
 
     name: str
@@ -47,151 +111,140 @@ class Stage:
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
-class Task(ABC):
-    """One kind of training.
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """One of the processes that train together.
 
     Attributes:
-        losses: What is logged of a step, attributes of what :meth:`forward` returns; the first is
-            minimised.
-        exports: Folders of a finished run.
-        val_slides: Most slides of a validation batch.
+        rank: This process.
+        world: Number of processes.
+        device: Where it computes.
+        bf16: Whether losses are computed under autocast to bfloat16.
+        group: Process group of all; None in one process.
+        alone: Process group of this process only; None in one process.
     """
 
-    losses: ClassVar[tuple[str, ...]]
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    bf16: bool = False
+    group: Any = None
+    alone: Any = None
+
+    def autocast(self) -> Any:
+        """Return the context that losses are computed in."""
+        if not self.bf16:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def summed(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes, on the CPU."""
+        if self.world == 1:
+            return values.cpu()
+        total = values.to(self.device)
+        dist.all_reduce(total, group=self.group)
+        return total.cpu()
+
+
+D = TypeVar("D", bound=Dataset)
+C = TypeVar("C", bound="TrainConfig")
+
+
+class Objective(ABC, Generic[D, C]):
+    """Interface between the trainer and a model family.
+
+    An objective holds settings only, so that it can be sent to the processes that train.
+
+    Args:
+        config: Settings of the run.
+
+    Attributes:
+        command: The command that makes such runs, as messages name it.
+        exports: Folders of a finished run.
+    """
+
+    command: ClassVar[str]
     exports: ClassVar[tuple[str, ...]] = ("model",)
-    val_slides: int = 16
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, float]:
+        """Losses by name with their weights; the weighted sum is minimised."""
 
     # -- beginning --------------------------------------------------------------------------------
 
     @abstractmethod
-    def corpus(self, archive: str) -> Corpus:
-        """Returns the slides a new run would train on; refuses what cannot work."""
+    def select(self, archive: str) -> D:
+        """Choose what a new run trains on; refuses what cannot work."""
 
     @abstractmethod
-    def fitted(self, corpus: Corpus) -> AnyConfig:
-        """Returns the settings with what follows from the slides filled in."""
+    def load(self, path: Path) -> D:
+        """Read what :meth:`Dataset.save` wrote."""
+
+    def fitted(self, dataset: D) -> Self:
+        """Return the objective with what follows from the data in its settings."""
+        return self
 
     @abstractmethod
-    def begin(self, corpus: Corpus) -> PathFLIP:
-        """Returns the slide model the run starts from; it is kept in RUN/init."""
+    def initial(self, dataset: D) -> Any:
+        """Return the model the run starts from, with ``save_pretrained``; kept in RUN/init."""
 
     @abstractmethod
-    def parameters(self, corpus: Corpus) -> tuple[int, int]:
-        """Returns how many parameters train, and how many do not."""
+    def parameters(self, dataset: D) -> tuple[int, int]:
+        """Return how many parameters train, and how many never do."""
 
-    def check(self, corpus: Corpus) -> None:  # noqa: B027  # most have nothing to check
-        """Refuses to go on where what a begun run needs besides its folder has changed."""
+    def check(self, dataset: D) -> None:  # most have nothing to check
+        """Refuse to go on where what a begun run needs besides its folder has changed."""
 
     # -- training ---------------------------------------------------------------------------------
 
     @abstractmethod
-    def model(self, vision: PathFLIP, corpus: Corpus) -> torch.nn.Module:
-        """Returns the model to train as it is before the first step, on the CPU."""
+    def build(self, dataset: D, init: Path) -> torch.nn.Module:
+        """Build the model as it is before the first step, on the CPU.
+
+        Args:
+            dataset: The data of the run.
+            init: The folder with the model of :meth:`initial`.
+        """
 
     @abstractmethod
     def stages(self, steps_per_epoch: int) -> list[Stage]:
-        """Returns the stages, in their order, without gaps."""
+        """Return the stages, in their order, without gaps."""
 
-    def enter(self, model: Any, stage: Stage) -> None:  # noqa: B027  # most have one stage
-        """Chooses what of the model trains in a stage."""
+    def trainable(self, model: Any, stage: Stage) -> None:  # most have one stage
+        """Choose what of the model trains in a stage."""
 
-    def kept(self, model: Any) -> Collection[str] | None:
-        """Returns the tensors that checkpoints hold: those that ever train; None for all."""
+    def saved(self, model: Any) -> Collection[str] | None:
+        """Return the tensors that checkpoints hold: those that ever train; None for all."""
         return None
+
+    def counts(self, model: Any, batch: Any) -> dict[str, float]:
+        """Return the counts of a micro-batch's losses, known before its forward pass."""
+        return dict.fromkeys(self.weights, 1.0)
 
     @abstractmethod
-    def forward(
-        self, model: Any, features: torch.Tensor, mask: torch.Tensor, batch: Batch, group: Any
-    ) -> Any:
-        """Returns the model's output for a micro-batch whose features are on the device."""
-
-    def weights(self, model: Any, batches: Sequence[Batch]) -> list[float] | None:
-        """Returns how much each micro-batch counts in the loss of a step; None: all the same."""
-        return None
-
-    def parts(self, output: Any, share: float) -> list[torch.Tensor]:
-        """Returns the losses of a micro-batch, as it counts.
+    def losses(self, model: Any, batch: Any, *, group: Any) -> dict[str, Loss]:
+        """Return the losses of a micro-batch that is on the device.
 
         Args:
-            output: Of :meth:`forward`.
-            share: How much it counts, 1 in the mean over the step's micro-batches.
-        """
-        return [getattr(output, name) for name in self.losses]
-
-    # -- validation -------------------------------------------------------------------------------
-
-    @abstractmethod
-    def size(self, output: Any, slides: Sequence[int]) -> int:
-        """Returns what the mean losses of a validation batch are means over."""
-
-    def vectors(self, output: Any) -> torch.Tensor | None:
-        """Returns vectors of a validation batch [2, b, d], slides and texts; None without."""
-        return None
-
-    @abstractmethod
-    def judge(
-        self, corpus: Corpus, slides: Sequence[int], vectors: torch.Tensor, losses: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Returns what is noted of a validation.
-
-        Args:
-            corpus: The slides of the run.
-            slides: Those that validate.
-            vectors: Of :meth:`vectors`, for all of them.
-            losses: The means of the losses, None where one is not finite.
+            model: The model, wrapped where several processes train it.
+            batch: The micro-batch.
+            group: Process group to gather from; None for this process alone.
         """
 
     # -- the end ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def export(self, run: Path, corpus: Corpus, best: Checkpoint, result: dict[str, Any]) -> str:
-        """Writes the folders in ``exports`` and returns the model card."""
+    def evaluate(self, model: Any, dataset: D, worker: Worker) -> dict[str, Any]:
+        """Measure the model on the validation items; every worker takes part, all return the same.
 
+        Returns:
+            Metrics, ``config.metric`` among them; empty without validation items.
+        """
 
-def task_of(config: AnyConfig) -> Task:
-    """Returns the task that settings are of."""
-    if isinstance(config, TuneConfig):
-        from pathflip.training.instruct import Tuning
-
-        return Tuning(config)
-    from pathflip.training.contrastive import Pretraining
-
-    return Pretraining(config)
-
-
-def start_batch(corpus: Corpus, config: AnyConfig) -> Batch:
-    """Returns some training slides, the same for the same seed: what a start is fitted to."""
-    whole = max(1, corpus.about["slots"] * corpus.about["encoder"]["dim"] * 2)
-    most = min(config.max_regions or START_REGIONS, START_REGIONS)
-    count = max(2, min(START_SLIDES, START_BYTES // (whole * most)))
-    train = corpus.members("train").tolist()
-    chosen = rng_for("start", config.seed).permutation(train)[:count].tolist()
-    sampling = replace(config.sampling(), max_regions=most)
-    return Batches(FeatureReader(corpus), sampling).draw(chosen, chosen, epoch=0)
-
-
-def about_model(
-    config: AnyConfig, corpus: Corpus, result: dict[str, Any], *, run: str, fingerprint: str
-) -> dict[str, Any]:
-    """Returns pathflip.json of an exported model.
-
-    Args:
-        config: The settings.
-        corpus: The slides.
-        result: What is noted in result.json.
-        run: What the slide model is called by, see ``pathflip.checkpoints.model_name``.
-        fingerprint: Of the slide model.
-    """
-    return {
-        "run": run,
-        "preset": config.preset,
-        "step": result["best_step"],
-        "fingerprint": fingerprint,
-        "encoder": corpus.about["encoder"],
-        "tiling": corpus.about["tiling"],
-        "archive": {"uri": corpus.about["archive"], "slides": len(corpus),
-                    "sha256": corpus.digest()},
-        "split": {**corpus.counts(), "seed": config.seed, "val_fraction": config.val_fraction},
-        "val": result["val"],
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    @abstractmethod
+    def export(self, run: Path, dataset: D, best: Checkpoint, result: dict[str, Any]) -> str:
+        """Write the folders in ``exports`` and return the model card."""

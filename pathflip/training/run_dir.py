@@ -1,7 +1,7 @@
-"""The folder of a run: how it begins, what is logged in it, how it ends.
+"""The run folder: how it begins, the log of training, how it ends.
 
-``prepare`` writes settings, the list of slides and the slide model to start from; ``RunLog`` is
-what rank 0 writes while training; ``finish`` exports the best weights with their model card.
+``prepare`` writes settings, the items and the model to start from; rank 0 writes ``RunLog`` while
+training; ``finish`` exports the best weights with their model card.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,46 +35,52 @@ from pathflip.errors import (
     from_dict,
 )
 from pathflip.files import FileLock, replacing, write_file
-from pathflip.training.config import AnyConfig, TuneConfig, differing, read_settings, save_settings
-from pathflip.training.dataset import Corpus, steps_per_epoch
-from pathflip.training.objective import task_of
+from pathflip.training.config import TrainConfig, differing, read_settings, save_settings
+from pathflip.training.objective import Dataset, Objective
 
+DATA = "data.parquet"
+"""The items of a run."""
 STOPPED, PROGRESS = ".stopped.json", ".progress.json"
 WRITER_WAIT_S = 60.0
 """How long to wait for a rank 0 of the attempt before, which Ray or the kernel is ending."""
+
+Kind = TypeVar("Kind", bound=Objective[Any, Any])
+D = TypeVar("D", bound=Dataset)
 
 
 # -- beginning ------------------------------------------------------------------------------------
 
 
-def prepare(archive: str, run: str | Path, config: AnyConfig) -> Corpus:
+def prepare(objective: Kind, archive: str, run: str | Path) -> tuple[Kind, Any]:
     """Make the run folder, or check that it is of the same run.
 
     Everything that cannot work is refused here, before any worker starts.
 
     Args:
+        objective: What is to be trained.
         archive: The archive's URI.
         run: The run folder.
-        config: The settings.
 
     Returns:
-        The slides of the run.
+        The objective fitted to the data, and the data of the run.
 
     Raises:
         ConfigError: The folder holds a run with other settings (the first differing one is named)
-            or other files, or the slides do not suit the settings.
+            or other files, or the data does not suit the settings.
         ArchiveError, EncoderError, CheckpointError: The archive or a model cannot be used.
     """
     run = Path(run).absolute()
-    task = task_of(config)
     if (run / "config.yaml").exists():
-        corpus = _same_run(archive, run, config)
-        if finished(run) is None:
-            task.check(corpus)
+        made = read_settings(run, type(objective.config))
+        dataset = objective.load(run / DATA)
+        objective = objective.fitted(dataset)
+        _check_same_run(made, objective.config, dataset, archive, run)
+        if finished(run, objective.exports) is None:
+            objective.check(dataset)
             if not (run / "init").exists():  # its model was lost
-                again = task_of(read_settings(run)).begin(corpus)
+                again = objective.initial(dataset)
                 write_whole(run / "init", lambda part: again.save_pretrained(str(part)))
-        return corpus
+        return objective, dataset
     if run.is_dir() and (
         alien := [
             p.name
@@ -87,41 +93,35 @@ def prepare(archive: str, run: str | Path, config: AnyConfig) -> Corpus:
             hint="Give a new or empty folder.",
             code="not_empty",
         )
-    corpus = task.corpus(archive)
-    config = task.fitted(corpus)
-    steps_per_epoch(corpus, config.batch_size)  # enough slides for a batch
-    model = task_of(config).begin(corpus)
+    dataset = objective.select(archive)
+    objective = objective.fitted(dataset)
+    _ = dataset.steps_per_epoch  # enough items for a batch
+    model = objective.initial(dataset)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        with replacing(run / "data.parquet", one_writer=True) as part:
-            corpus.save(part)
+        with replacing(run / DATA, one_writer=True) as part:
+            dataset.save(part)
         write_whole(run / "init", lambda part: model.save_pretrained(str(part)))
         write_file(run / "versions.json", json.dumps(versions(), indent=1))
-        write_file(run / "config.yaml", save_settings(config))  # last: now it is a run
+        write_file(run / "config.yaml", save_settings(objective.config))  # last: now it is a run
     except OSError as error:
         raise ConfigError(
             f"The run {run} cannot be written: {error.strerror}.",
             hint="Check permissions and space, or give another folder.",
             code="not_permitted",
         ) from error
-    return corpus
+    return objective, dataset
 
 
-_OWN = ("init", "data.parquet", "versions.json", ".lock", ".writer", ".data.parquet.partial",
-        ".init.partial")  # fmt: skip
+_OWN = ("init", DATA, "versions.json", ".lock", ".writer", f".{DATA}.partial", ".init.partial")
 """What a preparation that was killed may have left."""
 
 
-def _same_run(archive: str, run: Path, config: AnyConfig) -> Corpus:
-    made, corpus = read_settings(run), Corpus.load(run / "data.parquet")
-    if type(made) is not type(config):
-        kind = "tune" if isinstance(made, TuneConfig) else "pretrain"
-        raise ConfigError(
-            f"{run} is a run of pathflip {kind}.",
-            hint="Give another run folder.",
-            code="other_settings",
-        )
-    if differ := differing(made, task_of(config).fitted(corpus)):
+def _check_same_run(
+    made: TrainConfig, asked: TrainConfig, dataset: Dataset, archive: str, run: Path
+) -> None:
+    """Refuse to go on with other settings or another archive than the run was begun with."""
+    if differ := differing(made, asked):
         key, old, new = differ[0]
         more = "" if len(differ) == 1 else f" ({len(differ) - 1} more differ)"
         raise ConfigError(
@@ -130,13 +130,12 @@ def _same_run(archive: str, run: Path, config: AnyConfig) -> Corpus:
             hint="Repeat the settings of the run (its config.yaml), or give another run folder.",
             code="other_settings",
         )
-    if corpus.about["archive"] != normalise(archive):
+    if dataset.archive != normalise(archive):
         raise ConfigError(
-            f"{run} was begun with --archive {corpus.about['archive']}; this asks for {archive}.",
+            f"{run} was begun with --archive {dataset.archive}; this asks for {archive}.",
             hint="Name the same archive, or give another run folder.",
             code="other_settings",
         )
-    return corpus
 
 
 def versions() -> dict[str, Any]:
@@ -318,29 +317,33 @@ def may_pass(error: PathFLIPError) -> bool:
 # -- the end --------------------------------------------------------------------------------------
 
 
-def finished(run: str | Path) -> dict[str, Any] | None:
-    """Returns the result of a run whose model is there and intact; None if it is not finished."""
+def finished(run: str | Path, exports: Sequence[str] = ("model",)) -> dict[str, Any] | None:
+    """Returns the result of a run whose exports are there and intact; None if it is not finished.
+
+    Args:
+        run: The run folder.
+        exports: Folders that a finished run holds, see :class:`Objective`.
+    """
     run = Path(run)
     try:
         result: dict[str, Any] = json.loads((run / "result.json").read_bytes())
-        for folder in task_of(read_settings(run)).exports:
+        for folder in exports:
             verify_whole(run / folder)
     except (FileNotFoundError, CheckpointError):
         return None
     return result
 
 
-def finish(run: str | Path, corpus: Corpus) -> dict[str, Any]:
+def finish(objective: Objective[D, Any], dataset: D, run: str | Path) -> dict[str, Any]:
     """Export the best weights and write the model card and result.json.
 
     Raises:
         TrainingError: If training has not reached its last step.
     """
     run = Path(run).absolute()
-    config = read_settings(run)
     last = latest_checkpoint(run / "checkpoints")
     best = best_checkpoint(run / "checkpoints")
-    steps = config.total_steps(steps_per_epoch(corpus, config.batch_size))
+    steps = objective.config.total_steps(dataset.steps_per_epoch)
     if last is None or best is None or last.step < steps:
         raise TrainingError(
             f"The training of {run} ended at step {last.step if last else 0:,} of {steps:,}.",
@@ -352,6 +355,8 @@ def finish(run: str | Path, corpus: Corpus) -> dict[str, Any]:
     val = best.state()["val"] if best.metric is not None else state["val"]
     result = {
         "run": str(run),
+        "kind": objective.config.kind,
+        "family": objective.config.family,
         "steps": last.step,
         "loss": sum(recent) / len(recent) if recent else None,
         "val": val,
@@ -359,7 +364,7 @@ def finish(run: str | Path, corpus: Corpus) -> dict[str, Any]:
         "best_step": best.step,
         "skipped": state["skipped"],
     }
-    card = task_of(config).export(run, corpus, best, result)
+    card = objective.export(run, dataset, best, result)
     write_file(run / "README.md", card)
     write_file(run / "result.json", json.dumps(result, indent=1))
     return result

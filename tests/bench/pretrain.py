@@ -251,6 +251,7 @@ def perform_runs(steps: Sequence[Report]) -> None:
     """In the measured process: train the same thing again and again."""
     from jobs import pretrain
     from pathflip.training import run_dir, trainer
+    from pathflip.training.contrastive import Contrastive
     from tests.archives import make_archive
 
     with tempfile.TemporaryDirectory(prefix="pathflip-bench-") as folder:
@@ -264,9 +265,9 @@ def perform_runs(steps: Sequence[Report]) -> None:
             config = pretrain.resolve("pathflip/mini", overrides=settings)
             run = Path(folder, f"run-{number}")
             if wanted["bare"]:
-                run_dir.prepare(archive, run, config)
+                objective, _ = run_dir.prepare(Contrastive(config), archive, run)
                 torch.set_num_threads(THREADS)
-                trainer.train(run)
+                trainer.train(run, objective)
             else:
                 pretrain.pretrain(archive, run, config)
             print("@" + json.dumps(wanted), flush=True)

@@ -56,12 +56,13 @@ def pair(archive: str, cluster: str, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def alone(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, without Ray, to which nothing happens."""
+    from pathflip.training.contrastive import Contrastive
     from pathflip.training.trainer import train
 
     run = tmp_path_factory.mktemp("alone") / "run"
-    corpus = run_dir.prepare(archive, run, settings())
-    train(run)
-    run_dir.finish(run, corpus)
+    objective, dataset = run_dir.prepare(Contrastive(settings()), archive, run)
+    train(run, objective)
+    run_dir.finish(objective, dataset, run)
     return run
 
 

@@ -13,6 +13,7 @@ import pytest
 from jobs.tune import tune
 from pathflip.checkpoints import latest_checkpoint, load_run
 from pathflip.training import run_dir
+from pathflip.training.instruct import Instruct
 from pathflip.training.trainer import train
 from tests import faults
 from tests.tuning import make_given
@@ -36,8 +37,8 @@ def logged_step(run: Path) -> int:
 def test_two_workers_one_killed(cluster: str, tmp_path: Path) -> None:
     given = make_given(tmp_path)
     alone, run = tmp_path / "alone", tmp_path / "run"
-    run_dir.prepare(given.archive, alone, given.settings(*SETTINGS))
-    train(alone)
+    objective, _ = run_dir.prepare(Instruct(given.settings(*SETTINGS)), given.archive, alone)
+    train(alone, objective)
     settings = given.settings(*SETTINGS, "max_workers=2")
     killed = []
 

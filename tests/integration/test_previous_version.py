@@ -24,7 +24,10 @@ from pathflip.archive.verify import verify
 from pathflip.checkpoints import load_run
 from pathflip.synth import make_slide
 from pathflip.training import run_dir
+from pathflip.training.config import PretrainConfig, TuneConfig, read_settings
+from pathflip.training.contrastive import Contrastive
 from pathflip.training.dataset import Corpus
+from pathflip.training.instruct import Instruct
 from pathflip.training.trainer import train
 
 PACKED = Path(__file__).parents[1] / "previous" / "v0.1.0.tar.xz"
@@ -70,30 +73,39 @@ def assert_same(found: Any, made: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("begun", "finished", "last"), [("pretraining", "pretrained", 16), ("tuning", "tuned", 12)]
+    ("kind", "settings", "begun", "finished", "last"),
+    [
+        (Contrastive, PretrainConfig, "pretraining", "pretrained", 16),
+        (Instruct, TuneConfig, "tuning", "tuned", 12),
+    ],
 )
 def test_a_run_begun_before_goes_on_as_it_would_have(
-    previous: Path, tmp_path: Path, begun: str, finished: str, last: int
+    previous: Path, tmp_path: Path, kind: Any, settings: Any, begun: str, finished: str, last: int
 ) -> None:
     run = tmp_path / begun
     shutil.copytree(previous / begun, run)
-    corpus = run_dir.prepare(str(previous / "archive"), run, run_dir.read_settings(run))
-    train(run)
+    asked = kind(read_settings(run, settings))
+    objective, dataset = run_dir.prepare(asked, str(previous / "archive"), run)
+    train(run, objective)
     made, found = lines(previous / finished), lines(run)
     assert [line["step"] for line in found] == [line["step"] for line in made]
     assert found[-1]["step"] == last
     for a, b in zip(found, made, strict=True):
         assert_same(a, b)
-    result = run_dir.finish(run, corpus)
+    result = run_dir.finish(objective, dataset, run)
     before = json.loads((previous / finished / "result.json").read_text())
-    assert result.keys() == before.keys()
+    assert result.keys() == before.keys() | {"kind", "family"}
     for key in ("loss", "val", "best_step", "skipped", "steps"):
         assert_same(result[key], before[key])
 
 
-@pytest.mark.parametrize("name", ["pretrained", "tuned"])
-def test_a_finished_run_is_finished_and_opens(previous: Path, name: str) -> None:
-    assert run_dir.finished(previous / name) is not None
+@pytest.mark.parametrize(
+    ("name", "exports"), [("pretrained", Contrastive.exports), ("tuned", Instruct.exports)]
+)
+def test_a_finished_run_is_finished_and_opens(
+    previous: Path, name: str, exports: tuple[str, ...]
+) -> None:
+    assert run_dir.finished(previous / name, exports) is not None
     run = load_run(previous / name)
     assert run.encoder["name"] == "tex"
     archive = Archive(previous / "archive")

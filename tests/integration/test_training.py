@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from pathflip.checkpoints import latest_checkpoint, load_run
 from pathflip.errors import CheckpointError, ConfigError, TrainingError
 from pathflip.training import run_dir, trainer
-from pathflip.training.config import PretrainConfig, resolve
+from pathflip.training.config import resolve
+from pathflip.training.contrastive import Contrastive
+from pathflip.training.objective import Loss, Worker
 from pathflip.training.trainer import train
 from tests.archives import TINY, make_archive
 
@@ -53,12 +55,17 @@ class Seen:
 
 
 def go(
-    archive: str, run: Path, *settings: str, until: int | None = None, seen: Seen | None = None
-) -> PretrainConfig:
+    archive: str,
+    run: Path,
+    *settings: str,
+    until: int | None = None,
+    seen: Seen | None = None,
+    kind: type[Contrastive] = Contrastive,
+) -> Contrastive:
     """Prepare and train in this process; ``until``: cut off after that step."""
     config = resolve("pathflip/mini", overrides=[*SETTINGS, *settings])
-    run_dir.prepare(archive, run, config)
-    real = trainer._Trainer._step
+    objective, _ = run_dir.prepare(kind(config), archive, run)
+    real = trainer.Trainer._step
 
     def step(trainer: Any, model: Any, micro_batches: Any) -> Any:
         if seen is not None:
@@ -66,17 +73,17 @@ def go(
             seen.steps.append((trainer.counters.step, slides))
         return real(trainer, model, micro_batches)
 
-    def progress(at: trainer.Progress) -> None:
+    def progress(at: trainer.TrainingProgress) -> None:
         if at.step == until:
             raise Cut
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer._Trainer, "_step", step)
+        patch.setattr(trainer.Trainer, "_step", step)
         try:
-            train(run, progress=progress)
+            train(run, objective, progress=progress)
         except Cut:
             assert until is not None
-    return config
+    return objective
 
 
 @pytest.fixture(scope="module")
@@ -187,26 +194,27 @@ def test_another_seed_is_another_run(
 # -- not finite -----------------------------------------------------------------------------------
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
-    real = trainer._Trainer._forward
+def poisoned(steps: set[int], value: float) -> type[Contrastive]:
+    """The objective with a slide loss that is not finite in some steps."""
 
-    def forward(trainer: Any, model: Any, batch: Any, group: Any) -> Any:
-        output = real(trainer, model, batch, group)
-        if torch.is_grad_enabled() and trainer.counters.step in steps:
-            return replace(output, loss=output.loss * value)
-        return output
+    class Poisoned(Contrastive):
+        step = 0
 
-    monkeypatch.setattr(trainer._Trainer, "_forward", forward)
+        def losses(self, model: Any, batch: Any, *, group: Any) -> dict[str, Loss]:
+            found = super().losses(model, batch, group=group)
+            if self.step in steps:
+                found["loss_slide"] = Loss(found["loss_slide"].total * value)
+            self.step += 1
+            return found
+
+    return Poisoned
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_steps_that_are_not_finite_are_skipped(
-    archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
-) -> None:
-    """C4: counted, logged as null, weights finite and still learning."""
-    poison(monkeypatch, {4, 5, 9}, value)
+def test_steps_that_are_not_finite_are_skipped(archive: str, tmp_path: Path, value: float) -> None:
+    """They are counted and logged as null; weights stay finite and go on learning."""
     run = tmp_path / "run"
-    go(archive, run)
+    go(archive, run, kind=poisoned({4, 5, 9}, value))
     steps = [line for line in lines(run) if "loss" in line]
     assert [line["step"] - 1 for line in steps if line["loss"] is None] == [4, 5, 9]
     assert steps[-1]["skipped"] == 3
@@ -219,23 +227,20 @@ def test_steps_that_are_not_finite_are_skipped(
 
 
 def test_a_skipped_step_changes_nothing(
-    archive: str, whole: tuple[Path, Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archive: str, whole: tuple[Path, Seen], tmp_path: Path
 ) -> None:
-    poison(monkeypatch, {4}, float("nan"))
-    go(archive, tmp_path / "run", "save_every=1", until=6)
+    go(archive, tmp_path / "run", "save_every=1", until=6, kind=poisoned({4}, float("nan")))
     before, after = (
         run_dir.checkpoint_at(tmp_path / "run", step).tensors("model") for step in (4, 5)
     )
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_many_stop_the_run_with_a_sentence(
-    archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poison(monkeypatch, set(range(6, 20)), float("nan"))
+def test_many_stop_the_run_with_a_sentence(archive: str, tmp_path: Path) -> None:
+    kind = poisoned(set(range(6, 20)), float("nan"))
     run = tmp_path / "run"
     with pytest.raises(TrainingError, match="stopped at step 9: the last 3 steps had a") as caught:
-        go(archive, run, "max_skipped_in_row=3")
+        go(archive, run, "max_skipped_in_row=3", kind=kind)
     assert "lower lr" in caught.value.hint
     end = latest_checkpoint(run / "checkpoints")
     assert end is not None
@@ -259,9 +264,11 @@ def test_weights_that_are_not_finite_are_never_written(
 def test_the_exported_model(archive: str, whole: tuple[Path, Seen], tmp_path: Path) -> None:
     run = tmp_path / "A run"
     shutil.copytree(whole[0], run)
-    corpus = run_dir.prepare(archive, run, resolve("pathflip/mini", overrides=SETTINGS))
+    asked = Contrastive(resolve("pathflip/mini", overrides=SETTINGS))
+    objective, dataset = run_dir.prepare(asked, archive, run)
     assert run_dir.finished(run) is None
-    result = run_dir.finish(run, corpus)
+    result = run_dir.finish(objective, dataset, run)
+    assert (result["kind"], result["family"]) == ("contrastive", "pathflip")
     run_dir.clear(run)
     assert run_dir.finished(run) == json.loads((run / "result.json").read_text()) == result
     assert result["steps"] == STEPS
@@ -301,12 +308,12 @@ def test_another_run_in_the_same_folder_is_refused(
     run = whole[0]
     with pytest.raises(ConfigError, match=r"was begun with lr=0\.01; this asks for lr=0\.5"):
         go(archive, run, "lr=0.5")
-    config = resolve("pathflip/mini", overrides=SETTINGS)
+    asked = Contrastive(resolve("pathflip/mini", overrides=SETTINGS))
     with pytest.raises(ConfigError, match="was begun with --archive"):
-        run_dir.prepare(str(tmp_path / "other"), run, config)
+        run_dir.prepare(asked, str(tmp_path / "other"), run)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"not a run and not empty \(it holds notes\.txt\)"):
-        run_dir.prepare(archive, tmp_path, config)
+        run_dir.prepare(asked, archive, tmp_path)
 
 
 def test_two_trainers_of_a_run_are_one_too_many(tmp_path: Path) -> None:
@@ -323,8 +330,8 @@ def test_two_trainers_of_a_run_are_one_too_many(tmp_path: Path) -> None:
 def test_without_validation_the_last_weights_are_exported(archive: str, tmp_path: Path) -> None:
     folder = make_archive(tmp_path / "b", slides=16, split=lambda n: "train")
     run = tmp_path / "run"
-    config = go(str(folder), run, "steps=3", "val_fraction=0")
-    result = run_dir.finish(run, run_dir.prepare(str(folder), run, config))
+    objective = go(str(folder), run, "steps=3", "val_fraction=0")
+    result = run_dir.finish(*run_dir.prepare(objective, str(folder), run), run)
     assert (result["best_step"], result["val"]) == (3, {})
     assert "No slide was held out" in (run / "README.md").read_text()
 
@@ -335,19 +342,20 @@ def test_accumulated_gradients_are_the_mean(archive: str, tmp_path: Path) -> Non
     config = resolve(
         "pathflip/mini", overrides=[*SETTINGS, "accumulate=2", "clip=0", "log_every=1"]
     )
-    run_dir.prepare(archive, run, config)
-    train_ = trainer._Trainer(run, config, 0, 1, "cpu", None, None)
-    micro = train_.batches.micro_batches(0)
+    objective, _ = run_dir.prepare(Contrastive(config), archive, run)
+    train_ = trainer.Trainer(run, objective, Worker())
+    micro = train_.dataset.micro_batches(0)
     assert [len(batch.slides) for batch in micro] == [4, 4]
     train_.model.train()
     grads, losses = [], []
     for number, batch in enumerate(micro):
         train_.optimizer.zero_grad()
         torch.manual_seed(trainer._seed(config.seed, 0, number, 0))
-        output = train_._forward(train_.model, batch, None)
-        output.loss.backward()
-        losses.append(output.loss.item())
-        grads.append({n: p.grad.clone() for n, p in train_.model.named_parameters()})  # type: ignore[union-attr]
+        parts = objective.losses(train_.model, batch.to(torch.device("cpu")), group=None)
+        loss = parts["loss_slide"].total + parts["loss_region"].total
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({n: p.grad.clone() for n, p in train_.model.named_parameters()})
     found = train_._step(train_.model, micro)
     assert found["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
     norm = torch.sqrt(

@@ -18,8 +18,8 @@ from pathflip.checkpoints import latest_checkpoint, load_run, write_whole
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PathFLIPInstruct
 from pathflip.training import run_dir, trainer
-from pathflip.training.config import TuneConfig
-from pathflip.training.instruct import Tuning
+from pathflip.training.contrastive import Contrastive
+from pathflip.training.instruct import Instruct
 from pathflip.training.trainer import train
 from tests.tuning import SETTINGS, STEPS, STEPS_PER_EPOCH, Given, make_given
 
@@ -35,24 +35,23 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return make_given(tmp_path_factory.mktemp("tuning"))
 
 
-def go(given: Given, run: Path, *settings: str, until: int | None = None) -> TuneConfig:
+def go(given: Given, run: Path, *settings: str, until: int | None = None) -> Instruct:
     """Prepare and train in this process; ``until``: cut off after that step."""
-    config = given.settings(*settings)
-    run_dir.prepare(given.archive, run, config)
+    objective, _ = run_dir.prepare(Instruct(given.settings(*settings)), given.archive, run)
 
-    def progress(at: trainer.Progress) -> None:
+    def progress(at: trainer.TrainingProgress) -> None:
         if at.step == until:
             raise Cut
 
     try:
-        train(run, progress=progress)
+        train(run, objective, progress=progress)
     except Cut:
         assert until is not None
-    return config
+    return objective
 
 
-def export(given: Given, run: Path, config: TuneConfig) -> dict[str, Any]:
-    result = run_dir.finish(run, run_dir.prepare(given.archive, run, config))
+def export(given: Given, run: Path, objective: Instruct) -> dict[str, Any]:
+    result = run_dir.finish(*run_dir.prepare(objective, given.archive, run), run)
     run_dir.clear(run)
     return result
 
@@ -193,8 +192,8 @@ def test_other_settings_are_refused(given: Given, whole: Path) -> None:
         go(given, whole, "instruct.train_vision=false")
     from pathflip.training.config import resolve
 
-    with pytest.raises(ConfigError, match="is a run of pathflip tune"):
-        run_dir.prepare(given.archive, whole, resolve("pathflip/mini"))
+    with pytest.raises(CheckpointError, match="is a run of pathflip tune"):
+        run_dir.prepare(Contrastive(resolve("pathflip/mini")), given.archive, whole)
 
 
 def test_another_base_is_refused(given: Given, whole: Path, tmp_path: Path) -> None:
@@ -212,7 +211,7 @@ def test_another_base_is_refused(given: Given, whole: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="not the language model this tuning began with"):
         go(moved, run)
     with pytest.raises(CheckpointError, match="not the language model this tuning began with"):
-        train(run)
+        train(run, Instruct(moved.settings()))
     with pytest.raises(CheckpointError, match="is not the language model"):
         PathFLIPInstruct.from_pretrained(whole / "model", llm=base)
 
@@ -259,11 +258,12 @@ def test_what_is_told_to_train_trains(
 ) -> None:
     run = tmp_path / "run"
     before = contents(given.base)
-    config = go(given, run, *SHORT, *settings)
+    objective = go(given, run, *SHORT, *settings)
+    config = objective.config
     last = tensors(run, STEPS_PER_EPOCH)
     assert changed(at_start(given, *settings), last) == trained
     assert {name.partition(".")[0] for name in last} == held
-    export(given, run, config)
+    export(given, run, objective)
     assert contents(given.base) == before
     tuned = load_run(run)
     if config.instruct.train_vision:
@@ -317,7 +317,8 @@ def test_the_exported_run(given: Given, whole: Path) -> None:
     val = {line["step"]: line["val"] for line in lines(whole) if "val" in line}
     best = min(val, key=lambda step: val[step]["loss_answer"])
     assert (result["steps"], result["best_step"], result["val"]) == (STEPS, best, val[best])
-    assert run_dir.finished(whole) == result
+    assert run_dir.finished(whole, Instruct.exports) == result
+    assert (result["kind"], result["family"]) == ("instruct", "pathflip")
     assert not (whole / "init").exists()
     model = PathFLIPInstruct.from_pretrained(whole / "model")
     about = json.loads((whole / "model" / "pathflip.json").read_text())
@@ -339,7 +340,7 @@ def test_a_damaged_language_model_is_not_finished(whole: Path, tmp_path: Path) -
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     weights = run / "llm" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert run_dir.finished(run) is None
+    assert run_dir.finished(run, Instruct.exports) is None
 
 
 @pytest.mark.parametrize("made_for", ["this", "another", None])
@@ -353,7 +354,7 @@ def test_a_base_made_for_another_slide_model_is_told(
         shutil.copytree(given.base, part, dirs_exist_ok=True)
 
     write_whole(base, fill, vision=reads)
-    Tuning(replace(given.settings(), llm=str(base))).corpus(given.archive)
+    Instruct(replace(given.settings(), llm=str(base))).select(given.archive)
     told = f"{base} was made to read another slide model than {given.run}"
     assert (told in caplog.text) == (made_for == "another")
 

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from pathflip.config import read_yaml
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PRESETS
 from pathflip.training.config import (
     PretrainConfig,
     differing,
-    learning_rate,
-    load_settings,
-    parameter_groups,
+    read_settings,
     resolve,
     save_settings,
 )
+from pathflip.training.optim import learning_rate, parameter_groups
 
 
 def test_what_goes_over_what(tmp_path: Path) -> None:
@@ -66,6 +66,24 @@ def test_what_cannot_be_is_refused(overrides: list[str], message: str) -> None:
         resolve(None if "preset" in overrides[0] else "pathflip/mini", overrides=overrides)
 
 
+def test_numbers_stay_numbers(tmp_path: Path) -> None:
+    """YAML 1.1 takes 1e-05 for text; presets never become text at all."""
+    assert resolve("pathflip/mini", overrides=["lr=1e-05"]).lr == 1e-05
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1e-05\nmodel: {temperature: 7E-2}\n")
+    made = resolve("pathflip/mini", file=file)
+    assert (made.lr, made.model.temperature) == (1e-05, 0.07)
+    assert read_yaml(file) == {"lr": 1e-05, "model": {"temperature": 0.07}}
+    text = PretrainConfig(source="1e5")  # a name that looks like a number stays a name
+    assert resolve(base=text).source == "1e5"
+
+
+def test_settings_may_go_over_those_of_a_run() -> None:
+    made = resolve("pathflip/mini", overrides=["lr=0.5", "model.d=48"])
+    over = resolve(base=made, overrides=["epochs=3", "model.negatives=local"])
+    assert over == replace(made, epochs=3, model=replace(made.model, negatives="local"))
+
+
 def test_a_file_is_named_where_it_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text("epoch: 3\n")
@@ -77,10 +95,10 @@ def test_a_file_is_named_where_it_is_wrong(tmp_path: Path) -> None:
 def test_settings_survive_the_run_folder(tmp_path: Path) -> None:
     made = resolve("pathflip/mini", overrides=["lr=3e-4", "steps=11", "max_regions=null"])
     (tmp_path / "config.yaml").write_text(save_settings(made))
-    assert load_settings(tmp_path) == made
+    assert read_settings(tmp_path, PretrainConfig) == made
     (tmp_path / "config.yaml").write_text("of: something else\n")
     with pytest.raises(CheckpointError, match="no setting 'of'"):
-        load_settings(tmp_path)
+        read_settings(tmp_path, PretrainConfig)
 
 
 def test_differing_names_what_matters() -> None:

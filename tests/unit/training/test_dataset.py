@@ -16,7 +16,8 @@ from pathflip import Archive
 from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
-from pathflip.training.dataset import Corpus, epoch_order, make_corpus, steps_per_epoch
+from pathflip.training.dataset import Corpus, make_corpus
+from pathflip.training.order import epoch_order, steps_per_epoch
 from tests.archives import make_archive
 
 

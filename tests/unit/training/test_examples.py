@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from pathflip.archive import Archive
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
@@ -18,16 +19,16 @@ from pathflip.training.config import (
     TUNE_PRESETS,
     PretrainConfig,
     TuneConfig,
-    load_settings,
-    parameter_groups,
     read_settings,
     resolve,
     resolve_tuning,
     save_settings,
 )
 from pathflip.training.dataset import Corpus, make_corpus
-from pathflip.training.loader import Batches, Examples, FeatureReader, all_examples, draw_examples
-from pathflip.training.objective import task_of
+from pathflip.training.examples import Examples, all_examples, draw_examples
+from pathflip.training.instruct import Instruct
+from pathflip.training.optim import parameter_groups
+from pathflip.training.slide_batches import SlideDataset
 from tests.archives import make_archive
 
 QUESTIONS: list[dict[str, Any]] = [
@@ -152,9 +153,9 @@ def test_slides_with_questions_only_take_part(tmp_path: Path) -> None:
     loaded = Corpus.load(tmp_path / "data.parquet")
     assert (loaded, loaded.digest()) == (corpus, corpus.digest())
     sampling = resolve_tuning(given=GIVEN, overrides=["batch_size=2"]).sampling()
-    batches = Batches(FeatureReader(loaded), sampling)
+    batches = SlideDataset(loaded, sampling)
     for epoch in (0, 7):  # while captions alone are shown, and after
-        batch = batches.draw([0, 2], [0, 2], epoch=epoch)
+        batch = batches.batch([0, 2], epoch=epoch)
         assert [len(own) for own in batch.examples] == [1, 1]
         assert all(own[0].instruction.startswith("Organ?") for own in batch.examples)
         assert batch.subcaptions == [[], []]
@@ -169,17 +170,17 @@ def test_every_preset_resolves_and_is_read_back(name: str, tmp_path: Path) -> No
     assert made.preset == name
     assert made.run == str(Path.cwd() / "run")
     (tmp_path / "config.yaml").write_text(save_settings(made))
-    assert read_settings(tmp_path) == made
+    assert read_settings(tmp_path, TuneConfig) == made
     with pytest.raises(CheckpointError, match="is a run of pathflip tune"):
-        load_settings(tmp_path)
+        read_settings(tmp_path, PretrainConfig)
 
 
 def test_the_published_code_has_one_stage() -> None:
     made = resolve_tuning("instruct/official_v1", given=GIVEN)
     assert (made.instruct.prefix, made.instruct.template) == ("mean", "official_v1")
-    (stage,) = task_of(made).stages(10)
+    (stage,) = Instruct(made).stages(10)
     assert (stage.name, stage.start, stage.steps) == ("all", 0, 10 * made.epochs)
-    first, second = task_of(resolve_tuning(given=GIVEN)).stages(10)
+    first, second = Instruct(resolve_tuning(given=GIVEN)).stages(10)
     assert (first.name, first.start, first.steps, first.lr, first.weight_decay) == (
         "projector", 0, 50, 1e-3, 0.0,
     )  # fmt: skip
@@ -188,9 +189,14 @@ def test_the_published_code_has_one_stage() -> None:
 
 def test_settings_tell_which_training_they_are_of(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(save_settings(resolve("pathflip/mini")))
-    assert type(read_settings(tmp_path)) is PretrainConfig
-    assert type(task_of(read_settings(tmp_path))).__name__ == "Pretraining"
-    assert type(task_of(resolve_tuning(given=GIVEN))).__name__ == "Tuning"
+    assert read_settings(tmp_path, PretrainConfig) == resolve("pathflip/mini")
+    with pytest.raises(CheckpointError, match="is a run of pathflip pretrain"):
+        read_settings(tmp_path, TuneConfig)
+    said = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (said["kind"], said["family"]) == ("contrastive", "pathflip")
+    older = {key: value for key, value in said.items() if key not in ("kind", "family")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    assert read_settings(tmp_path, PretrainConfig) == resolve("pathflip/mini")
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ import torch
 
 from pathflip import Archive
 from pathflip.errors import ArchiveError, CheckpointError
-from pathflip.training import loader as module
+from pathflip.training import features as module
 from pathflip.training.dataset import Corpus, make_corpus
-from pathflip.training.loader import (
-    Batches,
-    Examples,
-    FeatureReader,
+from pathflip.training.examples import Examples
+from pathflip.training.features import FeatureReader
+from pathflip.training.loader import stream
+from pathflip.training.slide_batches import (
     Sampling,
+    SlideDataset,
     draw_regions,
     draw_subcaptions,
     negative_choice,
@@ -118,7 +119,7 @@ def test_read_is_what_the_archive_holds(archive: Path, corpus: Corpus, cache_byt
 
 
 def test_a_batch_pads_with_masked_regions(corpus: Corpus) -> None:
-    made = Batches(FeatureReader(corpus), SAMPLING)
+    made = SlideDataset(corpus, SAMPLING)
     batch = made.micro_batches(0)[0]
     counts = [min(3, corpus.num_regions[i]) for i in batch.slides]
     assert batch.features.shape == (8, max(counts), SLOTS, DIM)
@@ -134,13 +135,12 @@ def test_a_batch_pads_with_masked_regions(corpus: Corpus) -> None:
 
 def test_regions_stand_in_another_order_each_epoch_of_tuning_alone(corpus: Corpus) -> None:
     """The same regions, and their masks with them; validation and pretraining keep the order."""
-    reader = FeatureReader(corpus)
-    tuning = Batches(reader, replace(SAMPLING, examples=CAPTIONS_ALONE, max_regions=None))
-    plain = Batches(reader, replace(SAMPLING, max_regions=None))
+    tuning = SlideDataset(corpus, replace(SAMPLING, examples=CAPTIONS_ALONE, max_regions=None))
+    plain = SlideDataset(corpus, replace(SAMPLING, max_regions=None))
     slide = corpus.num_regions.index(6)
 
-    def regions(made: Batches, *, epoch: int, validating: bool = False) -> list[bytes]:
-        batch = made.draw([slide], [slide], epoch=epoch, validating=validating)
+    def regions(made: SlideDataset, *, epoch: int, validating: bool = False) -> list[bytes]:
+        batch = made.batch([slide], epoch=epoch, validating=validating)
         both = zip(batch.features[0], batch.patch_mask[0], strict=True)
         return [own.numpy().tobytes() + there.numpy().tobytes() for own, there in both]
 
@@ -153,10 +153,10 @@ def test_regions_stand_in_another_order_each_epoch_of_tuning_alone(corpus: Corpu
     assert len({tuple(own) for own in seen}) > 6
 
 
-def parts(made: Batches, step: int) -> list[tuple[Any, ...]]:
+def parts(made: SlideDataset, step: int, **worker: int) -> list[tuple[Any, ...]]:
     """What each slide of a step shows, in order."""
     found = []
-    for batch in made.micro_batches(step):
+    for batch in made.micro_batches(step, **worker):
         for row, slide in enumerate(batch.slides):
             mask = batch.patch_mask[row]
             found.append(
@@ -172,12 +172,10 @@ def test_any_number_of_workers_sees_the_same(
 ) -> None:
     """C5: rank r has its slice, whoever the others are; with a restart anywhere as well."""
     sampling = replace(SAMPLING, accumulate=accumulate, examples=examples)
-    reader = FeatureReader(corpus)
-    alone = Batches(reader, sampling)
-    pair = [Batches(reader, sampling, rank=rank, world=2) for rank in (0, 1)]
+    made = SlideDataset(corpus, sampling)
     for step in (4, 0, 1):  # also without having seen the steps before
-        shares = [made.micro_batches(step) for made in pair]
-        whole = alone.micro_batches(step)
+        shares = [made.micro_batches(step, rank=rank, world=2) for rank in (0, 1)]
+        whole = made.micro_batches(step)
         assert len(whole) == accumulate
         for number, batch in enumerate(whole):
             joined = [slide for share in shares for slide in share[number].slides]
@@ -186,17 +184,22 @@ def test_any_number_of_workers_sees_the_same(
                 torch.cat([share[number].negative_choice for share in shares]),
                 batch.negative_choice,
             )
-        assert sorted(parts(alone, step)) == sorted([p for made in pair for p in parts(made, step)])
+        both = [part for rank in (0, 1) for part in parts(made, step, rank=rank, world=2)]
+        assert sorted(parts(made, step)) == sorted(both)
 
 
-def test_local_negatives_choose_among_ones_own(corpus: Corpus) -> None:
-    made = Batches(FeatureReader(corpus), SAMPLING, rank=1, world=2, local=True)
-    batch = made.micro_batches(0)[0]
-    assert batch.negative_choice.shape == (4, 4)
+def test_a_share_knows_which_columns_are_its_own(corpus: Corpus) -> None:
+    made = SlideDataset(corpus, SAMPLING)
+    batch = made.micro_batches(0, rank=1, world=2)[0]
+    assert batch.negative_choice.shape == (4, 8)
+    assert batch.first == 4
+    ids = [corpus.slide_ids[i] for i in batch.slides]
+    own = negative_choice(ids, ids, num=4, seed=3, epoch=0)
+    assert np.array_equal(batch.negative_choice[:, 4:], own)
 
 
 def test_an_epoch_shows_no_slide_twice_and_the_next_another_order(corpus: Corpus) -> None:
-    made = Batches(FeatureReader(corpus), SAMPLING)
+    made = SlideDataset(corpus, SAMPLING)
     seen = [made.step_slides(step).ravel().tolist() for step in range(2 * made.steps_per_epoch)]
     first = [slide for row in seen[: made.steps_per_epoch] for slide in row]
     second = [slide for row in seen[made.steps_per_epoch :] for slide in row]
@@ -207,35 +210,35 @@ def test_an_epoch_shows_no_slide_twice_and_the_next_another_order(corpus: Corpus
 
 
 def test_the_stream_is_the_steps_in_order(corpus: Corpus) -> None:
-    made = Batches(FeatureReader(corpus), SAMPLING)
-    streamed = [[batch.slides for batch in step] for step in made.stream(2, 7)]
+    made = SlideDataset(corpus, SAMPLING)
+    streamed = [[batch.slides for batch in step] for step in stream(made, 2, 7)]
     assert streamed == [[batch.slides for batch in made.micro_batches(n)] for n in range(2, 7)]
 
 
 def test_the_stream_raises_what_reading_raised(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Batches(FeatureReader(corpus), SAMPLING)
+    made = SlideDataset(corpus, SAMPLING)
     real = made.micro_batches
 
-    def fail(step: int) -> Any:
+    def fail(step: int, **worker: int) -> Any:
         if step == 2:
             raise ArchiveError("gone")
-        return real(step)
+        return real(step, **worker)
 
     monkeypatch.setattr(made, "micro_batches", fail)
-    stream = made.stream(0, 5)
-    assert len([next(stream), next(stream)]) == 2
+    steps = stream(made, 0, 5)
+    assert len([next(steps), next(steps)]) == 2
     with pytest.raises(ArchiveError, match="gone"):
-        next(stream)
+        next(steps)
 
 
 def test_a_stream_left_early_ends_its_thread(corpus: Corpus) -> None:
     import threading
 
-    stream: Any = Batches(FeatureReader(corpus), SAMPLING).stream(0, 1000)
-    next(stream)
-    stream.close()
+    steps: Any = stream(SlideDataset(corpus, SAMPLING), 0, 1000)
+    next(steps)
+    steps.close()
     assert "batches" not in {thread.name for thread in threading.enumerate()}
 
 

@@ -1,0 +1,85 @@
+"""Instruction examples of a slide: its caption and questions, drawn by (seed, epoch, slide)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pathflip.models.chat_template import CaptionStyle, Example, caption_example, question_example
+from pathflip.training.dataset import rng_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What is asked about a slide.
+
+    Attributes:
+        most: Most examples of a slide in an epoch.
+        caption_share: How often a slide that has questions, too, shows its caption.
+        open_share: How often a question with options is asked without them.
+        caption_epochs: Epochs at the beginning in which captions alone are shown.
+        captions: How captions are written, see
+            :func:`pathflip.models.chat_template.caption_example`.
+        letters: Whether options are answered by their letter.
+    """
+
+    most: int
+    caption_share: float
+    open_share: float
+    caption_epochs: int
+    captions: CaptionStyle = "whole"
+    letters: bool = True
+
+
+def draw_examples(
+    caption: str,
+    questions: Sequence[Mapping[str, Any]],
+    sampling: Examples,
+    *,
+    seed: int,
+    epoch: int,
+    slide_id: str,
+) -> list[Example]:
+    """Returns what is asked about a slide in an epoch: its caption, questions, or both.
+
+    Questions are drawn without replacement. Options come in a random order, so that no letter is
+    right more often than others. While captions alone are shown, a slide without one shows its
+    questions.
+
+    Args:
+        caption: The slide's caption; empty where it has none.
+        questions: {question, answer, choices?} each.
+        sampling: How much of them.
+        seed: Of the draw.
+        epoch: Of the draw.
+        slide_id: Of the draw.
+    """
+    rng = rng_for("examples", seed, epoch, slide_id)
+    if caption and (epoch < sampling.caption_epochs or not questions):
+        return [caption_example(caption, sampling.captions, rng)]
+    shown = []
+    if caption and rng.random() < sampling.caption_share:
+        shown.append(caption_example(caption, sampling.captions, rng))
+    for i in rng.permutation(len(questions))[: sampling.most - len(shown)].tolist():
+        choices = list(questions[i].get("choices", ()))
+        ordered = [choices[j] for j in rng.permutation(len(choices))]
+        if rng.random() < sampling.open_share:
+            ordered = []
+        shown.append(_asked(questions[i], ordered, sampling))
+    return shown
+
+
+def all_examples(
+    caption: str, questions: Sequence[Mapping[str, Any]], sampling: Examples
+) -> list[Example]:
+    """Returns what is asked about a slide in validation: its caption and its first questions."""
+    shown = [caption_example(caption, sampling.captions)] if caption else []
+    for entry in questions[: sampling.most]:
+        choices = entry.get("choices", ()) if sampling.open_share < 1 else ()
+        shown.append(_asked(entry, choices, sampling))
+    return shown
+
+
+def _asked(entry: Mapping[str, Any], choices: Sequence[str], sampling: Examples) -> Example:
+    return question_example(entry["question"], choices, entry["answer"], letter=sampling.letters)

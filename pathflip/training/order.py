@@ -1,0 +1,124 @@
+"""Order of an epoch: batches without two slides of a patient, equal captions kept apart.
+
+Every order is a function of (seed, epoch) alone, so it is the same on any number of workers and
+after any restart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.errors import ConfigError
+from pathflip.training.dataset import Corpus, rng_for
+
+_SWAPS, _ALL_SWAPS = 200, 100_000
+"""Swaps tried for a slide, and in an epoch, to part equal captions."""
+
+
+def steps_per_epoch(corpus: Corpus, batch_size: int) -> int:
+    """Returns how many full batches an epoch has.
+
+    Raises:
+        ConfigError: If there are too few slides or patients for one batch.
+    """
+    patients = [corpus.patients[i] for i in corpus.members("train")]
+    steps = _num_batches(Counter(patients).values(), batch_size)
+    if steps == 0:
+        raise ConfigError(
+            f"A batch of {batch_size} slides of different patients cannot be made from "
+            f"{len(patients)} training slides of {len(set(patients))} patients.",
+            hint=f"Use -o batch_size={max(1, len(set(patients)))} or less, or more slides.",
+            code="too_few_slides",
+        )
+    return steps
+
+
+def _num_batches(group_sizes: Iterable[int], batch_size: int) -> int:
+    """Largest number of batches without two slides of a group: no group fills more than all."""
+    sizes = list(group_sizes)
+    steps = sum(sizes) // batch_size
+    while steps and (most := sum(min(size, steps) for size in sizes) // batch_size) < steps:
+        steps = most
+    return steps
+
+
+def epoch_order(corpus: Corpus, *, epoch: int, seed: int, batch_size: int) -> NDArray[np.int64]:
+    """Returns the slides of every global batch of an epoch.
+
+    No batch holds two slides of a patient, and equal captions are kept apart where that is
+    possible: both would count as negatives of each other. What does not fill a batch is left out
+    of this epoch, other slides each time.
+
+    Returns:
+        int64 [steps, batch_size], positions in the corpus; no slide is there twice.
+    """
+    steps = steps_per_epoch(corpus, batch_size)
+    rng = rng_for("order", seed, epoch)
+    members = rng.permutation(corpus.members("train"))
+    groups: dict[str, list[int]] = {}
+    for i in members.tolist():
+        groups.setdefault(corpus.patients[i], []).append(i)
+    kept = [group[:steps] for group in groups.values()]
+    _leave_out(kept, sum(map(len, kept)) - steps * batch_size, rng)
+    times = Counter(corpus.says(i) for i in members.tolist())
+
+    def rarest_last(group: list[int]) -> int:
+        return -max(len(group), *(times[corpus.says(i)] for i in group))
+
+    # Largest groups first, each into the emptiest batches: fills then differ by one at most, and
+    # single slides level them out. Sorting is stable, so equals stay shuffled.
+    batches: list[list[int]] = [[] for _ in range(steps)]
+    held: list[set[str]] = [set() for _ in range(steps)]
+    fill = np.zeros(steps, np.int64)
+    for group in sorted((group for group in kept if group), key=rarest_last):
+        noise = rng.random(steps)
+        free = np.ones(steps, np.bool_)
+        for i in group:
+            caption = corpus.says(i)
+            emptiest = np.flatnonzero(free & (fill == fill[free].min())).tolist()
+            chosen = min(emptiest, key=lambda b: (caption in held[b], noise[b]))
+            free[chosen] = False
+            batches[chosen].append(i)
+            held[chosen].add(caption)
+            fill[chosen] += 1
+    _separate(batches, corpus, rng)
+    order = np.array(batches, np.int64).reshape(steps, batch_size)
+    return rng.permuted(order, axis=1)
+
+
+def _leave_out(groups: list[list[int]], count: int, rng: np.random.Generator) -> None:
+    """Drop ``count`` slides at random from the groups, in place."""
+    owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    for which in rng.permutation(owner)[:count].tolist():
+        groups[which].pop()
+
+
+def _separate(batches: list[list[int]], corpus: Corpus, rng: np.random.Generator) -> None:
+    """Swap slides between batches, in place, so that equal captions part where they can."""
+
+    def fits(i: int, batch: list[int], without: int) -> bool:
+        rest = [j for j in batch if j != without]
+        return all(
+            corpus.patients[j] != corpus.patients[i] and corpus.says(j) != corpus.says(i)
+            for j in rest
+        )
+
+    left = _ALL_SWAPS
+    for number, batch in enumerate(batches):
+        times = Counter(corpus.says(i) for i in batch)
+        for i in [i for i in batch if times[corpus.says(i)] > 1]:
+            if fits(i, batch, i):  # its twin was swapped away already
+                continue
+            for _ in range(min(_SWAPS, left)):
+                left -= 1
+                other = int(rng.integers(len(batches)))
+                place = int(rng.integers(len(batch)))
+                j = batches[other][place]
+                if other != number and fits(i, batches[other], j) and fits(j, batch, i):
+                    batches[other][place] = i
+                    batch[batch.index(i)] = j
+                    break
