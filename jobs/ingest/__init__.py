@@ -52,7 +52,7 @@ from pathflip.interop.questions import import_questions, read_questions
 from pathflip.slides.reader import SlidePlan, SlideReader
 
 GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
-THUMBNAIL_BYTES = 256 << 10  # and the tissue mask, about
+PICTURE_BYTES = 256 << 10  # estimate of a thumbnail and a tissue mask
 
 
 def ingest(
@@ -218,7 +218,7 @@ def dry_run(
         patches=patches,
         bytes_to_read=total,
         archive_bytes=regions * (tiling.slots * (2 * width + 13) + 4 * width + 200)
-        + len(todo) * THUMBNAIL_BYTES,
+        + len(todo) * PICTURE_BYTES,
         estimated_seconds=round(
             (patches * (per_patch_s or 0.0) + time.monotonic() - started) / workers, 1
         ),
@@ -229,7 +229,7 @@ def dry_run(
 def _time_patches(
     reader: SlideReader, candidate: Candidate, plan: SlidePlan, config: IngestConfig
 ) -> float:
-    """Seconds to read and embed one patch, from the slide's fullest region."""
+    """Measure the seconds to read and embed one patch, on the slide's fullest region."""
     encoders = [load_encoder(spec, device=config.device) for spec in config.specs]
     fullest = int(plan.regions.patch_mask.sum(axis=1).argmax())
     rects = patch_rects(
@@ -303,7 +303,7 @@ def _pipeline(
 
 
 def _check(archive: str, config: IngestConfig, encoders: Sequence[EncoderInfo]) -> None:
-    """Refuse what cannot work, before anything is started or written."""
+    """Refuse settings that fit neither encoder nor archive, before anything is written."""
     for info in encoders:
         if info.mpp is not None and abs(info.mpp / config.tiling.mpp - 1) > 0.01:
             raise ConfigError(

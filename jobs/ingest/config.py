@@ -21,9 +21,9 @@ class IngestConfig:
     patients: str | None = None
     """CSV with the columns slide,patient_id and optionally split; other columns become labels."""
     captions: str | None = None
-    """Reports: CSV with the columns slide,caption, or what else ``archive import`` reads."""
+    """Reports: CSV with the columns slide,caption, or another format ``archive import`` reads."""
     questions: str | None = None
-    """Questions about slides: what ``archive import --questions`` reads."""
+    """Questions about slides: a format ``archive import --questions`` reads."""
     tissue_dir: str | None = None
     """Folder of <slide name>.geojson files used as tissue instead of the computed mask."""
     halving: Literal["exact", "dct"] = "dct"

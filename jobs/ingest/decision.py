@@ -1,7 +1,7 @@
-"""Decides what becomes of a slide.
+"""Decides the fate of each slide: ingested, a copy, tried again, quarantined, spared, moved.
 
-Pure functions of what was found: no Ray, no files, no archive. The planner asks :func:`identified`,
-planner and embedder :class:`Attempts` and :func:`quarantined`, the driver the rest.
+Pure functions of what was found: no Ray, no files, no archive. The planner asks :func:`identify`,
+planner and embedder :class:`Attempts` and :func:`quarantine`, the driver the rest.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.ingest.resume import Held
-from jobs.ingest.rows import SlideRecord
+from jobs.ingest.candidates import Candidate
+from jobs.ingest.rows import Held, SlideRecord
 from pathflip.errors import SlideError
 from pathflip.slides.sources import Source, slide_id
 
 MIN_BAD_TILES = 4
-"""So many damaged patches are masked in any slide, however few patches it has."""
+"""Damaged patches that are masked in any slide, however few patches it has."""
 RETRIED = ("timeout", "reader_crash")
 """Errors that say more about the reader process, or the storage, than about the slide."""
 
@@ -34,14 +34,22 @@ class Attempts:
     limit: int
     made: int = 1
 
-    def again(self, error: SlideError) -> None:
-        """Count one attempt more; raise ``error`` where it is final."""
+    def retry_or_raise(self, error: SlideError) -> None:
+        """Count one more attempt, or raise ``error`` if it is final."""
         if error.code not in RETRIED or self.made >= self.limit:
             raise error
         self.made += 1
 
 
-def identified(
+def same_cut(candidate: Candidate, held: Held) -> bool:
+    """Whether a slide in the archive was cut as is asked for now."""
+    if candidate.outline not in ("mask", held.outline):
+        return False
+    given = candidate.mpp
+    return given is None or (held.mpp is not None and abs(held.mpp - given) <= 1e-9 * given)
+
+
+def identify(
     record: SlideRecord, *, sha256: str, outline: str, held: Held | None, same_cut: bool
 ) -> SlideRecord:
     """Name a slide by its content, and compare it with what the archive holds of that content.
@@ -68,7 +76,7 @@ def identified(
     return replace(record, status="duplicate") if held.complete else replace(record, extends=True)
 
 
-def quarantined(record: SlideRecord, error: SlideError, *, stage: str) -> SlideRecord:
+def quarantine(record: SlideRecord, error: SlideError, *, stage: str) -> SlideRecord:
     """Put a slide, or a chunk of one, in quarantine for an error.
 
     Args:
@@ -80,8 +88,8 @@ def quarantined(record: SlideRecord, error: SlideError, *, stage: str) -> SlideR
     return replace(record, status="quarantined", reason=reason, message=str(error), stage=stage)
 
 
-def concluded(chunks: Sequence[SlideRecord], *, regions: int, max_bad_tiles: float) -> SlideRecord:
-    """Decide what a slide is, now that all of its chunks are in.
+def conclude(chunks: Sequence[SlideRecord], *, regions: int, max_bad_tiles: float) -> SlideRecord:
+    """Decide the status of a slide, now that all of its chunks are in.
 
     Args:
         chunks: The records of its chunks, in order; one record where there was nothing to embed.
@@ -130,8 +138,8 @@ def concluded(chunks: Sequence[SlideRecord], *, regions: int, max_bad_tiles: flo
     return replace(record, status="quarantined", reason=reason, message=message, stage="read")
 
 
-def spares_stored(record: SlideRecord, stored: Mapping[str, Any] | None) -> bool:
-    """Whether the archive holds these bytes as a good slide, which a failure must not cost.
+def is_spared(record: SlideRecord, stored: Mapping[str, Any] | None) -> bool:
+    """Whether a failure is not stored because the archive holds these bytes as a good slide.
 
     Args:
         record: The slide as concluded.
@@ -145,7 +153,7 @@ def spares_stored(record: SlideRecord, stored: Mapping[str, Any] | None) -> bool
     )
 
 
-def relocated(
+def relocate(
     row: Mapping[str, Any], *, confirmed: Sequence[Source], vacated: bool
 ) -> dict[str, Any]:
     """Decide where a stored slide lies, now that a run has looked.

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from jobs.ingest.config import IngestConfig
-from jobs.ingest.decision import Attempts, quarantined
+from jobs.ingest.decision import Attempts, quarantine
 from jobs.ingest.plan import changed
 from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, matrix, to_table, unit
 from jobs.ray_data import from_ipc, to_ipc
@@ -27,7 +27,7 @@ from pathflip.slides.reader import Patches, SlideReader
 from pathflip.slides.sources import stat_source
 
 
-class _Patches:
+class _ChunkFeatures:
     """Features and scores of a chunk's patches.
 
     Args:
@@ -114,9 +114,9 @@ class Embedder:
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
         """Embed chunks; those without regions pass through."""
-        return to_table([self._embedded(chunk) for chunk in from_table(chunks)])
+        return to_table([self._embed_chunk(chunk) for chunk in from_table(chunks)])
 
-    def _embedded(self, chunk: Chunk) -> Chunk:
+    def _embed_chunk(self, chunk: Chunk) -> Chunk:
         record = chunk.record
         if self._fatal is not None:
             return _without_data(chunk, _fatal(record, self._fatal))
@@ -127,31 +127,33 @@ class Embedder:
         started = time.perf_counter()
         attempts = Attempts(limit=self._config.attempts, made=record.attempts)
         try:
-            patches = self._embed(record, from_ipc(chunk.regions), attempts)
+            features = self._embed_patches(record, from_ipc(chunk.regions), attempts)
             record = replace(
                 record,
-                tiles_ok=patches.ok,
-                tiles_bad=patches.bad,
-                not_finite=patches.not_finite,
+                tiles_ok=features.ok,
+                tiles_bad=features.bad,
+                not_finite=features.not_finite,
                 attempts=attempts.made,
             )
             _check_extended(record)
-            done = replace(chunk, **self._tables_of(record, patches))
+            done = replace(chunk, **self._write(record, features))
         except SlideError as error:
             self._broken.add(record.slide_id)
             record = replace(record, attempts=attempts.made)
-            return _without_data(chunk, quarantined(record, error, stage="read"))
+            return _without_data(chunk, quarantine(record, error, stage="read"))
         except (ArchiveError, EncoderError) as error:  # nothing about this slide: the run must end
             return _without_data(chunk, _fatal(record, error))
         return replace(done, record=replace(record, seconds=time.perf_counter() - started))
 
-    def _embed(self, record: SlideRecord, plan: pa.Table, attempts: Attempts) -> _Patches:
+    def _embed_patches(
+        self, record: SlideRecord, plan: pa.Table, attempts: Attempts
+    ) -> _ChunkFeatures:
         """Read and embed every planned patch of a chunk."""
         assert record.mpp is not None  # a slide without a resolution is not planned
         tiling = self._config.tiling
         masks = matrix(plan["patch_mask"], tiling.slots).astype(bool)
         rx, ry = plan["rx"].to_numpy(), plan["ry"].to_numpy()
-        out = _Patches(plan, masks, dims=[encoder.dim for encoder in self._encoders])
+        out = _ChunkFeatures(plan, masks, dims=[encoder.dim for encoder in self._encoders])
         rects = [
             patch_rects(tiling, rx=int(rx[i]), ry=int(ry[i]), mpp=record.mpp)[masks[i]]
             for i in range(len(plan))
@@ -166,12 +168,12 @@ class Embedder:
         self._check_source(record)
         return out
 
-    def _tables_of(self, record: SlideRecord, patches: _Patches) -> dict[str, Any]:
+    def _write(self, record: SlideRecord, embedded: _ChunkFeatures) -> dict[str, Any]:
         """Write the features; return the rows of the other tables, as fields of a chunk."""
-        plan, masks, kept = patches.plan, patches.masks, patches.kept
+        plan, masks, kept = embedded.plan, embedded.masks, embedded.kept
         counts = kept.sum(axis=1, dtype=np.int32)
         alive = np.flatnonzero(counts)
-        quality = patches.quality * kept[..., None]
+        quality = embedded.quality * kept[..., None]
         rx, ry = plan["rx"].to_numpy(), plan["ry"].to_numpy()
         ids = [region_id(record.slide_id, rx=int(rx[i]), ry=int(ry[i])) for i in alive]
         take = plan.take(pa.array(alive))
@@ -201,7 +203,7 @@ class Embedder:
         )
         embeddings, sums, fragments = [], [], []
         for table, features, means in zip(
-            self._tables, patches.features, patches.sums, strict=True
+            self._tables, embedded.features, embedded.sums, strict=True
         ):
             block = features[alive].reshape(n, features[0].size)
             rows = pa.table(
@@ -256,7 +258,7 @@ class Embedder:
                 return reader.finish_read(px=self._config.tiling.patch_px)
             except SlideError as error:
                 self._check_source(record)  # what failed may be another file than was planned
-                attempts.again(error)
+                attempts.retry_or_raise(error)
                 self._start(reader, record, rects)
 
     def _check_source(self, record: SlideRecord) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pathflip
 from jobs.ingest.candidates import Candidate, Sheet
 from jobs.ingest.config import IngestConfig
-from jobs.ingest.decision import concluded, relocated, spares_stored, stale_slides
+from jobs.ingest.decision import conclude, is_spared, relocate, stale_slides
 from jobs.ingest.result import IngestProgress, IngestResult
 from jobs.ingest.resume import Archived
 from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, unit
@@ -41,7 +41,7 @@ class FinishedSlide:
     """A slide all of whose chunks are in; data only where it is ready.
 
     Attributes:
-        record: Its record, see ``decision.concluded``.
+        record: Its record, see ``decision.conclude``.
         people: Its patient_id, split and labels, as far as they are known.
         regions: Rows of the table ``regions``.
         embeddings: For each encoder, rows of its table of vectors.
@@ -165,16 +165,16 @@ class Ledger:
             chunks[chunk.chunk] = chunk
             if len(chunks) >= chunk.n_chunks:
                 del self._chunks[record.slide_id]
-                self._batch.append(self._finished([chunks[index] for index in sorted(chunks)]))
+                self._batch.append(self._assemble([chunks[index] for index in sorted(chunks)]))
         overdue = time.monotonic() - self._committed_at > self._config.commit_s
         if len(self._batch) >= COMMIT_SLIDES or (self._batch and overdue):
             self.commit()
         self._report("ingesting")
 
-    def _finished(self, chunks: list[Chunk]) -> FinishedSlide:
+    def _assemble(self, chunks: list[Chunk]) -> FinishedSlide:
         """Put a slide together from all of its chunks; it has data only if it is ready."""
         tables = [from_ipc(chunk.regions) for chunk in chunks if chunk.embeddings]
-        record = concluded(
+        record = conclude(
             [chunk.record for chunk in chunks],
             regions=sum(map(len, tables)),
             max_bad_tiles=self._config.max_bad_tiles,
@@ -210,7 +210,7 @@ class Ledger:
             self._counts[record.status] += 1
             self._counts["skipped"] += len(record.aliases)
             self._regions += slide.n_regions
-            if spares_stored(record, self._archived.rows.get(record.slide_id)):
+            if is_spared(record, self._archived.rows.get(record.slide_id)):
                 logger.warning("%s stays as it was: %s", record.slide_id, record.message)
                 continue
             kept.append(slide)
@@ -274,7 +274,7 @@ class Ledger:
     def _change(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the columns of a stored slide that this run found to be different."""
         uri = row["uri"]
-        now = row | relocated(
+        now = row | relocate(
             row,
             confirmed=self._confirmed.get(row["slide_id"], ()),
             vacated=uri in self._outstanding or not os.path.lexists(uri),

@@ -15,9 +15,8 @@ import pyarrow as pa
 
 from jobs.ingest.candidates import Candidate
 from jobs.ingest.config import IngestConfig
-from jobs.ingest.decision import Attempts, identified, quarantined
-from jobs.ingest.resume import Held, same_cut
-from jobs.ingest.rows import Chunk, SlideRecord, fixed, to_table
+from jobs.ingest.decision import Attempts, identify, quarantine, same_cut
+from jobs.ingest.rows import Chunk, Held, SlideRecord, fixed, to_table
 from jobs.ray_data import to_ipc
 from pathflip.archive import Archive
 from pathflip.errors import SlideError
@@ -72,13 +71,13 @@ class Planner:
                 sha = self._hash(candidate, attempts)
             except SlideError as error:
                 record = replace(record, uri=_printable(uri), attempts=attempts.made)
-                chunks.append(Chunk(record=quarantined(record, error, stage="hash")))
+                chunks.append(Chunk(record=quarantine(record, error, stage="hash")))
                 continue
             if sha in distinct:
                 distinct[sha].copies.append(uri)
                 continue
             known = held.get(sha)
-            record = identified(
+            record = identify(
                 record,
                 sha256=sha,
                 outline=candidate.outline,
@@ -104,7 +103,7 @@ class Planner:
                 code="unsupported",
             )
         timeout_s = self._config.plan_timeout_s
-        sha = _attempted(attempts, lambda: self._reader.digest(source.uri, timeout_s=timeout_s))
+        sha = _with_retries(attempts, lambda: self._reader.digest(source.uri, timeout_s=timeout_s))
         if stat_source(Path(source.uri)) != source:
             raise changed(source.uri)
         return sha
@@ -115,7 +114,7 @@ class Planner:
         if record.extends:
             return self._plan_as_stored(record)
         try:
-            plan = _attempted(
+            plan = _with_retries(
                 attempts,
                 lambda: self._reader.plan(
                     record.uri,
@@ -127,7 +126,7 @@ class Planner:
             )
         except SlideError as error:
             record = replace(record, attempts=attempts.made)
-            return [Chunk(record=quarantined(record, error, stage="plan"))]
+            return [Chunk(record=quarantine(record, error, stage="plan"))]
         regions = plan.regions
         record = replace(
             record,
@@ -189,12 +188,12 @@ def changed(uri: str) -> SlideError:
     )
 
 
-def _attempted(attempts: Attempts, call: Callable[[], T]) -> T:
+def _with_retries(attempts: Attempts, call: Callable[[], T]) -> T:
     while True:
         try:
             return call()
         except SlideError as error:
-            attempts.again(error)
+            attempts.retry_or_raise(error)
 
 
 def _printable(uri: str) -> str:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from jobs.ingest.candidates import Candidate
 from jobs.ingest.config import IngestConfig
+from jobs.ingest.decision import same_cut
+from jobs.ingest.rows import Held
 from pathflip.archive import Archive
 from pathflip.encoders import EncoderInfo
 from pathflip.errors import ArchiveError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A slide in the archive, as far as a copy of it is concerned.
-
-    Attributes:
-        slide_id: Its id.
-        mpp: µm per level-0 px it was cut with.
-        outline: Source of its tissue: ``mask``, or the digest of a GeoJSON.
-        complete: Whether it has features of every encoder of this run.
-    """
-
-    slide_id: str
-    mpp: float | None
-    outline: str
-    complete: bool
 
 
 class Archived:
@@ -103,11 +88,3 @@ class Archived:
     def _complete(row: dict[str, Any], encoders: Sequence[EncoderInfo]) -> bool:
         names = {info.name for info in encoders}
         return row["status"] == "empty" or names <= set(row["encoders"] or ())
-
-
-def same_cut(candidate: Candidate, held: Held) -> bool:
-    """Whether a slide in the archive was cut as is asked for now."""
-    if candidate.outline not in ("mask", held.outline):
-        return False
-    given = candidate.mpp
-    return given is None or (held.mpp is not None and abs(held.mpp - given) <= 1e-9 * given)

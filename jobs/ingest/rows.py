@@ -98,6 +98,23 @@ class SlideRecord:
         return cls(**fields | {"aliases": tuple(fields["aliases"])})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A slide in the archive, as far as a copy of it is concerned.
+
+    Attributes:
+        slide_id: Its id.
+        mpp: µm per level-0 px it was cut with.
+        outline: Source of its tissue: ``mask``, or the digest of a GeoJSON.
+        complete: Whether it has features of every encoder of this run.
+    """
+
+    slide_id: str
+    mpp: float | None
+    outline: str
+    complete: bool
+
+
 CHUNK_SCHEMA = pa.schema(
     [
         ("record", pa.string()),

@@ -96,7 +96,7 @@ def can_shrink(level: JpegLevel, shrink: int) -> bool:
 
 
 def shrink_for(ratio: float) -> int:
-    """Largest DCT shrink (1, 2, 4, 8) that stays at or finer than ``ratio`` within 1 %."""
+    """Return the largest DCT shrink (1, 2, 4, 8) at or finer than ``ratio`` within 1 %."""
     return int(min(8, 2 ** max(0, math.floor(math.log2(ratio * 1.01)))))
 
 

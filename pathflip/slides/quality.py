@@ -63,7 +63,7 @@ def _mean_square(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.f
 
 
 def is_ink(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Pixels [...] of blue, cyan or green marker: red is absorbed most and by far.
+    """Find pixels [...] of blue, cyan or green marker: red is absorbed most and by far.
 
     In H&E, haematoxylin and DAB green or blue is absorbed at least as much as red.
     """
@@ -75,7 +75,7 @@ def is_ink(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def is_black(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Neutral, nearly black pixels [...]."""
+    """Find neutral, nearly black pixels [...]."""
     red, green, blue = (rgb[..., c] for c in range(3))
     high = np.maximum(np.maximum(red, green), blue)
     low = np.minimum(np.minimum(red, green), blue)

@@ -1,4 +1,4 @@
-"""Physical scale: how many µm a level-0 pixel is, and where that number came from."""
+"""Physical scale of a slide: µm per level-0 pixel, and the source of that number."""
 
 from __future__ import annotations
 

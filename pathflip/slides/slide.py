@@ -201,17 +201,17 @@ class Slide:
         return self._read_openslide(level, boxes, out)
 
     def thumbnail(self, max_px: int) -> NDArray[np.uint8]:
-        """The whole slide, its longer side ``max_px`` pixels, uint8 RGB [h, w, 3]."""
+        """Read the whole slide, its longer side ``max_px`` pixels, as uint8 RGB [h, w, 3]."""
         scale = max(self.width, self.height) / max_px
         out_w, out_h = max(1, round(self.width / scale)), max(1, round(self.height / scale))
         return self._read_scaled(0, 0, self.width, self.height, out_w, out_h, tolerant=True)
 
     def shown(self, x0: int, y0: int, size0: int, *, px: int) -> NDArray[np.uint8]:
-        """A square of ``size0`` level-0 px as a picture ``px`` wide, uint8 RGB [px, px, 3]."""
+        """Read a square of ``size0`` level-0 px as a picture, uint8 RGB [px, px, 3]."""
         return self._read_scaled(x0, y0, size0, size0, px, px, tolerant=True)
 
     def overview(self, mpp: float) -> NDArray[np.uint8]:
-        """The whole slide at an exact coarse resolution, uint8 RGB [h, w, 3].
+        """Read the whole slide at an exact coarse resolution, as uint8 RGB [h, w, 3].
 
         Covers at least the slide; what the last row and column have beyond it is white.
         """
@@ -220,7 +220,7 @@ class Slide:
         return self._read_scaled(0, 0, out_w * ratio, out_h * ratio, out_w, out_h, tolerant=True)
 
     def level_for(self, ratio: float) -> int:
-        """The coarsest level at or finer than ``ratio`` level-0 px per pixel, within 1 %."""
+        """Return the coarsest level at or finer than ``ratio`` level-0 px per pixel, within 1 %."""
         fitting = [
             level
             for level, downsample in enumerate(self.level_downsamples)
@@ -259,7 +259,7 @@ class Slide:
             )
 
     def _level_rect(self, level: int, x0: int, y0: int, w: int, h: int) -> NDArray[np.uint8]:
-        """``w`` x ``h`` pixels of a level from the level-0 corner; white outside, RGB."""
+        """Read ``w`` x ``h`` pixels of a level from a level-0 corner: RGB, white outside."""
         if self._jpeg and level in self._jpeg:
             tiles = JpegTiles(self._file, self._jpeg[level])
             downsample = self.level_downsamples[level]
@@ -286,7 +286,7 @@ class Slide:
         *,
         tolerant: bool = False,
     ) -> NDArray[np.uint8]:
-        """A level-0 rectangle resampled by area to ``out_w`` x ``out_h``, in bounded strips.
+        """Read a level-0 rectangle resampled by area to ``out_w`` x ``out_h``, in bounded strips.
 
         The scale is exact; the corner of a strip is on a whole pixel of the level that is read.
         ``tolerant`` paints what is damaged as tissue instead of raising: for overviews, so that
@@ -348,7 +348,7 @@ class Slide:
     def _read_openslide(
         self, level: int, boxes: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
-        """Row of patches by row of patches; a row with a damaged tile is read patch by patch."""
+        """Read patches row by row; a row with a damaged tile is read patch by patch."""
         ok = np.zeros(len(boxes), bool)
         px = out.shape[1]
 
@@ -401,7 +401,7 @@ class Slide:
         return levels
 
     def _disagreement(self, levels: dict[int, JpegLevel]) -> str:
-        """Why direct reads cannot be trusted on this file, or an empty string.
+        """Return why direct reads cannot be trusted on this file; empty if they can.
 
         Compares with OpenSlide where the most bytes are, so where the most detail is.
         """
@@ -437,7 +437,7 @@ class Slide:
     def _tiles(
         self, level: int, ratio: float, rects: NDArray[np.int64], px: int
     ) -> JpegTiles | None:
-        """How to decode ``level`` for patches at ``ratio``; None where the level is not direct."""
+        """Choose how to decode ``level`` for patches at ``ratio``; None if it is not direct."""
         layout = self._jpeg.get(level)
         if layout is None:
             return None
@@ -456,7 +456,7 @@ class Slide:
 
 
 def openable(path: Path) -> Path:
-    """The file to hand to OpenSlide: the path itself, or one DICOM file of a folder.
+    """Return the file to hand to OpenSlide: the path itself, or one DICOM file of a folder.
 
     Raises:
         SlideError: ``not_a_file`` for what is missing, unreadable, empty or neither.

@@ -1,4 +1,4 @@
-"""Which files are slides, and what identifies them."""
+"""Finds slide files and identifies them by their content."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Source:
 
     Attributes:
         uri: Absolute path of the file, or of the folder of one DICOM series.
-        bytes: Size of all its files; -1 when it cannot be looked at.
+        bytes: Size of all its files; -1 if it is not accessible.
         mtime_ns: Newest modification time of its files.
     """
 
@@ -96,7 +96,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def source_files(path: Path) -> list[Path]:
-    """Every file a slide consists of, the named one first."""
+    """Return every file of a slide, the named one first."""
     if path.is_dir():
         return sorted(path.glob(f"*{DICOM_SUFFIX}"))
     side = path.with_suffix("")
@@ -106,7 +106,7 @@ def source_files(path: Path) -> list[Path]:
 
 
 def stat_source(path: Path) -> Source:
-    """Size and newest change of a slide; bytes -1 when it cannot be looked at."""
+    """Return size and newest modification time of a slide; bytes -1 if it is not accessible."""
     try:
         statuses = [file.stat() for file in source_files(path)]
     except OSError:
@@ -119,7 +119,7 @@ def stat_source(path: Path) -> Source:
 
 
 def digest_source(path: Path) -> str:
-    """sha256 of the slide's bytes: of the file, or of its files' names and digests in order.
+    """Return the sha256 of a slide: of its file, or of its files' names and digests in order.
 
     Raises:
         SlideError: ``not_a_file`` when a file cannot be read.
@@ -153,7 +153,7 @@ def _digest_file(path: Path) -> str:
 
 
 def slide_id(uri: str, identity: str) -> str:
-    """A slide's key: its file's stem and eight digits of its content's sha256.
+    """Return a slide's key: its file's stem and eight digits of its content's sha256.
 
     Readable, and the same wherever and in whatever order slides are ingested; two files of one
     name in two folders never collide. ``identity`` is the sha256, or the uri where none is known.

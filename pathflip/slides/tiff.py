@@ -55,7 +55,7 @@ class TiffPage:
 
 @dataclass(frozen=True, kw_only=True)
 class TiffLayout:
-    """What the tags of a TIFF declare.
+    """Tags of a TIFF file.
 
     Attributes:
         name: The file's name, for messages.
@@ -186,7 +186,7 @@ def check_limits(layout: TiffLayout) -> None:
 
 
 def jpeg_levels(layout: TiffLayout) -> list[JpegLevel]:
-    """Every tiled 8-bit colour JPEG level of a TIFF file; empty where there is none."""
+    """Return every tiled 8-bit colour JPEG level of a TIFF file; empty where there is none."""
     return [level for page in layout.pages if (level := _jpeg_level(page))]
 
 

@@ -24,7 +24,7 @@ OD_STEPS = 200.0
 
 @dataclass(frozen=True, kw_only=True)
 class TissueConfig:
-    """How tissue is found.
+    """Settings of the tissue mask.
 
     Attributes:
         mpp: Resolution of the mask, µm/px.
@@ -71,7 +71,7 @@ class TissueConfig:
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Tissue of one slide.
+    """Tissue mask of one slide.
 
     Pixel (row i, column j) is the square that begins ``j * mpp`` µm right of and ``i * mpp`` µm
     below level-0 (0, 0), so frames convert by a factor alone.
@@ -100,7 +100,7 @@ class TissueMask:
     def coverage(
         self, x_edges0: NDArray[np.float64], y_edges0: NDArray[np.float64]
     ) -> NDArray[np.float32]:
-        """Exact share of tissue in each cell of a grid.
+        """Compute the exact share of tissue in each cell of a grid.
 
         Args:
             x_edges0: Ascending vertical lines, level-0 px, fractions allowed [nx + 1].
@@ -130,7 +130,7 @@ class TissueMask:
         return share
 
     def to_png(self) -> bytes:
-        """The mask as a one-bit PNG."""
+        """Return the mask as a one-bit PNG."""
         ok, data = cv2.imencode(
             ".png", self.mask.view(np.uint8) * np.uint8(255), [cv2.IMWRITE_PNG_BILEVEL, 1]
         )
@@ -140,14 +140,14 @@ class TissueMask:
 
     @classmethod
     def from_png(cls, data: bytes, *, mpp: float, slide_mpp: float) -> TissueMask:
-        """The inverse of :meth:`to_png`. Raises ValueError if ``data`` is no image."""
+        """Return the mask of :meth:`to_png`. Raises ValueError if ``data`` is no image."""
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
         if image is None:
             raise ValueError("tissue mask is not a PNG")
         return cls(image > 127, mpp, slide_mpp)
 
     def polygons(self) -> list[Polygon]:
-        """Outlines of the tissue, following pixel edges, in level-0 px.
+        """Trace outlines of the tissue, following pixel edges, in level-0 px.
 
         Each polygon is valid in the sense of OGC: simple rings, touching at points at most. Filling
         them gives back the mask exactly.

@@ -11,15 +11,15 @@ import pytest
 from jobs.ingest.candidates import Candidate
 from jobs.ingest.decision import (
     Attempts,
-    concluded,
-    identified,
-    quarantined,
-    relocated,
-    spares_stored,
+    conclude,
+    identify,
+    is_spared,
+    quarantine,
+    relocate,
+    same_cut,
     stale_slides,
 )
-from jobs.ingest.resume import Held, same_cut
-from jobs.ingest.rows import CHUNK_SCHEMA, Chunk, SlideRecord, from_table, to_table
+from jobs.ingest.rows import CHUNK_SCHEMA, Chunk, Held, SlideRecord, from_table, to_table
 from pathflip.errors import SlideError
 from pathflip.slides.sources import Source
 
@@ -34,7 +34,7 @@ def chunk(**counted: Any) -> SlideRecord:
 
 # -- the whole slide -------------------------------------------------------------------------------
 
-CRASHED = quarantined(
+CRASHED = quarantine(
     chunk(attempts=3), SlideError("It died.", hint="Copy it.", code="reader_crash"), stage="read"
 )
 CASES: dict[str, tuple[list[SlideRecord], int, tuple[str, str | None]]] = {
@@ -79,7 +79,7 @@ CASES: dict[str, tuple[list[SlideRecord], int, tuple[str, str | None]]] = {
     "few not finite": ([chunk(tiles_ok=995, tiles_bad=5, not_finite=5)], 4, ("ready", None)),
     "empty": ([replace(FOUND, status="empty", message="None.")], 0, ("empty", None)),
     "failed at once": (
-        [quarantined(FOUND, SlideError("No.", code="needs_mpp"), stage="plan")],
+        [quarantine(FOUND, SlideError("No.", code="needs_mpp"), stage="plan")],
         0,
         ("quarantined", "needs_mpp"),
     ),
@@ -109,7 +109,7 @@ CASES: dict[str, tuple[list[SlideRecord], int, tuple[str, str | None]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_slide_is_concluded_from_its_chunks(case: str) -> None:
     chunks, regions, (status, reason) = CASES[case]
-    record = concluded(chunks, regions=regions, max_bad_tiles=0.01)
+    record = conclude(chunks, regions=regions, max_bad_tiles=0.01)
     assert (record.status, record.reason) == (status, reason)
     assert (record.message is None) == (status == "ready")
     assert (record.stage is None) == (status != "quarantined")
@@ -120,20 +120,20 @@ def test_counts_of_chunks_add_up_and_attempts_do_not() -> None:
         chunk(tiles_ok=90, tiles_bad=2, not_finite=1, attempts=1, seconds=1.5),
         chunk(tiles_ok=80, tiles_bad=1, not_finite=0, attempts=3, seconds=2.0),
     ]
-    record = concluded(chunks, regions=2, max_bad_tiles=0.01)
+    record = conclude(chunks, regions=2, max_bad_tiles=0.01)
     assert (record.tiles_ok, record.tiles_bad, record.not_finite) == (170, 3, 1)
     assert (record.attempts, record.seconds) == (3, 3.5)
 
 
 def test_a_message_says_how_many_of_which_slide() -> None:
-    record = concluded([chunk(tiles_bad=30)], regions=1, max_bad_tiles=0.02)
+    record = conclude([chunk(tiles_bad=30)], regions=1, max_bad_tiles=0.02)
     assert record.message is not None
     assert "30 of 1000 patches of a.svs" in record.message
-    assert concluded([chunk(tiles_bad=20)], regions=1, max_bad_tiles=0.02).status == "ready"
+    assert conclude([chunk(tiles_bad=20)], regions=1, max_bad_tiles=0.02).status == "ready"
 
 
 def test_a_bad_tile_is_too_many_where_it_ends_the_slide() -> None:
-    record = quarantined(FOUND, SlideError("Tile 3.", hint="Copy.", code="bad_tile"), stage="read")
+    record = quarantine(FOUND, SlideError("Tile 3.", hint="Copy.", code="bad_tile"), stage="read")
     assert (record.status, record.reason, record.stage) == (
         "quarantined", "too_many_bad_tiles", "read",
     )  # fmt: skip
@@ -157,11 +157,11 @@ def test_a_bad_tile_is_too_many_where_it_ends_the_slide() -> None:
 def test_only_what_the_reader_did_is_tried_again(code: str, made: int, final: bool) -> None:
     attempts, error = Attempts(limit=3, made=made), SlideError("It.", code=code)
     if not final:
-        attempts.again(error)
+        attempts.retry_or_raise(error)
         assert attempts.made == made + 1
         return
     with pytest.raises(SlideError) as raised:
-        attempts.again(error)
+        attempts.retry_or_raise(error)
     assert raised.value is error
     assert attempts.made == made
 
@@ -184,7 +184,7 @@ OLD = Held(slide_id="old-name-01234567", mpp=0.5, outline="mask", complete=True)
 def test_a_file_is_what_its_content_is(
     held: Held | None, same: bool, named: str, status: str, extends: bool
 ) -> None:
-    record = identified(FOUND, sha256=SHA, outline="mask", held=held, same_cut=same)
+    record = identify(FOUND, sha256=SHA, outline="mask", held=held, same_cut=same)
     assert (record.slide_id, record.status, record.extends) == (named, status, extends)
     assert (record.sha256, record.outline, record.uri) == (SHA, "mask", FOUND.uri)
 
@@ -222,7 +222,7 @@ def test_the_cut_is_the_same_unless_something_else_is_asked_for(
 def test_a_failure_does_not_cost_a_good_slide_of_the_same_bytes(
     status: Any, stored: dict[str, Any] | None, spared: bool
 ) -> None:
-    assert spares_stored(replace(PLANNED, status=status), stored) == spared
+    assert is_spared(replace(PLANNED, status=status), stored) == spared
 
 
 # -- paths -----------------------------------------------------------------------------------------
@@ -249,13 +249,13 @@ def test_a_slide_lies_where_its_content_was_found(
     aliases: list[str] | None, confirmed: list[str], vacated: bool, uri: str | None, now: list[str]
 ) -> None:
     row = {"uri": "/a", "aliases": aliases}
-    found = relocated(row, confirmed=[at(one) for one in confirmed], vacated=vacated)
+    found = relocate(row, confirmed=[at(one) for one in confirmed], vacated=vacated)
     assert found.pop("aliases") == now
     assert found == ({} if uri is None else {"uri": uri, "bytes": 7, "mtime_ns": 9})
 
 
 def test_a_slide_nobody_saw_stays_where_it_is() -> None:
-    assert relocated({"uri": "/a", "aliases": ["/b"]}, confirmed=[], vacated=True) == {}
+    assert relocate({"uri": "/a", "aliases": ["/b"]}, confirmed=[], vacated=True) == {}
 
 
 @pytest.mark.parametrize(
