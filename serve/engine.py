@@ -56,7 +56,7 @@ class EngineOutput:
 
 
 class Engine(Protocol):
-    """What the chat engine asks of a decoder."""
+    """Interface between the chat engine and what decodes its prompts."""
 
     @property
     def errored(self) -> bool:

@@ -1,4 +1,4 @@
-"""An engine that says what it is told, at the pace it is told, and decodes nothing.
+"""Fake engine: scripted answers at a scripted pace, without a model.
 
 It stands where vLLM does, so the whole service runs without vLLM: routes, prompts, streams,
 limits, the audit log. In a configuration (``pathflip serve … -o engine.backend=fake``)::
