@@ -50,16 +50,15 @@ def same_cut(candidate: Candidate, held: Held) -> bool:
 
 
 def identify(
-    record: SlideRecord, *, sha256: str, outline: str, held: Held | None, same_cut: bool
+    record: SlideRecord, *, candidate: Candidate, sha256: str, held: Held | None
 ) -> SlideRecord:
     """Name a slide by its content, and compare it with what the archive holds of that content.
 
     Args:
         record: The file.
+        candidate: How it is to be cut.
         sha256: Digest of its content.
-        outline: Source of its tissue, see :class:`SlideRecord`.
         held: What the archive holds of the same content, if it does.
-        same_cut: Whether that was cut as is asked for now.
 
     Returns:
         The record: a ``duplicate`` where nothing is left to do, with ``extends`` where only
@@ -68,10 +67,10 @@ def identify(
     record = replace(
         record,
         sha256=sha256,
-        outline=outline,
+        outline=candidate.outline,
         slide_id=slide_id(record.uri, sha256) if held is None else held.slide_id,
     )
-    if held is None or not same_cut:
+    if held is None or not same_cut(candidate, held):
         return record
     return replace(record, status="duplicate") if held.complete else replace(record, extends=True)
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from jobs.ingest.candidates import Candidate
 from jobs.ingest.config import IngestConfig
-from jobs.ingest.decision import Attempts, identify, quarantine, same_cut
+from jobs.ingest.decision import Attempts, identify, quarantine
 from jobs.ingest.rows import Chunk, Held, SlideRecord, fixed, to_table
 from jobs.ray_data import to_ipc
 from pathflip.archive import Archive
@@ -76,14 +76,7 @@ class Planner:
             if sha in distinct:
                 distinct[sha].copies.append(uri)
                 continue
-            known = held.get(sha)
-            record = identify(
-                record,
-                sha256=sha,
-                outline=candidate.outline,
-                held=known,
-                same_cut=known is not None and same_cut(candidate, known),
-            )
+            record = identify(record, candidate=candidate, sha256=sha, held=held.get(sha))
             if record.status == "duplicate":
                 chunks.append(Chunk(record=record))
                 continue

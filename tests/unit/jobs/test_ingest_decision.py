@@ -28,6 +28,10 @@ FOUND = SlideRecord(slide_id="a-12345678", uri="/in/a.svs", bytes=10, mtime_ns=5
 PLANNED = replace(FOUND, sha256=SHA, mpp=0.5, planned_patches=1000)
 
 
+def at(uri: str) -> Source:
+    return Source(uri=uri, bytes=7, mtime_ns=9)
+
+
 def chunk(**counted: Any) -> SlideRecord:
     return replace(PLANNED, **counted)
 
@@ -172,19 +176,20 @@ OLD = Held(slide_id="old-name-01234567", mpp=0.5, outline="mask", complete=True)
 
 
 @pytest.mark.parametrize(
-    ("held", "same", "named", "status", "extends"),
+    ("held", "mpp", "named", "status", "extends"),
     [
-        (None, False, "a-01234567", "ready", False),
-        (OLD, True, OLD.slide_id, "duplicate", False),
-        (replace(OLD, complete=False), True, OLD.slide_id, "ready", True),
-        (OLD, False, OLD.slide_id, "ready", False),  # cut anew, under its id
-        (replace(OLD, complete=False), False, OLD.slide_id, "ready", False),
+        (None, None, "a-01234567", "ready", False),
+        (OLD, None, OLD.slide_id, "duplicate", False),
+        (replace(OLD, complete=False), None, OLD.slide_id, "ready", True),
+        (OLD, 0.25, OLD.slide_id, "ready", False),  # cut anew, under its id
+        (replace(OLD, complete=False), 0.25, OLD.slide_id, "ready", False),
     ],
 )
 def test_a_file_is_what_its_content_is(
-    held: Held | None, same: bool, named: str, status: str, extends: bool
+    held: Held | None, mpp: float | None, named: str, status: str, extends: bool
 ) -> None:
-    record = identify(FOUND, sha256=SHA, outline="mask", held=held, same_cut=same)
+    candidate = Candidate(source=at(FOUND.uri), mpp=mpp)
+    record = identify(FOUND, candidate=candidate, sha256=SHA, held=held)
     assert (record.slide_id, record.status, record.extends) == (named, status, extends)
     assert (record.sha256, record.outline, record.uri) == (SHA, "mask", FOUND.uri)
 
@@ -204,8 +209,7 @@ def test_a_file_is_what_its_content_is(
 def test_the_cut_is_the_same_unless_something_else_is_asked_for(
     mpp: float | None, outline: str, held: Held, same: bool
 ) -> None:
-    source = Source(uri="/in/a.svs", bytes=10, mtime_ns=5)
-    assert same_cut(Candidate(source=source, mpp=mpp, outline=outline), held) == same
+    assert same_cut(Candidate(source=at("/in/a.svs"), mpp=mpp, outline=outline), held) == same
 
 
 @pytest.mark.parametrize(
@@ -226,10 +230,6 @@ def test_a_failure_does_not_cost_a_good_slide_of_the_same_bytes(
 
 
 # -- paths -----------------------------------------------------------------------------------------
-
-
-def at(uri: str) -> Source:
-    return Source(uri=uri, bytes=7, mtime_ns=9)
 
 
 @pytest.mark.parametrize(
