@@ -41,11 +41,13 @@ class Matches(Generic[Row]):
 
     Attributes:
         found: (row, its slides), in the order of the table: one slide, or all those of a case.
+        unclear: (row, slides) where several slides carry the name.
         unmatched: Names that no slide has, sorted.
         ambiguous: Names that several slides have, sorted.
     """
 
     found: list[tuple[Row, list[str]]]
+    unclear: list[tuple[Row, list[str]]]
     unmatched: list[str]
     ambiguous: list[str]
 
@@ -91,9 +93,8 @@ class SlideNames:
         names = cls()
         for path in dict.fromkeys(paths):
             names._add_path(path, path)
-            target = os.path.realpath(path)
-            if os.path.basename(target) != os.path.basename(path):
-                names._add_path(target, path)
+            if os.path.islink(path):
+                names._add_path(os.path.realpath(path), path)
         return names
 
     def _add(self, name: str, slide: str) -> None:
@@ -148,6 +149,7 @@ class SlideNames:
                 case are meant.
         """
         found: list[tuple[Row, list[str], str, bool]] = []
+        unclear: list[tuple[Row, list[str]]] = []
         unmatched, ambiguous = [], []
         placed: set[str] = set()  # slides that some row names with the folders they lie in
         for row in rows:
@@ -156,6 +158,7 @@ class SlideNames:
             stray = False
             if len(slides) > 1 and not is_case:
                 ambiguous.append(asked)
+                unclear.append((row, slides))
                 continue
             if len(slides) == 1 and not is_case and _folders(_normal(asked)):
                 stray = not self._agreement(_normal(asked), slides[0])
@@ -173,7 +176,12 @@ class SlideNames:
                 unmatched.append(asked)
             else:
                 kept.append((row, slides))
-        return Matches(found=kept, unmatched=listed(unmatched), ambiguous=listed(ambiguous))
+        return Matches(
+            found=kept,
+            unclear=unclear,
+            unmatched=listed(unmatched),
+            ambiguous=listed(ambiguous),
+        )
 
     def _nearest(self, name: str, slides: set[str]) -> list[str]:
         """Returns the slides whose folders agree best with those before a name."""
