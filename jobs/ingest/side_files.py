@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from jobs.ingest.config import IngestConfig
-from pathflip.archive.slide_names import OUTLINE_ENDINGS, SlideNames
+from pathflip.archive.slide_names import SlideNames, outline_files
 from pathflip.errors import ConfigError
 from pathflip.interop.captions import CaptionRow, read_captions
 from pathflip.interop.labels import read_patients
@@ -319,15 +319,11 @@ def list_outlines(folder: str) -> list[Entry[Outline]]:
     where = Path(folder).absolute()
     if not where.is_dir():
         raise ConfigError(f"{folder} is no folder.", hint="Check --tissue.")
-    files = sorted(
-        path
-        for path in where.iterdir()
-        if path.name.lower().endswith(OUTLINE_ENDINGS) and path.is_file()
-    )
+    files = outline_files(where)
     if not files:
         raise ConfigError(
             f"{folder} holds no outlines.",
-            hint=f"Give a folder of <slide name>{', '.join(OUTLINE_ENDINGS)} files with --tissue.",
+            hint="Give a folder of <slide name>.geojson, .json or .zip files with --tissue.",
         )
     return [
         Entry(

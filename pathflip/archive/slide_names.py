@@ -16,7 +16,7 @@ import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
 from pathflip.interop.tables import clean, known
@@ -27,10 +27,10 @@ Row = TypeVar("Row")
 NAME_COLUMNS = ("slide_id", "uri", "aliases", "patient_id")
 """Columns of the slides table that :meth:`SlideNames.from_rows` reads."""
 
-OUTLINE_ENDINGS = (".geojson", ".json", ".zip")
+_OUTLINE_ENDINGS = (".geojson", ".json", ".zip")
 _ENDINGS = (
     *SUFFIXES, DICOM_SUFFIX, ".ome", ".bif", ".qptiff", ".vsi", ".isyntax", ".zarr",
-    ".csv", ".pt", ".h5", ".npy", ".npz", ".parquet", ".jpg", ".jpeg", ".png", *OUTLINE_ENDINGS,
+    ".csv", ".pt", ".h5", ".npy", ".npz", ".parquet", ".jpg", ".jpeg", ".png", *_OUTLINE_ENDINGS,
 )  # fmt: skip
 _UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)
 
@@ -217,6 +217,21 @@ def shortened(name: str) -> list[str]:
             break
         forms.append(last[: -len(end)])
     return list(dict.fromkeys(filter(None, (*forms, _UUID.sub("", forms[-1])))))
+
+
+def outline_files(folder: str | Path) -> list[Path]:
+    """Returns the files in a folder that may hold outlines of slides, sorted; none if it is none.
+
+    They are what :func:`pathflip.interop.qupath.read_geojson` reads, whatever the case of their
+    ending: GeoJSON, also zipped.
+    """
+    if not Path(folder).is_dir():
+        return []
+    return sorted(
+        path
+        for path in Path(folder).iterdir()
+        if path.name.lower().endswith(_OUTLINE_ENDINGS) and path.is_file()
+    )
 
 
 def patient_of(stem: str) -> str | None:

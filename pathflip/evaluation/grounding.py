@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames, outline_files
 from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap
@@ -314,41 +315,61 @@ def read_outlines(
     """{slide_id: {finding: polygons}} of slides that have an outline of one of the findings.
 
     Args:
-        archive: Where the slides are.
-        slides: Of which slides.
-        findings: Outlines of other classes are passed.
-        truth: Folder of ``<slide stem>.geojson`` or ``<slide_id>.geojson``; by default ``lesions``
-            beside the folder of each slide.
+        archive: Archive of the slides.
+        slides: Slides to find outlines of.
+        findings: Classes to read; outlines of other classes are passed over.
+        truth: Folder of ``<slide name>.geojson``; by default ``lesions`` beside the folder of each
+            slide.
 
     Raises:
-        ConfigError: No slide has one.
+        ConfigError: No slide has one, or the name of one is that of several slides.
     """
     bounds = {
         row["slide_id"]: (row["bounds_x0"] or 0, row["bounds_y0"] or 0)
         for row in archive.slides("ready", ["slide_id", "bounds_x0", "bounds_y0"]).to_pylist()
     }
     found: dict[str, dict[str, list[Polygon]]] = {}
-    looked = Path(truth) if truth is not None else None
-    for slide in slides:
-        folder = Path(truth) if truth is not None else Path(slide.uri).parent.parent / "lesions"
-        looked = looked or folder
-        for stem in (slide.stem, slide.slide_id):
-            path = folder / f"{stem}.geojson"
-            if not path.is_file():
-                continue
-            x0, y0 = bounds[slide.slide_id]
-            for item in read_geojson(path, bounds_x0=x0, bounds_y0=y0):
-                if item.classification in findings and item.polygons:
-                    mine = found.setdefault(slide.slide_id, {})
-                    mine.setdefault(item.classification, []).extend(item.polygons)
-            break
+    paths, folders = _outline_paths(archive, {slide.slide_id for slide in slides}, truth)
+    for slide_id, path in sorted(paths.items()):
+        x0, y0 = bounds[slide_id]
+        for item in read_geojson(path, bounds_x0=x0, bounds_y0=y0):
+            if item.classification in findings and item.polygons:
+                mine = found.setdefault(slide_id, {})
+                mine.setdefault(item.classification, []).extend(item.polygons)
     if not found:
+        looked = folders[0] if folders else truth
         raise ConfigError(
             f"No outline of {', '.join(sorted(findings)) or 'anything'} was found in {looked}.",
             hint="Give the folder of <slide>.geojson files with --truth.",
             code="no_truth",
         )
     return found
+
+
+def _outline_paths(
+    archive: Archive, slides: set[str], truth: str | Path | None
+) -> tuple[dict[str, Path], list[Path]]:
+    """Returns {slide_id: its outline file}, and the folders that were looked in."""
+    looked_in: dict[Path, list[dict[str, Any]]] = {}
+    for row in archive.slides(columns=NAME_COLUMNS).to_pylist():
+        uri = Path(row["uri"] or "")
+        folder = Path(truth) if truth is not None else uri.parent.parent / "lesions"
+        looked_in.setdefault(folder, []).append(row)
+    paths: dict[str, Path] = {}
+    for folder, rows in looked_in.items():
+        # A file named by slide_id counts only where none is named like the slide's file.
+        files = sorted(outline_files(folder), key=lambda path: path.stem in slides)
+        matches = SlideNames.from_rows(rows).match(files, lambda path: (path.name, False))
+        for path, several in matches.unclear:
+            if slides & set(several):
+                raise ConfigError(
+                    f"{path} has the name of several slides, {several[0]} and {several[1]}.",
+                    hint="Name the outlines <slide_id>.geojson.",
+                )
+        for path, (slide,) in matches.found:
+            if slide in slides:
+                paths.setdefault(slide, path)
+    return paths, list(looked_in)
 
 
 def queries_of(suite: Suite) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -153,3 +154,18 @@ def test_patches_of_regions_lie_on_their_lines() -> None:
     x = np.floor(np.arange(4, 9) * 32 / 0.37 + 0.5)
     assert rects[0, :4, 0].tolist() == x[:4].tolist()
     assert (rects[0, :4, 0] + rects[0, :4, 2]).tolist() == x[1:].tolist()
+
+
+def test_outlines_go_by_every_name_of_their_slide(archive, run, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    slides = list_slides(archive, run)
+    found = read_outlines(archive, slides, findings={"tumour"})
+    first = next(slide for slide in slides if slide.slide_id in found)
+    drawn = (Path(first.uri).parent.parent / "lesions" / f"{first.stem}.geojson").read_bytes()
+    for name in (f"{first.slide_id}.geojson", f"{first.stem}.JSON", f"{first.stem}.svs.geojson"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(drawn)
+        (folder / "of nobody.geojson").write_text("not read")
+        assert list(read_outlines(archive, slides, findings={"tumour"}, truth=folder)) == [
+            first.slide_id
+        ]

@@ -171,7 +171,7 @@ def test_outlines_that_are_of_no_slide_or_of_two_are_refused(tmp_path):
         outlined(tmp_path, ["notes.txt"], ["/in/a.tif"])
     with pytest.raises(ConfigError, match=r"No outline in .* b\.geojson"):
         outlined(tmp_path, ["b.geojson"], ["/in/a.tif"])
-    with pytest.raises(ConfigError, match="not clear which of them b.geojson means"):
+    with pytest.raises(ConfigError, match=r"not clear which of them b\.geojson means"):
         outlined(tmp_path, [], ["/in/x/b.tif", "/in/y/b.tif"])
     with pytest.raises(ConfigError, match=r"is the slide of .* again"):
         outlined(tmp_path, ["b.json"], ["/in/b.tif"])
