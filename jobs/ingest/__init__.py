@@ -26,13 +26,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from jobs.ingest.candidates import Candidate, Sheet, find_candidates, read_people
+from jobs.ingest.candidates import Candidate, find_candidates
 from jobs.ingest.config import IngestConfig as IngestConfig
 from jobs.ingest.embed import Embedder
 from jobs.ingest.ledger import Ledger
@@ -47,8 +47,8 @@ from pathflip.archive.create import create_archive
 from pathflip.encoders import EncoderInfo, encoder_info, load_encoder
 from pathflip.errors import ArchiveError, ConfigError, SlideError
 from pathflip.geometry import patch_rects
-from pathflip.interop.captions import import_captions, read_captions
-from pathflip.interop.questions import import_questions, read_questions
+from pathflip.interop.captions import import_captions
+from pathflip.interop.questions import import_questions
 from pathflip.slides.reader import SlidePlan, SlideReader
 
 GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
@@ -80,8 +80,7 @@ def ingest(
     config = config or IngestConfig()
     started = time.monotonic()
     encoders = [encoder_info(spec) for spec in config.specs]
-    candidates = find_candidates(sources, config)
-    people = _read_side_files(config, candidates)
+    candidates, side = find_candidates(sources, config, slide_of=Archived(archive).paths())
     _check(archive, config, encoders)
     private = connect(address)
     there = available(config.device, private=private)
@@ -102,7 +101,7 @@ def ingest(
             config=config,
             encoders=encoders,
             candidates=candidates,
-            people=people,
+            side=side,
             started=started,
             progress=progress,
         )
@@ -112,7 +111,8 @@ def ingest(
                 groups, config, uri, tables, encoders, there=there, private=private
             ):
                 ledger.take(batch)
-        result = ledger.finish()
+        result = replace(ledger.finish(), side_files=side.report())
+        side.warn("ambiguous")
         if config.captions is not None:
             result = replace(result, captions=import_captions(committer, config.captions))
         if config.questions is not None:
@@ -120,20 +120,22 @@ def ingest(
         return result
 
 
-def _read_side_files(config: IngestConfig, candidates: Sequence[Candidate]) -> Sheet:
-    """Read the files about slides, so that what is wrong with one is said before the work."""
-    people = read_people(config.patients)
-    people.warn_unmatched(candidates)
-    if config.captions is not None:
-        read_captions(config.captions)
-    if config.questions is not None:
-        read_questions(config.questions)
-    return people
-
-
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """Result of a dry run: what an ingest would do."""
+    """Result of a dry run: what an ingest would do.
+
+    Attributes:
+        slides: Counts of slides: ready, quarantined, empty and skipped.
+        regions: Regions it would cut.
+        patches: Patches it would embed.
+        bytes_to_read: Bytes of the slides that are not done.
+        archive_bytes: Bytes it would add to the archive, about.
+        estimated_seconds: Time it would take, about.
+        problems: {path: what is wrong} of slides that would be quarantined.
+        side_files: For each side file that was given, captions and questions too: {"rows",
+            "matched": counts of entries, "unmatched", "ambiguous": names}. Files that turn out to
+            be copies of each other are not ambiguous to the ingest itself.
+    """
 
     slides: dict[str, int]
     regions: int
@@ -142,10 +144,13 @@ class DryRun:
     archive_bytes: int
     estimated_seconds: float
     problems: dict[str, str]
+    side_files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The document ``pathflip ingest --dry-run --json`` prints."""
-        return asdict(self)
+        document = asdict(self)
+        side_files: dict[str, Any] = document.pop("side_files")
+        return document | side_files
 
 
 def dry_run(
@@ -159,16 +164,16 @@ def dry_run(
     """Plan every slide as ``ingest`` would, time the encoder on real patches, write nothing.
 
     Reads every file that ``ingest`` would be given, opens every slide and finds its tissue; hashes
-    nothing. Time is estimated from patches of the
-    first good slide read and embedded in this process, over the CPUs there are.
+    nothing. Time is estimated from patches of the first good slide read and embedded in this
+    process, over the CPUs there are.
     """
     config = config or IngestConfig()
     started = time.monotonic()
     encoders = [encoder_info(spec) for spec in config.specs]
-    candidates = find_candidates(sources, config)
-    _read_side_files(config, candidates)
-    _check(archive, config, encoders)
     archived = Archived(archive)
+    candidates, side = find_candidates(sources, config, slide_of=archived.paths())
+    side.warn("ambiguous")
+    _check(archive, config, encoders)
     todo = [c for c in candidates if not archived.is_done(c, config, encoders)]
     counts = {"ready": 0, "quarantined": 0, "empty": 0, "skipped": len(candidates) - len(todo)}
     regions = patches = bytes_done = 0
@@ -223,6 +228,7 @@ def dry_run(
             (patches * (per_patch_s or 0.0) + time.monotonic() - started) / workers, 1
         ),
         problems=problems,
+        side_files=side.report() | {name: one.report() for name, one in side.texts.items()},
     )
 
 

@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 import pathflip
-from jobs.ingest.candidates import Candidate, Sheet
+from jobs.ingest.candidates import Candidate
 from jobs.ingest.config import IngestConfig
 from jobs.ingest.decision import conclude, is_spared, relocate, stale_slides
 from jobs.ingest.result import IngestProgress, IngestResult
 from jobs.ingest.resume import Archived
 from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, unit
+from jobs.ingest.side_files import SideFiles
 from jobs.ray_data import from_ipc
 from pathflip.archive.commit import Committer
 from pathflip.archive.schema import CHECKSUM, slides_schema
@@ -100,7 +101,7 @@ class Ledger:
         config: IngestConfig,
         encoders: Sequence[EncoderInfo],
         candidates: Sequence[Candidate],
-        people: Sheet,
+        side: SideFiles,
         started: float,
         progress: Callable[[IngestProgress], None] | None,
     ) -> None:
@@ -111,7 +112,7 @@ class Ledger:
         self._candidates = candidates
         self._started = started
         self._progress = progress
-        self._people = people
+        self._side = side
         self._run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S") + "-" + uuid.uuid4().hex[:6]
         self._confirmed: dict[str, list[Source]] = {}  # sources seen to hold a slide's bytes
         self._outstanding: set[str] = set()
@@ -142,7 +143,7 @@ class Ledger:
             }
             for size, group in groups.items()
             # Unreadable files all have size -1 and share nothing.
-            for members in ([group] if size >= 0 else [[one] for one in group])
+            for members in ([_given_first(group)] if size >= 0 else [[one] for one in group])
         ]
 
     def take(self, batch: pa.Table) -> None:
@@ -180,9 +181,10 @@ class Ledger:
             max_bad_tiles=self._config.max_bad_tiles,
         )
         stored = self._archived.rows.get(record.slide_id, {})
+        paths = [record.uri, *record.aliases, *(self._own_paths(stored) if stored else ())]
         slide = FinishedSlide(
             record=record,
-            people=self._people.find(record.uri) or stored,
+            people=self._side.people(paths) or stored,
             tissue_png=chunks[0].tissue_png or None,
             thumbnail=chunks[0].thumbnail or None,
         )
@@ -279,8 +281,17 @@ class Ledger:
             confirmed=self._confirmed.get(row["slide_id"], ()),
             vacated=uri in self._outstanding or not os.path.lexists(uri),
         )
-        now |= self._people.find(now["uri"])
+        now |= self._side.people([now["uri"], *self._own_paths(now), *self._own_paths(row)])
         return {key: value for key, value in now.items() if (value or None) != (row[key] or None)}
+
+    def _own_paths(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the paths of a stored slide, but those that may be another slide's by now."""
+        confirmed = {source.uri for source in self._confirmed.get(row["slide_id"], ())}
+        return [
+            path
+            for path in (row["uri"], *(row["aliases"] or ()))
+            if path in confirmed or path not in self._outstanding
+        ]
 
     def _slides_table(self, slides: Sequence[FinishedSlide]) -> pa.Table:
         schema = pa.schema([column for column in slides_schema() if column.name != CHECKSUM])
@@ -330,6 +341,11 @@ class Ledger:
                 stage=stage,
             )
         )
+
+
+def _given_first(group: Sequence[Candidate]) -> list[Candidate]:
+    """Order files that may be copies: what was given for one of them holds for the slide."""
+    return sorted(group, key=lambda candidate: candidate.mpp is None and candidate.geojson is None)
 
 
 def _embeddings(slide: FinishedSlide, chunks: Sequence[Chunk], which: int) -> pa.Table:

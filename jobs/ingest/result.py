@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pathflip.progress import duration
@@ -59,6 +59,8 @@ class IngestResult:
         seconds: Wall time.
         captions: Counts of the captions imported, if any were given.
         questions: Counts of the questions imported, if any were given.
+        side_files: For ``mpp_csv``, ``tissue`` and ``patients``, where they were given: {"rows",
+            "matched": counts of entries, "unmatched", "ambiguous": names}.
     """
 
     slides: dict[str, int]
@@ -67,6 +69,7 @@ class IngestResult:
     seconds: float
     captions: dict[str, Any] | None = None
     questions: dict[str, Any] | None = None
+    side_files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The document ``pathflip ingest --json`` prints."""
@@ -78,7 +81,8 @@ class IngestResult:
         for what in ("captions", "questions"):
             if document[what] is None:
                 del document[what]
-        return document
+        side_files: dict[str, Any] = document.pop("side_files")
+        return document | side_files
 
     @property
     def exit_code(self) -> int:

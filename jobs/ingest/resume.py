@@ -38,6 +38,11 @@ class Archived:
         """Return the row a path is known under, the newest where there are several."""
         return self._by_uri.get(uri) or self._by_alias.get(uri)
 
+    def paths(self) -> dict[str, str]:
+        """Return {path: slide_id}, paths of copies included."""
+        aliases = {alias: row["slide_id"] for alias, row in self._by_alias.items()}
+        return aliases | {uri: row["slide_id"] for uri, row in self._by_uri.items()}
+
     def remembered(self, candidate: Candidate) -> Candidate:
         """Return the candidate with the resolution once given for it, if none is given now."""
         row = self.row(candidate.source.uri)

@@ -224,3 +224,51 @@ def test_a_copy_is_not_hashed_for_ever(job, two, monkeypatch):
 
     monkeypatch.setattr(ingest, "_pipeline", nothing)
     assert job(folder, archive).slides["skipped"] == 3
+
+
+def test_who_a_line_of_the_patients_is_about(job, tmp_path):
+    """Equal names in two folders, copies, TCGA names, space and missing cells, in one ingest."""
+    folder, archive, people = tmp_path / "in", tmp_path / "archive", tmp_path / "people.csv"
+    tcga = "TCGA-AA-0001-01Z-00-DX1.0a1b2c3d-1111-2222-3333-444455556666"
+    for seed, name in enumerate(("siteA/1.svs", "siteB/1.svs", "p1b.svs", "x1.svs", f"{tcga}.svs")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        small(folder / name, seed)
+    shutil.copy(folder / "p1b.svs", folder / "a copy.svs")  # sorts before it
+    people.write_text(
+        "slide;patient_id;grade\n1.svs;PA;1\np1b ;P1;2\nx1;nan;3\n"
+        "TCGA-AA-0001-01Z-00-DX1;P1\u00a0;nan\nnobody;P7;1\n"
+    )
+    done = job(folder, archive, f"patients={people}")
+    assert done.slides == {"ready": 5, "quarantined": 0, "empty": 0, "skipped": 1}
+    found = {Path(row["uri"]).name: (row["patient_id"], row["labels"]) for row in
+             rows(archive).values()}  # fmt: skip
+    assert found == {
+        "1.svs": (None, None),
+        "a copy.svs": ("P1", '{"grade": "2"}'),
+        "x1.svs": (None, '{"grade": "3"}'),
+        f"{tcga}.svs": ("P1", None),
+    }
+    assert done.as_json()["patients"] == {
+        "rows": 5, "matched": 3, "unmatched": ["nobody"], "ambiguous": ["1.svs"],
+    }  # fmt: skip
+    people.write_text("slide,patient_id\nsiteA/1,PA\nsiteB/1.svs,PB\np1b,P1\n")
+    assert job(folder, archive, f"patients={people}").slides["skipped"] == 6
+    found = {row["uri"]: row["patient_id"] for row in rows(archive).values()}
+    assert found[str(folder / "siteA" / "1.svs")] == "PA"
+    assert found[str(folder / "siteB" / "1.svs")] == "PB"
+    assert found[str(folder / "a copy.svs")] == "P1"
+    assert found[str(folder / f"{tcga}.svs")] == "P1"  # not in the file: as it was
+
+
+def test_a_resolution_given_for_one_of_two_copies_is_the_slides(job, tmp_path):
+    folder, archive, scale = tmp_path / "in", tmp_path / "archive", tmp_path / "mpp.csv"
+    folder.mkdir()
+    small(folder / "p1b.svs", 3, mpp=None)
+    shutil.copy(folder / "p1b.svs", folder / "a copy.svs")
+    scale.write_text("slide,mpp\np1b,0.5\n")
+    done = job(folder, archive, f"mpp_csv={scale}")
+    assert (done.slides["ready"], done.slides["quarantined"]) == (1, 0)
+    assert done.as_json()["mpp_csv"]["matched"] == 1
+    (row,) = rows(archive).values()
+    assert (row["mpp"], row["mpp_source"]) == (0.5, "override")
+    assert job(folder, archive, f"mpp_csv={scale}").slides["skipped"] == 2
