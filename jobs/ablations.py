@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.pretrain import PretrainConfig, pretrain, resolve
+from jobs.pretrain import PretrainConfig, plan, pretrain, resolve
 from pathflip.archive import Archive
 from pathflip.archive.storage import normalise
 from pathflip.checkpoints import load_run
@@ -83,6 +83,25 @@ class AblationConfig:
     def names(self) -> list[str]:
         """The ablations asked for, in their order."""
         return [name for name in ABLATIONS if not self.only or name in self.only]
+
+    def trainings(self) -> list[tuple[str, int]]:
+        """Return (ablation, seed) of every training, seed by seed: comparisons become whole."""
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        return [(name, seed) for seed in seeds for name in self.names()]
+
+    def check_files(self) -> None:
+        """Refuse files that measuring would refuse once everything is trained.
+
+        Raises:
+            ConfigError: The file of tasks is wrong, or there is no folder of outlines.
+        """
+        if self.tasks is not None:
+            read_tasks(self.tasks)
+        if self.truth is not None and not Path(self.truth).is_dir():
+            raise ConfigError(
+                f"There is no folder {self.truth}.",
+                hint="Give a folder of <slide>.geojson in --truth.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +175,9 @@ def ablations(
     start = time.monotonic()
     config = config or AblationConfig()
     settings = settings or pretrain_config(run)
+    config.check_files()
     folder = Path(run).expanduser().absolute() / "ablations"
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    # Seed by seed, so that whoever stops early has whole comparisons.
-    todo = [(name, seed) for seed in seeds for name in config.names()]
+    todo = config.trainings()
     plans = {key: variant(settings, name=key[0], seed=key[1]) for key in todo}
     folders = {key: folder / f"{key[0]}-seed{key[1]}" for key in todo}
     if config.parallel == 1:
@@ -187,7 +205,7 @@ def ablations(
     result = {
         "run": str(Path(run)),
         "split": config.split,
-        "seeds": list(seeds),
+        "seeds": sorted({seed for _, seed in todo}),
         "runs": rows,
         "table": {
             name: {key: spread(v) for key, v in mine.items()} for name, mine in values.items()
@@ -198,6 +216,31 @@ def ablations(
     }
     write_file(folder / "ablations.json", json.dumps(result, indent=1))
     return result
+
+
+def planned(
+    archive: str,
+    run: str | Path,
+    config: AblationConfig | None = None,
+    *,
+    settings: PretrainConfig | None = None,
+) -> dict[str, Any]:
+    """Return what :func:`ablations` would train, without starting or writing anything.
+
+    Raises:
+        PathFLIPError: A training would be refused, or a file is wrong.
+    """
+    config = config or AblationConfig()
+    settings = settings or pretrain_config(run)
+    config.check_files()
+    folder = Path(run).expanduser().absolute() / "ablations"
+    steps = {
+        f"{name}-seed{seed}": plan(
+            archive, folder / f"{name}-seed{seed}", variant(settings, name=name, seed=seed)
+        )["steps"]
+        for name, seed in config.trainings()
+    }
+    return {"run": str(Path(run)), "trainings": len(steps), "steps": steps}
 
 
 def variant(settings: PretrainConfig, *, name: str, seed: int) -> PretrainConfig:
@@ -342,12 +385,12 @@ def _train_beside(
 
     def one(key: tuple[str, int]) -> None:
         run = folders[key]
-        plan = plans[key]
-        if address is None and plan.cpus_per_worker is None:
-            plan = replace(plan, cpus_per_worker=cores)
+        own = plans[key]
+        if address is None and own.cpus_per_worker is None:
+            own = replace(own, cpus_per_worker=cores)
         given = run.parent / f".{run.name}.yaml"
         given.parent.mkdir(parents=True, exist_ok=True)
-        given.write_text(save_settings(plan))
+        given.write_text(save_settings(own))
         command = [
             sys.executable, "-m", "jobs.pretrain", "--archive", normalise(archive),
             "--run", str(run), "--config", str(given), "--json",

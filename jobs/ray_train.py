@@ -80,13 +80,13 @@ def planned(objective: Objective[Any, Any], archive: str, run: str | Path) -> di
 
     Memory is in MiB and leaves out activations, which depend on the lengths of texts.
     """
-    config = objective.config
+    run, config = _local(run), objective.config
     _check_workers(config)
-    dataset = objective.select(archive)
+    objective, dataset = run_dir.inspect(objective, archive, run)
     trained, frozen = objective.parameters(dataset)
     share = config.batch_size // config.accumulate // (config.max_workers or 1)
     return {
-        "run": str(_local(run)),
+        "run": str(run),
         "preset": config.preset,
         **dataset.summary(),
         "steps": config.total_steps(dataset.steps_per_epoch),

@@ -19,6 +19,7 @@ from pathflip.cli.options import (
     open_run,
     open_slide_qa,
     print_json,
+    show_document,
     show_table,
     torch_device,
     were_set,
@@ -462,6 +463,9 @@ def evaluate_ablations(
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan and count trainings; write nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train the model with parts left out, over several seeds, and measure each.
@@ -482,6 +486,10 @@ def evaluate_ablations(
     recipe = jobs_ablations.pretrain_config(
         run, preset=preset, config=config, overrides=overrides or ()
     )
+    if dry_run:
+        plan = jobs_ablations.planned(archive, run, options, settings=recipe)
+        show_document(plan, as_json=as_json, dry_run=True)
+        return
     with redirect_stdout(sys.stderr), show_progress() as progress:
         document = jobs_ablations.ablations(
             archive, run, options, settings=recipe, address=address, progress=progress

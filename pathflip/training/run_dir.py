@@ -52,9 +52,7 @@ D = TypeVar("D", bound=Dataset)
 
 
 def prepare(objective: Kind, archive: str, run: str | Path) -> tuple[Kind, Any]:
-    """Make the run folder, or check that it is of the same run.
-
-    Everything that cannot work is refused here, before any worker starts.
+    """Make the run folder, or check that it is of the same run, before any worker starts.
 
     Args:
         objective: What is to be trained.
@@ -65,11 +63,49 @@ def prepare(objective: Kind, archive: str, run: str | Path) -> tuple[Kind, Any]:
         The objective fitted to the data, and the data of the run.
 
     Raises:
+        ConfigError: The folder cannot be written.
+        PathFLIPError: See :func:`inspect`.
+    """
+    run = Path(run).absolute()
+    objective, dataset = inspect(objective, archive, run)
+    if (run / "config.yaml").exists():
+        if finished(run, objective.exports) is None and not (run / "init").exists():
+            again = objective.initial(dataset)  # its model was lost
+            write_whole(run / "init", lambda part: again.save_pretrained(str(part)))
+        return objective, dataset
+    model = objective.initial(dataset)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with replacing(run / DATA, one_writer=True) as part:
+            dataset.save(part)
+        write_whole(run / "init", lambda part: model.save_pretrained(str(part)))
+        write_file(run / "versions.json", json.dumps(versions(), indent=1))
+        write_file(run / "config.yaml", save_settings(objective.config))  # last: now it is a run
+    except OSError as error:
+        raise ConfigError(
+            f"The run {run} cannot be written: {error.strerror}.",
+            hint="Check permissions and space, or give another folder.",
+            code="not_permitted",
+        ) from error
+    return objective, dataset
+
+
+def inspect(objective: Kind, archive: str, run: Path) -> tuple[Kind, Any]:
+    """Fit an objective to its data and refuse what cannot be trained in a folder; write nothing.
+
+    Args:
+        objective: What is to be trained.
+        archive: The archive's URI.
+        run: The run folder, which need not exist.
+
+    Returns:
+        The objective fitted to the data, and the data: of the run in the folder, if there is one.
+
+    Raises:
         ConfigError: The folder holds a run with other settings (the first differing one is named)
             or other files, or the data does not suit the settings.
         ArchiveError, EncoderError, CheckpointError: The archive or a model cannot be used.
     """
-    run = Path(run).absolute()
     if (run / "config.yaml").exists():
         made = read_settings(run, type(objective.config))
         dataset = objective.load(run / DATA)
@@ -77,9 +113,6 @@ def prepare(objective: Kind, archive: str, run: str | Path) -> tuple[Kind, Any]:
         _check_same_run(made, objective.config, dataset, archive, run)
         if finished(run, objective.exports) is None:
             objective.check(dataset)
-            if not (run / "init").exists():  # its model was lost
-                again = objective.initial(dataset)
-                write_whole(run / "init", lambda part: again.save_pretrained(str(part)))
         return objective, dataset
     if run.is_dir() and (
         alien := [
@@ -96,20 +129,6 @@ def prepare(objective: Kind, archive: str, run: str | Path) -> tuple[Kind, Any]:
     dataset = objective.select(archive)
     objective = objective.fitted(dataset)
     _ = dataset.steps_per_epoch  # enough items for a batch
-    model = objective.initial(dataset)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        with replacing(run / DATA, one_writer=True) as part:
-            dataset.save(part)
-        write_whole(run / "init", lambda part: model.save_pretrained(str(part)))
-        write_file(run / "versions.json", json.dumps(versions(), indent=1))
-        write_file(run / "config.yaml", save_settings(objective.config))  # last: now it is a run
-    except OSError as error:
-        raise ConfigError(
-            f"The run {run} cannot be written: {error.strerror}.",
-            hint="Check permissions and space, or give another folder.",
-            code="not_permitted",
-        ) from error
     return objective, dataset
 
 

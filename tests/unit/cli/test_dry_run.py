@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,69 @@ def test_repair_says_what_is_damaged_and_touches_nothing(
     assert '"dry_run": true' in out
     assert "captions file" in out
     assert {path: path.stat().st_mtime_ns for path in Path(uri).rglob("*")} == before
+
+
+@pytest.fixture(scope="module")
+def trainable(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An archive that has enough slides to train on."""
+    folder = tmp_path_factory.mktemp("trainable")
+    return str(make_archive(folder / "a", slides=12, split=lambda n: "val" if n < 4 else "train"))
+
+
+SMALL = ["--preset", "pathflip/mini", "-o", "batch_size=4", "-o", "epochs=2"]
+
+
+def test_training_over_something_else_is_refused(
+    trainable: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pathflip.training import run_dir
+    from pathflip.training.config import resolve
+    from pathflip.training.contrastive import Contrastive
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/notes.txt").write_text("mine")
+    settings = resolve("pathflip/mini", overrides=["batch_size=4", "epochs=2"])
+    run_dir.prepare(Contrastive(settings), trainable, tmp_path / "run")
+    made = sorted((tmp_path / "run").iterdir())
+    for words, told in (
+        (["--run", tmp_path / "notes", *SMALL], "notes.txt"),
+        (["--run", tmp_path / "run", *SMALL, "-o", "lr=0.5"], "lr=0.5"),
+        (["--run", tmp_path / "run", *SMALL[:2]], "was begun with"),
+    ):
+        command = ["pretrain", "--archive", trainable, *words]
+        code, err = shell(capsys, *command, "--dry-run")
+        assert code == 2
+        assert told in err
+        assert shell(capsys, *command) == (code, err)
+    assert [path for path in made if path.name != ".lock"] == [
+        path for path in sorted((tmp_path / "run").iterdir()) if path.name != ".lock"
+    ]
+    code, _ = shell(
+        capsys, "pretrain", "--archive", trainable, "--run", tmp_path / "run", *SMALL, "--dry-run"
+    )
+    assert code == 0, "the run's own settings go on"
+
+
+def test_ablations_are_planned_and_their_files_read_first(
+    trainable: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks.yaml").write_text("tasks: 3\n")
+    command = ["evaluate", "ablations", "--archive", trainable, "--run", tmp_path / "r", *SMALL]
+    for words in (
+        ["--tasks", tmp_path / "tasks.yaml"],
+        ["--tasks", tmp_path / "none.yaml"],
+        ["--truth", tmp_path / "none"],
+        ["--only", "ful"],
+        ["-o", "batch_size=400"],
+    ):
+        code, err = shell(capsys, *command, *words, "--dry-run")
+        assert code in (1, 2)
+        assert shell(capsys, *command, *words) == (code, err)
+    fresh = ["--run", str(tmp_path / "fresh")]
+    with pytest.raises(SystemExit):
+        main([*map(str, command), *fresh, "--only", "full", "--seeds", "2", "--dry-run", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    # 8 slides in batches of 4, twice.
+    assert document["steps"] == {"full-seed0": 4, "full-seed1": 4}
+    assert document["trainings"] == 2
+    assert not (tmp_path / "fresh").exists()
