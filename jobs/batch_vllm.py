@@ -170,14 +170,14 @@ class BatchSlideQA:
         Returns:
             {slide_id: a line for each, in that order, without slide and model}.
         """
-        said: dict[tuple[Any, ...], Item] = {}
+        answers: dict[tuple[Any, ...], Item] = {}
         waiting: list[_Request] = []
         for slide, items in asked.items():
             try:
                 prefix = self.visual_prefix(archive, slide)
             except PathFLIPError as error:
                 for item in items:
-                    said[key_of(slide, item)] = {**item, "error": error.as_json()}
+                    answers[key_of(slide, item)] = {**item, "error": error.as_json()}
                 continue
             for item in items:
                 requests = list(self._requests(slide, item, prefix))
@@ -189,12 +189,13 @@ class BatchSlideQA:
                         hint="Ask about a part of the slide, or a shorter question.",
                         code="prompt_too_long",
                     )
-                    said[key_of(slide, item)] = {**item, "error": too_long.as_json()}
+                    answers[key_of(slide, item)] = {**item, "error": too_long.as_json()}
                 else:
                     waiting += requests
-        self._run(waiting, said)
+        self._run(waiting, answers)
         return {
-            slide: [said[key_of(slide, item)] for item in items] for slide, items in asked.items()
+            slide: [answers[key_of(slide, item)] for item in items]
+            for slide, items in asked.items()
         }
 
     def visual_prefix(self, archive: Archive, slide: str) -> torch.Tensor:
@@ -240,7 +241,7 @@ class BatchSlideQA:
             text = multiple_choice(item["question"], [choices[i] for i in order])
             yield _Request(slide, item, self.front.embed_prompt(prefix, text), order)
 
-    def _run(self, waiting: Sequence[_Request], said: dict[tuple[Any, ...], Item]) -> None:
+    def _run(self, waiting: Sequence[_Request], answers: dict[tuple[Any, ...], Item]) -> None:
         from vllm import SamplingParams
 
         from pathflip.text import LETTERS
@@ -273,18 +274,18 @@ class BatchSlideQA:
                 lists[option].append(first.logprobs[0][token].logprob)
                 if all(lists) and option == len(lists) - 1:
                     means = np.array([sum(own) / len(own) for own in lists])
-                    said[key] = _choice(request, softmax(means)[None])
+                    answers[key] = _choice(request, softmax(means)[None])
             elif request.order:
                 logs = np.array(
                     [first.logprobs[0][i].logprob for i in letters[: len(request.order)]]
                 )
                 scores.setdefault(key, []).append(as_given(softmax(logs), request.order))
-                said[key] = _choice(request, np.array(scores[key]))
+                answers[key] = _choice(request, np.array(scores[key]))
             elif request.item:
                 text = {"answer": first.text.strip(), "choice": None, "scores": {}}
-                said[key] = {**request.item, **text}
+                answers[key] = {**request.item, **text}
             else:
-                said[key] = {"caption": first.text.strip()}
+                answers[key] = {"caption": first.text.strip()}
 
 
 def _choice(request: _Request, scores: np.ndarray[Any, Any]) -> Item:

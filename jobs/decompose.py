@@ -160,7 +160,7 @@ def decompose(
                 for row in table.to_pylist():
                     text = row["text"]
                     sentences = split_sentences(text)
-                    statements, lost = grounded(row["said"], sentences)
+                    statements, lost = grounded(row["output"], sentences)
                     dropped += lost
                     kept += len(statements)
                     fell_back += not statements
@@ -187,21 +187,21 @@ def decompose(
     )
 
 
-def grounded(said: str | None, sentences: Sequence[str]) -> tuple[list[str], Counter[str]]:
+def grounded(output: str | None, sentences: Sequence[str]) -> tuple[list[str], Counter[str]]:
     """Return the statements in a model's output that the caption supports.
 
     Args:
-        said: Output of the model, a JSON object a line; None for a caption longer than it reads.
+        output: Output of the model, a JSON object a line; None for a caption longer than it reads.
         sentences: Sentences of the caption; ``source_sentence`` counts them from 1.
 
     Returns:
         Statements in their order, and {reason: count} of lines that were dropped.
     """
-    if said is None:
+    if output is None:
         return [], Counter({"too_long": 1})
     kept: list[str] = []
     dropped: Counter[str] = Counter()
-    for line in said.splitlines():
+    for line in output.splitlines():
         line = line.strip()
         if not line or line.startswith("```"):
             continue
@@ -301,7 +301,7 @@ class DecomposeActor:
     def __call__(self, captions: list[dict[str, str]]) -> pa.Table:
         """Return what the model wrote about each caption; null where one does not fit it."""
         texts = [row["text"] for row in captions]
-        return pa.table({"text": texts, "said": pa.array(self._ask(texts), pa.string())})
+        return pa.table({"text": texts, "output": pa.array(self._ask(texts), pa.string())})
 
     def _ask(self, texts: Sequence[str]) -> list[str | None]:
         from vllm import SamplingParams
@@ -309,7 +309,7 @@ class DecomposeActor:
         prompts = [self._prompt(text) for text in texts]
         fit = [i for i, ids in enumerate(prompts) if len(ids) < self._context]
         limits = [min(self._config.max_new_tokens, self._context - len(prompts[i])) for i in fit]
-        outputs = self._engine.generate(
+        generated = self._engine.generate(
             [{"prompt_token_ids": prompts[i]} for i in fit],
             [
                 SamplingParams(
@@ -319,10 +319,10 @@ class DecomposeActor:
             ],
             use_tqdm=False,
         )
-        said: list[str | None] = [None] * len(texts)
-        for i, output in zip(fit, outputs, strict=True):
-            said[i] = output.outputs[0].text
-        return said
+        outputs: list[str | None] = [None] * len(texts)
+        for i, one in zip(fit, generated, strict=True):
+            outputs[i] = one.outputs[0].text
+        return outputs
 
     def _prompt(self, text: str) -> list[int]:
         numbered = "\n".join(f"{n}. {one}" for n, one in enumerate(split_sentences(text), start=1))

@@ -396,7 +396,7 @@ def archive_import(
 
 
 def _few(value: Any) -> Any:
-    """Returns a list of names as their number and the first few."""
+    """Return a list of names as their number and the first few."""
     if not isinstance(value, list):
         return value
     more = ", …" if len(value) > 5 else ""

@@ -85,7 +85,7 @@ def open_slide_qa(run: str, *, llm: str | None, device: str | None) -> Any:
 
 
 def were_set(**flags: Any) -> dict[str, Any]:
-    """Returns the flags that were given; the others leave a setting to files and defaults."""
+    """Return the flags that were given; the others leave a setting to files and defaults."""
     return {name: value for name, value in flags.items() if value is not None}
 
 
@@ -141,7 +141,7 @@ def _cell(value: Any) -> str:
 
 
 def flat(document: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Returns a nested document as (dotted name, value) rows."""
+    """Return a nested document as (dotted name, value) rows."""
     rows: list[tuple[str, Any]] = []
     for key, value in document.items():
         if isinstance(value, dict):
