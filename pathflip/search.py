@@ -47,11 +47,11 @@ FAULTS: dict[Fault, str] = {
     "needs_model": "Searching for a text by its meaning needs a trained model.",
     "needs_slides": "Captions are of slides, not of regions.",
 }
-"""What can be wrong with a query; command line and service have their own words for each."""
+"""Faults of a query; the command line and the service word each in their own terms."""
 
 
 class NoPatientError(ConfigError):
-    """A query that shall leave out its own patient is a slide whose patient is not known.
+    """The query's own patient shall be left out, and the archive does not know the patient.
 
     Nothing is searched then: results of the same patient could not be told from others.
     """
