@@ -3,6 +3,7 @@
 This module is the pipeline; its parts, in the order of the data::
 
     config.py      settings
+    side_files.py  resolutions, outlines and patients, by the names of slides
     candidates.py  slides found, with what the user gave for each
     resume.py      slides the archive holds already
     plan.py        Planner: hash, open, find tissue, cut into chunks of regions

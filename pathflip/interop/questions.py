@@ -210,7 +210,7 @@ def _csv(file: Path) -> Iterator[Question]:
     question = needed_column(file, header, ("question",))
     answer = needed_column(file, header, ("answer",))
     listed_choices = column(file, header, _CHOICES)
-    lettered = [name for name in LETTERS if name in header]
+    lettered = _lettered(file, header)
     category = column(file, header, _CATEGORIES)
     split = column(file, header, ("split",))
     for line, row in rows:
@@ -230,6 +230,17 @@ def _csv(file: Path) -> Iterator[Question]:
             category=filled(row[category]) if category is not None else "",
             split=row[split] if split is not None else None,
         )
+
+
+def _lettered(file: Path, header: dict[str, str]) -> list[str]:
+    """Returns the columns of the options: A, B, … or option_a, option_b, …, whatever their case."""
+    found = []
+    for letter in LETTERS.lower():
+        name = column(file, header, (letter, f"option_{letter}", f"option {letter}"))
+        if name is None:
+            break
+        found.append(name)
+    return found if len(found) > 1 else []
 
 
 def _json(file: Path) -> Iterator[Question]:

@@ -299,6 +299,12 @@ def test_roles_say_which_turn_is_a_question(tmp_path: Path) -> None:
         assert (one.question, one.answer) == ("Organ?", "Breast.")
 
 
+@pytest.mark.parametrize("heading", ["A,B", "a,b", "option_a,option_b", "Option A,Option B"])
+def test_options_under_every_heading(tmp_path: Path, heading: str) -> None:
+    (one,) = read(tmp_path, f"slide,question,{heading},answer\np1a,Organ?,colon,breast,B\n")
+    assert (one.choices, one.answer) == (("colon", "breast"), "breast")
+
+
 def test_a_split_goes_by_one_name(tmp_path: Path) -> None:
     (one,) = read(
         tmp_path, '{"slide": "a", "question": "q?", "answer": "x", "split": "Validation"}'
