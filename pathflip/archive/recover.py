@@ -103,4 +103,4 @@ def _readable(fragment: Any, start: int, stop: int, failed: list[int]) -> Iterat
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:4], int(sys.argv[4]), sys.argv[5])
+    _main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])

@@ -391,21 +391,21 @@ def _check_slides(
                         slide_id=slide,
                     )
                 )
-            for table in group:
-                lost = keys | ({slide} if table.spec.and_slide else set())
-                lost -= held.get(table.name, {}).get(slide, set())
+            for member in group:
+                lost = keys | ({slide} if member.spec.and_slide else set())
+                lost -= held.get(member.name, {}).get(slide, set())
                 if lost:
                     scan.incomplete.add(slide)
                 scan.damaged += [
                     Damage(
-                        table=table.name,
+                        table=member.name,
                         kind="missing",
                         id=key,
                         detail="The row of a ready slide is not there.",
                         slide_id=slide,
                     )
                     for key in sorted(lost)
-                    if (table.name, key) not in listed
+                    if (member.name, key) not in listed
                 ]
 
 
