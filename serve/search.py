@@ -138,7 +138,7 @@ class Search:
 
         filters = [Filter(**condition) for condition in request["filters"]]
         if not self.patients and any(one.field == "patient_id" for one in filters):
-            raise RequestError("This service does not tell of patients.", code="patients")
+            raise RequestError("This service does not filter by patient.", code="patients")
         slide, region = request["slide_id"], request["region_id"]
         if slide is not None or region is not None:
             ready_row(archive, slide or region.rpartition("/")[0])
