@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 TRUNCATED, WITHOUT_MPP, GLASS = "truncated.svs", "without-mpp.tif", "glass.svs"
 PLANTED = (TRUNCATED, WITHOUT_MPP)
 COHORT = 960
-"""Slides made: fewer, and a model trained from scratch memorises them (docs/concepts/models.md)."""
+"""Slides made: fewer, and a model trained from scratch memorises them (docs/notes/mini.md)."""
 SIZE_UM = 1024.0
 REGION_UM, PATCH_UM = 256.0, 32.0
 """The cohort's slides are small, so its regions are: 16 a slide, of 64 patches."""

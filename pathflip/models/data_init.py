@@ -3,7 +3,7 @@
 At random weights 97 % of the energy of a region's vectors is the same for every region: the latent
 query passes through, and what it gathered is an average over patches that hardly differs. Texts
 differ as little. Cosines of such vectors say nothing, the region loss stays at the entropy of its
-labels, and rare findings are never found (figures: docs/concepts/models.md). :func:`warm_start`
+labels, and rare findings are never found (figures: docs/notes/mini.md). :func:`warm_start`
 removes that, from patches and texts alone, without a label:
 
 * features are whitened (``PathFLIP.fit_input``);
@@ -149,7 +149,7 @@ def start_projector(
     the slide model's vectors of sentences nearest to the mean embeddings of their words (orthogonal
     Procrustes, Schönemann 1966) takes regions there as well, centred and as large as sentences are.
     A rotation, because what tells findings apart must stay apart: least squares fits sentences
-    better and loses it (docs/concepts/instruct.md).
+    better and loses it (docs/notes/instruct.md).
 
     Args:
         model: As built; its projector is changed in place.

@@ -55,7 +55,7 @@ TUNE_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "open_share": 1.0,
         "weight_decay": 0.01,
         # The loss of whole captions does not measure the findings read
-        # (docs/concepts/instruct.md).
+        # (docs/notes/instruct.md).
         "best": "last",
     },
 }
