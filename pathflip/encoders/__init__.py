@@ -12,68 +12,15 @@ An encoder is named by a spec:
 from __future__ import annotations
 
 import difflib
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pathflip.encoders import zoo
+from pathflip.encoders.base import Encoder, EncoderInfo, Spec, table_name
 from pathflip.errors import EncoderError
 
 __all__ = ["Encoder", "EncoderInfo", "encoder_info", "load_encoder", "table_name"]
 
 _SCHEMES = ("timm", "hf", "torchscript")
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """What turns patches into features.
-
-    Attributes:
-        name: Reduced to ``[a-z0-9_]``; the feature table is ``features_<name>``.
-        revision: Identity of the weights: features of two revisions are not comparable.
-        dim: Length of a feature.
-        input_px: Side of the square it sees; patches of another size are resampled inside.
-        mpp: µm per pixel it expects; None if it takes any.
-        licence: Of the weights.
-    """
-
-    name: str
-    revision: str
-    dim: int
-    input_px: int
-    mpp: float | None
-    licence: str
-
-    def __call__(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Encode RGB patches [n, px, px, 3] -> [n, dim].
-
-        Raises:
-            EncoderError: ``out_of_memory`` when not even one patch fits.
-        """
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderInfo:
-    """What is known of an encoder before it is loaded; attributes as of ``Encoder``.
-
-    Attributes:
-        patch_um: Field of view it expects, µm; None if it takes any.
-        gated: Whether the hub asks to accept terms first.
-    """
-
-    name: str
-    revision: str
-    dim: int
-    input_px: int
-    mpp: float | None
-    patch_um: float | None
-    licence: str
-    gated: bool
 
 
 def load_encoder(spec: str, *, device: str = "auto") -> Encoder:
@@ -121,32 +68,6 @@ def encoder_info(spec: str) -> EncoderInfo:
     from pathflip.encoders import sources
 
     return sources.describe(_parse(spec), download=False).info
-
-
-def table_name(text: str) -> str:
-    """A name reduced to ``[a-z0-9_]``, for tables."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """A parsed spec: a card of the table, or a scheme; and where the weights are.
-
-    Attributes:
-        text: As given.
-        card: Row of the table, for a table name.
-        scheme: ``timm``, ``hf`` or ``torchscript`` otherwise.
-        path: Local folder or file, if one was named.
-        hub: Hub repository otherwise.
-        revision: Of the hub repository, if one was named.
-    """
-
-    text: str
-    card: zoo.Card | None = None
-    scheme: str = ""
-    path: Path | None = None
-    hub: str = ""
-    revision: str | None = None
 
 
 def _parse(spec: str) -> Spec:

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pathflip.encoders import EncoderInfo, Spec, sources, zoo
-from pathflip.encoders.weights import safetensors_of
+from pathflip.encoders import sources, zoo
+from pathflip.encoders.base import EncoderInfo, Spec
+from pathflip.encoders.torchscript import load_torchscript
+from pathflip.encoders.weights import bad_weights, safetensors_of
 from pathflip.errors import EncoderError
 
 Forward = Callable[[Tensor], Tensor]
@@ -175,7 +177,7 @@ def build(card: zoo.Card, path: Path) -> tuple[nn.Module, Forward]:
         EncoderError: ``bad_weights``, ``missing_package``, ``remote_code``.
     """
     if card.loader == "torchscript":
-        model = _torchscript(path)
+        model = load_torchscript(path)
         return model, lambda images: pool(model(images), "model", prefix=0)
     if card.loader in ("transformers", "clip"):
         model = _transformers(card, path)
@@ -206,30 +208,6 @@ def pool(output: Tensor, pooling: zoo.Pooling, *, prefix: int) -> Tensor:
     return torch.cat([output[:, 0], output[:, prefix:].mean(1)], 1)
 
 
-def torchscript_dim(path: Path, *, input_px: int) -> int:
-    """Length of the feature a TorchScript model gives.
-
-    Raises:
-        EncoderError: ``bad_weights`` when it does not map [n, 3, px, px] to [n, dim].
-    """
-    with torch.inference_mode():
-        try:
-            output = _torchscript(path)(torch.zeros(1, 3, input_px, input_px))
-        except RuntimeError as error:
-            raise _bad(path.stem, str(error).strip().splitlines()[-1]) from error
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise _bad(path.stem, "its output is not [n, dim]")
-    return int(output.shape[1])
-
-
-def _torchscript(path: Path) -> nn.Module:
-    try:
-        model: nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise _bad(path.stem, "it is not a TorchScript file") from error
-    return model.eval()
-
-
 def _timm(architecture: str, arguments: dict[str, Any], name: str) -> Any:
     try:
         import timm
@@ -246,7 +224,7 @@ def _timm(architecture: str, arguments: dict[str, Any], name: str) -> Any:
     try:
         return timm.create_model(architecture, pretrained=False, **ready)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise _bad(name, f"timm cannot build {architecture} ({error})") from error
+        raise bad_weights(name, f"timm cannot build {architecture} ({error})") from error
 
 
 def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
@@ -289,13 +267,15 @@ def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
                 "TorchScript (docs/reference/encoders.md).",
                 code="remote_code",
             ) from error
-        raise _bad(card.name, str(error).splitlines()[0]) from error
+        raise bad_weights(card.name, str(error).splitlines()[0]) from error
     finally:
         log.set_verbosity(verbosity)
     absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     absent = sorted(key for key in absent if not key.startswith("pooler."))
     if absent:
-        raise _bad(card.name, f"{len(absent)} tensors are missing or misshapen, first {absent[0]}")
+        raise bad_weights(
+            card.name, f"{len(absent)} tensors are missing or misshapen, first {absent[0]}"
+        )
     network: nn.Module = model
     return network
 
@@ -416,7 +396,7 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
         try:
             state |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise _bad(name, f"{file.name} cannot be read ({error})") from error
+            raise bad_weights(name, f"{file.name} cannot be read ({error})") from error
     return state
 
 
@@ -426,12 +406,4 @@ def _fill(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:300]
-        raise _bad(name, f"they do not fit the architecture ({problem})") from error
-
-
-def _bad(name: str, problem: str) -> EncoderError:
-    return EncoderError(
-        f"The weights of {name} cannot be used: {problem}.",
-        hint="Check that the folder holds this model, complete.",
-        code="bad_weights",
-    )
+        raise bad_weights(name, f"they do not fit the architecture ({problem})") from error

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pathflip.encoders import EncoderInfo, Spec, table_name, zoo
+from pathflip.encoders import zoo
+from pathflip.encoders.base import EncoderInfo, Spec, table_name
 from pathflip.encoders.weights import Weights, hub_weights, local_weights
 from pathflip.errors import EncoderError
 
@@ -149,7 +150,7 @@ def _torchscript(spec: Spec) -> Source:
             hint="Write torchscript:/path/to/model.pt.",
             code="missing_weights",
         )
-    from pathflip.encoders.neural import torchscript_dim
+    from pathflip.encoders.torchscript import torchscript_dim
 
     with file.open("rb") as stream:
         revision = hashlib.file_digest(stream, "sha256").hexdigest()[:16]

@@ -157,3 +157,12 @@ def _digest(folder: Path) -> str:
 def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def bad_weights(name: str, problem: str) -> EncoderError:
+    """Return the error for weights that do not make the encoder they are named for."""
+    return EncoderError(
+        f"The weights of {name} cannot be used: {problem}.",
+        hint="Check that the folder holds this model, complete.",
+        code="bad_weights",
+    )

@@ -147,3 +147,8 @@ def world(group: Any = None) -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Returns vectors of length 1, in float32."""
+    return F.normalize(vectors.float(), dim=-1)

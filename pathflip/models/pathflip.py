@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pathflip.errors import ConfigError
-from pathflip.models import grounding, hub, losses
+from pathflip.models import alignment, grounding, hub, losses
 from pathflip.models.attention import RegionAttention, build_attention
 from pathflip.models.config import PathFLIPConfig, preset
 from pathflip.models.outputs import Grounding, PathFLIPOutput, Sight, SlideEmbedding
@@ -299,68 +299,9 @@ class PathFLIP(nn.Module):
         negative_choice: Tensor | None = None,
         group: Any = None,
     ) -> PathFLIPOutput:
-        """Losses of slides that have been seen; the arguments are those of :meth:`forward`."""
-        config = self.config
-        counts = {len(sight.slide), len(captions)}
-        if config.has_region_loss:
-            counts.add(len(subcaptions))
-            if len({len(own) for own in subcaptions}) > 1:
-                raise ValueError("every slide needs the same number of sub-captions")
-        if len(counts) > 1:
-            raise ValueError(f"slides, captions and sub-captions are {sorted(counts)} many")
-        pieces: list[Any] = []
-        if config.has_region_loss:
-            pieces = [text for own in subcaptions for text in own]
-        vectors = self.embed(captions, pieces)
-        slide, text = _unit(sight.slide), _unit(vectors[: len(captions)])
-        rank, processes = losses.world(group) if config.negatives == "gathered" else (0, 1)
-        all_slides, all_texts = slide, text
-        if processes > 1:
-            both = losses.gather(torch.cat([slide, text], -1), group)
-            all_slides, all_texts = both[:, : config.d], both[:, config.d :]
-        loss_slide = losses.info_nce(
-            slide,
-            text,
-            temperature=config.temperature,
-            label_smoothing=config.label_smoothing,
-            all_slides=all_slides,
-            all_texts=all_texts,
-            offset=rank * len(slide),
-        )
-        zero = loss_slide.new_zeros(())
-        scale = bias = zero
-        loss, loss_region = loss_slide, zero
-        if self.region_scale is not None:
-            own = vectors[len(captions) :].view(len(captions), -1, config.d)
-            everyone = losses.gather(own, group) if processes > 1 else own
-            if negative_choice is None:
-                shape = (len(own), len(everyone))
-                negative_choice = torch.randint(own.shape[1], shape, device=own.device)
-            texts, positive = losses.region_texts(
-                own, everyone, negative_choice, offset=rank * len(own)
-            )
-            seen, _ = self.region_attention(texts, *sight.flat())
-            scale = losses.scale_of(self.region_scale, kind=config.region_scale)
-            bias = zero if self.region_bias is None else self.region_bias
-            loss_region = losses.region_sigmoid(
-                (_unit(seen) * _unit(texts)).sum(-1),
-                positive,
-                scale=scale,
-                bias=self.region_bias,
-                reduction=config.region_reduction,
-            )
-            if config.region_reduction == "sum":
-                # DDP takes the mean over processes of this; what is wanted is the sum.
-                loss_region = loss_region * processes
-            loss = loss_slide + loss_region
-        return PathFLIPOutput(
-            loss=loss,
-            loss_slide=loss_slide,
-            loss_region=loss_region,
-            slide=slide,
-            text=text,
-            scale=scale.detach(),
-            bias=bias.detach(),
+        """Losses of encoded slides; the arguments are those of :meth:`forward`."""
+        return alignment.align(
+            self, sight, captions, subcaptions, negative_choice=negative_choice, group=group
         )
 
     # -- slides -----------------------------------------------------------------------------------
@@ -495,10 +436,10 @@ class PathFLIP(nn.Module):
         if sight.tokens is None:
             region_mask = torch.zeros_like(region_mask)
         else:
-            regions = _unit(self.region_attention.values(sight.tokens).mean(2))
+            regions = losses.unit(self.region_attention.values(sight.tokens).mean(2))
             regions = regions * region_mask[..., None]
         return SlideEmbedding(
-            slide=_unit(sight.slide),
+            slide=losses.unit(sight.slide),
             tokens=tokens,
             token_mask=mask,
             regions=regions,
@@ -562,7 +503,7 @@ class PathFLIP(nn.Module):
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
                 found[part] = self.embed([texts[i] for i in part]).float()
-        return _unit(found) if normalize else found
+        return losses.unit(found) if normalize else found
 
     @torch.no_grad()
     def local_scores(self, slide: SlideEmbedding, text_raw: Tensor) -> Tensor:
@@ -575,7 +516,7 @@ class PathFLIP(nn.Module):
         self._need_regions()
         texts = text_raw.to(slide.tokens)[None].expand(len(slide.slide), -1, -1)
         seen, _ = self.region_attention(texts, slide.tokens, slide.token_mask)
-        return (_unit(seen) * _unit(texts)).sum(-1)
+        return (losses.unit(seen) * losses.unit(texts)).sum(-1)
 
     # -- grounding --------------------------------------------------------------------------------
 
@@ -641,10 +582,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors.float(), dim=-1)
 
 
 def _hide_patches(mask: Tensor, share: float) -> Tensor:

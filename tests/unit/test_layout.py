@@ -152,6 +152,95 @@ def test_what_is_allowed_passes(path: str, source: str) -> None:
     assert faults(path, source) == []
 
 
+# -- structure ------------------------------------------------------------------------------------
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            name = file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+            found[name.removesuffix(".__init__")] = file
+    return found
+
+
+def needs(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """What each module imports of the others, also inside functions; not for types alone."""
+    found: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        for_types = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for inner in ast.walk(node)
+        }
+        names: set[str] = set()
+        for node in ast.walk(tree):
+            if id(node) in for_types:
+                continue
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    names.add(inner if inner in trees else str(node.module))
+        found[module] = {name for name in names if name in trees and name != module}
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other, however far round: in their circle's order."""
+    left = {module: set(wanted) for module, wanted in edges.items()}
+    while free := [module for module, wanted in left.items() if not wanted & left.keys()]:
+        for module in free:
+            del left[module]
+    if not left:
+        return []
+    path = [next(iter(left))]
+    while (following := next(iter(left[path[-1]] & left.keys()))) not in path:
+        path.append(following)
+    return [*path[path.index(following) :], following]
+
+
+def parsed(sources: dict[str, str]) -> dict[str, ast.Module]:
+    return {name: ast.parse(source) for name, source in sources.items()}
+
+
+def test_no_modules_import_each_other() -> None:
+    trees = parsed({name: file.read_text(encoding="utf-8") for name, file in modules().items()})
+    circle = circles(needs(trees))
+    assert not circle, " -> ".join(circle)
+
+
+@pytest.mark.parametrize(
+    ("sources", "circle"),
+    [
+        ({"a": "import b", "b": "def f():\n    import a"}, True),
+        ({"a": "from b import x", "b": "from c import y", "c": "import a"}, True),
+        ({"p": "from p.q import x", "p.q": "from p import x"}, True),
+        ({"a": "import b", "b": "import c", "c": ""}, False),
+        ({"a": "import b", "b": "if TYPE_CHECKING:\n    import a"}, False),
+        ({"p": "from p.q import x", "p.q": "from p import r", "p.r": ""}, False),
+    ],
+)
+def test_a_circle_is_found(sources: dict[str, str], circle: bool) -> None:
+    found = circles(needs(parsed(sources)))
+    assert bool(found) == circle
+    if circle:
+        assert found[0] == found[-1]
+
+
+def test_no_file_is_long() -> None:
+    """A file answers one question: split before 600 lines (CONTRIBUTING.md)."""
+    files = [file for package in (*PACKAGES, "tests") for file in (ROOT / package).rglob("*.py")]
+    sizes = {
+        file.relative_to(ROOT).as_posix(): len(file.read_text(encoding="utf-8").splitlines())
+        for file in files
+    }
+    assert {name: lines for name, lines in sizes.items() if lines > 600} == {}
+
+
 def test_jobs_and_serve_are_packages_and_platform_is_not() -> None:
     for package in PACKAGES:
         assert (ROOT / package / "__init__.py").is_file(), package

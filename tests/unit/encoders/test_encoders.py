@@ -167,7 +167,7 @@ def test_info_downloads_nothing(monkeypatch):
 
 def test_documentation():
     """Every row of the documented table is what the code says, and the examples run."""
-    text = (Path(__file__).parents[3] / "docs" / "encoders.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "reference" / "encoders.md").read_text()
     for c in zoo.CARDS:
         patch = f"{c.patch_um:g}" if c.patch_um else "any"
         facts = (f"`{c.name}`", c.title, c.input_px, c.mpp or "any", patch, c.dim, c.licence)
