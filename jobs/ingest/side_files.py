@@ -42,7 +42,7 @@ class Entry(Generic[Value]):
 
     Attributes:
         name: Name of the slide, of the case where ``is_case``.
-        value: What is given for it.
+        value: Resolution, outline or patient given for it.
         where: File and line, for messages.
         is_case: Whether the name is a case's, so that all of its slides are meant.
     """

@@ -86,7 +86,7 @@ def export_slide(
         path: File to write; replaced as a whole or not at all.
         slide_id: Goes into the objects' ids and metadata; equal input gives an equal file.
         mpp: The slide's level-0 µm/px.
-        tiling: What the regions were cut with.
+        tiling: Tiling of the regions.
         tissue: The mask, or None to leave tissue out.
         regions: One mapping a region with ``rx`` and ``ry``; every other finite number in it
             (``tissue_fraction``, ``n_patches``, ...) becomes a measurement. The rows of the
@@ -140,7 +140,7 @@ def export_archive(
     """Write ``<folder>/<slide_id>.geojson`` for ready slides of an archive.
 
     Args:
-        archive: What to export.
+        archive: Archive of the slides.
         folder: Made if missing; files of the same names in it are replaced.
         slides: Ids or unique file names of slides; all that are ready by default.
 

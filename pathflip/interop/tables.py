@@ -24,12 +24,12 @@ CASE_COLUMNS = ("case_id", "patient_id", "case", "patient")
 MISSING = frozenset(
     {"", "nan", "-nan", "na", "n/a", "n.a.", "<na>", "#n/a", "#na", "nat", "null", "<null>"}
 )
-"""What pandas, R, Excel and databases write for an empty cell; compared in lower case."""
+"""Spellings of an empty cell by pandas, R, Excel and databases; compared in lower case."""
 UNKNOWN = MISSING | {
     "none", "unknown", "not available", "[not available]", "not reported", "[not reported]",
     "not applicable", "[not applicable]", "[unknown]", "'--",
 }  # fmt: skip
-"""What people write for a label that nobody knows; compared in lower case."""
+"""Spellings of a label that nobody knows, by people; compared in lower case."""
 _DASHES = frozenset({"-", "--", "\u2013", "\u2014", "?", "."})
 """No name of a patient or split either; as a label ``-`` may be a result."""
 
