@@ -143,8 +143,7 @@ class Planner:
             }
         )
         first, *others = self._chunks(record, table)
-        pictures = {"tissue_png": plan.tissue_png, "thumbnail": plan.thumbnail}
-        return [replace(first, **pictures), *others]
+        return [replace(first, tissue_png=plan.tissue_png, thumbnail=plan.thumbnail), *others]
 
     def _plan_as_stored(self, record: SlideRecord) -> list[Chunk]:
         """Plan for a further encoder: exactly the patches that the first one saw."""
