@@ -25,6 +25,7 @@ import torch
 import typer
 import yaml
 
+import pathflip
 from jobs.ingest.config import IngestConfig
 from pathflip.archive import Archive
 from pathflip.checkpoints import write_whole
@@ -390,6 +391,14 @@ def test_the_index_of_the_docs_lists_every_page() -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         if page.parent != ROOT / "docs":
             assert f"({page.relative_to(ROOT / 'docs').as_posix()})" in text
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == pathflip.__version__
+    for reference in cited["references"]:
+        arxiv = reference["url"].rpartition("/")[2]
+        assert f"arXiv:{arxiv}" in (ROOT / "docs" / "reference" / "references.md").read_text()
 
 
 # -- newcomers' walks -----------------------------------------------------------------------------
