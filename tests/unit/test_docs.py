@@ -49,6 +49,7 @@ PAGES = sorted(
 EXCEPTIONS = 10
 """Blocks marked as not run; a new one needs a reason as good as theirs."""
 LONGEST_WALK = 8
+"""Files, README among them."""
 RUN = (
     "archive export", "archive import", "archive stats", "archive verify", "ask", "caption",
     "classify", "evaluate retrieval", "evaluate vqa", "evaluate zeroshot", "ground", "search",
@@ -421,7 +422,7 @@ def test_walks_are_short_and_each_step_leads_to_the_next() -> None:
     found = walks()
     assert len(found) == 2
     for title, steps in found.items():
-        assert 4 <= len({file for file, _ in steps}) <= LONGEST_WALK, title
+        assert 4 <= len({file for file, _ in steps}) < LONGEST_WALK, title
         for file, symbol in steps:
             text = (ROOT / file).read_text()
             assert re.search(rf"^\s*(async )?(def|class) {symbol}\b", text, re.MULTILINE), (
