@@ -153,10 +153,10 @@ class BatchSlideQA:
         llm = self.run.path / "llm"
         folder = model_folder(self.run)
         self.engine = offline(llm, config.engine)
-        from pathflip.models.prompt_encoder import InstructFront
+        from pathflip.models.prompt_encoder import PromptEncoder
 
         device = "cuda" if uses_gpu(config.engine) else "cpu"
-        self.front = InstructFront.from_pretrained(folder, llm=llm).to(device)
+        self.front = PromptEncoder.from_pretrained(folder, llm=llm).to(device)
         self.run = replace(self.run, model=self.front.vision)
         self._context = context_length(llm, config.engine)
 
@@ -208,7 +208,7 @@ class BatchSlideQA:
 
         features, mask = slide_input(archive, self.run, slide)
         with torch.no_grad():
-            prefix = self.front.see(features, mask)[0]
+            prefix = self.front.visual_prefix(features, mask)[0]
         if not torch.isfinite(prefix).all():
             raise ArchiveError(
                 f"The model gives values that are not finite for slide {slide}: its features are "

@@ -233,7 +233,7 @@ def patch_rects(tiling: Tiling, *, rx: int, ry: int, mpp: float) -> NDArray[np.i
     return np.stack([x[col], y[row], x[col + 1] - x[col], y[row + 1] - y[row]], axis=1)
 
 
-def locate(
+def patch_at(
     tiling: Tiling, *, x0: ArrayLike, y0: ArrayLike, mpp: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """The patch that holds each level-0 position: the inverse of :func:`patch_rects`.

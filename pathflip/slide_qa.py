@@ -124,7 +124,7 @@ class SlideQA:
         features, mask = slide_input(archive, self.run, slide, region)
         device = self.run.model.device
         with torch.no_grad():
-            return slide, self.model.see(features.to(device), mask.to(device))[0]
+            return slide, self.model.visual_prefix(features.to(device), mask.to(device))[0]
 
     def caption(
         self,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from pathflip.checkpoints import Run
-    from pathflip.models.prompt_encoder import InstructFront
+    from pathflip.models.prompt_encoder import PromptEncoder
 
 logger = logging.getLogger("ray.serve")
 
@@ -212,10 +212,10 @@ class PromptReader:
     def __init__(self, archive: str, model: Path, llm: Path, device: str, max_bytes: int) -> None:
         from pathflip.archive.snapshot import ArchiveSnapshot
         from pathflip.checkpoints import load_run
-        from pathflip.models.prompt_encoder import InstructFront
+        from pathflip.models.prompt_encoder import PromptEncoder
 
         self._snapshot = ArchiveSnapshot(archive, refresh_s=REFRESH_S)
-        front: InstructFront = InstructFront.from_pretrained(model, llm=llm)
+        front: PromptEncoder = PromptEncoder.from_pretrained(model, llm=llm)
         self.front = front.to(device)
         run = load_run(model.parent)
         self.run: Run = replace(run, model=front.vision)  # one copy of it
@@ -254,7 +254,7 @@ class PromptReader:
             self._prefixes.move_to_end(key)
             return known
         features, mask = slide_input(archive, self.run, slide_id, square)
-        prefix = self.front.see(features, mask)[0]
+        prefix = self.front.visual_prefix(features, mask)[0]
         self._prefixes[key] = prefix
         self.prefix_bytes += prefix.nbytes
         while self.prefix_bytes > self._max_bytes:

@@ -12,7 +12,7 @@ from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
-    from pathflip.evaluation.ground_slide import Located
+    from pathflip.evaluation.ground_slide import GroundingResult
 
 
 class Grounding:
@@ -74,9 +74,9 @@ class Grounding:
     def _ground(
         self, archive: Any, slide: str, request: Mapping[str, Any]
     ) -> dict[str, Any] | bytes:
-        from pathflip.evaluation.ground_slide import locate
+        from pathflip.evaluation.ground_slide import ground_slide
 
-        found = locate(
+        found = ground_slide(
             archive, self.run, slide, request["text"],
             variant=request["variant"], contrast=request["contrast"], sigma=request["sigma"],
             min_patches=request["min_patches"],
@@ -97,7 +97,7 @@ class Grounding:
         )  # fmt: skip
 
 
-def _png(found: Located) -> bytes:
+def _png(found: GroundingResult) -> bytes:
     import cv2
 
     picture = np.ascontiguousarray(found.picture()[..., ::-1])

@@ -113,12 +113,12 @@ def ground(
 ) -> None:
     """Show where on a slide a text is true: heat over the thumbnail, and boxes."""
     from pathflip import Archive
-    from pathflip.evaluation.ground_slide import check_ending, locate
+    from pathflip.evaluation.ground_slide import check_ending, ground_slide
 
     if out is not None:
         check_ending(out)
     with redirect_stdout(sys.stderr):
-        found = locate(
+        found = ground_slide(
             Archive(archive), open_run(run, device=device), slide, text,
             variant=variant, contrast=contrast, min_patches=min_patches,
         )  # fmt: skip

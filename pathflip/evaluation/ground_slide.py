@@ -1,7 +1,7 @@
-"""Where on one slide of an archive a text is true: what the command ``ground`` shows.
+"""Grounding of a text on one slide of an archive, as the command ``ground`` shows it.
 
-:func:`locate` gives heat, boxes and geometry; :class:`Located` writes them as a picture or for
-QuPath. The measured counterpart is :mod:`pathflip.evaluation.grounding`.
+:func:`ground_slide` gives heat, boxes and geometry; :class:`GroundingResult` writes them as a
+picture or for QuPath. The measured counterpart is :mod:`pathflip.evaluation.grounding`.
 
 Shapes: N regions, M patch slots, P patches.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Located:
+class GroundingResult:
     """Heat of one text on one slide.
 
     Attributes:
@@ -140,7 +140,7 @@ def check_ending(path: str | Path) -> None:
         )
 
 
-def locate(
+def ground_slide(
     archive: Archive,
     run: Run,
     slide: str,
@@ -150,7 +150,7 @@ def locate(
     contrast: str | None = None,
     sigma: float = SIGMA,
     min_patches: int = MIN_PATCHES,
-) -> Located:
+) -> GroundingResult:
     """Find where on a slide a text is true.
 
     Args:
@@ -190,7 +190,7 @@ def locate(
     tiling = Tiling(**archive.tiling())
     raw = heatmap_grid(heat, mask, xy, tiling, mpp=row["mpp"])
     grid = heat_map(raw, sigma=sigma)
-    return Located(
+    return GroundingResult(
         slide=row,
         text=text,
         variant=variant,

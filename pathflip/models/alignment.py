@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pathflip.models import losses
-from pathflip.models.outputs import PathFLIPOutput, Sight
+from pathflip.models.outputs import PathFLIPOutput, VisionOutput
 
 if TYPE_CHECKING:
     from pathflip.models.pathflip import PathFLIP, Texts
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def align(
     model: PathFLIP,
-    sight: Sight,
+    sight: VisionOutput,
     captions: Texts,
     subcaptions: Sequence[Texts],
     *,

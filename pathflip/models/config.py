@@ -28,7 +28,7 @@ class PathFLIPConfig:
         d: Width of the joint space.
         feature_norm: What features go through before anything is learned: nothing, their mean and
             standard deviation (``standardise``), or PCA whitening (``whiten``). The statistics come
-            from :meth:`PathFLIP.fit_input` and are saved with the model.
+            from :meth:`PathFLIP.fit_normalization` and are saved with the model.
         patch_width: d_e, width patches are projected to; 0 leaves them as they are.
         num_queries: Q, latent queries.
         hidden: h, width of the Q-Former.

@@ -6,7 +6,7 @@ differ as little. Cosines of such vectors say nothing, the region loss stays at 
 labels, and rare findings are never found (figures: docs/notes/mini.md). :func:`warm_start`
 removes that, from patches and texts alone, without a label:
 
-* features are whitened (``PathFLIP.fit_input``);
+* features are whitened (``PathFLIP.fit_normalization``);
 * every query and head of the first cross-attention starts at a prototype of the patches, a k-means
   centre, some sharp and some nearly an average, so that what is rare in a region is gathered by
   somebody;
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pathflip.errors import ConfigError
-from pathflip.models.outputs import Sight
+from pathflip.models.outputs import VisionOutput
 
 if TYPE_CHECKING:
     from pathflip.models.chat_template import Prompter
@@ -62,7 +62,7 @@ def warm_start(
     model.eval()
     patches = features[mask].float()
     patches = patches[:: max(1, len(patches) // _PATCHES)]
-    model.fit_input(patches)
+    model.fit_normalization(patches)
     if model.config.uses_qformer:
         keys = model.patches(patches)
         _start_queries(model, keys, seed=seed)
@@ -123,15 +123,15 @@ def _centre(model: PathFLIP, features: Tensor, mask: Tensor, sentences: Sequence
         model.slide_bias.sub_(found.slide.mean(0))
 
 
-def _see(model: PathFLIP, features: Tensor, mask: Tensor) -> Sight:
+def _see(model: PathFLIP, features: Tensor, mask: Tensor) -> VisionOutput:
     parts = [
-        model.see(
+        model.encode_regions(
             features[start : start + _SLIDES].float(), mask[start : start + _SLIDES], regions=True
         )
         for start in range(0, len(features), _SLIDES)
     ]
     tokens = [part.tokens for part in parts if part.tokens is not None]
-    return Sight(
+    return VisionOutput(
         slide=torch.cat([part.slide for part in parts]),
         tokens=torch.cat(tokens) if tokens else None,
         attention=None,
@@ -176,7 +176,7 @@ def start_projector(
     found = []
     for start in range(0, len(features), _SLIDES):
         part = slice(start, start + _SLIDES)
-        sight = vision.see(features[part].float(), mask[part], regions=True)
+        sight = vision.encode_regions(features[part].float(), mask[part], regions=True)
         assert sight.tokens is not None
         found.append(sight.tokens[sight.region_mask])
     tokens = torch.cat(found).double()  # [R, T, d]

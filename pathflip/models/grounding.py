@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pathflip.models.attention import RegionAttention
-from pathflip.models.outputs import Grounding, Sight
+from pathflip.models.outputs import Grounding, VisionOutput
 
 Variant = Literal["attn", "region_only", "cosine", "product"]
 VARIANTS: tuple[Variant, ...] = ("attn", "region_only", "cosine", "product")
 
 
 def ground(
-    sight: Sight,
+    sight: VisionOutput,
     patch_mask: Tensor,
     texts: Tensor,
     attend: RegionAttention,

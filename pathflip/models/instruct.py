@@ -37,16 +37,16 @@ from pathflip.models.chat_template import (
 )
 from pathflip.models.llm import fingerprint_of, load_llm, read_adapter, with_adapter
 from pathflip.models.pathflip import PathFLIP, Texts
-from pathflip.models.prompt_encoder import InstructConfig, InstructFront
+from pathflip.models.prompt_encoder import InstructConfig, PromptEncoder
 
 __all__ = [
     "CAPTION_INSTRUCTION",
     "IMAGE",
     "Example",
     "InstructConfig",
-    "InstructFront",
     "InstructOutput",
     "PathFLIPInstruct",
+    "PromptEncoder",
     "fingerprint_of",
     "multiple_choice",
     "question_example",
@@ -80,7 +80,7 @@ class InstructOutput:
     tokens: int
 
 
-class PathFLIPInstruct(InstructFront):
+class PathFLIPInstruct(PromptEncoder):
     """Vision model, projector and language model. Make one with :meth:`from_parts`.
 
     Args:
@@ -333,7 +333,9 @@ class PathFLIPInstruct(InstructFront):
         if len(examples) != len(features) or not any(examples):
             raise ValueError(f"{len(features)} slides, {sum(map(len, examples))} examples")
         vision = self.vision
-        sight = vision.see(features, vision.training_mask(patch_mask), regions=True, queries=True)
+        sight = vision.encode_regions(
+            features, vision.training_mask(patch_mask), regions=True, queries=True
+        )
         rows, answers = [], []
         for prefix, own in zip(self.project(sight), examples, strict=True):
             for example in own:
@@ -510,7 +512,7 @@ def _unseen(vision: PathFLIP) -> list[nn.Parameter]:
     features = torch.zeros(1, 1, 1, vision.config.feature_dim, device=device)
     with torch.enable_grad():
         there = torch.ones(1, 1, 1, dtype=torch.bool, device=device)
-        sight = vision.see(features, there, regions=True, queries=True)
+        sight = vision.encode_regions(features, there, regions=True, queries=True)
         vectors = [sight.slide, sight.tokens, sight.queries]
         total = torch.stack([part.sum() for part in vectors if part is not None]).sum()
         gradients = torch.autograd.grad(total, every, allow_unused=True)

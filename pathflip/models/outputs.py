@@ -70,7 +70,7 @@ class Grounding:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sight:
+class VisionOutput:
     """Slides inside the model, nothing normalised.
 
     Attributes:

@@ -46,9 +46,9 @@ class Packed:
         owner: Which text each token belongs to, int64 [T].
         first: First token of each text, int64 [n].
         lengths: Tokens of each text, int64 [n].
-        groups: What attends together.
-        inside: Where each token is with padding, int64 [T]; None where there is no padding.
-        back: For each text that was given, which of the distinct ones it is, int64 [texts given].
+        groups: Texts that attend in one call, padded to the same length.
+        pad_index: Where each token is with padding, int64 [T]; None where there is no padding.
+        inverse: Which of the distinct texts each given text is, int64 [texts given].
     """
 
     ids: Tensor
@@ -57,8 +57,8 @@ class Packed:
     first: Tensor
     lengths: Tensor
     groups: tuple[Group, ...]
-    inside: Tensor | None
-    back: Tensor
+    pad_index: Tensor | None
+    inverse: Tensor
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, dropout: float, first: bool = False
@@ -90,9 +90,9 @@ class Packed:
             )
             found.append(seen.transpose(1, 2).reshape(-1, q.shape[-1]))
         seen = torch.cat(found) if len(found) > 1 else found[0]
-        if first or self.inside is None:
+        if first or self.pad_index is None:
             return seen
-        return _move(seen, self.inside, size=None)
+        return _move(seen, self.pad_index, size=None)
 
     def padded(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Values of tokens [T] with padding of zeros, by group [texts, longest]."""
@@ -104,15 +104,15 @@ class Packed:
 
     def _blocks(self, x: Tensor) -> tuple[Tensor, ...]:
         sizes = [group.texts * group.longest for group in self.groups]
-        if self.inside is not None:
-            x = _move(x, self.inside, size=sum(sizes))
+        if self.pad_index is not None:
+            x = _move(x, self.pad_index, size=sum(sizes))
         parts: tuple[Tensor, ...] = torch.split(x, sizes)
         return parts
 
     def unpadded(self, blocks: Sequence[Tensor]) -> Tensor:
         """Values of padded tokens, by group [texts, longest, H], without padding [T, H]."""
         x = torch.cat([block.flatten(0, 1) for block in blocks])
-        return x if self.inside is None else _move(x, self.inside, size=None)
+        return x if self.pad_index is None else _move(x, self.pad_index, size=None)
 
     def mean(self, states: Tensor) -> Tensor:
         """Mean over the tokens of each text [T, H] -> [n, H]."""
@@ -201,6 +201,6 @@ def pack(
         first=put(firsts),
         lengths=put(lengths),
         groups=tuple(groups),
-        inside=None if row == len(inside) else put(inside),
-        back=put([number[tuple(text)] for text in texts]),
+        pad_index=None if row == len(inside) else put(inside),
+        inverse=put([number[tuple(text)] for text in texts]),
     )

@@ -1,8 +1,9 @@
 """PathFLIP: slides and captions in one space, regions that answer to sentences.
 
-Read in this order: :meth:`PathFLIP.forward` (losses of a batch), :meth:`PathFLIP.see` (slides),
-:meth:`PathFLIP.embed` (texts), :meth:`PathFLIP.ground`. The parts are in qformer.py, text_tower.py,
-attention.py, losses.py and grounding.py; config.py has the switches.
+Read in this order: :meth:`PathFLIP.forward` (losses of a batch),
+:meth:`PathFLIP.encode_regions` (slides), :meth:`PathFLIP.embed` (texts), :meth:`PathFLIP.ground`.
+The parts are in qformer.py, text_tower.py, attention.py, alignment.py, losses.py and grounding.py;
+config.py has the switches.
 
 Shapes: B slides, N regions, M patch slots of a region, d_in feature width, d_e patch width, h
 Q-Former width, d joint width, Q latent queries, T vectors of a region (Q or 1), K sub-captions, L
@@ -27,9 +28,9 @@ from pathflip.errors import ConfigError
 from pathflip.models import alignment, grounding, hub, losses
 from pathflip.models.attention import RegionAttention, build_attention
 from pathflip.models.config import PathFLIPConfig, preset
-from pathflip.models.outputs import Grounding, PathFLIPOutput, Sight, SlideEmbedding
+from pathflip.models.outputs import Grounding, PathFLIPOutput, SlideEmbedding, VisionOutput
 from pathflip.models.packing import pack
-from pathflip.models.qformer import QFormer, Seen
+from pathflip.models.qformer import QFormer, QFormerOutput
 from pathflip.models.text_tower import TextTower, build_tower, load_tokenizer
 
 SEQUENCES_AT_ONCE = 256
@@ -230,7 +231,7 @@ class PathFLIP(nn.Module):
         return self.text_out.weight.device
 
     @torch.no_grad()
-    def fit_input(self, features: Tensor) -> None:
+    def fit_normalization(self, features: Tensor) -> None:
         """Take the statistics of patch features, for ``feature_norm``; does nothing without it.
 
         Args:
@@ -279,7 +280,7 @@ class PathFLIP(nn.Module):
             ValueError: Slides, captions and sub-captions are not equally many.
         """
         regions = self.config.has_region_loss
-        sight = self.see(features, self.training_mask(patch_mask), regions=regions)
+        sight = self.encode_regions(features, self.training_mask(patch_mask), regions=regions)
         return self.align(
             sight, captions, subcaptions, negative_choice=negative_choice, group=group
         )
@@ -292,7 +293,7 @@ class PathFLIP(nn.Module):
 
     def align(
         self,
-        sight: Sight,
+        sight: VisionOutput,
         captions: Texts,
         subcaptions: Sequence[Texts],
         *,
@@ -316,7 +317,7 @@ class PathFLIP(nn.Module):
                 x = x @ scale if scale.ndim == 2 else x * scale
         return self.patch_in(x) if self.config.patch_width else x
 
-    def see(
+    def encode_regions(
         self,
         features: Tensor,
         patch_mask: Tensor,
@@ -324,7 +325,7 @@ class PathFLIP(nn.Module):
         regions: bool,
         attention: bool = False,
         queries: bool = False,
-    ) -> Sight:
+    ) -> VisionOutput:
         """Raw vectors of slides and their regions.
 
         Args:
@@ -371,7 +372,7 @@ class PathFLIP(nn.Module):
             by_query = None if by_query is None else by_query + self.slide_bias
         if config.slide_context_layers:
             slide, tokens = self._in_context(slide, tokens, region_mask)
-        return Sight(
+        return VisionOutput(
             slide=slide,
             tokens=tokens,
             attention=weights,
@@ -381,11 +382,11 @@ class PathFLIP(nn.Module):
 
     def _read(
         self, patches: Tensor, mask: Tensor, *, regions: bool, slide: bool, attention: bool
-    ) -> Seen:
+    ) -> QFormerOutput:
         """The Q-Former; where no gradient is wanted, some regions at a time."""
         batch, num = mask.shape[:2]
         if torch.is_grad_enabled() or not regions or batch * num <= SEQUENCES_AT_ONCE:
-            seen: Seen = self.qformer(
+            seen: QFormerOutput = self.qformer(
                 self.queries, patches, mask, regions=regions, slide=slide, attention=attention
             )
             return seen
@@ -401,7 +402,7 @@ class PathFLIP(nn.Module):
             )
             for start in range(0, num, step)
         ]
-        return Seen(
+        return QFormerOutput(
             regions=torch.cat([part.regions for part in parts], 1),
             slide=whole,
             attention=torch.cat([part.attention for part in parts], 1) if attention else None,
@@ -429,7 +430,7 @@ class PathFLIP(nn.Module):
         """
         with _evaluating(self):
             features, patch_mask = features.to(self.device), patch_mask.to(self.device)
-            sight = self.see(features, patch_mask, regions=True)
+            sight = self.encode_regions(features, patch_mask, regions=True)
         tokens, mask = sight.flat()
         region_mask = sight.region_mask
         regions = sight.slide.new_zeros((*region_mask.shape, self.config.d))
@@ -467,7 +468,7 @@ class PathFLIP(nn.Module):
         packed = pack(ids, device=self.device)
         tower = self.qformer.text if self.text_tower is None else self.text_tower
         vectors: Tensor = self.text_out(tower(packed, pooling=config.text_pooling))
-        return vectors[packed.back]
+        return vectors[packed.inverse]
 
     def _tokens(self, texts: Texts, *, most: int) -> list[list[int]]:
         """Token ids of texts, cut to ``most``; what is tokenised already is only cut."""
@@ -555,7 +556,7 @@ class PathFLIP(nn.Module):
         raw = self.encode_text(every, normalize=False)
         with _evaluating(self):
             features, patch_mask = features.to(self.device), patch_mask.to(self.device)
-            sight = self.see(features, patch_mask, regions=True, attention=True)
+            sight = self.encode_regions(features, patch_mask, regions=True, attention=True)
             return grounding.ground(
                 sight,
                 patch_mask,

@@ -1,6 +1,6 @@
 """What stands before the language model: vision, projector, tokenizer, embedding table.
 
-:class:`InstructFront` turns a slide and a conversation into the prompt embeddings a language model
+:class:`PromptEncoder` turns a slide and a conversation into the prompt embeddings a language model
 reads. It holds no language model, so that an engine that has one of its own (vLLM) needs no second.
 
 Shapes: B slides, N regions, M patch slots of a region, d_in feature width, S vectors of a slide, T
@@ -21,7 +21,7 @@ from pathflip.config import load_config
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import hub
 from pathflip.models.chat_template import Kind, Messages, Prompter
-from pathflip.models.outputs import Sight
+from pathflip.models.outputs import VisionOutput
 from pathflip.models.pathflip import PathFLIP
 
 ABOUT, PROJECTOR, VISION = "instruct.json", "projector.safetensors", "vision"
@@ -75,7 +75,7 @@ class InstructConfig:
             )
 
 
-class InstructFront(nn.Module):
+class PromptEncoder(nn.Module):
     """Slides and conversations as prompt embeddings.
 
     Args:
@@ -104,7 +104,7 @@ class InstructFront(nn.Module):
         self.projector = nn.Linear(prefix_width(vision, config), self.width)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, llm: str | Path) -> InstructFront:
+    def from_pretrained(cls, folder: str | Path, *, llm: str | Path) -> PromptEncoder:
         """Load the front of an instruction model, in evaluation mode, on the CPU.
 
         Args:
@@ -126,7 +126,7 @@ class InstructFront(nn.Module):
         table = _read_embedding(llm)
         embedding = nn.Embedding(*table.shape)
         embedding.weight = nn.Parameter(table, requires_grad=False)
-        front = InstructFront(
+        front = PromptEncoder(
             PathFLIP.from_pretrained(folder / VISION), hub.read_tokenizer(llm), embedding,
             read_config(folder),
         )  # fmt: skip
@@ -156,7 +156,7 @@ class InstructFront(nn.Module):
         """Where the weights are."""
         return self.projector.weight.device
 
-    def see(self, features: Tensor, patch_mask: Tensor) -> list[Tensor]:
+    def visual_prefix(self, features: Tensor, patch_mask: Tensor) -> list[Tensor]:
         """A slide's prefix: its own vectors, then its regions', through σ (Eq. 11).
 
         Args:
@@ -167,9 +167,11 @@ class InstructFront(nn.Module):
             [P_b, D] of each slide.
         """
         features, patch_mask = features.to(self.device), patch_mask.to(self.device)
-        return self.project(self.vision.see(features, patch_mask, regions=True, queries=True))
+        return self.project(
+            self.vision.encode_regions(features, patch_mask, regions=True, queries=True)
+        )
 
-    def project(self, sight: Sight) -> list[Tensor]:
+    def project(self, sight: VisionOutput) -> list[Tensor]:
         """The prefixes of slides the vision model has seen [P_b, D]."""
         slides, regions = sight.slide[:, None], sight.tokens
         if self.config.prefix != "mean":
@@ -207,7 +209,7 @@ class InstructFront(nn.Module):
         """What the language model reads: prompt and slide [T, D].
 
         Args:
-            prefix: Of :meth:`see` [P, D].
+            prefix: Vectors from :meth:`visual_prefix` [P, D].
             messages: See :meth:`prompt_ids`.
             kind: Which template of official_v1.
             answer_start: What the answer is made to begin with.

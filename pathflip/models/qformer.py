@@ -32,7 +32,7 @@ KEYS_AT_ONCE = 16384
 """Patches of a slide attended to at once, where no gradient is wanted."""
 
 
-class Seen(NamedTuple):
+class QFormerOutput(NamedTuple):
     """What the queries saw.
 
     Attributes:
@@ -113,7 +113,7 @@ class QFormer(nn.Module):
         regions: bool = True,
         slide: bool = True,
         attention: bool = False,
-    ) -> Seen:
+    ) -> QFormerOutput:
         """Read regions and slide.
 
         Args:
@@ -131,7 +131,7 @@ class QFormer(nn.Module):
         for number, layer in enumerate(self.layers):
             x = layer.read(x, reader, attention=attention and number == self.last_cross)
         x = x.view(batch, each, *queries.shape)
-        return Seen(
+        return QFormerOutput(
             regions=x[:, :num] if regions else None,
             slide=x[:, -1] if slide else None,
             attention=reader.weights,

@@ -376,10 +376,10 @@ def _example(
     """A slide with the outline of a finding, and beside it the heat of its text."""
     import cv2
 
-    from pathflip.evaluation.ground_slide import locate
+    from pathflip.evaluation.ground_slide import ground_slide
     from pathflip.evaluation.grounding import inside, point
 
-    found = locate(archive, run, slide_id, text)
+    found = ground_slide(archive, run, slide_id, text)
     centres = found.rects[:, :2] + found.rects[:, 2:] / 2
     right = inside(centres, polygons)
     view = slide_view(found.slide, PICTURE_PX)

@@ -75,7 +75,7 @@ class Contrastive(Objective[SlideDataset, PretrainConfig]):
             if config.model.warm_start:
                 warm_start(model, batch.features, batch.patch_mask, sentences, seed=config.seed)
             else:
-                model.fit_input(batch.features[batch.patch_mask].float())
+                model.fit_normalization(batch.features[batch.patch_mask].float())
         return model
 
     def _drawn(self, corpus: Corpus) -> PathFLIP:

@@ -56,7 +56,7 @@ class Plain:
         """Prompt of the given regions of a slide [T, D]."""
         features, mask, _ = self.archive.features_array(slide)
         with torch.no_grad():
-            prefix = self.model.see(
+            prefix = self.model.visual_prefix(
                 torch.tensor(features[rows], dtype=torch.float32)[None],
                 torch.tensor(mask[rows])[None],
             )[0]

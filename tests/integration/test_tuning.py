@@ -283,7 +283,7 @@ def assert_same_words(model: PathFLIPInstruct, llm: Path, given: Given) -> None:
     alone = AutoModelForCausalLM.from_pretrained(str(llm)).eval()
     features, mask, _ = Archive(given.archive).features_array("slide001")
     with torch.no_grad():
-        (prefix,) = model.see(
+        (prefix,) = model.visual_prefix(
             torch.from_numpy(features.copy()).float()[None], torch.from_numpy(mask.copy())[None]
         )
         prompt = model.embed_prompt(prefix, "Organ?")[None]

@@ -17,7 +17,7 @@ from pathflip.geometry import (
     Regions,
     Tiling,
     edge,
-    locate,
+    patch_at,
     patch_rects,
     patch_tree,
     plan_regions,
@@ -99,7 +99,7 @@ def test_patch_centres_round_trip_through_a_level(
     on_level = np.rint(centres / downsample)  # nearest pixel of a coarser level, and back
     back = on_level * downsample
     assert np.abs(back - centres).max() <= downsample / 2 + 1e-6
-    got = locate(tiling, x0=back[:, 0], y0=back[:, 1], mpp=mpp)
+    got = patch_at(tiling, x0=back[:, 0], y0=back[:, 1], mpp=mpp)
     assert (got[0] == rx).all()
     assert (got[1] == ry).all()
     assert (got[2] == np.arange(tiling.slots)).all()
@@ -108,7 +108,7 @@ def test_patch_centres_round_trip_through_a_level(
 @given(position=st.integers(0, 500_000), mpp=MPP)
 def test_locate_agrees_with_the_rectangles_at_every_pixel(position: int, mpp: float) -> None:
     tiling = Tiling(region_um=512.0)
-    rx, ry, slot = locate(tiling, x0=position, y0=0, mpp=mpp)
+    rx, ry, slot = patch_at(tiling, x0=position, y0=0, mpp=mpp)
     x0, y0, w0, _ = patch_rects(tiling, rx=int(rx), ry=int(ry), mpp=mpp)[int(slot)]
     assert x0 <= position < x0 + w0
     assert y0 == 0

@@ -37,7 +37,7 @@ def test_vectors_of_regions_slides_and_sentences_average_to_zero() -> None:
     before = model.encode_slide(features.float(), mask).tokens
     assert before.mean(0).mean(0).norm() > 0.1 * before.norm(dim=-1).mean()
     warm_start(model, features, mask, SENTENCES, seed=0)
-    seen = model.see(features.float(), mask, regions=True)
+    seen = model.encode_regions(features.float(), mask, regions=True)
     assert seen.tokens is not None
     torch.testing.assert_close(seen.tokens.mean((0, 1)), torch.zeros(4, 128), atol=2e-5, rtol=0)
     torch.testing.assert_close(seen.slide.mean(0), torch.zeros(128), atol=2e-5, rtol=0)
@@ -50,7 +50,7 @@ def test_a_sharp_query_attends_to_one_tissue() -> None:
     model = build(num_queries=8, heads=1)
     warm_start(model, features, mask, SENTENCES, seed=0)
     model.eval()
-    seen = model.see(features.float(), mask, regions=True, attention=True)
+    seen = model.encode_regions(features.float(), mask, regions=True, attention=True)
     assert seen.attention is not None
     spread = []
     for query in (0, 7):  # the flattest and the sharpest

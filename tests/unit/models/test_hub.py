@@ -39,7 +39,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 )
 def test_a_model_comes_back_bit_for_bit(name: str, overrides: dict, tmp_path: Path) -> None:
     model, given = tiny(name, **overrides), batch()
-    model.fit_input(torch.randn(300, 12))
+    model.fit_normalization(torch.randn(300, 12))
     model.save_pretrained(tmp_path / "m")
     again = PathFLIP.from_pretrained(tmp_path / "m")
     assert again.config == model.config

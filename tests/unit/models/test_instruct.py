@@ -17,8 +17,8 @@ from pathflip.models.instruct import (
     CAPTION_INSTRUCTION,
     Example,
     InstructConfig,
-    InstructFront,
     PathFLIPInstruct,
+    PromptEncoder,
     multiple_choice,
     question_example,
 )
@@ -91,7 +91,7 @@ def slides(size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_region_that_is_absent_leaves_no_vector(base: Path, prefix: Any, each: int) -> None:
     model = make(base, prefix=prefix)
     features, mask = slides()
-    seen = model.see(features, mask)
+    seen = model.visual_prefix(features, mask)
     present = mask.any(-1).sum(1).tolist()
     assert present == [3, 2, 3, 3]
     assert [len(own) for own in seen] == [(1 + n) * each for n in present]
@@ -102,28 +102,28 @@ def test_the_paper_has_200_vectors_for_24_regions(base: Path) -> None:
     vision = tiny(num_queries=8)
     model = PathFLIPInstruct.from_parts(vision, base)
     mask = torch.ones(1, 24, 2, dtype=torch.bool)
-    assert len(model.see(torch.randn(1, 24, 2, FEATURE_DIM), mask)[0]) == 200
+    assert len(model.visual_prefix(torch.randn(1, 24, 2, FEATURE_DIM), mask)[0]) == 200
     assert model.projector.in_features == vision.config.d  # σ: d -> D, shared by all
 
 
 def test_prefixes_are_the_vision_model_s_vectors(base: Path) -> None:
     features, mask = slides(1)
     queries = make(base, prefix="queries")
-    sight = queries.vision.see(features, mask, regions=True, queries=True)
+    sight = queries.vision.encode_regions(features, mask, regions=True, queries=True)
     assert sight.queries is not None
     assert sight.tokens is not None
     torch.testing.assert_close(sight.queries.mean(1), sight.slide)
     every = torch.cat([sight.queries[0], *sight.tokens[0]])
     weight, bias = queries.projector.weight, queries.projector.bias
-    torch.testing.assert_close(queries.see(features, mask)[0], every @ weight.T + bias)
+    torch.testing.assert_close(queries.visual_prefix(features, mask)[0], every @ weight.T + bias)
     means = make(base, prefix="mean")
     every = torch.stack([sight.slide[0], *sight.tokens[0].mean(1)])
     weight, bias = means.projector.weight, means.projector.bias
-    torch.testing.assert_close(means.see(features, mask)[0], every @ weight.T + bias)
+    torch.testing.assert_close(means.visual_prefix(features, mask)[0], every @ weight.T + bias)
     joined = make(base, prefix="joined")
     every = torch.stack([sight.queries[0].flatten(), *sight.tokens[0].flatten(1)])
     weight, bias = joined.projector.weight, joined.projector.bias
-    torch.testing.assert_close(joined.see(features, mask)[0], every @ weight.T + bias)
+    torch.testing.assert_close(joined.visual_prefix(features, mask)[0], every @ weight.T + bias)
 
 
 def test_vectors_that_cannot_be_joined_are_refused(base: Path) -> None:
@@ -193,7 +193,9 @@ def test_padding_changes_nothing(base: Path) -> None:
 
 def test_prompts_of_different_length_answer_together_as_alone(base: Path) -> None:
     model = make(base).double()
-    seen = model.see(*[part.double() if part.is_floating_point() else part for part in slides()])
+    seen = model.visual_prefix(
+        *[part.double() if part.is_floating_point() else part for part in slides()]
+    )
     asked = ["Why?", QUESTION, CAPTION_INSTRUCTION, "Is there " + "necrosis or " * 9 + "mucin?"]
     prompts = [
         model.embed_prompt(own, text).detach() for own, text in zip(seen, asked, strict=True)
@@ -224,7 +226,7 @@ def test_only_answers_count_and_their_end_does(base: Path) -> None:
     model = make(base)
     features, mask = slides()
     out = model(features, mask, EXAMPLES)
-    seen = model.see(features, mask)
+    seen = model.visual_prefix(features, mask)
     losses = []
     for prefix, own in zip(seen, EXAMPLES, strict=True):
         for example in own:
@@ -272,7 +274,7 @@ def test_without_its_adapter_it_is_the_base(base: Path) -> None:
 
     plain = AutoModelForCausalLM.from_pretrained(str(base))
     fresh, stirred = make(base, adapter=False), make(base)
-    prompt = fresh.embed_prompt(fresh.see(*slides(1))[0], QUESTION)[None]
+    prompt = fresh.embed_prompt(fresh.visual_prefix(*slides(1))[0], QUESTION)[None]
     wanted = plain(inputs_embeds=prompt).logits
     assert torch.equal(fresh.llm(inputs_embeds=prompt).logits, wanted)
     assert not torch.allclose(stirred.llm(inputs_embeds=prompt).logits, wanted, atol=1e-3)
@@ -380,7 +382,7 @@ def test_typed_special_tokens_are_text(base: Path, typed: str) -> None:
 def test_a_typed_image_is_no_second_slide(base: Path) -> None:
     model = make(base)
     assert model.prompt_ids("<image>\nIs there mucin?") == model.prompt_ids("Is there mucin?")
-    prefix = model.see(*slides(1))[0]
+    prefix = model.visual_prefix(*slides(1))[0]
     plain = model.embed_prompt(prefix, "Is there mucin?")
     assert torch.equal(model.embed_prompt(prefix, "Is there <image>mucin?<image>"), plain)
 
@@ -499,7 +501,7 @@ def test_merged_is_the_adapted_model(base: Path, tmp_path: Path) -> None:
     assert type(merged).__name__ == "Qwen3ForCausalLM"
     about = json.loads((tmp_path / "llm" / "generation_config.json").read_text())
     assert about["eos_token_id"] == model.eos_ids
-    prompt = model.embed_prompt(model.see(*slides(1))[0], QUESTION)[None]
+    prompt = model.embed_prompt(model.visual_prefix(*slides(1))[0], QUESTION)[None]
     torch.testing.assert_close(
         merged(inputs_embeds=prompt).logits,
         model.llm(inputs_embeds=prompt).logits,
@@ -512,9 +514,11 @@ def test_the_front_needs_no_language_model(base: Path, tmp_path: Path) -> None:
     model = make(base)
     model.save_pretrained(tmp_path / "model")
     model.save_merged(tmp_path / "llm")
-    front = InstructFront.from_pretrained(tmp_path / "model", llm=tmp_path / "llm")
+    front = PromptEncoder.from_pretrained(tmp_path / "model", llm=tmp_path / "llm")
     features, mask = slides()
-    for own, wanted in zip(front.see(features, mask), model.see(features, mask), strict=True):
+    for own, wanted in zip(
+        front.visual_prefix(features, mask), model.visual_prefix(features, mask), strict=True
+    ):
         assert torch.equal(
             front.embed_prompt(own, QUESTION, answer_start="B"),
             model.embed_prompt(wanted, QUESTION, answer_start="B"),
@@ -526,7 +530,7 @@ def test_the_front_needs_no_language_model(base: Path, tmp_path: Path) -> None:
     stir_again = make(base, adapter=False)
     stir_again.save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="not tuned with"):
-        InstructFront.from_pretrained(tmp_path / "other", llm=tmp_path / "llm")
+        PromptEncoder.from_pretrained(tmp_path / "other", llm=tmp_path / "llm")
 
 
 def test_a_base_without_chat_template_is_refused(base: Path, tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ def test_the_text_tower_is_transformers_bert(pooling: str) -> None:
     for packs in (True, False):  # False: the way of other families
         model.text_tower._packs = packs
         packed = pack([TOKENIZER(text)["input_ids"] for text in CAPTIONS], slack=1.5)
-        assert packed.inside is not None
-        vectors = model.text_out(model.text_tower(packed, pooling=pooling))[packed.back]
+        assert packed.pad_index is not None
+        vectors = model.text_out(model.text_tower(packed, pooling=pooling))[packed.inverse]
         assert torch.allclose(vectors, wanted, atol=1e-6)
 
 
@@ -203,7 +203,7 @@ def test_heat_is_attention_times_attention(tokens: str) -> None:
     features, mask = given["features"], given["patch_mask"]
     found = model.ground(features, mask, ["necrosis", "mucin"])
     raw = model.encode_text(["necrosis", "mucin"], normalize=False)
-    sight = model.see(features, mask, regions=True, attention=True)
+    sight = model.encode_regions(features, mask, regions=True, attention=True)
     flat, flat_mask = sight.flat()
     _, alpha = model.region_attention(raw[None].expand(2, -1, -1), flat, flat_mask)
     each = model.config.tokens_per_region
@@ -254,7 +254,7 @@ def test_whitening_whitens_and_is_kept() -> None:
     torch.manual_seed(0)
     mixed = torch.randn(4000, 12) @ torch.randn(12, 12) * 3 + 5
     model = tiny(patch_width=0, feature_norm="whiten")
-    model.fit_input(mixed)
+    model.fit_normalization(mixed)
     seen = model.patches(mixed)
     assert torch.allclose(seen.mean(0), torch.zeros(12), atol=1e-3)
     covariance = torch.cov(seen.T)
@@ -263,7 +263,7 @@ def test_whitening_whitens_and_is_kept() -> None:
     assert float(covariance.diag().max()) < 1.0001
     assert float(covariance.diag().median()) > 0.5
     plain = tiny(patch_width=0, feature_norm="standardise")
-    plain.fit_input(mixed)
+    plain.fit_normalization(mixed)
     assert torch.allclose(plain.patches(mixed).std(0), torch.ones(12), atol=1e-3)
 
 

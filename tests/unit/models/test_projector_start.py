@@ -11,7 +11,7 @@ import torch
 from pathflip.errors import ConfigError
 from pathflip.models.data_init import start_projector
 from pathflip.models.instruct import InstructConfig, PathFLIPInstruct
-from pathflip.models.outputs import Sight
+from pathflip.models.outputs import VisionOutput
 from tests.serving import make_base
 from tests.unit.models.tiny import CAPTIONS, batch, tiny
 
@@ -42,7 +42,7 @@ def test_a_planted_rotation_is_found(base: Path, prefix: Any) -> None:
     # Region vectors that W_v' takes to where the texts are.
     at_texts = torch.linalg.lstsq(vision.region_attention.value.weight.detach(), texts.T).solution.T
     each = vision.config.tokens_per_region
-    sight = Sight(
+    sight = VisionOutput(
         slide=torch.zeros(1, vision.config.d),
         tokens=at_texts[None, :, None].expand(1, -1, each, -1),
         attention=None,
@@ -74,7 +74,7 @@ def test_regions_are_as_large_as_sentences_and_centred_on_them(base: Path) -> No
     made = batch()
     start_projector(model, made["features"], made["patch_mask"], SENTENCES)
     with torch.no_grad():
-        seen = model.see(made["features"], made["patch_mask"])
+        seen = model.visual_prefix(made["features"], made["patch_mask"])
     words = torch.stack(
         [model.embedding.weight[model.prompter.text_ids(text)].mean(0) for text in SENTENCES]
     ).detach()

@@ -128,7 +128,7 @@ def test_text_is_what_blip2_makes_of_it_forward_and_backward(pair, slack):
     for pooling in ("cls", "mean"):
         packed = pack(texts, slack=slack)
         ours.zero_grad(), theirs.zero_grad(), embeddings.zero_grad()
-        mine = ours.text(packed, pooling=pooling)[packed.back]
+        mine = ours.text(packed, pooling=pooling)[packed.inverse]
         longest = max(map(len, texts))
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
         mask = (torch.arange(longest)[None] < torch.tensor([[len(t)] for t in texts])).long()
@@ -211,9 +211,9 @@ def test_packing_puts_each_distinct_text_once():
     assert packed.ids.tolist() == [8, 9, 9, 5, 6, 7]
     assert packed.positions.tolist() == [0, 0, 1, 0, 1, 2]
     assert packed.first.tolist() == [0, 1, 3]
-    assert packed.back.tolist() == [2, 0, 2, 1]
+    assert packed.inverse.tolist() == [2, 0, 2, 1]
     assert [(group.texts, group.longest) for group in packed.groups] == [(1, 1), (1, 2), (1, 3)]
-    assert packed.inside is None
+    assert packed.pad_index is None
     loose = pack([[5, 6, 7], [8], [5, 6, 7], [9, 9]], slack=2.0)
     assert [(group.texts, group.longest) for group in loose.groups] == [(2, 2), (1, 3)]
     assert [block.tolist() for block in loose.padded(loose.ids)] == [[[8, 0], [9, 9]], [[5, 6, 7]]]

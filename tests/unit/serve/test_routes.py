@@ -11,7 +11,7 @@ import pytest
 from pathflip.archive import Archive
 from pathflip.archive.search import search, stored_vector
 from pathflip.archive.textsearch import search_text
-from pathflip.evaluation.ground_slide import locate
+from pathflip.evaluation.ground_slide import ground_slide
 from pathflip.evaluation.zeroshot import classify
 from tests.unit.serve.service_fixture import REGIONS, SLIDES, pixels, png, rows_of, slide_id
 
@@ -140,7 +140,9 @@ def test_vectors_of_another_model_are_refused(serving, parts, world):
 def test_ground_is_the_librarys(ask, world):
     asked = {"slide_id": "slide001", "text": "necrosis", "min_patches": 1, "patches": True}
     found = ask("POST", "/v1/ground", json=asked).json()
-    expected = locate(Archive(world.archive), world.loaded, "slide001", "necrosis", min_patches=1)
+    expected = ground_slide(
+        Archive(world.archive), world.loaded, "slide001", "necrosis", min_patches=1
+    )
     assert found == json.loads(json.dumps(expected.as_json() | {"model": world.loaded.name}))
     assert len(found["patches"]) == REGIONS * 4
     assert "patches" not in ask("POST", "/v1/ground", json=asked | {"patches": False}).json()
