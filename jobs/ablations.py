@@ -41,7 +41,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no_tr_attention": {"tr_attention": "none"},
     "global_only": {"global_only": True},
 }
-"""What each changes of the model (method A.10); ``full`` is what it is compared with."""
+"""Model settings of each ablation of PathFLIP (arXiv 2512.17621); ``full`` changes nothing."""
 FULL = "full"
 
 

@@ -20,7 +20,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 @pytest.mark.parametrize(
     ("text", "sentences"),
     [
-        # Vectors of the method's specification, A.5.
+        # Split by hand.
         (
             "The tumor measures 2.5 x 1.8 x 0.4 cm. Margins are clear by 0.3 cm. Stage pT2a N0.",
             [
