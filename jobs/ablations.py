@@ -50,14 +50,14 @@ class AblationConfig:
     """Settings of ``pathflip evaluate ablations``.
 
     Attributes:
-        seeds: Trainings of each, with seeds first_seed, first_seed + 1, …
-        first_seed: The first.
-        only: Which of them; all when empty.
-        parallel: Trainings at a time; each gets its share of this machine's cores.
+        seeds: Number of trainings of each, with seeds first_seed, first_seed + 1, …
+        first_seed: First seed.
+        only: Names of the ablations to train; all when empty.
+        parallel: Number of trainings at a time; each gets its share of this machine's cores.
         tasks: Task file; ``tasks.yaml`` beside the slides' folder by default.
         truth: Folder of outlines; ``lesions`` beside the slides' folder by default.
         split: The split measured.
-        resamples: Bootstrap resamples within each run.
+        resamples: Number of bootstrap resamples within each run.
     """
 
     seeds: int = 3
@@ -81,16 +81,16 @@ class AblationConfig:
             )
 
     def names(self) -> list[str]:
-        """The ablations asked for, in their order."""
+        """Return the ablations asked for, in their order."""
         return [name for name in ABLATIONS if not self.only or name in self.only]
 
     def trainings(self) -> list[tuple[str, int]]:
-        """Return (ablation, seed) of every training, seed by seed: comparisons become whole."""
+        """Return (ablation, seed) of every training, in order: all ablations of a seed first."""
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return [(name, seed) for seed in seeds for name in self.names()]
 
     def check_files(self) -> None:
-        """Refuse files that measuring would refuse once everything is trained.
+        """Refuse before training the files that measuring would refuse after it.
 
         Raises:
             ConfigError: The file of tasks is wrong, or there is no folder of outlines.
@@ -106,7 +106,7 @@ class AblationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AblationProgress:
-    """How many trainings are done and what the last word was."""
+    """Progress of the ablations: trainings done and the last message."""
 
     done: int
     total: int
@@ -130,7 +130,7 @@ def pretrain_config(
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> PretrainConfig:
-    """Settings of the trainings: those of a run, or of a preset, with a file and overrides over.
+    """Return settings of the trainings: a run's or a preset's, then a file, then overrides.
 
     Args:
         run: A run whose settings are taken where it has any and no preset is named.
@@ -159,10 +159,10 @@ def ablations(
     Args:
         archive: Archive URI.
         run: Folder below which ``ablations/`` lies; usually a finished run.
-        config: What to do.
-        settings: Of the trainings; those of ``run`` by default.
+        config: Ablations, seeds and measurement.
+        settings: Settings of the trainings; those of ``run`` by default.
         address: Ray cluster; see ``cluster.connect``.
-        progress: Told of trainings and evaluations.
+        progress: Called on every change of trainings and evaluations.
 
     Returns:
         {"run", "split", "seeds", "runs": [{"name", "seed", "run", "metrics", …}], "table":
@@ -225,7 +225,7 @@ def planned(
     *,
     settings: PretrainConfig | None = None,
 ) -> dict[str, Any]:
-    """Return what :func:`ablations` would train, without starting or writing anything.
+    """Return the plan of :func:`ablations`, without starting or writing anything.
 
     Raises:
         PathFLIPError: A training would be refused, or a file is wrong.
@@ -244,7 +244,7 @@ def planned(
 
 
 def variant(settings: PretrainConfig, *, name: str, seed: int) -> PretrainConfig:
-    """The settings of one training."""
+    """Return the settings of one training."""
     model = replace(settings.model, **ABLATIONS[name])
     return replace(settings, model=model, seed=seed)
 
@@ -256,7 +256,7 @@ def measure(
     *,
     progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Measure a finished run, or read what was measured; kept in its ``evaluation.json``."""
+    """Measure a finished run, or read the measurement from its ``evaluation.json``."""
     opened = Archive(archive)
     trained = load_run(run)
     file = Path(config.tasks) if config.tasks else default_tasks(opened)
@@ -289,7 +289,7 @@ def measure(
 
 
 def _stamps(archive: Archive, truth: str | None) -> str:
-    """Digest of names, sizes and times of the outlines measured against."""
+    """Return a digest of names, sizes and times of the outlines measured against."""
     uris = archive.slides("ready", ["uri"])["uri"].to_pylist()
     near = {Path(uri).parent.parent / "lesions" for uri in uris}
     folders = [Path(truth)] if truth is not None else sorted(near)
@@ -299,7 +299,7 @@ def _stamps(archive: Archive, truth: str | None) -> str:
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean, sample standard deviation and the t interval (95 %) of a metric over seeds."""
+    """Return mean, sample standard deviation and t interval (95 %) of a metric over seeds."""
     known = np.array([value for value in values if value is not None], np.float64)
     found: dict[str, Any] = {"mean": None, "sd": None, "ci": None, "n": len(known)}
     if len(known):
@@ -314,7 +314,7 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def differences(values: Mapping[str, Mapping[str, list[float | None]]]) -> dict[str, Any]:
-    """{name: {metric: spread of full minus name}}, seed by seed."""
+    """Return {name: {metric: spread of full minus name}}, seed by seed."""
     full = values.get(FULL, {})
     return {
         name: {
@@ -333,7 +333,7 @@ def differences(values: Mapping[str, Mapping[str, list[float | None]]]) -> dict[
 
 
 def table(document: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows for people: metrics down, ablations across."""
+    """Return columns and rows for people: metrics down, ablations across."""
     names = list(document["table"])
     metrics = list(dict.fromkeys(key for name in names for key in document["table"][name]))
     rows = []

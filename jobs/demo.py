@@ -55,7 +55,7 @@ QUERY_PX = 360
 
 @dataclass
 class Stages:
-    """Announces each stage on stderr and keeps how long it took."""
+    """Announcer of stages on stderr, with the time each took."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -81,9 +81,9 @@ def demo(
     """Run the demo.
 
     Args:
-        out: Where everything is written: slides, archive, run, reports.
+        out: Folder for everything written: slides, archive, run, reports.
         slides: The user's slides, which are only read; None to make some in ``out``/slides.
-        cohort: Slides to make, besides an empty one and two faulty ones.
+        cohort: Number of slides to make, besides an empty one and two faulty ones.
         training: Settings of the pretraining over the preset's, ``key=value``.
         language: Settings of the small language model.
         tuning: Settings of the tuning over the preset's.
@@ -93,7 +93,7 @@ def demo(
         The exit code: that of ingest, where the two faulty files made on purpose do not count.
 
     Raises:
-        PathFLIPError: What the jobs raise.
+        PathFLIPError: Any error of the jobs.
     """
     out, stages = Path(out), Stages()
     if slides is not None:
@@ -195,7 +195,7 @@ def _ingested(
 def _trained(
     archive: str, folder: Path, settings: Sequence[str], stages: Stages
 ) -> tuple[Run, dict[str, Any]]:
-    """Train, index and measure; what is finished already is left as it is."""
+    """Train, index and measure; steps already finished are not repeated."""
     from jobs.index import IndexConfig, index
     from jobs.pretrain import pretrain, resolve
     from pathflip.archive import Archive
@@ -300,7 +300,7 @@ def _ask_the_service(archive: str, run: str, tuned: str, slide: str) -> None:
 
 
 def make_slides(out: Path, *, cohort: int) -> None:
-    """Make what is missing of the demo's slides in ``out``/slides."""
+    """Make the missing ones of the demo's slides in ``out``/slides."""
     from pathflip.progress import Progress, show_progress
     from pathflip.synth import make_cohort, make_slide
 
@@ -345,7 +345,7 @@ def _forget_mpp(path: Path) -> None:
 
 
 def _archive_for(out: Path, source: Path) -> Path:
-    """The archive in ``out`` for slides of one folder: the user's are not mixed with made ones."""
+    """Return the archive's path in ``out``; user slides and made ones have separate archives."""
     from pathflip.archive import Archive
 
     for number in count(1):
@@ -406,7 +406,7 @@ def sample_search(archive: Archive) -> tuple[SampleSearch | None, str]:
 
 
 def _unusual_region(archive: Archive) -> tuple[str, dict[str, Any] | None]:
-    """An encoder, and of some thousand regions the one least like the rest of its slide."""
+    """Return an encoder, and of some thousand regions the one least like the rest of its slide."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -438,7 +438,7 @@ def _unusual_region(archive: Archive) -> tuple[str, dict[str, Any] | None]:
 def _tissue_square(
     archive: Archive, region_id: str, tiling: Tiling, *, mpp: float
 ) -> tuple[int, int, int]:
-    """(x0, y0, size0) of a region's largest square of patches that all are tissue, level-0 px."""
+    """Return (x0, y0, size0) of a region's largest all-tissue square of patches, level-0 px."""
     import numpy as np
     from numpy.lib.stride_tricks import sliding_window_view
 
@@ -471,7 +471,7 @@ def _quoted(path: str) -> str:
 
 
 def _shown(path: str) -> str:
-    """A path relative to the working directory where it lies in it."""
+    """Return a path, relative to the working directory where it lies in it."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 

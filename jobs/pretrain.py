@@ -51,7 +51,7 @@ def pretrain(
 
 
 def plan(archive: str, run: str | Path, config: PretrainConfig | None = None) -> dict[str, Any]:
-    """Return what :func:`pretrain` would do, without starting or writing anything."""
+    """Return the plan of :func:`pretrain`, without starting or writing anything."""
     return ray_train.planned(Contrastive(config or resolve()), archive, run)
 
 

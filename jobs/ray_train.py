@@ -1,4 +1,4 @@
-"""Ray Train around the training loop: what every training shares.
+"""Ray Train around the training loop, for every objective.
 
 Workers share nothing but the run folder and the archive. A worker that dies takes the others with
 it; Ray starts them again and they go on from the newest intact checkpoint, on as many workers as
@@ -42,10 +42,10 @@ def fit(
     address: str | None = None,
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> dict[str, Any]:
-    """Train; the same call again goes on or is done.
+    """Train to the end; the same call again resumes, or returns the finished run's result.
 
     Args:
-        objective: What is trained, with its settings.
+        objective: Objective of the run, with its settings.
         archive: Archive URI.
         run: Run folder, on storage that every worker sees; made if it does not exist.
         address: Ray cluster; see ``cluster.connect``.
@@ -76,7 +76,7 @@ def fit(
 
 
 def planned(objective: Objective[Any, Any], archive: str, run: str | Path) -> dict[str, Any]:
-    """Return what :func:`fit` would do, without starting or writing anything.
+    """Return the plan of :func:`fit`, without starting or writing anything.
 
     Memory is in MiB and leaves out activations, which depend on the lengths of texts.
     """
@@ -181,7 +181,7 @@ def _fit(
 
 @contextmanager
 def _own_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the workers in Ray's way and the command in ours: Ray would exit with 0."""
+    """End the workers in Ray's way on Ctrl-C, and the command in ours: Ray would exit with 0."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT) if main else None
     try:
@@ -196,7 +196,7 @@ def _own_interrupt() -> Iterator[None]:
 def _workers(
     config: TrainConfig, resources: Available, *, private: bool
 ) -> tuple[bool, int, int, int]:
-    """Returns whether to use GPUs, fewest and most workers, and cores of each."""
+    """Return whether to use GPUs, minimum and maximum number of workers, and cores of each."""
     use_gpu, gpus, cores = resources.use_gpu, resources.gpus, resources.cpus
     share = config.batch_size // config.accumulate
     many = config.max_workers or config.min_workers or 0
@@ -215,7 +215,7 @@ def _workers(
 
 
 def _work(settings: dict[str, Any]) -> None:
-    """One worker: what Ray Train calls."""
+    """Run one worker; called by Ray Train."""
     import ray.train
     import ray.train.torch
     import torch
@@ -259,7 +259,7 @@ def _note_progress(run: Path) -> Callable[[TrainingProgress], None]:
 
 @contextmanager
 def _watching(run: Path, progress: Callable[[TrainingProgress], None] | None) -> Iterator[None]:
-    """Pass on what rank 0 notes of its progress."""
+    """Report the progress that rank 0 writes down."""
     over = threading.Event()
 
     def watch() -> None:

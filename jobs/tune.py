@@ -44,7 +44,7 @@ def tune(
 
 
 def plan(archive: str, out: str | Path, config: TuneConfig) -> dict[str, Any]:
-    """Return what :func:`tune` would do, without starting or writing anything."""
+    """Return the plan of :func:`tune`, without starting or writing anything."""
     return ray_train.planned(Instruct(config), archive, out)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints and trained models: folders that are whole or not there at all.
+"""Checkpoints and trained models, in folders that are written whole or not at all.
 
 Every folder written here is made under a hidden name, its files are forced to disk, then
 ``COMPLETE.json`` (size and sha256 of each file, the step) is written last and the folder renamed
@@ -57,7 +57,7 @@ def write_whole(folder: str | Path, fill: Callable[[Path], None], **note: Any) -
     A folder of that name is replaced; between its removal and the rename there is none.
 
     Args:
-        folder: Where it shall be.
+        folder: Final path of the folder.
         fill: Writes the files into the (empty) folder it is given; subfolders are allowed.
         note: JSON values stored in ``COMPLETE.json`` beside the list of files, such as ``step``.
 
@@ -97,7 +97,7 @@ def _seal(part: Path, note: Mapping[str, Any]) -> None:
 
 
 def verify_whole(folder: str | Path) -> dict[str, Any]:
-    """Check every file of a folder against its ``COMPLETE.json`` and return what that holds.
+    """Check every file of a folder against its ``COMPLETE.json`` and return its note.
 
     Raises:
         CheckpointError: If it is missing or incomplete (``incomplete``), or a file is missing,
@@ -178,8 +178,8 @@ class Checkpoint:
 
     Attributes:
         path: Its folder.
-        step: Optimisation steps done.
-        metric: What "best" is decided by, larger is better; None where nothing was validated.
+        step: Number of optimisation steps done.
+        metric: Checkpoint-selection metric, higher is better; None where nothing was validated.
         refused: Newer checkpoints that could not be used, a sentence each.
     """
 
@@ -213,11 +213,11 @@ def save_checkpoint(
 
     Args:
         folder: ``RUN/checkpoints``.
-        step: Optimisation steps done.
+        step: Number of optimisation steps done.
         tensors: {file name without ending: {name: tensor}}; every file becomes safetensors.
         state: JSON values: what it takes, beside the tensors, to go on exactly.
-        metric: What "best" is decided by, larger is better.
-        keep: How many of the newest to keep; the best one is kept besides.
+        metric: Checkpoint-selection metric, higher is better.
+        keep: Number of newest checkpoints to keep, besides the best.
 
     Returns:
         The checkpoint's folder.
@@ -313,7 +313,7 @@ def _metrics(folder: Path) -> Iterator[tuple[float, int]]:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove what is neither among the newest nor the best, and what killed writers left."""
+    """Remove all but the newest checkpoints and the best, and leftovers of killed writers."""
     whole = []
     for step in sorted(_steps(folder)):
         path = folder / f"step-{step:08d}"
@@ -341,9 +341,9 @@ class Run:
         model: The model, in eval mode.
         fingerprint: sha256 over the model's configuration and weights.
         encoder: Patch encoder it was trained on: name, revision, dim.
-        tiling: How its slides were cut: fields of :class:`pathflip.geometry.Tiling`.
+        tiling: Tiling of its slides: fields of :class:`pathflip.geometry.Tiling`.
         config: Settings of the run (RUN/config.yaml); empty for a bare model folder.
-        max_regions: Most regions a tuned model was shown of a slide; None for all.
+        max_regions: Maximum number of regions a tuned model was shown of a slide; None for all.
         path: The run folder.
     """
 
@@ -362,7 +362,7 @@ def load_run(run: str | Path, *, device: str = "cpu") -> Run:
 
     Args:
         run: The run folder, or the ``model`` folder of one.
-        device: Where to put the model.
+        device: Device of the model.
 
     Raises:
         CheckpointError: If there is no finished model (``missing``, ``incomplete``) or a file of it
@@ -411,7 +411,7 @@ def load_run(run: str | Path, *, device: str = "cpu") -> Run:
 
 
 def is_tuned(run: str | Path) -> bool:
-    """Whether a run folder holds a model that was tuned to answer."""
+    """Return whether a run folder holds a model that was tuned to answer."""
     return (Path(run) / "model" / "instruct.json").is_file()
 
 

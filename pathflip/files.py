@@ -18,7 +18,7 @@ PARTIAL = ".partial"
 
 
 def partial(path: Path, *, one_writer: bool = False) -> Path:
-    """Returns a hidden temporary path beside a file or folder, to be renamed over it.
+    """Return a hidden temporary path beside a file or folder, to be renamed over it.
 
     Args:
         path: The file or folder.
@@ -31,7 +31,7 @@ def partial(path: Path, *, one_writer: bool = False) -> Path:
 
 @contextmanager
 def replacing(path: str | Path, *, one_writer: bool = False) -> Iterator[Path]:
-    """Yields a temporary file, which replaces ``path`` when the block ends without an error.
+    """Yield a temporary file, which replaces ``path`` when the block ends without an error.
 
     It is flushed to disk first: readers, and a machine that crashes, see the old file or the new.
 
@@ -51,7 +51,7 @@ def replacing(path: str | Path, *, one_writer: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Writes a small file atomically: it holds the old content or the new, never a part of it."""
+    """Write a small file atomically: it holds the old content or the new, never a part of it."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -66,7 +66,7 @@ def sync(path: Path) -> None:
 
 
 def claim(handle: int, *, wait_s: float = 0.0) -> bool:
-    """Takes the exclusive lock (``flock``) of an open file; False if another process holds it.
+    """Take the exclusive lock (``flock``) of an open file; False if another process holds it.
 
     The kernel releases it when the file is closed or the process dies, whatever the cause. It also
     works between machines on NFSv4, and on Lustre mounted with flock.

@@ -14,7 +14,7 @@ _CANONICAL = {spelling: split for split, all_of in _SPELLINGS.items() for spelli
 
 
 def canonical_split(name: str | None) -> str | None:
-    """Returns the split a name means: ``val`` for Validation, dev and so on.
+    """Return the split a name means: ``val`` for Validation, dev and so on.
 
     A name that is none of the known ones (a fold, ``all``) comes back as written, without the
     space around it; an empty cell in any spelling (``nan``, ``N/A``) is None.
@@ -24,10 +24,10 @@ def canonical_split(name: str | None) -> str | None:
 
 
 def requested_split(name: str) -> str:
-    """Returns the split that a user asks for by any of its names; other names as they are."""
+    """Return the split that a user asks for by any of its names; other names as they are."""
     return canonical_split(name) or name
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Returns every name of a split in lower case; only the one given if it is no known split."""
+    """Return every name of a split in lower case; only the one given if it is no known split."""
     return _SPELLINGS.get(requested_split(name), (clean(name).lower(),))

@@ -100,7 +100,7 @@ _DENIAL = re.compile(
 
 
 def denies(sentence: str) -> bool:
-    """Whether a sentence says that something is absent ("No necrosis is identified.").
+    """Return whether a sentence says that something is absent ("No necrosis is identified.").
 
     Such a sentence is true of no region more than of another: there is nothing to ground it in, and
     a text tower reads its noun as if it were there. A rule on the wording, not a parser.
@@ -153,7 +153,7 @@ def sample_subcaptions(
 
 
 def draw_rng(seed: int, epoch: int, slide_id: str) -> np.random.Generator:
-    """Returns the generator of a slide's draws in an epoch: the same in every process."""
+    """Return the generator of a slide's draws in an epoch: the same in every process."""
     key = json.dumps([int(seed), int(epoch), str(slide_id)]).encode()
     return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(key).digest(), "big")))
 

@@ -154,7 +154,7 @@ def evaluate_captions(
 
 
 def _by_slide(archive: Archive, predictions: Mapping[str, str]) -> dict[str, str]:
-    """Returns {slide_id: caption}; captions of slides that are not in the archive are left out."""
+    """Return {slide_id: caption}; captions of slides that are not in the archive are left out."""
     matches = archive.names().match(predictions.items(), lambda item: (item[0], False))
     if matches.ambiguous:
         raise ConfigError(

@@ -95,7 +95,7 @@ class Encoded:
 
 
 def has_regions(run: Run) -> bool:
-    """Whether a run's model has regions: local scores and grounding need them."""
+    """Return whether a run's model has regions: local scores and grounding need them."""
     return run.model.config.has_regions
 
 

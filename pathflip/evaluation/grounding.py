@@ -349,7 +349,7 @@ def read_outlines(
 def _outline_paths(
     archive: Archive, slides: set[str], truth: str | Path | None
 ) -> tuple[dict[str, Path], list[Path]]:
-    """Returns {slide_id: its outline file}, and the folders that were looked in."""
+    """Return {slide_id: its outline file}, and the folders that were looked in."""
     looked_in: dict[Path, list[dict[str, Any]]] = {}
     for row in archive.slides(columns=NAME_COLUMNS).to_pylist():
         uri = Path(row["uri"] or "")

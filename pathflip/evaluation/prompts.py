@@ -134,7 +134,7 @@ class Task:
         ]
 
     def is_positive(self, value: str | None) -> bool | None:
-        """Whether a label is positive; None where it says nothing.
+        """Return whether a label is positive; None where it says nothing.
 
         Raises:
             ConfigError: The value is neither.

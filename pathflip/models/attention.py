@@ -120,7 +120,7 @@ RegionAttention = MeanAttention | SingleAttention | HeadsAttention
 
 
 def build_attention(config: PathFLIPConfig) -> RegionAttention:
-    """Returns the attention a configuration asks for."""
+    """Return the attention a configuration asks for."""
     if config.tr_attention == "none" or not config.has_region_loss:
         return MeanAttention()
     if config.tr_attention.startswith("mha"):

@@ -48,7 +48,7 @@ class Example:
 
 
 def multiple_choice(question: str, choices: Sequence[str]) -> str:
-    """Returns a question with its options, a line each ("A. …"); the question alone without.
+    """Return a question with its options, a line each ("A. …"); the question alone without.
 
     Raises:
         ConfigError: More options than there are letters.
@@ -64,7 +64,7 @@ def multiple_choice(question: str, choices: Sequence[str]) -> str:
 def question_example(
     question: str, choices: Sequence[str], answer: str, *, letter: bool = True
 ) -> Example:
-    """Returns a question with its answer.
+    """Return a question with its answer.
 
     Args:
         question: The question alone.
@@ -91,7 +91,7 @@ def question_example(
 def caption_example(
     caption: str, style: CaptionStyle = "whole", rng: np.random.Generator | None = None
 ) -> Example:
-    """Returns a caption as it is to be written.
+    """Return a caption as it is to be written.
 
     Args:
         caption: The text.

@@ -161,31 +161,31 @@ class PathFLIPConfig:
 
     @property
     def uses_qformer(self) -> bool:
-        """Whether there is a Q-Former at all."""
+        """Return whether there is a Q-Former at all."""
         return "qformer" in (self.region_encoder, self.slide_encoder)
 
     @property
     def has_region_loss(self) -> bool:
-        """Whether the region loss is part of the loss."""
+        """Return whether the region loss is part of the loss."""
         return not self.global_only and self.region_encoder != "none"
 
     @property
     def has_regions(self) -> bool:
-        """Whether regions have vectors: not where they, or what they alone would need, are off."""
+        """Return whether the model has region vectors; means of patches only where used."""
         return self.region_encoder == "qformer" or (
             self.region_encoder == "mean" and self.trains_regions
         )
 
     @property
     def slide_needs_regions(self) -> bool:
-        """Whether a slide's vector depends on its regions'."""
+        """Return whether a slide's vector depends on its regions'."""
         return self.slide_encoder == "region_mean" or bool(
             self.slide_context_layers and self.region_encoder != "none"
         )
 
     @property
     def trains_regions(self) -> bool:
-        """Whether the loss depends on region vectors."""
+        """Return whether the loss depends on region vectors."""
         return self.has_region_loss or self.slide_needs_regions
 
     @property
@@ -274,7 +274,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def preset(name: str) -> Preset:
-    """Returns a preset.
+    """Return a preset.
 
     Raises:
         ConfigError: There is none of that name.

@@ -48,7 +48,7 @@ def save(model: PathFLIP, folder: Path) -> None:
 
 
 def find(source: str | Path) -> Path:
-    """Returns the local folder of a model, downloading it where it is on the hub.
+    """Return the local folder of a model, downloading it where it is on the hub.
 
     Raises:
         CheckpointError: It is in neither place.
@@ -75,7 +75,7 @@ def find(source: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> tuple[PathFLIPConfig, dict[str, Any] | None]:
-    """Returns a model's configuration and that of its text tower.
+    """Return a model's configuration and that of its text tower.
 
     Raises:
         CheckpointError: config.json is missing or not one of ours.
@@ -94,7 +94,7 @@ def read_config(folder: Path) -> tuple[PathFLIPConfig, dict[str, Any] | None]:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Returns a model's tokenizer.
+    """Return a model's tokenizer.
 
     Raises:
         CheckpointError: A file of it is missing or damaged.

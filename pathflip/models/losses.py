@@ -129,7 +129,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(local: Tensor, group: Any = None) -> Tensor:
-    """Returns the tensors of all processes behind each other [B, …], with gradients.
+    """Return the tensors of all processes behind each other [B, …], with gradients.
 
     The gradient that comes back is the sum of all processes' gradients, so that when DDP averages
     the parameters' gradients, W processes get what one process gets from the whole batch.
@@ -143,12 +143,12 @@ def gather(local: Tensor, group: Any = None) -> Tensor:
 
 
 def world(group: Any = None) -> tuple[int, int]:
-    """Returns (rank, number of processes) of a group; (0, 1) where nothing is distributed."""
+    """Return (rank, number of processes) of a group; (0, 1) where nothing is distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Returns vectors of length 1, in float32."""
+    """Return vectors of length 1, in float32."""
     return F.normalize(vectors.float(), dim=-1)

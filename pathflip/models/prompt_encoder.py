@@ -135,7 +135,7 @@ class PromptEncoder(nn.Module):
         return front.eval()
 
     def _own_embedding(self) -> None:
-        """Makes the table move with this module, where no language model holds it."""
+        """Make the table move with this module, where no language model holds it."""
         self.embedding_table = self._embedding[0]
 
     @property
@@ -249,7 +249,7 @@ def prefix_width(vision: PathFLIP, config: InstructConfig) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         CheckpointError: It is missing or damaged.
@@ -269,7 +269,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Returns instruct.json: ``config``, ``base`` {name, fingerprint}, ``fingerprint``.
+    """Return instruct.json: ``config``, ``base`` {name, fingerprint}, ``fingerprint``.
 
     Raises:
         CheckpointError: It is missing, damaged, or lacks one of them.
@@ -283,7 +283,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> InstructConfig:
-    """Returns the settings of an instruction model.
+    """Return the settings of an instruction model.
 
     Raises:
         CheckpointError: They are not of this version.

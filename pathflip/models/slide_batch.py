@@ -17,7 +17,7 @@ def pad_slides(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Pads slides with zero regions to the largest number of regions among them.
+    """Pad slides with zero regions to the largest number of regions among them.
 
     Shapes: b slides, n_i regions of slide i, N their maximum, M patch slots, d_in feature width.
 

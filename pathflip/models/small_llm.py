@@ -253,7 +253,7 @@ def made_to_read(folder: str | Path) -> str | None:
 
 
 def gather(archive: Archive) -> tuple[list[str], list[list[Question]]]:
-    """Returns the captions of an archive's training slides, and the questions about each.
+    """Return the captions of an archive's training slides, and the questions about each.
 
     Slides of split ``train`` and those of no split; of several captions the first source's.
 

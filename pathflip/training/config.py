@@ -67,40 +67,40 @@ class TrainConfig:
     """Settings of any training.
 
     Attributes:
-        encoder: Whose features to train on; None where the archive holds one encoder.
-        source: Which captions to train on; None takes the first source each slide has.
-        pieces: What sub-captions are drawn from: sentences; those that affirm something (there is
-            no region in which "No necrosis." could be found); or the statements a language model
-            made of them (slides without any use their sentences).
-        num_subcaptions: K, sub-captions of a slide in a step.
-        max_merged: Most sentences merged into one sub-caption.
+        encoder: Encoder of the features to train on; None where the archive holds one encoder.
+        source: Source of the captions to train on; None takes the first source each slide has.
+        pieces: Units that sub-captions are drawn from: sentences; sentences that affirm something
+            (no region shows "No necrosis."); or the statements a language model made of them
+            (slides without any use their sentences).
+        num_subcaptions: K, number of sub-captions of a slide in a step.
+        max_merged: Maximum number of sentences merged into one sub-caption.
         contig_off_by_one: Draw windows of sentences as the published code does: never the last.
         val_fraction: Share of patients held out to validate where the archive names no split.
-        batch_size: Slides of a step, of all workers and micro-batches together.
+        batch_size: Number of slides in a step, over all workers and micro-batches.
         accumulate: Micro-batches a step is cut into, to save memory; negatives come from one
             micro-batch (of all workers, with gathered negatives).
-        max_regions: Most regions of a slide in a training step; None for all. Validation always
-            uses all.
-        epochs: Passes over the training slides.
+        max_regions: Maximum number of regions of a slide in a training step; None for all.
+            Validation always uses all.
+        epochs: Number of passes over the training slides.
         lr: Peak learning rate.
         min_lr: Learning rate at the end.
         warmup: Share of the steps in which the learning rate rises linearly.
-        weight_decay: Of matrices; biases, norms, scales, query tokens have none.
-        clip: Largest norm of the gradient; 0 for no limit.
-        seed: Of weights, order, draws, dropout and the split where the archive names none.
+        weight_decay: Weight decay of matrices; biases, norms, scales and query tokens have none.
+        clip: Maximum norm of the gradient; 0 for no limit.
+        seed: Seed of weights, order, draws, dropout, and of the split where the archive has none.
         precision: ``bf16`` (autocast), ``fp32``, or ``auto``: bf16 on GPUs.
         device: ``cpu``, ``cuda``, or ``auto``: GPUs where the cluster has some.
-        min_workers: Fewest workers to go on with; None: as many as max_workers.
-        max_workers: Most workers; None: one a GPU, one on CPUs.
-        cpus_per_worker: Cores of a worker; None: all there are, shared evenly, on this machine,
+        min_workers: Minimum number of workers to go on with; None: as many as max_workers.
+        max_workers: Maximum number of workers; None: one per GPU, one on CPUs.
+        cpus_per_worker: Number of cores of a worker; None: an even share of this machine's,
             one on a cluster.
-        cache_mb: Features are kept in memory, in each worker, if they are no larger (MiB).
-        log_every: Steps between lines of metrics.jsonl.
-        save_every: Steps between checkpoints; there is one at each validation, too.
-        val_every: Epochs between validations.
-        max_skipped_in_row: Stop when so many steps in a row were not finite.
-        max_skipped_share: Stop when a larger share of the steps (of 100 or more) was not.
-        max_failures: Times Ray restarts the workers after one died.
+        cache_mb: Largest features (MiB) that each worker keeps in memory.
+        log_every: Number of steps between lines of metrics.jsonl.
+        save_every: Number of steps between checkpoints; each validation writes one, too.
+        val_every: Number of epochs between validations.
+        max_skipped_in_row: Number of non-finite steps in a row at which training stops.
+        max_skipped_share: Share of non-finite steps (of 100 or more) above which training stops.
+        max_failures: Number of times Ray restarts the workers after one died.
     """
 
     encoder: str | None = None
@@ -168,7 +168,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {value}.", hint=f"It must be 0 to {high:g}.")
 
     def sampling(self) -> Sampling:
-        """Returns what is drawn from each slide."""
+        """Return what is drawn from each slide."""
         return Sampling(
             seed=self.seed,
             batch_size=self.batch_size,
@@ -188,8 +188,8 @@ class PretrainConfig(TrainConfig):
     Attributes:
         preset: The preset these settings started from, for the record.
         model: The model, see :class:`pathflip.models.PathFLIPConfig`.
-        steps: Optimisation steps; over epochs where given.
-        best: What decides which weights are exported: mean of R@1/5/10 both ways on the
+        steps: Number of optimisation steps; overrides ``epochs`` where given.
+        best: Criterion for the exported weights: the mean of R@1/5/10 both ways on the
             validation slides (``recall``), their loss (``loss``), or the last (``last``).
     """
 
@@ -205,11 +205,11 @@ class PretrainConfig(TrainConfig):
         self._check_positive("steps")
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Returns how many optimisation steps the run has."""
+        """Return how many optimisation steps the run has."""
         return self.steps or self.epochs * steps_per_epoch
 
     def metric(self, val: Mapping[str, Any]) -> float | None:
-        """Returns the checkpoint-selection metric of a validation; higher is better."""
+        """Return the checkpoint-selection metric of a validation; higher is better."""
         if self.best == "last":
             return None
         value = val["mean_recall"] if self.best == "recall" else val["loss"]
@@ -224,7 +224,7 @@ class TuneConfig(TrainConfig):
 
     Attributes:
         preset: The preset these settings started from, for the record.
-        run: The pretraining run whose model sees the slides.
+        run: Pretraining run whose model encodes the slides.
         llm: The language model: a folder, or ``owner/name`` on the hub.
         instruct: The instruction model, see :class:`pathflip.models.InstructConfig`.
         projector_epochs: Passes of the first stage, in which the projector alone trains, on
@@ -232,15 +232,15 @@ class TuneConfig(TrainConfig):
             ``weight_decay``.
         projector_lr: Peak learning rate of the first stage, which has no weight decay.
         projector_rate: Learning rate of the projector in the second stage, times ``lr``.
-        vision_rate: That of the slide model.
-        examples_per_slide: Most examples (caption, questions) of a slide in an epoch.
-        caption_share: How often a slide that has questions, too, shows its caption.
-        open_share: How often a question with options is asked without them.
-        captions: How captions are written: ``whole``, as they are; ``shuffled``, their sentences in
+        vision_rate: Learning rate of the slide model in the second stage, times ``lr``.
+        examples_per_slide: Maximum number of examples (caption, questions) of a slide in an epoch.
+        caption_share: Probability that a slide with questions shows its caption, too.
+        open_share: Probability that a question with options is asked without them.
+        captions: Style of caption targets: ``whole``, unchanged; ``shuffled``, their sentences in
             a random order, for reports whose order means nothing; ``affirmed``, what they affirm,
             in the order of the alphabet.
         align: Weight of the vision model's own losses, which train along in the second stage.
-        best: What decides which weights are exported: the loss of the answers about the
+        best: Criterion for the exported weights: the loss of the answers about the
             validation slides (``loss``), or the last (``last``).
     """
 
@@ -277,11 +277,11 @@ class TuneConfig(TrainConfig):
             )
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Returns how many optimisation steps the run has, both stages together."""
+        """Return how many optimisation steps the run has, both stages together."""
         return (self.projector_epochs + self.epochs) * steps_per_epoch
 
     def sampling(self) -> Sampling:
-        """Returns what is drawn from each slide: sub-captions only where they are used."""
+        """Return what is drawn from each slide: sub-captions only where they are used."""
         return replace(
             super().sampling(),
             num_subcaptions=self.num_subcaptions if self.align else 0,
@@ -296,7 +296,7 @@ class TuneConfig(TrainConfig):
         )
 
     def metric(self, val: Mapping[str, Any]) -> float | None:
-        """Returns the checkpoint-selection metric of a validation; higher is better."""
+        """Return the checkpoint-selection metric of a validation; higher is better."""
         value = None if self.best == "last" else val["loss_answer"]
         return None if value is None else -float(value)
 
@@ -312,7 +312,7 @@ def resolve(
     overrides: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
 ) -> PretrainConfig:
-    """Returns settings of a pretraining: a preset, a file over it, then overrides, then flags.
+    """Return settings of a pretraining: a preset, a file over it, then overrides, then flags.
 
     Args:
         preset_name: The preset; without it the one the overrides or the file name, else
@@ -344,7 +344,7 @@ def resolve_tuning(
     overrides: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
 ) -> TuneConfig:
-    """Returns the settings of a tuning; see :func:`resolve`.
+    """Return the settings of a tuning; see :func:`resolve`.
 
     Folders are made absolute; what is no folder here is a name on the hub.
     """
@@ -383,7 +383,7 @@ def _preset_name(
 
 
 def save_settings(config: TrainConfig) -> str:
-    """Returns the settings as YAML."""
+    """Return the settings as YAML."""
     return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
 
 
@@ -391,7 +391,7 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def read_settings(run: Path, kind: type[C]) -> C:
-    """Reads the settings of a run.
+    """Read the settings of a run.
 
     Args:
         run: The run folder.
@@ -426,7 +426,7 @@ def read_settings(run: Path, kind: type[C]) -> C:
 
 
 def differing(made: TrainConfig, asked: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """Returns (key, value made with, value asked for) of settings that would change the result."""
+    """Return (key, value made with, value asked for) of settings that would change the result."""
     mine, theirs = (dict(_leaves(asdict(config))) for config in (made, asked))
     return [
         (key, mine.get(key), theirs.get(key))

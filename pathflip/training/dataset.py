@@ -1,4 +1,4 @@
-"""What a run trains on: slides with their texts, their split, and the order they are seen in.
+"""Corpus of a run: slides with their texts and their split.
 
 The corpus is read from the archive once, when the run begins, and kept beside it (data.parquet):
 slides ingested later do not change a run that is resumed. Every order is a function of (seed,
@@ -26,7 +26,7 @@ _SWAPS, _ALL_SWAPS = 200, 100_000  # tried for a slide, and in an epoch, to part
 
 
 def rng_for(*key: object) -> np.random.Generator:
-    """Returns a generator seeded by the sha256 of a key: equal in every process."""
+    """Return a generator seeded by the sha256 of a key: equal in every process."""
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
@@ -44,8 +44,8 @@ class Corpus:
         num_regions: Regions of each.
         fingerprints: Content and cut of each, as in ``slides.fingerprint``.
         questions: In tuning the questions about each, JSON lists of {question, answer, choices?}.
-        about: Archive URI, encoder {name, revision, dim}, tiling, slots, counts of what was left
-            out; in tuning, too, which models it began with.
+        about: Archive URI, encoder {name, revision, dim}, tiling, slots, counts of slides left out;
+            in tuning also the models it began with.
     """
 
     slide_ids: list[str]
@@ -62,19 +62,19 @@ class Corpus:
         return len(self.slide_ids)
 
     def members(self, split: str) -> NDArray[np.int64]:
-        """Returns the positions of the slides of a split, ascending."""
+        """Return the positions of the slides of a split, ascending."""
         return np.flatnonzero([name == split for name in self.splits]).astype(np.int64)
 
     def says(self, slide: int) -> str:
-        """Returns what makes two slides say the same: the caption, if there is one."""
+        """Return the text by which slides count as equal: the caption, else the slide id."""
         return self.captions[slide] or self.slide_ids[slide]
 
     def questions_of(self, slide: int) -> list[dict[str, Any]]:
-        """Returns the questions about a slide, by its position."""
+        """Return the questions about a slide, by its position."""
         return json.loads(self.questions[slide]) if self.questions else []
 
     def counts(self) -> dict[str, int]:
-        """Returns slides, patients and regions of each split, for people."""
+        """Return slides, patients and regions of each split, for people."""
         found: dict[str, int] = {}
         for split in ("train", "val"):
             mine = self.members(split)
@@ -87,12 +87,12 @@ class Corpus:
         return found
 
     def digest(self) -> str:
-        """Returns the sha256 of all of it."""
+        """Return the sha256 of the corpus."""
         body = [value for item in fields(self) if (value := getattr(self, item.name)) is not None]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Writes the corpus as Parquet; ``about`` goes into the file's metadata."""
+        """Write the corpus as Parquet; ``about`` goes into the file's metadata."""
         columns = {item.name: getattr(self, item.name) for item in fields(self)}
         if self.questions is None:
             del columns["questions"]
@@ -101,7 +101,7 @@ class Corpus:
 
     @classmethod
     def load(cls, path: str | Path) -> Corpus:
-        """Reads what :meth:`save` wrote.
+        """Read a corpus that :meth:`save` wrote.
 
         Raises:
             CheckpointError: If the file is damaged.
@@ -145,12 +145,12 @@ def make_corpus(
 
     Args:
         archive: The archive.
-        encoder: Whose features; may be left out where the archive holds one encoder.
-        source: Which captions; without it, the first source (by name) each slide has.
-        pieces: What sub-captions are drawn from; slides without statements use their
+        encoder: Encoder of the features; may be left out where the archive holds one encoder.
+        source: Source of the captions; without it, the first source (by name) each slide has.
+        pieces: Units that sub-captions are drawn from; slides without statements use their
             sentences, and those that only deny all of theirs.
-        seed: Of the split.
-        val_fraction: Share of patients that validate, where the archive does not say.
+        seed: Seed of the split.
+        val_fraction: Share of patients held out to validate, where the archive has no split.
         questions: Whether the questions about slides, of all sources, are taken as well.
         captioned: Whether a slide without a caption is left out although it has questions.
 
@@ -228,7 +228,7 @@ def _first_captions(archive: Archive, source: str | None) -> dict[str, dict[str,
 
 
 def _pieces(caption: dict[str, Any], kind: str) -> list[str]:
-    """Returns what sub-captions of a caption are drawn from; none if it says nothing."""
+    """Return the units that a caption's sub-captions are drawn from; none of an empty caption."""
     from pathflip.text import denies, split_sentences
 
     parts = [part for part in caption["sentences"] or () if part.strip()]

@@ -12,14 +12,14 @@ from pathflip.training.dataset import rng_for
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """What is asked about a slide.
+    """Settings of the instruction examples drawn for a slide.
 
     Attributes:
-        most: Most examples of a slide in an epoch.
-        caption_share: How often a slide that has questions, too, shows its caption.
-        open_share: How often a question with options is asked without them.
-        caption_epochs: Epochs at the beginning in which captions alone are shown.
-        captions: How captions are written, see
+        most: Maximum number of examples of a slide in an epoch.
+        caption_share: Probability that a slide with questions shows its caption, too.
+        open_share: Probability that a question with options is asked without them.
+        caption_epochs: Number of epochs at the beginning in which captions alone are shown.
+        captions: Style of caption targets, see
             :func:`pathflip.models.chat_template.caption_example`.
         letters: Whether options are answered by their letter.
     """
@@ -41,7 +41,7 @@ def draw_examples(
     epoch: int,
     slide_id: str,
 ) -> list[Example]:
-    """Returns what is asked about a slide in an epoch: its caption, questions, or both.
+    """Return the examples of a slide in an epoch: its caption, questions, or both.
 
     Questions are drawn without replacement. Options come in a random order, so that no letter is
     right more often than others. While captions alone are shown, a slide without one shows its
@@ -50,10 +50,10 @@ def draw_examples(
     Args:
         caption: The slide's caption; empty where it has none.
         questions: {question, answer, choices?} each.
-        sampling: How much of them.
-        seed: Of the draw.
-        epoch: Of the draw.
-        slide_id: Of the draw.
+        sampling: Settings of the draw.
+        seed: Seed of the draw.
+        epoch: Epoch of the draw.
+        slide_id: Slide of the draw.
     """
     rng = rng_for("examples", seed, epoch, slide_id)
     if caption and (epoch < sampling.caption_epochs or not questions):
@@ -73,7 +73,7 @@ def draw_examples(
 def all_examples(
     caption: str, questions: Sequence[Mapping[str, Any]], sampling: Examples
 ) -> list[Example]:
-    """Returns what is asked about a slide in validation: its caption and its first questions."""
+    """Return the examples of a slide in validation: its caption and its first questions."""
     shown = [caption_example(caption, sampling.captions)] if caption else []
     for entry in questions[: sampling.most]:
         choices = entry.get("choices", ()) if sampling.open_share < 1 else ()

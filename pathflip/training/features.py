@@ -1,4 +1,4 @@
-"""Reads region features of a run's slides from the archive: checked, finite, cached if small."""
+"""Reading of region features of a run's slides from the archive: checked, finite, cached."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ROWS_AT_ONCE = 1024
 
 
 class FeatureReader:
-    """Regions of the slides of a corpus, by slide and number; checked as they are read.
+    """Reader of region features by slide and number; checks them as they are read.
 
     Rows are taken by position from the newest state of the archive, just those asked for. If all
     of them together are small enough they are read once and kept.
 
     Args:
         corpus: The slides.
-        cache_bytes: Keep everything in memory if it is no more than this.
+        cache_bytes: Largest total that is kept in memory.
 
     Raises:
         CheckpointError: If slides of the corpus are no longer in the archive as they were.
@@ -52,14 +52,14 @@ class FeatureReader:
             self._kept = self._read_all()
 
     def read(self, slide: int, numbers: NDArray[np.int64]) -> tuple[Any, Any]:
-        """Returns features float16 [n, M, d] and mask bool [n, M] of a slide's regions."""
+        """Return features float16 [n, M, d] and mask bool [n, M] of a slide's regions."""
         features, mask = self.read_many([(slide, numbers)])
         return features[0], mask[0]
 
     def read_many(
         self, wanted: Sequence[tuple[int, NDArray[np.int64]]]
     ) -> tuple[list[Any], list[Any]]:
-        """Returns what :meth:`read` does for several slides, read together."""
+        """Return features and masks of several slides, as :meth:`read` does of one."""
         places = [self._starts[slide] + numbers for slide, numbers in wanted]
         ends = np.cumsum([len(place) for place in places])[:-1]
         flat = np.concatenate(places)
@@ -80,7 +80,7 @@ class FeatureReader:
                 )
 
     def _rows(self, table: str) -> tuple[NDArray[np.int64], list[str]]:
-        """Row numbers of the corpus' regions, slide by slide, and their ids."""
+        """Return row numbers of the corpus' regions, slide by slide, and their ids."""
         import pyarrow as pa
         import pyarrow.compute as pc
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Instruct(Objective[SlideDataset, TuneConfig]):
-    """Answers about slides; the slide model's alignment may train along."""
+    """Instruction tuning; the slide model's alignment losses may train along."""
 
     command = "tune"
     exports = ("model", "llm")
@@ -52,7 +52,7 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
     # -- beginning --------------------------------------------------------------------------------
 
     def select(self, archive: str) -> SlideDataset:
-        """Choose the slides with a caption or questions; notes which models the run begins with."""
+        """Choose the slides with a caption or questions; note the models the run begins with."""
         config = self.config
         run = load_run(config.run)
         opened = Archive(archive)
@@ -138,7 +138,7 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
         return model
 
     def _built(self, vision: PathFLIP, dataset: SlideDataset) -> PathFLIPInstruct:
-        """The model before anything is fitted to slides: enough to count it, or to be filled."""
+        """Return the model before anything is fitted to slides."""
         config = self.config
         model = PathFLIPInstruct.from_parts(vision, config.llm, config.instruct, seed=config.seed)
         if model.base["fingerprint"] != dataset.corpus.about["base"]["fingerprint"]:
@@ -171,12 +171,12 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
         )
 
     def saved(self, model: PathFLIPInstruct) -> Collection[str]:
-        """Return what the last stage trains: the base is not in checkpoints unless it trains."""
+        """Return the names of tensors that the last stage trains; the base's only if it trains."""
         model.trainable("all", align=bool(self.config.align))
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def counts(self, model: PathFLIPInstruct, batch: SlideBatch) -> dict[str, float]:
-        """Return the answers' tokens: their loss is a mean over those of all workers."""
+        """Return the number of answer tokens: the loss is a mean over those of all workers."""
         ids = model.prompter.answer_ids
         tokens = sum(len(ids(example.answer)) for own in batch.examples for example in own)
         return dict.fromkeys(self.weights, 1.0) | {"loss_answer": float(tokens)}
@@ -232,7 +232,7 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
     def export(
         self, run: Path, dataset: SlideDataset, best: Checkpoint, result: dict[str, Any]
     ) -> str:
-        """Write RUN/model, what was tuned, and RUN/llm, a language model any engine reads."""
+        """Write RUN/model, the tuned weights, and RUN/llm, a language model any engine reads."""
         corpus = dataset.corpus
         model = self._built(PathFLIP.from_pretrained(str(run / "init")), dataset)
         load_tensors(model, best.tensors("model"), self.saved(model))

@@ -1,4 +1,4 @@
-"""Reads batches ahead of the training loop, in a thread."""
+"""Read-ahead of batches for the training loop, in a thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stream(
     """Yield a worker's micro-batches of steps ``start`` to ``stop``, read ahead by a thread.
 
     Args:
-        dataset: Where batches come from.
+        dataset: Dataset that draws the batches.
         start: First step.
         stop: Step after the last.
         rank: This worker.

@@ -14,7 +14,7 @@ from pathflip.training.dataset import Corpus
 def pretrained_card(
     name: str, config: PretrainConfig, corpus: Corpus, result: dict[str, Any]
 ) -> str:
-    """Returns the model card of a pretraining run."""
+    """Return the model card of a pretraining run."""
     val = result["val"]
 
     def row(what: str, cells: Callable[[str], str]) -> str:
@@ -56,7 +56,7 @@ def pretrained_card(
 
 
 def tuned_card(name: str, config: TuneConfig, corpus: Corpus, result: dict[str, Any]) -> str:
-    """Returns the model card of a tuned run."""
+    """Return the model card of a tuned run."""
     counts, about, val = corpus.counts(), corpus.about, result["val"]
     trained = ["the projector"]
     if config.instruct.llm_tuning != "freeze":
@@ -136,7 +136,7 @@ def _number(value: float | None) -> str:
 def about_model(
     config: AnyConfig, corpus: Corpus, result: dict[str, Any], *, run: str, fingerprint: str
 ) -> dict[str, Any]:
-    """Returns pathflip.json of an exported model.
+    """Return pathflip.json of an exported model.
 
     Args:
         config: The settings.

@@ -44,7 +44,7 @@ class Dataset(Protocol):
 
     @property
     def unit(self) -> str:
-        """What an item is called, in the plural: ``slides``."""
+        """Name of an item, in the plural: ``slides``."""
         ...
 
     @property
@@ -66,7 +66,7 @@ class Dataset(Protocol):
         ...
 
     def summary(self) -> dict[str, Any]:
-        """Return counts of items by split and what else a dry run shows."""
+        """Return counts of items by split and the other figures that a dry run shows."""
         ...
 
     def memory_mb(self, num_items: int, /, *, read_ahead: int) -> dict[str, float]:
@@ -118,7 +118,7 @@ class Worker:
     Attributes:
         rank: This process.
         world: Number of processes.
-        device: Where it computes.
+        device: Device it computes on.
         bf16: Whether losses are computed under autocast to bfloat16.
         group: Process group of all; None in one process.
         alone: Process group of this process only; None in one process.
@@ -178,14 +178,14 @@ class Objective(ABC, Generic[D, C]):
 
     @abstractmethod
     def select(self, archive: str) -> D:
-        """Choose what a new run trains on; refuses what cannot work."""
+        """Choose the data of a new run; refuse an archive or settings that cannot work."""
 
     @abstractmethod
     def load(self, path: Path) -> D:
-        """Read what :meth:`Dataset.save` wrote."""
+        """Read the data of a begun run, as :meth:`Dataset.save` wrote it."""
 
     def fitted(self, dataset: D) -> Self:
-        """Return the objective with what follows from the data in its settings."""
+        """Return the objective with its settings completed from the data."""
         return self
 
     @abstractmethod
@@ -194,10 +194,10 @@ class Objective(ABC, Generic[D, C]):
 
     @abstractmethod
     def parameters(self, dataset: D) -> tuple[int, int]:
-        """Return how many parameters train, and how many never do."""
+        """Return the number of parameters that train, and of those that never do."""
 
     def check(self, dataset: D) -> None:  # most have nothing to check
-        """Refuse to go on where what a begun run needs besides its folder has changed."""
+        """Refuse to resume where an input outside the run folder has changed."""
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class Objective(ABC, Generic[D, C]):
         """Return the stages, in their order, without gaps."""
 
     def trainable(self, model: Any, stage: Stage) -> None:  # most have one stage
-        """Choose what of the model trains in a stage."""
+        """Choose the parameters that train in a stage."""
 
     def saved(self, model: Any) -> Collection[str] | None:
         """Return the tensors that checkpoints hold: those that ever train; None for all."""

@@ -1,4 +1,4 @@
-"""Learning rate of a step, and which parameters decay."""
+"""Learning-rate schedule and parameter groups of the optimiser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def learning_rate(step: int, *, steps: int, peak: float, floor: float, warmup: float) -> float:
-    """Returns the learning rate of a step (from 0): linear to the peak, then cosine to the floor.
+    """Return the learning rate of a step (from 0): linear to the peak, then cosine to the floor.
 
     Args:
         step: The step.
@@ -29,14 +29,14 @@ def learning_rate(step: int, *, steps: int, peak: float, floor: float, warmup: f
 def parameter_groups(
     model: torch.nn.Module, weight_decay: float, rates: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Returns the parameters that train in groups: matrices decay, all else does not.
+    """Return the parameters that train, in groups: matrices decay, all others do not.
 
     Not decayed are biases, norms, scales and the bias of the sigmoid loss (vectors and scalars),
     and the query tokens.
 
     Args:
         model: The model.
-        weight_decay: Of the matrices.
+        weight_decay: Weight decay of the matrices.
         rates: Learning rates of parts of the model, by their name in it, as a multiple of that of
             the rest; each group has its own as ``rate``.
     """

@@ -20,7 +20,7 @@ _SWAPS, _ALL_SWAPS = 200, 100_000
 
 
 def steps_per_epoch(corpus: Corpus, batch_size: int) -> int:
-    """Returns how many full batches an epoch has.
+    """Return the number of full batches of an epoch.
 
     Raises:
         ConfigError: If there are too few slides or patients for one batch.
@@ -38,7 +38,7 @@ def steps_per_epoch(corpus: Corpus, batch_size: int) -> int:
 
 
 def _num_batches(group_sizes: Iterable[int], batch_size: int) -> int:
-    """Largest number of batches without two slides of a group: no group fills more than all."""
+    """Return the largest number of batches in which no two slides are of one group."""
     sizes = list(group_sizes)
     steps = sum(sizes) // batch_size
     while steps and (most := sum(min(size, steps) for size in sizes) // batch_size) < steps:
@@ -47,7 +47,7 @@ def _num_batches(group_sizes: Iterable[int], batch_size: int) -> int:
 
 
 def epoch_order(corpus: Corpus, *, epoch: int, seed: int, batch_size: int) -> NDArray[np.int64]:
-    """Returns the slides of every global batch of an epoch.
+    """Return the slides of every global batch of an epoch.
 
     No batch holds two slides of a patient, and equal captions are kept apart where that is
     possible: both would count as negatives of each other. What does not fill a batch is left out

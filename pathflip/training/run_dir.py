@@ -1,4 +1,4 @@
-"""The run folder: how it begins, the log of training, how it ends.
+"""The run folder: preparation, training log, export.
 
 ``prepare`` writes settings, the items and the model to start from; rank 0 writes ``RunLog`` while
 training; ``finish`` exports the best weights with their model card.
@@ -55,7 +55,7 @@ def prepare(objective: Kind, archive: str, run: str | Path) -> tuple[Kind, Any]:
     """Make the run folder, or check that it is of the same run, before any worker starts.
 
     Args:
-        objective: What is to be trained.
+        objective: Objective of the run.
         archive: The archive's URI.
         run: The run folder.
 
@@ -94,7 +94,7 @@ def inspect(objective: Kind, archive: str, run: Path) -> tuple[Kind, Any]:
     """Fit an objective to its data and refuse what cannot be trained in a folder; write nothing.
 
     Args:
-        objective: What is to be trained.
+        objective: Objective of the run.
         archive: The archive's URI.
         run: The run folder, which need not exist.
 
@@ -139,7 +139,7 @@ _OWN = ("init", DATA, "versions.json", ".lock", ".writer", f".{DATA}.partial", "
 def _check_same_run(
     made: TrainConfig, asked: TrainConfig, dataset: Dataset, archive: str, run: Path
 ) -> None:
-    """Refuse to go on with other settings or another archive than the run was begun with."""
+    """Refuse to resume with other settings or another archive than the run was begun with."""
     if differ := differing(made, asked):
         key, old, new = differ[0]
         more = "" if len(differ) == 1 else f" ({len(differ) - 1} more differ)"
@@ -158,7 +158,7 @@ def _check_same_run(
 
 
 def versions() -> dict[str, Any]:
-    """Returns what the run was made with: package versions and the git revision, where known."""
+    """Return package versions and, where known, the git revision the run was made with."""
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, Any] = {"python": sys.version.split()[0]}
@@ -183,7 +183,7 @@ def versions() -> dict[str, Any]:
 
 @contextmanager
 def opened(run: Path) -> Iterator[None]:
-    """Hold a run folder, made if need be, for one driver; one made in vain is removed again."""
+    """Lock the run folder, making it if need be; remove a new one if setup fails."""
     new = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -206,11 +206,11 @@ def opened(run: Path) -> Iterator[None]:
 
 
 def run_lock(path: Path, *, wait_s: float = 0.0) -> FileLock:
-    """Returns the exclusive right to a run, or to be its rank 0.
+    """Return the exclusive lock of a run, or of its rank 0.
 
     Args:
         path: The lock's file, in the run folder.
-        wait_s: How long to wait for another holder to go.
+        wait_s: Seconds to wait for another holder to release it.
     """
 
     def refusal(holder: str) -> TrainingError:
@@ -227,7 +227,7 @@ def run_lock(path: Path, *, wait_s: float = 0.0) -> FileLock:
 
 
 class RunLog:
-    """metrics.jsonl and TensorBoard, written by the one rank 0 there is.
+    """Writer of metrics.jsonl and TensorBoard logs, on rank 0.
 
     Args:
         run: The run folder.
@@ -248,7 +248,7 @@ class RunLog:
         self._lock.__exit__(None, None, None)
 
     def begin(self, step: int, *, pids: list[int]) -> None:
-        """Open the logs at a step: what an attempt that died logged beyond it is removed.
+        """Open the logs at a step; remove lines that a dead attempt logged beyond it.
 
         Args:
             step: The step training goes on from.
@@ -293,7 +293,7 @@ class RunLog:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl; one that a dying process cut short is left out."""
+    """Return the lines of metrics.jsonl, without one that a dying process cut short."""
     path = Path(run) / "metrics.jsonl"
     found = []
     for text in path.read_text().splitlines() if path.exists() else ():
@@ -305,7 +305,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def checkpoint_at(run: Path, step: int) -> Checkpoint:
-    """Returns the checkpoint of a step, verified.
+    """Return the checkpoint of a step, verified.
 
     Raises:
         CheckpointError: If this machine does not see it.
@@ -316,12 +316,12 @@ def checkpoint_at(run: Path, step: int) -> Checkpoint:
 
 
 def stop(run: Path, error: PathFLIPError) -> None:
-    """Note an error that a restart would only meet again."""
+    """Record an error that a restart would only meet again."""
     write_file(run / STOPPED, json.dumps(error.to_dict()))
 
 
 def stopped(run: Path) -> PathFLIPError | None:
-    """Returns the error that :func:`stop` noted."""
+    """Return the error that :func:`stop` recorded."""
     try:
         return from_dict(json.loads((run / STOPPED).read_bytes()))
     except FileNotFoundError:
@@ -329,7 +329,7 @@ def stopped(run: Path) -> PathFLIPError | None:
 
 
 def may_pass(error: PathFLIPError) -> bool:
-    """Says whether an error may be gone when the workers start again: storage that hiccups."""
+    """Return whether an error may be gone after a restart, such as a storage fault."""
     return isinstance(error, ArchiveError) and error.code != "damaged"
 
 
@@ -337,7 +337,7 @@ def may_pass(error: PathFLIPError) -> bool:
 
 
 def finished(run: str | Path, exports: Sequence[str] = ("model",)) -> dict[str, Any] | None:
-    """Returns the result of a run whose exports are there and intact; None if it is not finished.
+    """Return the result of a run whose exports are present and intact; None if unfinished.
 
     Args:
         run: The run folder.
@@ -390,7 +390,7 @@ def finish(objective: Objective[D, Any], dataset: D, run: str | Path) -> dict[st
 
 
 def clear(run: Path) -> None:
-    """Remove what only an unfinished run needs besides its checkpoints."""
+    """Remove files that only an unfinished run needs, except its checkpoints."""
     if (run / "init").exists():
         remove_folder(run / "init")
     shutil.rmtree(run / ".ray", ignore_errors=True)
@@ -401,11 +401,11 @@ def clear(run: Path) -> None:
 def model_tensors(
     model: torch.nn.Module, names: Collection[str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Returns parameters and buffers of a model by name, shared ones once.
+    """Return parameters and buffers of a model by name, shared ones once.
 
     Args:
         model: The model.
-        names: Of these only.
+        names: Only the tensors of these names.
 
     Raises:
         TrainingError: If one of them is not finite: such weights are never written.

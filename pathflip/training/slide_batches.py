@@ -87,11 +87,11 @@ class Sampling:
 
     Attributes:
         seed: Seed of all draws.
-        batch_size: Slides of a step, of all workers together.
-        accumulate: Micro-batches a step is cut into.
+        batch_size: Number of slides in a step, over all workers.
+        accumulate: Number of micro-batches in a step.
         num_subcaptions: K; 0 where no sub-captions are needed.
-        max_regions: Most regions of a slide in training; None for all.
-        max_merged: Most sentences merged into a sub-caption.
+        max_regions: Maximum number of regions of a slide in training; None for all.
+        max_merged: Maximum number of sentences merged into a sub-caption.
         statements: Whether pieces are whole statements.
         contig_off_by_one: Draw windows of sentences as the published code does.
         examples: Settings of the instruction examples, in tuning.
@@ -116,7 +116,7 @@ class SlideDataset:
     Args:
         corpus: Slides and texts.
         sampling: Settings of the draws.
-        cache_bytes: Features are kept in memory if they are no larger.
+        cache_bytes: Largest size of features that is kept in memory.
     """
 
     unit = "slides"
@@ -135,7 +135,7 @@ class SlideDataset:
         self.corpus.save(path)
 
     def summary(self) -> dict[str, Any]:
-        """Returns the encoder, slides, patients and regions of each split, and what is left out."""
+        """Return the encoder, counts of each split, and counts of slides left out."""
         corpus = self.corpus
         return {
             "encoder": corpus.about["encoder"]["name"],
@@ -144,11 +144,11 @@ class SlideDataset:
         }
 
     def memory_mb(self, num_slides: int, *, read_ahead: int) -> dict[str, float]:
-        """Returns MiB a worker needs for data: features of a batch, read ahead, and the cache.
+        """Return MiB a worker needs for data: a batch's features, read-ahead, and the cache.
 
         Args:
-            num_slides: Slides of a worker's micro-batch.
-            read_ahead: Batches read ahead.
+            num_slides: Number of slides in a worker's micro-batch.
+            read_ahead: Number of batches read ahead.
         """
         corpus = self.corpus
         region = corpus.about["slots"] * corpus.about["encoder"]["dim"]
@@ -162,7 +162,7 @@ class SlideDataset:
 
     @cached_property
     def reader(self) -> FeatureReader:
-        """Features of the slides.
+        """Reader of the slides' features.
 
         Raises:
             CheckpointError: Slides are no longer in the archive as they were.
@@ -179,7 +179,7 @@ class SlideDataset:
         return steps_per_epoch(self.corpus, self.sampling.batch_size)
 
     def step_slides(self, step: int) -> NDArray[np.int64]:
-        """Returns the slides of a global step, of all workers: int64 [accumulate, B]."""
+        """Return the slides of a global step, of all workers: int64 [accumulate, B]."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             sampling = self.sampling
@@ -193,7 +193,7 @@ class SlideDataset:
         return slides.reshape(self.sampling.accumulate, -1)
 
     def micro_batches(self, step: int, *, rank: int = 0, world: int = 1) -> list[SlideBatch]:
-        """Returns a worker's share of a step, a micro-batch each.
+        """Return a worker's share of a step, a micro-batch each.
 
         Args:
             step: The global step.
@@ -210,7 +210,7 @@ class SlideDataset:
         return found
 
     def validation_batches(self, *, most_slides: int = VAL_SLIDES) -> list[list[int]]:
-        """Returns the validation slides in batches: consecutive, bounded in padded regions."""
+        """Return the validation slides in batches: consecutive, bounded in padded regions."""
         chunks: list[list[int]] = []
         for slide in self.corpus.members("val").tolist():
             together = [*chunks[-1], slide] if chunks else []
@@ -222,10 +222,10 @@ class SlideDataset:
         return chunks
 
     def start_batch(self, max_regions: int | None) -> SlideBatch:
-        """Returns some training slides, the same for the same seed: a start is fitted to them.
+        """Return some training slides that a start from data is fitted to; set by the seed.
 
         Args:
-            max_regions: Most regions of a slide; None for the most there may be.
+            max_regions: Maximum number of regions of a slide; None for the setting's.
         """
         corpus, sampling = self.corpus, self.sampling
         whole = max(1, corpus.about["slots"] * corpus.about["encoder"]["dim"] * 2)
@@ -245,7 +245,7 @@ class SlideDataset:
         epoch: int,
         validating: bool = False,
     ) -> SlideBatch:
-        """Returns one micro-batch of given slides, as they are seen in an epoch.
+        """Return a micro-batch of given slides, as drawn for an epoch.
 
         Args:
             slides: The slides.
@@ -325,7 +325,7 @@ class SlideDataset:
 
 
 def named_means(names: Sequence[str], sums: torch.Tensor) -> dict[str, float | None]:
-    """Returns means by name from their sums and, last, what they are sums over.
+    """Return means by name from their sums and, last, the number of terms.
 
     A mean that is not finite is None.
     """
@@ -342,7 +342,7 @@ def named_means(names: Sequence[str], sums: torch.Tensor) -> dict[str, float | N
 def draw_regions(
     num_regions: int, *, most: int | None, seed: int, epoch: int, slide_id: str
 ) -> NDArray[np.int64]:
-    """Returns which regions of a slide are seen in an epoch: sorted, without replacement."""
+    """Return the regions of a slide shown in an epoch: sorted, drawn without replacement."""
     if most is None or num_regions <= most:
         return np.arange(num_regions, dtype=np.int64)
     rng = rng_for("regions", seed, epoch, slide_id)
@@ -360,7 +360,7 @@ def draw_subcaptions(
     statements: bool = False,
     contig_off_by_one: bool = False,
 ) -> list[str]:
-    """Returns a slide's K sub-captions of an epoch: merged sentences, or whole statements.
+    """Return a slide's K sub-captions of an epoch: merged sentences, or whole statements.
 
     Statements are drawn without replacement; where there are fewer than K, all of them and random
     repeats.
@@ -387,7 +387,7 @@ def draw_subcaptions(
 def negative_choice(
     mine: Sequence[str], others: Sequence[str], *, num: int, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """Returns int64 [b, B] in [0, num): drawn for each ordered pair of slides in an epoch.
+    """Return int64 [b, B] in [0, num): drawn for each ordered pair of slides in an epoch.
 
     With ``num`` 0 nothing is drawn: [b, 0].
     """

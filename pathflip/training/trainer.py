@@ -72,13 +72,13 @@ def _left(seconds: float) -> str:
 
 @dataclass
 class Counters:
-    """What a checkpoint remembers besides tensors.
+    """Training state of a checkpoint besides its tensors.
 
     Attributes:
-        step: Steps done, skipped ones among them; it is the position in data and schedule.
-        skipped: Steps whose loss or gradient was not finite.
-        skipped_in_row: Of these, how many just now.
-        seconds: Time trained, all attempts together.
+        step: Number of steps done, skipped ones included; the position in data and schedule.
+        skipped: Number of steps whose loss or gradient was not finite.
+        skipped_in_row: Number of those since the last finite step.
+        seconds: Training time in seconds, all attempts together.
         recent: Losses of the last steps.
         val: The last validation.
     """
@@ -107,8 +107,8 @@ def train(
 
     Args:
         run: The run folder.
-        objective: What is trained, as ``run_dir.prepare`` returned it.
-        rank: This process.
+        objective: Objective of the run, as ``run_dir.prepare`` returned it.
+        rank: Rank of this process.
         world: Number of processes.
         device: ``cpu`` or ``cuda``.
         progress: Called on rank 0 after every step.
@@ -138,17 +138,17 @@ def train(
 
 
 def shareable(items: int, world: int) -> int:
-    """Returns how many of ``world`` workers can share so many items evenly."""
+    """Return the number of ``world`` workers that can share so many items evenly."""
     return next(count for count in range(min(world, items), 0, -1) if items % count == 0)
 
 
 class Trainer:
-    """The state of one worker's training.
+    """Training loop of one worker, with its state.
 
     Args:
         run: The run folder.
-        objective: What is trained.
-        worker: This process among those that train.
+        objective: Objective of the run.
+        worker: Rank, device and process groups of this process.
     """
 
     def __init__(self, run: Path, objective: Objective[Any, Any], worker: Worker) -> None:
@@ -245,7 +245,7 @@ class Trainer:
         )
 
     def _shared_model(self) -> Any:
-        """The model, wrapped where several processes train it."""
+        """Return the model, wrapped where several processes train it."""
         if self.worker.world == 1:
             return self.model
         return DistributedDataParallel(
@@ -258,7 +258,7 @@ class Trainer:
     # -- one step ---------------------------------------------------------------------------------
 
     def _step(self, model: Any, micro_batches: Sequence[Batch]) -> dict[str, Any]:
-        """Do one optimisation step, or skip it; returns what is logged of it."""
+        """Do one optimisation step, or skip it; return its line of the log."""
         config, counters, stage, worker = self.config, self.counters, self.stage, self.worker
         lr = learning_rate(
             counters.step - stage.start,
@@ -309,7 +309,7 @@ class Trainer:
         return {**found, "lr": lr, "grad_norm": _finite(float(norm))}
 
     def _counts(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """What each loss of the step is divided by, as DDP takes the mean over workers.
+        """Return the divisor of each loss of the step; DDP takes the mean over workers.
 
         Empty where there is one micro-batch in all: its losses bring their counts along.
         """
@@ -342,7 +342,7 @@ class Trainer:
             )
 
     def _memory_mb(self) -> float:
-        """Peak memory of this process so far: of the GPU where there is one, else resident."""
+        """Return peak memory of this process: of the GPU where there is one, else resident."""
         device = self.worker.device
         if device.type == "cuda":
             return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
@@ -375,7 +375,7 @@ class Trainer:
             )
 
     def _optimizer(self) -> dict[str, torch.Tensor]:
-        """The optimiser's tensors, as ``<what>/<parameter>``."""
+        """Return the optimiser's tensors, as ``<state>/<parameter>``."""
         return {
             f"{what}/{name}": value
             for name, parameter in self.model.named_parameters()
@@ -383,7 +383,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        """Load the newest intact checkpoint; rank 0 says which, so that all take the same."""
+        """Load the newest intact checkpoint; rank 0 chooses it for all."""
         found: Checkpoint | None = None
         if self.worker.rank == 0:
             found = latest_checkpoint(self.run / "checkpoints")
@@ -410,7 +410,7 @@ class Trainer:
         self.counters = Counters(**found.state())
 
     def _pids(self) -> list[int]:
-        """Process ids of all ranks."""
+        """Return process ids of all ranks."""
         pids = torch.zeros(self.worker.world, dtype=torch.int64)
         pids[self.worker.rank] = os.getpid()
         return [int(pid) for pid in self.worker.summed(pids)]
