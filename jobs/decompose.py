@@ -2,7 +2,7 @@
 
 Captions are spread over Ray Data actors, each with a vLLM engine; the driver checks what they
 return and commits it to the archive: ``captions.statements``, with the model's name beside it.
-Pretraining draws sub-captions from them with ``-o pieces=statements``.
+Pretraining draws sub-captions from them with ``-o subcaption_source=statements``.
 
 A statement is kept only if it names a sentence of the caption, most of its words stand in that
 sentence, and both are negated or neither is. Dropped statements are counted. A caption without any

@@ -114,7 +114,7 @@ def sample_subcaptions(
     num: int,
     rng: np.random.Generator,
     max_merged: int = 3,
-    contig_off_by_one: bool = False,
+    v1_window_bug: bool = False,
 ) -> list[str]:
     """Draw sub-captions of a slide: one sentence, neighbours, or sentences from anywhere.
 
@@ -127,7 +127,7 @@ def sample_subcaptions(
         num: K, how many to draw.
         rng: See :func:`draw_rng`.
         max_merged: Most sentences in one sub-caption.
-        contig_off_by_one: Draw neighbours as the published code does, never with the last sentence.
+        v1_window_bug: Draw neighbours as the published code does, never with the last sentence.
 
     Returns:
         ``num`` texts, repeats possible.
@@ -144,7 +144,7 @@ def sample_subcaptions(
             if merged >= count:
                 drawn.append(" ".join(sentences))
                 continue
-            start = int(rng.integers(count - merged + (0 if contig_off_by_one else 1)))
+            start = int(rng.integers(count - merged + (0 if v1_window_bug else 1)))
             drawn.append(" ".join(sentences[start : start + merged]))
         else:
             chosen = rng.choice(count, merged, replace=count < merged)

@@ -217,7 +217,7 @@ def decompose(
 ) -> None:
     """Cut captions into visual statements, each checked against its caption.
 
-    pathflip pretrain -o pieces=statements draws sub-captions from them.
+    pathflip pretrain -o subcaption_source=statements draws sub-captions from them.
     """
     from pathflip.config import load_config
 

@@ -226,7 +226,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 region_reduction="sum",
                 negatives="local",
             ),
-            train={"contig_off_by_one": True, "batch_size": 8},
+            train={"v1_window_bug": True, "batch_size": 8},
         ),
         # Trains on two CPU cores in minutes on the synthetic cohort (docs/concepts/models.md).
         "pathflip/mini": Preset(
@@ -264,7 +264,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "min_lr": 2e-5,
                 "max_regions": 16,
                 "max_merged": 1,
-                "pieces": "affirmed",
+                "subcaption_source": "affirmed",
                 "val_every": 4,
             },
         ),

@@ -51,8 +51,8 @@ TUNE_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "examples_per_slide": 5,
         "caption_share": 0.7,
         "captions": "affirmed",
-        "pieces": "affirmed",
-        "open_share": 1.0,
+        "subcaption_source": "affirmed",
+        "drop_options_prob": 1.0,
         "weight_decay": 0.01,
         # The loss of whole captions does not measure the findings read
         # (docs/notes/instruct.md).
@@ -69,12 +69,14 @@ class TrainConfig:
     Attributes:
         encoder: Encoder of the features to train on; None where the archive holds one encoder.
         source: Source of the captions to train on; None takes the first source each slide has.
-        pieces: Units that sub-captions are drawn from: sentences; sentences that affirm something
+        subcaption_source: Units that sub-captions are drawn from (formerly ``pieces``):
+            sentences; sentences that affirm something
             (no region shows "No necrosis."); or the statements a language model made of them
             (slides without any use their sentences).
         num_subcaptions: K, number of sub-captions of a slide in a step.
         max_merged: Maximum number of sentences merged into one sub-caption.
-        contig_off_by_one: Draw windows of sentences as the published code does: never the last.
+        v1_window_bug: Draw windows of sentences as the published code does: never the last
+            (formerly ``contig_off_by_one``).
         val_fraction: Share of patients held out to validate where the archive names no split.
         batch_size: Number of slides in a step, over all workers and micro-batches.
         accumulate: Micro-batches a step is cut into, to save memory; negatives come from one
@@ -105,10 +107,12 @@ class TrainConfig:
 
     encoder: str | None = None
     source: str | None = None
-    pieces: Literal["sentences", "affirmed", "statements"] = "sentences"
+    subcaption_source: Literal["sentences", "affirmed", "statements"] = field(
+        default="sentences", metadata={"formerly": "pieces"}
+    )
     num_subcaptions: int = 8
     max_merged: int = 3
-    contig_off_by_one: bool = False
+    v1_window_bug: bool = field(default=False, metadata={"formerly": "contig_off_by_one"})
     val_fraction: float = 0.1
     batch_size: int = 64
     accumulate: int = 1
@@ -176,8 +180,8 @@ class TrainConfig:
             num_subcaptions=self.num_subcaptions,
             max_regions=self.max_regions,
             max_merged=self.max_merged,
-            statements=self.pieces == "statements",
-            contig_off_by_one=self.contig_off_by_one,
+            statements=self.subcaption_source == "statements",
+            v1_window_bug=self.v1_window_bug,
         )
 
 
@@ -235,7 +239,8 @@ class TuneConfig(TrainConfig):
         vision_rate: Learning rate of the slide model in the second stage, times ``lr``.
         examples_per_slide: Maximum number of examples (caption, questions) of a slide in an epoch.
         caption_share: Probability that a slide with questions shows its caption, too.
-        open_share: Probability that a question with options is asked without them.
+        drop_options_prob: Probability that a question with options is asked without them
+            (formerly ``open_share``).
         captions: Style of caption targets: ``whole``, unchanged; ``shuffled``, their sentences in
             a random order, for reports whose order means nothing; ``affirmed``, what they affirm,
             in the order of the alphabet.
@@ -258,7 +263,7 @@ class TuneConfig(TrainConfig):
     epochs: int = 2
     examples_per_slide: int = 4
     caption_share: float = 0.5
-    open_share: float = 0.25
+    drop_options_prob: float = field(default=0.25, metadata={"formerly": "open_share"})
     captions: Literal["whole", "shuffled", "affirmed"] = "whole"
     align: float = 0.0
     best: Literal["loss", "last"] = "loss"
@@ -268,7 +273,7 @@ class TuneConfig(TrainConfig):
         self._check_positive("examples_per_slide")
         self._check_within(
             projector_epochs=math.inf, projector_lr=math.inf, projector_rate=math.inf,
-            vision_rate=math.inf, caption_share=1.0, open_share=1.0, align=math.inf,
+            vision_rate=math.inf, caption_share=1.0, drop_options_prob=1.0, align=math.inf,
         )  # fmt: skip
         if self.align and not self.instruct.train_vision:
             raise ConfigError(
@@ -288,7 +293,7 @@ class TuneConfig(TrainConfig):
             examples=Examples(
                 most=self.examples_per_slide,
                 caption_share=self.caption_share,
-                open_share=self.open_share,
+                drop_options_prob=self.drop_options_prob,
                 caption_epochs=self.projector_epochs,
                 captions=self.captions,
                 letters=self.instruct.choice_answer == "letter",

@@ -41,7 +41,7 @@ class Contrastive(Objective[SlideDataset, PretrainConfig]):
             Archive(archive),
             encoder=config.encoder,
             source=config.source,
-            pieces=config.pieces,
+            subcaption_source=config.subcaption_source,
             seed=config.seed,
             val_fraction=config.val_fraction,
         )

@@ -131,7 +131,7 @@ def make_corpus(
     *,
     encoder: str | None = None,
     source: str | None = None,
-    pieces: Literal["sentences", "affirmed", "statements"] = "sentences",
+    subcaption_source: Literal["sentences", "affirmed", "statements"] = "sentences",
     seed: int = 0,
     val_fraction: float = 0.1,
     questions: bool = False,
@@ -147,8 +147,8 @@ def make_corpus(
         archive: The archive.
         encoder: Encoder of the features; may be left out where the archive holds one encoder.
         source: Source of the captions; without it, the first source (by name) each slide has.
-        pieces: Units that sub-captions are drawn from; slides without statements use their
-            sentences, and those that only deny all of theirs.
+        subcaption_source: Units that sub-captions are drawn from; slides without statements use
+            their sentences, and those that only deny all of theirs.
         seed: Seed of the split.
         val_fraction: Share of patients held out to validate, where the archive has no split.
         questions: Whether the questions about slides, of all sources, are taken as well.
@@ -175,7 +175,7 @@ def make_corpus(
         if row["slide_id"] not in embedded or not row["n_regions"]:
             continue
         caption = texts.get(row["slide_id"])
-        parts = _pieces(caption, pieces) if caption else []
+        parts = _pieces(caption, subcaption_source) if caption else []
         if caption and parts:
             rows.append((row, caption["text"], parts))
         elif row["slide_id"] in asked and not captioned:

@@ -17,7 +17,7 @@ class Examples:
     Attributes:
         most: Maximum number of examples of a slide in an epoch.
         caption_share: Probability that a slide with questions shows its caption, too.
-        open_share: Probability that a question with options is asked without them.
+        drop_options_prob: Probability that a question with options is asked without them.
         caption_epochs: Number of epochs at the beginning in which captions alone are shown.
         captions: Style of caption targets, see
             :func:`pathflip.models.chat_template.caption_example`.
@@ -26,7 +26,7 @@ class Examples:
 
     most: int
     caption_share: float
-    open_share: float
+    drop_options_prob: float
     caption_epochs: int
     captions: CaptionStyle = "whole"
     letters: bool = True
@@ -64,7 +64,7 @@ def draw_examples(
     for i in rng.permutation(len(questions))[: sampling.most - len(shown)].tolist():
         choices = list(questions[i].get("choices", ()))
         ordered = [choices[j] for j in rng.permutation(len(choices))]
-        if rng.random() < sampling.open_share:
+        if rng.random() < sampling.drop_options_prob:
             ordered = []
         shown.append(_asked(questions[i], ordered, sampling))
     return shown
@@ -76,7 +76,7 @@ def all_examples(
     """Return the examples of a slide in validation: its caption and its first questions."""
     shown = [caption_example(caption, sampling.captions)] if caption else []
     for entry in questions[: sampling.most]:
-        choices = entry.get("choices", ()) if sampling.open_share < 1 else ()
+        choices = entry.get("choices", ()) if sampling.drop_options_prob < 1 else ()
         shown.append(_asked(entry, choices, sampling))
     return shown
 

@@ -73,7 +73,7 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
             opened,
             encoder=run.encoder["name"],
             source=config.source,
-            pieces=config.pieces,
+            subcaption_source=config.subcaption_source,
             seed=config.seed,
             val_fraction=config.val_fraction,
             questions=True,

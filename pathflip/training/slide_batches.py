@@ -93,7 +93,7 @@ class Sampling:
         max_regions: Maximum number of regions of a slide in training; None for all.
         max_merged: Maximum number of sentences merged into a sub-caption.
         statements: Whether pieces are whole statements.
-        contig_off_by_one: Draw windows of sentences as the published code does.
+        v1_window_bug: Draw windows of sentences as the published code does.
         examples: Settings of the instruction examples, in tuning.
     """
 
@@ -104,7 +104,7 @@ class Sampling:
     max_regions: int | None
     max_merged: int = 3
     statements: bool = False
-    contig_off_by_one: bool = False
+    v1_window_bug: bool = False
     examples: Examples | None = None
 
 
@@ -284,7 +284,7 @@ class SlideDataset:
                 slide_id=ids[i],
                 max_merged=sampling.max_merged,
                 statements=sampling.statements,
-                contig_off_by_one=sampling.contig_off_by_one,
+                v1_window_bug=sampling.v1_window_bug,
             )
             for i in slides
         ]
@@ -358,7 +358,7 @@ def draw_subcaptions(
     slide_id: str,
     max_merged: int = 3,
     statements: bool = False,
-    contig_off_by_one: bool = False,
+    v1_window_bug: bool = False,
 ) -> list[str]:
     """Return a slide's K sub-captions of an epoch: merged sentences, or whole statements.
 
@@ -377,7 +377,7 @@ def draw_subcaptions(
             num=num,
             rng=rng,
             max_merged=max_merged,
-            contig_off_by_one=contig_off_by_one,
+            v1_window_bug=v1_window_bug,
         )
     first = rng.permutation(len(pieces))[:num]
     more = rng.integers(len(pieces), size=num - len(first))

@@ -74,7 +74,7 @@ def texts(slides: int, seed: int = 0) -> tuple[list[list[int]], list[list[list[i
             length = int(max(5, rng.normal(SENTENCE_WORDS, 6)) * TOKENS_PER_WORD) + 1
             sentences.append(" ".join(map(str, rng.integers(1000, VOCABULARY, length))))
         drawn = sample_subcaptions(
-            sentences, num=SUBCAPTIONS, rng=draw_rng(seed, 0, str(slide)), contig_off_by_one=True
+            sentences, num=SUBCAPTIONS, rng=draw_rng(seed, 0, str(slide)), v1_window_bug=True
         )
         captions.append(words(" ".join(sentences), 384))
         pieces.append([words(text, 192) for text in drawn])
@@ -260,7 +260,7 @@ def perform_runs(steps: Sequence[Report]) -> None:
             settings = [
                 f"steps={wanted['steps']}", "batch_size=16", "val_fraction=0", "val_every=100000",
                 "save_every=100000", "max_workers=1", "device=cpu", "model.warm_start=false",
-                "pieces=sentences",
+                "subcaption_source=sentences",
             ]  # fmt: skip
             config = pretrain.resolve("pathflip/mini", overrides=settings)
             run = Path(folder, f"run-{number}")

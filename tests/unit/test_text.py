@@ -123,7 +123,7 @@ def test_windows_start_anywhere_unless_the_published_slip_is_asked_for(
             ["s0", "s1", "s2", "s3"],
             num=3000,
             rng=np.random.default_rng(1),
-            contig_off_by_one=off,
+            v1_window_bug=off,
         )
     )
     pairs = {"s0 s1", "s1 s2"} | (set() if off else {"s2 s3"})
@@ -138,7 +138,7 @@ def test_windows_are_uniform(off: bool) -> None:
     words = [f"s{i}" for i in range(5)]
     counts: Counter[str] = Counter()
     for text in sample_subcaptions(
-        words, num=60_000, rng=np.random.default_rng(2), max_merged=2, contig_off_by_one=off
+        words, num=60_000, rng=np.random.default_rng(2), max_merged=2, v1_window_bug=off
     ):
         counts[text] += 1
     by_chance = 60_000 / 4 / 20  # anywhere, s = 2: each ordered pair

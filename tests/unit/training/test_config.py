@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pathflip.config import read_yaml
+from pathflip.config import load_config, read_yaml
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PRESETS
 from pathflip.training.config import (
@@ -58,7 +58,7 @@ def test_every_preset_resolves(name: str) -> None:
         (["lr=-1"], "lr is -1"),
         (["batch_size=9", "accumulate=2"], "batch_size 9 cannot be cut into 2"),
         (["max_workers=1", "min_workers=2"], "min_workers 2 is more than max_workers 1"),
-        (["pieces=words"], "pieces"),
+        (["subcaption_source=words"], "subcaption_source"),
     ],
 )
 def test_what_cannot_be_is_refused(overrides: list[str], message: str) -> None:
@@ -82,6 +82,25 @@ def test_settings_may_go_over_those_of_a_run() -> None:
     made = resolve("pathflip/mini", overrides=["lr=0.5", "model.d=48"])
     over = resolve(base=made, overrides=["epochs=3", "model.negatives=local"])
     assert over == replace(made, epochs=3, model=replace(made.model, negatives="local"))
+
+
+@pytest.mark.parametrize(
+    ("former", "name", "value"),
+    [
+        ("pieces", "subcaption_source", "statements"),
+        ("contig_off_by_one", "v1_window_bug", True),
+    ],
+)
+def test_former_names_of_settings_still_work(
+    tmp_path: Path, former: str, name: str, value: Any
+) -> None:
+    made = resolve("pathflip/mini", overrides=[f"{former}={value}"])
+    assert getattr(made, name) == value
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{former}: {value}\n")
+    assert resolve("pathflip/mini", file=file) == made
+    with pytest.raises(ConfigError, match="former name"):
+        load_config(PretrainConfig, given={former: value, name: value})
 
 
 def test_a_file_is_named_where_it_is_wrong(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_sources_and_pieces(tmp_path: Path) -> None:
     assert second.slide_ids == ["slide001", "slide002"]
     assert second.about["left_out"]["without_caption"] == 2
     assert len(second.pieces[0]) == 3
-    affirmed = make_corpus(archive, source="second", pieces="affirmed", val_fraction=0)
+    affirmed = make_corpus(archive, source="second", subcaption_source="affirmed", val_fraction=0)
     assert affirmed.pieces == [["Tumour is seen."]] * 2
     assert affirmed.captions == second.captions
 

@@ -36,7 +36,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"question": "Any?", "answer": "yes", "choices": ["yes", "no"]},
     {"question": "Why?", "answer": "It grew."},
 ]
-USUAL = Examples(most=3, caption_share=0.5, open_share=0.25, caption_epochs=2)
+USUAL = Examples(most=3, caption_share=0.5, drop_options_prob=0.25, caption_epochs=2)
 CAPTION = Example(instruction=CAPTION_INSTRUCTION, answer="Lung.", kind="caption")
 GIVEN = {"run": "run", "llm": "llm"}
 
@@ -77,7 +77,7 @@ def test_shares_of_captions_and_open_questions(most: int) -> None:
     share = sum("\n" not in one.instruction for one in asked) / len(asked)
     assert abs(share - 0.25) < 3.5 * (0.1875 / len(asked)) ** 0.5
     for value in (0.0, 1.0):
-        extreme = replace(sampling, caption_share=value, open_share=value)
+        extreme = replace(sampling, caption_share=value, drop_options_prob=value)
         for epoch in range(2, 12):
             found = drawn(extreme, epoch)
             assert (CAPTION in found) == bool(value)
@@ -86,7 +86,7 @@ def test_shares_of_captions_and_open_questions(most: int) -> None:
 
 
 def test_options_are_shuffled_and_answered_by_letter_and_text() -> None:
-    sampling = Examples(most=1, caption_share=0.0, open_share=0.0, caption_epochs=0)
+    sampling = Examples(most=1, caption_share=0.0, drop_options_prob=0.0, caption_epochs=0)
     letters: Counter[str] = Counter()
     for epoch in range(1200):
         (one,) = draw_examples("", QUESTIONS[:1], sampling, seed=0, epoch=epoch, slide_id="s")
@@ -127,12 +127,12 @@ def test_how_captions_are_written() -> None:
 
 
 def test_options_may_be_answered_by_their_text() -> None:
-    sampling = replace(USUAL, letters=False, open_share=0.5)
+    sampling = replace(USUAL, letters=False, drop_options_prob=0.5)
     found = [one for n in range(40) for one in drawn(sampling, 9, slide=f"s{n}")]
     asked = [one for one in found if one.instruction.startswith("Organ?")]
     assert {one.answer for one in asked} == {"lung"}
     assert {"\n" in one.instruction for one in asked} == {True, False}
-    never = replace(USUAL, letters=False, open_share=1.0)
+    never = replace(USUAL, letters=False, drop_options_prob=1.0)
     assert all("\n" not in one.instruction for one in all_examples("", QUESTIONS, never))
 
 

@@ -28,7 +28,7 @@ from pathflip.training.slide_batches import (
 from tests.archives import DIM, SLOTS, make_archive
 
 SAMPLING = Sampling(seed=3, batch_size=8, accumulate=1, num_subcaptions=4, max_regions=3)
-CAPTIONS_ALONE = Examples(most=1, caption_share=1.0, open_share=0.0, caption_epochs=0)
+CAPTIONS_ALONE = Examples(most=1, caption_share=1.0, drop_options_prob=0.0, caption_epochs=0)
 
 
 @pytest.fixture(scope="module")
