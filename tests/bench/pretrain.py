@@ -37,7 +37,7 @@ REGIONS, SLOTS, WIDTH, SUBCAPTIONS = 24, 256, 512, 8
 VOCABULARY = 28996
 """Entries of BioBERT's."""
 SENTENCES, SENTENCE_WORDS, TOKENS_PER_WORD = (4, 14, 7.3), 19, 1.3
-"""Of 732 SlideBench captions (arXiv 2410.11761): fewest, most, mean; they have 141 words."""
+"""Sentences (fewest, most, mean) and words a sentence of 732 SlideBench captions (2410.11761)."""
 THREADS = 1
 """With more, CPU time counts how long threads wait for each other on a machine with other work."""
 PARAMETERS = (
