@@ -29,7 +29,7 @@ def align(
     negative_choice: Tensor | None,
     group: Any,
 ) -> PathFLIPOutput:
-    """Losses of encoded slides and their texts; the arguments are those of ``PathFLIP.forward``.
+    """Compute losses of encoded slides and their texts; arguments as of ``PathFLIP.forward``.
 
     With gathered negatives, a slide is compared with the texts of all processes.
     """

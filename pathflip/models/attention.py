@@ -18,26 +18,26 @@ from pathflip.models.config import PathFLIPConfig
 
 
 class MeanAttention(nn.Module):
-    """Every text sees the mean of all region vectors."""
+    """Mean of all region vectors, the same for every text."""
 
     def forward(self, texts: Tensor, regions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`SingleAttention.forward`."""
+        """Attend to the mean of regions; see :meth:`SingleAttention.forward`."""
         weights = mask.to(regions.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
         weights = weights[:, None].expand(-1, texts.shape[1], -1)
         return weights @ regions, weights
 
     def values(self, regions: Tensor) -> Tensor:
-        """Region vectors as they are."""
+        """Return region vectors unchanged."""
         return regions
 
 
 class SingleAttention(nn.Module):
-    """The paper's: one head, matrices W_q, W_k and W_v'.
+    """Attention of the paper: one head, matrices W_q, W_k and W_v'.
 
     Args:
         width: d.
-        norm: Layer norm on queries and keys.
-        identity: The matrices begin as identity.
+        norm: Whether queries and keys have a layer norm.
+        identity: Whether the matrices begin as identity.
     """
 
     def __init__(self, width: int, *, norm: bool, identity: bool) -> None:
@@ -51,7 +51,7 @@ class SingleAttention(nn.Module):
             nn.init.eye_(part.weight) if identity else nn.init.xavier_uniform_(part.weight)
 
     def forward(self, texts: Tensor, regions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend.
+        """Attend from texts to region vectors.
 
         Args:
             texts: [B, L, d], before normalisation.
@@ -71,18 +71,18 @@ class SingleAttention(nn.Module):
         return weights @ self.values(regions), weights
 
     def values(self, regions: Tensor) -> Tensor:
-        """W_v' v, region vectors in the space texts live in [..., d]."""
+        """Return W_v' v, region vectors in the space of texts [..., d]."""
         out: Tensor = self.value(regions)
         return out
 
 
 class HeadsAttention(nn.Module):
-    """Several heads behind projections (published code) or layer norms (its successor).
+    """Multi-head attention behind projections (published code) or layer norms (its successor).
 
     Args:
         width: d.
         heads: Number of heads.
-        norm: Layer norms in front, rather than linear maps.
+        norm: Whether layer norms come first, rather than linear maps.
     """
 
     def __init__(self, width: int, *, heads: int, norm: bool) -> None:
@@ -93,7 +93,7 @@ class HeadsAttention(nn.Module):
         self.query, self.key, self.value = (make(*sizes) for _ in range(3))
 
     def forward(self, texts: Tensor, regions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`SingleAttention.forward`; weights are the mean over heads."""
+        """Attend with several heads; returned weights are their mean, see :class:`SingleAttention`."""
         width, heads = texts.shape[-1], self.attention.num_heads
         inner = self.attention.in_proj_weight.chunk(3), self.attention.in_proj_bias.chunk(3)
         parts = (self.query(texts), self.key(regions), self.value(regions))
@@ -109,7 +109,7 @@ class HeadsAttention(nn.Module):
         return self.attention.out_proj(seen), weights.mean(1)
 
     def values(self, regions: Tensor) -> Tensor:
-        """A region vector as a text that attends to it alone would see it [..., d]."""
+        """Return the output of attention to one region vector alone [..., d]."""
         weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
         inner = F.linear(self.value(regions), weight.chunk(3)[2], bias.chunk(3)[2])
         out: Tensor = self.attention.out_proj(inner)

@@ -1,4 +1,4 @@
-"""Prompts of the instruction head: templates, and token ids that a user cannot bend.
+"""Prompts of the instruction head: templates, and token ids safe against injected tokens.
 
 A prompt has two halves, the token ids before the slide and those after it; the slide's vectors are
 put between them and never pass the embedding table. Templates are tokenised with their special
@@ -34,12 +34,12 @@ _MARKS = re.compile("\ue000(image|[0-9]+)\ue001")
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One thing to say about a slide.
+    """An instruction about a slide and its answer.
 
     Attributes:
-        instruction: What is asked, with its options; see :func:`multiple_choice`.
-        answer: What is to be said, without an end token.
-        kind: Which template of ``official_v1`` it takes.
+        instruction: Instruction or question, with its options; see :func:`multiple_choice`.
+        answer: Text of the answer, without an end token.
+        kind: Template of ``official_v1``.
     """
 
     instruction: str
@@ -91,15 +91,15 @@ def question_example(
 def caption_example(
     caption: str, style: CaptionStyle = "whole", rng: np.random.Generator | None = None
 ) -> Example:
-    """Return a caption as it is to be written.
+    """Return the caption in the style of a training target.
 
     Args:
         caption: The text.
-        style: ``whole``: as it is. ``shuffled``: its sentences in a random order, for reports whose
-            order means nothing. ``affirmed``: what it affirms, each sentence once, in the order of
+        style: ``whole``: unchanged. ``shuffled``: its sentences in a random order, for reports
+            whose order means nothing. ``affirmed``: what it affirms, each sentence once, in the order of
             the alphabet: a model that writes greedily decides on one sentence after the other, and
             a small one need not remember which it wrote.
-        rng: What the order is drawn from.
+        rng: Generator of the order.
     """
     if style != "whole":
         sentences = split_sentences(caption)
@@ -112,10 +112,10 @@ def caption_example(
 
 
 class Prompter:
-    """Turns conversations into token ids.
+    """Converter of conversations into token ids.
 
     Args:
-        tokenizer: Of the language model.
+        tokenizer: Tokenizer of the language model.
         template: ``qwen3``: the tokenizer's chat template without thinking, the slide before the
             first thing the user says. ``official_v1``: plain text, as in the published code.
 
@@ -141,7 +141,7 @@ class Prompter:
             self.end_id = int(tokenizer.eos_token_id)
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of text that a person typed: none of them is a special or added token."""
+        """Return token ids of text a person typed; none of them is a special or added token."""
         text = unicodedata.normalize("NFC", text)  # as the tokenizer does, before it looks for them
         pieces, start, at = [], 0, 0
         while self._special is not None and (found := self._special.search(text, at)):
@@ -153,18 +153,18 @@ class Prompter:
         return [number for piece in pieces for number in self._ids(piece) if number not in every]
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Token ids of an answer, with the end token."""
+        """Return token ids of an answer, with the end token."""
         return [*self.text_ids(answer.strip()), self.end_id]
 
     def prompt_ids(
         self, messages: Messages, *, kind: Kind = "question"
     ) -> tuple[list[int], list[int]]:
-        """Token ids before and after the slide.
+        """Return token ids before and after the slide.
 
         Args:
             messages: ``{"role", "content"}`` of each turn, the last of them the user's; a string
                 is one turn of the user.
-            kind: Which template of official_v1.
+            kind: Template of official_v1.
 
         Raises:
             ConfigError: The conversation is not one, or official_v1 is asked for more than a turn.
@@ -200,7 +200,7 @@ class Prompter:
         return halves[0], halves[1]
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The chat template, with marks where the slide and the turns' contents belong."""
+        """Return the rendered chat template, with marks for the slide and the turns' contents."""
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
         marked = []
         for number, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""What a model is: one configuration, its switches, and the presets.
+"""Configuration of the slide model and the presets.
 
 Sizes: d_in patch feature width (``feature_dim``), d_e projected patch width (``patch_width``), h
 width inside the Q-Former (``hidden``), d joint space of slides and texts (``d``).
@@ -26,52 +26,53 @@ class PathFLIPConfig:
     Attributes:
         feature_dim: d_in, width of a patch feature.
         d: Width of the joint space.
-        feature_norm: What features go through before anything is learned: nothing, their mean and
-            standard deviation (``standardise``), or PCA whitening (``whiten``). The statistics come
+        feature_norm: Fixed normalisation of features: none, by mean and standard deviation
+            (``standardise``), or PCA whitening (``whiten``). The statistics come
             from :meth:`PathFLIP.fit_normalization` and are saved with the model.
-        patch_width: d_e, width patches are projected to; 0 leaves them as they are.
-        num_queries: Q, latent queries.
+        patch_width: d_e, width patches are projected to; 0 for no projection.
+        num_queries: Q, number of latent queries.
         hidden: h, width of the Q-Former.
-        layers: Layers of the Q-Former.
-        heads: Heads of its attention.
+        layers: Number of layers of the Q-Former.
+        heads: Number of heads of its attention.
         ffn: Width inside its feed-forward blocks.
         cross_attention_freq: Cross-attention in every so many layers, from the first on.
-        dropout: Of Q-Former, context layers and text tower built from scratch.
+        dropout: Dropout of Q-Former, context layers and a text tower built from scratch.
         patch_dropout: Share of patches hidden in training, drawn anew each step.
-        region_encoder: How a region becomes vectors: the Q-Former, the mean of its patches, or
+        region_encoder: Encoder of regions: the Q-Former, the mean of its patches, or
             ``none``: no regions and no region loss.
-        slide_encoder: How a slide becomes one: the Q-Former, or the mean of its regions.
-        region_tokens: A region has a vector per query, or their mean.
-        slide_context_layers: Transformer layers over slide and region vectors (published code: 2).
+        slide_encoder: Encoder of slides: the Q-Former, or the mean of their regions.
+        region_tokens: Vectors of a region: one per query, or their mean.
+        slide_context_layers: Number of transformer layers over slide and region vectors (published
+            code: 2).
         tr_attention: Text-conditioned attention over regions: ``paper`` (one head, three
             matrices), ``paper_ln`` (the same with layer norm on queries and keys), ``mha_proj``
             (published code), ``mha_ln`` (its successor), or ``none``: the mean of all regions.
-        tr_heads: Heads of mha_proj, mha_ln and context layers.
-        tr_identity_init: Matrices of paper and paper_ln start as identity.
+        tr_heads: Number of heads of mha_proj, mha_ln and context layers.
+        tr_identity_init: Whether the matrices of paper and paper_ln start as identity.
         vector_biases: Learned offsets of region vectors, one for each of a region's, and of slide
             vectors.
         text_encoder: A tower of its own, or the Q-Former's text branch (published code).
         text_model: BERT-family model on the hub, or a folder, to begin from; None for a small BERT
             from scratch with a tokenizer trained on the captions.
-        text_hidden: Width of that small BERT.
-        text_layers: Its layers.
-        text_heads: Its heads.
+        text_hidden: Width of the small BERT.
+        text_layers: Number of its layers.
+        text_heads: Number of its attention heads.
         text_ffn: Width inside its feed-forward blocks.
-        vocab_size: Most entries of its tokenizer.
-        text_pooling: A text is its first token's state, or the mean over its tokens.
-        max_text_tokens: Captions are cut there.
-        max_subcaption_tokens: Sub-captions are cut there; None: half of max_text_tokens.
-        recompute: Whether cross-attention and the states behind GELUs are made again for the
-            gradient rather than kept: a third less memory for activations.
+        vocab_size: Maximum number of entries of its tokenizer.
+        text_pooling: Vector of a text: its first token's state, or the mean over its tokens.
+        max_text_tokens: Maximum length of a caption, in tokens; the rest is cut off.
+        max_subcaption_tokens: The same of a sub-caption; None: half of max_text_tokens.
+        recompute: Whether cross-attention and the outputs of GELUs are recomputed for the gradient
+            rather than kept: a third less memory for activations.
         qformer_from_text: Whether the Q-Former begins with the weights of text_model.
         temperature: τ of the slide loss.
-        label_smoothing: Of the slide loss (published code: 0.1).
-        global_only: Slide loss alone.
-        negatives: Other slides of this process, or of all of them.
-        region_reduction: Region loss is the mean over slides, or the sum (published code).
+        label_smoothing: Label smoothing of the slide loss (published code: 0.1).
+        global_only: Whether the slide loss is the only one.
+        negatives: Source of negatives: the slides of this process, or of all processes.
+        region_reduction: Reduction of the region loss over slides: mean, or sum (published code).
         region_scale: Whether η multiplies as it is, or its exponential does.
-        region_scale_init: Where the learned scale begins.
-        region_bias_init: Where the learned bias begins; None for no bias.
+        region_scale_init: Initial value of the learned scale.
+        region_bias_init: Initial value of the learned bias; None for no bias.
         warm_start: Whether the pretraining job starts the model from patches and sentences of its
             training data: see :mod:`pathflip.models.data_init`.
     """
@@ -190,22 +191,22 @@ class PathFLIPConfig:
 
     @property
     def tokens_per_region(self) -> int:
-        """T, vectors of a region."""
+        """T, number of vectors of a region."""
         per_query = self.region_encoder == "qformer" and self.region_tokens == "per_query"
         return self.num_queries if per_query else 1
 
     @property
     def subcaption_tokens(self) -> int:
-        """Where sub-captions are cut."""
+        """Maximum length of a sub-caption, in tokens."""
         return self.max_subcaption_tokens or max(1, self.max_text_tokens // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A model and how it is trained.
+    """A model configuration with its training settings.
 
     Attributes:
-        model: The model.
+        model: Configuration of the model.
         train: Settings of the pretraining job that differ from its defaults, by name.
     """
 

@@ -1,4 +1,4 @@
-"""A start from data for models trained from scratch: what the small preset needs to learn at all.
+"""Data-driven initialisation of models trained from scratch; the small preset needs it to learn.
 
 At random weights 97 % of the energy of a region's vectors is the same for every region: the latent
 query passes through, and what it gathered is an average over patches that hardly differs. Texts
@@ -49,14 +49,14 @@ _SLIDES = 16
 def warm_start(
     model: PathFLIP, features: Tensor, mask: Tensor, sentences: Sequence[str], *, seed: int
 ) -> None:
-    """Start a model from some slides and sentences of its training data.
+    """Initialise a model from some slides and sentences of its training data.
 
     Args:
         model: As built; changed in place.
-        features: Patch features of some slides [B, N, M, d_in]; about a hundred slides will do.
+        features: Patch features of about a hundred slides [B, N, M, d_in].
         mask: bool [B, N, M].
         sentences: Sentences of captions.
-        seed: Of k-means and of which prototype goes where.
+        seed: Seed of k-means and of the assignment of prototypes.
     """
     training = model.training
     model.eval()
@@ -143,7 +143,7 @@ def _see(model: PathFLIP, features: Tensor, mask: Tensor) -> VisionOutput:
 def start_projector(
     model: PathFLIPInstruct, features: Tensor, mask: Tensor, sentences: Sequence[str]
 ) -> None:
-    """Start σ so that a region's vectors read as the words of the sentences true of it.
+    """Initialise σ so that a region's vectors read as the words of the sentences true of it.
 
     Region vectors live in the space of texts once W_v' is applied (Eq. 5). The rotation that takes
     the slide model's vectors of sentences nearest to the mean embeddings of their words (orthogonal
@@ -153,7 +153,7 @@ def start_projector(
 
     Args:
         model: As built; its projector is changed in place.
-        features: Patch features of some slides [B, N, M, d_in].
+        features: Patch features of a sample of slides [B, N, M, d_in].
         mask: bool [B, N, M].
         sentences: Sentences of captions.
 
@@ -197,21 +197,21 @@ def start_projector(
 
 
 def distinct(sentences: Sequence[str]) -> list[str]:
-    """One of those that differ in numbers alone, which would outweigh the others."""
+    """Return one of each group of texts that differ in numbers alone, so that none dominates."""
     return list({re.sub(r"\d+", "0", text): text for text in sentences}.values())
 
 
 def words_of(table: Tensor, prompter: Prompter, sentences: Sequence[str]) -> Tensor:
-    """Sentences as the mean of their words' embeddings [n, D]."""
+    """Return the mean of each sentence's word embeddings [n, D]."""
     return torch.stack([table[prompter.text_ids(text)].mean(0) for text in sentences])
 
 
 def rotation(texts: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotation that takes vectors of sentences nearest to the means of their words.
+    """Return the rotation that takes sentence vectors nearest to the means of their words.
 
     Args:
-        texts: Of the slide model [n, d].
-        words: Of a language model [n, D].
+        texts: Sentence vectors of the slide model [n, d].
+        words: Mean word embeddings of a language model [n, D].
 
     Returns:
         The rotation [d, D] between the two, each taken from its centre, and the words' centre [D];

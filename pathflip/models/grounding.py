@@ -1,4 +1,4 @@
-"""Grounding: where on a slide a text is seen.
+"""Grounding: heat of texts on the patches of a slide.
 
 Shapes: B slides, N regions, M patch slots, T vectors of a region, L texts, d joint width.
 """
@@ -27,15 +27,15 @@ def ground(
     variant: Variant,
     contrast: bool,
 ) -> Grounding:
-    """Heat of texts on patches; the variants are told at :meth:`PathFLIP.ground`.
+    """Return heat of texts on patches; see :meth:`PathFLIP.ground` for the variants.
 
     Args:
         sight: Slides with regions and attention.
         patch_mask: bool [B, N, M].
         texts: Raw text vectors [L, d]; with ``contrast`` the last is the neutral one.
         attend: Text-conditioned attention.
-        variant: Which heat.
-        contrast: Whether to take the neutral text's heat off.
+        variant: Variant of the heat.
+        contrast: Whether to subtract the neutral text's heat.
     """
     if sight.tokens is None or sight.attention is None:
         raise ValueError("grounding needs regions and their attention")
@@ -64,7 +64,7 @@ def ground(
 
 
 def _cosines(tokens: Tensor, texts: Tensor, within: Tensor, attend: RegionAttention) -> Tensor:
-    """Cosine of texts and a patch: that of region vectors, by their attention to the patch."""
+    """Return cosines of texts and patches: those of region vectors, weighted by attention."""
     values = F.normalize(attend.values(tokens).float(), dim=-1)
     cosine = torch.einsum("bntd,ld->blnt", values, F.normalize(texts.float(), dim=-1))
     share = within / within.sum(2, keepdim=True).clamp(min=1e-12)

@@ -150,7 +150,7 @@ def read_weights(model: PathFLIP, folder: Path) -> None:
 
 
 def push(model: PathFLIP, name: str, *, private: bool, token: str | None) -> str:
-    """Upload a model; returns its address."""
+    """Upload a model and return its address."""
     import tempfile
 
     from huggingface_hub import HfApi
@@ -165,7 +165,7 @@ def push(model: PathFLIP, name: str, *, private: bool, token: str | None) -> str
 
 @torch.no_grad()
 def start_from_bert(model: PathFLIP, source: str) -> None:
-    """Begin the Q-Former with a BERT's weights: attention, feed-forward for queries and text.
+    """Initialise the Q-Former from a BERT: attention, feed-forward for queries and text.
 
     Cross-attention stays as it was drawn, as in BLIP-2.
 

@@ -61,15 +61,15 @@ _MUCH_LONGER = 1.5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InstructOutput:
-    """What a training step needs.
+    """Losses of a training step.
 
     Attributes:
         loss: Scalar to minimise.
         loss_answer: Mean cross-entropy of the answers' tokens, each with its end token.
         loss_slide: Slide loss of the vision model; 0 where it does not train along.
-        loss_region: Its region loss.
-        answer_sum: The sum of that cross-entropy over the tokens.
-        tokens: Answer tokens it is a sum over.
+        loss_region: Region loss of the vision model; 0 where it does not train along.
+        answer_sum: Sum of the cross-entropy over the answers' tokens.
+        tokens: Number of those tokens.
     """
 
     loss: Tensor
@@ -87,7 +87,7 @@ class PathFLIPInstruct(PromptEncoder):
         vision: The vision model.
         llm: A causal language model of ``transformers``, or that in a ``peft`` adapter.
         tokenizer: Its tokenizer.
-        config: The switches.
+        config: Settings of the model.
         base: The language model before tuning: ``name``, and ``fingerprint`` of its folder.
     """
 
@@ -120,8 +120,8 @@ class PathFLIPInstruct(PromptEncoder):
         Args:
             vision: A trained vision model.
             llm: Base language model (Qwen3): a folder, or ``owner/name`` on the hub.
-            config: The switches; None: the defaults.
-            seed: Of projector and adapter as they are drawn.
+            config: Settings of the model; None: the defaults.
+            seed: Seed of the initial projector and adapter.
 
         Raises:
             CheckpointError: The language model cannot be had or is damaged.
@@ -152,9 +152,9 @@ class PathFLIPInstruct(PromptEncoder):
         """Load a tuned model, in evaluation mode.
 
         Args:
-            folder: What :meth:`save_pretrained` wrote.
-            llm: Where the base language model is, if not where it was; any other is refused.
-            device: Where to put the model.
+            folder: Folder that :meth:`save_pretrained` wrote.
+            llm: Folder or hub name of the base language model, if it moved; any other is refused.
+            device: Device of the model.
 
         Raises:
             CheckpointError: A file is missing or damaged, or the base is another one.
@@ -185,7 +185,7 @@ class PathFLIPInstruct(PromptEncoder):
         return model.to(device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write instruct.json, projector.safetensors, vision/ and what of the LLM was tuned.
+        """Write instruct.json, projector.safetensors, vision/ and the tuned weights of the LLM.
 
         A frozen or adapted base is not copied: it is named, with its fingerprint.
         """
@@ -209,7 +209,7 @@ class PathFLIPInstruct(PromptEncoder):
         (folder / parts.ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
     def save_merged(self, folder: str | Path) -> None:
-        """Write the language model alone, adapter folded in, as any engine reads it."""
+        """Write the language model alone, adapter folded in, in the format of any engine."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         llm = self.llm
@@ -228,7 +228,7 @@ class PathFLIPInstruct(PromptEncoder):
         )
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of settings, base and tuned weights; saving and loading keep it."""
+        """Return hex SHA-256 of settings, base and tuned weights; saving and loading keep it."""
         digest = hashlib.sha256()
         about = [asdict(self.config), self.base["fingerprint"], self.vision.fingerprint()]
         digest.update(json.dumps(about, sort_keys=True).encode())
@@ -266,19 +266,19 @@ class PathFLIPInstruct(PromptEncoder):
 
     @property
     def pad_id(self) -> int:
-        """A token for padding; nothing reads it."""
+        """Token for padding; attention masks it."""
         own = self.tokenizer.pad_token_id
         return int(self.prompter.end_id if own is None else own)
 
     # -- training ---------------------------------------------------------------------------------
 
     def trainable(self, stage: Literal["projector", "all"], *, align: bool = False) -> None:
-        """Choose what trains: sets ``requires_grad`` of every parameter.
+        """Set ``requires_grad`` of every parameter for a stage.
 
         Args:
-            stage: σ alone, or all that the settings name.
-            align: Whether the vision model's own losses are trained along: then its text tower
-                trains too; otherwise what the answers do not depend on has no gradient.
+            stage: Stage of tuning: σ alone, or all that the settings name.
+            align: Whether the vision model's own losses train along: then its text tower trains
+                too; otherwise parameters that the answers do not depend on have no gradient.
         """
         self.requires_grad_(False)
         self.projector.requires_grad_(True)
@@ -296,7 +296,7 @@ class PathFLIPInstruct(PromptEncoder):
                     parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> PathFLIPInstruct:
-        """As of every module; a vision model that does not train has no dropout either."""
+        """Set training mode, as of every module; a frozen vision model keeps its dropout off."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.vision.parameters()):
             self.vision.eval()
@@ -314,18 +314,18 @@ class PathFLIPInstruct(PromptEncoder):
         group: Any = None,
         align: float = 0.0,
     ) -> InstructOutput:
-        """Loss of a batch; every slide is seen once, however many examples it has.
+        """Compute the loss of a batch; a slide is encoded once, however many examples it has.
 
         Args:
             features: [B, N, M, d_in].
             patch_mask: bool [B, N, M]; a region without a patch counts as absent.
-            examples: What to say about each slide; at least one in all.
+            examples: Instruction examples of each slide; at least one in all.
             captions: For the vision model's own losses: see
                 :meth:`pathflip.models.PathFLIP.forward`, as for the next three.
             subcaptions: K texts a slide.
             negative_choice: int64 [B, B_all].
             group: Process group of gathered negatives.
-            align: Weight of those losses; 0: they are not computed.
+            align: Weight of the vision model's own losses; 0: not computed.
 
         Raises:
             ValueError: Slides and examples are not equally many, or there is no example.
@@ -372,7 +372,7 @@ class PathFLIPInstruct(PromptEncoder):
     def _answer_log_probs(
         self, rows: Sequence[Tensor], answers: Sequence[list[int]]
     ) -> list[Tensor]:
-        """Log-probability of each token of each answer, in the order of the rows.
+        """Return the log-probability of each token of each answer, in the order of the rows.
 
         Args:
             rows: Prompt and answer without its last token [T, D].
@@ -395,7 +395,7 @@ class PathFLIPInstruct(PromptEncoder):
         return found
 
     def _states(self, rows: Sequence[Tensor], *, left: bool) -> Tensor:
-        """Last states of the language model over padded rows [R, T, D]."""
+        """Return last states of the language model over padded rows [R, T, D]."""
         embeds, mask = _padded(rows, left=left)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         states: Tensor = self.causal.model(
@@ -409,11 +409,11 @@ class PathFLIPInstruct(PromptEncoder):
     def generate(
         self, prompts: Sequence[Tensor], *, max_new_tokens: int = 512, **sampling: Any
     ) -> list[str]:
-        """Say something; greedy unless told otherwise.
+        """Generate answers; greedy unless told otherwise.
 
         Args:
-            prompts: Of :meth:`embed_prompt` [T, D].
-            max_new_tokens: Longest answer.
+            prompts: Prompt embeddings from :meth:`embed_prompt` [T, D].
+            max_new_tokens: Maximum length of an answer, in tokens.
             sampling: Other settings of ``transformers``' generation: ``num_beams``, ``do_sample``,
                 ``temperature``, ``top_p``, ``min_new_tokens``, ``repetition_penalty``.
 
@@ -429,7 +429,7 @@ class PathFLIPInstruct(PromptEncoder):
     def generate_ids(
         self, prompts: Sequence[Tensor], *, max_new_tokens: int = 512, **sampling: Any
     ) -> list[list[int]]:
-        """Token ids of :meth:`generate`, up to and without the end token."""
+        """Generate token ids of answers, up to and without the end token; see :meth:`generate`."""
         found: list[list[int]] = [[]] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         settings = {"do_sample": False, "num_beams": 1} | sampling
@@ -453,10 +453,10 @@ class PathFLIPInstruct(PromptEncoder):
     def continuation_log_probs(
         self, prompts: Sequence[Tensor], continuations: Sequence[Sequence[str]]
     ) -> list[list[tuple[float, int]]]:
-        """How likely texts are after a prompt, without an end token.
+        """Return log-probabilities of texts after a prompt, without an end token.
 
         Args:
-            prompts: Of :meth:`embed_prompt` [T, D].
+            prompts: Prompt embeddings from :meth:`embed_prompt` [T, D].
             continuations: Texts for each prompt, none of them empty.
 
         Returns:
@@ -488,10 +488,10 @@ class PathFLIPInstruct(PromptEncoder):
 
     @torch.no_grad()
     def letter_logits(self, prompts: Sequence[Tensor], letters: str | Sequence[str]) -> Tensor:
-        """Logits of letters as the next token [prompts, letters].
+        """Return logits of letters as the next token [prompts, letters].
 
         Args:
-            prompts: Of :meth:`embed_prompt` [T, D].
+            prompts: Prompt embeddings from :meth:`embed_prompt` [T, D].
             letters: Single letters.
         """
         ids = [self.prompter.text_ids(letter)[0] for letter in letters]
@@ -506,7 +506,7 @@ class PathFLIPInstruct(PromptEncoder):
 
 
 def _unseen(vision: PathFLIP) -> list[nn.Parameter]:
-    """Parameters that a slide's vectors do not depend on."""
+    """Return parameters that a slide's vectors do not depend on."""
     every = [parameter for parameter in vision.parameters() if parameter.requires_grad]
     device = vision.device
     features = torch.zeros(1, 1, 1, vision.config.feature_dim, device=device)
@@ -520,7 +520,7 @@ def _unseen(vision: PathFLIP) -> list[nn.Parameter]:
 
 
 def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows of like length together."""
+    """Group rows of similar length."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if group and lengths[i] > _MUCH_LONGER * lengths[group[0]]:
@@ -531,7 +531,7 @@ def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _padded(rows: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows padded with zeros [R, T, D] and which of it is real, int64 [R, T]."""
+    """Return rows padded with zeros [R, T, D] and their attention mask, int64 [R, T]."""
     side = "left" if left else "right"
     embeds = pad_sequence(list(rows), batch_first=True, padding_side=side)
     ones = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]

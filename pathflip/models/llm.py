@@ -1,4 +1,4 @@
-"""The base language model: a folder of ``transformers``, and the adapter of ``peft`` in it."""
+"""Base language model: loading a ``transformers`` folder, and its ``peft`` adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LORA_TARGETS = (
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Hex SHA-256 of a language model's config.json, weights and tokenizer.json.
+    """Return hex SHA-256 of a language model's config.json, weights and tokenizer.json.
 
     Raises:
         CheckpointError: It has no weights in safetensors.
@@ -58,7 +58,7 @@ def load_llm(folder: Path) -> Any:
 
 
 def with_adapter(llm: Any, config: InstructConfig) -> Any:
-    """Put an adapter that does nothing yet (LoRA, B = 0) into a language model's layers.
+    """Add a new LoRA adapter (B = 0, so without effect yet) to a language model's layers.
 
     Raises:
         ConfigError: It lacks Qwen's seven projections.
@@ -82,7 +82,7 @@ def with_adapter(llm: Any, config: InstructConfig) -> Any:
 
 
 def read_adapter(llm: Any, folder: Path) -> Any:
-    """Put a saved adapter into a language model's layers.
+    """Load a saved adapter into a language model's layers.
 
     Raises:
         CheckpointError: It is missing, damaged or of another model.

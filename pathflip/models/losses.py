@@ -1,4 +1,4 @@
-"""The two losses of PathFLIP, as functions of tensors, and the gathering they need.
+"""Slide and region loss of PathFLIP as functions of tensors, and gathering across processes.
 
 Shapes: b slides of this process, B of all processes, K sub-captions of a slide, L texts a slide is
 compared with, d joint width.
@@ -27,7 +27,7 @@ def info_nce(
     all_texts: Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
-    """Symmetric cross-entropy of slides and captions (Eq. 7-9).
+    """Compute the symmetric cross-entropy of slides and captions (Eq. 7-9).
 
     Args:
         slide: Normalised slide vectors [b, d].
@@ -36,7 +36,7 @@ def info_nce(
         label_smoothing: Share of the target spread over all candidates.
         all_slides: Candidates for the texts [B, d]; None: ``slide``.
         all_texts: Candidates for the slides [B, d]; None: ``text``.
-        offset: Where ``slide[0]`` is among the candidates.
+        offset: Position of ``slide[0]`` among the candidates.
 
     Returns:
         Scalar, the mean over slides and both directions.
@@ -60,12 +60,12 @@ def region_sigmoid(
     bias: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Sigmoid loss of text-conditioned region vectors and their texts (Eq. 6).
+    """Compute the sigmoid loss of text-conditioned region vectors and their texts (Eq. 6).
 
     Args:
         similarity: cos(v_tc, t) [b, L].
         positive: bool [b, L], whether the text is of the slide.
-        scale: η, as it multiplies.
+        scale: η, the factor of the similarity.
         bias: Added to the scaled similarity; None for none.
         reduction: ``mean`` or ``sum`` over slides, of the mean over texts.
     """
@@ -77,7 +77,7 @@ def region_sigmoid(
 
 
 def scale_of(parameter: Tensor, *, kind: str) -> Tensor:
-    """η from its parameter: itself (``raw``) or its exponential (``exp``), at most 100."""
+    """Return η of its parameter: itself (``raw``) or its exponential (``exp``), at most 100."""
     if kind == "exp":
         return parameter.clamp(max=math.log(SCALE_MAX)).exp()
     return parameter.clamp(0.0, SCALE_MAX)
@@ -86,14 +86,14 @@ def scale_of(parameter: Tensor, *, kind: str) -> Tensor:
 def region_texts(
     own: Tensor, everyone: Tensor, choice: Tensor, *, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Texts each slide is compared with: its sub-captions, and one of each other slide.
+    """Return the texts each slide is compared with: its sub-captions, one of each other slide.
 
     Args:
         own: Sub-captions of this process's slides [b, K, d].
-        everyone: Those of all slides [B, K, d].
-        choice: int64 [b, B], which of slide j's is the negative for slide i; own entries are not
-            looked at.
-        offset: Where ``own[0]`` is in ``everyone``.
+        everyone: Sub-captions of all slides [B, K, d].
+        choice: int64 [b, B], index of slide j's sub-caption that is the negative for slide i; own
+            entries are ignored.
+        offset: Position of ``own[0]`` in ``everyone``.
 
     Returns:
         Texts [b, K + B - 1, d], and which are positive [b, K + B - 1].
@@ -111,7 +111,7 @@ def region_texts(
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' tensors behind each other; gradients are summed over processes."""
+    """Concatenation of all processes' tensors; gradients are summed over processes."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: Any) -> Tensor:
@@ -129,7 +129,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(local: Tensor, group: Any = None) -> Tensor:
-    """Return the tensors of all processes behind each other [B, …], with gradients.
+    """Concatenate the tensors of all processes [B, …], with gradients.
 
     The gradient that comes back is the sum of all processes' gradients, so that when DDP averages
     the parameters' gradients, W processes get what one process gets from the whole batch.

@@ -1,4 +1,4 @@
-"""Weights of the published code, under our names.
+"""Conversion of the published code's weights to our names.
 
 The published checkpoints are not safetensors; whoever has one turns its tensors into a dictionary
 and gives them to :func:`load_official_v1`.
@@ -54,7 +54,7 @@ def load_official_v1(model: PathFLIP, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model of preset ``pathflip/official_v1`` with published weights.
 
     Args:
-        model: With the tokenizer of the published weights (BioBERT's with ``[DEC]`` added).
+        model: Model with the tokenizer of the published weights (BioBERT's with ``[DEC]`` added).
         tensors: Published names and tensors; a leading ``model.`` or ``module.`` is dropped.
 
     Raises:

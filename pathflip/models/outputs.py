@@ -1,4 +1,4 @@
-"""What the model returns.
+"""Outputs of the slide model.
 
 Shapes: B slides, N regions, M patch slots of a region, T vectors of a region, d joint width, L
 texts.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PathFLIPOutput:
-    """What a training step needs.
+    """Losses and vectors of a training step.
 
     Attributes:
         loss: Scalar to minimise.
@@ -21,7 +21,7 @@ class PathFLIPOutput:
         loss_region: Region loss (Eq. 6); 0 where there is none.
         slide: Normalised slide vectors [B, d].
         text: Normalised caption vectors [B, d].
-        scale: η as it multiplied; 0 where there is no region loss.
+        scale: η, the factor of the similarity; 0 where there is no region loss.
         bias: The bias of the region loss; 0 where there is none.
     """
 
@@ -36,7 +36,7 @@ class PathFLIPOutput:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SlideEmbedding:
-    """A slide as the model sees it.
+    """Vectors of a slide and its regions.
 
     Attributes:
         slide: L2-normalised [B, d].
@@ -56,11 +56,11 @@ class SlideEmbedding:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grounding:
-    """Where on slides texts are seen.
+    """Heat of texts on the patches of slides.
 
     Attributes:
         heat: float32 [B, L, N, M], 0 where there is no patch.
-        region: Attention of each text to each region [B, L, N], sums to 1 over regions.
+        region: Attention of each text to each region [B, L, N]; sums to 1 over regions.
         score: cos(v_tc, t) [B, L].
     """
 
@@ -71,16 +71,16 @@ class Grounding:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VisionOutput:
-    """Slides inside the model, nothing normalised.
+    """Encoded slides inside the model, nothing normalised.
 
     Attributes:
-        slide: [B, d].
+        slide: Vectors of slides [B, d].
         tokens: Vectors of regions [B, N, T, d]; None where regions were not read.
-        attention: Of those vectors to the patches of their region [B, N, T, M], 0 where masked;
-            None if not asked for.
+        attention: Attention of those vectors to the patches of their region [B, N, T, M], 0 where
+            masked; None if not asked for.
         region_mask: bool [B, N].
-        queries: Vectors of slides, one a query, whose mean is ``slide`` [B, Q, d]; None where they
-            were not asked for, or slides are made otherwise.
+        queries: Vectors of slides, one per query, whose mean is ``slide`` [B, Q, d]; None where
+            not asked for, or where slides are not read by the Q-Former.
     """
 
     slide: Tensor
@@ -90,7 +90,7 @@ class VisionOutput:
     queries: Tensor | None = None
 
     def flat(self) -> tuple[Tensor, Tensor]:
-        """Region vectors [B, N·T, d] and their mask [B, N·T]; none where there are no regions."""
+        """Return region vectors [B, N·T, d] and their mask [B, N·T]; empty without regions."""
         if self.tokens is None:
             empty = self.slide.new_zeros(len(self.slide), 0, self.slide.shape[-1])
             return empty, self.region_mask[:, :0]

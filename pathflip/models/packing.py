@@ -1,4 +1,4 @@
-"""Texts behind each other, without padding.
+"""Packed variable-length text batches, without padding.
 
 Linear maps and norms run on the tokens alone; attention runs on groups of texts of the same length
 (on GPUs, where many small calls cost more than some padding: of about the same length, padded to
@@ -23,12 +23,12 @@ _SLACK = 1.2
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Texts that attend together.
+    """Texts whose attention is computed in one call.
 
     Attributes:
-        texts: How many.
-        longest: Tokens of the longest.
-        mask: bool [texts, 1, 1, longest]; None where all have that many.
+        texts: Number of texts.
+        longest: Number of tokens of the longest.
+        mask: bool [texts, 1, 1, longest]; None where all are of that length.
     """
 
     texts: int
@@ -38,17 +38,17 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Distinct texts, sorted by length, behind each other.
+    """Distinct texts, sorted by length and concatenated.
 
     Attributes:
         ids: Token ids, int64 [T].
         positions: Position of each token in its text, int64 [T].
-        owner: Which text each token belongs to, int64 [T].
-        first: First token of each text, int64 [n].
-        lengths: Tokens of each text, int64 [n].
+        owner: Index of each token's text, int64 [T].
+        first: Index of the first token of each text, int64 [n].
+        lengths: Number of tokens of each text, int64 [n].
         groups: Texts that attend in one call, padded to the same length.
-        pad_index: Where each token is with padding, int64 [T]; None where there is no padding.
-        inverse: Which of the distinct texts each given text is, int64 [texts given].
+        pad_index: Position of each token in the padded layout, int64 [T]; None without padding.
+        inverse: Index of each given text among the distinct ones, int64 [texts given].
     """
 
     ids: Tensor
@@ -63,18 +63,18 @@ class Packed:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, dropout: float, first: bool = False
     ) -> Tensor:
-        """Self-attention within each text.
+        """Compute self-attention within each text.
 
         Args:
-            q: Queries [T, H]; with ``first`` of the first token of each text alone [n, H].
+            q: Queries [T, H]; with ``first``, those of each text's first token alone [n, H].
             k: Keys [T, H].
             v: Values [T, H].
             heads: Number of heads.
-            dropout: Of the weights.
-            first: Whether first tokens alone attend.
+            dropout: Dropout of the attention weights.
+            first: Whether only first tokens attend.
 
         Returns:
-            Of the shape of ``q``.
+            Values attended to, of the shape of ``q``.
         """
         asking = (
             torch.split(q, [group.texts for group in self.groups]) if first else self._blocks(q)
@@ -95,7 +95,7 @@ class Packed:
         return _move(seen, self.pad_index, size=None)
 
     def padded(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Values of tokens [T] with padding of zeros, by group [texts, longest]."""
+        """Return values of tokens [T] padded with zeros, by group [texts, longest]."""
         blocks = self._blocks(tokens[:, None])
         return tuple(
             block.view(group.texts, group.longest)
@@ -110,18 +110,18 @@ class Packed:
         return parts
 
     def unpadded(self, blocks: Sequence[Tensor]) -> Tensor:
-        """Values of padded tokens, by group [texts, longest, H], without padding [T, H]."""
+        """Return values of padded tokens, by group [texts, longest, H], without padding [T, H]."""
         x = torch.cat([block.flatten(0, 1) for block in blocks])
         return x if self.pad_index is None else _move(x, self.pad_index, size=None)
 
     def mean(self, states: Tensor) -> Tensor:
-        """Mean over the tokens of each text [T, H] -> [n, H]."""
+        """Return the mean over the tokens of each text [T, H] -> [n, H]."""
         sums = states.new_zeros(len(self.lengths), states.shape[-1])
         return sums.index_add(0, self.owner, states) / self.lengths[:, None]
 
 
 class _Move(torch.autograd.Function):
-    """Rows to other places, or back; no two to the same, so that no gradient has to be added up."""
+    """Permutation of rows to distinct places, or back, so that gradients need no accumulation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, size: int | None) -> Tensor:
@@ -143,7 +143,7 @@ def _put(x: Tensor, places: Tensor, size: int | None) -> Tensor:
 
 
 def _move(x: Tensor, places: Tensor, *, size: int | None) -> Tensor:
-    """Row i to ``places[i]`` of ``size`` rows; or with no size, from ``places[i]`` to i."""
+    """Move row i to ``places[i]`` of ``size`` rows; without a size, from ``places[i]`` to i."""
     out: Tensor = _Move.apply(x, places, size)  # type: ignore[no-untyped-call]
     return out
 
@@ -157,10 +157,10 @@ def pack(
     """Pack tokenised texts.
 
     Args:
-        texts: Token ids of each, at least one token each.
-        device: Where to.
-        slack: A group's longest text has at most so many times the tokens of its shortest; None:
-            what suits the device.
+        texts: Token ids of each text, at least one each.
+        device: Device of the tensors.
+        slack: Maximum ratio of a group's longest text to its shortest, in tokens; None: by
+            device.
     """
     if slack is None:
         slack = 1.0 if torch.device(device).type == "cpu" else _SLACK

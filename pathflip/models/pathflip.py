@@ -1,4 +1,4 @@
-"""PathFLIP: slides and captions in one space, regions that answer to sentences.
+"""PathFLIP: slides and captions in one embedding space, with text-conditioned regions.
 
 Read in this order: :meth:`PathFLIP.forward` (losses of a batch),
 :meth:`PathFLIP.encode_regions` (slides), :meth:`PathFLIP.embed` (texts), :meth:`PathFLIP.ground`.
@@ -42,11 +42,11 @@ Texts = Sequence[str] | Sequence[Sequence[int]]
 
 
 class PathFLIP(nn.Module):
-    """Two towers and the attention between them.
+    """Slide tower, text tower, and text-conditioned attention over regions (arXiv 2512.17621).
 
     Args:
-        config: The switches.
-        tokenizer: A ``transformers`` tokenizer.
+        config: Settings of the model.
+        tokenizer: Tokenizer of ``transformers``.
         text_config: Configuration of the text tower's ``transformers`` model, where its weights are
             loaded afterwards; None: they come from ``config.text_model`` or are drawn.
     """
@@ -141,12 +141,12 @@ class PathFLIP(nn.Module):
         texts: Sequence[str] | None = None,
         **overrides: Any,
     ) -> PathFLIP:
-        """Make an untrained model.
+        """Build an untrained model.
 
         Args:
             name: ``pathflip/paper``, ``pathflip/official_v1`` or ``pathflip/mini``.
             feature_dim: Width of the patch features.
-            tokenizer: For a text tower from scratch; for others it comes with ``text_model``.
+            tokenizer: Tokenizer of a text tower from scratch; others have that of ``text_model``.
             texts: Captions to train that tokenizer on instead.
             overrides: Other settings of :class:`PathFLIPConfig`.
 
@@ -184,7 +184,7 @@ class PathFLIP(nn.Module):
         """Load a model from a folder or the hub, in evaluation mode, on the CPU.
 
         Args:
-            source: What :meth:`save_pretrained` wrote, or ``owner/name`` on the hub.
+            source: Folder that :meth:`save_pretrained` wrote, or ``owner/name`` on the hub.
 
         Raises:
             CheckpointError: A file is missing, damaged or does not fit; says which.
@@ -205,7 +205,7 @@ class PathFLIP(nn.Module):
         Args:
             name: ``owner/name``, made if it does not exist.
             private: Whether a new repository is private.
-            token: Access token; None: the one that is logged in.
+            token: Access token; None: that of the logged-in user.
 
         Returns:
             Its address.
@@ -213,7 +213,7 @@ class PathFLIP(nn.Module):
         return hub.push(self, name, private=private, token=token)
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of configuration, vocabulary and weights; saving and loading keep it."""
+        """Return hex SHA-256 of configuration, vocabulary, weights; saving and loading keep it."""
         digest = hashlib.sha256()
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         settings = asdict(self.config)
@@ -227,12 +227,12 @@ class PathFLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.text_out.weight.device
 
     @torch.no_grad()
     def fit_normalization(self, features: Tensor) -> None:
-        """Take the statistics of patch features, for ``feature_norm``; does nothing without it.
+        """Fit ``feature_norm`` to patch features; do nothing where the setting is off.
 
         Args:
             features: A sample of the training slides' patches [n, d_in].
@@ -263,14 +263,13 @@ class PathFLIP(nn.Module):
         negative_choice: Tensor | None = None,
         group: Any = None,
     ) -> PathFLIPOutput:
-        """Losses of a batch.
+        """Compute the losses of a batch.
 
         Args:
-            features: Patch features [B, N, M, d_in]; what masked slots hold does not matter, as
-                long as it is finite.
+            features: Patch features [B, N, M, d_in]; masked slots may hold any finite value.
             patch_mask: bool [B, N, M]; a region without a patch counts as absent.
-            captions: One text a slide, or its token ids.
-            subcaptions: K texts a slide, or their token ids.
+            captions: One text per slide, or its token ids.
+            subcaptions: K texts per slide, or their token ids.
             negative_choice: int64 [B, B_all], which of slide j's K sub-captions is the negative for
                 slide i of this process; None draws them. B_all is B, or with gathered negatives the
                 slides of all processes, by rank.
@@ -286,7 +285,7 @@ class PathFLIP(nn.Module):
         )
 
     def training_mask(self, patch_mask: Tensor) -> Tensor:
-        """The patches a training step sees: without those that ``patch_dropout`` hides."""
+        """Return the mask of patches without those that ``patch_dropout`` hides in training."""
         if self.training and self.config.patch_dropout:
             return _hide_patches(patch_mask, self.config.patch_dropout)
         return patch_mask
@@ -300,7 +299,7 @@ class PathFLIP(nn.Module):
         negative_choice: Tensor | None = None,
         group: Any = None,
     ) -> PathFLIPOutput:
-        """Losses of encoded slides; the arguments are those of :meth:`forward`."""
+        """Compute losses of encoded slides; the arguments are those of :meth:`forward`."""
         return alignment.align(
             self, sight, captions, subcaptions, negative_choice=negative_choice, group=group
         )
@@ -308,7 +307,7 @@ class PathFLIP(nn.Module):
     # -- slides -----------------------------------------------------------------------------------
 
     def patches(self, features: Tensor) -> Tensor:
-        """Patch features as the encoders read them [..., d_in] -> [..., d_e]."""
+        """Normalise and project patch features [..., d_in] -> [..., d_e]."""
         x = features.to(self.text_out.weight.dtype)
         if self.config.feature_norm != "none":
             with torch.autocast(x.device.type, enabled=False):
@@ -326,14 +325,14 @@ class PathFLIP(nn.Module):
         attention: bool = False,
         queries: bool = False,
     ) -> VisionOutput:
-        """Raw vectors of slides and their regions.
+        """Compute raw vectors of slides and their regions.
 
         Args:
             features: [B, N, M, d_in].
             patch_mask: bool [B, N, M].
-            regions: Whether regions are wanted; where slides are made of them they are read anyway.
-            attention: Whether their attention to patches is wanted.
-            queries: Whether a slide's vectors are wanted too, one a query, before their mean.
+            regions: Whether to return regions; where slides depend on them, they are read anyway.
+            attention: Whether to return the regions' attention to patches.
+            queries: Whether to return also a slide's vectors per query, before their mean.
         """
         config = self.config
         patches = self.patches(features)
@@ -383,7 +382,7 @@ class PathFLIP(nn.Module):
     def _read(
         self, patches: Tensor, mask: Tensor, *, regions: bool, slide: bool, attention: bool
     ) -> QFormerOutput:
-        """The Q-Former; where no gradient is wanted, some regions at a time."""
+        """Run the Q-Former; without gradients, some regions at a time."""
         batch, num = mask.shape[:2]
         if torch.is_grad_enabled() or not regions or batch * num <= SEQUENCES_AT_ONCE:
             seen: QFormerOutput = self.qformer(
@@ -422,7 +421,7 @@ class PathFLIP(nn.Module):
 
     @torch.no_grad()
     def encode_slide(self, features: Tensor, patch_mask: Tensor) -> SlideEmbedding:
-        """Encode slides; any number of regions.
+        """Encode slides of any number of regions.
 
         Args:
             features: [B, N, M, d_in].
@@ -450,7 +449,7 @@ class PathFLIP(nn.Module):
     # -- texts ------------------------------------------------------------------------------------
 
     def embed(self, captions: Texts, subcaptions: Texts = ()) -> Tensor:
-        """Raw vectors of texts, in one pass, each distinct one encoded once.
+        """Compute raw vectors of texts in one pass; each distinct text is encoded once.
 
         Args:
             captions: Texts or token ids, cut at ``max_text_tokens``.
@@ -471,7 +470,7 @@ class PathFLIP(nn.Module):
         return vectors[packed.inverse]
 
     def _tokens(self, texts: Texts, *, most: int) -> list[list[int]]:
-        """Token ids of texts, cut to ``most``; what is tokenised already is only cut."""
+        """Return token ids of texts, cut to ``most``; those already tokenised are only cut."""
         strings = [text for text in texts if isinstance(text, str)]
         if strings and len(strings) < len(texts):
             raise ValueError("texts are strings or token ids, not some of each")
@@ -488,12 +487,12 @@ class PathFLIP(nn.Module):
     def encode_text(
         self, texts: Sequence[str], *, batch_size: int = 256, normalize: bool = True
     ) -> Tensor:
-        """Encode texts; what is longer than ``max_text_tokens`` is cut.
+        """Encode texts, cut to ``max_text_tokens``.
 
         Args:
-            texts: What to encode.
-            batch_size: Texts at once.
-            normalize: Whether to L2-normalise; :meth:`local_scores` wants them raw.
+            texts: Texts to encode.
+            batch_size: Number of texts at a time.
+            normalize: Whether to L2-normalise; :meth:`local_scores` takes raw vectors.
 
         Returns:
             [n, d].
@@ -508,10 +507,10 @@ class PathFLIP(nn.Module):
 
     @torch.no_grad()
     def local_scores(self, slide: SlideEmbedding, text_raw: Tensor) -> Tensor:
-        """cos(v_tc(t), t) of slides and texts (Eq. 5) [B, L].
+        """Compute cos(v_tc(t), t) of slides and texts (Eq. 5) [B, L].
 
         Args:
-            slide: Of :meth:`encode_slide`.
+            slide: Output of :meth:`encode_slide`.
             text_raw: Text vectors that are not normalised [L, d].
         """
         self._need_regions()
@@ -531,17 +530,17 @@ class PathFLIP(nn.Module):
         variant: grounding.Variant = "attn",
         contrast: str | None = None,
     ) -> Grounding:
-        """Find texts on slides.
+        """Compute heat of texts on the patches of slides.
 
         Args:
             features: [B, N, M, d_in].
             patch_mask: bool [B, N, M].
-            texts: What to look for [L].
+            texts: Texts to look for [L].
             variant: ``attn``: attention of the text to region vectors times theirs to patches, sums
                 to 1 over a slide. ``region_only``: the first alone, shared evenly in a region.
                 ``cosine``: cosine of text and region vectors, at each patch the mean over those
                 vectors by their attention to it. ``product``: attn times the positive cosine.
-            contrast: A neutral text, say "tissue", whose heat is taken off.
+            contrast: A neutral text, say "tissue", whose heat is subtracted.
 
         Raises:
             ConfigError: The model has no regions, or there is no such variant.
@@ -586,6 +585,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _hide_patches(mask: Tensor, share: float) -> Tensor:
-    """Hide patches at random; a region keeps its own where it would lose all."""
+    """Hide patches at random, except in regions that would lose all of theirs."""
     kept = mask & (torch.rand(mask.shape, device=mask.device) >= share)
     return torch.where(kept.any(-1, keepdim=True), kept, mask)

@@ -1,4 +1,4 @@
-"""What stands before the language model: vision, projector, tokenizer, embedding table.
+"""Prompt embeddings for the language model: slide model, projector, token embeddings.
 
 :class:`PromptEncoder` turns a slide and a conversation into the prompt embeddings a language model
 reads. It holds no language model, so that an engine that has one of its own (vLLM) needs no second.
@@ -34,21 +34,21 @@ class InstructConfig:
     """Settings of an instruction model; the defaults are the paper's, LoRA the published code's.
 
     Attributes:
-        prefix: What of a slide the language model reads, each vector through σ (Eq. 11).
+        prefix: Vectors of a slide that the language model reads, each through σ (Eq. 11).
             ``queries``: every query vector of slide and regions, (1 + N)·Q. ``mean``: their means,
             1 + N (published code). ``joined``: σ reads the query vectors of the slide, or of a
             region, side by side, 1 + N.
-        template: How slide and question are laid out: see
+        template: Layout of slide and question: see
             :class:`pathflip.models.chat_template.Prompter`.
-        llm_tuning: What of the language model trains: an adapter, nothing, or all of it.
+        llm_tuning: Part of the language model that trains: an adapter, none, or all of it.
         lora_r: Rank of the adapter.
-        lora_alpha: Its scale, times the rank.
-        lora_dropout: Its dropout.
+        lora_alpha: Scale of the adapter, times the rank.
+        lora_dropout: Dropout of the adapter.
         train_vision: Whether the vision model trains.
-        choice_answer: What answers a question with options: the letter and the text of one, or its
-            text alone, which is what a small model trained from scratch can learn. Choices are
-            scored accordingly unless one asks for another way.
-        projector_start: How σ begins: ``random``, or from ``text``: see
+        choice_answer: Form of the answer to a question with options: the letter and the text of
+            one, or its text alone, as a small model trained from scratch can learn. Choices are
+            scored accordingly unless another way is asked for.
+        projector_start: Initialisation of σ: ``random``, or from ``text``: see
             :func:`pathflip.models.data_init.start_projector`.
     """
 
@@ -76,13 +76,13 @@ class InstructConfig:
 
 
 class PromptEncoder(nn.Module):
-    """Slides and conversations as prompt embeddings.
+    """Encoder of slides and conversations into prompt embeddings.
 
     Args:
         vision: The vision model.
-        tokenizer: Of the language model.
-        embedding: Its embedding table.
-        config: The switches.
+        tokenizer: Tokenizer of the language model.
+        embedding: Embedding table of the language model.
+        config: Settings of the instruction model.
 
     Raises:
         ConfigError: The vision model has no such prefix, or the tokenizer no such template.
@@ -105,11 +105,11 @@ class PromptEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, llm: str | Path) -> PromptEncoder:
-        """Load the front of an instruction model, in evaluation mode, on the CPU.
+        """Load the prompt encoder of an instruction model, in evaluation mode, on the CPU.
 
         Args:
-            folder: What ``PathFLIPInstruct.save_pretrained`` wrote.
-            llm: The merged language model it goes with; only tokenizer and embedding are read.
+            folder: Folder that ``PathFLIPInstruct.save_pretrained`` wrote.
+            llm: Its merged language model; only tokenizer and embedding are read.
 
         Raises:
             CheckpointError: A file is missing or damaged, or the two do not belong together.
@@ -135,7 +135,7 @@ class PromptEncoder(nn.Module):
         return front.eval()
 
     def _own_embedding(self) -> None:
-        """Make the table move with this module, where no language model holds it."""
+        """Register the embedding table with this module, where no language model holds it."""
         self.embedding_table = self._embedding[0]
 
     @property
@@ -153,11 +153,11 @@ class PromptEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.projector.weight.device
 
     def visual_prefix(self, features: Tensor, patch_mask: Tensor) -> list[Tensor]:
-        """A slide's prefix: its own vectors, then its regions', through σ (Eq. 11).
+        """Return a slide's prefix: its own vectors, then its regions', through σ (Eq. 11).
 
         Args:
             features: [B, N, M, d_in].
@@ -172,7 +172,7 @@ class PromptEncoder(nn.Module):
         )
 
     def project(self, sight: VisionOutput) -> list[Tensor]:
-        """The prefixes of slides the vision model has seen [P_b, D]."""
+        """Return the prefixes of encoded slides [P_b, D]."""
         slides, regions = sight.slide[:, None], sight.tokens
         if self.config.prefix != "mean":
             slides = slides if sight.queries is None else sight.queries
@@ -193,7 +193,7 @@ class PromptEncoder(nn.Module):
     def prompt_ids(
         self, messages: Messages, *, kind: Kind = "question"
     ) -> tuple[list[int], list[int]]:
-        """Token ids before and after the slide: see
+        """Return token ids before and after the slide: see
         :meth:`pathflip.models.chat_template.Prompter.prompt_ids`.
         """  # noqa: D205
         return self.prompter.prompt_ids(messages, kind=kind)
@@ -206,26 +206,26 @@ class PromptEncoder(nn.Module):
         kind: Kind = "question",
         answer_start: str = "",
     ) -> Tensor:
-        """What the language model reads: prompt and slide [T, D].
+        """Return the language model's input embeddings: prompt and slide [T, D].
 
         Args:
             prefix: Vectors from :meth:`visual_prefix` [P, D].
             messages: See :meth:`prompt_ids`.
-            kind: Which template of official_v1.
-            answer_start: What the answer is made to begin with.
+            kind: Template of official_v1.
+            answer_start: Text that the answer is made to begin with.
         """
         before, after = self.prompt_ids(messages, kind=kind)
         return self.embed_ids(prefix, before, after + self.prompter.text_ids(answer_start))
 
     def embed_ids(self, prefix: Tensor, before: list[int], after: list[int]) -> Tensor:
-        """A slide between token ids, embedded [T, D]."""
+        """Embed token ids with a slide between them [T, D]."""
         ids = torch.tensor(before + after, dtype=torch.long, device=prefix.device)
         words = self.embedding(ids)
         return torch.cat([words[: len(before)], prefix.to(words.dtype), words[len(before) :]])
 
 
 def prefix_width(vision: PathFLIP, config: InstructConfig) -> int:
-    """Width of what σ reads.
+    """Return the input width of σ.
 
     Raises:
         ConfigError: Slide and regions have different numbers of vectors to be joined.
@@ -319,7 +319,7 @@ def read_projector(projector: nn.Linear, folder: Path) -> None:
 
 
 def _read_embedding(folder: Path) -> Tensor:
-    """The embedding table of a language model, without the rest of it."""
+    """Return the embedding table of a language model, without loading the rest of it."""
     from safetensors import SafetensorError, safe_open
 
     name = "model.embed_tokens.weight"

@@ -1,4 +1,4 @@
-"""The Q-Former: a few latent queries read many patches.
+"""Q-Former: latent queries that attend to patches (BLIP-2).
 
 A BERT encoder over the queries whose even layers also attend to patches. Two things are done
 differently from BLIP-2's, with the same result (tests/unit/models/test_qformer.py holds it against
@@ -33,7 +33,7 @@ KEYS_AT_ONCE = 16384
 
 
 class QFormerOutput(NamedTuple):
-    """What the queries saw.
+    """Query states of regions and slides, with attention.
 
     Attributes:
         regions: [B, N, Q, H], or None if not asked for.
@@ -48,21 +48,20 @@ class QFormerOutput(NamedTuple):
 
 
 class QFormer(nn.Module):
-    """Latent queries, regions and slide in one pass; optionally the text branch of BLIP-2.
+    """Q-Former over regions and slide in one pass; optionally with the text branch of BLIP-2.
 
     Args:
-        hidden: H.
+        hidden: H, width of the states.
         layers: Number of layers.
-        heads: A.
+        heads: A, number of attention heads.
         ffn: Width inside the feed-forward blocks.
-        patch_width: E.
+        patch_width: E, width of the patches.
         cross_every: Cross-attention in layers 0, cross_every, 2·cross_every, …
-        dropout: Of states and attention weights.
-        vocab_size: Entries of the text branch; 0 for none.
-        max_positions: Longest text in tokens.
-        eps: Of the layer norms.
-        recompute: Whether cross-attention and GELUs keep only what goes into them for the
-            gradient.
+        dropout: Dropout of states and attention weights.
+        vocab_size: Number of tokens of the text branch; 0 for no text branch.
+        max_positions: Maximum length of a text, in tokens.
+        eps: Epsilon of the layer norms.
+        recompute: Whether cross-attention and GELUs keep only their inputs for the gradient.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class QFormer(nn.Module):
         slide: bool = True,
         attention: bool = False,
     ) -> QFormerOutput:
-        """Read regions and slide.
+        """Encode regions and slide.
 
         Args:
             queries: Latent queries [Q, H].
@@ -164,7 +163,7 @@ def _init(module: nn.Module) -> None:
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention where it has one, feed-forward; norms behind each."""
+    """Q-Former layer: self-attention, optional cross-attention, feed-forward; norm after each."""
 
     def __init__(
         self,
@@ -275,7 +274,7 @@ class FeedForward(nn.Module):
 
 
 def feed_forward(x: Tensor, up: nn.Module, down: nn.Module, *, recompute: bool) -> Tensor:
-    """``down(gelu(up(x)))``; what comes out of the GELU is kept for the gradient, or made again."""
+    """Compute ``down(gelu(up(x)))``; optionally recompute the GELU's output for the gradient."""
     inner = up(x)
     if recompute and torch.is_grad_enabled():
         out: Tensor = _GeluDown.apply(inner, down.weight, down.bias)  # type: ignore[no-untyped-call]
@@ -285,7 +284,7 @@ def feed_forward(x: Tensor, up: nn.Module, down: nn.Module, *, recompute: bool) 
 
 
 class _GeluDown(torch.autograd.Function):
-    """``F.linear(F.gelu(x), weight, bias)`` that keeps x alone."""
+    """``F.linear(F.gelu(x), weight, bias)`` that saves only x for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -302,7 +301,7 @@ class _GeluDown(torch.autograd.Function):
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to patches, which stay as they are; with residual and norm.
+    """Cross-attention of queries to patches used as keys and values; with residual and norm.
 
     ``key`` and ``value`` hold the weights that would be applied to patches.
     """
@@ -360,7 +359,7 @@ class CrossAttention(nn.Module):
 
 
 def _kept_or_again(run: Callable[[Tensor], Tensor], x: Tensor, *, again: bool) -> Tensor:
-    """``run(x)``; what is between is kept for the gradient, or made again for it."""
+    """Compute ``run(x)``; optionally checkpoint its activations."""
     if not again or not torch.is_grad_enabled():
         return run(x)
     out: Tensor = checkpoint(run, x, use_reentrant=False)
@@ -368,7 +367,7 @@ def _kept_or_again(run: Callable[[Tensor], Tensor], x: Tensor, *, again: bool) -
 
 
 class _Reader:
-    """The patches of a batch, and attention over them by region and by slide."""
+    """Attention over the patches of a batch, by region and by slide."""
 
     def __init__(self, patches: Tensor, mask: Tensor, *, regions: bool, slide: bool) -> None:
         self.batch, self.num, self.slots, self.width = patches.shape
@@ -442,7 +441,7 @@ def _attend(
     dropout: float,
     keep: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention whose keys are its values: [n, rows, E], [n, keys, E] -> [n, rows, E]."""
+    """Compute attention whose keys are its values: [n, rows, E], [n, keys, E] -> [n, rows, E]."""
     scores = torch.bmm(asked, keys.transpose(1, 2))
     if bias is not None:
         scores = scores + bias
@@ -457,7 +456,7 @@ def _attend(
 
 
 def _attend_in_parts(asked: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """The same, some keys at a time: the scores of all of them never exist together."""
+    """Compute :func:`_attend` some keys at a time, so that memory for scores stays bounded."""
     seen = torch.zeros_like(asked)
     best = torch.full(asked.shape[:2], -torch.inf, dtype=asked.dtype, device=asked.device)
     total = torch.zeros_like(best)

@@ -1,4 +1,4 @@
-"""Batches of slides that differ in their number of regions."""
+"""Padding of slides that differ in their number of regions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small Qwen3 from scratch, for where no weights can be had: the real classes, learning for real.
+"""A small Qwen3 trained from scratch, for machines that cannot download weights.
 
 The model is ``transformers``' Qwen3 with its own byte-level BPE tokenizer, Qwen's chat tokens and a
 chat template that renders as Qwen3's does. It learns to read before it is shown slides: where later
@@ -71,7 +71,7 @@ class Asked(Protocol):
 
     @property
     def question(self) -> str:
-        """Without its options."""
+        """The question without its options."""
         ...
 
     @property
@@ -81,7 +81,7 @@ class Asked(Protocol):
 
     @property
     def answer(self) -> str:
-        """The text of the right one."""
+        """The text of the right answer."""
         ...
 
 
@@ -91,21 +91,21 @@ class SmallLLMConfig:
 
     Attributes:
         hidden: Width.
-        layers: Layers.
-        heads: Attention heads.
-        kv_heads: Heads of keys and values.
+        layers: Number of layers.
+        heads: Number of attention heads.
+        kv_heads: Number of key and value heads.
         head_dim: Width of a head; vLLM wants 32, 64 or more.
         ffn: Width inside the feed-forward blocks.
-        vocab_size: Most pieces of the tokenizer.
-        max_positions: Longest prompt and answer together, in tokens.
-        epochs: Times every text is read.
-        batch_size: Texts in a step.
-        turns: Most questions about a text in an epoch, its description apart.
-        mixed: Descriptions of sentences thrown together from any texts, for each text and epoch:
-            what they say can only be read, and what is rare is frequent in them.
-        noise: Most that is added to vectors of regions, in standard deviations of sentences'.
-        lr: Highest learning rate; it warms up over a tenth of the steps and falls to nothing.
-        seed: Of everything drawn.
+        vocab_size: Maximum number of pieces of the tokenizer.
+        max_positions: Maximum length of prompt and answer together, in tokens.
+        epochs: Number of passes over the texts.
+        batch_size: Number of texts in a step.
+        turns: Maximum number of questions about a text in an epoch, besides its description.
+        mixed: Number of descriptions mixed from sentences of any texts, for each text and epoch:
+            they cannot be guessed, only read, and rare sentences are frequent in them.
+        noise: Maximum noise added to vectors of regions, in standard deviations of sentences'.
+        lr: Peak learning rate; it warms up over a tenth of the steps and falls to zero.
+        seed: Seed of all draws.
     """
 
     hidden: int = 128
@@ -153,11 +153,11 @@ def make(
 
     Args:
         texts: Captions of training slides; those without a sentence are left out.
-        folder: Where to write: config.json, model.safetensors, the tokenizer's files.
+        folder: Output folder: config.json, model.safetensors, the tokenizer's files.
         config: The settings; None: the defaults.
-        questions: About each text; None: only those made of the texts themselves.
-        vision: The slide model it is going to read; None: any.
-        progress: Called now and then.
+        questions: Questions about each text; None: only those made of the texts themselves.
+        vision: Slide model whose vectors it learns to read; None: any.
+        progress: Called with the progress now and then.
         dry_run: Check everything and train nothing; only ``texts`` and ``questions`` are returned.
 
     Returns:
@@ -226,7 +226,7 @@ def make(
 
 
 def _made_before(folder: Path, made_of: str) -> dict[str, Any]:
-    """What is known of a model made before, if it is this one."""
+    """Return the record of a model made before, if it is the one asked for."""
     try:
         note = verify_whole(folder)
     except CheckpointError as error:
@@ -245,7 +245,7 @@ def _made_before(folder: Path, made_of: str) -> dict[str, Any]:
 
 
 def made_to_read(folder: str | Path) -> str | None:
-    """Fingerprint of the slide model a language model was made to read; None for any other."""
+    """Return the fingerprint of the slide model a language model learned to read, or None."""
     try:
         return cast("str | None", read_note(folder).get("vision"))
     except CheckpointError:  # not made here
@@ -289,7 +289,7 @@ def make_from_archive(
     vision: PathFLIP | None = None,
     progress: Report | None = None,
 ) -> dict[str, Any]:
-    """:func:`make` of what :func:`gather` finds."""
+    """Train a small language model on an archive: :func:`make` of the data of :func:`gather`."""
     texts, questions = gather(archive)
     return make(texts, folder, config, questions=questions, vision=vision, progress=progress)
 
@@ -298,8 +298,8 @@ def train_bpe(texts: Sequence[str], *, vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer with Qwen's rules and chat tokens.
 
     Args:
-        texts: What it shall write shortly; anything else it writes in more pieces.
-        vocab_size: Most pieces; the 256 bytes are always in.
+        texts: Texts whose frequent words become single tokens.
+        vocab_size: Maximum number of pieces; the 256 bytes are always included.
 
     Returns:
         A ``transformers`` Qwen2 tokenizer (Qwen3 has no class of its own).
@@ -438,7 +438,7 @@ def _train(
 def lesson(
     own: Sequence[str], asked: Sequence[Asked], most: int, rng: np.random.Generator
 ) -> list[Example]:
-    """What is asked about a text, and what it says."""
+    """Return the training examples of a text: questions and descriptions, with answers."""
     turns = [
         question_example(asked[j].question, (), asked[j].answer)
         for j in rng.permutation(len(asked))[:most].tolist()
@@ -447,7 +447,7 @@ def lesson(
 
 
 def _said(llm: Any, prompter: Prompter, own: Sequence[str], turned: Turned) -> torch.Tensor:
-    """Vectors of sentences [n, D]: as they were turned, or else the means of their words."""
+    """Return sentence vectors [n, D]: rotated ones, or else the means of their words."""
     if turned:
         return torch.stack([turned[text] for text in own])
     return words_of(llm.get_input_embeddings().weight, prompter, own)
@@ -457,7 +457,7 @@ def _said(llm: Any, prompter: Prompter, own: Sequence[str], turned: Turned) -> t
 def turned_to_words(
     llm: Any, prompter: Prompter, every: Sequence[str], seen: torch.Tensor
 ) -> tuple[Turned, torch.Tensor]:
-    """Sentences as the slide model's vectors, turned to where their words are; and their centre.
+    """Return the slide model's sentence vectors, rotated onto their words, and their centre.
 
     Args:
         llm: The language model as it is now.
@@ -479,13 +479,13 @@ def turned_to_words(
 def as_regions(
     said: torch.Tensor, centre: torch.Tensor, noise: float, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Sentences as a slide shows them: each in one or more regions, of which some show several.
+    """Place sentence vectors in regions as on a slide: some in several, some together.
 
     Args:
         said: Vectors of sentences [n, D].
-        centre: Mean of such vectors [D]: what a region shows in which there is nothing.
-        noise: Most that is added, in standard deviations of the sentences.
-        rng: Where they are.
+        centre: Mean of such vectors [D]: the vector of a region that shows nothing.
+        noise: Maximum noise, in standard deviations of the sentences.
+        rng: Generator of the placement.
 
     Returns:
         Vectors of regions [R, D], R between n / 2 and 3 n / 2.
@@ -516,7 +516,7 @@ def _row(llm: Any, prompter: Prompter, vectors: torch.Tensor, example: Example, 
 
 
 def _loss(llm: Any, rows: Sequence[Row]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens; answers and captions are padded apart."""
+    """Compute the mean cross-entropy of the answers' tokens; captions are padded apart."""
     total = rows[0][0].new_zeros(())
     by_length = sorted(rows, key=lambda row: len(row[0]))
     shortest = len(by_length[0][0])

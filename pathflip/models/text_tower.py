@@ -18,11 +18,11 @@ from pathflip.models.qformer import feed_forward
 
 
 class TextTower(nn.Module):
-    """Encodes packed texts; see :func:`build_tower` for where the weights come from.
+    """BERT-family encoder of packed texts; see :func:`build_tower` for its weights.
 
     Args:
         bert: A ``transformers`` encoder.
-        recompute: Whether a BERT keeps less for the gradient; see
+        recompute: Whether GELU outputs of a BERT are recomputed for the gradient; see
             :func:`pathflip.models.qformer.feed_forward`.
     """
 
@@ -41,7 +41,7 @@ class TextTower(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """Longest text in tokens."""
+        """Maximum length of a text, in tokens."""
         about = self.bert.config
         most = int(getattr(about, "max_position_embeddings", 512))
         # The RoBERTas count positions from behind the padding's.
@@ -100,8 +100,8 @@ def build_tower(
     """Build the tower of a configuration.
 
     Args:
-        config: The model's.
-        vocab_size: Entries of its tokenizer.
+        config: Configuration of the model.
+        vocab_size: Number of tokens of its tokenizer.
         text_config: Configuration of the ``transformers`` model, where its weights come later;
             None: they come from ``config.text_model``, or are drawn.
     """
