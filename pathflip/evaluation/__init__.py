@@ -1,4 +1,4 @@
-"""What a pretrained model can do, measured: retrieval, zero-shot classification, grounding.
+"""Evaluation of models: retrieval, zero-shot classification, grounding, answers, captions.
 
 Read :mod:`~pathflip.evaluation.encode` first: one pass over the slides feeds every suite. Then
 :mod:`~pathflip.evaluation.retrieval`, :mod:`~pathflip.evaluation.zeroshot` (its prompts are those

@@ -22,12 +22,12 @@ LEVEL = 0.95
 def patient_weights(
     patients: Sequence[str | None], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> NDArray[np.float64]:
-    """How often each slide is drawn in each resample [R, n].
+    """Return the number of times each slide is drawn in each resample [R, n].
 
     Args:
         patients: Patient of each slide [n]; a slide of no known patient counts as its own.
-        resamples: R.
-        seed: The same seed draws the same.
+        resamples: R, number of resamples.
+        seed: Seed of the draws.
     """
     names = [f"patient {p}" if p else f"slide {i}" for i, p in enumerate(patients)]
     _, of = np.unique(np.asarray(names, dtype=str), return_inverse=True)
@@ -39,7 +39,7 @@ def patient_weights(
 
 
 def interval(values: ArrayLike, *, level: float = LEVEL) -> list[float] | None:
-    """[low, high] percentile interval of resampled values [R].
+    """Return the percentile interval [low, high] of resampled values [R].
 
     Resamples without a value (NaN: a class was not drawn) are left out; None if all are.
     """
@@ -52,7 +52,7 @@ def interval(values: ArrayLike, *, level: float = LEVEL) -> list[float] | None:
 
 
 def auc(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None = None) -> NDArray[Any]:
-    """Area under the ROC curve for each row of weights; ties count half.
+    """Return the area under the ROC curve for each row of weights; ties count half.
 
     Args:
         scores: [n], higher is more positive.
@@ -81,7 +81,7 @@ def auc(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None = None
 def balanced_accuracy(
     predicted: ArrayLike, truth: ArrayLike, weights: ArrayLike | None = None
 ) -> NDArray[Any]:
-    """Mean over classes of the share of each class that is found, per row of weights [R].
+    """Return the mean over classes of recall, for each row of weights [R].
 
     Classes without weight are left out of the mean, as scikit-learn does.
     """
@@ -99,7 +99,7 @@ def balanced_accuracy(
 
 
 def weighted_mean(values: ArrayLike, weights: ArrayLike) -> NDArray[Any]:
-    """Mean of [n] values under each row of [R, n] weights; NaN where a row has no weight."""
+    """Return the mean of [n] values under each row of [R, n] weights; NaN without any weight."""
     values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
     total = weights.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,4 +1,4 @@
-"""Captions a model writes against those that came with the slides.
+"""Evaluation of generated captions against the slides' own.
 
 BLEU-1/2/3 are sacrebleu's over the corpus on its 13a tokens, without smoothing; ROUGE-L is the mean
 F of rouge_score without stemming; similarity is the mean cosine of a sentence-embedding model, or,
@@ -46,8 +46,8 @@ def caption_metrics(
     """Measure captions against references, text i against text i.
 
     Args:
-        predicted: What the model wrote [n].
-        reference: What came with the slides [n].
+        predicted: Captions of the model [n].
+        reference: Captions of the slides [n].
         embed: Sentence embeddings; without, ``tfidf_similarity`` takes their place.
 
     Returns:
@@ -102,18 +102,18 @@ def evaluate_captions(
     """Caption the slides of a split that have a caption, and measure.
 
     Args:
-        archive: Where slides, features and captions are.
-        run: The run the captions are of.
-        answerer: Writes them, greedily; may be left out where they are given.
+        archive: Archive with slides, features and captions.
+        run: Run whose captions are measured.
+        answerer: Model that writes them, greedily; may be left out where they are given.
         predictions: {slide: caption} that was written already, by ``pathflip caption --out`` or
             under other names of the slides.
-        split: Which slides; ``all`` for every one.
-        source: Whose captions to measure against; by default the first each slide has.
+        split: Split to measure; ``all`` for every slide.
+        source: Source of the reference captions; by default the first each slide has.
         embed: See :func:`caption_metrics`.
-        max_new_tokens: Where a caption stops at the latest.
-        resamples: Bootstrap over patients, 0 for no intervals.
-        seed: Of the bootstrap.
-        progress: Told while captions are written.
+        max_new_tokens: Maximum length of a caption, in tokens.
+        resamples: Number of bootstrap resamples of patients, 0 for no intervals.
+        seed: Seed of the bootstrap.
+        progress: Called while captions are written.
 
     Returns:
         As :func:`caption_metrics`, with "split", "model", "captions" {slide_id: text}, "baseline":
@@ -285,7 +285,7 @@ def _vectors(fit: Sequence[str], *texts: Sequence[str]) -> list[Any]:
 
 
 def _tfidf_similarity(predicted: Sequence[str], reference: Sequence[str]) -> float:
-    """Mean cosine of TF-IDF vectors, weights from the references; empty texts count 0."""
+    """Return the mean cosine of TF-IDF vectors weighted by the references; empty texts count 0."""
     if not any(re.search(r"\w", text) for text in reference):
         return 0.0
     said, right = _vectors(reference, predicted, reference)
@@ -293,7 +293,7 @@ def _tfidf_similarity(predicted: Sequence[str], reference: Sequence[str]) -> flo
 
 
 def _most_typical(reference: Sequence[str]) -> str:
-    """The reference with the largest mean cosine to all of them."""
+    """Return the reference with the largest mean cosine to all of them."""
     if not any(re.search(r"\w", text) for text in reference):
         return reference[0]
     (rows,) = _vectors(reference, reference)
@@ -304,7 +304,7 @@ def _most_typical(reference: Sequence[str]) -> str:
 
 
 def planted(slides: Sequence[SlideRow]) -> list[frozenset[str]] | None:
-    """The findings each slide has; None unless all are labelled as the synthetic cohort's are."""
+    """Return the findings of each slide; None unless all have the synthetic cohort's labels."""
     from pathflip.synth.text import FORMS
 
     if not slides or any(
@@ -315,7 +315,7 @@ def planted(slides: Sequence[SlideRow]) -> list[frozenset[str]] | None:
 
 
 def named_findings(caption: str) -> frozenset[str]:
-    """The findings of the synthetic cohort that a caption says are there.
+    """Return the findings of the synthetic cohort that a caption affirms.
 
     A sentence names a finding when it has a word that captions use for this finding and for nothing
     else; sentences that deny name none.
@@ -338,14 +338,14 @@ def finding_metrics(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How much of what is there captions name, and how much they invent.
+    """Measure the findings that captions name, miss and invent.
 
     Args:
-        captions: [n].
+        captions: Captions to measure [n].
         truth: The findings that are there [n].
-        patients: Of each [n], for 95 % intervals by resampling patients.
-        resamples: How many; 0 for no intervals.
-        seed: Of them.
+        patients: Patient of each caption [n], for 95 % intervals by resampling patients.
+        resamples: Number of resamples; 0 for no intervals.
+        seed: Seed of the resamples.
 
     Returns:
         {"named", "invented": shares over all findings of all slides; "by_finding": {name: {"named",
@@ -392,7 +392,7 @@ _ABOUT = {
 
 @cache
 def _own_words() -> dict[str, frozenset[str]]:
-    """{finding: words of its wordings that captions use for nothing else}."""
+    """Return {finding: words of its wordings that captions use for nothing else}."""
     from pathflip.synth import text
 
     rng = np.random.default_rng(0)

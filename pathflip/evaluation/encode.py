@@ -1,4 +1,4 @@
-"""One pass over the slides of a split: features are read once, every suite takes what it needs.
+"""One pass over the slides of a split, shared by all evaluations: features are read once.
 
 :func:`batches` reads and pads; :func:`encode` keeps the slides' vectors and the local scores of a
 list of texts. Grounding takes the same batches (:mod:`pathflip.evaluation.grounding`).
@@ -37,7 +37,7 @@ MAX_BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class SlideRow:
-    """What an evaluation knows of a slide before it looks at it.
+    """A slide's row in the archive, as evaluations use it.
 
     Attributes:
         slide_id: Its id.
@@ -63,7 +63,7 @@ class Batch:
     """Slides read from the archive, padded to the most regions among them.
 
     Attributes:
-        rows: Where each is in the list of slides [B].
+        rows: Index of each in the list of slides [B].
         slides: Their rows [B].
         features: float32 [B, N, M, d_in], zero where masked.
         patch_mask: bool [B, N, M], True where a patch is.
@@ -79,12 +79,12 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Slides as a model sees them.
+    """Encoded slides and the local scores of texts.
 
     Attributes:
         slides: Their rows [n].
         slide: Slide vectors, float32 [n, d], L2-normalised.
-        texts: Texts whose local scores were asked for [L].
+        texts: Texts with local scores [L].
         local: cos(v_tc(t), t) of Eq. 5, float32 [n, L]; None of a model without regions.
     """
 
@@ -95,22 +95,22 @@ class Encoded:
 
 
 def has_regions(run: Run) -> bool:
-    """Return whether a run's model has regions: local scores and grounding need them."""
+    """Return whether a run's model has regions; local scores and grounding need them."""
     return run.model.config.has_regions
 
 
 def list_slides(
     archive: Archive, run: Run, *, splits: Sequence[str] | None = None
 ) -> list[SlideRow]:
-    """Ready slides with the features a run needs, sorted by id.
+    """Return ready slides with the features a run needs, sorted by id.
 
     What the run trained or validated on is of that split, whatever the archive says; it decides
     where the archive names no splits, too.
 
     Args:
-        archive: Where.
-        run: The run that shall be measured.
-        splits: Of these splits only; None for all slides.
+        archive: Archive of the slides.
+        run: Run to be measured.
+        splits: Splits of the slides; None for all slides.
 
     Raises:
         ConfigError: There is none.
@@ -162,12 +162,12 @@ def batches(
     """Read slides in padded batches, like sizes together; the next is read meanwhile.
 
     Args:
-        archive: Where.
-        slides: Which; ``Batch.rows`` are indices into it.
-        encoder: Whose features.
-        device: Where the tensors go.
-        what: What to call this in the progress.
-        progress: Told after each batch.
+        archive: Archive of the slides.
+        slides: Slides to read; ``Batch.rows`` are indices into it.
+        encoder: Encoder of the features.
+        device: Device of the tensors.
+        what: Name of the work in the progress.
+        progress: Called after each batch.
     """
     dim = archive.encoders()[encoder]["dim"]
     per_region = archive.slots * dim * 4
@@ -204,12 +204,12 @@ def batches(
 
 
 class Encoder:
-    """Collects what :class:`Encoded` holds, batch by batch.
+    """Accumulator of :class:`Encoded` over batches.
 
     Args:
-        run: Whose model.
-        slides: The slides the batches will bring.
-        texts: Texts whose local scores are wanted.
+        run: Run whose model encodes.
+        slides: Slides of all batches.
+        texts: Texts to score locally.
     """
 
     def __init__(self, run: Run, slides: Sequence[SlideRow], *, texts: Sequence[str] = ()) -> None:
@@ -236,7 +236,7 @@ class Encoder:
                 self._local[batch.rows] = scores.float().cpu().numpy()
 
     def result(self) -> Encoded:
-        """All slides, in the order they were given."""
+        """Return all slides, in the order they were given."""
         if self._slide is None:
             raise ValueError("no batch was added")
         return Encoded(
@@ -259,12 +259,12 @@ def encode(
     """Encode slides of some splits and score texts against their regions.
 
     Args:
-        archive: Where the features are.
+        archive: Archive with the features.
         run: A trained run whose encoder and tiling are the archive's.
-        splits: Of which splits; None for all.
-        slides: Exactly these instead.
-        texts: Texts whose local scores are wanted.
-        progress: Told after each batch.
+        splits: Splits of the slides; None for all.
+        slides: Exactly these slides instead.
+        texts: Texts to score locally.
+        progress: Called after each batch.
     """
     name = check_fits(archive, run)
     chosen = list_slides(archive, run, splits=splits) if slides is None else slides
@@ -277,12 +277,12 @@ def encode(
 def captions_of(
     archive: Archive, slides: Sequence[SlideRow], *, source: str | None = None
 ) -> dict[str, str]:
-    """{slide_id: caption} of those slides that have one.
+    """Return {slide_id: caption} of those slides that have one.
 
     Args:
-        archive: Where.
-        slides: Of which slides.
-        source: Which source's captions; by default the first each slide has, as in pretraining.
+        archive: Archive of the slides.
+        slides: Slides to find captions of.
+        source: Source of the captions; by default the first each slide has, as in pretraining.
 
     Raises:
         ConfigError: No slide has a caption.
@@ -327,7 +327,7 @@ def _read(
 
 
 def _drawn_splits(run: Run) -> dict[str, str]:
-    """{slide_id: split} of the slides a run was made with; none for a bare model folder."""
+    """Return {slide_id: split} of the slides a run was made with; empty for a bare model folder."""
     path = run.path / "data.parquet"
     if not path.is_file():
         return {}

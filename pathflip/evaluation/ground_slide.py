@@ -1,4 +1,4 @@
-"""Grounding of a text on one slide of an archive, as the command ``ground`` shows it.
+"""Grounding of a text on one slide of an archive, for the command ``ground``.
 
 :func:`ground_slide` gives heat, boxes and geometry; :class:`GroundingResult` writes them as a
 picture or for QuPath. The measured counterpart is :mod:`pathflip.evaluation.grounding`.
@@ -45,11 +45,11 @@ class GroundingResult:
 
     Attributes:
         slide: The slide's row in the archive.
-        text: What was asked.
-        variant, contrast: How heat was made.
+        text: Text that was looked for.
+        variant, contrast: Settings of the heat.
         score: cos(v_tc(t), t): how well the text fits anywhere.
-        heat: Of each kept patch [P]; for ``attn`` without contrast it sums to 1.
-        rects: (x0, y0, w0, h0) of each, level-0 px [P, 4].
+        heat: Heat of each kept patch [P]; for ``attn`` without contrast it sums to 1.
+        rects: (x0, y0, w0, h0) of each kept patch, level-0 px [P, 4].
         grid: Smoothed heat in [0, 1] on the patch grid.
         boxes: The hottest parts, by falling score.
     """
@@ -65,7 +65,7 @@ class GroundingResult:
     boxes: list[Box]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it in level-0 px; boxes in µm too."""
+        """Return the result for JSON, in level-0 px; boxes in µm too."""
         every = np.ones(len(self.heat), np.bool_)
         return {
             "slide_id": self.slide["slide_id"],
@@ -79,7 +79,7 @@ class GroundingResult:
         }
 
     def picture(self, *, boxes: bool = True) -> NDArray[np.uint8]:
-        """The thumbnail with heat and boxes over it, RGB [h, w, 3].
+        """Draw heat and boxes over the thumbnail, RGB [h, w, 3].
 
         Raises:
             ConfigError: The archive has no thumbnail of the slide.
@@ -92,7 +92,7 @@ class GroundingResult:
         )
 
     def thumbnail(self) -> NDArray[np.uint8]:
-        """The slide's thumbnail, RGB [h, w, 3]."""
+        """Return the slide's thumbnail, RGB [h, w, 3]."""
         import simplejpeg
 
         data = self.slide["thumbnail"]
@@ -151,17 +151,17 @@ def ground_slide(
     sigma: float = SIGMA,
     min_patches: int = MIN_PATCHES,
 ) -> GroundingResult:
-    """Find where on a slide a text is true.
+    """Compute heat and boxes of a text on a slide.
 
     Args:
-        archive: Where the slide and its features are.
-        run: Whose model.
+        archive: Archive with the slide and its features.
+        run: Run of the model.
         slide: A ``slide_id`` or unique file name.
-        text: What to look for.
+        text: Text to look for.
         variant: ``attn``, ``region_only``, ``cosine`` or ``product``.
         contrast: Neutral prompt whose heat is subtracted, such as "tissue".
-        sigma: Smoothing, patches.
-        min_patches: Boxes of fewer patches are dropped.
+        sigma: Standard deviation of the smoothing, patches.
+        min_patches: Minimum number of patches of a box.
 
     Raises:
         ConfigError: The text is empty, the variant unknown, or the run does not fit the archive.

@@ -1,4 +1,4 @@
-"""Grounding: does a text's heat lie where the finding is? Measured against outlined lesions.
+"""Evaluation of grounding: heat of a finding's text against outlines of the finding.
 
 For each slide and finding with an outline on it, the text asks for the finding and every patch of
 tissue gets heat. A patch is right when its centre lies in an outline of that finding.
@@ -48,10 +48,10 @@ class Pair:
     """One text on one slide.
 
     Attributes:
-        slide_id, patient_id: Of the slide.
-        finding: What was asked for.
-        patches, right: Patches of tissue, and those in an outline.
-        pointing: Whether the hottest is right; a share where several tie.
+        slide_id, patient_id: The slide and its patient.
+        finding: Finding of the text.
+        patches, right: Number of tissue patches, and of those in an outline.
+        pointing: Whether the hottest patch is right; a share where several tie.
         patch_ap: Average precision.
         smooth_pointing, smooth_patch_ap: The same of smoothed heat.
     """
@@ -68,17 +68,17 @@ class Pair:
 
     @property
     def pointing_chance(self) -> float:
-        """Of a patch at random."""
+        """Pointing accuracy of a random patch."""
         return self.right / self.patches
 
     @property
     def patch_ap_chance(self) -> float:
-        """Of a random order."""
+        """Average precision of a random order."""
         return chance_ap(self.right, self.patches)
 
 
 def check_variant(name: str) -> Variant:
-    """The name, if there is such a variant.
+    """Return the name, if there is such a variant.
 
     Raises:
         ConfigError: There is none.
@@ -91,13 +91,13 @@ def check_variant(name: str) -> Variant:
 
 
 def inside(points: ArrayLike, polygons: Sequence[Polygon]) -> NDArray[np.bool_]:
-    """Which points lie in any of the polygons and in no hole of it.
+    """Return the mask of points that lie in any of the polygons and in no hole of it.
 
     Even-odd rule, exact in floating point; a point on an edge may fall either way.
 
     Args:
         points: (x, y) [k, 2], in the polygons' frame.
-        polygons: Outer ring and hole rings each.
+        polygons: Polygons, each an outer ring and hole rings.
     """
     points = np.asarray(points, np.float64).reshape(-1, 2)
     found = np.zeros(len(points), np.bool_)
@@ -110,7 +110,7 @@ def inside(points: ArrayLike, polygons: Sequence[Polygon]) -> NDArray[np.bool_]:
 
 
 def chance_ap(right: int, patches: int) -> float:
-    """Mean average precision of all orders of ``patches`` items of which ``right`` are right.
+    """Return mean average precision over all orders of ``patches`` items, ``right`` of them right.
 
     The i-th item is right with probability r/n, and the mean precision there is then
     (1 + (i - 1)(r - 1)/(n - 1)) / i; summed over i this is
@@ -123,7 +123,7 @@ def chance_ap(right: int, patches: int) -> float:
 
 
 def point(heat: ArrayLike, right: ArrayLike) -> float:
-    """Share of right patches among the hottest [P]; NaN is never the hottest."""
+    """Return the share of right patches among the hottest [P]; NaN is never the hottest."""
     heat = np.nan_to_num(np.asarray(heat, np.float64), nan=-np.inf)
     return float(np.asarray(right, np.bool_)[heat == heat.max()].mean())
 
@@ -137,14 +137,14 @@ def measure(heat: ArrayLike, right: ArrayLike) -> tuple[float, float]:
 
 
 class Grounder:
-    """Collects pairs batch by batch.
+    """Accumulator of measured pairs over batches.
 
     Args:
-        run: Whose model.
+        run: Run of the model.
         queries: {finding: text}.
-        outlines: {slide_id: {finding: polygons}}, level-0 px; slides without an entry are passed.
-        tiling: How the archive is cut.
-        variants: Which heat; see :meth:`pathflip.models.PathFLIP.ground`.
+        outlines: {slide_id: {finding: polygons}}, level-0 px; slides without an entry are skipped.
+        tiling: Tiling of the archive.
+        variants: Variants of the heat; see :meth:`pathflip.models.PathFLIP.ground`.
         contrast: Neutral prompt whose heat is subtracted, or None.
     """
 
@@ -216,7 +216,7 @@ class Grounder:
                     )
 
     def result(self, *, resamples: int = bootstrap.RESAMPLES, seed: int = 0) -> dict[str, Any]:
-        """What :func:`grounding` returns."""
+        """Return the metrics of all pairs, as :func:`grounding` does."""
         by_variant = {
             variant: summarise(pairs, resamples=resamples, seed=seed)
             for variant, pairs in self.pairs.items()
@@ -232,7 +232,7 @@ class Grounder:
 def summarise(
     pairs: Sequence[Pair], *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """Means over pairs, of all and of each finding, with intervals by resampling patients.
+    """Average over pairs, of all and of each finding, with intervals by resampling patients.
 
     Returns:
         {"pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "n", "slides", "ci",
@@ -267,16 +267,16 @@ def grounding(
     """Measure grounding on the outlined slides of a split.
 
     Args:
-        archive: Where slides and features are.
-        run: Whose model.
+        archive: Archive with slides and features.
+        run: Run of the model.
         queries: {finding: text}; a finding is an outline's classification.
         truth: Folder of ``<slide stem>.geojson``; ``lesions`` beside the slides' folder by default.
-        split: Of which slides; ``all`` for every one.
-        variants: Which heat; the first is the headline.
+        split: Split to measure; ``all`` for every slide.
+        variants: Variants of the heat; the first is the headline.
         contrast: Neutral prompt whose heat is subtracted.
-        resamples: Bootstrap resamples of patients.
-        seed: Of them.
-        progress: Told while slides are read.
+        resamples: Number of bootstrap resamples of patients.
+        seed: Seed of the resamples.
+        progress: Called while slides are read.
 
     Returns:
         As :func:`summarise` for the first variant, with "variant", "contrast", "queries",
@@ -312,12 +312,12 @@ def read_outlines(
     findings: set[str],
     truth: str | Path | None = None,
 ) -> dict[str, dict[str, list[Polygon]]]:
-    """{slide_id: {finding: polygons}} of slides that have an outline of one of the findings.
+    """Return {slide_id: {finding: polygons}} of slides with an outline of one of the findings.
 
     Args:
         archive: Archive of the slides.
         slides: Slides to find outlines of.
-        findings: Classes to read; outlines of other classes are passed over.
+        findings: Classes to read; outlines of other classes are ignored.
         truth: Folder of ``<slide name>.geojson``; by default ``lesions`` beside the folder of each
             slide.
 
@@ -349,7 +349,7 @@ def read_outlines(
 def _outline_paths(
     archive: Archive, slides: set[str], truth: str | Path | None
 ) -> tuple[dict[str, Path], list[Path]]:
-    """Return {slide_id: its outline file}, and the folders that were looked in."""
+    """Return {slide_id: its outline file}, and the folders that were searched."""
     looked_in: dict[Path, list[dict[str, Any]]] = {}
     for row in archive.slides(columns=NAME_COLUMNS).to_pylist():
         uri = Path(row["uri"] or "")
@@ -373,7 +373,7 @@ def _outline_paths(
 
 
 def queries_of(suite: Suite) -> dict[str, str]:
-    """{label: first prompt} of a suite's presence tasks: what grounding asks for."""
+    """Return {label: first prompt} of a suite's presence tasks, the queries of grounding."""
     return {
         task.label: task.texts(task.prompts)[0] for task in suite.tasks if task.kind == "presence"
     }
@@ -401,7 +401,7 @@ def _means(pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any
 
 
 def _in_ring(points: NDArray[np.float64], ring: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Even-odd test of points [k, 2] against one ring [e, 2]."""
+    """Test points [k, 2] against one ring [e, 2] by the even-odd rule."""
     lows, highs = ring.min(axis=0), ring.max(axis=0)
     found: NDArray[np.bool_] = ((points >= lows) & (points <= highs)).all(axis=1)
     near = np.flatnonzero(found)

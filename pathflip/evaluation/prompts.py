@@ -1,4 +1,4 @@
-"""What is asked of a model in words: templates, classes, and the tasks of a zero-shot suite.
+"""Prompts of zero-shot evaluation: templates, classes, and the tasks of a suite.
 
 A task file is YAML::
 
@@ -75,10 +75,10 @@ _NEGATIVE = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One question a model is asked about every slide.
+    """A zero-shot classification task.
 
     Attributes:
-        name: Its name in the results.
+        name: Name of the task in the results.
         label: Column of the slides' labels; ``name`` by default.
         kind: ``binary`` (a property with two states), ``multiclass``, or ``presence`` (of a
             finding).
@@ -88,9 +88,9 @@ class Task:
         templates: ``single``, ``ensemble`` or templates with CLASSNAME; None for the file's.
         score: ``global``, cosine of slide and text; ``local``, cosine of the text and what its
             own attention over the regions gathers; ``sum`` of both.
-        contrast: What is subtracted from the positive score: the negative prompts' score, the mean
-            of the other tasks' of the same group, the neutral prompt's, or nothing.
-        group: Whose positives are each other's ``others``.
+        contrast: Score subtracted from the positive one: that of the negative prompts, the mean of
+            the other tasks of the same group, that of the neutral prompt, or none.
+        group: Group of tasks that are contrasted by ``others``.
         positive: Label values that are positive; by default 1, true, yes, positive, present and
             mutated, and then only 0, false, no, negative, absent and wild type are negative.
     """
@@ -128,13 +128,13 @@ class Task:
                 raise wrong(f"template {template!r} lacks {PLACEHOLDER}", f"Write {PLACEHOLDER}.")
 
     def texts(self, names: Sequence[str]) -> list[str]:
-        """Names in all templates."""
+        """Return the names in all templates."""
         return [
             template.replace(PLACEHOLDER, name) for name in names for template in self.templates
         ]
 
     def is_positive(self, value: str | None) -> bool | None:
-        """Return whether a label is positive; None where it says nothing.
+        """Return whether a label is positive; None for an unknown value.
 
         Raises:
             ConfigError: The value is neither.
@@ -161,7 +161,7 @@ class Suite:
     """The tasks of a file.
 
     Attributes:
-        tasks: In order.
+        tasks: Tasks, in their order in the file.
         neutral: Prompt of ``contrast: neutral``.
     """
 
@@ -170,7 +170,7 @@ class Suite:
 
 
 def templates_of(choice: str | Sequence[str]) -> tuple[str, ...]:
-    """Templates for ``single``, ``ensemble``, one template, or a list of them."""
+    """Return templates for ``single``, ``ensemble``, one template, or a list of them."""
     if isinstance(choice, str):
         if choice == "single":
             return TEMPLATES[:1]
@@ -208,7 +208,7 @@ def read_tasks(path: str | Path) -> Suite:
 
 
 def read_classes(source: str) -> dict[str, tuple[str, ...]]:
-    """Classes to choose among: {class: names}.
+    """Read classes to choose among: {class: names}.
 
     Args:
         source: A YAML or JSON file (a list of names, or {class: name or names}), a text file with
@@ -274,7 +274,7 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _name(value: Any) -> str:
-    """A text or a number as written; YAML reads yes, no, on and off as truth values."""
+    """Return a text or a number as written; YAML reads yes, no, on and off as truth values."""
     if value is None or isinstance(value, bool | list | dict):
         raise ConfigError(
             f"{value!r} is no name.",

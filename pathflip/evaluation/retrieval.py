@@ -1,4 +1,4 @@
-"""Retrieval between slides and captions: recall at k, how it is batched, and what chance gives.
+"""Retrieval between slides and captions: recall at k, batched or over all, beside chance.
 
 ITR asks for the caption of a slide, TIR for the slide of a caption. A query counts as found at k
 when one of its positives is among its k best; captions with equal text are positives of each
@@ -30,7 +30,7 @@ SHUFFLES = 20
 
 
 def ranks(similarity: ArrayLike, positives: ArrayLike) -> NDArray[np.int64]:
-    """Rank of each query's best positive, 1 the best; whoever ties with it goes before it.
+    """Return the rank of each query's best positive, from 1; ties count against it.
 
     Args:
         similarity: [n, m]; NaN of a positive is the worst value there is, of another the best.
@@ -57,12 +57,12 @@ def ranks(similarity: ArrayLike, positives: ArrayLike) -> NDArray[np.int64]:
 def recall_at(
     similarity: ArrayLike, positives: ArrayLike, ks: Sequence[int] = KS
 ) -> dict[str, float]:
-    """Share of queries with a positive among their k best; ties count against the query.
+    """Return the share of queries with a positive among their k best; ties count against it.
 
     Args:
         similarity: [n, m], higher is closer.
         positives: bool [n, m], at least one in each row.
-        ks: The k's.
+        ks: Values of k.
 
     Returns:
         {"r@1": …} for each k; NaN without a query.
@@ -72,7 +72,7 @@ def recall_at(
 
 
 def chance_at(positives: ArrayLike, ks: Sequence[int] = KS) -> dict[str, float]:
-    """What :func:`recall_at` gives on average when the gallery is ranked at random, exactly.
+    """Return the exact expectation of :func:`recall_at` for a randomly ranked gallery.
 
     A query with p positives among m is missed with probability C(m - p, k) / C(m, k).
     """
@@ -82,7 +82,7 @@ def chance_at(positives: ArrayLike, ks: Sequence[int] = KS) -> dict[str, float]:
 
 
 def same_text(captions: Sequence[str]) -> NDArray[np.bool_]:
-    """[n, n], True where two captions are equal: the positives of retrieval."""
+    """Return the positives of retrieval, bool [n, n]: True where two captions are equal."""
     _, ids = np.unique(np.asarray(captions, dtype=object).astype(str), return_inverse=True)
     same: NDArray[np.bool_] = ids[:, None] == ids[None, :]
     return same
@@ -110,14 +110,14 @@ def retrieval(
     Args:
         slide: Vectors [n, d], normalised here.
         text: Caption vectors [n, d], likewise.
-        captions: The captions' texts [n]; equal ones are all right answers.
+        captions: Texts of the captions [n]; equal ones are all right answers.
         protocol: ``batch64`` or ``full``.
         patients: Patient of each slide [n], for 95 % intervals by resampling patients.
-        ks: The k's.
+        ks: Values of k.
         batch: Gallery size of ``batch64``.
-        shuffles: How many random orders, 0 for none.
-        resamples: Bootstrap resamples, 0 for no intervals.
-        seed: Of the shuffles and the bootstrap.
+        shuffles: Number of random orders, 0 for none.
+        resamples: Number of bootstrap resamples, 0 for no intervals.
+        seed: Seed of the shuffles and the bootstrap.
 
     Returns:
         {"protocol", "n", "batches", "itr": {"r@1": …}, "tir": …, "chance": …} and, where asked
@@ -182,13 +182,13 @@ def evaluate_retrieval(
     """Measure retrieval on the slides of a split that have a caption, in order of slide id.
 
     Args:
-        archive: Where slides, features and captions are.
-        run: Whose model.
-        split: Which slides; ``all`` for every one.
-        source: Whose captions, where there are several; by default what the run was trained on.
-        encoded: The slides already encoded; those of other splits are passed.
-        progress: Told while slides are encoded.
-        options: Of :func:`retrieval`: protocol, ks, shuffles, resamples, seed.
+        archive: Archive with slides, features and captions.
+        run: Run of the model.
+        split: Split to measure; ``all`` for every slide.
+        source: Source of the captions; by default that of the run's training.
+        encoded: The slides already encoded; those of other splits are ignored.
+        progress: Called while slides are encoded.
+        options: Options of :func:`retrieval`: protocol, ks, shuffles, resamples, seed.
 
     Returns:
         As :func:`retrieval`, with "no_caption", the slides left out.
@@ -222,7 +222,7 @@ def _hits(
     size: int,
     ks: Sequence[int],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Found at each k [n, K] by slides and by captions, and the chance of it, in row order."""
+    """Return hits at each k [n, K] by slides and by captions, and their chance, in row order."""
     itr, tir, chance = (np.zeros((len(order), len(ks))) for _ in range(3))
     wanted = np.asarray(ks)
     for start in range(0, len(order), size):
@@ -237,7 +237,7 @@ def _hits(
 
 
 def _chance_hits(num_positives: NDArray[Any], size: int, ks: Sequence[int]) -> NDArray[np.float64]:
-    """1 - C(m - p, k) / C(m, k) for each query and k [n, K]."""
+    """Return 1 - C(m - p, k) / C(m, k) for each query and k [n, K]."""
     draws = np.arange(max(ks))  # one gallery item after another, none of them right
     left = size - np.asarray(num_positives, np.float64)[:, None]
     miss = np.maximum(left - draws, 0.0) / np.maximum(size - draws, 1)

@@ -1,4 +1,4 @@
-"""Everything a model is measured by, from one pass over the slides' features.
+"""All evaluations of a slide model, from one pass over the slides' features.
 
 :func:`evaluate_all` gives one document for reports and ablations; :func:`headline` the few numbers
 of it that are compared between models.
@@ -36,17 +36,17 @@ def evaluate_all(
     seed: int = 0,
     progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Measure all that the archive has a truth for.
+    """Run every evaluation that the archive has ground truth for.
 
     Args:
-        archive: Where slides, features, captions and labels are.
-        run: Whose model.
-        suite: Zero-shot tasks, and the queries of grounding; neither is measured without.
+        archive: Archive with slides, features, captions and labels.
+        run: Run of the model.
+        suite: Zero-shot tasks, and the queries of grounding; without it, neither is measured.
         truth: Outlines, see :func:`pathflip.evaluation.grounding.read_outlines`.
         split: The split measured, or ``all``.
-        resamples: Bootstrap resamples of patients.
-        seed: Of shuffles and resamples.
-        progress: Told while slides are encoded.
+        resamples: Number of bootstrap resamples of patients.
+        seed: Seed of shuffles and resamples.
+        progress: Called while slides are encoded.
 
     Returns:
         {"model", "fingerprint", "split", "slides", "retrieval", "retrieval_full", "zeroshot",
@@ -103,7 +103,7 @@ def evaluate_all(
 
 
 def headline(document: Mapping[str, Any]) -> dict[str, tuple[float | None, float | None]]:
-    """{metric: (value, chance)} of what :func:`evaluate_all` found, in the order of reading."""
+    """Return {metric: (value, chance)} of the results of :func:`evaluate_all`, in reading order."""
     found: dict[str, tuple[float | None, float | None]] = {}
     if retrieval := document.get("retrieval"):
         for way in ("itr", "tir"):
@@ -137,7 +137,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _unless_missing(measure: Any) -> Any:
-    """What is measured, or None where the archive has no truth for it."""
+    """Return the result of an evaluation, or None where the archive has no truth for it."""
     try:
         return measure()
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Questions with options: accuracy, and everything a good figure has to be held against.
+"""Evaluation of multiple-choice answers: accuracy beside chance and baselines.
 
 * ``majority_baseline``: what is right without looking at any slide, the better of two guesses: the
   option that training questions of the same wording are answered by most often, and always the
@@ -50,10 +50,10 @@ def vqa_metrics(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure choices.
+    """Measure the accuracy of choices, beside chance and baselines.
 
     Args:
-        questions: Of the slides evaluated, each with options [n].
+        questions: Questions about the slides evaluated, each with options [n].
         scores: Probabilities of each one's options [R, C], options as given, the first row with
             the options shown as given; a row of zeros names none. See
             :func:`pathflip.slide_qa.score_choices`.
@@ -61,8 +61,8 @@ def vqa_metrics(
         patients: Patient of each question [n], for 95 % intervals by resampling patients; one of
             no known patient counts by its slide.
         swapped: Scores of the same questions asked about other slides; only first rows count.
-        resamples: Bootstrap resamples, 0 for no interval.
-        seed: Of the resamples.
+        resamples: Number of bootstrap resamples, 0 for no interval.
+        seed: Seed of the resamples.
 
     Returns:
         {"n", "accuracy": options as given, "accuracy_permuted": probabilities averaged over the
@@ -137,17 +137,17 @@ def evaluate_vqa(
     """Ask a tuned run the archive's questions about the slides of a split.
 
     Args:
-        archive: Where slides, features and questions are.
-        answerer: The run.
-        split: Which slides; ``all`` for every one.
-        source: Whose questions, where there are several.
-        mode: How an option is chosen, see :data:`pathflip.slide_qa.MODES`; None: as the model was
+        archive: Archive with slides, features and questions.
+        answerer: Tuned run that answers.
+        split: Split to measure; ``all`` for every slide.
+        source: Source of the questions, where there are several.
+        mode: Way an option is chosen, see :data:`pathflip.slide_qa.MODES`; None: as the model was
             tuned to answer.
-        permute_options: Cyclic orders the options are shown in, at most.
+        permute_options: Maximum number of cyclic orders that the options are shown in.
         swap: Whether to ask everything about other slides, too.
-        resamples: Bootstrap over patients, 0 for no interval.
-        seed: Of the resamples and of which slides are exchanged.
-        progress: Told after each slide.
+        resamples: Number of bootstrap resamples of patients, 0 for no interval.
+        seed: Seed of the resamples and of the exchange of slides.
+        progress: Called after each slide.
 
     Returns:
         As :func:`vqa_metrics`, with "mode", "split", "model" and "open", the questions
@@ -215,7 +215,7 @@ def evaluate_vqa(
 
 
 def exchange(slides: Sequence[SlideRow], *, seed: int = 0) -> tuple[list[int], int]:
-    """An order of slides and a step, so that each is exchanged with the one a step before it.
+    """Return an order of slides and a step; each is exchanged with the one a step before it.
 
     Slides of a patient stand together and the step is the most that one has, so the other slide is
     another patient's unless one patient has more than half of all.
@@ -237,7 +237,7 @@ def _prefixes(
     seed: int,
     progress: Report | None,
 ) -> Iterator[tuple[SlideRow, torch.Tensor, bool]]:
-    """Each slide with its own prefix, and with that of the slide it is exchanged with."""
+    """Yield each slide with its own prefix, and with that of the slide it is exchanged with."""
     order, step = exchange(slides, seed=seed)
     swap = swap and len(slides) > 1
     last: deque[torch.Tensor] = deque(maxlen=step)  # each slide is read once
@@ -257,19 +257,19 @@ def _prefixes(
 
 
 def _picks(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The best option of each row, the first among equals; -1 of a row that names none."""
+    """Return the best option of each row, the first among equals; -1 of a row that names none."""
     best: NDArray[np.int64] = scores.argmax(axis=1)
     return np.where(scores.any(axis=1), best, -1)
 
 
 def _agreement(picks: NDArray[np.int64]) -> float:
-    """Share of orders that make the choice most of them make; naming no option is no choice."""
+    """Return the share of orders that agree with the majority; naming no option is no choice."""
     named = Counter(picks[picks >= 0].tolist())
     return max(named.values(), default=0) / len(picks)
 
 
 def _text_guess(questions: Sequence[Question], training: Sequence[Question]) -> NDArray[np.int64]:
-    """The option that answers training questions of the same wording most often.
+    """Return the option that answers training questions of the same wording most often.
 
     Of wordings that training does not have, questions of the same category count.
     """

@@ -1,4 +1,4 @@
-"""Zero-shot classification: slides scored against words, measured against labels.
+"""Zero-shot classification: scores of slides and prompts, measured against labels.
 
 A class's weight is the normalised mean of its normalised prompt vectors, over names and templates.
 The score of a class is the cosine of the slide's vector with it (``global``), the mean over its
@@ -9,7 +9,7 @@ prompts of cos(v_tc(t), t), what the text's own attention over the regions gathe
 * ``binary`` (a mutation): positive minus negative prompt; the paper gives one prompt only.
 * ``presence`` of a finding: the positive score, by itself or against the other findings' or a
   neutral prompt's. Contrast with a negated prompt is offered and reported, but contrastive text
-  towers read the noun and not its negation (method D.4).
+  towers read the noun and not its negation.
 
 Shapes: n slides, L texts, C classes, d joint width, R resamples.
 """
@@ -40,7 +40,7 @@ SOURCES: tuple[Source, ...] = ("global", "local", "sum")
 
 @dataclass(frozen=True, kw_only=True)
 class TextScores:
-    """Scores of texts on slides, before they are put together.
+    """Scores of single texts on slides, before they are combined.
 
     Attributes:
         at: Row of each text [L].
@@ -56,11 +56,11 @@ class TextScores:
     local: NDArray[np.float64] | None
 
     def source(self, asked: Source) -> Source:
-        """The source that scores come from when one is asked for."""
+        """Return the kind of score that is used when one is asked for."""
         return asked if self.local is not None else "global"
 
     def of(self, texts: Sequence[str], source: Source) -> NDArray[np.float64]:
-        """Score [n] of the class that these texts describe."""
+        """Return the score [n] of the class that these texts describe."""
         rows = [self.at[text] for text in texts]
         score = np.zeros(len(self.slide))
         if self.local is None or source in ("global", "sum"):
@@ -72,14 +72,14 @@ class TextScores:
 
 
 def find_tasks(archive: Archive) -> Path | None:
-    """``tasks.yaml`` beside the folder the slides lie in, if there is one."""
+    """Return ``tasks.yaml`` beside the folder of the slides, if there is one."""
     uris = [uri for uri in archive.slides("ready", ["uri"])["uri"].to_pylist() if uri]
     folders = dict.fromkeys(Path(uri).parent.parent for uri in uris)
     return next((f / "tasks.yaml" for f in folders if (f / "tasks.yaml").is_file()), None)
 
 
 def default_tasks(archive: Archive) -> Path:
-    """What :func:`find_tasks` finds.
+    """Return the task file that :func:`find_tasks` finds.
 
     Raises:
         ConfigError: There is none.
@@ -94,7 +94,7 @@ def default_tasks(archive: Archive) -> Path:
 
 
 def suite_texts(suite: Suite) -> list[str]:
-    """Every text a suite needs."""
+    """Return every text a suite needs."""
     texts = []
     for task in suite.tasks:
         texts += task.texts(task.prompts) + task.texts(task.negative_prompts)
@@ -103,7 +103,7 @@ def suite_texts(suite: Suite) -> list[str]:
 
 
 def text_scores(run: Run, encoded: Encoded) -> TextScores:
-    """Put the texts of an encoding beside its slides."""
+    """Encode the texts of an encoding beside its slides."""
     vectors = run.model.encode_text(list(encoded.texts)).float().cpu().numpy()
     return TextScores(
         at={text: i for i, text in enumerate(encoded.texts)},
@@ -121,14 +121,14 @@ def task_score(
     score: Source | None = None,
     contrast: str | None = None,
 ) -> NDArray[np.float64]:
-    """Score of a two-sided task [n], or of a multi-class one [n, C].
+    """Return scores of a binary task [n], or of a multi-class one [n, C].
 
     Args:
         task: The task.
-        scores: Of all texts of the suite.
-        suite: Its other tasks and its neutral prompt.
-        score: Instead of the task's own.
-        contrast: Likewise.
+        scores: Scores of all texts of the suite.
+        suite: Suite of the task, for the other tasks and the neutral prompt.
+        score: Kind of score, instead of the task's own.
+        contrast: Kind of contrast, instead of the task's own.
     """
     source = score or task.score
     if task.kind == "multiclass":
@@ -163,12 +163,12 @@ def evaluate_task(
 
     Args:
         task: The task.
-        scores: Of all texts of the suite on all ``slides``.
+        scores: Scores of all texts of the suite on all ``slides``.
         slides: Their rows [n].
         suite: See :func:`task_score`.
         split: The split measured; ``all`` for every slide.
-        resamples: Bootstrap resamples of patients, 0 for no intervals.
-        seed: Of them.
+        resamples: Number of bootstrap resamples of patients, 0 for no intervals.
+        seed: Seed of the resamples.
 
     Returns:
         {"auc", "ci", "n", …}; with one class only, auc and ci are None.
@@ -221,14 +221,14 @@ def zeroshot(
     """Measure every task of a suite.
 
     Args:
-        archive: Where slides, features and labels are.
-        run: Whose model.
+        archive: Archive with slides, features and labels.
+        run: Run of the model.
         suite: The tasks.
         split: The split measured, or ``all``; val is encoded too, for thresholds.
-        resamples: Bootstrap resamples of patients, 0 for no intervals.
-        seed: Of them.
+        resamples: Number of bootstrap resamples of patients, 0 for no intervals.
+        seed: Seed of the resamples.
         encoded: The slides already encoded with :func:`suite_texts`.
-        progress: Told while slides are encoded.
+        progress: Called while slides are encoded.
 
     Returns:
         {task: {"auc", "ci", "n", …}} as :func:`evaluate_task` says.
@@ -260,7 +260,7 @@ def zeroshot(
 
 
 def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Macro means of a suite: {"presence": {"auc", "tasks"}, "binary": …, "multiclass": …}."""
+    """Return macro means by kind: {"presence": {"auc", "tasks"}, "binary": …, "multiclass": …}."""
     found: dict[str, Any] = {}
     for kind in ("presence", "binary", "multiclass"):
         mine = [task for task in results.values() if task["kind"] == kind]
@@ -288,14 +288,14 @@ def classify(
     """Choose a class for each slide.
 
     Args:
-        archive: Where the features are.
-        run: Whose model.
+        archive: Archive with the features.
+        run: Run of the model.
         classes: {class: names}, or what :func:`pathflip.evaluation.prompts.read_classes` takes.
         templates: ``single``, ``ensemble``, or templates with CLASSNAME.
         score: ``global``, ``local`` or ``sum``.
         split: Only slides of it; all by default.
         slides: Only these, by id or unique file name.
-        progress: Told while slides are encoded.
+        progress: Called while slides are encoded.
 
     Returns:
         One {"slide_id", "scores": {class: cosine}, "label": best class} per slide, by slide_id.
@@ -341,7 +341,7 @@ def _others(task: Task, suite: Suite) -> list[Task]:
 
 
 def _contrasts(task: Task, suite: Suite) -> list[str]:
-    """Contrasts that a task's prompts allow, to be compared."""
+    """Return the contrasts that a task's prompts allow, to be compared."""
     found = ["none", "neutral"]
     if task.kind == "presence" and _others(task, suite):
         found.append("others")
@@ -357,7 +357,7 @@ def _threshold(
     *,
     split: str,
 ) -> tuple[float | None, str]:
-    """Where a score becomes a yes, and what says so."""
+    """Return the threshold of a positive decision, and its origin."""
     if task.contrast == "negation":
         return 0.0, "zero"
     on = known & np.array([slide.split == "val" for slide in slides])
@@ -469,7 +469,7 @@ def _multiclass(
 def _one_against_rest(
     shares: NDArray[np.float64], truth: NDArray[Any], weights: NDArray[np.float64] | None = None
 ) -> NDArray[np.float64]:
-    """Macro mean over classes of one-against-rest AUC for each row of weights [R]."""
+    """Return the macro mean over classes of one-against-rest AUC, for each row of weights [R]."""
     present = np.unique(truth)
     if len(present) < 2:
         return np.full(1 if weights is None else len(weights), np.nan)
@@ -481,7 +481,7 @@ def _one_against_rest(
 def _patient_auc(
     values: NDArray[np.float64], right: NDArray[np.bool_], slides: Sequence[SlideRow]
 ) -> dict[str, Any]:
-    """AUC of patients' mean scores; patients whose slides disagree are left out."""
+    """Return AUC of patients' mean scores; patients whose slides disagree are left out."""
     of: dict[str, list[int]] = {}
     for i, slide in enumerate(slides):
         of.setdefault(slide.patient_id or f"slide {slide.slide_id}", []).append(i)

@@ -93,7 +93,7 @@ class HeadsAttention(nn.Module):
         self.query, self.key, self.value = (make(*sizes) for _ in range(3))
 
     def forward(self, texts: Tensor, regions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend with several heads; returned weights are their mean, see :class:`SingleAttention`."""
+        """Attend with several heads and return their mean weights, see :class:`SingleAttention`."""
         width, heads = texts.shape[-1], self.attention.num_heads
         inner = self.attention.in_proj_weight.chunk(3), self.attention.in_proj_bias.chunk(3)
         parts = (self.query(texts), self.key(regions), self.value(regions))

@@ -96,9 +96,9 @@ def caption_example(
     Args:
         caption: The text.
         style: ``whole``: unchanged. ``shuffled``: its sentences in a random order, for reports
-            whose order means nothing. ``affirmed``: what it affirms, each sentence once, in the order of
-            the alphabet: a model that writes greedily decides on one sentence after the other, and
-            a small one need not remember which it wrote.
+            whose order means nothing. ``affirmed``: its affirmative sentences, each once, in
+            alphabetical order: a model that writes greedily decides on one sentence after the
+            other, and a small one need not remember which it wrote.
         rng: Generator of the order.
     """
     if style != "whole":

@@ -1,4 +1,4 @@
-"""The page about a tuned run: captions it writes, questions it answers, beside what is true.
+"""Report of a tuned run: its captions and answers beside the true ones.
 
 Examples are not picked by hand: they are the first slides of the split, by id, that have a caption
 and questions with options.
@@ -32,14 +32,14 @@ def write_answers_report(
     captions: Mapping[str, Any],
     title: str = "Captions and answers",
 ) -> Path:
-    """Write what a tuned run says as one HTML file that needs nothing else.
+    """Write the report of a tuned run as one self-contained HTML file.
 
     Args:
         archive: The archive it was measured on, or its URI.
         answerer: The tuned run; it is asked about the examples.
         path: The HTML file; replaced whole.
-        vqa: What :func:`pathflip.evaluation.vqa.evaluate_vqa` returned.
-        captions: What :func:`pathflip.evaluation.captioning.evaluate_captions` returned.
+        vqa: Results of :func:`pathflip.evaluation.vqa.evaluate_vqa`.
+        captions: Results of :func:`pathflip.evaluation.captioning.evaluate_captions`.
         title: Heading of the page.
 
     Returns:
@@ -70,7 +70,7 @@ def write_answers_report(
 
 
 def _headline(vqa: Mapping[str, Any], captions: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(number, what it is, what to hold it against) of the tiles at the top."""
+    """Return (number, label, comparison) of the tiles at the top."""
     tiles = [
         (f"{vqa['accuracy']:.3f}", "questions answered right",
          f"majority {vqa['majority_baseline']:.3f}"),

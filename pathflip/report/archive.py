@@ -1,4 +1,4 @@
-"""Pages about an archive: an overview of its slides, and the results of a search."""
+"""Reports of an archive: an overview of its slides, and the results of a search."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class SampleSearch:
     """A search to show in a report.
 
     Attributes:
-        title: What was asked.
-        results: What :func:`pathflip.archive.search.search` returned.
+        title: Heading of the search.
+        results: Results of :func:`pathflip.archive.search.search`.
         picture: The query as JPEG or PNG.
     """
 
@@ -52,14 +52,14 @@ def write_report(
     title: str = "Slide archive",
     max_slides: int = 200,
 ) -> Path:
-    """Write an overview of an archive: totals, a card per slide, what went wrong, searches.
+    """Write an overview of an archive: totals, a card per slide, failures, searches.
 
     Args:
         archive: The archive, or its URI.
         path: The HTML file; replaced whole.
         searches: Searches to show with their results.
         title: Heading of the page.
-        max_slides: Slides shown of each status at most, the last ingested; totals cover all.
+        max_slides: Maximum number of slides shown of each status, the newest; totals cover all.
 
     Returns:
         The path.
@@ -115,11 +115,11 @@ def write_results(
 
     Args:
         archive: The archive searched, or its URI.
-        results: What :func:`pathflip.archive.search.search` returned: rank, score, slide_id,
+        results: Results of :func:`pathflip.archive.search.search`: rank, score, slide_id,
             region_id (null for whole slides), x0, y0, size0 (level-0 px), mpp (µm/px).
         path: The HTML file; replaced whole.
         query_picture: The query as JPEG or PNG.
-        title: Heading of the page: what was asked.
+        title: Heading of the page, such as the query.
 
     Returns:
         The path. A slide that cannot be read is named on the page and costs only its pictures.
@@ -143,13 +143,13 @@ def write_results(
 
 
 def _newest(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The ``count`` rows ingested last, by name."""
+    """Return the ``count`` rows ingested last, by name."""
     rows.sort(key=lambda row: (row["ingested_at"] is None, row["ingested_at"]), reverse=True)
     return sorted(rows[:count], key=lambda row: str(row["slide_id"]))
 
 
 def _card(archive: Archive, row: dict[str, Any], *, px: int) -> dict[str, Any]:
-    """What a ready slide's card shows."""
+    """Return the contents of a ready slide's card."""
     columns = ["rx", "ry", "n_patches", "n_bad", "patch_mask", "patch_blur", "patch_pen"]
     regions = archive.regions(row["slide_id"], columns=columns)
     kept = _matrix(regions["patch_mask"], archive.slots) != 0
@@ -171,7 +171,7 @@ def _card(archive: Archive, row: dict[str, Any], *, px: int) -> dict[str, Any]:
 def _region_rects(
     tiling: dict[str, Any], regions: pa.Table, *, mpp: float
 ) -> list[tuple[int, int, int, int, str]]:
-    """(x0, y0, w0, h0, name) of each region, level-0 px, on the grid's own lines."""
+    """Return (x0, y0, w0, h0, name) of each region, level-0 px, on the grid's own lines."""
     cut = Tiling(**tiling)
     rx, ry = regions["rx"].to_numpy(), regions["ry"].to_numpy()
 
@@ -191,7 +191,7 @@ def _region_rects(
 
 
 def _outline(row: dict[str, Any], tolerance0: float) -> str:
-    """SVG path of the tissue in level-0 px, true to ``tolerance0`` px."""
+    """Return an SVG path of the tissue in level-0 px, true to ``tolerance0`` px."""
     import cv2
 
     from pathflip.slides.tissue import TissueMask
@@ -237,7 +237,7 @@ _STEPS = {
 
 
 def _mend(archive: str, row: dict[str, Any]) -> dict[str, str]:
-    """What a quarantined slide's reason means, the step that mends it and its command."""
+    """Return the meaning of a quarantined slide's reason, the step that fixes it, its command."""
     reason = row["reason"] or ""
     step = _STEPS.get(reason, f"Mend what the message says, {_AGAIN}")
     target = f"--archive {shlex.quote(archive)}"
@@ -256,7 +256,7 @@ def _mend(archive: str, row: dict[str, Any]) -> dict[str, str]:
 
 
 def _hits(archive: Archive, results: pa.Table) -> list[dict[str, Any]]:
-    """Results with their pictures."""
+    """Return results with their pictures."""
     from pathflip.slides.reader import SlideReader
 
     slides: dict[str, dict[str, Any]] = {}
@@ -281,7 +281,7 @@ def _hits(archive: Archive, results: pa.Table) -> list[dict[str, Any]]:
 
 
 def _slide_of(archive: Archive, slide_id: str) -> dict[str, Any]:
-    """A slide's row with its small map and, once something is wrong with its file, ``fault``."""
+    """Return a slide's row with its small map and, if its file is faulty, ``fault``."""
     from pathflip.slides.sources import stat_source
 
     try:
@@ -304,7 +304,7 @@ def _regions_of(archive: Archive, slide_id: str) -> dict[str, dict[str, Any]]:
 
 
 def _clearest_patch(archive: Archive, region: dict[str, Any] | None) -> tuple[int, int, int] | None:
-    """(x0, y0, size0) of the patch of a region with the most tissue in the best focus."""
+    """Return (x0, y0, size0), level-0 px, of a region's patch with most tissue in best focus."""
     if region is None:
         return None
     kept = np.asarray(region["patch_mask"]) != 0
@@ -324,7 +324,7 @@ def _read_pictures(
     hit: dict[str, Any],
     patch: tuple[int, int, int] | None,
 ) -> None:
-    """Fill a hit's pictures; a slide that fails once is not asked again."""
+    """Fill a hit's pictures; a slide that failed once is not read again."""
     if not row["fault"]:
         override = row["mpp"] if row["mpp_source"] == "override" else None
         try:
@@ -354,7 +354,7 @@ def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
 
 
 def _bar(counts: Sequence[int]) -> list[tuple[float, float]]:
-    """(start, length) of each count in a bar of length 100."""
+    """Return (start, length) of each count in a bar of length 100."""
     total = max(1, sum(counts))
     starts = np.cumsum([0, *counts[:-1]])
     return [(100 * int(a) / total, 100 * n / total) for a, n in zip(starts, counts, strict=True)]

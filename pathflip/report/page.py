@@ -1,4 +1,4 @@
-"""What all pages share: rendering and writing, thumbnails in SVG, numbers for people."""
+"""Parts shared by all reports: rendering and writing, thumbnails in SVG, numbers for people."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_page(template: str, path: Path, **values: Any) -> Path:
 
 
 def data_uri(image: bytes | None) -> str:
-    """A JPEG or PNG as a data URI, "" for none."""
+    """Return a JPEG or PNG as a data URI, "" for none."""
     if not image:
         return ""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
@@ -64,12 +64,12 @@ def data_uri(image: bytes | None) -> str:
 
 
 def count(value: int | None) -> str:
-    """A whole number."""
+    """Format a whole number."""
     return "–" if value is None else f"{value:,}"
 
 
 def figures(value: float | None, digits: int = 3) -> str:
-    """A number to so many significant digits, never in powers of ten."""
+    """Format a number to so many significant digits, never in powers of ten."""
     if value is None:
         return "–"
     if not value:
@@ -79,12 +79,12 @@ def figures(value: float | None, digits: int = 3) -> str:
 
 
 def mpp(value: float | None) -> str:
-    """A resolution, µm/px."""
+    """Format a resolution, µm/px."""
     return "–" if value is None else f"{value:.4g}"
 
 
 def size(value: float | None) -> str:
-    """A number of bytes."""
+    """Format a number of bytes."""
     if value is None or value < 0:
         return "–"
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
@@ -95,7 +95,7 @@ def size(value: float | None) -> str:
 
 
 def duration(value: float | None) -> str:
-    """A time in seconds."""
+    """Format a time in seconds."""
     if value is None:
         return "–"
     if value < 60:
@@ -114,7 +114,7 @@ def metric_row(
     *,
     n: int | None = None,
 ) -> dict[str, Any]:
-    """A row of a table of metrics: a value with its interval beside what chance gives."""
+    """Return a row of a table of metrics: a value with its interval beside chance."""
     return {
         "name": name,
         "value": value,
@@ -127,7 +127,7 @@ def metric_row(
 
 
 def slide_view(row: dict[str, Any], px: int) -> dict[str, Any] | None:
-    """A slide's thumbnail for an SVG in level-0 px: data URI and its extent there."""
+    """Return a slide's thumbnail for an SVG in level-0 px: data URI and its extent there."""
     import cv2
     import simplejpeg
 

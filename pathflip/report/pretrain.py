@@ -1,4 +1,4 @@
-"""The page about a pretrained model: how it trained, what it scores, what it finds and where.
+"""Report of a pretrained model: training curves, metrics, search results, grounding.
 
 Pictures are not picked by hand: each finding is shown on the first slide, by id, that has it.
 """
@@ -42,13 +42,13 @@ def write_pretrain_report(
     truth: str | Path | None = None,
     title: str = "Pretraining results",
 ) -> Path:
-    """Write the results of a pretraining run as one HTML file that needs nothing else.
+    """Write the report of a pretraining run as one self-contained HTML file.
 
     Args:
         archive: The archive it was measured on, or its URI.
         run: The run, loaded; its folder's metrics.jsonl, result.json and ablations are shown
             where they are.
-        document: What :func:`pathflip.evaluation.suite.evaluate_all` returned.
+        document: Results of :func:`pathflip.evaluation.suite.evaluate_all`.
         path: The HTML file; replaced whole.
         suite: Its tasks: the texts that slides are searched with and that are drawn on them.
         truth: Outlines, see :func:`pathflip.evaluation.grounding.read_outlines`.
@@ -95,7 +95,7 @@ def write_pretrain_report(
 
 
 def _charts(lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is drawn of metrics.jsonl: both losses, validation recall, the learning rate."""
+    """Return the charts of metrics.jsonl: both losses, validation recall, the learning rate."""
     steps = [line for line in lines if "val" not in line]
     vals = [line for line in lines if "val" in line]
     best = result.get("best_step")
@@ -121,7 +121,7 @@ def _charts(lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> li
 
 
 def _points(lines: Sequence[Mapping[str, Any]], value: Any) -> list[tuple[float, float]]:
-    """(step, value) of the lines that have one, averaged to a drawable number."""
+    """Return (step, value) of the lines that have one, averaged to a drawable number."""
     points = [(float(line["step"]), value(line)) for line in lines]
     known = np.array([p for p in points if p[1] is not None and math.isfinite(p[1])], np.float64)
     if len(known) > MAX_POINTS:
@@ -136,7 +136,7 @@ def _chart(
     *,
     best: float | None = None,
 ) -> dict[str, Any] | None:
-    """Paths and ticks of a line chart in px; None without a point."""
+    """Return paths and ticks of a line chart in px; None without a point."""
     drawn = [entry for entry in series if entry[1]]
     if not drawn:
         return None
@@ -172,7 +172,7 @@ def _chart(
 
 
 def _ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """Round numbers between two, at most so many."""
+    """Return round numbers between two, at most so many."""
     span = (high - low) or 1.0
     step = 10 ** math.floor(math.log10(span / most))
     step = next(step * by for by in (1, 2, 5, 10, 20) if span / (step * by) <= most)
@@ -188,7 +188,7 @@ def _tick(value: float) -> str:
 
 
 def _headline(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(number, what it is, its chance) of the tiles at the top."""
+    """Return (number, label, its chance) of the tiles at the top."""
     tiles = []
     if retrieval := document.get("retrieval"):
         for way, name in (("itr", "slide to caption"), ("tir", "caption to slide")):
@@ -209,7 +209,7 @@ def _headline(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _groups(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The table of metrics: rows with value, interval, chance and a baseline, by suite."""
+    """Return the table of metrics: rows with value, interval, chance and a baseline, by suite."""
     groups = []
     for key, name in (
         ("retrieval", "Retrieval, galleries of 64"),
@@ -274,7 +274,7 @@ def _groups(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ablations(document: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Metrics down, ablations across; each with its difference from full."""
+    """Return metrics down, ablations across; each with its difference from full."""
     if not document.get("table"):
         return None
     names = list(document["table"])
@@ -321,7 +321,7 @@ def _pictures(
     suite: Suite | None,
     truth: str | Path | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Slides found by text, and heat beside outlines, on slides of the measured split."""
+    """Return slides found by text, and heat beside outlines, of the measured split."""
     from pathflip.evaluation.encode import encode, has_regions, list_slides
     from pathflip.evaluation.grounding import queries_of, read_outlines
     from pathflip.evaluation.zeroshot import suite_texts, task_score, text_scores
@@ -373,7 +373,7 @@ def _pictures(
 def _example(
     archive: Archive, run: Run, slide_id: str, finding: str, text: str, polygons: Sequence[Any]
 ) -> dict[str, Any]:
-    """A slide with the outline of a finding, and beside it the heat of its text."""
+    """Return a slide with the outline of a finding, and beside it the heat of its text."""
     import cv2
 
     from pathflip.evaluation.ground_slide import ground_slide
@@ -407,7 +407,7 @@ def _example(
 
 
 def _paths(polygons: Sequence[Any]) -> str:
-    """SVG path of outlines in level-0 px."""
+    """Return an SVG path of outlines in level-0 px."""
     parts = []
     for outer, holes in polygons:
         for ring in (outer, *holes):
@@ -426,7 +426,7 @@ def _jpeg(rgb: NDArray[np.uint8]) -> bytes:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a dying process cut short is passed."""
+    """Return the lines of metrics.jsonl, without one that a dying process cut short."""
     lines = []
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():
