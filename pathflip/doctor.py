@@ -1,4 +1,4 @@
-"""Preflight: is this machine fit, and if not, what to do about it."""
+"""Preflight checks of the machine, with a remedy for each fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIONAL = {"ray": "jobs and services", "transformers": "hub encoders", "timm": 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One finding: what was looked at, how it is, what to do."""
+    """Result of one check: its name, state and remedy."""
 
     name: str
     status: Literal["pass", "warn", "fail"]

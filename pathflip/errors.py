@@ -1,4 +1,4 @@
-"""Errors a user can mend.
+"""Errors that a user can fix, with a hint.
 
 The tree::
 
@@ -27,8 +27,8 @@ class PathFLIPError(Exception):
     """Base of every error pathflip raises on purpose.
 
     Args:
-        message: What is wrong and where, one sentence.
-        hint: What the user can do about it, one sentence.
+        message: Description of the fault and its place, one sentence.
+        hint: Remedy for the user, one sentence.
         code: Short stable code.
     """
 

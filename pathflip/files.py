@@ -57,7 +57,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or the entries of a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

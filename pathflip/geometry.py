@@ -1,4 +1,4 @@
-"""Where a slide is cut: regions, patches and 5x to 40x patch trees. Numbers in, arrays out.
+"""Geometry of a slide's cut: regions, patches and 5x to 40x patch trees. NumPy only.
 
 One grid per slide starts at level-0 pixel (0, 0) and is laid out in µm. Line ``i`` of a grid of
 pitch ``unit_um`` falls on level-0 pixel ``floor(i * unit_um / mpp + 0.5)`` and that rounding is
@@ -33,17 +33,17 @@ TREE_OFFSETS = (0, 1, 5, 21)
 
 
 class Coverage(Protocol):
-    """What :func:`plan_regions` needs to know about tissue; a ``TissueMask`` is one."""
+    """Protocol of tissue for :func:`plan_regions`; a ``TissueMask`` implements it."""
 
     def coverage(
         self, x_edges0: NDArray[np.float64], y_edges0: NDArray[np.float64]
     ) -> NDArray[np.float32]:
-        """Tissue share [ny, nx] of each cell between ascending level-0 lines; outside is 0."""
+        """Return tissue share [ny, nx] of cells between ascending level-0 lines; outside is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How slides are cut.
+    """Tiling of slides into regions and patches.
 
     Attributes:
         region_um: Side of a region, µm.
@@ -94,12 +94,12 @@ class Tiling:
 
     @property
     def side(self) -> int:
-        """Patch slots along one side of a region."""
+        """Number of patch slots along one side of a region."""
         return round(self.region_um / self.patch_um)
 
     @property
     def slots(self) -> int:
-        """Patch slots in a region; slot = row * side + col."""
+        """Number of patch slots in a region; slot = row * side + col."""
         return self.side**2
 
     @property
@@ -109,7 +109,7 @@ class Tiling:
 
     @property
     def min_patches(self) -> int:
-        """Patches a region needs to be kept, at least 1."""
+        """Minimum number of patches of a kept region, at least 1."""
         return max(1, math.ceil(self.min_region_patches * self.slots - 1e-9))
 
     def fingerprint(self) -> str:
@@ -148,13 +148,13 @@ class Regions:
 
     @property
     def n_patches(self) -> NDArray[np.int32]:
-        """Kept patches of each region [R]."""
+        """Number of kept patches of each region [R]."""
         counts: NDArray[np.int32] = self.patch_mask.sum(axis=1, dtype=np.int32)
         return counts
 
 
 def edge(index: ArrayLike, *, unit_um: float, mpp: float) -> NDArray[np.int64]:
-    """Level-0 pixel of grid lines.
+    """Return the level-0 pixel of grid lines.
 
     Args:
         index: Line numbers, any shape.
@@ -181,7 +181,7 @@ def plan_regions(
         width: Level-0 width, px.
         height: Level-0 height, px.
         mpp: Level-0 µm/px.
-        tissue: Answers ``coverage(x_edges0, y_edges0)``.
+        tissue: Tissue of the slide.
 
     Returns:
         The kept regions; none for a slide smaller than a patch or without tissue.
@@ -225,7 +225,7 @@ def plan_regions(
 
 
 def patch_rects(tiling: Tiling, *, rx: int, ry: int, mpp: float) -> NDArray[np.int64]:
-    """Rectangles (x0, y0, w0, h0) of all slots of region (rx, ry), level-0 px [slots, 4]."""
+    """Return rectangles (x0, y0, w0, h0) of all slots of region (rx, ry), level-0 px [slots, 4]."""
     steps = np.arange(tiling.side + 1)
     x = edge(rx * tiling.side + steps, unit_um=tiling.patch_um, mpp=mpp)
     y = edge(ry * tiling.side + steps, unit_um=tiling.patch_um, mpp=mpp)
@@ -236,7 +236,7 @@ def patch_rects(tiling: Tiling, *, rx: int, ry: int, mpp: float) -> NDArray[np.i
 def patch_at(
     tiling: Tiling, *, x0: ArrayLike, y0: ArrayLike, mpp: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The patch that holds each level-0 position: the inverse of :func:`patch_rects`.
+    """Return the patch that holds each level-0 position: the inverse of :func:`patch_rects`.
 
     Args:
         tiling: Sizes.
@@ -275,19 +275,19 @@ class PatchTree:
 
     @property
     def edges(self) -> NDArray[np.int32]:
-        """(parent, child) node pairs [n - 1, 2]; 84 in a whole tree."""
+        """Return (parent, child) node pairs [n - 1, 2]; 84 in a whole tree."""
         return np.stack([self.parent[1:], np.arange(1, len(self.parent), dtype=np.int32)], axis=1)
 
 
 def tree_node(level: int, row: int, col: int) -> int:
-    """Index of a node of a patch tree."""
+    """Return the index of a node of a patch tree."""
     if not (0 <= level < len(TREE_OFFSETS) and 0 <= row < 1 << level and 0 <= col < 1 << level):
         raise ValueError(f"no node at level {level}, row {row}, col {col}")
     return TREE_OFFSETS[level] + (row << level) + col
 
 
 def tree_levels(mpp: float) -> int:
-    """Levels a slide can fill without being enlarged by more than 10 %.
+    """Return the number of levels that a slide fills without being enlarged by over 10 %.
 
     Scanners sold as 40x have 0.22 to 0.274 µm/px, hence the margin; a 20x slide has 3 levels
     (21 nodes).
@@ -297,7 +297,7 @@ def tree_levels(mpp: float) -> int:
 
 
 def patch_tree(tx: ArrayLike, ty: ArrayLike, *, mpp: float, levels: int = 4) -> PatchTree:
-    """The 5x, 10x, 20x, 40x patch trees under roots of the 1024 µm grid (MR-PLIP).
+    """Return the 5x, 10x, 20x, 40x patch trees under roots of the 1024 µm grid (MR-PLIP).
 
     The leaves of a whole tree are the patches of the default tiling, and four roots make one of
     its regions.
@@ -338,14 +338,14 @@ def patch_tree(tx: ArrayLike, ty: ArrayLike, *, mpp: float, levels: int = 4) -> 
 
 
 def _line(index: ArrayLike, *, unit_um: float, mpp: float) -> NDArray[np.float64]:
-    """Unrounded level-0 position of grid lines."""
+    """Return the unrounded level-0 position of grid lines."""
     if not (mpp > 0 and unit_um >= mpp):
         raise ValueError(f"grid of {unit_um} µm at {mpp} µm/px has cells below one pixel")
     return np.asarray(index, np.float64) * unit_um / mpp
 
 
 def _cell(position: ArrayLike, *, unit_um: float, mpp: float) -> NDArray[np.int64]:
-    """Cell i with ``edge(i) <= position < edge(i + 1)``."""
+    """Return cell i with ``edge(i) <= position < edge(i + 1)``."""
     position = np.asarray(position)
     # edge() rounds by at most half a pixel, so the guess is off by at most one cell.
     cell = np.floor(position * (mpp / unit_um)).astype(np.int64)
@@ -354,14 +354,14 @@ def _cell(position: ArrayLike, *, unit_um: float, mpp: float) -> NDArray[np.int6
 
 
 def _whole_cells(length: int, *, unit_um: float, mpp: float) -> int:
-    """Number of cells from 0 that end at or before pixel ``length``."""
+    """Return the number of cells from 0 that end at or before pixel ``length``."""
     if length < 1:
         raise ValueError(f"slide side is {length} px")
     return int(_cell(length, unit_um=unit_um, mpp=mpp))
 
 
 def _to_slots(grid: NDArray[_Scalar], *, side: int) -> NDArray[_Scalar]:
-    """[n_y * side, n_x * side] patch grid to [n_y, n_x, side * side] slots."""
+    """Reshape a patch grid [n_y * side, n_x * side] to slots [n_y, n_x, side * side]."""
     n_y, n_x = grid.shape[0] // side, grid.shape[1] // side
     blocks = grid.reshape(n_y, side, n_x, side).transpose(0, 2, 1, 3)
     return blocks.reshape(n_y, n_x, side * side)

@@ -1,4 +1,4 @@
-"""Where on a slide a text is true: patch heat on its grid, a map over the thumbnail, boxes.
+"""Heatmaps of texts on slides: patch heat on its grid, a map over the thumbnail, boxes.
 
 A model gives one number per patch slot (:meth:`pathflip.models.PathFLIP.ground`).
 :func:`heatmap_grid` puts them on the slide's patch grid, :func:`smooth` and :func:`normalise` make
@@ -43,7 +43,7 @@ class HeatmapGrid:
     Attributes:
         heat: [H, W], 0 off tissue.
         tissue: bool [H, W], True where a patch is.
-        column0, row0: Line of the grid at the left and top of the first cell.
+        column0, row0: Grid lines at the left and top of the first cell.
         patch_um: Side of a cell, µm.
         mpp: The slide's level-0 µm/px.
     """
@@ -64,7 +64,7 @@ class Box:
         x0, y0, w0, h0: Level-0 px, on patch lines.
         mpp: Level-0 µm/px, for the same in µm.
         score: Heat of its patches, summed; for ``attn`` a share of the slide's.
-        patches: How many it is made of; the box may hold others.
+        patches: Number of patches it is made of; the box may hold others.
     """
 
     x0: int
@@ -76,7 +76,7 @@ class Box:
     patches: int
 
     def as_json(self) -> dict[str, Any]:
-        """The box in px and µm."""
+        """Return the box in px and µm."""
         um = {
             key.replace("0", "_um"): round(getattr(self, key) * self.mpp, 3)
             for key in ("x0", "y0", "w0", "h0")
@@ -93,7 +93,7 @@ class Box:
 
 
 def slide_rects(region_xy: NDArray[np.int64], tiling: Tiling, *, mpp: float) -> NDArray[np.int64]:
-    """Rectangles (x0, y0, w0, h0) of all slots of regions at (rx, ry), level-0 px [N, M, 4]."""
+    """Return (x0, y0, w0, h0) of all slots of regions at (rx, ry), level-0 px [N, M, 4]."""
     rects = [patch_rects(tiling, rx=int(x), ry=int(y), mpp=mpp) for x, y in region_xy]
     return np.stack(rects) if rects else np.zeros((0, tiling.slots, 4), np.int64)
 
@@ -112,8 +112,8 @@ def heatmap_grid(
         heat: [N, M], any scale.
         mask: bool [N, M], True where a patch is.
         region_xy: Grid position (rx, ry) of the regions [N, 2].
-        tiling: How the slide is cut.
-        mpp: Its level-0 µm/px.
+        tiling: Tiling of the slide.
+        mpp: The slide's level-0 µm/px.
     """
     heat, mask = np.asarray(heat, np.float64), np.asarray(mask, np.bool_)
     if not mask.any():
@@ -137,7 +137,7 @@ def heatmap_grid(
 def patch_heat(
     grid: HeatmapGrid, mask: ArrayLike, region_xy: NDArray[np.int64], tiling: Tiling
 ) -> NDArray[np.float64]:
-    """Heat of the kept patches of a grid [P], in the order of ``heat[mask]``: its way back."""
+    """Return heat of the kept patches of a grid [P], in the order of ``heat[mask]``."""
     mask = np.asarray(mask, np.bool_)
     rows, cols = _cells(region_xy, tiling)
     found: NDArray[np.float64] = grid.heat[rows[mask] - grid.row0, cols[mask] - grid.column0]
@@ -182,20 +182,20 @@ def normalise(grid: HeatmapGrid, *, percentile: float = PERCENTILE) -> HeatmapGr
 def heat_map(
     grid: HeatmapGrid, *, sigma: float = SIGMA, percentile: float = PERCENTILE
 ) -> HeatmapGrid:
-    """Smoothed and normalised heat in [0, 1]: what is drawn and cut into boxes."""
+    """Smooth and normalise heat to [0, 1], for drawing and for boxes."""
     return normalise(smooth(grid, sigma=sigma), percentile=percentile)
 
 
 def resample(
     grid: HeatmapGrid, *, width: int, height: int, mpp: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Heat and tissue on the pixels of a picture of the whole slide, bilinear between patches.
+    """Resample heat and tissue to the pixels of a picture of the whole slide, bilinearly.
 
     Args:
         grid: Heat in [0, 1].
-        width: Of the picture, px.
-        height: Likewise.
-        mpp: Of the picture, µm/px; its corner is the slide's.
+        width: Width of the picture, px.
+        height: Height of the picture, px.
+        mpp: Resolution of the picture, µm/px; its corner is the slide's.
 
     Returns:
         heat [height, width] interpolated among patches of tissue only, and the cover of tissue:
@@ -237,9 +237,9 @@ def overlay(
     Args:
         picture: RGB [h, w, 3], such as the thumbnail.
         grid: Heat in [0, 1].
-        mpp: Of the picture, µm/px.
-        opacity: Of the hottest; what is cold is seen through.
-        boxes: Drawn as outlines.
+        mpp: Resolution of the picture, µm/px.
+        opacity: Opacity of the hottest; cold parts are transparent.
+        boxes: Boxes to draw as outlines.
     """
     import cv2
 
@@ -271,10 +271,10 @@ def find_boxes(
 
     Args:
         grid: Heat in [0, 1], see :func:`heat_map`.
-        heat: What the score sums; the unsmoothed heat. ``grid`` itself by default.
-        min_patches: Patches, touching by side or corner, that a box is made of at least.
-        max_boxes: At most so many, those with the most heat.
-        share: Of the maximum.
+        heat: Unsmoothed heat, summed to a box's score; ``grid`` itself by default.
+        min_patches: Minimum number of patches, touching by side or corner, of a box.
+        max_boxes: Maximum number of boxes, those with the most heat.
+        share: Share of the maximum that heat must reach.
 
     Returns:
         Boxes by falling score.
@@ -311,11 +311,11 @@ def find_boxes(
 
 
 def otsu(values: ArrayLike, *, bins: int = 256) -> float:
-    """The threshold that parts values into the two classes with least variance inside them.
+    """Return the threshold that splits values into two classes of least variance within.
 
     Args:
         values: In [0, 1], any shape.
-        bins: Of the histogram.
+        bins: Number of bins of the histogram.
 
     Returns:
         Middle of the gap's lower bin edge and above: values >= it are the upper class.
@@ -335,7 +335,7 @@ def otsu(values: ArrayLike, *, bins: int = 256) -> float:
 def patch_list(
     heat: ArrayLike, mask: ArrayLike, rects: NDArray[np.int64]
 ) -> list[dict[str, float | int]]:
-    """Kept patches as {"x0", "y0", "size0", "heat"}, level-0 px.
+    """Return kept patches as {"x0", "y0", "size0", "heat"}, level-0 px.
 
     Args:
         heat: [N, M].
@@ -375,7 +375,7 @@ def write_geojson(
     Args:
         path: File to write, whole or not at all.
         slide_id: Goes into ids and metadata; equal input gives an equal file.
-        text: What was asked; the class of the boxes.
+        text: Text that was looked for; the class of the boxes.
         boxes: Level-0 px.
         rects: Patches (x0, y0, w0, h0) to write too, level-0 px [k, 4].
         heat: Their heat [k].
@@ -427,7 +427,7 @@ def write_geojson(
 def _cells(
     region_xy: NDArray[np.int64], tiling: Tiling
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and column of every slot on the slide's patch grid, [N, M] each."""
+    """Return row and column of every slot on the slide's patch grid, [N, M] each."""
     row, col = np.divmod(np.arange(tiling.slots), tiling.side)
     return region_xy[:, 1, None] * tiling.side + row, region_xy[:, 0, None] * tiling.side + col
 

@@ -1,4 +1,4 @@
-"""Progress of long work, for people: a bar on a terminal, a line now and then elsewhere; on stderr.
+"""Progress of long work on stderr: a bar on a terminal, a line now and then elsewhere.
 
 Whoever works calls back with something that has a line and a fraction (:class:`HasLine`):
 :class:`Progress` where counting is all there is to say, a class of its own where a job has more.
@@ -35,15 +35,15 @@ Report = Callable[[HasLine], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Count of what is done.
+    """Number of items done, with the time it took.
 
     Attributes:
         what: Name of the work.
-        done: Items done.
-        total: Items in all.
+        done: Number of items done.
+        total: Number of items in all.
         seconds: Seconds since the work began.
         unit: Name of the items, in the plural.
-        note: More to show, such as a loss.
+        note: Further text, such as a loss.
     """
 
     what: str
@@ -68,7 +68,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 10 s, 2 h 05 min."""
+    """Format seconds for people: 42 s, 3 min 10 s, 2 h 05 min."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

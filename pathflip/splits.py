@@ -24,7 +24,7 @@ def canonical_split(name: str | None) -> str | None:
 
 
 def requested_split(name: str) -> str:
-    """Return the split that a user asks for by any of its names; other names as they are."""
+    """Return the split that a user asks for by any of its names; other names unchanged."""
     return canonical_split(name) or name
 
 

@@ -1,4 +1,4 @@
-"""Captions: cut into sentences, drawn as sub-captions, and a tokenizer trained on them.
+"""Text of captions: sentences, sub-captions, and a tokenizer trained on them.
 
 Read in this order: :func:`split_sentences`, :func:`sample_subcaptions` with :func:`draw_rng`,
 :func:`train_tokenizer`. No part of it downloads anything.
@@ -124,9 +124,9 @@ def sample_subcaptions(
 
     Args:
         sentences: The slide's sentences, at least one.
-        num: K, how many to draw.
+        num: K, number of sub-captions to draw.
         rng: See :func:`draw_rng`.
-        max_merged: Most sentences in one sub-caption.
+        max_merged: Maximum number of sentences in one sub-caption.
         v1_window_bug: Draw neighbours as the published code does, never with the last sentence.
 
     Returns:
@@ -172,7 +172,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> Any:
 
     Args:
         texts: Captions; their order and repeats do not matter.
-        vocab_size: Most entries, special tokens included; single characters are always in.
+        vocab_size: Maximum number of entries with special tokens; single characters are always in.
 
     Returns:
         A ``transformers.PreTrainedTokenizerFast`` with [PAD] [UNK] [CLS] [SEP] [MASK] as 0 to 4,

@@ -15,13 +15,13 @@ from pathflip.encoders import zoo
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Maps RGB patches to feature vectors.
+    """Encoder of RGB patches into feature vectors.
 
     Attributes:
-        name: Reduced to ``[a-z0-9_]``; the feature table is ``features_<name>``.
+        name: Name, in ``[a-z0-9_]``; the feature table is ``features_<name>``.
         revision: Identity of the weights: features of two revisions are not comparable.
         dim: Length of a feature.
-        input_px: Side of the square it sees; patches of another size are resampled inside.
+        input_px: Side of its square input, px; patches of another size are resampled inside.
         mpp: µm per pixel it expects; None if it takes any.
         licence: Licence of the weights.
     """
@@ -62,16 +62,16 @@ class EncoderInfo:
 
 
 def table_name(text: str) -> str:
-    """A name reduced to ``[a-z0-9_]``, for tables."""
+    """Return a name reduced to ``[a-z0-9_]``, for tables."""
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """A parsed spec: a card of the table, or a scheme; and where the weights are.
+    """A parsed encoder spec: a card of the table or a scheme, and the place of the weights.
 
     Attributes:
-        text: As given.
+        text: The spec as given.
         card: Row of the table, for a table name.
         scheme: ``timm``, ``hf`` or ``torchscript`` otherwise.
         path: Local folder or file, if one was named.

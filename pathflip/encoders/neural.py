@@ -1,4 +1,4 @@
-"""Encoders that are networks: building them from weights, and running any of them.
+"""Neural patch encoders: building from weights, and running.
 
 Imports torch; timm and transformers are imported where a model needs them.
 """
@@ -28,15 +28,15 @@ CPU_BATCH, CUDA_BATCH = 32, 256
 
 
 class NeuralEncoder:
-    """Runs a network on patches: resampling, normalisation, bf16 on CUDA, smaller batches if short.
+    """Network on patches: resampling, normalisation, bf16 on CUDA, smaller batches if short.
 
     Args:
-        info: What the encoder is.
-        card: How patches are prepared.
+        info: Description of the encoder.
+        card: Preprocessing of patches.
         model: Network; moved to the device.
-        forward: From normalised images [n, 3, px, px] to features [n, dim].
-        device: Where it runs.
-        batch: Patches at a time; halved for good whenever the device runs out of memory.
+        forward: Function from normalised images [n, 3, px, px] to features [n, dim].
+        device: Device it runs on.
+        batch: Number of patches at a time; halved for good when the device runs out of memory.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ def load(spec: Spec, *, device: str = "auto") -> NeuralEncoder:
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a torch device.
+    """Return the torch device of ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         EncoderError: ``no_gpu`` when a GPU was asked for that torch does not see.
@@ -194,12 +194,12 @@ def build(card: zoo.Card, path: Path) -> tuple[nn.Module, Forward]:
 
 
 def pool(output: Tensor, pooling: zoo.Pooling, *, prefix: int) -> Tensor:
-    """A network's output -> features [n, d].
+    """Pool a network's output to features [n, d].
 
     Args:
         output: Tokens [n, prefix + patches, d], or the pooled output itself for ``model``.
         pooling: See ``zoo.Card``.
-        prefix: Tokens before the patch tokens: the class token and any register tokens.
+        prefix: Number of tokens before the patch tokens: the class token and any register tokens.
     """
     if pooling == "model":
         return output
@@ -295,7 +295,7 @@ def _transformers_forward(card: zoo.Card, model: nn.Module) -> Forward:
 
 
 class _AttentionPool(nn.Module):
-    """CONCH: one learned query attends to all tokens."""
+    """Attention pooling of CONCH: one learned query attends to all tokens."""
 
     def __init__(self, dim: int, context: int, heads: int) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class _AttentionPool(nn.Module):
 
 
 class _PlainAttentionPool(nn.Module):
-    """CONCH v1.5: the same with projections without bias."""
+    """Attention pooling of CONCH v1.5: projections have no bias."""
 
     def __init__(self, dim: int, context: int, heads: int) -> None:
         super().__init__()
@@ -370,7 +370,7 @@ def _conch_v1_5(folder: Path, name: str) -> nn.Module:
 
 
 def stretch_positions(positions: Tensor, *, grid: int) -> Tensor:
-    """Position embeddings [1, 1 + n², d] for another grid, as the published CONCH v1.5 code does.
+    """Resample position embeddings [1, 1 + n², d] to another grid, as published CONCH v1.5 does.
 
     It stores any grid as 14 x 14 (bilinear) and stretches that (bicubic, with DINO's 0.1 added to
     the size), which is not quite what timm would do.

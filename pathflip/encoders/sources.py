@@ -1,4 +1,4 @@
-"""From a spec to what has to be built: weights, architecture, preprocessing. Imports no torch."""
+"""Resolution of an encoder spec: weights, architecture, preprocessing. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Source:
 
 
 def describe(spec: Spec, *, download: bool) -> Source:
-    """Find the weights of a spec and what is known of the model.
+    """Find the weights of a spec and describe the model.
 
     Args:
         spec: Parsed spec.
@@ -59,7 +59,7 @@ def _info(card: zoo.Card, revision: str) -> EncoderInfo:
 
 
 def _read_card(spec: Spec, weights: Weights) -> zoo.Card:
-    """The card of a model outside the table, from the configuration beside its weights."""
+    """Read the card of a model outside the table, from the configuration beside its weights."""
     config = _json(spec, weights, "config.json")
     if not config:
         raise EncoderError(

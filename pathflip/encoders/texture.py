@@ -107,14 +107,14 @@ def _at_native(patch: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=1)
 def _density() -> NDArray[np.uint8]:
-    """Optical density of each grey level, in steps of 1/90."""
+    """Return the optical density of each grey level, in steps of 1/90."""
     density = -np.log(np.maximum(np.arange(256), 1) / _GLASS)
     steps: NDArray[np.float64] = np.clip(np.rint(_STEPS_PER_DENSITY * density), 0, 255)
     return steps.astype(np.uint8)
 
 
 def _measure(patch: NDArray[np.uint8]) -> list[float]:
-    """Sums over one patch, exact integers as floats, in the order ``_describe`` reads them.
+    """Return sums over one patch, exact integers as floats, in the order of ``_describe``.
 
     Calls here cost about as much as their arithmetic, so there are few of them.
     """
@@ -169,7 +169,7 @@ def _measure(patch: NDArray[np.uint8]) -> list[float]:
 
 
 def _describe(sums: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """Sums [n, k] -> unstandardised description [n, DIM]: logarithms of means per pixel."""
+    """Convert sums [n, k] to an unstandardised description [n, DIM]: logs of means per pixel."""
     x, at = np.asarray(sums, np.float64), 0
     out: list[NDArray[np.float64]] = []
 
@@ -225,7 +225,7 @@ def _describe(sums: Sequence[Sequence[float]]) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _weights() -> NDArray[np.float64]:
-    """Weights that give every block the same share of a squared distance, mean square 1."""
+    """Return weights that give every block the same share of a squared distance, mean square 1."""
     return np.concatenate(
         [np.full(count, (DIM / len(BLOCKS) / count) ** 0.5) for count in BLOCKS.values()]
     )

@@ -1,4 +1,4 @@
-"""TorchScript encoders: loading a file, and finding out what it gives. Imports torch."""
+"""TorchScript encoders: loading a file, and measuring its output. Imports torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathflip.encoders.weights import bad_weights
 
 
 def torchscript_dim(path: Path, *, input_px: int) -> int:
-    """Length of the feature a TorchScript model gives.
+    """Return the length of a TorchScript model's feature.
 
     Raises:
         EncoderError: ``bad_weights`` when it does not map [n, 3, px, px] to [n, dim].

@@ -1,4 +1,4 @@
-"""Where an encoder's weights are: a local folder, the hub's cache, or the hub.
+"""Location of an encoder's weights: a local folder, the hub's cache, or the hub.
 
 Only safetensors are used: a pickle runs whatever its author put in it.
 """
@@ -18,11 +18,11 @@ _WANTED = ["config.json", "preprocessor_config.json", "*.safetensors"]
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Weights that are there, or that the hub will give.
+    """Weights of an encoder, local or still on the hub.
 
     Attributes:
         revision: Hub commit, or digest of a local folder's files.
-        folder: Where they are; None while still on the hub.
+        folder: Folder of the files; None while still on the hub.
     """
 
     revision: str
@@ -30,7 +30,7 @@ class Weights:
 
 
 def local_weights(folder: Path, *, name: str) -> Weights:
-    """Weights in a local folder: ``*.safetensors``, and ``config.json`` where the loader needs it.
+    """Find weights in a local folder: ``*.safetensors``, and ``config.json`` if needed.
 
     Raises:
         EncoderError: ``missing_weights`` or ``pickle_weights``.
@@ -56,11 +56,11 @@ def local_weights(folder: Path, *, name: str) -> Weights:
 def hub_weights(
     repository: str, *, name: str, revision: str | None = None, download: bool
 ) -> Weights:
-    """Weights of a hub repository, from the local cache if they are in it.
+    """Find weights of a hub repository, in the local cache if they are there.
 
     Args:
         repository: ``owner/name``.
-        name: What the user calls the encoder, for messages.
+        name: Name the user gave the encoder, for messages.
         revision: Commit, tag or branch; None means the cached one, else the newest.
         download: Fetch them if they are not cached; otherwise only check that this would work.
 
@@ -122,7 +122,7 @@ def hub_weights(
 
 
 def safetensors_of(folder: Path) -> list[Path]:
-    """The weight files in a folder, by name."""
+    """Return the weight files in a folder, sorted by name."""
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -160,7 +160,7 @@ def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
 
 
 def bad_weights(name: str, problem: str) -> EncoderError:
-    """Return the error for weights that do not make the encoder they are named for."""
+    """Return the error for weights that do not fit the encoder they are named for."""
     return EncoderError(
         f"The weights of {name} cannot be used: {problem}.",
         hint="Check that the folder holds this model, complete.",

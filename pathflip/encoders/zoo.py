@@ -1,4 +1,4 @@
-"""The table of known patch encoders: where each is, what it expects, what it gives, its licence.
+"""The table of known patch encoders: repository, input, output and licence of each.
 
 Facts are those of the model cards and of the authors' own loading code. ``mpp`` and ``patch_um``
 are the resolution and field of view of the patches a model was trained on or is used with.
@@ -30,10 +30,10 @@ class Card:
     """One known encoder.
 
     Attributes:
-        name: What users call it.
+        name: Name in specs.
         title: Its authors' name for it.
         hub: Repository on the Hugging Face hub.
-        loader: Which library builds it; ``conch`` and ``conch_v1_5`` are image towers built here.
+        loader: Library that builds it; ``conch`` and ``conch_v1_5`` are image towers built here.
         dim: Length of a feature.
         input_px: Side of the square the network sees.
         resize_px: Side patches are resampled to before the centre crop to ``input_px``; None means
@@ -43,9 +43,9 @@ class Card:
         patch_um: Field of view it expects, µm; None likewise.
         pooling: ``model``: its own output; ``cls``: class token; ``cls+mean``: class token and mean
             of the patch tokens side by side, register tokens left out.
-        licence: Of the weights.
+        licence: Licence of the weights.
         gated: Whether the hub asks to accept terms first.
-        interpolation: How patches are resampled (always antialiased).
+        interpolation: Interpolation of the resampling (always antialiased).
         architecture, arguments: For timm: model name and its keyword arguments; SwiGLUPacked and
             SiLU are given by name.
     """
@@ -296,5 +296,5 @@ CARDS: tuple[Card, ...] = (
 
 
 def card(name: str) -> Card | None:
-    """The card of that name, or None."""
+    """Return the card of that name, or None."""
     return next((known for known in CARDS if known.name == name), None)

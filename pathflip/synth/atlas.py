@@ -1,4 +1,4 @@
-"""Periodic tissue textures: what each synthetic tissue looks like, in two stains' density.
+"""Periodic textures of synthetic tissues, in two stains' density.
 
 A texture is drawn once at 0.25 µm/px on a torus (its edges join), as two optical density maps, and
 packed into one uint16 per pixel (H in the high byte, E in the low one, both in hundredths). Coarser
@@ -53,7 +53,7 @@ _GRAIN = 0.022  # sensor and section grain; sets the JPEG size of tissue tiles
 
 
 def colour_table(stain_h: float = 1.0, stain_e: float = 1.0) -> NDArray[np.uint32]:
-    """Colours of all 65,536 codes as packed RGBX, for given stain strengths (Beer-Lambert)."""
+    """Return colours of all 65,536 codes as packed RGBX at stain strengths (Beer-Lambert)."""
     level = np.arange(256) / 100.0
     table = np.full((256, 256, 4), 255, np.uint8)
     for c in range(3):
@@ -64,7 +64,7 @@ def colour_table(stain_h: float = 1.0, stain_e: float = 1.0) -> NDArray[np.uint3
 
 
 def period_um(name: str) -> float:
-    """Period of a texture in µm."""
+    """Return the period of a texture in µm."""
     return 512.0 if name in ORGANS else 256.0
 
 
@@ -72,7 +72,7 @@ class Atlas:
     """Textures by name and scale, built when first asked for.
 
     Args:
-        directory: Where built textures are shared between processes as memory-mapped files; None
+        directory: Folder that shares built textures between processes as memory-mapped files; None
             keeps them in this process.
     """
 
@@ -81,7 +81,7 @@ class Atlas:
         self._held: dict[tuple[str, float], Code] = {}
 
     def __call__(self, name: str, *, mpp: float) -> Code:
-        """The texture's codes, uint16 [n, n], n = period / mpp.
+        """Return the texture's codes, uint16 [n, n], n = period / mpp.
 
         Raises:
             KeyError: No such texture.
@@ -136,7 +136,7 @@ def nucleus(
     angle: float = 0.0,
     chromatin: Float | None = None,
 ) -> Float:
-    """Optical density of one nucleus [k, k].
+    """Draw the optical density of one nucleus [k, k].
 
     For one shape every ``kind`` has the same integral and the same second moments, so that kinds
     differ only in what is finer than a nucleus.
@@ -147,7 +147,7 @@ def nucleus(
         diameter_um: Mean diameter.
         mpp: µm per pixel.
         aspect: Length over width at equal area.
-        angle: Of the long axis, radians.
+        angle: Angle of the long axis, radians.
         chromatin: Relative variation of the density, cropped to the stamp.
     """
     if kind not in NUCLEI:
@@ -187,7 +187,7 @@ class _Field:
         self._kx, self._ky = (f.astype(np.float32) for f in frequency)
 
     def noise(self, sigma_um: float, across_um: float | None = None, angle: float = 0.0) -> Float:
-        """Smooth periodic noise, mean 0 and deviation 1; streaks when ``across_um`` is given."""
+        """Draw smooth periodic noise, mean 0, deviation 1; streaks when ``across_um`` is given."""
         across = sigma_um if across_um is None else across_um
         white = self.rng.standard_normal((self.n, self.n), dtype=np.float32)
         kx, ky = self._kx[None, :], self._ky[:, None]
@@ -199,14 +199,14 @@ class _Field:
         return np.asarray((out - out.mean()) / out.std(), np.float32)
 
     def wave(self, kx: int, ky: int, bend: Float) -> Float:
-        """A periodic plane wave with whole cycles per side, its phase bent by ``bend`` (µm)."""
+        """Draw a periodic plane wave of whole cycles per side, its phase bent by ``bend`` (µm)."""
         at = np.arange(self.n, dtype=np.float32) * MASTER_MPP
         pull = bend * np.float32(np.hypot(kx, ky))
         phase = kx * at[None, :] + ky * at[:, None] + pull
         return np.asarray(np.cos(phase * np.float32(2 * np.pi / self.um)), np.float32)
 
     def grid(self, pitch_um: float, jitter: float = 0.3) -> NDArray[np.float64]:
-        """Points [n, 2] (x, y) in µm, about one per pitch², never on top of each other."""
+        """Return points [n, 2] (x, y) in µm, about one per pitch², never on top of each other."""
         count = max(1, round(self.um / pitch_um))
         pitch = self.um / count
         x, y = np.meshgrid(np.arange(count, dtype=float), np.arange(count, dtype=float))
@@ -216,7 +216,7 @@ class _Field:
         return np.asarray(out[self.rng.permutation(len(out))])
 
     def at(self, points: NDArray[np.float64], values: Float) -> Float:
-        """Values of a map at points in µm."""
+        """Return values of a map at points in µm."""
         index = (points / MASTER_MPP).astype(np.int64) % self.n
         return np.asarray(values[index[:, 1], index[:, 0]])
 
@@ -268,7 +268,7 @@ class _Field:
     def near(
         self, centres: NDArray[np.float64], reach_um: float
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Float, Float]]:
-        """For each centre the rows, columns, distance and angle of the pixels within reach."""
+        """Yield for each centre rows, columns, distance and angle of the pixels within reach."""
         k = int(reach_um / MASTER_MPP)
         y, x = np.mgrid[-k : k + 1, -k : k + 1].astype(np.float32) * MASTER_MPP
         r, a = np.hypot(x, y), np.arctan2(y, x)
@@ -286,7 +286,7 @@ class _Field:
 
 
 def _fold(wide: Float, pad: int) -> None:
-    """Carry what was stamped into the padding round to the other side of the torus."""
+    """Add values stamped into the padding to the other side of the torus."""
     for _ in range(2):
         np.maximum(wide[pad : 2 * pad], wide[-pad:], out=wide[pad : 2 * pad])
         np.maximum(wide[-2 * pad : -pad], wide[:pad], out=wide[-2 * pad : -pad])
@@ -294,7 +294,7 @@ def _fold(wide: Float, pad: int) -> None:
 
 
 def _stroma(field: _Field, *, angle: float, density: float = 0.42, fibre_um: float = 1.3) -> None:
-    """Collagen: wavy pink fibres with thin clefts."""
+    """Draw collagen: wavy pink fibres with thin clefts."""
     fibres = 0.65 * field.noise(14, fibre_um, angle) + 0.35 * field.noise(9, 1.0, angle + 0.35)
     field.e += np.maximum(0.04, density + 0.15 * fibres + 0.05 * field.noise(12))
     field.e[fibres < -1.75] = 0.03

@@ -1,4 +1,4 @@
-"""Writes the synthetic cohort: slides, reports, labels, questions and lesion outlines."""
+"""The synthetic cohort on disk: slides, reports, labels, questions and lesion outlines."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ _NAMESPACE = uuid.UUID("6f1c3f56-5d0a-4b8e-9a53-6d2f1a7b90c4")
 
 @dataclass(frozen=True, kw_only=True)
 class Cohort:
-    """What ``make_cohort`` wrote.
+    """Summary of a cohort that ``make_cohort`` wrote.
 
     Attributes:
-        directory: Where it lies.
-        slides, patients: How many.
-        rendered, skipped: Slides drawn now, and slides that were already there.
-        splits: Slides per split.
+        directory: Folder of the cohort.
+        slides, patients: Number of slides and patients.
+        rendered, skipped: Number of slides drawn now, and of slides that were already there.
+        splits: Number of slides per split.
         bytes: Size of all slide files.
         seconds: Wall time.
         vqa_majority: Accuracy per question kind of always answering what is most frequent in train.
@@ -87,10 +87,10 @@ def make_cohort(
     ``cohort.json``.
 
     Args:
-        directory: Where to; made when missing.
-        slides: How many.
-        seed: Of everything.
-        processes: Processes that draw; None for one per CPU.
+        directory: Output folder; made when missing.
+        slides: Number of slides.
+        seed: Seed of all draws.
+        processes: Number of processes that draw; None for one per CPU.
         size_um: Side of a slide in µm, at least 512; lesions grow with it, cells do not.
         progress: Called with (slides done, slides in all) after each.
 
@@ -231,7 +231,7 @@ def _cut(level: NDArray[np.uint8], components: str) -> Iterator[tuple[bytes, byt
 
 
 def _geojson(scene: Scene, masks: Iterable[NDArray[np.bool_]]) -> dict[str, Any]:
-    """QuPath annotations, one a lesion, each naming the caption's sentences it makes true."""
+    """Return QuPath annotations, one per lesion, each naming the sentences it makes true."""
     said = text.sentences(scene)
     features = []
     for i, (lesion, mask) in enumerate(zip(scene.lesions, masks, strict=True)):
@@ -274,7 +274,7 @@ _COLOURS = (
 
 
 def lesion_id(slide: str, index: int) -> str:
-    """The GeoJSON id of a slide's lesion; ``sentences.json`` refers to it."""
+    """Return the GeoJSON id of a slide's lesion; ``sentences.json`` refers to it."""
     return str(uuid.uuid5(_NAMESPACE, f"{slide}/{index}"))
 
 
@@ -337,7 +337,7 @@ def _write_tables(root: Path, scenes: Sequence[Scene], items: Sequence[text.Ques
 
 
 def tasks() -> dict[str, Any]:
-    """The zero-shot tasks of a cohort, in held-out wording; see ``pathflip.evaluation.prompts``.
+    """Return a cohort's zero-shot tasks, in held-out wording; see ``pathflip.evaluation.prompts``.
 
     Presence of each finding, classes among several, and the genes as positive minus negative; all
     by local scores, which were best on validation slides (docs/howto/evaluation.md).

@@ -46,14 +46,14 @@ def make_slide(
 
     Args:
         path: The file; written under a temporary name and renamed when complete.
-        width: Of level 0 in pixels.
-        height: Of level 0 in pixels.
+        width: Width of level 0, px.
+        height: Height of level 0, px.
         mpp: µm per pixel of level 0.
         layout: ``generic`` (a TIFF pyramid halving down to 512 px) or ``aperio`` (SVS: levels
             1, 4, 16 …, thumbnail, shared JPEG tables).
         tile_px: Side of a tile, a multiple of 16.
         quality: JPEG quality.
-        seed: Of the outline and of where the texture starts.
+        seed: Seed of the outline and of the texture's offset.
         tissue: A name of ``atlas.TEXTURES``, or ``glass`` for a slide without tissue.
         components: ``ycbcr`` (4:2:0), or ``rgb`` as real Aperio files store it (4:4:4).
 
@@ -112,7 +112,7 @@ def _tiles(
     quality: int,
     components: str,
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Encoded tiles of one level, row by row."""
+    """Yield encoded tiles of one level, row by row."""
     width, height = size
     step_x, step_y = len(field) / width, len(field) / height  # outline cells per pixel
     reach = -(-tile_px // len(block)) + 1
@@ -155,7 +155,7 @@ def _tiles(
 
 
 def _span(start: int, length: int, step: float, cells: int) -> slice:
-    """Outline cells whose values a tile's pixels are interpolated from."""
+    """Return the outline cells that a tile's pixels are interpolated from."""
     first = int(np.floor((start + 0.5) * step - 0.5))
     last = int(np.ceil((start + length - 0.5) * step - 0.5))
     return slice(min(max(first, 0), cells - 1), min(max(last, 0), cells - 1) + 1)

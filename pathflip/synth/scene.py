@@ -1,4 +1,4 @@
-"""What is on each slide of the synthetic cohort: labels first, then where things lie.
+"""Scenes of the synthetic cohort: labels of each slide first, then its layout.
 
 Labels and lesion places are sampled without drawing a pixel, so thousands of scenes take a second;
 ``lay_out`` turns one scene into a label map, ``render`` into colours.
@@ -59,14 +59,14 @@ class Lesion:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Everything that is true of one slide.
+    """Ground truth of one slide.
 
     Attributes:
         slide: Slide id, the file's stem.
-        patient_id, site, split: Of the patient; site is 0 to 3.
+        patient_id, site, split: The patient, their site (0 to 3) and split.
         organ: One of ``ORGANS``.
-        lesions: What is drawn where.
-        grade, pattern, nuclei: Of the tumour; None without one.
+        lesions: Lesions to draw.
+        grade, pattern, nuclei: Labels of the tumour; None without one.
         til: ``intermixed`` or ``separate``; None unless tumour and lymphoid aggregates are present.
         necrotic_foci: 0, 1, 4 or 5.
         genes: geneA, geneB, geneC and control; None where the slide cannot show it.
@@ -74,7 +74,7 @@ class Scene:
         mpp, layout: µm per pixel at level 0; ``generic`` or ``aperio``.
         size_um: Side of the square slide.
         stain_h, stain_e: Stain strengths.
-        seed: Of everything drawn on this slide.
+        seed: Seed of everything drawn on this slide.
     """
 
     slide: str
@@ -259,11 +259,11 @@ def _sample_scene(
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where things lie on one slide.
+    """Label map of one slide, with the mask of each lesion.
 
     Attributes:
         labels: uint8 [n, n], one cell per 4 µm: 0 glass, 1 and 2 the organ, 3 + i lesion i.
-        masks: For each lesion its cells, bool [n, n]; holds what lies inside it too.
+        masks: Cells of each lesion, bool [n, n]; lesions inside it included.
     """
 
     labels: NDArray[np.uint8]
@@ -271,12 +271,12 @@ class Layout:
 
     @property
     def tissue(self) -> NDArray[np.bool_]:
-        """Cells that are not glass."""
+        """Mask of cells that are not glass."""
         return self.labels > 0
 
 
 def blotches(rng: np.random.Generator, side: int, lumps: int) -> NDArray[np.float32]:
-    """Smooth noise [side, side] with about ``lumps`` lumps across, deviation about 1."""
+    """Return smooth noise [side, side] with about ``lumps`` lumps across, deviation about 1."""
     coarse = rng.standard_normal((lumps + 3, lumps + 3), dtype=np.float32)
     step = (lumps + 3) / (lumps + 1)
     wide = round(side * step)
@@ -286,7 +286,7 @@ def blotches(rng: np.random.Generator, side: int, lumps: int) -> NDArray[np.floa
 
 
 def outline(rng: np.random.Generator, side: int, *, fill: float) -> NDArray[np.float32]:
-    """An irregular outline over a square, [side, side]: negative inside, about 0 at the edge."""
+    """Return an irregular outline over a square [side, side]: negative inside, 0 at the edge."""
     at = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
     power = np.abs(at) ** 3.4
     radius = (power[None, :] + power[:, None]) ** (1 / 3.4)
@@ -341,7 +341,7 @@ def _ellipse(
 
 
 def polygons(mask: NDArray[np.bool_], *, mpp: float) -> list[list[list[tuple[int, int]]]]:
-    """Outlines of a mask of 4 µm cells: polygons of closed rings (outer first) in level-0 px."""
+    """Return outlines of a mask of 4 µm cells: closed rings (outer first) in level-0 px."""
     fine = 4
     big = np.pad(mask, 1).astype(np.uint8).repeat(fine, 0).repeat(fine, 1)
     contours, tree = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
@@ -416,7 +416,7 @@ def render(scene: Scene, atlas: Atlas, *, layout: Layout | None = None) -> NDArr
 def _varied(
     texture: NDArray[np.uint16], *, zoom: float, gains: NDArray[np.float64]
 ) -> NDArray[np.uint16]:
-    """A whole period at another size and with other stain densities (H, E); still periodic."""
+    """Resize a whole period and scale its stain densities (H, E); it stays periodic."""
     pair = np.ascontiguousarray(texture).view(np.uint8).reshape(*texture.shape, 2)
     side = round(len(texture) * zoom)
     how = cv2.INTER_AREA if zoom < 1 else cv2.INTER_LINEAR
@@ -436,7 +436,7 @@ _bend_tiles: dict[float, tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
 
 
 def _bends(side: int, mpp: float) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Displacements of label edges in 1/256 cells, int32 [512 rows, side]."""
+    """Return displacements of label edges in 1/256 cells, int32 [512 rows, side]."""
     key = mpp * 1e6 + side
     if key not in _bend_tiles:
         rng = np.random.default_rng(11)

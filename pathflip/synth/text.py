@@ -1,4 +1,4 @@
-"""What the reports of the synthetic cohort say, and the questions asked about its slides.
+"""Reports of the synthetic cohort, and the questions about its slides.
 
 Every finding has four wordings that captions use and a fifth, held out, that only queries use:
 its words are known from captions, its phrase is not.
@@ -207,7 +207,7 @@ class Sentence:
     """One sentence of a caption.
 
     Attributes:
-        text: With its full stop.
+        text: The sentence with its full stop.
         kind: ``organ``, ``finding``, ``grade``, ``nuclei``, ``pattern``, ``til``, ``extent``,
             ``gene``, ``negation`` or ``distractor``.
         subject: The finding, label column or organ it is about; empty for a distractor.
@@ -233,12 +233,12 @@ class Question:
 
     @property
     def answer_text(self) -> str:
-        """The right option."""
+        """Text of the right option."""
         return self.options["ABCD".index(self.answer)]
 
 
 def sentences(scene: Scene) -> list[Sentence]:
-    """The report of a scene, shuffled."""
+    """Write the report of a scene, its sentences shuffled."""
     rng = np.random.default_rng([scene.seed, 1])
 
     def pick(forms: tuple[str, ...]) -> str:
@@ -288,7 +288,7 @@ def sentences(scene: Scene) -> list[Sentence]:
 
 
 def questions(scene: Scene) -> list[Question]:
-    """The multiple-choice items of a scene; every position is as likely to hold the answer."""
+    """Write the multiple-choice items of a scene; the answer's position is uniform."""
     rng = np.random.default_rng([scene.seed, 2])
     items: list[Question] = []
 
@@ -330,7 +330,7 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def majority_baseline(items: Iterable[Question], *, split: str = "test") -> dict[str, float]:
-    """Accuracy per kind, on ``split``, of always choosing what train answers most often."""
+    """Return accuracy per kind, on ``split``, of the most frequent training answer."""
     items = list(items)
     answers: dict[tuple[str, str], int] = {}
     for item in items:

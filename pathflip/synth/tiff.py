@@ -1,4 +1,4 @@
-"""Writes pyramidal tiled JPEG TIFF from tiles that are already encoded.
+"""Writing of pyramidal tiled JPEG TIFF from tiles that are already encoded.
 
 tifffile needs imagecodecs to write JPEG; the few tags a slide needs are written here instead. The
 file stays classic TIFF while it fits 4 GB and becomes BigTIFF beyond. Baseline tags: TIFF 6.0 and
@@ -58,12 +58,12 @@ def encode_tile(
 
 
 def whole(tables: bytes, stream: bytes) -> bytes:
-    """A self-contained JPEG from the two parts of ``encode_tile``."""
+    """Return a self-contained JPEG from the two parts of ``encode_tile``."""
     return tables[:-2] + stream[2:]
 
 
 def halve(pixels: NDArray[np.uint8], factor: int = 2) -> NDArray[np.uint8]:
-    """Area-average [h, w, c] by a whole factor, dropping the rows and columns left over."""
+    """Average [h, w, c] over areas of a whole factor, dropping rows and columns left over."""
     height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
     cut = pixels[: height * factor, : width * factor]
     shrunk = cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA)
@@ -77,10 +77,10 @@ class SlideFile:
     error puts it in place, so a file under its final name is always complete.
 
     Args:
-        path: Where the slide goes.
+        path: File of the slide.
         mpp: µm per pixel of level 0.
         aperio: Aperio's layout (descriptions, shared JPEG tables) instead of a generic pyramid.
-        quality: Only written into Aperio's description.
+        quality: JPEG quality, for Aperio's description alone.
         components: ``ycbcr`` or ``rgb``, as the tiles were encoded.
     """
 
