@@ -1,4 +1,3 @@
-import itertools
 import random
 
 import pytest
@@ -73,12 +72,9 @@ def test_a_missing_data_file_is_reported_and_repaired(uri):
 
 
 @pytest.mark.parametrize(
-    ("harm", "table"),
-    [  # for each table one harm that Lance opens without a word, removed or zeros, and one other
-        *itertools.product(["emptied", "removed"], ["meta", "slides", "features_tex"]),
-        *itertools.product(["halved", "zeros"], ["regions", "files", "embeddings_tex"]),
-    ],
+    "table", ["meta", "slides", "regions", "files", "features_tex", "embeddings_tex"]
 )
+@pytest.mark.parametrize("harm", ["emptied", "halved", "removed", "zeros"])
 def test_dead_manifest(uri, table, harm):
     """D3: opening names the repair command; repair and the same ingest give a clean run's rows."""
     path = newest_manifest(uri, table)
