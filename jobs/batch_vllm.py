@@ -91,7 +91,7 @@ def map_engines(
         actor: Class of the actors.
         arguments: Arguments of its constructor.
         at_once: Rows an actor is given together.
-        actors: How many; None means one per GPU, or one where there is none.
+        actors: Number of actors; None means one per GPU, or one where there is none.
         engine: Settings of an engine.
         address: Ray cluster; see ``cluster.connect``.
 

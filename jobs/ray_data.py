@@ -98,7 +98,7 @@ def map_actors(
         arguments: Arguments of its constructor.
         at_once: Rows an actor is given together.
         blocks: Parts the rows are cut into; None means one for every ``at_once`` rows.
-        pool: How many actors.
+        pool: Number of actors.
         num_cpus: CPUs of an actor.
         num_gpus: GPUs of an actor.
 

@@ -1,4 +1,4 @@
-"""Geometry of a slide's cut: regions, patches and 5x to 40x patch trees. NumPy only.
+"""Geometry of a slide's cut: regions, patches and 5x to 40x patch trees. Pure functions.
 
 One grid per slide starts at level-0 pixel (0, 0) and is laid out in µm. Line ``i`` of a grid of
 pitch ``unit_um`` falls on level-0 pixel ``floor(i * unit_um / mpp + 0.5)`` and that rounding is

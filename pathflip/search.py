@@ -70,7 +70,7 @@ def query_faults(
     """Check the kinds of a query's parts against each other.
 
     Args:
-        sought: What is looked for: of ``text``, ``image``, ``slide``, ``region``.
+        sought: Queries given: of ``text``, ``image``, ``slide``, ``region``.
         mode: ``vector``, ``text`` or ``hybrid``.
         level: ``region`` or ``slide``.
         exclude_same: Whether the query's own slide or patient is left out.

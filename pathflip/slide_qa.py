@@ -169,7 +169,7 @@ class SlideQA:
             slide_id: A slide id or unique file name.
             question: The question, without its options.
             choices: The options.
-            mode: How an option is chosen, see ``MODES``; None: as the model was tuned.
+            mode: Way an option is chosen, see ``MODES``; None: as the model was tuned.
             permute: Cyclic orders the options are shown in; probabilities are averaged.
             region: Only the regions that overlap this square.
             max_new_tokens: Most tokens of a written answer.
@@ -347,7 +347,7 @@ def score_choices(
     Args:
         model: A tuned model.
         asked: The questions.
-        mode: How an option is chosen, see ``MODES``; None: see :func:`mode_of`.
+        mode: Way an option is chosen, see ``MODES``; None: see :func:`mode_of`.
         permute: Most orders; ``option_ll`` shows no options, so its rows are all equal.
 
     Returns:

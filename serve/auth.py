@@ -149,7 +149,7 @@ def _entry(words: list[str], where: str) -> tuple[bytes, Client]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address, with or without a port, is this machine's loopback."""
+    """Return whether a host name or address, with or without a port, is this machine's loopback."""
     bare = host.strip()
     if bare.startswith("["):
         bare = bare[1:].partition("]")[0]
@@ -164,5 +164,5 @@ def is_loopback(host: str) -> bool:
 
 
 def is_local(peer: str | None, headers: Mapping[str, str]) -> bool:
-    """Whether a request without a token comes from this machine and is addressed to it."""
+    """Return whether a request without a token comes from this machine and is addressed to it."""
     return peer is not None and is_loopback(peer) and is_loopback(headers.get("host", ""))

@@ -108,7 +108,7 @@ class ServeConfig:
         token_file: Clients and their tokens (:mod:`serve.auth`); without, only this machine is
             answered.
         audit: Folder of the audit log; ``RUN/audit`` by default.
-        encoder: How to load the archive's encoder, for pictures; by default by its name.
+        encoder: Spec of the archive's encoder, for pictures; by default its name.
         device: Device of the slide model and the encoder: ``cpu``, ``cuda`` or ``auto``.
         refresh_s: Seconds after which a commit to the archive is noticed at the latest.
         patients: Whether clients may filter by patient and see patients' ids.

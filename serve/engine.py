@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one answer is decoded.
+    """Decoding settings of one answer.
 
     Attributes:
         max_tokens: Most tokens of the answer.
@@ -60,7 +60,7 @@ class Engine(Protocol):
 
     @property
     def errored(self) -> bool:
-        """Whether the engine is dead and answers nothing more."""
+        """Return whether the engine is dead and answers nothing more."""
 
     def generate(
         self, prompt: torch.Tensor, sampling: Sampling, *, request_id: str
@@ -101,7 +101,7 @@ class VLLMEngine:
 
     @property
     def errored(self) -> bool:
-        """Whether the engine is dead."""
+        """Return whether the engine is dead."""
         return bool(self._llm.errored)
 
     async def generate(

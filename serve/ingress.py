@@ -185,7 +185,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
 
     @open_api.get("/healthz", response_model=Health, response_model_exclude_none=True)
     async def healthz() -> Any:
-        """Whether the ingress is up. Needs no token."""
+        """Report whether the ingress is up. Needs no token."""
         return {"status": "ok"}
 
     @api.get(
@@ -193,7 +193,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         responses={503: {"model": Health}}, dependencies=[needs(None)],
     )  # fmt: skip
     async def readyz() -> Any:
-        """Whether every part is up."""
+        """Report whether every part is up."""
         up = await ready()
         body = {"status": "ok" if all(up.values()) else "down", "parts": up}
         return JSONResponse(body, 200 if all(up.values()) else 503)

@@ -373,7 +373,7 @@ class RegionBox(_In):
 
 
 class StreamOptions(_In):
-    """As OpenAI has them."""
+    """Stream options, as in OpenAI's API."""
 
     include_usage: bool = False
 
@@ -472,7 +472,7 @@ class ModelList(_Out):
 
 
 class Health(_Out):
-    """Whether the service, or each part of it, is up."""
+    """State of the service, and of each part."""
 
     status: Literal["ok", "down"]
     parts: dict[str, bool] | None = None

@@ -47,14 +47,14 @@ def make_archive(
     """Make an archive: slide n shows an organ all over and each of its findings in one region.
 
     Args:
-        uri: Where.
-        slides: How many.
+        uri: URI of the archive.
+        slides: Number of slides.
         regions: Fewest and most regions of a slide.
         per_patient: Slides of a patient.
         split: n -> split, or None.
         captions: Whether to write captions; slide 0 has none then as well.
         dim: Feature width.
-        seed: Of the features.
+        seed: Seed of the features.
     """
     rng = np.random.default_rng(seed)
     looks = {name: rng.standard_normal(dim) for name in (*ORGANS, *FINDINGS)}

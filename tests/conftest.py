@@ -1,4 +1,4 @@
-"""What the whole session shares: one Ray cluster, one set of slides, one clean run of the job."""
+"""Fixtures of the whole session: one Ray cluster, one set of slides, one clean run of the job."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def spilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where Ray would spill objects to."""
+    """Return the folder that Ray would spill objects to."""
     return tmp_path_factory.mktemp("spilled")
 
 

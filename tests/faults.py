@@ -215,7 +215,7 @@ def without_compiler(folder: Path) -> dict[str, str]:
 
 
 def command_line(pid: int) -> str:
-    """What a process runs; empty when it is gone."""
+    """Return the command line of a process; empty when it is gone."""
     try:
         return (
             Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -233,7 +233,7 @@ def parent(pid: int) -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+    """Return whether a process runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -280,7 +280,7 @@ def resident_bytes(pids: list[int]) -> int:
 
 
 def has_open(pid: int, path: Path) -> bool:
-    """Whether a process holds a file open."""
+    """Return whether a process holds a file open."""
     try:
         links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
     except OSError:
@@ -289,7 +289,7 @@ def has_open(pid: int, path: Path) -> bool:
 
 
 def is_below(pid: int, ancestor: int) -> bool:
-    """Whether a process descends from another."""
+    """Return whether a process descends from another."""
     while pid > 1 and pid != ancestor:
         pid = parent(pid)
     return pid == ancestor
@@ -354,7 +354,7 @@ def struck(
 
 
 def abort(pid: int, _: Path) -> None:
-    """What GLib does when it cannot allocate."""
+    """Abort the process, as GLib does when it cannot allocate."""
     os.kill(pid, signal.SIGABRT)
 
 

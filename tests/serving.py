@@ -1,4 +1,4 @@
-"""What tests of the service share: a tiny tuned run over a small archive, an engine that runs.
+"""Fixtures of service tests: a tiny tuned run over a small archive, an engine that runs.
 
 The language model is drawn at random and its head never chooses an end token, so what it says is
 nonsense of any wanted length, and the same every time.
@@ -41,7 +41,7 @@ SMALL = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """Where things are.
+    """Paths of the tuned run and its inputs.
 
     Attributes:
         archive: 8 slides, ``slide000`` to ``slide007``, of 2 to 5 regions of 512 level-0 px; slide
@@ -155,9 +155,9 @@ class Service:
     """A running service.
 
     Attributes:
-        url: Where, without a path.
+        url: Base URL, without a path.
         model: Id of its language model.
-        tuned: What it serves.
+        tuned: Tuned run it serves.
         hold: While this file is there, the fake engine stops after the first word of an answer.
     """
 
@@ -198,8 +198,8 @@ class Deployed:
     A test may break it or take it down: the next that wants it finds it whole.
 
     Args:
-        tuned: What is served.
-        folder: Where the hold file is.
+        tuned: Tuned run that is served.
+        folder: Folder of the hold file.
     """
 
     def __init__(self, tuned: Tuned, folder: Path) -> None:
@@ -241,7 +241,7 @@ class Embeddings:
     """Stands where the embedder does, for a service that only chats."""
 
     async def describe(self) -> dict[str, Any]:
-        """As the embedder's."""
+        """Answer as the embedder does."""
         return {"id": "none", "fingerprint": "none", "created": 0}
 
 
@@ -251,10 +251,10 @@ def start_service(
     """Serve a tuned run on the Ray this process is connected to, until Serve is shut down.
 
     Args:
-        tuned: What to serve.
-        port: Where; one nobody listens on by default. Where Serve runs already, its own.
+        tuned: Tuned run to serve.
+        port: Port; by default a free one, or that of a Serve already running.
         chat_alone: Whether the parts that are not asked in a chat are left out.
-        settings: Of :class:`serve.config.ServeConfig`, nested ones with dots.
+        settings: Settings of :class:`serve.config.ServeConfig`, nested ones with dots.
     """
     import httpx
     from ray import serve

@@ -1,4 +1,4 @@
-"""What tests of tuning share: a small archive with captions and questions, and two small models."""
+"""Fixtures of tuning tests: a small archive with captions and questions, two small models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a tuning begins with.
+    """Inputs of a tuning.
 
     Attributes:
         archive: 20 slides of 10 patients, four of them for validation; slide 0 has no caption, and

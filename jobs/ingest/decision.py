@@ -42,7 +42,7 @@ class Attempts:
 
 
 def same_cut(candidate: Candidate, held: Held) -> bool:
-    """Whether a slide in the archive was cut as is asked for now."""
+    """Return whether a slide in the archive was cut as is asked for now."""
     if candidate.outline not in ("mask", held.outline):
         return False
     given = candidate.mpp
@@ -56,9 +56,9 @@ def identify(
 
     Args:
         record: The file.
-        candidate: How it is to be cut.
+        candidate: Settings of the slide's cut.
         sha256: Digest of its content.
-        held: What the archive holds of the same content, if it does.
+        held: Row of the archive with the same content, if there is one.
 
     Returns:
         The record: a ``duplicate`` where nothing is left to do, with ``extends`` where only
@@ -80,8 +80,8 @@ def quarantine(record: SlideRecord, error: SlideError, *, stage: str) -> SlideRe
 
     Args:
         record: The slide.
-        error: What is wrong with it.
-        stage: Where it was found: ``hash``, ``plan`` or ``read``.
+        error: Error of the slide.
+        stage: Stage of the error: ``hash``, ``plan`` or ``read``.
     """
     reason = "too_many_bad_tiles" if error.code == "bad_tile" else error.code
     return replace(record, status="quarantined", reason=reason, message=str(error), stage=stage)
@@ -138,7 +138,7 @@ def conclude(chunks: Sequence[SlideRecord], *, regions: int, max_bad_tiles: floa
 
 
 def is_spared(record: SlideRecord, stored: Mapping[str, Any] | None) -> bool:
-    """Whether a failure is not stored because the archive holds these bytes as a good slide.
+    """Return whether a failure is not stored because the archive holds these bytes as a good slide.
 
     Args:
         record: The slide as concluded.

@@ -53,7 +53,7 @@ class Archived:
     def is_done(
         self, candidate: Candidate, config: IngestConfig, encoders: Sequence[EncoderInfo]
     ) -> bool:
-        """Whether nothing is left to do for a slide."""
+        """Return whether nothing is left to do for a slide."""
         source = candidate.source
         row = self.row(source.uri)
         if row is None or row["bytes"] != source.bytes:

@@ -97,7 +97,7 @@ class SideFile(Generic[Value]):
                 others.append((entry, frozenset(paths)))
 
     def find(self, paths: Iterable[str]) -> Value | None:
-        """Returns what is given for a slide; None if nothing is.
+        """Return what is given for a slide; None if nothing is.
 
         Args:
             paths: All paths that hold the slide, the one it is read from first.
@@ -120,7 +120,7 @@ class SideFile(Generic[Value]):
         return found[0].value if found else None
 
     def require_clear(self) -> None:
-        """Refuses names that several files carry, unless they are one file and links to it.
+        """Refuse names that several files carry, unless they are one file and links to it.
 
         Raises:
             ConfigError: If there is one.
@@ -134,12 +134,12 @@ class SideFile(Generic[Value]):
                 )
 
     def of_path(self, path: str) -> Value | None:
-        """Returns what is given for one path, once all is clear; None if nothing is."""
+        """Return what is given for one path, once all is clear; None if nothing is."""
         entries = self._of_path.get(path)
         return entries[0][0].value if entries else None
 
     def report(self) -> dict[str, Any]:
-        """Returns {"rows", "matched": counts of entries, "unmatched", "ambiguous": names}."""
+        """Return {"rows", "matched": counts of entries, "unmatched", "ambiguous": names}."""
         clear = sum(entry.name in self._clear for entry, _ in self._matches.unclear)
         return {
             "rows": self._rows,
@@ -184,7 +184,7 @@ class SideFiles:
     texts: Mapping[str, SideFile[None]] = field(default_factory=dict)
 
     def people(self, paths: Iterable[str]) -> dict[str, Any]:
-        """Returns patient_id, split and labels of a slide; empty if none are given.
+        """Return patient_id, split and labels of a slide; empty if none are given.
 
         Args:
             paths: All paths that hold the slide, the one it is read from first.
@@ -192,7 +192,7 @@ class SideFiles:
         return {} if self.patients is None else self.patients.find(paths) or {}
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Returns the report of each file that was given."""
+        """Return the report of each file that was given."""
         given = {"mpp_csv": self.mpp, "tissue": self.tissue, "patients": self.patients}
         return {name: one.report() for name, one in given.items() if one is not None}
 
@@ -206,7 +206,7 @@ class SideFiles:
 def read_side_files(
     config: IngestConfig, paths: Sequence[str], *, slide_of: Mapping[str, str]
 ) -> SideFiles:
-    """Reads the side files that the settings name, and finds the slides that they mean.
+    """Read the side files that the settings name, and finds the slides that they mean.
 
     Args:
         config: Settings.
@@ -263,7 +263,7 @@ def _require_match(folder: str, tissue: SideFile[Outline]) -> None:
 
 
 def read_resolutions(file: str) -> list[Entry[float]]:
-    """Reads µm per pixel of slides from a table with the columns slide and mpp.
+    """Read µm per pixel of slides from a table with the columns slide and mpp.
 
     Raises:
         ConfigError: The file is missing or wrong.
@@ -291,7 +291,7 @@ def read_resolutions(file: str) -> list[Entry[float]]:
 
 
 def read_people(file: str) -> list[Entry[dict[str, Any]]]:
-    """Reads patient, split and labels of slides, as the columns of the table ``slides``.
+    """Read patient, split and labels of slides, as the columns of the table ``slides``.
 
     Raises:
         ConfigError: The file is missing or wrong.

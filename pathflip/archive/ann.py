@@ -140,7 +140,7 @@ def search_index(
         conditions: Conditions on regions and slides.
         k: Results wanted.
         slides: Ids of the slides that may be found, sorted.
-        params: How many partitions and candidates are looked at.
+        params: Number of partitions and candidates to search.
 
     Returns:
         A table for each query, see :func:`top_k`.

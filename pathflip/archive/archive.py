@@ -65,7 +65,7 @@ class Archive:
                 self._datasets[name] = open_table(self.uri, name)
 
     def is_newest(self) -> bool:
-        """Whether nothing was committed since this state was read.
+        """Return whether nothing was committed since this state was read.
 
         Every commit, that of a new table too, registers its files in the table ``files``.
         """
@@ -73,30 +73,30 @@ class Archive:
             return all(item.version == item.latest_version for item in self._datasets.values())
 
     def cached(self, key: str, make: Callable[[], T]) -> T:
-        """Returns the value of ``make()``, computed once for each snapshot."""
+        """Return the value of ``make()``, computed once for each snapshot."""
         if key not in self._cache:
             self._cache[key] = make()
         value: T = self._cache[key]
         return value
 
     def dataset(self, table: str) -> Any:
-        """Returns the ``lance.LanceDataset`` of a table at this snapshot, unfiltered."""
+        """Return the ``lance.LanceDataset`` of a table at this snapshot, unfiltered."""
         return self._datasets[table]
 
     def tables(self) -> list[str]:
-        """Returns the names of all tables but ``meta``."""
+        """Return the names of all tables but ``meta``."""
         return list(self._datasets)
 
     def table(self, name: str) -> Table:
-        """Returns a table's spec with the encoder or model it belongs to."""
+        """Return a table's spec with the encoder or model it belongs to."""
         return self._tables[name]
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings of the archive: its table ``meta``."""
+        """Return the settings of the archive: its table ``meta``."""
         return dict(self._meta)
 
     def tiling(self) -> dict[str, Any]:
-        """Returns the grid slides are cut on: the fields of :class:`pathflip.geometry.Tiling`."""
+        """Return the grid slides are cut on: the fields of :class:`pathflip.geometry.Tiling`."""
         return dict(self._meta["tiling"])
 
     @property
@@ -105,18 +105,18 @@ class Archive:
         return slots_of(self._meta["tiling"])
 
     def encoders(self) -> dict[str, dict[str, Any]]:
-        """Returns {name: {dim, revision, mpp, licence, features_table, embeddings_table}}."""
+        """Return {name: {dim, revision, mpp, licence, features_table, embeddings_table}}."""
         return entries_of(self._meta, "encoder")
 
     def models(self) -> dict[str, dict[str, Any]]:
-        """Returns the trained models whose vectors of slides and regions are here.
+        """Return the trained models whose vectors of slides and regions are here.
 
         {name: {dim, fingerprint, encoder, encoder_revision, run, created_at, embeddings_table}}.
         """
         return entries_of(self._meta, "model")
 
     def model(self, name: str | None = None) -> tuple[str, dict[str, Any]]:
-        """Returns a model's name and entry; without a name, those of the only one.
+        """Return a model's name and entry; without a name, those of the only one.
 
         Raises:
             ArchiveError: If the archive does not hold it (``not_indexed``), or the choice is not
@@ -136,7 +136,7 @@ class Archive:
         return name, known[name]
 
     def encoder(self, name: str | None = None) -> tuple[str, dict[str, Any]]:
-        """Returns an encoder's name and entry; without a name, those of the only one.
+        """Return an encoder's name and entry; without a name, those of the only one.
 
         Raises:
             ArchiveError: If the archive does not hold it, or the choice is not clear.
@@ -154,7 +154,7 @@ class Archive:
         return name, known[name]
 
     def ledger(self) -> dict[str, dict[str, Any]]:
-        """Returns {slide_id: {status, fingerprint, encoders, n_regions, uri, aliases}}."""
+        """Return {slide_id: {status, fingerprint, encoders, n_regions, uri, aliases}}."""
         from pathflip.archive.tables import count_columns
 
         if self._ledger is None:
@@ -165,7 +165,7 @@ class Archive:
         return self._ledger
 
     def slides(self, status: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Returns the slides, sorted by ``slide_id``.
+        """Return the slides, sorted by ``slide_id``.
 
         Args:
             status: Only slides of this status (ready, empty, quarantined).
@@ -179,7 +179,7 @@ class Archive:
         return self._read("slides", columns=wanted, where=where, sort=True)
 
     def slide(self, name: str) -> dict[str, Any]:
-        """Returns one slide's row, images included.
+        """Return one slide's row, images included.
 
         Args:
             name: A ``slide_id``, or another name that only this slide goes by; see
@@ -197,7 +197,7 @@ class Archive:
         return row
 
     def resolve(self, name: str) -> str:
-        """Returns the ``slide_id`` for an id or a name of one slide; see :meth:`slide`."""
+        """Return the ``slide_id`` for an id or a name of one slide; see :meth:`slide`."""
         import difflib
 
         if name in self.ledger():
@@ -215,7 +215,7 @@ class Archive:
         raise ArchiveError(message, hint=hint, code="unknown_slide")
 
     def names(self) -> SlideNames:
-        """Returns the names that the slides go by, whatever their status."""
+        """Return the names that the slides go by, whatever their status."""
         return self.cached(
             "names",
             lambda: SlideNames.from_rows(self.slides(columns=NAME_COLUMNS).to_pylist()),
@@ -224,13 +224,13 @@ class Archive:
     def regions(
         self, slide_id: str | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Returns the regions of one ready slide, or of all, sorted by ``region_id``."""
+        """Return the regions of one ready slide, or of all, sorted by ``region_id``."""
         if slide_id is None:
             return self._ready_rows("regions", columns)
         return self._slide_rows("regions", self._ready(slide_id), columns)
 
     def features(self, slide_id: str, encoder: str | None = None) -> pa.Table:
-        """Returns a ready slide's patch features, sorted by ``region_id``.
+        """Return a ready slide's patch features, sorted by ``region_id``.
 
         Columns: region_id, slide_id, features (fp16 [slots * dim], slot-major, masked slots zero).
 
@@ -252,7 +252,7 @@ class Archive:
     def features_array(
         self, slide_id: str, encoder: str | None = None
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]:
-        """Returns a slide's features as arrays.
+        """Return a slide's features as arrays.
 
         Returns:
             features float16 [R, slots, dim]; mask bool [R, slots], True where a patch is; the
@@ -270,7 +270,7 @@ class Archive:
         return features, mask, ids
 
     def embeddings(self, encoder: str | None = None, *, model: str | None = None) -> pa.Table:
-        """Returns the embeddings of ready slides and their regions, sorted by ``id``.
+        """Return the embeddings of ready slides and their regions, sorted by ``id``.
 
         Args:
             encoder: Means of this encoder's features; may be left out when there is one encoder.
@@ -280,12 +280,12 @@ class Archive:
         return self._ready_rows(entry["embeddings_table"], None)
 
     def slide_embeddings(self, slide_id: str, encoder: str | None = None) -> pa.Table:
-        """Returns a ready slide's rows of an encoder's embeddings, sorted by ``id``."""
+        """Return a ready slide's rows of an encoder's embeddings, sorted by ``id``."""
         _, entry = self.encoder(encoder)
         return self._slide_rows(entry["embeddings_table"], self._ready(slide_id), None)
 
     def captions(self, source: str | None = None) -> pa.Table:
-        """Returns the text of ready slides, sorted by slide, then source.
+        """Return the text of ready slides, sorted by slide, then source.
 
         Columns: caption_id, slide_id, source, text, sentences, statements, model, qa. Empty when
         no captions were imported.
@@ -309,7 +309,7 @@ class Archive:
         return rows.sort_by([("slide_id", "ascending"), ("source", "ascending")])
 
     def stats(self) -> dict[str, Any]:
-        """Returns counts over ready slides, the encoders, slides by status, and bytes stored."""
+        """Return counts over ready slides, the encoders, slides by status, and bytes stored."""
         from collections import Counter
 
         import pyarrow.compute as pc
@@ -344,7 +344,7 @@ class Archive:
         }
 
     def ready_ids(self, encoder: str | None = None) -> set[str]:
-        """Returns the ids of ready slides, or of those that have an encoder's features."""
+        """Return the ids of ready slides, or of those that have an encoder's features."""
         return {
             slide_id
             for slide_id, row in self.ledger().items()
@@ -352,7 +352,7 @@ class Archive:
         }
 
     def encoder_of(self, table: str) -> str | None:
-        """Returns the encoder a table's rows were computed with; None if it depends on none."""
+        """Return the encoder a table's rows were computed with; None if it depends on none."""
         return self._tables[table].encoder
 
     def _ready(self, name: str) -> str:
@@ -407,7 +407,7 @@ class Archive:
 
 
 def vectors(column: Any) -> np.ndarray[Any, Any]:
-    """Returns a column of fixed-size lists (no nulls) as an array [n, width]."""
+    """Return a column of fixed-size lists (no nulls) as an array [n, width]."""
     import pyarrow as pa
 
     if isinstance(column, pa.ChunkedArray):

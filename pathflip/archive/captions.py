@@ -42,7 +42,7 @@ class Caption:
 def write_captions(
     committer: Committer, captions: Iterable[Caption], *, source: str
 ) -> dict[str, int]:
-    """Writes the captions of one source; unchanged ones are not written again.
+    """Write the captions of one source; unchanged ones are not written again.
 
     Statements that a model made of a caption are kept as long as its text is unchanged.
 
@@ -66,7 +66,7 @@ def write_captions(
 def changed_captions(
     archive: Archive, captions: Iterable[Caption], *, source: str
 ) -> tuple[pa.Table, dict[str, int]]:
-    """Returns the rows to write, and the counts that :func:`write_captions` returns."""
+    """Return the rows to write, and the counts that :func:`write_captions` returns."""
     from pathflip.text import split_sentences
 
     stored: dict[str, dict[str, Any]] = {}

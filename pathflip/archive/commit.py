@@ -116,7 +116,7 @@ class Committer:
     def ensure_encoder_table(
         self, name: str, *, revision: str, dim: int, mpp: float | None, licence: str
     ) -> str:
-        """Creates the tables of an encoder unless the archive has them.
+        """Create the tables of an encoder unless the archive has them.
 
         Returns:
             The name of its features table, for :func:`write_fragment`.
@@ -154,7 +154,7 @@ class Committer:
         return str(entry["features_table"])
 
     def add_tables(self, setting: str, entry: Mapping[str, Any]) -> list[str]:
-        """Adds an entry to the archive's settings, after creating the tables it names.
+        """Add an entry to the archive's settings, after creating the tables it names.
 
         Args:
             setting: Its key: a :attr:`TableSpec.setting`, followed by ``:<name>`` for a family.
@@ -201,7 +201,7 @@ class Committer:
         fragments: Mapping[str, Sequence[str]] | None = None,
         others: Mapping[str, pa.Table] | None = None,
     ) -> Committed:
-        """Makes slides visible with all of their rows, or leaves the archive as it was.
+        """Make slides visible with all of their rows, or leaves the archive as it was.
 
         A ready slide that is stored with the same fingerprint is skipped, or only gains the rows of
         encoders it lacks. Any other ready slide is rewritten: its old rows are deleted. A slide
@@ -217,7 +217,7 @@ class Committer:
             others: {table: rows} of further tables that ingest writes.
 
         Returns:
-            Which slides were written, extended, skipped.
+            Slides written, extended and skipped.
 
         Raises:
             ArchiveError: If the disk is full or a commit had no effect; the slides are then not
@@ -334,7 +334,7 @@ class Committer:
         return removed
 
     def drop_slides(self, slide_ids: Collection[str], *, keep_imported: bool = False) -> None:
-        """Removes slides and all of their rows, as when the file behind a URI has changed.
+        """Remove slides and all of their rows, as when the file behind a URI has changed.
 
         Args:
             slide_ids: The slides.
@@ -348,7 +348,7 @@ class Committer:
         self._refresh()
 
     def drop_rows(self, table: str, slide_ids: Collection[str]) -> None:
-        """Removes rows of slides from a table, and from the tables computed from it."""
+        """Remove rows of slides from a table, and from the tables computed from it."""
         tables = {name: self._archive.table(name) for name in self._archive.tables()}
         for name in (*dependents_of(table, tables), table):
             transactions.delete_rows(self.uri, name, "slide_id", list(slide_ids))
@@ -430,7 +430,7 @@ class Committer:
         extend: Mapping[str, Sequence[str]],
         incoming: Mapping[str, Mapping[str, Any]],
     ) -> list[str]:
-        """Returns the slides whose rows of a table are to be written."""
+        """Return the slides whose rows of a table are to be written."""
         encoder = self._archive.encoder_of(table)
         if encoder is None:
             return list(write)
@@ -444,7 +444,7 @@ class Committer:
         return write_shard(self.uri, table, rows, self._archive.dataset(table).schema)
 
     def _narrowed(self, shard: Shard, slides: Sequence[str]) -> Shard | None:
-        """Returns a shard that holds rows of these slides only, rewritten if it must be."""
+        """Return a shard that holds rows of these slides only, rewritten if it must be."""
         if set(shard.rows) <= set(slides):
             return shard
         if not set(shard.rows) & set(slides):
@@ -485,7 +485,7 @@ class Committer:
                     raise ValueError(f"slide {slide} has {found} rows for {table}, not {count}")
 
     def _changed(self, changes: Mapping[str, Mapping[str, Any]]) -> pa.Table:
-        """Returns the stored rows of slides with some of their columns changed."""
+        """Return the stored rows of slides with some of their columns changed."""
         schema = pa.schema([field for field in slides_schema() if field.name != CHECKSUM])
         rows = []
         for ids in transactions.chunks(list(changes)):

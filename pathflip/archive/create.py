@@ -20,7 +20,7 @@ from pathflip.errors import ArchiveError
 
 
 def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
-    """Creates an archive, or opens an existing one of the same tiling.
+    """Create an archive, or opens an existing one of the same tiling.
 
     The table ``meta`` is written last: an archive exists once it does.
 

@@ -20,7 +20,7 @@ ROWS_PER_FILE = 4096
 
 
 def export_parquet(archive: Archive, folder: str | Path) -> dict[str, int]:
-    """Writes every table whose rows belong to slides as Parquet.
+    """Write every table whose rows belong to slides as Parquet.
 
     Layout: ``<folder>/<table>/part-00000.parquet`` and so on. Only rows of ready slides; of
     ``slides`` itself, all rows whatever their status. The folder appears once it is complete.

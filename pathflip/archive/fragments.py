@@ -45,7 +45,7 @@ class Shard:
     fragments: list[dict[str, Any]] = field(repr=False)
 
     def to_json(self) -> str:
-        """Returns the shard as one JSON line."""
+        """Return the shard as one JSON line."""
         return json.dumps(
             {
                 "table": self.table,
@@ -57,7 +57,7 @@ class Shard:
 
     @classmethod
     def joined(cls, shards: Sequence[Shard]) -> Shard:
-        """Returns shards of one table as one, so that they become visible in one commit."""
+        """Return shards of one table as one, so that they become visible in one commit."""
         rows: Counter[str] = Counter()
         for shard in shards:
             rows.update(shard.rows)
@@ -70,14 +70,14 @@ class Shard:
 
     @classmethod
     def from_json(cls, text: str) -> Shard:
-        """Reads what :meth:`to_json` wrote."""
+        """Read what :meth:`to_json` wrote."""
         raw = json.loads(text)
         files = {path: (sha256, size) for path, (sha256, size) in raw["files"].items()}
         return cls(table=raw["table"], rows=raw["rows"], files=files, fragments=raw["fragments"])
 
 
 def write_fragment(uri: str | Path, table: str, data: pa.Table) -> str:
-    """Writes rows as immutable fragments of an existing table, invisible until committed.
+    """Write rows as immutable fragments of an existing table, invisible until committed.
 
     For workers; safe to call from any number of processes at once.
 
@@ -98,7 +98,7 @@ def write_fragment(uri: str | Path, table: str, data: pa.Table) -> str:
 
 
 def write_shard(uri: str, table: str, data: pa.Table, schema: pa.Schema) -> Shard:
-    """Writes rows as fragments of a table and digests their files; see :func:`write_fragment`."""
+    """Write rows as fragments of a table and digests their files; see :func:`write_fragment`."""
     from lance.fragment import write_fragments
 
     rows = conform(data, schema)
@@ -116,7 +116,7 @@ def write_shard(uri: str, table: str, data: pa.Table, schema: pa.Schema) -> Shar
 
 
 def create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None = None) -> None:
-    """Creates a table, empty or with its first rows; for a new archive and for repair."""
+    """Create a table, empty or with its first rows; for a new archive and for repair."""
     import lance
 
     where = table_uri(uri, table)
@@ -131,7 +131,7 @@ def create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None 
 
 
 def not_empty(uri: str, name: str) -> ArchiveError:
-    """Returns the error for a folder that holds other files."""
+    """Return the error for a folder that holds other files."""
     return ArchiveError(
         f"{uri} is not an archive and not empty (it holds {name}).",
         hint="Give a new or empty folder.",

@@ -26,7 +26,7 @@ _SCALAR = {"slide_id": "BTREE", "kind": "BITMAP", "patient_id": "BTREE"}
 
 
 def refresh_indexes(uri: str, table: str) -> list[str]:
-    """Builds the indexes a table is large enough for and updates those it has.
+    """Build the indexes a table is large enough for and updates those it has.
 
     Only for the process that holds the archive's lock.
 
@@ -61,18 +61,18 @@ def refresh_indexes(uri: str, table: str) -> list[str]:
 
 
 def indexed_columns(dataset: Any) -> set[str]:
-    """Returns the columns of a table that have an index."""
+    """Return the columns of a table that have an index."""
     return {column for index in dataset.describe_indices() for column in index.field_names}
 
 
 def _segments(dataset: Any) -> int:
-    """Returns the number of segments of the vector index; every update adds one."""
+    """Return the number of segments of the vector index; every update adds one."""
     indexes = dataset.describe_indices()
     return max((len(i.segments) for i in indexes if "vector" in i.field_names), default=0)
 
 
 def partitions_of(rows: int) -> int:
-    """Returns the number of partitions of a vector index over so many rows."""
+    """Return the number of partitions of a vector index over so many rows."""
     return max(16, min(4096, math.isqrt(rows) // 4))
 
 

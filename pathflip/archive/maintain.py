@@ -54,7 +54,7 @@ def maintain(uri: str | Path) -> dict[str, Any]:
 
 
 def _remove_orphans(uri: str, table: str) -> int:
-    """Removes data files that no version refers to and that are older than a day."""
+    """Remove data files that no version refers to and that are older than a day."""
     dataset = open_table(uri, table)
     named = {path for batch in dataset.tracked_files() for path in batch["path"].to_pylist()}
     before = datetime.now(UTC) - timedelta(hours=KEEP_HOURS)

@@ -28,7 +28,7 @@ def ensure_model(
     encoder: Mapping[str, Any],
     run: str,
 ) -> str:
-    """Creates the table of a model's vectors unless the archive has it.
+    """Create the table of a model's vectors unless the archive has it.
 
     Args:
         committer: The open writer of the archive.
@@ -77,7 +77,7 @@ def ensure_model(
 
 
 def indexed_slides(archive: Archive, name: str) -> set[str]:
-    """Returns the ready slides that have all of their vectors of a model."""
+    """Return the ready slides that have all of their vectors of a model."""
     import pyarrow.compute as pc
 
     entry = archive.models().get(name)

@@ -30,7 +30,7 @@ _FAILED_READS = 500  # give up the rest of the fragment after so many
 def salvage(
     uri: str, table: str, fragment: int
 ) -> tuple[pa.Table | None, list[tuple[str, str | None]]]:
-    """Reads a fragment that may be damaged.
+    """Read a fragment that may be damaged.
 
     Returns:
         Its rows whose checksum is right (None when nothing could be read), and (key, slide_id) of
@@ -84,7 +84,7 @@ def _main(uri: str, table: str, key: str, number: int, folder: str) -> None:
 
 
 def _readable(fragment: Any, start: int, stop: int, failed: list[int]) -> Iterator[pa.Table]:
-    """Yields the rows [start, stop) that can be read, halving ranges that cannot."""
+    """Yield the rows [start, stop) that can be read, halving ranges that cannot."""
     if failed[0] > _FAILED_READS:
         return
     try:

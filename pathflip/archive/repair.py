@@ -50,7 +50,7 @@ class Repaired:
     report: Report
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as JSON values."""
+        """Return it as JSON values."""
         return {"actions": self.actions, "redo": self.redo, "report": self.report.to_json()}
 
 
@@ -160,7 +160,7 @@ def _restore_table(uri: str, table: str) -> list[str]:
 
 
 def _manifests(folder: Path) -> dict[int, Path]:
-    """Returns {version: manifest}. Lance names them by 2**64 - 1 - version, or by version."""
+    """Return {version: manifest}. Lance names them by 2**64 - 1 - version, or by version."""
     found: dict[int, Path] = {}
     for path in folder.glob("*.manifest"):
         if path.stem.isdigit():
@@ -170,7 +170,7 @@ def _manifests(folder: Path) -> dict[int, Path]:
 
 
 def _schema_of(uri: str, table: str) -> pa.Schema | None:
-    """Returns the schema of a table whose versions are lost, from what the settings say."""
+    """Return the schema of a table whose versions are lost, from what the settings say."""
     settings: dict[str, Any] = {}
     if table != META:
         with suppress(ArchiveError):
@@ -208,7 +208,7 @@ def _rewrite_fragment(uri: str, table: str, fragment: int) -> str:
 
 
 def _complete_meta(uri: str) -> list[str]:
-    """Adds settings that ``meta`` has lost, and tables that it names and that are gone."""
+    """Add settings that ``meta`` has lost, and tables that it names and that are gone."""
     actions: list[str] = []
     dataset = open_table(uri, "meta")
     rows = dataset.to_table()
@@ -250,7 +250,7 @@ def _move_aside(uri: str, path: Path) -> None:
 
 
 def _unready(rows: pa.Table) -> pa.Table:
-    """Returns rows of ``slides`` that make the next ingest process these slides again."""
+    """Return rows of ``slides`` that make the next ingest process these slides again."""
     by_id = {row["slide_id"]: row for row in rows.to_pylist()}
     change = {
         "status": "quarantined",

@@ -30,12 +30,12 @@ _KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 
 
 def region_id(slide_id: str, *, rx: int, ry: int) -> str:
-    """Returns the key of the region at grid position (rx, ry) of a slide."""
+    """Return the key of the region at grid position (rx, ry) of a slide."""
     return f"{slide_id}/{rx}_{ry}"
 
 
 def slug(name: str) -> str:
-    """Returns the name of an encoder or model reduced to [a-z0-9_], as table names carry it.
+    """Return the name of an encoder or model reduced to [a-z0-9_], as table names carry it.
 
     Names too long for a file name are cut and told apart by a hash.
     """
@@ -48,12 +48,12 @@ def slug(name: str) -> str:
 
 
 def features_table(encoder: str) -> str:
-    """Returns the name of the table that holds an encoder's patch features."""
+    """Return the name of the table that holds an encoder's patch features."""
     return f"features_{slug(encoder)}"
 
 
 def embeddings_table(encoder: str) -> str:
-    """Returns the name of the table of an encoder's, or a model's, slide and region embeddings."""
+    """Return the name of the table of an encoder's, or a model's, slide and region embeddings."""
     return f"embeddings_{slug(encoder)}"
 
 
@@ -68,12 +68,12 @@ def _schema(
 
 
 def meta_schema() -> pa.Schema:
-    """Returns the schema of ``meta``: settings of the archive as JSON values."""
+    """Return the schema of ``meta``: settings of the archive as JSON values."""
     return _schema("key", [("key", pa.string()), ("value", pa.string())])
 
 
 def slides_schema() -> pa.Schema:
-    """Returns the schema of ``slides``, the ledger: one row per slide, good or bad.
+    """Return the schema of ``slides``, the ledger: one row per slide, good or bad.
 
     ``width``, ``height``, ``bounds_*`` are level-0 px, ``mpp`` is µm per level-0 px, ``tissue_mpp``
     and ``thumbnail_mpp`` µm per pixel of those images, ``tissue_mm2`` mm². The thumbnail never
@@ -127,7 +127,7 @@ def slides_schema() -> pa.Schema:
 
 
 def regions_schema(slots: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """Returns the schema of ``regions``.
+    """Return the schema of ``regions``.
 
     Args:
         slots: Patch slots of a region, row-major (256 by default).
@@ -158,7 +158,7 @@ def regions_schema(slots: int, metadata: Mapping[str, str] | None = None) -> pa.
 
 
 def features_schema(slots: int, dim: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """Returns the schema of ``features_<encoder>``: fp16 [slots * dim] a region, slot-major."""
+    """Return the schema of ``features_<encoder>``: fp16 [slots * dim] a region, slot-major."""
     return _schema(
         "region_id",
         [
@@ -171,7 +171,7 @@ def features_schema(slots: int, dim: int, metadata: Mapping[str, str] | None = N
 
 
 def embeddings_schema(dim: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """Returns the schema of ``embeddings_<encoder or model>``; ``kind`` is slide or region."""
+    """Return the schema of ``embeddings_<encoder or model>``; ``kind`` is slide or region."""
     return _schema(
         "id",
         [
@@ -192,12 +192,12 @@ def embeddings_schema(dim: int, metadata: Mapping[str, str] | None = None) -> pa
 
 
 def caption_id(slide_id: str, source: str) -> str:
-    """Returns the key of a slide's caption from one source."""
+    """Return the key of a slide's caption from one source."""
     return f"{slide_id}/{source}"
 
 
 def captions_schema() -> pa.Schema:
-    """Returns the schema of ``captions``, the text that goes with slides.
+    """Return the schema of ``captions``, the text that goes with slides.
 
     ``text`` is empty where a source has questions only; ``sentences`` are those of ``text``;
     ``statements`` what the language model named in ``model`` made of it, empty until one did;
@@ -220,7 +220,7 @@ def captions_schema() -> pa.Schema:
 
 
 def files_schema() -> pa.Schema:
-    """Returns the schema of ``files``; paths are relative to the archive."""
+    """Return the schema of ``files``; paths are relative to the archive."""
     return _schema(
         "path",
         [
@@ -233,7 +233,7 @@ def files_schema() -> pa.Schema:
 
 
 def conform(data: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Brings rows into a schema's column order and types and fills ``checksum``.
+    """Bring rows into a schema's column order and types and fills ``checksum``.
 
     Raises:
         ValueError: If a column is missing or unknown, or the key holds nulls.
@@ -253,7 +253,7 @@ def conform(data: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def row_checksum(data: pa.Table | pa.RecordBatch) -> pa.Array:
-    """Returns the sha256 (hex) of every row over all columns but ``checksum``, in their order.
+    """Return the sha256 (hex) of every row over all columns but ``checksum``, in their order.
 
     A value enters as one byte (1 valid, 0 null) and its bytes: numbers little-endian, every NaN the
     same, null as zeros; text and binary with their length before them (int64); lists of text with
@@ -279,14 +279,14 @@ def row_checksum(data: pa.Table | pa.RecordBatch) -> pa.Array:
 
 
 def intact_rows(data: pa.Table | pa.RecordBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Returns bool [n]: rows whose stored checksum is the one of their values."""
+    """Return bool [n]: rows whose stored checksum is the one of their values."""
     stored = data.column(CHECKSUM).to_pylist()
     computed = row_checksum(data).to_pylist()
     return np.array([a == b for a, b in zip(stored, computed, strict=True)], dtype=np.bool_)
 
 
 def _row_bytes(column: pa.Array) -> list[Any]:
-    """Returns sequences whose items, row by row, are the bytes that are hashed."""
+    """Return sequences whose items, row by row, are the bytes that are hashed."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_binary(kind):
         return [[_sized(value) for value in column.to_pylist()]]
@@ -325,7 +325,7 @@ def _sized(value: str | bytes | None) -> bytes:
 
 
 def _numbers(column: pa.Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Returns the raw little-endian bytes [n, width] of a column of numbers, null as zeros."""
+    """Return the raw little-endian bytes [n, width] of a column of numbers, null as zeros."""
     kind = column.type
     if pa.types.is_boolean(kind):
         column = column.cast(pa.uint8())

@@ -23,7 +23,7 @@ CAPTIONS = "captions"
 
 
 def read_meta(uri: str) -> dict[str, Any]:
-    """Returns the archive's settings, checked against their checksums and the layout version.
+    """Return the archive's settings, checked against their checksums and the layout version.
 
     Raises:
         ArchiveError: See :class:`Archive`.
@@ -74,7 +74,7 @@ def read_meta(uri: str) -> dict[str, Any]:
 
 
 def entries_of(meta: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
-    """Returns {name: entry} of the settings ``<kind>:<name>``, sorted by name."""
+    """Return {name: entry} of the settings ``<kind>:<name>``, sorted by name."""
     return {
         key.removeprefix(f"{kind}:"): dict(value)
         for key, value in sorted(meta.items())
@@ -83,13 +83,13 @@ def entries_of(meta: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
 
 
 def slots_of(tiling: dict[str, Any]) -> int:
-    """Returns the patch slots of a region for stored tiling fields (µm)."""
+    """Return the patch slots of a region for stored tiling fields (µm)."""
     slots: int = round(tiling["region_um"] / tiling["patch_um"]) ** 2
     return slots
 
 
 def meta_rows(settings: Mapping[str, Any]) -> pa.Table:
-    """Returns rows of ``meta`` for settings (JSON values)."""
+    """Return rows of ``meta`` for settings (JSON values)."""
     import pyarrow as pa
 
     from pathflip.archive.schema import conform, meta_schema

@@ -52,7 +52,7 @@ class Matches(Generic[Row]):
     ambiguous: list[str]
 
     def report(self) -> dict[str, Any]:
-        """Returns the names without a slide of their own, as every import reports them."""
+        """Return the names without a slide of their own, as every import reports them."""
         return {"unmatched": self.unmatched, "ambiguous": self.ambiguous}
 
 
@@ -119,11 +119,11 @@ class SlideNames:
         self._folded_cases.setdefault(case.casefold(), set()).add(slide)
 
     def short(self) -> list[str]:
-        """Returns the names without folders, sorted: what a misspelt name may have meant."""
+        """Return the names without folders, sorted: what a misspelt name may have meant."""
         return sorted(name for name in self._exact if "/" not in name)
 
     def find(self, name: str) -> list[str]:
-        """Returns the slides a name means, sorted: none, one, or several where it is not clear."""
+        """Return the slides a name means, sorted: none, one, or several where it is not clear."""
         name = _normal(name)
         for form in shortened(name):
             if found := self._exact.get(form) or self._folded.get(form.casefold()):
@@ -131,13 +131,13 @@ class SlideNames:
         return []
 
     def find_case(self, case: str) -> list[str]:
-        """Returns the slides of a case: of that patient, or named ``<case>-…``."""
+        """Return the slides of a case: of that patient, or named ``<case>-…``."""
         case = _normal(case)
         found = self._cases.get(case) or self._folded_cases.get(case.casefold())
         return sorted(found) if found else self.find(case)
 
     def match(self, rows: Iterable[Row], name: Callable[[Row], tuple[str, bool]]) -> Matches[Row]:
-        """Finds the slides of the rows of a table.
+        """Find the slides of the rows of a table.
 
         A name with folders that its slide does not lie in still means it (the table may be from
         another machine), but not where the table has a row with the right folders as well, or where
@@ -184,7 +184,7 @@ class SlideNames:
         )
 
     def _nearest(self, name: str, slides: set[str]) -> list[str]:
-        """Returns the slides whose folders agree best with those before a name."""
+        """Return the slides whose folders agree best with those before a name."""
         if len(slides) == 1 or not _folders(name):
             return sorted(slides)
         agreement = {slide: self._agreement(name, slide) for slide in slides}
@@ -192,14 +192,14 @@ class SlideNames:
         return sorted(slide for slide in slides if agreement[slide] == best)
 
     def _agreement(self, name: str, slide: str) -> int:
-        """Returns how many folders before a name a path of the slide has as well, from the last."""
+        """Return how many folders before a name a path of the slide has as well, from the last."""
         asked = _folders(name)
         return max(
             (_common(asked, _folders(path)) for path in self._paths.get(slide, ())), default=0
         )
 
     def _is_another_file(self, name: str, slide: str) -> bool:
-        """Whether there is a file at the path that is asked for, and it is of another size."""
+        """Return whether the file at the path asked for is of another size."""
         if not os.path.isabs(name):
             return False
         size = _file_size(name)
@@ -208,7 +208,7 @@ class SlideNames:
 
 
 def shortened(name: str) -> list[str]:
-    """Returns a name, without folders, without its endings, without its UUID; each once."""
+    """Return a name, without folders, without its endings, without its UUID; each once."""
     forms = [name, PurePosixPath(name.replace("\\", "/")).name]
     while True:
         last = forms[-1]
@@ -220,7 +220,7 @@ def shortened(name: str) -> list[str]:
 
 
 def outline_files(folder: str | Path) -> list[Path]:
-    """Returns the files in a folder that may hold outlines of slides, sorted; none if it is none.
+    """Return the files in a folder that may hold outlines of slides, sorted; none if it is none.
 
     They are what :func:`pathflip.interop.qupath.read_geojson` reads, whatever the case of their
     ending: GeoJSON, also zipped.
@@ -235,7 +235,7 @@ def outline_files(folder: str | Path) -> list[Path]:
 
 
 def patient_of(stem: str) -> str | None:
-    """Returns the patient of a TCGA barcode (first three fields) or a CPTAC name (first two)."""
+    """Return the patient of a TCGA barcode (first three fields) or a CPTAC name (first two)."""
     for barcode in (r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", r"C3[A-Z]-\d{5}"):
         if match := re.match(rf"({barcode})(-|$)", stem, re.IGNORECASE):
             return match[1].upper()
@@ -243,17 +243,17 @@ def patient_of(stem: str) -> str | None:
 
 
 def listed(names: Iterable[str]) -> list[str]:
-    """Returns names for a report: sorted, each once."""
+    """Return names for a report: sorted, each once."""
     return sorted(set(names))
 
 
 def _normal(name: str) -> str:
-    """Returns a name without space around it; letters with accents are one character each."""
+    """Return a name without space around it; letters with accents are one character each."""
     return unicodedata.normalize("NFC", clean(name))
 
 
 def _folders(name: str) -> list[str]:
-    """Returns the folders before a name, the last first."""
+    """Return the folders before a name, the last first."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     return [part.casefold() for part in reversed(parts[:-1])]
 

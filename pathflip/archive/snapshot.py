@@ -36,7 +36,7 @@ class ArchiveSnapshot:
 
     @property
     def due(self) -> bool:
-        """Whether the next call of :meth:`newest` looks for a newer state."""
+        """Return whether the next call of :meth:`newest` looks for a newer state."""
         late = time.monotonic() - self._looked > self._refresh_s
         return late and not self._looking.locked()
 

@@ -23,12 +23,12 @@ SELF_DIGEST = "sha256:"  # prefix of config keys in ``files``: digests of its ow
 
 
 def is_local(uri: str) -> bool:
-    """Whether a normalised URI is a path on this machine."""
+    """Return whether a normalised URI is a path on this machine."""
     return "://" not in uri
 
 
 def normalise(uri: str | Path) -> str:
-    """Returns an absolute path for local archives, the URI without a trailing slash for others."""
+    """Return an absolute path for local archives, the URI without a trailing slash for others."""
     text = str(uri)
     if text.startswith("file://"):
         text = text[len("file://") :]
@@ -38,12 +38,12 @@ def normalise(uri: str | Path) -> str:
 
 
 def table_uri(uri: str, table: str) -> str:
-    """Returns the URI of one table's Lance dataset."""
+    """Return the URI of one table's Lance dataset."""
     return f"{uri}/{table}.lance"
 
 
 def open_table(uri: str, table: str) -> Any:
-    """Opens the newest version of a table as a ``lance.LanceDataset``.
+    """Open the newest version of a table as a ``lance.LanceDataset``.
 
     Lance alone opens two kinds of damage without a word: a newest manifest that is gone (it falls
     back to the version before) and one overwritten with zeros (an empty version 0). Both are
@@ -83,7 +83,7 @@ def open_table(uri: str, table: str) -> Any:
 
 
 def newest_known_version(uri: str, table: str) -> int:
-    """Returns the version Lance noted after its last commit; 0 if it noted none (or is remote)."""
+    """Return the version Lance noted after its last commit; 0 if it noted none (or is remote)."""
     if not is_local(uri):
         return 0
     try:
@@ -96,12 +96,12 @@ def newest_known_version(uri: str, table: str) -> int:
 
 
 def local_tables(uri: str) -> list[str]:
-    """Returns the names of the table folders of a local archive, sorted."""
+    """Return the names of the table folders of a local archive, sorted."""
     return sorted(path.stem for path in Path(uri).glob("*.lance") if path.is_dir())
 
 
 def data_paths(dataset: Any, table: str) -> dict[str, int]:
-    """Returns {path relative to the archive: fragment id} of the data files a version refers to."""
+    """Return {path relative to the archive: fragment id} of the data files a version refers to."""
     return {
         f"{table}.lance/data/{file.path}": fragment.fragment_id
         for fragment in dataset.get_fragments()
@@ -110,7 +110,7 @@ def data_paths(dataset: Any, table: str) -> dict[str, int]:
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
-    """Returns the Arrow file system of an archive and the archive's path in it."""
+    """Return the Arrow file system of an archive and the archive's path in it."""
     from pyarrow import fs
 
     if is_local(uri):
@@ -123,7 +123,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 
 def digest_file(uri: str, path: str) -> tuple[str, int]:
-    """Returns the sha256 (hex) and the size of one file of the archive, read as a stream.
+    """Return the sha256 (hex) and the size of one file of the archive, read as a stream.
 
     Raises:
         OSError: If the file is missing or cannot be read.
@@ -138,7 +138,7 @@ def digest_file(uri: str, path: str) -> tuple[str, int]:
 
 
 def known_digests(uri: str) -> dict[str, tuple[str, int]]:
-    """Returns {path: (sha256, bytes)} of every data file that was digested; bytes -1 if unknown."""
+    """Return {path: (sha256, bytes)} of every data file that was digested; bytes -1 if unknown."""
     dataset = open_table(uri, "files")
     with guarded(uri, "read the table files", damaged=is_local(uri)):
         rows = dataset.to_table(columns=["path", "sha256", "bytes"]).to_pylist()
@@ -147,7 +147,7 @@ def known_digests(uri: str) -> dict[str, tuple[str, int]]:
 
 
 def own_digests(config: Mapping[str, str]) -> dict[str, tuple[str, int]]:
-    """Returns the digests of the data files of ``files`` itself, from its configuration."""
+    """Return the digests of the data files of ``files`` itself, from its configuration."""
     return {
         key.removeprefix(SELF_DIGEST): (value, -1)
         for key, value in config.items()
@@ -156,7 +156,7 @@ def own_digests(config: Mapping[str, str]) -> dict[str, tuple[str, int]]:
 
 
 def rows_per_batch(schema: Any, *, budget: int = 32 << 20) -> int:
-    """Returns how many rows of a table fit a memory budget in bytes; 8192 at most."""
+    """Return how many rows of a table fit a memory budget in bytes; 8192 at most."""
     import pyarrow as pa
 
     width = 0
@@ -169,13 +169,13 @@ def rows_per_batch(schema: Any, *, budget: int = 32 << 20) -> int:
 
 
 def sql_in(column: str, values: Sequence[str]) -> str:
-    """Returns ``column IN (...)`` with every value quoted as an SQL string literal."""
+    """Return ``column IN (...)`` with every value quoted as an SQL string literal."""
     literals = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
     return f"{column} IN ({literals})"
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether an exception is a fault of data or storage.
+    """Return whether an exception is a fault of data or storage.
 
     A panic in Lance's native code arrives as a ``BaseException`` that is not an ``Exception``.
     """
@@ -184,7 +184,7 @@ def is_failure(error: BaseException) -> bool:
 
 @contextmanager
 def guarded(uri: str, doing: str, *, damaged: bool = False) -> Iterator[None]:
-    """Turns faults of storage inside the block into an :class:`ArchiveError`.
+    """Turn faults of storage inside the block into an :class:`ArchiveError`.
 
     Args:
         uri: The archive.
@@ -202,7 +202,7 @@ def guarded(uri: str, doing: str, *, damaged: bool = False) -> Iterator[None]:
 
 
 def damaged_error(uri: str, what: str) -> ArchiveError:
-    """Returns the error for a damaged archive; its hint names the command that mends it."""
+    """Return the error for a damaged archive; its hint names the command that mends it."""
     return ArchiveError(
         f"The archive {uri} is damaged: {what}.", hint=_repair_hint(uri), code="damaged"
     )

@@ -80,7 +80,7 @@ class TableSpec:
 
     @property
     def family(self) -> bool:
-        """Whether there is one such table for each encoder or model."""
+        """Return whether there is one such table for each encoder or model."""
         return "<" in self.name
 
     @property
@@ -90,15 +90,15 @@ class TableSpec:
 
     @property
     def imported(self) -> bool:
-        """Whether rows are imported: no command could compute them again."""
+        """Return whether rows are imported: no command could compute them again."""
         return self.per_slide and self.derived_from is None and self.name != SLIDES
 
     def table_of(self, name: str) -> str:
-        """Returns the name of the family's table of an encoder or model."""
+        """Return the name of the family's table of an encoder or model."""
         return f"{self.prefix}{slug(name)}"
 
     def rows_of(self, slide: Mapping[str, Any]) -> int | None:
-        """Returns how many rows a slide (a row of ``slides``) must have; None if any number."""
+        """Return how many rows a slide (a row of ``slides``) must have; None if any number."""
         root = None if self.one_per is None else spec_of(self.one_per)
         if root is None or root.count is None:
             return None
@@ -178,11 +178,11 @@ class Table:
 
     @property
     def ingested(self) -> bool:
-        """Whether its rows are part of a ready slide."""
+        """Return whether its rows are part of a ready slide."""
         return self.spec.made_by == INGEST and self.spec.derived_from is not None
 
     def schema(self, settings: Mapping[str, Any]) -> pa.Schema:
-        """Returns its Arrow schema.
+        """Return its Arrow schema.
 
         Raises:
             KeyError: If the settings lack something, as when ``meta`` is lost.
@@ -197,7 +197,7 @@ class Table:
 
 
 def tables_of(settings: Mapping[str, Any]) -> dict[str, Table]:
-    """Returns {name: table} of all tables in an archive with these settings."""
+    """Return {name: table} of all tables in an archive with these settings."""
     found: dict[str, Table] = {}
     for spec in TABLES:
         if spec.setting is None:
@@ -214,7 +214,7 @@ def tables_of(settings: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def names_of(setting: str, name: str) -> dict[str, str]:
-    """Returns {field of the entry: table} of the tables an encoder or model has."""
+    """Return {field of the entry: table} of the tables an encoder or model has."""
     return {
         spec.entry_field: spec.table_of(name)
         for spec in TABLES
@@ -223,7 +223,7 @@ def names_of(setting: str, name: str) -> dict[str, str]:
 
 
 def specs_of(table: str) -> list[TableSpec]:
-    """Returns the specs that match a table's name, closest first; empty if it is unknown."""
+    """Return the specs that match a table's name, closest first; empty if it is unknown."""
     if exact := [spec for spec in TABLES if spec.name == table]:
         return exact
     fitting = [spec for spec in TABLES if spec.family and table.startswith(spec.prefix)]
@@ -231,12 +231,12 @@ def specs_of(table: str) -> list[TableSpec]:
 
 
 def spec_of(table: str) -> TableSpec | None:
-    """Returns the closest spec of :func:`specs_of`."""
+    """Return the closest spec of :func:`specs_of`."""
     return next(iter(specs_of(table)), None)
 
 
 def key_of(table: str) -> str:
-    """Returns the primary key column of a table.
+    """Return the primary key column of a table.
 
     Raises:
         KeyError: If there is no such table.
@@ -248,12 +248,12 @@ def key_of(table: str) -> str:
 
 
 def count_columns() -> list[str]:
-    """Returns the columns of ``slides`` with the number of rows a slide has in a table."""
+    """Return the columns of ``slides`` with the number of rows a slide has in a table."""
     return [spec.count for spec in TABLES if spec.count is not None]
 
 
 def dependents_of(table: str, tables: Mapping[str, Table]) -> list[str]:
-    """Returns the tables computed from a table, directly or through others."""
+    """Return the tables computed from a table, directly or through others."""
     below: list[str] = []
     origin = tables[table]
     for other in tables.values():

@@ -91,7 +91,7 @@ def delete_rows(uri: str, table: str, column: str, values: Sequence[str]) -> int
 
 
 def register(uri: str, files: Mapping[str, tuple[str, int]]) -> None:
-    """Writes digests to ``files``; those of its own data files go into its configuration."""
+    """Write digests to ``files``; those of its own data files go into its configuration."""
     if not files:
         return
     rows = pa.table(
@@ -139,7 +139,7 @@ def forget_files(uri: str, paths: Collection[str]) -> None:
 
 
 def check_count(uri: str, table: str, found: int, expected: int) -> None:
-    """Refuses a commit that has not left the expected number of rows."""
+    """Refuse a commit that has not left the expected number of rows."""
     if found != expected:
         raise ArchiveError(
             f"Table {table} of {uri} has {found} rows after a commit, not {expected}.",
@@ -149,6 +149,6 @@ def check_count(uri: str, table: str, found: int, expected: int) -> None:
 
 
 def chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yields parts of a list of values that are short enough for one SQL statement."""
+    """Yield parts of a list of values that are short enough for one SQL statement."""
     for start in range(0, len(values), _IDS_PER_STATEMENT):
         yield values[start : start + _IDS_PER_STATEMENT]

@@ -96,7 +96,7 @@ class Report:
         return not self.damaged
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the report as JSON values."""
+        """Return the report as JSON values."""
         return {"ok": self.ok, **asdict(self)}
 
 
@@ -119,7 +119,7 @@ class _Scan:
 
 
 def verify(uri: str | Path) -> Report:
-    """Reads everything in an archive and reports what is damaged.
+    """Read everything in an archive and reports what is damaged.
 
     Checks the digests of all data files, including those that only older versions refer to (repair
     falls back on them), the checksums of all rows, fragment by fragment, and that every ready slide
@@ -173,7 +173,7 @@ def verify(uri: str | Path) -> Report:
 
 
 def _unnamed(uri: str, named: Mapping[str, Table], scan: _Scan) -> dict[str, Table]:
-    """Returns the tables of a local archive that its settings do not name, or no longer."""
+    """Return the tables of a local archive that its settings do not name, or no longer."""
     found: dict[str, Table] = {}
     for name in local_tables(uri) if is_local(uri) else ():
         if name in named:
@@ -186,7 +186,7 @@ def _unnamed(uri: str, named: Mapping[str, Table], scan: _Scan) -> dict[str, Tab
 
 
 def _trusted_digests(uri: str, scan: _Scan) -> dict[str, tuple[str, int]]:
-    """Returns the digests of all files, from rows of ``files`` that are intact themselves."""
+    """Return the digests of all files, from rows of ``files`` that are intact themselves."""
     try:
         dataset = open_table(uri, "files")
         with guarded(uri, "read the table files", damaged=True):
@@ -306,7 +306,7 @@ def _note_rows(table: str, key: str, rows: pa.Table | pa.RecordBatch, scan: _Sca
 
 
 def _check_old_files(uri: str, known: dict[str, tuple[str, int]], scan: _Scan) -> None:
-    """Checks digested files that only older versions refer to; gone ones were cleaned up."""
+    """Check digested files that only older versions refer to; gone ones were cleaned up."""
     current: set[str] = set()
     for table in sorted({_table_of(path) for path in known}):
         try:
@@ -356,7 +356,7 @@ def _lose(table: Table, slide: str, scan: _Scan) -> None:
 def _check_slides(
     named: Mapping[str, Table], held: _Held, encoders: Collection[str], scan: _Scan
 ) -> None:
-    """Checks that ready slides have exactly the rows that ingest wrote.
+    """Check that ready slides have exactly the rows that ingest wrote.
 
     Imported rows, and rows computed after ingest, can be lost without losing the slide.
     """
@@ -410,12 +410,12 @@ def _check_slides(
 
 
 def _keys(tables: Iterable[Table], slide: str, held: _Held) -> set[str]:
-    """Returns the keys any of the tables holds for a slide, except the slide's own id."""
+    """Return the keys any of the tables holds for a slide, except the slide's own id."""
     return {key for t in tables for key in held.get(t.name, {}).get(slide, ())} - {slide}
 
 
 def _check_derived(named: Mapping[str, Table], held: _Held, scan: _Scan) -> None:
-    """Checks that a slide has all or none of its rows in each table computed after ingest."""
+    """Check that a slide has all or none of its rows in each table computed after ingest."""
     listed = {(damage.table, damage.id) for damage in scan.damaged}
     later = [t for t in named.values() if not t.ingested and t.spec.derived_from and t.spec.one_per]
     for table in later:

@@ -65,7 +65,7 @@ class CaptionRow:
 
 
 def read_captions(path: str | Path) -> list[CaptionRow]:
-    """Reads captions, one a slide.
+    """Read captions, one a slide.
 
     Raises:
         ConfigError: If the file is none of the kinds above, or a line of it is wrong: then it names
@@ -90,7 +90,7 @@ def import_captions(
     source: str | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Reads captions and writes those whose slides are in the archive; again, it changes nothing.
+    """Read captions and writes those whose slides are in the archive; again, it changes nothing.
 
     Args:
         archive: The archive, or its open writer.
@@ -117,7 +117,7 @@ def import_captions(
 
 
 def source_name(path: str | Path) -> str:
-    """Returns what captions of a file are called: its name without folder and ending."""
+    """Return what captions of a file are called: its name without folder and ending."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).expanduser().absolute().stem) or "captions"
 
 
@@ -229,7 +229,7 @@ def _text(value: Any) -> bool:
 
 
 def _merged(file: Path, rows: list[CaptionRow]) -> list[CaptionRow]:
-    """Returns one row a slide: what follows the first of a slide are questions about it."""
+    """Return one row a slide: what follows the first of a slide are questions about it."""
     first: dict[str, CaptionRow] = {}
     for row in rows:
         other = first.setdefault(row.slide, row)

@@ -20,12 +20,12 @@ _ROLES = {
 
 
 def without_image_tag(text: str) -> str:
-    """Returns a text without the ``<image>`` that marks where the slide stands in a prompt."""
+    """Return a text without the ``<image>`` that marks where the slide stands in a prompt."""
     return clean(_IMAGE_TAG.sub(" ", text))
 
 
 def question_answer_pairs(file: Path, line: int, turns: Any) -> list[tuple[str | None, str]]:
-    """Returns the questions and answers of a conversation, in order.
+    """Return the questions and answers of a conversation, in order.
 
     Roles decide, not positions: what the system says is passed over, and an answer that comes
     before any question has none (None). Turns without roles are question and answer in turn. A

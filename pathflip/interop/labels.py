@@ -72,7 +72,7 @@ def read_labels(
     case_col: str | None = None,
     label_cols: Sequence[str] = (),
 ) -> list[LabelRow]:
-    """Reads a table of labels.
+    """Read a table of labels.
 
     Args:
         path: CSV or TSV.
@@ -116,7 +116,7 @@ def read_labels(
 
 
 def read_patients(path: str | Path) -> list[LabelRow]:
-    """Reads the patients of slides, their splits and labels: every further column is a label.
+    """Read the patients of slides, their splits and labels: every further column is a label.
 
     Raises:
         ConfigError: If the columns slide and patient_id are not there, or a line names no slide.
@@ -144,12 +144,12 @@ def read_patients(path: str | Path) -> list[LabelRow]:
 
 
 def _labels(row: dict[str, str], columns: Sequence[str | None]) -> dict[str, str]:
-    """Returns the labels of a row that are there; "none" is one, a cell left empty is none."""
+    """Return the labels of a row that are there; "none" is one, a cell left empty is none."""
     return {name: row[name] for name in columns if name is not None and not is_missing(row[name])}
 
 
 def read_manifest(path: str | Path) -> list[LabelRow]:
-    """Reads a GDC manifest; the files of it that are no TCGA slides are left out.
+    """Read a GDC manifest; the files of it that are no TCGA slides are left out.
 
     Raises:
         ConfigError: If it is none, or a line is wrong.
@@ -184,7 +184,7 @@ def read_manifest(path: str | Path) -> list[LabelRow]:
 def import_labels(
     archive: str, path: str | Path, rows: Sequence[LabelRow], *, dry_run: bool = False
 ) -> dict[str, Any]:
-    """Adds patients, splits and labels to the slides that are in the archive.
+    """Add patients, splits and labels to the slides that are in the archive.
 
     Labels that a slide has under other names stay. Importing again changes nothing.
 
@@ -275,7 +275,7 @@ def _import(
 
 
 def _patient_of_case(case: str, held: set[str]) -> str | None:
-    """Returns the patient of a case's slides that have none: their siblings', or else the case."""
+    """Return the patient of a case's slides that have none: their siblings', or else the case."""
     if not held:
         return case
     return next(iter(held)) if len(held) == 1 else None

@@ -78,7 +78,7 @@ class Question:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads questions, in the order of the file.
+    """Read questions, in the order of the file.
 
     Raises:
         ConfigError: If the file is none of the kinds above, or a line of it is wrong: then it names
@@ -98,7 +98,7 @@ def import_questions(
     source: str | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Reads questions and writes those whose slides are in the archive; again, it changes nothing.
+    """Read questions and writes those whose slides are in the archive; again, it changes nothing.
 
     A slide's questions of a source are those of the file: others it had from that source go.
     Captions of the same source stay.
@@ -131,7 +131,7 @@ def import_questions(
 def stored_questions(
     archive: Archive, *, source: str | None = None, split: str | None = None
 ) -> list[Question]:
-    """Returns the questions about ready slides: by slide and source, in the order of their files.
+    """Return the questions about ready slides: by slide and source, in the order of their files.
 
     Args:
         archive: Archive to read.
@@ -191,7 +191,7 @@ def _import(
 
 
 def _entry(row: Question) -> dict[str, Any]:
-    """Returns a question as ``captions.qa`` holds it."""
+    """Return a question as ``captions.qa`` holds it."""
     entry: dict[str, Any] = {"question": row.question, "answer": row.answer}
     if row.choices:
         entry["choices"] = list(row.choices)
@@ -233,7 +233,7 @@ def _csv(file: Path) -> Iterator[Question]:
 
 
 def _lettered(file: Path, header: dict[str, str]) -> list[str]:
-    """Returns the columns of the options: A, B, … or option_a, option_b, …, whatever their case."""
+    """Return the columns of the options: A, B, … or option_a, option_b, …, whatever their case."""
     found = []
     for letter in LETTERS.lower():
         name = column(file, header, (letter, f"option_{letter}", f"option {letter}"))
@@ -287,7 +287,7 @@ def _conversation(file: Path, line: int, entry: Mapping[str, Any]) -> Iterator[Q
 
 
 def _inline(text: str) -> tuple[str, list[str]]:
-    """Cuts ``What? A) one B) two`` into the question and its options, if it has any."""
+    """Cut ``What? A) one B) two`` into the question and its options, if it has any."""
     runs: list[list[re.Match[str]]] = []  # from an A each: an option may hold "A. Smith"
     for mark in _MARK.finditer(text):
         if mark[1] == "A":
@@ -338,7 +338,7 @@ def _made(
 
 
 def _right(answer: str, choices: Sequence[str]) -> str | None:
-    """Returns the text of the right option: by its text, else by its letter; None if it is none."""
+    """Return the text of the right option: by its text, else by its letter; None if it is none."""
     if not choices or answer in choices:
         return answer
 
@@ -363,5 +363,5 @@ def _filled(value: Any) -> bool:
 
 
 def filled(cell: str) -> str:
-    """Returns an option or a category without the space around it; "" for a missing one."""
+    """Return an option or a category without the space around it; "" for a missing one."""
     return "" if is_missing(cell) else clean(cell)

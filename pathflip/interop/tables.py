@@ -44,28 +44,28 @@ _ENCODINGS = (
 
 
 def clean(text: str) -> str:
-    """Returns a text without the space around it, no-break and zero-width ones included."""
+    """Return a text without the space around it, no-break and zero-width ones included."""
     return text.strip(_SPACE)
 
 
 def is_missing(text: str) -> bool:
-    """Whether a cell is empty, or holds what software writes for an empty one."""
+    """Return whether a cell is empty, or holds a common marker of an empty one."""
     return clean(text).lower() in MISSING
 
 
 def is_unknown(text: str) -> bool:
-    """Whether a label says nothing."""
+    """Return whether a label means unknown."""
     return clean(text).lower() in UNKNOWN
 
 
 def known(text: str | None) -> str | None:
-    """Returns the patient or split that a cell names; None where it names none."""
+    """Return the patient or split that a cell names; None where it names none."""
     name = clean(text or "")
     return None if is_unknown(name) or name in _DASHES else name
 
 
 def read_text(file: str | Path, *, code: str | None = None) -> str:
-    """Returns the text of a UTF-8 file, or of a UTF-16 one that says so by its byte order mark.
+    """Return the text of a UTF-8 file, or of a UTF-16 one that says so by its byte order mark.
 
     Args:
         file: Path of the file.
@@ -95,12 +95,12 @@ def read_text(file: str | Path, *, code: str | None = None) -> str:
 
 
 def is_json(file: str | Path) -> bool:
-    """Whether a text file holds JSON (a list, an object, or lines of objects) and no table."""
+    """Return whether a text file holds JSON (a list, an object, lines of objects), no table."""
     return clean(read_text(file))[:1] in ("[", "{")
 
 
 def read_rows(file: str | Path) -> list[tuple[int, dict[str, str]]]:
-    """Returns (line, row) of a table whose first line names the columns.
+    """Return (line, row) of a table whose first line names the columns.
 
     The separator is the one that cuts the first line into most cells: tab, comma, semicolon or
     bar. Cells and headings are stripped of every kind of space; empty lines, and columns without
@@ -156,7 +156,7 @@ def _headings(file: str | Path, line: int, cells: list[str]) -> list[str]:
 
 
 def _separator(text: str) -> tuple[str, int]:
-    """Returns the separator, and how many lines before the headings only name it (``sep=;``)."""
+    """Return the separator, and how many lines before the headings only name it (``sep=;``)."""
     lines = text.lstrip("\ufeff").splitlines()
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not filled:
@@ -173,7 +173,7 @@ def _separator(text: str) -> tuple[str, int]:
 def _uneven(
     file: str | Path, line: int, cells: list[str], width: int, separator: str
 ) -> ConfigError:
-    """Returns the error for a line with more or fewer cells than there are columns."""
+    """Return the error for a line with more or fewer cells than there are columns."""
     name = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}.get(separator, separator)
     what = f"{len(cells)} cells where the first line has {width}"
     if len(cells) > width:
@@ -187,10 +187,10 @@ def _uneven(
 
 
 def json_entries(file: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line, value) of a JSON list, of lines of JSON, or of one value.
+    """Yield (line, value) of a JSON list, of lines of JSON, or of one value.
 
     Raises:
-        ConfigError: Where it is not JSON.
+        ConfigError: The file is not JSON.
     """
     text = read_text(file)
     decoder = json.JSONDecoder()
@@ -218,7 +218,7 @@ def json_entries(file: str | Path) -> Iterator[tuple[int, Any]]:
 def column(
     file: str | Path, row: dict[str, str], names: Sequence[str], *, asked: str | None = None
 ) -> str | None:
-    """Returns the column that goes by one of some names, whatever its case; None without one.
+    """Return the column that goes by one of some names, whatever its case; None without one.
 
     Raises:
         ConfigError: If a column was asked for and is not there.
@@ -232,7 +232,7 @@ def column(
 
 
 def needed_column(file: str | Path, row: dict[str, str], names: Sequence[str]) -> str:
-    """Returns the column that goes by one of some names, whatever its case.
+    """Return the column that goes by one of some names, whatever its case.
 
     Raises:
         ConfigError: If there is none.
@@ -250,5 +250,5 @@ def bad_line(
     *,
     hint: str = "Correct that line; nothing was written.",
 ) -> ConfigError:
-    """Returns the error for one line of a file."""
+    """Return the error for one line of a file."""
     return ConfigError(f"{file}, line {line}: {what}.", hint=hint)

@@ -91,7 +91,7 @@ class HalvedTiles(JpegTiles):
 
 
 def can_shrink(level: JpegLevel, shrink: int) -> bool:
-    """Whether every tile side divides by ``shrink`` and libjpeg can scale by it."""
+    """Return whether every tile side divides by ``shrink`` and libjpeg can scale by it."""
     return shrink in (1, 2, 4, 8) and level.tile_w % shrink == 0 and level.tile_h % shrink == 0
 
 

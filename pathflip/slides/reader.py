@@ -83,7 +83,7 @@ class SlideReader:
     replaced and the new one asked.
 
     Args:
-        patches: How many patches one ``read`` may ask for.
+        patches: Maximum number of patches of one ``read``.
         px: Their side in pixels.
         halving: See ``Slide``.
 

@@ -40,7 +40,7 @@ def resolve_scale(
 
     Args:
         properties: OpenSlide's property map.
-        name: What to call the slide in an error.
+        name: Name of the slide in errors.
         override: µm per pixel given by the user for this slide.
 
     Raises:

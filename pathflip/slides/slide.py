@@ -55,7 +55,7 @@ class Slide:
     Args:
         path: File, or folder of DICOM files of one series.
         mpp: µm per level-0 pixel, if the file's own metadata is missing or wrong.
-        halving: How the direct path halves a twice finer base: "exact" averages areas, "dct" lets
+        halving: Way the direct path halves a twice finer base: "exact" averages areas, "dct" lets
             libjpeg decode at half size (faster, about 43 dB from the exact average).
 
     Attributes:

@@ -94,7 +94,7 @@ class JpegLevel:
 
 
 def is_tiff(path: str | Path) -> bool:
-    """Whether the file begins with a TIFF or BigTIFF magic number."""
+    """Return whether the file begins with a TIFF or BigTIFF magic number."""
     with open(path, "rb") as file:
         magic = file.read(4)
     return magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

@@ -1,4 +1,4 @@
-"""How fast slides become an archive, beside what bounds it: ``python -m tests.bench.ingest``.
+"""Benchmark of ingest, beside the limits of decoding and disk: ``python -m tests.bench.ingest``.
 
 Makes its own slides (kept in the system's temporary folder), runs both sides of every ratio in one
 run, interleaved, and counts CPU seconds of all processes, so that other load on the machine
@@ -138,7 +138,7 @@ def ours(
 
 
 def patch_by_patch(path: Path, rects: NDArray[np.int64]) -> Callable[[], None]:
-    """What other tools do: openslide-python, one read_region a patch, to RGB, to size."""
+    """Read as other tools do: openslide-python, one read_region a patch, to RGB, to size."""
 
     def read() -> None:
         with openslide.OpenSlide(path) as handle:  # a new one: the last round's tiles are cached

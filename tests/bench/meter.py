@@ -28,11 +28,11 @@ _SETTLE_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step of a job cost, over all of its processes.
+    """Cost of one step of a job, over all of its processes.
 
     Attributes:
         cpu_s: CPU seconds, user and system.
-        answer: What the job printed for the step.
+        answer: Output of the job for the step.
         pss_mb: Highest sum of proportional set sizes: shared pages count once.
         rss_mb: Highest plain sum of resident sets: shared pages count in every process.
         parts: CPU seconds by program name.

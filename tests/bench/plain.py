@@ -30,7 +30,7 @@ def losses(
     """Slide and region loss of a batch without masked patches.
 
     Args:
-        model: Of preset ``official_v1``, without dropout.
+        model: Model of preset ``official_v1``, without dropout.
         features: [B, N, M, d_in].
         captions: Token ids [B].
         subcaptions: Token ids [B][K].

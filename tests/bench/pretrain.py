@@ -1,4 +1,4 @@
-"""What pretraining costs, beside the published formulation: ``python -m tests.bench.pretrain``.
+"""Benchmark of pretraining, beside the published formulation: ``python -m tests.bench.pretrain``.
 
 Both sides do one step (forward and backward, fp32) of the published model's sizes on the same
 weights, features and texts, each in processes of its own: CPU seconds of the second step, and the

@@ -1,4 +1,4 @@
-"""How fast the archive is searched, beside FAISS: ``python -m tests.bench.search --json``.
+"""Benchmark of search in an archive, beside FAISS: ``python -m tests.bench.search --json``.
 
 Both sides get the same vectors in one run: clusters of unequal size whose members lie near a
 low-dimensional plane of their cluster, as embeddings of tissue do, all of length 1. Truth is every
@@ -49,7 +49,7 @@ class Data:
 
 
 def make_blocks(rows: int, dim: int, *, seed: int = 0) -> Iterator[Vectors]:
-    """Yields the vectors, a block at a time."""
+    """Yield the vectors, a block at a time."""
     rng = np.random.default_rng(seed)
     clusters = max(32, rows // 2000)
     centres = rng.standard_normal((clusters, dim), dtype=np.float32)
@@ -71,7 +71,7 @@ def make_blocks(rows: int, dim: int, *, seed: int = 0) -> Iterator[Vectors]:
 
 
 def make_data(folder: Path, rows: int, dim: int, queries: int) -> Data:
-    """Returns vectors, queries near some of them, and the truth by comparing everything."""
+    """Return vectors, queries near some of them, and the truth by comparing everything."""
     path = folder / "vectors.npy"
     vectors = np.lib.format.open_memmap(path, "w+", np.float32, (rows, dim))
     for number, block in enumerate(make_blocks(rows, dim)):
@@ -86,7 +86,7 @@ def make_data(folder: Path, rows: int, dim: int, queries: int) -> Data:
 
 
 def tissue(row: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Returns the column the filter is on, spread evenly over [0, 1)."""
+    """Return the column the filter is on, spread evenly over [0, 1)."""
     return ((row * 7919) % 10_000 / 10_000).astype(np.float32)
 
 
@@ -112,7 +112,7 @@ def measured(
     name: str, ask: Callable[[Vectors], list[NDArray[np.int64]]], data: Data, *, filtered: bool,
     batch: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns recall, latency and CPU time of all queries, after one round of a few."""
+    """Return recall, latency and CPU time of all queries, after one round of a few."""
     for start in range(0, min(10, len(data.queries)), batch):
         ask(data.queries[start : start + batch])
     seconds, hits = [], 0
@@ -140,7 +140,7 @@ def measured(
 
 
 def built(make: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """Returns what was made, and the seconds and CPU seconds it took."""
+    """Return what was made, and the seconds and CPU seconds it took."""
     began, before = time.perf_counter(), time.process_time()
     value = make()
     took = {
@@ -165,7 +165,7 @@ def forget(folder: Path) -> None:
 def make_archive(
     folder: Path, data: Data, *, model: str = "bench", fingerprint: str = "bench"
 ) -> str:
-    """Writes the vectors as the table of a model, as ``pathflip index`` does."""
+    """Write the vectors as the table of a model, as ``pathflip index`` does."""
     from pathflip.archive import schema
     from pathflip.archive.commit import Committer
     from pathflip.archive.create import create_archive
@@ -404,7 +404,7 @@ def bench_faiss(data: Data, *, hnsw: bool, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=256)

@@ -1,4 +1,4 @@
-"""What the service adds to the engine inside it: ``python -m tests.bench.serve --json``.
+"""Benchmark of the service against the engine inside it: ``python -m tests.bench.serve --json``.
 
 A random Qwen3 of 3 M parameters (``throughput``: 26 M) over a small archive, all on this machine,
 with the client. Both sides of a ratio run on the same prompts in one run, taking turns. Parts:
@@ -259,7 +259,7 @@ def first_token(tuned: Tuned, rounds: int) -> Report:
 
 
 def overload(tuned: Tuned, seconds: float) -> Report:
-    """E1: ten clients for every answer the service takes in; who is refused comes back when told.
+    """Ten clients for every answer the service takes in; who is refused comes back when told.
 
     One replica of everything: what overload does, not what growing costs (:func:`scale`). Two
     answers are taken in for each the engine writes at once, as the defaults have it.
@@ -509,7 +509,7 @@ def failed(found: list[Report]) -> int:
 
 
 def percentile(values: list[float], share: int) -> float:
-    """Of few values the largest."""
+    """Return the largest of few values."""
     return sorted(values)[min(len(values) - 1, len(values) * share // 100)] if values else 0.0
 
 

@@ -41,7 +41,7 @@ def command(slides: Path, archive: Path, *, address: str | None) -> subprocess.P
 
 
 def locked(archive: Path, pid: int) -> bool:
-    """Whether the run of this process has begun to write."""
+    """Return whether the run of this process has begun to write."""
     try:
         return bool(json.loads((archive / ".lock").read_text())["pid"] == pid)
     except (OSError, ValueError, KeyError):
@@ -68,7 +68,7 @@ def ready_part(archive: Path, clean: Clean) -> int:
 def test_driver_killed_at_random_then_run_again(
     slides: Path, clean: Clean, cluster: str, tmp_path: Path
 ) -> None:
-    """B3: nothing partial is ever visible, nothing twice, and the end is the clean end."""
+    """Nothing partial is ever visible, nothing twice, and the end is the clean end."""
     from pathflip.archive.verify import verify
 
     archive = tmp_path / "archive"
@@ -112,7 +112,7 @@ def fragments(archive: Path) -> int:
 
 
 def test_killed_driver_leaves_no_process(slides: Path, clean: Clean, tmp_path: Path) -> None:
-    """B3 with a Ray of its own: it ends with the driver, and so do the readers."""
+    """A Ray of its own ends with the driver, and so do the readers."""
     archive = tmp_path / "archive"
     run = command(slides, archive, address=None)
     try:
@@ -135,7 +135,7 @@ def test_killed_driver_leaves_no_process(slides: Path, clean: Clean, tmp_path: P
 def test_same_command_twice_at_once(
     slides: Path, clean: Clean, cluster: str, tmp_path: Path
 ) -> None:
-    """B4: one works, the other says who holds the archive; or both come to the same end."""
+    """One works, the other says who holds the archive; or both come to the same end."""
     archive = tmp_path / "archive"
     runs = [command(slides, archive, address=cluster) for _ in range(2)]
     ended = [(*run.communicate(timeout=200), run) for run in runs]
@@ -157,7 +157,7 @@ def test_same_command_twice_at_once(
 def test_worker_killed_three_times(
     slides: Path, clean: Clean, job: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """B2: SIGKILL to an embedding worker while it has a slide open."""
+    """SIGKILL to an embedding worker while it has a slide open."""
     killed: list[int] = []
     orphans: list[int] = []
     over = threading.Event()
@@ -216,7 +216,7 @@ sys.stdin.read()  # whoever started this ends it, and all below it
 
 
 def test_node_lost_while_it_embeds(slides: Path, clean: Clean, tmp_path: Path) -> None:
-    """B1, B7: a head without CPUs, two workers with small stores, one lost, one added."""
+    """A head without CPUs, two workers with small stores, one lost, one added."""
     archive = tmp_path / "archive"
     script = [sys.executable, "-c", NODES, str(slides), str(archive), *SETTINGS]
     own = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie below it
@@ -278,7 +278,7 @@ def test_disk_full_then_freed(
     small_disk: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A11: exit 1 and a sentence about space; freed, the same command comes to the clean end."""
+    """Exit 1 and a sentence about space; freed, the same command comes to the clean end."""
     from pathflip.cli import main
 
     archive = small_disk / "archive"

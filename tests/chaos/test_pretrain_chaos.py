@@ -116,7 +116,7 @@ def test_finished_is_finished(archive: str, pair: Path) -> None:
 
 
 def test_worker_killed(archive: str, pair: Path, cluster: str, tmp_path: Path) -> None:
-    """C1: rank 1 dies at step 7 of 20; from step 5 on again, to the same weights."""
+    """Rank 1 dies at step 7 of 20; from step 5 on again, to the same weights."""
     run = tmp_path / "run"
     killed = []
 

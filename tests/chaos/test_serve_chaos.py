@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 
 def test_clients_vanish(service: Service) -> None:
-    """E4: 100 clients leave mid-stream, 20 before the whole; no answer would end by itself."""
+    """100 clients leave mid-stream, 20 before the whole; no answer would end by itself."""
     body = service.body(max_tokens=512)
 
     async def main() -> None:
@@ -61,7 +61,7 @@ def test_clients_vanish(service: Service) -> None:
 
 
 def test_replica_dies(service: Service) -> None:
-    """E2: at 10 requests a second the replica aborts; what it was saying fails, nothing else."""
+    """At 10 requests a second the replica aborts; what it was saying fails, nothing else."""
     replica = chat_replica()
     counts: Counter[int] = Counter()
     over = threading.Event()
@@ -104,7 +104,7 @@ class Stranger(ThreadingHTTPServer):
     """Another service at a port: it answers everything, also whether it is up.
 
     Args:
-        port: Where, beside whoever is there and shares it.
+        port: Port, shared with the process that listens there.
     """
 
     SAYS = "rows of another"
@@ -167,7 +167,7 @@ def test_nobody_else_answers_for_a_dead_ingress(service: Service) -> None:
 
 
 def test_drain(service: Service) -> None:
-    """E3: the service is taken down with 20 open streams; all of them end as they should."""
+    """The service is taken down with 20 open streams; all of them end as they should."""
     from ray import serve
 
     replicas = processes("ServeReplica:pathflip:")

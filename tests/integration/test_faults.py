@@ -83,7 +83,7 @@ EMPTY = ("glass.svs", "one-pixel.tif")
 
 @pytest.fixture(scope="module")
 def places(clean: Clean) -> dict[str, list[tuple[int, int]]]:
-    """Where the clean run kept patches of the slides whose patches are their tiles."""
+    """Return the patches the clean run kept of slides whose patches are their tiles."""
     return {
         Path(entry["row"]["uri"]).stem: sorted(by_place(clean.archive, slide))
         for slide, entry in clean.content.items()
@@ -170,7 +170,7 @@ def among_good(
 
 
 def test_good_slides_are_as_in_a_clean_run(clean: Clean, among_good: tuple[Path, Any]) -> None:
-    """A1, A2, A4, A7, A8: bit for bit, whatever lies beside them."""
+    """Bit for bit, whatever lies beside them."""
     found = content(among_good[0])
     for slide, expected in clean.content.items():
         assert found[slide] == expected
@@ -233,7 +233,7 @@ def test_damaged_tiles_are_masked_and_the_rest_unchanged(
     zoo: Path,
     among_good: tuple[Path, Any],
 ) -> None:
-    """A2: no white, grey or neighbouring pixels in place of what cannot be read."""
+    """No white, grey or neighbouring pixels in place of what cannot be read."""
     row = row_of(among_good[0], name)
     assert (row["status"], row["tiles_bad"]) == ("ready", bad), row["message"]
     found = by_place(among_good[0], row["slide_id"])
@@ -255,7 +255,7 @@ def test_flipped_bits_harm_only_their_own_patches(
     flipped: list[tuple[int, int]],
     among_good: tuple[Path, Any],
 ) -> None:
-    """A2: a flip may decode without a word; what it did not touch stays as it was."""
+    """A flip may decode without a word; what it did not touch stays as it was."""
     from pathflip.encoders import load_encoder
 
     row = row_of(among_good[0], "flipped.svs")
@@ -276,7 +276,7 @@ def test_flipped_bits_harm_only_their_own_patches(
 
 
 def test_bombs_are_refused_before_any_pixel(zoo: Path) -> None:
-    """A4: the reader process that met them all still answers and stayed small."""
+    """The reader process that met them all still answers and stayed small."""
     from pathflip.errors import SlideError
     from pathflip.geometry import Tiling
     from pathflip.slides.reader import SlideReader
@@ -410,7 +410,7 @@ def storm(
 def test_victim_is_quarantined(
     name: str, reason: str, attempts: int, storm: tuple[Path, dict[str, list[int]]]
 ) -> None:
-    """A5, A6, A9: after three attempts, or at once where another attempt would mix two slides."""
+    """After three attempts, or at once where another attempt would mix two slides."""
     archive, hit = storm
     row = row_of(archive, name)
     assert (row["status"], row["reason"]) == ("quarantined", reason), row["message"]
@@ -421,7 +421,7 @@ def test_victim_is_quarantined(
 
 
 def test_name_that_is_no_unicode(storm: tuple[Path, dict[str, list[int]]]) -> None:
-    """A8: names are bytes on Linux; such a slide is shown in the archive, not fatal."""
+    """Names are bytes on Linux; such a slide is shown in the archive, not fatal."""
     if not (storm[0].parent / LATIN).exists():
         pytest.skip("this file system takes only Unicode names")
     row = row_of(storm[0], "caf\\xe9.tif")

@@ -109,7 +109,7 @@ def test_features_are_those_of_the_pixels_at_their_place(slides: Path, clean: Cl
 
 
 def test_pixels_stay_out_of_the_object_store(clean: Clean) -> None:
-    """B7: a store of 80 MiB serves a run over more pixels than that, and nothing spills."""
+    """A store of 80 MiB serves a run over more pixels than that, and nothing spills."""
     from tests.conftest import STORE_BYTES
 
     assert clean.result.patches * 256 * 256 * 3 > STORE_BYTES
@@ -123,7 +123,7 @@ def test_pixels_stay_out_of_the_object_store(clean: Clean) -> None:
 def test_again_does_nothing_and_more_adds_only_itself(
     slides: Path, clean: Clean, job: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Resume, A10: a new slide, copies under other names, a slide whose file was replaced."""
+    """Resume: a new slide, copies under other names, a slide whose file was replaced."""
     from pathflip.synth import make_slide
 
     archive = tmp_path / "archive"
@@ -227,7 +227,7 @@ def test_bad_input_is_one_sentence_and_touches_nothing(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    """B5, B9 and what users mistype: exit 2, what is wrong, what to do, nothing written."""
+    """Mistyped flags and paths: exit 2, the fault, the remedy, nothing written."""
     import torch
 
     if case == "no GPU" and torch.cuda.is_available():

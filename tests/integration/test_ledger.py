@@ -1,4 +1,4 @@
-"""What happens to slides the archive already has: moved, replaced, touched, failed, extended."""
+"""Slides that the archive already has: moved, replaced, touched, failed, extended."""
 
 from __future__ import annotations
 

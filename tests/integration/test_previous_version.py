@@ -52,7 +52,7 @@ def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """What was logged, without what depends on the clock."""
+    """Return the log without values that depend on the clock."""
     return [
         {key: value for key, value in line.items() if key not in CLOCK}
         for line in run_dir.read_metrics(run)

@@ -37,9 +37,9 @@ class Process:
 
     Attributes:
         process: Its own.
-        port: Where it listens.
+        port: Port it listens on.
         audit: Its log.
-        errors: What it writes on stderr.
+        errors: Its output on stderr.
         ready: Its one line.
     """
 

@@ -36,7 +36,7 @@ def test_refusals(service: Service) -> None:
 
 
 def test_overload(service: Service) -> None:
-    """E1: more at once than are let in; the rest is told to come back, and can."""
+    """More at once than are let in; the rest is told to come back, and can."""
     body = service.body(max_tokens=32)
     refused = asyncio.Event()
     counts: Counter[int] = Counter()

@@ -95,7 +95,7 @@ def whole(archive: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """What was logged, without what depends on the clock."""
+    """Return the log without values that depend on the clock."""
     return [
         {key: value for key, value in line.items() if key not in NOT_COMPARED}
         for line in run_dir.read_metrics(run)
@@ -150,7 +150,7 @@ def test_what_is_in_the_run_folder(whole: tuple[Path, Seen]) -> None:
 def test_resumed_equals_uninterrupted(
     archive: str, whole: tuple[Path, Seen], tmp_path: Path, until: int
 ) -> None:
-    """C5 and the rest: same slides, same weights to the bit, same log."""
+    """Same slides, same weights to the bit, same log."""
     run, first, then = tmp_path / "run", Seen(), Seen()
     go(archive, run, until=until, seen=first)
     saved = latest_checkpoint(run / "checkpoints")

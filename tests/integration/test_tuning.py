@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """What was logged, without what depends on the clock."""
+    """Return the log without values that depend on the clock."""
     return [
         {key: value for key, value in line.items() if key not in NOT_COMPARED}
         for line in run_dir.read_metrics(run)

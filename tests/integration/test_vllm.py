@@ -128,7 +128,7 @@ def test_lines_of_a_batch_are_what_one_slide_at_a_time_gives(
 
 
 def lines_by_text(kept: dict[str, Any], archive: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """As of a run that was tuned to answer with the text of an option."""
+    """Answer as a run does that was tuned to answer with the text of an option."""
     front = kept["qa"].front
     before, front.config = front.config, replace(front.config, choice_answer="text")
     try:
@@ -153,7 +153,7 @@ def test_options_are_scored_by_their_text_where_a_run_was_tuned_so(
 
 
 def decomposed(kept: dict[str, Any], llm: str, config: Any, rows: list[dict[str, str]]) -> pa.Table:
-    """What the job's actor says, in the process that has vLLM."""
+    """Return the statements of the job's actor, in the process that has vLLM."""
     from jobs.decompose import DecomposeActor
 
     if "decomposer" not in kept:

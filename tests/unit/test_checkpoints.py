@@ -90,7 +90,7 @@ def test_a_step_written_again_replaces(tmp_path: Path) -> None:
     check(tmp_path, 5)
 
 
-# -- C2: killed while writing ---------------------------------------------------------------------
+# -- killed while writing -------------------------------------------------------------------------
 
 OFFSETS = 10
 
@@ -125,7 +125,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, at: Callable[[], None]) -> None:
 
 @pytest.mark.filterwarnings("ignore:lance is not fork-safe")
 def test_killed_inside_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C2: at ten places of the write, SIGKILL; what loads is whole: the one before or the new."""
+    """At ten places of the write, SIGKILL; what loads is whole: the one before or the new."""
     base = tmp_path / "base"
     for step in (5, 10, 15):
         save(base, step)
@@ -184,7 +184,7 @@ def test_without_complete_it_is_passed_over_and_later_removed(tmp_path: Path) ->
     assert names(tmp_path) == ["step-00000005", "step-00000015"]
 
 
-# -- C3: damaged ----------------------------------------------------------------------------------
+# -- damaged --------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which models, encoders and archives belong together, and that everything agrees on it."""
+"""Compatibility of models, encoders and archives, the same in every command."""
 
 from __future__ import annotations
 

@@ -67,9 +67,9 @@ class Block:
 
     Attributes:
         page: Path of its page.
-        line: Of its first line in the page, from 1.
+        line: Number of its first line in the page, from 1.
         kind: The word after the fence; empty where there is none.
-        text: What it holds.
+        text: Text of the block.
         excused: The reason why it is not run; empty where it is.
     """
 
@@ -324,7 +324,7 @@ def test_few_blocks_are_excused_and_commands_are_marked_as_such() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of a page's headings."""
+    """Return the anchors that GitHub makes of a page's headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {
@@ -359,7 +359,7 @@ def test_files_and_objects_that_a_page_names_exist(page: str) -> None:
 
 
 def importable(name: str) -> bool:
-    """Whether a dotted name is a module, or something in one."""
+    """Return whether a dotted name is a module, or something in one."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:

@@ -84,7 +84,7 @@ class Index:
 
 @pytest.fixture
 def main() -> Iterator[Index]:
-    """What pip or uv looks in by itself; it has everything but torch."""
+    """Default index of pip or uv; it has everything but torch."""
     index = Index().add("steady", "1.0", "1.1")
     yield index
     index.close()
@@ -92,7 +92,7 @@ def main() -> Iterator[Index]:
 
 @pytest.fixture
 def second() -> Iterator[Index]:
-    """Where TORCH_INDEX points."""
+    """Index that TORCH_INDEX points at."""
     index = Index().add("torch", "2.12.0+cpu", CPU)
     yield index
     index.close()

@@ -1,4 +1,4 @@
-"""Who may import whom (docs/concepts/architecture.md), and what no module of ours may do."""
+"""Rules of imports (docs/concepts/architecture.md), and calls that no module of ours makes."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def modules() -> dict[str, Path]:
 
 
 def needs(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """What each module imports of the others, also inside functions; not for types alone."""
+    """Return each module's imports of the others, also inside functions; not for types alone."""
     found: dict[str, set[str]] = {}
     for module, tree in trees.items():
         for_types = {

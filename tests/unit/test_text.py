@@ -84,7 +84,7 @@ def test_no_piece_of_a_real_caption_begins_in_the_middle() -> None:
 
 
 def kinds(count: int, *, sentences: int = 9, **settings: object) -> Counter[str]:
-    """What kinds of sub-captions come out of so many draws."""
+    """Return the kinds of sub-captions in so many draws."""
     words = [f"s{i}" for i in range(sentences)]
     rng = np.random.default_rng(0)
     found: Counter[str] = Counter()

@@ -140,7 +140,7 @@ def encoder(committer: Committer, name: str = "tex", *, dim: int = DIM) -> str:
 
 
 def build(uri, *numbers: int) -> None:
-    """Makes an archive with these slides, one commit each."""
+    """Make an archive with these slides, one commit each."""
     create_archive(uri, tiling=TILING)
     with Committer(uri) as committer:
         encoder(committer)

@@ -21,7 +21,7 @@ def newest_manifest(uri: Path, table: str) -> Path:
 
 
 def ingest_again(uri: Path) -> None:
-    """What the ingest command does: the encoder's tables, then every slide not done."""
+    """Ingest as the command does: the encoder's tables, then every slide not done."""
     with Committer(uri) as committer:
         cohort.encoder(committer)
         for n in SLIDES:

@@ -36,7 +36,7 @@ def rows(*numbers: int, seed: int = 0):
 
 
 def add(committer: Committer, *numbers: int, name: str = MODEL, fingerprint: str = "f" * 64) -> str:
-    """Writes the model's table and the vectors of slides."""
+    """Write the model's table and the vectors of slides."""
     table = ensure_model(
         committer, name, dim=DIM, fingerprint=fingerprint, encoder=ENCODER, run="mini"
     )
@@ -52,7 +52,7 @@ def caption(n: int) -> str:
 
 
 def tell(committer: Committer, *numbers: int, source: str = "report") -> None:
-    """Writes captions of slides and the index of their words."""
+    """Write captions of slides and the index of their words."""
     captions = [Caption(slide_id=f"slide{n:03d}", text=caption(n)) for n in numbers]
     write_captions(committer, captions, source=source)
     refresh_indexes(committer.uri, "captions")

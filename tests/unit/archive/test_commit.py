@@ -242,7 +242,7 @@ def test_racing_writers_never_write_a_slide_twice(tmp_path):
 
 
 def test_kills_at_random_moments(tmp_path):
-    """D1: what was acknowledged is there, nothing is partial, and going on repeats nothing."""
+    """Acknowledged rows are there, nothing is partial, and going on repeats nothing."""
     chance = random.Random(5)
     acknowledged: set[str] = set()
     for _ in range(6):

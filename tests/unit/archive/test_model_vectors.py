@@ -39,7 +39,7 @@ def uri(pristine, tmp_path):
 
 
 def index_again(uri):
-    """What the index job does: the slides that are not whole."""
+    """Index as the job does: the slides that are not whole."""
     with Committer(uri) as committer:
         missing = sorted(
             committer.archive.ready_ids() - indexed_slides(committer.archive, models.MODEL)

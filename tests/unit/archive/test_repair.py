@@ -76,7 +76,7 @@ def test_a_missing_data_file_is_reported_and_repaired(uri):
 )
 @pytest.mark.parametrize("harm", ["emptied", "halved", "removed", "zeros"])
 def test_dead_manifest(uri, table, harm):
-    """D3: opening names the repair command; repair and the same ingest give a clean run's rows."""
+    """Opening names the repair command; repair and the same ingest give a clean run's rows."""
     path = newest_manifest(uri, table)
     raw = path.read_bytes()
     if harm == "removed":

@@ -1,4 +1,4 @@
-"""Whose slide a name is. The truth is written out by hand beside each name."""
+"""Matching of names to slides. The truth is written out by hand beside each name."""
 
 import os
 

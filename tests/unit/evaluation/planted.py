@@ -93,7 +93,7 @@ def planted_run(**encoder: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Slide:
-    """What one slide of the planted archive shows.
+    """Content of one slide of the planted archive.
 
     ``lesions`` gives for each finding the patch lines (column, row, columns, rows) of a box.
     """

@@ -103,7 +103,7 @@ def test_wsi_vqa_means_all_slides_of_the_case(uri: str, tmp_path: Path) -> None:
 
 
 def test_the_cohorts_own(tmp_path: Path) -> None:
-    """As the cohort writes them: letters become the texts they stand for."""
+    """Questions of the cohort: letters become the texts they stand for."""
     scenes = sample_scenes(slides=4, seed=0)
     items = [asdict(item) for scene in scenes for item in cohort_questions(scene)]
     rows = read(tmp_path, "\n".join(map(json.dumps, items)))

@@ -1,4 +1,4 @@
-"""What a language model says about a caption is kept only where the caption says it."""
+"""Statements of a language model about a caption are kept only where the caption says it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of a slide: tables of what was found and what is stored of it."""
+"""Decisions of ingest: tables of the state found and the row stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets what a line gives: by hand for each case, without slides being opened."""
+"""Side files of ingest: slides that a line reaches, by hand for each case; opens no slide."""
 
 import json
 import logging

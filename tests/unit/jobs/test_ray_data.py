@@ -1,4 +1,4 @@
-"""What every job shares of Ray Data: carried errors, and the machines there are. Without Ray."""
+"""Parts of Ray Data shared by jobs: carried errors, and the machines there are. Without Ray."""
 
 from __future__ import annotations
 

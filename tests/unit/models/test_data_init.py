@@ -1,4 +1,4 @@
-"""What a start from data promises: centred vectors, queries on prototypes, nothing at random."""
+"""Properties of a start from data: centred vectors, queries on prototypes, no randomness."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def part(given: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
 
 
 def work(rank: int, world: int, folder: str) -> None:
-    """What each process does: a step of every setting; rank 0 writes what came out."""
+    """Run a step of every setting in each process; rank 0 writes the results."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world

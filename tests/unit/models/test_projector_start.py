@@ -1,4 +1,4 @@
-"""Where the projector starts: a region reads as the words of the sentence that is true of it."""
+"""Start of the projector: a region reads as the words of the sentence true of it."""
 
 from __future__ import annotations
 

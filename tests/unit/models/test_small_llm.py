@@ -174,7 +174,7 @@ def test_a_model_that_reads_a_slide_model_is_another_than_one_that_does_not(tmp_
 
 
 def test_sentences_that_end_with_their_line_stay_sentences() -> None:
-    """As in synoptic reports: what denies is left out and the rest sorted, as tuning has it."""
+    """Captions of synoptic reports as tuning has them: denials left out, the rest sorted."""
     own = ["Size 3 cm", "No necrosis", "FINAL DIAGNOSIS", "Invasive carcinoma"]
     (example,) = lesson(own, (), 0, np.random.default_rng(0))
     assert example == caption_example("\n".join(reversed(own)), "affirmed")

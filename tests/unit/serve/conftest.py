@@ -92,5 +92,5 @@ def ask(serving: Callable[..., Ask]) -> Ask:
 
 @pytest.fixture
 def together(loop: asyncio.AbstractEventLoop) -> Callable[[Awaitable[Any]], Any]:
-    """Runs a coroutine on that loop."""
+    """Run a coroutine on that loop."""
     return lambda work: loop.run_until_complete(work)

@@ -51,7 +51,7 @@ TOKENS = {
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Where things are.
+    """A small archive, a run and tokens.
 
     Attributes:
         archive, run: Folders.
@@ -115,7 +115,7 @@ def make_world(folder: Path) -> World:
 
 
 def slide_id(slide: int) -> str:
-    """Of slide n."""
+    """Return the id of slide n."""
     return f"slide{slide:03d}"
 
 
@@ -260,6 +260,6 @@ def _index(uri: Path, run: Run) -> None:
 
 
 def rows_of(table: pa.Table) -> list[dict[str, Any]]:
-    """As JSON has them."""
+    """Return rows with numbers as JSON has them."""
     found: list[dict[str, Any]] = json.loads(json.dumps(table.to_pylist()))
     return found

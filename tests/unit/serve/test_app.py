@@ -15,7 +15,7 @@ NOT_FOUND = ArchiveError("There is no such slide.", code="unknown_slide")
 
 
 def task_error(cause):
-    """As Ray brings an error of a replica."""
+    """Wrap an error as Ray does that of a replica."""
     return RayTaskError("slide", "a trace", cause).as_instanceof_cause()
 
 

@@ -1,4 +1,4 @@
-"""What a hostile client sends: none of it reaches a file, another host, the engine or a log."""
+"""Requests of a hostile client: none reaches a file, another host, the engine or a log."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_any_page_is_answered_or_refused(ask, limit, after):
 
 @pytest.mark.parametrize("who", ["all", None])
 def test_nobody_is_named(ask, caplog, who):
-    """F3: no path, patient, label or caption is in any answer, header, metric or log."""
+    """No path, patient, label or caption is in any answer, header, metric or log."""
     caplog.set_level(0)
     answers = []
     for method, path in ROUTES:

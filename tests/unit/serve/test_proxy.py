@@ -97,7 +97,7 @@ class Behind(BaseHTTPRequestHandler):
     """Tells who it was told the client is; HAProxy asks it as well, whether it is up.
 
     Attributes:
-        proofs: What it knows.
+        proofs: Proofs it knows.
         asked: Paths that clients asked it for.
     """
 

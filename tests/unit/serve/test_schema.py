@@ -1,4 +1,4 @@
-"""E6: cases made from the whole OpenAPI, with and without a token, right and wrong ones.
+"""Cases made from the whole OpenAPI, with and without a token, right and wrong ones.
 
 No answer is 500 or above, and each is one its schema names.
 """

@@ -89,7 +89,7 @@ def dead(pid: int) -> None:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process is dead and was waited for."""
+    """Return whether a process is dead and was waited for."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -142,7 +142,7 @@ def endless(tmp_path) -> str:
 
 @pytest.mark.parametrize("served", [False, True])
 def test_a_death_at_work_costs_the_request(reader, slide_path, endless, served):
-    """Whether the process is new or has answered before; the next request has another one."""
+    """Return whether the process is new or answered before; the next request has another one."""
     if served:
         first_region(reader, slide_path)
     killer = threading.Thread(target=lambda: os.kill(victim_pid(endless), signal.SIGKILL))

@@ -1,4 +1,4 @@
-"""Where a slide's resolution comes from, and when pathflip refuses to guess."""
+"""Sources of a slide's resolution, and the cases in which pathflip refuses to guess."""
 
 import pytest
 

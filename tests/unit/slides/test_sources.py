@@ -1,4 +1,4 @@
-"""Which files are slides, and what identifies them."""
+"""Recognition of slide files, and their identity."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Which slides a run sees and in what order."""
+"""Selection of a run's slides, and their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked about a slide in an epoch, and the settings of a tuning."""
+"""Instruction examples of a slide in an epoch, and the settings of a tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a batch holds: functions of (seed, epoch, slide), the archive's own numbers, checked."""
+"""Contents of a batch: functions of (seed, epoch, slide), the archive's own numbers, checked."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_regions_stand_in_another_order_each_epoch_of_tuning_alone(corpus: Corpu
 
 
 def parts(made: SlideDataset, step: int, **worker: int) -> list[tuple[Any, ...]]:
-    """What each slide of a step shows, in order."""
+    """Return regions and texts of each slide of a step, in order."""
     found = []
     for batch in made.micro_batches(step, **worker):
         for row, slide in enumerate(batch.slides):
@@ -170,7 +170,7 @@ def parts(made: SlideDataset, step: int, **worker: int) -> list[tuple[Any, ...]]
 def test_any_number_of_workers_sees_the_same(
     corpus: Corpus, accumulate: int, examples: Examples | None
 ) -> None:
-    """C5: rank r has its slice, whoever the others are; with a restart anywhere as well."""
+    """Rank r has its slice, whoever the others are; with a restart anywhere as well."""
     sampling = replace(SAMPLING, accumulate=accumulate, examples=examples)
     made = SlideDataset(corpus, sampling)
     for step in (4, 0, 1):  # also without having seen the steps before
