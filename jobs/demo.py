@@ -550,7 +550,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo from the command line; returns the exit code."""
+    """Run the demo from the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--slides", metavar="FOLDER", help="your own slides; only read")

@@ -241,7 +241,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"The checkpoint {path} cannot be written: {error}.",
-            hint="Free some space there, or mend its permissions; the one before is intact.",
+            hint="Free some space there, or correct its permissions; the one before is intact.",
             code="disk_full" if "No space left" in str(error) else "not_permitted",
         ) from error
     _prune(folder, keep)

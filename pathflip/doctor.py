@@ -134,7 +134,7 @@ def _disk(archive: str | None) -> Check:
         detail=f"{free:.1f} GiB free at {path}",
         fix=""
         if free >= 5
-        else "An archive takes about 0.5 kB a patch with texture, 3 kB at 1536.",
+        else "An archive takes about 0.5 kB a patch with texture, 3 kB with 1536-wide features.",
     )
 
 
@@ -150,7 +150,7 @@ def _ray_auth() -> Check:
         detail=f"RAY_AUTH_MODE={mode or 'unset'} for {address}",
         fix=""
         if good
-        else "Anyone who reaches a head without tokens runs commands on it: RAY_AUTH_MODE=token.",
+        else "Anyone who reaches a head without tokens can run commands: RAY_AUTH_MODE=token.",
     )
 
 

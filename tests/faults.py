@@ -91,7 +91,7 @@ def overwrite(source: Path, target: Path, tiles: list[int]) -> None:
 
 
 def flip_bits(source: Path, target: Path, *, bits: int, tiles: int, seed: int) -> list[int]:
-    """Copy a slide with random bits flipped in random level-0 tiles; returns those tiles."""
+    """Copy a slide with random bits flipped in random level-0 tiles; return those tiles."""
     rng = random.Random(seed)
     _, spans = tile_spans(source)
     chosen = sorted(rng.sample(range(len(spans)), tiles))

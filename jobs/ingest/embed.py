@@ -74,7 +74,7 @@ class _ChunkFeatures:
 
 
 class Embedder:
-    """Reads a chunk's patches, embeds them and writes the features as Lance fragments.
+    """Actor that reads a chunk's patches, embeds them and writes features as Lance fragments.
 
     Args:
         config: Settings.

@@ -149,7 +149,7 @@ class SideFile(Generic[Value]):
         }
 
     def warn(self, kind: str) -> None:
-        """Logs how many names are ``unmatched`` or ``ambiguous``, with one of them."""
+        """Log how many names are ``unmatched`` or ``ambiguous``, with one of them."""
         what = {"unmatched": "name no slide", "ambiguous": "name several slides"}[kind]
         if names := self.report()[kind]:
             logger.warning(
@@ -197,7 +197,7 @@ class SideFiles:
         return {name: one.report() for name, one in given.items() if one is not None}
 
     def warn(self, kind: str) -> None:
-        """Logs what is ``unmatched`` or ``ambiguous`` in each file."""
+        """Log the names that are ``unmatched`` or ``ambiguous`` in each file."""
         for one in (self.mpp, self.tissue, self.patients):
             if one is not None:
                 one.warn(kind)
@@ -311,7 +311,7 @@ def read_people(file: str) -> list[Entry[dict[str, Any]]]:
 
 
 def list_outlines(folder: str) -> list[Entry[Outline]]:
-    """Lists the tissue outlines in a folder: files of GeoJSON, also zipped, named like slides.
+    """List the tissue outlines in a folder: files of GeoJSON, also zipped, named like slides.
 
     Raises:
         ConfigError: There is no such folder, or no outline in it.

@@ -52,7 +52,7 @@ class Archive:
         return f"Archive({self.uri!r})"
 
     def refresh(self) -> None:
-        """Moves to the newest committed state."""
+        """Move to the newest committed state."""
         from pathflip.archive.tables import META, tables_of
 
         self._meta = read_meta(self.uri)

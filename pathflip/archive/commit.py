@@ -179,7 +179,7 @@ class Committer:
         return [table.name for table in made]
 
     def replace_rows(self, table: str, rows: pa.Table) -> None:
-        """Replaces the rows of some slides in a table computed after ingest, in one commit.
+        """Replace the rows of some slides in a table computed after ingest, in one commit.
 
         Args:
             table: The table.
@@ -314,7 +314,7 @@ class Committer:
         return Committed(written=[*write, *note], extended=list(extend), skipped=skipped)
 
     def recover(self) -> dict[str, int]:
-        """Deletes rows of slides that are not ready and digests files that have no digest yet.
+        """Delete rows of slides that are not ready and digest files that have no digest yet.
 
         Returns:
             {table: rows deleted}.
@@ -355,7 +355,7 @@ class Committer:
         self._refresh()
 
     def update_slides(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Changes columns of slides: paths, patients, labels; the patient in every table.
+        """Change columns of slides: paths, patients, labels; the patient in every table.
 
         Args:
             changes: {slide_id: {column of ``slides``: value}}.
@@ -379,7 +379,7 @@ class Committer:
         self._refresh()
 
     def upsert(self, table: str, rows: pa.Table) -> None:
-        """Inserts or replaces rows by key in one commit.
+        """Insert or replace rows by key in one commit.
 
         Slides with rows in other tables go through :meth:`commit`. In ``slides`` this only serves
         to change columns that no other table depends on (aliases, labels, attempts).
@@ -387,7 +387,7 @@ class Committer:
         transactions.upsert(self.uri, table, rows)
 
     def compact(self) -> dict[str, int]:
-        """Merges small fragments and drops deleted rows from the files; digests the new files.
+        """Merge small fragments and drop deleted rows from the files; digest the new files.
 
         Returns:
             {table: fragments now}.
@@ -414,7 +414,7 @@ class Committer:
         return fragments
 
     def forget_files(self, paths: Collection[str]) -> None:
-        """Drops the digests of files that no longer exist."""
+        """Drop the digests of files that no longer exist."""
         transactions.forget_files(self.uri, paths)
 
     # ---- pieces ----------------------------------------------------------------------------
@@ -500,7 +500,7 @@ class Committer:
     def _delete_rows(
         self, slide_ids: Collection[str], *, encoders: Collection[str] | None = None
     ) -> None:
-        """Deletes rows computed from slides, in all tables or in those of some encoders.
+        """Delete rows computed from slides, in all tables or in those of some encoders.
 
         Imported rows, such as captions, stay.
         """

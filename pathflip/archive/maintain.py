@@ -1,4 +1,4 @@
-"""Compacts, indexes and cleans an archive."""
+"""Maintenance of an archive: compaction, indexes, cleaning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEEP_HOURS = 24
 
 
 def maintain(uri: str | Path) -> dict[str, Any]:
-    """Compacts, indexes and cleans an archive.
+    """Compact, index and clean an archive.
 
     Merges small fragments, builds or updates the indexes of :mod:`pathflip.archive.indexes`, and
     deletes versions, and files that no version refers to, that are older than 24 hours. Readers

@@ -1,4 +1,4 @@
-"""Repairs a damaged archive, giving up only what cannot be read any more."""
+"""Repair a damaged archive, giving up only what cannot be read any more."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Repaired:
 
 
 def repair(uri: str | Path) -> Repaired:
-    """Repairs a damaged archive, giving up only what cannot be read any more.
+    """Repair a damaged archive, giving up only what cannot be read any more.
 
     * A table that does not open: manifests are moved aside, newest first, until a version opens; a
       table without any is created again, empty. ``meta`` is completed from the other tables.
@@ -122,7 +122,7 @@ def repair(uri: str | Path) -> Repaired:
 
 
 def _restore_table(uri: str, table: str) -> list[str]:
-    """Restores the newest version of a table that opens."""
+    """Restore the newest version of a table that opens."""
     actions: list[str] = []
     while True:
         try:
@@ -185,7 +185,7 @@ def _schema_of(uri: str, table: str) -> pa.Schema | None:
 
 
 def _rewrite_fragment(uri: str, table: str, fragment: int) -> str:
-    """Replaces a damaged fragment by its intact rows, in one commit."""
+    """Replace a damaged fragment by its intact rows, in one commit."""
     import lance
     from lance.fragment import write_fragments
 

@@ -68,7 +68,7 @@ class SlideNames:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> SlideNames:
-        """Indexes the slides of an archive, each under its ``slide_id``.
+        """Index the slides of an archive, each under its ``slide_id``.
 
         Args:
             rows: Rows of the slides table with :data:`NAME_COLUMNS`, whatever their status.
@@ -86,7 +86,7 @@ class SlideNames:
 
     @classmethod
     def from_paths(cls, paths: Iterable[str]) -> SlideNames:
-        """Indexes slides that no archive knows yet, each under its path.
+        """Index slides that no archive knows yet, each under its path.
 
         A link goes by the name of the file it points to as well.
         """

@@ -41,7 +41,7 @@ class ArchiveSnapshot:
         return late and not self._looking.locked()
 
     def newest(self) -> Archive:
-        """Return the newest state; reads the archive when that is due.
+        """Return the newest state; read the archive when that is due.
 
         Raises:
             ArchiveError: The newer state cannot be read; the next call looks again.

@@ -29,7 +29,7 @@ _IDS_PER_STATEMENT = 500
 
 
 def append(uri: str, shard: Shard) -> None:
-    """Commits fragments that lie in the archive already; their files must be registered first."""
+    """Commit fragments that lie in the archive already; their files must be registered first."""
     import lance
     from lance.fragment import FragmentMetadata
 
@@ -47,7 +47,7 @@ def append(uri: str, shard: Shard) -> None:
 
 
 def upsert(uri: str, table: str, rows: pa.Table) -> None:
-    """Inserts or replaces rows by key in one commit; new files are registered before it."""
+    """Insert or replace rows by key in one commit; new files are registered before it."""
     import lance
 
     if rows.num_rows == 0:
@@ -76,7 +76,7 @@ def upsert(uri: str, table: str, rows: pa.Table) -> None:
 
 
 def delete_rows(uri: str, table: str, column: str, values: Sequence[str]) -> int:
-    """Deletes the rows with one of these values in a column and returns their number."""
+    """Delete the rows with one of these values in a column and return their number."""
     deleted = 0
     with guarded(uri, f"delete rows of table {table}"):
         dataset = open_table(uri, table)
@@ -114,7 +114,7 @@ def _note_own_digests(uri: str, files: Mapping[str, tuple[str, int]]) -> None:
 
 
 def register_missing(uri: str, tables: Sequence[str]) -> None:
-    """Digests the data files of tables that have no digest yet."""
+    """Digest the data files of tables that have no digest yet."""
     known = known_digests(uri)
     missing = [
         path
@@ -131,7 +131,7 @@ def register_missing(uri: str, tables: Sequence[str]) -> None:
 
 
 def forget_files(uri: str, paths: Collection[str]) -> None:
-    """Drops the digests of files that no longer exist."""
+    """Drop the digests of files that no longer exist."""
     delete_rows(uri, "files", "path", list(paths))
     if own := [SELF_DIGEST + path for path in paths if path.startswith("files.lance/")]:
         with guarded(uri, "drop digests"):

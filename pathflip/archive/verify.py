@@ -326,7 +326,7 @@ def _table_of(path: str) -> str:
 
 
 def _held(tables: Mapping[str, Table], scan: _Scan) -> _Held:
-    """Groups the keys that were read by table and slide, and reports duplicates."""
+    """Group the keys that were read by table and slide, and report duplicates."""
     held: _Held = {}
     for table, rows in scan.keys.items():
         for (key, slide), count in Counter(rows).items():
@@ -346,7 +346,7 @@ def _held(tables: Mapping[str, Table], scan: _Scan) -> _Held:
 
 
 def _lose(table: Table, slide: str, scan: _Scan) -> None:
-    """Notes that a slide has lost rows of a table, for whichever command wrote them."""
+    """Note that a slide has lost rows of a table, for whichever command wrote them."""
     if table.ingested or table.name == SLIDES:
         scan.incomplete.add(slide)
     elif table.spec.derived_from is not None:

@@ -73,7 +73,7 @@ class NeuralEncoder:
         """
         if patches.dtype != np.uint8 or patches.ndim != 4 or patches.shape[3] != 3:
             raise ValueError(
-                f"patches are uint8 [n, px, px, 3], not {patches.dtype} {patches.shape}"
+                f"patches must be uint8 [n, px, px, 3], not {patches.dtype} {patches.shape}"
             )
         out = np.empty((len(patches), self.dim), np.float32)
         done = 0
@@ -163,7 +163,7 @@ def pick_device(device: str) -> torch.device:
         ) from error
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise EncoderError(
-            f"Device {device} was asked for and torch sees {torch.cuda.device_count()} GPUs.",
+            f"Device {device} was requested, but torch sees {torch.cuda.device_count()} GPUs.",
             hint="Use --device auto or cpu, or install the CUDA build of torch.",
             code="no_gpu",
         )
@@ -262,7 +262,7 @@ def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise EncoderError(
-                f"Encoder {card.name} comes with code of its own, which pathflip does not run.",
+                f"Encoder {card.name} needs remote code, which pathflip does not run.",
                 hint="Use a model whose architecture transformers has, or export it to "
                 "TorchScript (docs/reference/encoders.md).",
                 code="remote_code",

@@ -91,7 +91,7 @@ class TextureEncoder:
         """
         if patches.dtype != np.uint8 or patches.ndim != 4 or patches.shape[3] != 3:
             raise ValueError(
-                f"patches are uint8 [n, px, px, 3], not {patches.dtype} {patches.shape}"
+                f"patches must be uint8 [n, px, px, 3], not {patches.dtype} {patches.shape}"
             )
         if not len(patches):
             return np.zeros((0, DIM), np.float32)

@@ -158,7 +158,7 @@ def _by_slide(archive: Archive, predictions: Mapping[str, str]) -> dict[str, str
     matches = archive.names().match(predictions.items(), lambda item: (item[0], False))
     if matches.ambiguous:
         raise ConfigError(
-            f"{len(matches.ambiguous)} captions are named like several slides of {archive.uri}, "
+            f"{len(matches.ambiguous)} captions match several slides of {archive.uri} each, "
             f"{matches.ambiguous[0]} for one.",
             hint="Name slides by slide_id, or by a path that only one of them has.",
         )
@@ -246,7 +246,7 @@ def _pooling(folder: Path) -> str:
     known["pooling_mode_cls_token"] = "cls"
     if len(on) != 1 or on[0] not in known:
         raise CheckpointError(
-            f"{path} asks for the pooling {', '.join(on) or 'none'}.",
+            f"The pooling in {path} is not supported: {', '.join(on) or 'none'}.",
             hint="Use a model that pools by the mean, the first or the last token.",
             code="pooling",
         )

@@ -363,7 +363,7 @@ def _outline_paths(
         for path, several in matches.unclear:
             if slides & set(several):
                 raise ConfigError(
-                    f"{path} has the name of several slides, {several[0]} and {several[1]}.",
+                    f"The name of {path} matches several slides, {several[0]} and {several[1]}.",
                     hint="Name the outlines <slide_id>.geojson.",
                 )
         for path, (slide,) in matches.found:

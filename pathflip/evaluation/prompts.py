@@ -189,7 +189,7 @@ def read_tasks(path: str | Path) -> Suite:
     content = _yaml(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("tasks"), list):
         raise ConfigError(
-            f"{path} holds no list of tasks.",
+            f"{path} has no list of tasks.",
             hint="Write tasks: [{name: …, prompts: […]}, …]; see docs/howto/evaluation.md.",
             code="tasks",
         )
@@ -257,7 +257,7 @@ def _task(entry: Any, *, default: Any, where: str) -> Task:
     if "classes" in values:
         if not isinstance(values["classes"], Mapping):
             raise ConfigError(
-                f"{where}: classes is no mapping.", hint="Write {value: [names]}.", code="tasks"
+                f"{where}: classes is not a mapping.", hint="Write {value: [names]}.", code="tasks"
             )
         values["classes"] = {_name(key): _names(value) for key, value in values["classes"].items()}
     values["templates"] = templates_of(values.get("templates") or default)
@@ -277,7 +277,7 @@ def _name(value: Any) -> str:
     """Return a text or a number as written; YAML reads yes, no, on and off as truth values."""
     if value is None or isinstance(value, bool | list | dict):
         raise ConfigError(
-            f"{value!r} is no name.",
+            f"{value!r} is not a name.",
             hint="Put words that YAML understands in quotes: 'yes', 'no', 'on', 'off', 'null'.",
             code="tasks",
         )

@@ -90,7 +90,7 @@ def import_captions(
     source: str | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Read captions and writes those whose slides are in the archive; again, it changes nothing.
+    """Read captions and write those whose slides are in the archive; again, it changes nothing.
 
     Args:
         archive: The archive, or its open writer.

@@ -98,7 +98,7 @@ def import_questions(
     source: str | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Read questions and writes those whose slides are in the archive; again, it changes nothing.
+    """Read questions and write those whose slides are in the archive; again, it changes nothing.
 
     A slide's questions of a source are those of the file: others it had from that source go.
     Captions of the same source stay.

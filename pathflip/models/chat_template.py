@@ -78,7 +78,7 @@ def question_example(
     instruction = multiple_choice(question, choices)
     if choices and answer not in choices:
         raise ConfigError(
-            f"The answer {answer!r} is none of the options of {question!r}.",
+            f"The answer {answer!r} is not among the options of {question!r}.",
             hint="Give the text of one of them.",
         )
     if not choices or not letter:
@@ -176,7 +176,7 @@ class Prompter:
         if self.template == "official_v1":
             if len(messages) > 1:
                 raise ConfigError(
-                    "The template official_v1 knows no conversation.",
+                    "The template official_v1 supports no conversation of several turns.",
                     hint="Ask one question at a time.",
                 )
             rendered = _OFFICIAL[kind]
@@ -194,7 +194,7 @@ class Prompter:
                 halves[side] += self.text_ids(contents[int(part)])
         if side != 1 or seen != list(range(len(contents))):
             raise ConfigError(
-                "The tokenizer's chat template does not show every turn once.",
+                "The tokenizer's chat template leaves out or repeats a turn.",
                 hint="Use a Qwen3 chat template.",
             )
         return halves[0], halves[1]
@@ -230,7 +230,7 @@ def _check(messages: Sequence[Mapping[str, str]]) -> None:
     if not roles or roles[-1] != "user" or any(role not in ROLES for role in roles):
         raise ConfigError(
             f"The roles of the conversation are {', '.join(map(str, roles)) or 'none'}.",
-            hint=f"Known are {', '.join(ROLES)}; the last turn is the user's.",
+            hint=f"Use {', '.join(ROLES)}; the last turn must be the user's.",
         )
     if not all(isinstance(message.get("content"), str) for message in messages):
         raise ConfigError("A turn of the conversation has no text.", hint="Give it a content.")

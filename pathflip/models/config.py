@@ -135,7 +135,7 @@ class PathFLIPConfig:
         for width, heads in by_heads:
             if getattr(self, width) % getattr(self, heads):
                 raise ConfigError(
-                    f"model.{width} {getattr(self, width)} cannot be shared by {heads} "
+                    f"model.{width} {getattr(self, width)} is not a multiple of {heads} "
                     f"{getattr(self, heads)}.",
                     hint=f"Make {width} a multiple of {heads}.",
                 )

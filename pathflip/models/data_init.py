@@ -163,7 +163,7 @@ def start_projector(
     vision, table = model.vision, model.embedding.weight
     if not vision.config.has_regions:
         raise ConfigError(
-            "The projector cannot start from text: the slide model has no vectors of regions.",
+            "The projector cannot start from text: the slide model has no region vectors.",
             hint="Set instruct.projector_start=random.",
         )
     sentences = distinct(sentences)

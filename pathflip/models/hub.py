@@ -69,7 +69,7 @@ def find(source: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{text} is no folder here, and the hub does not give it: {str(error).splitlines()[0]}",
+            f"{text} is neither a local folder nor on the hub: {str(error).splitlines()[0]}",
             hint="Check the name, the network and hf auth login.",
         ) from error
 
@@ -144,7 +144,7 @@ def read_weights(model: PathFLIP, folder: Path) -> None:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(
             f"{path} does not fit {folder / CONFIG}: {problems[0]}{more}.",
-            hint="Both files must come from one save_pretrained.",
+            hint="Both files must be written by the same save_pretrained.",
         )
     model.load_state_dict(found)
 
@@ -176,7 +176,7 @@ def start_from_bert(model: PathFLIP, source: str) -> None:
     about = bert.config
     if about.model_type != "bert":
         raise ConfigError(
-            f"The Q-Former cannot begin with {source}: it is a {about.model_type}, not a BERT.",
+            f"The Q-Former cannot be initialised from {source}, a {about.model_type}, not a BERT.",
             hint="Set model.qformer_from_text=false.",
         )
     config = model.config
@@ -184,7 +184,7 @@ def start_from_bert(model: PathFLIP, source: str) -> None:
     mine = (config.hidden, config.heads, config.ffn)
     if theirs != mine or about.num_hidden_layers < config.layers:
         raise ConfigError(
-            f"The Q-Former cannot begin with {source}: its hidden, heads and ffn are {theirs} in "
+            f"The Q-Former cannot be initialised from {source}: hidden, heads, ffn are {theirs} in "
             f"{about.num_hidden_layers} layers, the model's {mine} in {config.layers}.",
             hint="Set model.qformer_from_text=false, or the sizes of the text model.",
         )

@@ -177,7 +177,7 @@ class PathFLIPInstruct(PromptEncoder):
         parts.read_projector(model.projector, folder)
         if model.fingerprint() != about["fingerprint"]:
             raise CheckpointError(
-                f"{folder} does not load as the model that was written.",
+                f"The weights in {folder} do not match the fingerprint in its instruct.json.",
                 hint="Its files are of different models; copy it again.",
                 code="damaged",
             )

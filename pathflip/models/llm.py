@@ -76,7 +76,7 @@ def with_adapter(llm: Any, config: InstructConfig) -> Any:
         return get_peft_model(llm, about)
     except ValueError as error:
         raise ConfigError(
-            f"The language model takes no adapter: {str(error).splitlines()[0]}",
+            f"The language model cannot take an adapter: {str(error).splitlines()[0]}",
             hint="Take a Qwen3, or llm_tuning freeze or full.",
         ) from error
 

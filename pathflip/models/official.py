@@ -70,7 +70,7 @@ def load_official_v1(model: PathFLIP, tensors: Mapping[str, Tensor]) -> None:
         )
         if ours is None:
             raise CheckpointError(
-                f"The published weights have {name}, which pathflip/official_v1 has no place for.",
+                f"The published weights have {name}, which pathflip/official_v1 does not have.",
                 hint="Were they trained with other options?",
             )
         found[ours] = value.squeeze(0) if ours == "queries" and value.ndim == 3 else value

@@ -170,7 +170,7 @@ class PathFLIP(nn.Module):
         if tokenizer is None:
             if not texts:
                 raise ConfigError(
-                    f"{name} trains its tokenizer on captions, and there are none.",
+                    f"{name} trains its tokenizer on captions, and none were given.",
                     hint="Give texts or a tokenizer.",
                 )
             tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
@@ -568,7 +568,7 @@ class PathFLIP(nn.Module):
     def _need_regions(self) -> None:
         if not self.config.has_regions:
             raise ConfigError(
-                "This model has no vectors of regions (model.region_encoder is "
+                "This model has no region vectors (model.region_encoder is "
                 f"{self.config.region_encoder}).",
                 hint="Use a model trained with regions.",
             )

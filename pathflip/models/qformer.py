@@ -198,7 +198,7 @@ class Layer(nn.Module):
         self.ffn_text = FeedForward(hidden, **sizes) if text else None
 
     def read(self, x: Tensor, reader: _Reader, *, attention: bool) -> Tensor:
-        """Queries [S, Q, H] -> [S, Q, H]."""
+        """Attend with queries [S, Q, H] -> [S, Q, H]."""
         x = self.attention(x)
         if self.cross is not None:
             x = self.cross(x, reader, attention=attention)
@@ -227,7 +227,7 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sequences of one length [S, Q, H] -> [S, Q, H]."""
+        """Attend within sequences of one length [S, Q, H] -> [S, Q, H]."""
         sequences, length, hidden = x.shape
         shape = (sequences, length, self.heads, hidden // self.heads)
         q, k, v = (
@@ -239,7 +239,7 @@ class SelfAttention(nn.Module):
         return out
 
     def packed(self, x: Tensor, packed: Packed, *, first: bool = False) -> Tensor:
-        """Sequences of any lengths behind each other [T, H] -> [T, H], or their first tokens."""
+        """Attend within packed sequences of any lengths [T, H] -> [T, H], or their first tokens."""
         asking = x[packed.first] if first else x
         seen = packed.attend(
             self.query(asking),
@@ -326,7 +326,7 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, reader: _Reader, *, attention: bool = False) -> Tensor:
-        """Queries [S, Q, H] -> [S, Q, H]."""
+        """Attend with queries [S, Q, H] -> [S, Q, H]."""
 
         def run(q: Tensor) -> Tensor:
             return self._gather(q, reader, attention=attention)
@@ -383,7 +383,7 @@ class _Reader:
     def attend(
         self, asked: Tensor, *, heads: int, dropout: float, attention: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries in the patches' space [S, A·Q, E] -> (gathered patches, sums of weights).
+        """Attend in the patches' space [S, A·Q, E] -> (gathered patches, sums of weights).
 
         The sums [S, A·Q] are None where they are one.
         """

@@ -134,7 +134,7 @@ class SmallLLMConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", hint="It must be 0 or more.")
         if self.heads % self.kv_heads:
             raise ConfigError(
-                f"heads {self.heads} cannot share kv_heads {self.kv_heads}.",
+                f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}.",
                 hint="Make heads a multiple of kv_heads.",
             )
 
@@ -173,7 +173,7 @@ def make(
     folder = Path(folder)
     if vision is not None and not vision.config.has_regions:
         raise ConfigError(
-            "This slide model has no vectors of regions that could be read.",
+            "This slide model has no region vectors for the language model to read.",
             hint="Leave out --run, or take a model with regions.",
         )
     asked = [list(own) for own in questions] if questions is not None else [[] for _ in texts]
@@ -181,7 +181,7 @@ def make(
     texts, asked = [text for text, _ in told], [own for _, own in told]
     if len(set(texts)) < _FEWEST:
         raise ConfigError(
-            f"A language model cannot learn from {len(set(texts))} different texts.",
+            f"{len(set(texts))} different texts are too few to train a language model.",
             hint="Import captions of training slides: pathflip archive import --captions FILE.",
         )
     lessons = [[(one.question, list(one.choices), one.answer) for one in own] for own in asked]
@@ -231,7 +231,7 @@ def _made_before(folder: Path, made_of: str) -> dict[str, Any]:
         note = verify_whole(folder)
     except CheckpointError as error:
         raise ConfigError(
-            f"{folder} exists and is no small language model: {error.message}",
+            f"{folder} exists and is not a small language model: {error.message}",
             hint="Give another folder, or remove it.",
         ) from error
     if note.pop("made_of", None) != made_of:

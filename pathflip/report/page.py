@@ -48,7 +48,7 @@ def write_page(template: str, path: Path, **values: Any) -> Path:
         write_file(path, page.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(
-            f"The page {path} cannot be written: {error.strerror}.",
+            f"The report {path} cannot be written: {error.strerror}.",
             hint="Give a file in a folder you may write.",
             code="out",
         ) from error

@@ -277,7 +277,7 @@ class TuneConfig(TrainConfig):
         )  # fmt: skip
         if self.align and not self.instruct.train_vision:
             raise ConfigError(
-                f"align is {self.align}, and the vision model does not train.",
+                f"align is {self.align}, but the vision model does not train.",
                 hint="Leave instruct.train_vision on, or align at 0.",
             )
 

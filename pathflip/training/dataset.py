@@ -257,7 +257,7 @@ def _split_name(given: str | None, slide_id: str) -> str | None:
     if split is not None and split not in SPLITS:
         raise ConfigError(
             f"Slide {slide_id} has split {given!r}.",
-            hint="Splits are train, val and test: mend them with pathflip ingest --patients CSV.",
+            hint="Splits are train, val and test: correct them by pathflip ingest --patients CSV.",
             code="unknown_split",
         )
     return split
@@ -290,6 +290,6 @@ def _check_patients(patients: list[str], splits: list[str]) -> None:
         if seen.setdefault(patient, split) != split:
             raise ConfigError(
                 f"Patient {patient} has slides in {seen[patient]} and in {split}.",
-                hint="Split by patient: mend the splits with pathflip ingest --patients CSV.",
+                hint="Split by patient: correct the splits with pathflip ingest --patients CSV.",
                 code="patient_in_splits",
             )

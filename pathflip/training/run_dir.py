@@ -192,7 +192,7 @@ def opened(run: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(
             f"The run {run} cannot be written: {error.strerror}.",
-            hint="Give a folder of yours for the run.",
+            hint="Give a run folder that you may write to.",
             code="not_permitted",
         ) from error
     try:
@@ -216,7 +216,7 @@ def run_lock(path: Path, *, wait_s: float = 0.0) -> FileLock:
     def refusal(holder: str) -> TrainingError:
         return TrainingError(
             f"Another process is training the run {path.parent} ({holder}).",
-            hint="Wait for it to finish, or stop it; the lock goes with the process.",
+            hint="Wait for it to finish, or stop it; the lock is released when the process ends.",
             code="locked",
         )
 

@@ -151,7 +151,7 @@ def built(make: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def forget(folder: Path) -> None:
-    """Drops the files of a folder from the page cache."""
+    """Drop the files of a folder from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -404,7 +404,7 @@ def bench_faiss(data: Data, *, hnsw: bool, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=256)

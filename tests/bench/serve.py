@@ -69,7 +69,7 @@ def slide_of(number: int) -> str:
 
 
 def offline(tuned: Tuned, rounds: int) -> Report:
-    """Tokens a second of ``vllm.LLM`` over all prompts at once."""
+    """Return the throughput of ``vllm.LLM`` over all prompts at once, tokens/s."""
     from pathflip import vllm_engine
 
     prompts = [{"prompt_embeds": prompt} for prompt in prompts_of(tuned)]

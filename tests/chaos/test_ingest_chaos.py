@@ -49,7 +49,7 @@ def locked(archive: Path, pid: int) -> bool:
 
 
 def ready_part(archive: Path, clean: Clean) -> int:
-    """Check that what is visible is whole and right; returns the number of ready slides."""
+    """Check that visible slides are whole and right; return the number of ready ones."""
     from pathflip import Archive
 
     if not (archive / "meta.lance").exists():  # killed before there was one

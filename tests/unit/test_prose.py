@@ -15,7 +15,7 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 QUESTION = re.compile(r"(What|Where|Who|Whose|Which|How|Whether)\b")
-INDICATIVE = re.compile(r"(Returns|Yields|Reads|Writes|Makes|Says)\b")
+INDICATIVE = re.compile(r"(Returns|Yields|Reads|Writes|Says|[A-Z][a-z]+s (a|an|the|its|all))\b")
 FIELD = re.compile(r"\s+[`*\w]+(?:, [`*\w]+)*: (Of|What|Where|Who|Whose|Which|How)\b")
 """An entry of Args, Attributes or Raises that is no noun phrase."""
 

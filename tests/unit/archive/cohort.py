@@ -112,7 +112,7 @@ def commit(
     fingerprint: str = "f",
     others=None,
 ) -> Committed:
-    """Commits ready slides; dims is {encoder: dim}, others {table: rows} of further tables."""
+    """Commit ready slides; dims is {encoder: dim}, others {table: rows} of further tables."""
     dims = dims or {"tex": DIM}
     fragments = {}
     for name, dim in dims.items():

@@ -147,7 +147,7 @@ def assert_whole(uri: Path, *, without: dict[str, int] | None = None) -> None:
 
 
 def flip(uri: Path, table: str) -> str:
-    """Flips a bit in the middle of the second slide's file and returns its path in the archive."""
+    """Flip a bit in the middle of the second slide's file and return its path in the archive."""
     files = sorted((uri / f"{table}.lance/data").iterdir())
     path = next(path for path in files if b"slide001" in path.read_bytes())
     raw = bytearray(path.read_bytes())

@@ -55,7 +55,7 @@ def test_a_language_model_is_not_made_over_another_folder(
     command = ["make-llm", tmp_path / "llm", "--archive", uri]
     code, err = shell(capsys, *command, "--dry-run")
     assert code == 2
-    assert "is no small language model" in err
+    assert "is not a small language model" in err
     assert shell(capsys, *command) == (code, err)
     assert list((tmp_path / "llm").iterdir()) == []
 

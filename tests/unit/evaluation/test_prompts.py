@@ -60,7 +60,7 @@ tasks:
         ("tasks: [{name: a, prompts: [a], kind: regression}]", "kind is 'regression'"),
         ("tasks: [{name: a, prompts: [a], kind: binary}]", "needs negative_prompts"),
         ("tasks: [{name: a, kind: multiclass, classes: {a: x}}]", "two classes"),
-        ("tasks: [{name: a, kind: multiclass, classes: [x, y]}]", "no mapping"),
+        ("tasks: [{name: a, kind: multiclass, classes: [x, y]}]", "not a mapping"),
         ("tasks: [{name: a, prompts: [a], templates: [plain]}]", "lacks CLASSNAME"),
         ("tasks: [{name: a, prompts: [a]}, {name: a, prompts: [b]}]", "two tasks named 'a'"),
         ("tasks: [", "not valid YAML"),

@@ -212,7 +212,7 @@ def test_a_text_model_that_is_not_there_or_does_not_fit(bert: Path, tmp_path: Pa
         PathFLIP.from_preset("pathflip/paper", text_model=str(tmp_path / "nowhere"))
     assert "safetensors" in error.value.hint
     sizes = SIZES | {"text_model": str(bert), "qformer_from_text": True}
-    with pytest.raises(ConfigError, match="cannot begin"):
+    with pytest.raises(ConfigError, match="cannot be initialised"):
         PathFLIP.from_preset("pathflip/paper", **sizes | {"hidden": 30})
 
 

@@ -417,7 +417,7 @@ def test_options_have_letters() -> None:
     assert example.instruction == "Which?\nA. one\nB. two"
     assert example.answer == "B. two"
     assert question_example("Which?", [], "two").answer == "two"
-    with pytest.raises(ConfigError, match="none of the options"):
+    with pytest.raises(ConfigError, match="not among the options"):
         question_example("Which?", ["one"], "two")
     with pytest.raises(ConfigError, match="9 options"):
         multiple_choice("Which?", list("abcdefghi"))

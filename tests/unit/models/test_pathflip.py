@@ -66,7 +66,7 @@ def test_every_switch_trains_all_its_parameters(overrides: dict[str, Any]) -> No
         grounded = model.ground(batch()["features"], batch()["patch_mask"], ["necrosis"])
         assert torch.allclose(grounded.heat.sum((2, 3)), torch.ones(4, 1), atol=1e-5)
     else:
-        with pytest.raises(ConfigError, match="no vectors of regions"):
+        with pytest.raises(ConfigError, match="no region vectors"):
             model.ground(batch()["features"], batch()["patch_mask"], ["necrosis"])
 
 

@@ -90,5 +90,5 @@ def test_a_slide_model_without_regions_is_refused(base: Path) -> None:
     vision = tiny(region_encoder="none", slide_encoder="qformer").eval()
     model = PathFLIPInstruct.from_parts(vision, base)
     made = batch()
-    with pytest.raises(ConfigError, match="no vectors of regions"):
+    with pytest.raises(ConfigError, match="no region vectors"):
         start_projector(model, made["features"], made["patch_mask"], SENTENCES)

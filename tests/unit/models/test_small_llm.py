@@ -115,7 +115,7 @@ def test_the_same_again_is_not_made_again(
         make(TEXTS, folder, replace(SMALL, seed=1), questions=ASKED)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    with pytest.raises(ConfigError, match="no small language model"):
+    with pytest.raises(ConfigError, match="not a small language model"):
         make(TEXTS, tmp_path / "full", SMALL)
     assert (tmp_path / "full" / "thesis.txt").exists()
 

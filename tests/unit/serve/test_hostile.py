@@ -30,7 +30,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched():
-    """Notes every file that is opened."""
+    """Note every file that is opened."""
     opened.clear()
     watching.set()
     try:
