@@ -69,7 +69,7 @@ def find(source: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{text} is neither a local folder nor on the hub: {str(error).splitlines()[0]}",
+            f"{text} is no local folder, and the hub lookup failed: {str(error).splitlines()[0]}",
             hint="Check the name, the network and hf auth login.",
         ) from error
 
