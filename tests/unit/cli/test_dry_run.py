@@ -13,7 +13,7 @@ from tests.archives import make_archive
 WRONG = {
     "patients": ("--patients", "slide,split\na,train\n", "patient_id"),
     "patients, none": ("--patients", None, "cannot be read"),
-    "patients, two rows": ("--patients", "slide,patient_id\na,1\na,2\n", "two different rows"),
+    "patients, two rows": ("--patients", "slide,patient_id\na,1\na,2\n", "again, and differs"),
     "captions": ("--captions", "slide,caption\na,\n", "no caption"),
     "captions, none": ("--captions", None, "cannot be read"),
     "questions": ("--questions", "slide,question\na,b\n", ""),
