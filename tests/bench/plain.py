@@ -40,9 +40,9 @@ def losses(
     size, regions = features.shape[:2]
     patches = model.patch_in(features)
     queries = model.queries.expand(size, -1, -1)
-    whole = _bert(model, queries, None, patches.flatten(1, 2)).mean(1)
+    whole = bert(model, queries, None, patches.flatten(1, 2)).mean(1)
     rows = [model.token_out(whole)]
-    local = [_bert(model, queries, None, patches[:, n]) for n in range(regions)]
+    local = [bert(model, queries, None, patches[:, n]) for n in range(regions)]
     rows += [model.token_out(states.mean(1)) for states in local]
     line = model.context(torch.stack(rows, 1))
     slide, tokens = F.normalize(line[:, 0], dim=-1), line[:, 1:]
@@ -69,17 +69,49 @@ def losses(
     return slide_loss, region_loss
 
 
+def projected(model: PathFLIP, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """The Q-Former with keys and values of patches, each projected once, and PyTorch's attention.
+
+    Args:
+        model: With a Q-Former, without dropout.
+        patches: [B, N, M, d_e], none masked.
+
+    Returns:
+        Slides [B, Q, h] and regions [B, N, Q, h].
+    """
+    batch, num = patches.shape[:2]
+    queries, former = model.queries, model.qformer
+    x = former.norm(queries).expand(batch * (num + 1), *queries.shape)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    for layer in former.layers:
+        x = layer.attention(x)
+        if (cross := layer.cross) is not None:
+            k, v = F.linear(patches, cross.key.weight), cross.value(patches)
+            q = cross.query(x).view(batch, num + 1, *queries.shape)
+            whole = attend(q[:, -1], k.flatten(1, 2), v.flatten(1, 2), cross.heads)
+            each = attend(q[:, :-1].flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cross.heads)
+            seen = torch.cat([each.view(batch, num, *queries.shape), whole[:, None]], 1)
+            x = cross.norm(cross.out(seen.flatten(0, 1)) + x)
+        x = layer.ffn_query(x)
+    x = x.view(batch, num + 1, *queries.shape)
+    return x[:, -1], x[:, :-1]
+
+
 def _texts(model: PathFLIP, texts: list[list[int]], longest: int) -> Tensor:
     ids = torch.tensor([text[:longest] + [0] * (longest - len(text)) for text in texts])
     lengths = torch.tensor([[min(len(text), longest)] for text in texts])
     mask = torch.arange(longest)[None] < lengths
     words = model.qformer.words(ids) + model.qformer.positions.weight[:longest]
-    out: Tensor = model.text_out(_bert(model, words, mask, None)[:, 0])
+    out: Tensor = model.text_out(bert(model, words, mask, None)[:, 0])
     return out
 
 
-def _bert(model: PathFLIP, x: Tensor, mask: Tensor | None, patches: Tensor | None) -> Tensor:
-    """Queries over patches, or texts [n, length, h]."""
+def bert(model: PathFLIP, x: Tensor, mask: Tensor | None, patches: Tensor | None) -> Tensor:
+    """Encode queries [n, Q, h] over patches [n, keys, d_e], or texts [n, length, h] without any."""
     qformer: Any = model.qformer
     x = qformer.norm(x)
     for layer in qformer.layers:
