@@ -1,0 +1,87 @@
+"""Objectives that fail at a step: a worker that dies, and one that waits for its driver to die.
+
+They are handed in like any other objective, so the trainer knows nothing of them. A process fails
+where it has done FAIL_AT steps, so a run that goes on with as many left or fewer comes to its end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from pathflip.training.contrastive import Contrastive
+from pathflip.training.instruct import Instruct
+from tests import faults
+
+FAIL_AT = 7
+"""Steps that a process has done when it fails."""
+
+
+class _Counting:
+    begun = 0
+
+    def fails(self) -> bool:
+        """Whether the step after FAIL_AT begins; called once a step."""
+        self.begun += 1
+        return self.begun == FAIL_AT + 1
+
+    def die(self) -> None:
+        """End the second of two workers as a machine would that loses its power."""
+        if self.fails() and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DyingContrastive(_Counting, Contrastive):
+    """Pretraining whose second worker dies."""
+
+    def losses(self, model: Any, batch: Any, *, group: Any) -> Any:
+        """Return the losses of a step, or die."""
+        self.die()
+        return super().losses(model, batch, group=group)
+
+
+class DyingInstruct(_Counting, Instruct):
+    """Tuning whose second worker dies."""
+
+    def losses(self, model: Any, batch: Any, *, group: Any) -> Any:
+        """Return the losses of a step, or die."""
+        self.die()
+        return super().losses(model, batch, group=group)
+
+
+class WaitingContrastive(_Counting, Contrastive):
+    """Pretraining that waits for its driver to be killed, and for Ray to end it then."""
+
+    def losses(self, model: Any, batch: Any, *, group: Any) -> Any:
+        """Return the losses of a step, or nothing any more."""
+        while self.fails():
+            time.sleep(3600)
+        return super().losses(model, batch, group=group)
+
+
+_COMMAND = """
+import jobs.pretrain
+from pathflip.cli import main
+from tests.failpoints import WaitingContrastive
+
+jobs.pretrain.Contrastive = WaitingContrastive
+main()
+"""
+
+
+def waiting_pretrain(*words: str) -> subprocess.Popen[str]:
+    """Start ``pathflip pretrain`` that waits after FAIL_AT steps, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _COMMAND, "pretrain", *words],
+        cwd=faults.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
