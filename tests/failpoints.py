@@ -27,7 +27,7 @@ class _Counting:
     begun = 0
 
     def fails(self) -> bool:
-        """Whether the step after FAIL_AT begins; called once a step."""
+        """Return whether the step after FAIL_AT begins; called once a step."""
         self.begun += 1
         return self.begun == FAIL_AT + 1
 

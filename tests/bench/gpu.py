@@ -64,7 +64,7 @@ TINY_MODEL: Report = {
 
 
 class Bench:
-    """Where it runs, how large, and in which folder.
+    """Device, sizes and folder of a measurement.
 
     Args:
         device: ``cuda`` or ``cpu``.
@@ -106,7 +106,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def fits(self, work: Callable[[], Report]) -> Report:
-        """What is measured, or that there is too little memory for it."""
+        """Return the measurement, or a note that there is too little memory for it."""
         try:
             return work()
         except torch.OutOfMemoryError:
@@ -200,7 +200,7 @@ def paper_model(bench: Bench, **overrides: Any) -> PathFLIP:
 
 
 def kernels(work: Callable[[], Any]) -> Report:
-    """Where the time of a call goes on the GPU: the largest operations and their shares."""
+    """Return a call's largest GPU operations and their shares of its time."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     ) as recorder:
@@ -225,7 +225,7 @@ def _recompute(model: torch.nn.Module, value: bool) -> None:
 
 
 def pace(objective: Any, run: Path, bench: Bench, size: int) -> float:
-    """Slides a second of the training loop itself, reading and copying included."""
+    """Measure the training loop itself, reading and copying included, in slides a second."""
     skipped, counted = (1, 2) if bench.quick else (12, 24)
     at: list[float] = []
 

@@ -27,7 +27,7 @@ class Regions(FeatureReader):
     Args:
         features: float16 [rows, M, d], slide by slide.
         mask: bool [rows, M].
-        num_regions: How many of the rows are each slide's.
+        num_regions: Number of rows of each slide.
     """
 
     def __init__(
