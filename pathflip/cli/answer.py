@@ -17,12 +17,12 @@ from pathflip.cli.options import (
     job,
     open_slide_qa,
     print_json,
-    show_document,
+    show_result,
     show_table,
     were_set,
+    working,
 )
 from pathflip.errors import ConfigError
-from pathflip.progress import show_progress
 
 app = typer.Typer()
 
@@ -82,7 +82,7 @@ def caption(
             )
         jobs_answer = job("answer")
         settings = _settings(config, overrides, device, max_new_tokens=max_new_tokens)
-        with redirect_stdout(sys.stderr), show_progress() as progress:
+        with working() as progress:
             result = jobs_answer.caption_all(
                 archive, run, out, split=split, config=settings, address=address,
                 progress=progress, dry_run=dry_run,
@@ -160,7 +160,7 @@ def ask(
         settings = _settings(
             config, overrides, device, max_new_tokens=max_new_tokens, permute=permute
         )
-        with redirect_stdout(sys.stderr), show_progress() as progress:
+        with working() as progress:
             result = jobs_answer.ask_all(
                 archive, run, questions, out, config=settings, address=address,
                 progress=progress, dry_run=dry_run,
@@ -228,12 +228,11 @@ def decompose(
         overrides=overrides or (),
         given=were_set(engine=_engine(device)),
     )
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         result = jobs_decompose.decompose(
             archive, llm, config=settings, address=address, progress=progress, dry_run=dry_run
         )
-    document = result.as_json() | ({"dry_run": True} if dry_run else {})
-    show_document(document, f"statements in {archive}", as_json=as_json, dry_run=dry_run)
+    show_result(result, f"statements in {archive}", as_json=as_json, dry_run=dry_run)
 
 
 # -- shared ---------------------------------------------------------------------------------------
@@ -278,7 +277,6 @@ def _refuse_batch_options(
 
 
 def _end(result: Any, *, as_json: bool, dry_run: bool) -> None:
-    document = result.as_json() | ({"dry_run": True} if dry_run else {})
-    show_document(document, f"written to {result.out}", as_json=as_json, dry_run=dry_run)
+    show_result(result, f"written to {result.out}", as_json=as_json, dry_run=dry_run)
     if result.failed:
         raise typer.Exit(3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
 from typing import Annotated, Any, Literal
 
 import typer
@@ -20,8 +19,8 @@ from pathflip.cli.options import (
     show_document,
     show_table,
     were_set,
+    working,
 )
-from pathflip.progress import show_progress
 
 app = typer.Typer()
 slides_app = typer.Typer(help="The slides of an archive.", no_args_is_help=True)
@@ -86,21 +85,13 @@ def ingest(
             questions=questions, tissue_dir=tissue, add_encoder=add_encoder, retry=retry,
         ),
     )  # fmt: skip
-    # Ray tells of lost nodes and the like on stdout, which belongs to the document.
-    with redirect_stdout(sys.stderr), show_progress() as progress:
-        if dry_run:
-            plan = jobs_ingest.dry_run(
-                sources, archive, settings, address=address, progress=progress
-            )
-        else:
-            result = jobs_ingest.ingest(
-                sources, archive, settings, address=address, progress=progress
-            )
+    run = jobs_ingest.dry_run if dry_run else jobs_ingest.ingest
+    with working() as progress:
+        result = run(sources, archive, settings, address=address, progress=progress)
+    title = f"ingested into {archive}"
+    show_document(result.as_json(), title, as_json=as_json, dry_run=dry_run)
     if dry_run:
-        show_document(plan.as_json(), as_json=as_json, dry_run=True)
         return
-    document = result.as_json()
-    show_document(document, f"ingested into {archive}", as_json=as_json)
     if result.slides["quarantined"] and not as_json:
         print(f"Reasons: pathflip slides list --archive {archive} --status quarantined")
     raise typer.Exit(result.exit_code)
@@ -238,23 +229,13 @@ def slides_retry(
         document: dict[str, Any] = {"slides": {"ready": 0, "quarantined": 0}, "retried": 0}
         print_json(document) if as_json else print("Nothing to retry.")
         return
-    # Ray tells of lost nodes and the like on stdout, which belongs to the document.
-    with redirect_stdout(sys.stderr), show_progress() as progress:
-        if dry_run:
-            plan = jobs_ingest.dry_run(
-                sources, archive, settings, address=address, progress=progress
-            )
-        else:
-            result = jobs_ingest.ingest(
-                sources, archive, settings, address=address, progress=progress
-            )
-    if dry_run:
-        document = plan.as_json() | {"retried": len(sources)}
-        show_document(document, as_json=as_json, dry_run=True)
-        return
+    run = jobs_ingest.dry_run if dry_run else jobs_ingest.ingest
+    with working() as progress:
+        result = run(sources, archive, settings, address=address, progress=progress)
     document = result.as_json() | {"retried": len(sources)}
-    show_document(document, as_json=as_json)
-    raise typer.Exit(result.exit_code)
+    show_document(document, as_json=as_json, dry_run=dry_run)
+    if not dry_run:
+        raise typer.Exit(result.exit_code)
 
 
 # -- the archive ----------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ from pathflip.cli.options import (
     show_table,
     torch_device,
     were_set,
+    working,
 )
 from pathflip.errors import ConfigError
-from pathflip.progress import show_progress
 from pathflip.splits import requested_split
 
 app = typer.Typer()
@@ -84,7 +84,7 @@ def classify(
     from pathflip.evaluation.zeroshot import classify as classify_slides
 
     named = read_classes(classes)
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         rows = classify_slides(
             Archive(archive), open_run(run, device=device), named,
             templates=templates, score=score, split=split, slides=slide, progress=progress,
@@ -159,7 +159,7 @@ def evaluate_retrieval(
     from pathflip import Archive
     from pathflip.evaluation.retrieval import evaluate_retrieval as measure
 
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         document = measure(
             Archive(archive), open_run(run, device=device), split=split, source=source,
             protocol=protocol, shuffles=shuffles, seed=seed, progress=progress,
@@ -201,7 +201,7 @@ def evaluate_zeroshot(
 
     opened = Archive(archive)
     suite = read_tasks(tasks or default_tasks(opened))
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         document = zeroshot(
             opened, open_run(run, device=device), suite,
             split=split, resamples=resamples, seed=seed, progress=progress,
@@ -263,7 +263,7 @@ def evaluate_grounding(
             hint="Grounding asks for the prompts of those; their label is an outline's class.",
         )
     variants = VARIANTS if variant and "all" in variant else tuple(variant or VARIANTS[:1])
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         document = grounding(
             opened, open_run(run, device=device), queries, truth=truth, split=split,
             variants=variants, contrast=contrast, resamples=resamples, seed=seed,
@@ -314,7 +314,7 @@ def evaluate_vqa(
     from pathflip import Archive
     from pathflip.evaluation.vqa import evaluate_vqa as measure
 
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         document = measure(
             Archive(archive), open_slide_qa(run, llm=llm, device=device), split=split,
             source=source, mode=mode, permute_options=permute_options, swap=swapped,
@@ -374,7 +374,7 @@ def evaluate_caption(
         sentence_embedder,
     )
 
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         written = None if predictions is None else read_predictions(predictions)
         answerer = None if predictions is not None else open_slide_qa(run, llm=llm, device=device)
         loaded = open_run(run, device=device) if answerer is None else answerer.run
@@ -426,7 +426,7 @@ def evaluate_everything(
     opened = Archive(archive)
     file = tasks or find_tasks(opened)
     suite = read_tasks(file) if file else None
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         loaded = open_run(run, device=device)
         document = evaluate_all(
             opened, loaded, suite=suite, truth=truth, split=split,
@@ -490,7 +490,7 @@ def evaluate_ablations(
         plan = jobs_ablations.planned(archive, run, options, settings=recipe)
         show_document(plan, as_json=as_json, dry_run=True)
         return
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         document = jobs_ablations.ablations(
             archive, run, options, settings=recipe, address=address, progress=progress
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
 
 from pathflip.errors import ConfigError
+from pathflip.progress import Report, show_progress
 
 ArchiveOption = Annotated[
     str, typer.Option("--archive", help="Archive: a folder, or s3://, gs://, az://.")
@@ -82,6 +84,22 @@ def open_slide_qa(run: str, *, llm: str | None, device: str | None) -> Any:
     from pathflip.slide_qa import SlideQA
 
     return SlideQA.from_run(run, llm=llm, device=torch_device(device))
+
+
+@contextmanager
+def working() -> Iterator[Report]:
+    """Yield the callback for progress; stdout belongs to the document until the work is done.
+
+    Ray tells of lost nodes and the like on stdout: that goes to stderr meanwhile.
+    """
+    with redirect_stdout(sys.stderr), show_progress() as progress:
+        yield progress
+
+
+def show_result(result: Any, title: str, *, as_json: bool, dry_run: bool) -> None:
+    """Print the result of a job that says in its document whether it was a dry run."""
+    document = result.as_json() | ({"dry_run": True} if dry_run else {})
+    show_document(document, title, as_json=as_json, dry_run=dry_run)
 
 
 def were_set(**flags: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +16,9 @@ from pathflip.cli.options import (
     OverrideOption,
     job,
     show_document,
+    show_result,
     were_set,
+    working,
 )
 from pathflip.progress import Report, show_progress
 
@@ -109,8 +110,7 @@ def tune(
 
 
 def _train(train: Callable[[Report], dict[str, Any]], title: str, *, as_json: bool) -> None:
-    # Ray tells of lost nodes and the like on stdout, which belongs to the document.
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         document = train(progress)
     if not document["trained"]:
         print(f"{document['run']} is finished: nothing to do.", file=sys.stderr)
@@ -172,10 +172,8 @@ def index(
 
     module = job("index")
     settings = load_config(module.IndexConfig, file=config, overrides=overrides or ())
-    # Ray tells of lost nodes and the like on stdout, which belongs to the document.
-    with redirect_stdout(sys.stderr), show_progress() as progress:
+    with working() as progress:
         result = module.index(
             archive, run, config=settings, address=address, progress=progress, dry_run=dry_run
         )
-    document = result.as_json() | ({"dry_run": True} if dry_run else {})
-    show_document(document, f"indexed {archive}", as_json=as_json, dry_run=dry_run)
+    show_result(result, f"indexed {archive}", as_json=as_json, dry_run=dry_run)
