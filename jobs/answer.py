@@ -32,9 +32,10 @@ from jobs.batch_vllm import (
     key_of,
     map_engines,
 )
+from jobs.ray_data import wrong_model
 from pathflip.archive import Archive
 from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames, listed
-from pathflip.errors import CheckpointError, ConfigError
+from pathflip.errors import ConfigError
 from pathflip.evaluation.encode import list_slides
 from pathflip.files import claim
 from pathflip.progress import Progress, Report
@@ -360,11 +361,7 @@ class AnswerActor:
     def __init__(self, run: str, model: str, archive: str, config: AnswerConfig) -> None:
         self._qa = BatchSlideQA(run, config)
         if tuned_name(self._qa.run) != model:
-            raise CheckpointError(
-                f"{run} holds another model on this node than on the driver's.",
-                hint="Put the run where every node sees the same folder.",
-                code="wrong_model",
-            )
+            raise wrong_model(run)
         self._archive = Archive(archive)
 
     def __call__(self, slides: list[dict[str, str]]) -> pa.Table:

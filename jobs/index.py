@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.ingest.rows import fixed
-from jobs.ray_data import available, map_actors
+from jobs.ray_data import available, map_actors, wrong_model
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
@@ -243,11 +243,7 @@ class IndexActor:
         torch.set_num_threads(1)  # parallel work is Ray's
         self._run = load_run(run, device="cuda" if use_gpu else "cpu")
         if self._run.fingerprint != fingerprint:
-            raise CheckpointError(
-                f"{run} holds another model on this node than on the driver's.",
-                hint="Put the run where every node sees the same folder.",
-                code="wrong_model",
-            )
+            raise wrong_model(run)
         self._archive = Archive(archive)
 
     def __call__(self, slides: list[dict[str, str]]) -> pa.Table:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pathflip.errors import ConfigError, PathFLIPError, from_dict
+from pathflip.errors import CheckpointError, ConfigError, PathFLIPError, from_dict
 
 if TYPE_CHECKING:
     from ray.data import ActorPoolStrategy
@@ -166,3 +166,12 @@ def to_ipc(table: pa.Table) -> bytes:
 def from_ipc(data: bytes) -> pa.Table:
     """Return the table of :func:`to_ipc`."""
     return pa.ipc.open_stream(data).read_all()
+
+
+def wrong_model(run: str) -> CheckpointError:
+    """Return the error of an actor that finds another model in a run than the driver did."""
+    return CheckpointError(
+        f"{run} holds another model on this node than on the driver's.",
+        hint="Put the run where every node sees the same folder.",
+        code="wrong_model",
+    )
