@@ -29,7 +29,6 @@ from pathflip.training.slide_batches import SlideBatch, SlideDataset, named_mean
 class Contrastive(Objective[SlideDataset, PretrainConfig]):
     """Alignment of slides with captions and of regions with sub-captions."""
 
-    command = "pretrain"
     weights: ClassVar[Mapping[str, float]] = {"loss_slide": 1.0, "loss_region": 1.0}
 
     # -- beginning --------------------------------------------------------------------------------
@@ -114,15 +113,12 @@ class Contrastive(Objective[SlideDataset, PretrainConfig]):
         return {"loss_slide": Loss(output.loss_slide), "loss_region": Loss(output.loss_region)}
 
     def _output(self, model: Any, batch: SlideBatch, group: Any) -> PathFLIPOutput:
-        choice = batch.negative_choice
-        if self.config.model.negatives == "local":
-            choice = choice[:, batch.first : batch.first + len(batch.slides)]
         output: PathFLIPOutput = model(
             batch.features,
             batch.patch_mask,
             batch.captions,
             batch.subcaptions,
-            negative_choice=choice,
+            negative_choice=batch.choice_of(self.config.model.negatives),
             group=group,
         )
         return output

@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 class Instruct(Objective[SlideDataset, TuneConfig]):
     """Instruction tuning; the slide model's alignment losses may train along."""
 
-    command = "tune"
     exports = ("model", "llm")
 
     def __init__(self, config: TuneConfig) -> None:
@@ -191,17 +190,14 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
         }
 
     def _output(self, model: Any, batch: SlideBatch, group: Any) -> InstructOutput:
-        choice = batch.negative_choice
         vision = getattr(model, "module", model).vision  # below DistributedDataParallel
-        if vision.config.negatives == "local":
-            choice = choice[:, batch.first : batch.first + len(batch.slides)]
         output: InstructOutput = model(
             batch.features,
             batch.patch_mask,
             batch.examples,
             captions=batch.captions,
             subcaptions=batch.subcaptions,
-            negative_choice=choice,
+            negative_choice=batch.choice_of(vision.config.negatives),
             group=group,
             align=self.weights["loss_slide"],
         )

@@ -159,11 +159,9 @@ class Objective(ABC, Generic[D, C]):
         config: Settings of the run.
 
     Attributes:
-        command: The command that makes such runs, as messages name it.
         exports: Folders of a finished run.
     """
 
-    command: ClassVar[str]
     exports: ClassVar[tuple[str, ...]] = ("model",)
 
     def __init__(self, config: C) -> None:

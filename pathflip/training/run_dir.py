@@ -42,7 +42,7 @@ DATA = "data.parquet"
 """The items of a run."""
 STOPPED, PROGRESS = ".stopped.json", ".progress.json"
 WRITER_WAIT_S = 60.0
-"""How long to wait for a rank 0 of the attempt before, which Ray or the kernel is ending."""
+"""Seconds to wait for the rank 0 of an earlier attempt, which Ray or the kernel is ending."""
 
 Kind = TypeVar("Kind", bound=Objective[Any, Any])
 D = TypeVar("D", bound=Dataset)
@@ -67,9 +67,9 @@ def prepare(objective: Kind, archive: str, run: str | Path) -> tuple[Kind, Any]:
         PathFLIPError: See :func:`inspect`.
     """
     run = Path(run).absolute()
-    objective, dataset = inspect(objective, archive, run)
+    objective, dataset, done = _inspect(objective, archive, run)
     if (run / "config.yaml").exists():
-        if finished(run, objective.exports) is None and not (run / "init").exists():
+        if not (done or (run / "init").exists()):
             again = objective.initial(dataset)  # its model was lost
             write_whole(run / "init", lambda part: again.save_pretrained(str(part)))
         return objective, dataset
@@ -106,14 +106,21 @@ def inspect(objective: Kind, archive: str, run: Path) -> tuple[Kind, Any]:
             or other files, or the data does not suit the settings.
         ArchiveError, EncoderError, CheckpointError: The archive or a model cannot be used.
     """
+    objective, dataset, _ = _inspect(objective, archive, run)
+    return objective, dataset
+
+
+def _inspect(objective: Kind, archive: str, run: Path) -> tuple[Kind, Any, bool]:
+    """Do what :func:`inspect` does; return, too, whether the run in the folder is finished."""
     if (run / "config.yaml").exists():
         made = read_settings(run, type(objective.config))
         dataset = objective.load(run / DATA)
         objective = objective.fitted(dataset)
         _check_same_run(made, objective.config, dataset, archive, run)
-        if finished(run, objective.exports) is None:
+        done = finished(run, objective.exports) is not None
+        if not done:
             objective.check(dataset)
-        return objective, dataset
+        return objective, dataset, done
     if run.is_dir() and (
         alien := [
             p.name
@@ -129,11 +136,11 @@ def inspect(objective: Kind, archive: str, run: Path) -> tuple[Kind, Any]:
     dataset = objective.select(archive)
     objective = objective.fitted(dataset)
     _ = dataset.steps_per_epoch  # enough items for a batch
-    return objective, dataset
+    return objective, dataset, False
 
 
 _OWN = ("init", DATA, "versions.json", ".lock", ".writer", f".{DATA}.partial", ".init.partial")
-"""What a preparation that was killed may have left."""
+"""Files that a preparation that was killed may have left."""
 
 
 def _check_same_run(

@@ -33,7 +33,7 @@ from pathflip.training.order import epoch_order, steps_per_epoch
 VAL_SLIDES, VAL_REGIONS = 16, 1024
 """A validation batch holds at most so many slides, and regions with padding."""
 START_SLIDES, START_REGIONS, START_BYTES = 128, 24, 256 << 20
-"""How much of the training data a model's start is fitted to: slides, regions of each, bytes."""
+"""Limits of the training data a model's start is fitted to: slides, regions of each, bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,16 @@ class SlideBatch:
             patch_mask=self.patch_mask.to(**move),
             negative_choice=self.negative_choice.to(**move),
         )
+
+    def choice_of(self, negatives: str) -> torch.Tensor:
+        """Return the columns of ``negative_choice`` that count: all, or this worker's slides.
+
+        Args:
+            negatives: ``gathered`` or ``local``, as in the model's settings.
+        """
+        if negatives == "local":
+            return self.negative_choice[:, self.first : self.first + len(self.slides)]
+        return self.negative_choice
 
     def pin_memory(self) -> SlideBatch:
         """Return the batch in page-locked memory, from where copies to a GPU do not block."""
@@ -233,9 +243,7 @@ class SlideDataset:
         count = max(2, min(START_SLIDES, START_BYTES // (whole * most)))
         train = corpus.members("train").tolist()
         chosen = rng_for("start", sampling.seed).permutation(train)[:count].tolist()
-        bounded = SlideDataset(corpus, replace(sampling, max_regions=most))
-        bounded.reader = self.reader
-        return bounded.batch(chosen, epoch=0)
+        return self.batch(chosen, epoch=0, sampling=replace(sampling, max_regions=most))
 
     def batch(
         self,
@@ -244,6 +252,7 @@ class SlideDataset:
         others: list[int] | None = None,
         epoch: int,
         validating: bool = False,
+        sampling: Sampling | None = None,
     ) -> SlideBatch:
         """Return a micro-batch of given slides, as drawn for an epoch.
 
@@ -253,8 +262,9 @@ class SlideDataset:
             epoch: Epoch of the draws.
             validating: Show all regions; in tuning as many as in training, and the same examples
                 each time.
+            sampling: Settings of the draws; None for those of the run.
         """
-        sampling, corpus = self.sampling, self.corpus
+        sampling, corpus = sampling or self.sampling, self.corpus
         ids = corpus.slide_ids
         numbers = [
             draw_regions(
