@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pathflip.synth.large import make_slide
 
@@ -26,3 +28,15 @@ def tiffs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         components="rgb",
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def real() -> NDArray[np.uint8]:
+    """Level-0 pixels of a real slide."""
+    file = Path(__file__).parents[4] / "shared" / "slides" / "CMU-1-Small-Region.svs"
+    if not file.exists():
+        pytest.skip(f"{file.name} is not here")
+    import openslide
+
+    slide = openslide.OpenSlide(file)
+    return np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))

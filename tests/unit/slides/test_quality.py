@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +16,6 @@ PURPLE = (120, 70, 150)
 BLUE_INK = (40, 62, 165)
 GREEN_INK = (45, 150, 95)
 BLACK_INK = (28, 28, 32)
-SLIDE = Path(__file__).parents[4] / "shared" / "slides" / "CMU-1-Small-Region.svs"
 
 
 def cells(n: int, *, px: int = 256, seed: int = 0) -> NDArray[np.uint8]:
@@ -85,16 +83,6 @@ def test_bad_patches_are_refused() -> None:
         patch_quality(np.zeros((2, 32, 32), np.uint8))
     with pytest.raises(ValueError, match="16 or more"):
         patch_quality(np.zeros((2, 8, 8, 3), np.uint8))
-
-
-@pytest.fixture(scope="module")
-def real() -> NDArray[np.uint8]:
-    if not SLIDE.exists():
-        pytest.skip(f"{SLIDE.name} is not here")
-    import openslide
-
-    slide = openslide.OpenSlide(SLIDE)
-    return np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))
 
 
 def test_real_patches(real: NDArray[np.uint8]) -> None:

@@ -20,6 +20,7 @@ from pathflip.slides import slide as slide_module
 from pathflip.slides.direct import JpegTiles
 from pathflip.slides.slide import Slide
 from pathflip.synth.large import make_slide
+from tests.unit.slides.area import averages, by_area
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "slides" / "CMU-1-Small-Region.svs"
 TILING = Tiling(region_um=512.0, min_region_patches=0.0)
@@ -61,28 +62,6 @@ def stored(path: Path, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
     """Level-0 pixels by OpenSlide itself."""
     with openslide.OpenSlide(path) as handle:
         return np.asarray(handle.read_region((x, y), 0, (w, h)).convert("RGB"))
-
-
-def averages(
-    pixels: NDArray[np.uint8], y: NDArray[np.float64], x: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Area averages of [h, w, 3] between the lines ``y`` and ``x``, by their definition."""
-
-    def weights(edges: NDArray[np.float64], length: int) -> NDArray[np.float64]:
-        low = np.maximum(edges[:-1, None], np.arange(length))
-        high = np.minimum(edges[1:, None], np.arange(length) + 1)
-        return np.maximum(0, high - low) / np.diff(edges)[:, None]
-
-    rows, columns = weights(y, pixels.shape[0]), weights(x, pixels.shape[1])
-    return np.einsum("iy,yxc,jx->ijc", rows, pixels.astype(np.float64), columns, optimize=True)
-
-
-def by_area(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    """The same on a grid of ``side`` cells each way."""
-    height, width = pixels.shape[:2]
-    return averages(
-        pixels, np.arange(side + 1) * (height / side), np.arange(side + 1) * (width / side)
-    )
 
 
 def gap(a: NDArray[np.uint8], b: NDArray[np.uint8] | NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -28,7 +27,6 @@ COUNTERSTAIN = (190, 200, 222)
 BLUE_INK = (40, 62, 165)
 GREEN_INK = (45, 150, 95)
 BLACK_INK = (28, 28, 32)
-SLIDE = Path(__file__).parents[4] / "shared" / "slides" / "CMU-1-Small-Region.svs"
 
 masks = arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
@@ -261,16 +259,6 @@ def test_bad_settings_are_refused() -> None:
 
 
 # -- A real slide --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def real() -> NDArray[np.uint8]:
-    if not SLIDE.exists():
-        pytest.skip(f"{SLIDE.name} is not here")
-    import openslide
-
-    slide = openslide.OpenSlide(SLIDE)
-    return np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))
 
 
 def test_real_tissue(real: NDArray[np.uint8]) -> None:
