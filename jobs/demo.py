@@ -48,7 +48,7 @@ REGION_UM, PATCH_UM = 256.0, 32.0
 """The cohort's slides are small, so its regions are: 16 a slide, of 64 patches."""
 PRESET, TUNE_PRESET = "pathflip/mini", "instruct/mini"
 _WORKERS = f"max_workers={min(2, os.cpu_count() or 1)}"
-"""Of both trainings, unless settings say otherwise."""
+"""Workers of both trainings, unless settings say otherwise."""
 RESULTS = 6
 QUERY_PX = 360
 

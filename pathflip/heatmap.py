@@ -30,7 +30,7 @@ from pathflip.geometry import Tiling, edge, patch_rects
 SIGMA = 1.0
 """Width of the smoothing, patches."""
 PERCENTILE = 99.0
-"""Of the heat of tissue; what lies above is drawn as hottest."""
+"""Percentile of the tissue's heat; values above it are drawn as hottest."""
 MIN_PATCHES = 4
 MAX_BOXES = 5
 _IDS = uuid.UUID("b7b0b1f4-1a50-5c0c-8a6b-0a9a4f5a6d11")

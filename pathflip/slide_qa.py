@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["letter_logit", "option_ll", "generate"]
 MODES: tuple[Mode, ...] = ("letter_logit", "option_ll", "generate")
-"""How an option is chosen: by the probability of its letter as the next token; by the mean
+"""Way an option is chosen: by the probability of its letter as the next token; by the mean
 probability of a token of its text as the answer to the bare question; or by reading what the model
 writes."""
 Region = tuple[int, int, int]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 LETTERS = "ABCDEFGH"
-"""What the options of a question are called; no question has more."""
+"""Letters of a question's options; no question has more."""
 
 # -- sentences ------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import tifffile
 
 ROOT = Path(__file__).resolve().parents[1]
 READER = "pathflip.slides.reader"
-"""What the command line of a reader process holds."""
+"""Text in the command line of a reader process."""
 _TILE_OFFSETS, _TILE_COUNTS = 324, 325
 
 # -- files ----------------------------------------------------------------------------------------

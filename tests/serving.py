@@ -234,7 +234,7 @@ class Deployed:
 
 
 FAKE_TEXT = "".join(f"word{number} " for number in range(100))
-"""What the fake engine says, again and again."""
+"""Text of the fake engine, repeated."""
 
 
 class Embeddings:

@@ -27,8 +27,8 @@ class IngestConfig:
     tissue_dir: str | None = None
     """Folder of <slide name>.geojson files used as tissue instead of the computed mask."""
     halving: Literal["exact", "dct"] = "dct"
-    """How a twice finer JPEG base is halved: in the DCT domain, or by exact area averages, which
-    take half as long again. docs/notes/performance.md has what it does to features."""
+    """Method of halving a twice finer JPEG base: in the DCT domain, or by exact area averages,
+    which take half as long again. docs/notes/performance.md has what it does to features."""
     device: str = "auto"
     """auto, cpu or cuda."""
     actors: int | None = None

@@ -66,7 +66,7 @@ BLOCKS: dict[str, int] = {
     "histogram H 4 µm": 13,
     "histogram E 4 µm": 13,
 }
-"""What the dimensions are, in order, and how many each block has."""
+"""Blocks of the descriptor, in order, with the number of dimensions of each."""
 DIM = sum(BLOCKS.values())
 
 

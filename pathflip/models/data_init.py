@@ -52,7 +52,7 @@ def warm_start(
     """Initialise a model from some slides and sentences of its training data.
 
     Args:
-        model: As built; changed in place.
+        model: Untrained model; changed in place.
         features: Patch features of about a hundred slides [B, N, M, d_in].
         mask: bool [B, N, M].
         sentences: Sentences of captions.
@@ -152,7 +152,7 @@ def start_projector(
     better and loses it (docs/notes/instruct.md).
 
     Args:
-        model: As built; its projector is changed in place.
+        model: Untrained model; its projector is changed in place.
         features: Patch features of a sample of slides [B, N, M, d_in].
         mask: bool [B, N, M].
         sentences: Sentences of captions.

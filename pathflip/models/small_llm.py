@@ -63,7 +63,8 @@ CHAT_TEMPLATE = (
 _FEWEST = 4
 _MUCH_LONGER = 1.5
 _SPREAD = 0.08
-"""Of the weights as drawn, about 1 / sqrt(hidden): at Qwen's 0.02 so narrow a model learns late."""
+"""Standard deviation of the initial weights, about 1 / sqrt(hidden): at Qwen's 0.02 so narrow a
+model learns late."""
 
 
 class Asked(Protocol):
@@ -502,7 +503,7 @@ def as_regions(
 
 
 Row = tuple[torch.Tensor, list[int]]
-"""What is read [T, D], and the tokens to be predicted at its end."""
+"""Input embeddings [T, D], and the tokens to be predicted at their end."""
 
 
 def _row(llm: Any, prompter: Prompter, vectors: torch.Tensor, example: Example, most: int) -> Row:

@@ -29,7 +29,7 @@ HITS = 5
 PICTURE_PX = 320
 HIT_PX = 150
 MAX_POINTS = 240
-"""Of a curve; longer ones are averaged, so that the page stays small."""
+"""Most points of a curve; longer ones are averaged, so that the page stays small."""
 
 
 def write_pretrain_report(

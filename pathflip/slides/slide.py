@@ -59,7 +59,7 @@ class Slide:
             libjpeg decode at half size (faster, about 43 dB from the exact average).
 
     Attributes:
-        path: As given.
+        path: Path of the file, as given.
         width, height: Level-0 pixels.
         vendor: OpenSlide's name of the format.
         level_mpps: µm per pixel of each stored level.

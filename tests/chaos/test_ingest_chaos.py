@@ -29,7 +29,7 @@ from tests.conftest import SETTINGS, Clean, content
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
 
 OURS = ("Planner", "Embedder", "pathflip.slides.reader", "raylet/raylet", "gcs_server")
-"""What a private Ray is made of; its agents look for their node only once a minute."""
+"""Processes of a private Ray; its agents look for their node only once a minute."""
 
 
 def command(slides: Path, archive: Path, *, address: str | None) -> subprocess.Popen[str]:

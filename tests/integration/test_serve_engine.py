@@ -42,7 +42,7 @@ pytestmark = pytest.mark.ray
 QUESTIONS = ("What is seen?", "Which organ is shown?", "Is there necrosis? Say where.")
 Ask = Callable[..., Any]
 SECOND_REGION = {"x0": 600, "y0": 10, "size0": 100}
-"""Of slide000: touches its second region alone."""
+"""Square on slide000 that touches its second region alone."""
 
 
 class Plain:

@@ -54,7 +54,7 @@ TABLE: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({}, {"min_patch_tissue": 0.25}, None),
     ({}, {"min_region_patches": 0.0, "min_patch_tissue": None}, None),
 ]
-"""What a run says of its encoder and tiling beside the archive's own, and the error's code."""
+"""Changes of a run's encoder and tiling against the archive's, and the error's code, if any."""
 
 
 @pytest.mark.parametrize(("encoder", "tiling", "code"), TABLE)

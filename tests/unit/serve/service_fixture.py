@@ -40,7 +40,7 @@ SECRETS = (
     "/data/DOE^JANE/19561224.svs", "/copies/MRN-4711.svs", "PATIENT-0815", "Jane Doe, born 1956",
     "hospital of secrets", "label: 19561224", "run-secret",
 )  # fmt: skip
-"""What must not leave: paths, patient, labels, captions, messages."""
+"""Words that must not leave: paths, patient, labels, captions, messages."""
 TOKENS = {
     "all": ("read,search,chat,admin", "all-" + "a" * 40),
     "reader": ("read", "reader-" + "b" * 40),
