@@ -24,12 +24,10 @@ from pathflip.errors import ConfigError
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
-TREE_PARENT_UM = 1024.0
-"""Side of a tree's root: 512 px at 5x (2 µm/px)."""
-TREE_NODE_PX = 512
-"""Side of every node of a tree, in pixels at the mpp of its own level."""
 TREE_OFFSETS = (0, 1, 5, 21)
-"""Index of the first node of each level; a whole tree has 85 nodes."""
+"""Index of the first node of each level."""
+TREE_NODES = 85
+"""Nodes of a whole tree: 1 + 4 + 16 + 64."""
 
 
 class Coverage(Protocol):
@@ -253,16 +251,57 @@ def patch_at(
     return column // side, row // side, (row % side) * side + column % side
 
 
+@dataclass(frozen=True, kw_only=True)
+class TreeSpec:
+    """Sizes of patch trees; the defaults are those of MR-PLIP.
+
+    A tree is a square of tissue cut four times: 1, 2x2, 4x4 and 8x8 nodes, each ``node_px`` wide at
+    the resolution of its level. By default these are 5x, 10x, 20x and 40x, or 2, 1, 0.5 and 0.25
+    µm/px.
+
+    Attributes:
+        parent_um: Side of the root, µm.
+        node_px: Side of every node as it is read, px.
+
+    Raises:
+        ConfigError: A field is out of range (``trees``).
+    """
+
+    parent_um: float = 1024.0
+    node_px: int = 512
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.parent_um) and self.parent_um > 0):
+            raise ConfigError(
+                f"parent_um is {self.parent_um}.", hint="Give a positive size in µm.", code="trees"
+            )
+        if self.node_px < 16:
+            raise ConfigError(
+                f"node_px is {self.node_px}.", hint="Give 16 or more pixels.", code="trees"
+            )
+
+    @property
+    def level_mpp(self) -> tuple[float, float, float, float]:
+        """µm per pixel of the four levels, coarsest first."""
+        root = self.parent_um / self.node_px
+        return root, root / 2, root / 4, root / 8
+
+    def fingerprint(self) -> str:
+        """Hash of all fields, 12 hex digits, the same on every machine."""
+        fields = {key: float(value) for key, value in dataclasses.asdict(self).items()}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class PatchTree:
     """The nodes of T patch trees. Node = ``TREE_OFFSETS[level] + row * 2**level + col``.
 
     Attributes:
-        level: 0 (5x, 2 µm/px) to 3 (40x, 0.25 µm/px) [n].
+        level: 0 (by default 5x, 2 µm/px) to 3 (40x, 0.25 µm/px) [n].
         row: Row inside the root at the node's own level [n].
         col: Column likewise [n].
         parent: Node this one is a quarter of [n]; -1 for the root.
-        mpp: Resolution the node is read at, µm/px [n]; all nodes are 512 px then.
+        mpp: Resolution the node is read at, µm/px [n]; all nodes are ``node_px`` wide then.
         rects: (x0, y0, w0, h0), level-0 px [T, n, 4].
     """
 
@@ -286,27 +325,29 @@ def tree_node(level: int, row: int, col: int) -> int:
     return TREE_OFFSETS[level] + (row << level) + col
 
 
-def tree_levels(mpp: float) -> int:
+def tree_levels(mpp: float, *, spec: TreeSpec = TreeSpec()) -> int:
     """Return the number of levels that a slide fills without being enlarged by over 10 %.
 
-    Scanners sold as 40x have 0.22 to 0.274 µm/px, hence the margin; a 20x slide has 3 levels
-    (21 nodes).
+    Scanners sold as 40x have 0.22 to 0.274 µm/px, hence the margin; by default a 20x slide has 3
+    levels (21 nodes). 0 for a slide coarser than the roots.
     """
-    finest = TREE_PARENT_UM / TREE_NODE_PX / 2.0 ** np.arange(len(TREE_OFFSETS))
-    return sum(1 for level_mpp in finest.tolist() if mpp <= 1.1 * level_mpp)
+    return sum(1 for level_mpp in spec.level_mpp if mpp <= 1.1 * level_mpp)
 
 
-def patch_tree(tx: ArrayLike, ty: ArrayLike, *, mpp: float, levels: int = 4) -> PatchTree:
-    """Return the 5x, 10x, 20x, 40x patch trees under roots of the 1024 µm grid (MR-PLIP).
+def patch_tree(
+    tx: ArrayLike, ty: ArrayLike, *, mpp: float, levels: int = 4, spec: TreeSpec = TreeSpec()
+) -> PatchTree:
+    """Return the patch trees under roots of the grid of ``parent_um`` (MR-PLIP).
 
-    The leaves of a whole tree are the patches of the default tiling, and four roots make one of
-    its regions.
+    By default the leaves of a whole tree are the patches of the default tiling, and four roots make
+    one of its regions.
 
     Args:
         tx: Grid columns of the roots, scalar or [T].
         ty: Grid rows of the roots, like ``tx``.
         mpp: The slide's level-0 µm/px.
         levels: 1 to 4, coarsest first; see :func:`tree_levels`.
+        spec: Sizes.
 
     Returns:
         Trees of 1, 5, 21 or 85 nodes.
@@ -322,7 +363,7 @@ def patch_tree(tx: ArrayLike, ty: ArrayLike, *, mpp: float, levels: int = 4) -> 
     # All levels use the lines of the finest one, or their edges would round apart.
     finest = 2 ** (len(TREE_OFFSETS) - 1)
     step = finest >> level
-    unit_um = TREE_PARENT_UM / finest
+    unit_um = spec.parent_um / finest
     first_x = np.atleast_1d(np.asarray(tx))[:, None] * finest + col * step
     first_y = np.atleast_1d(np.asarray(ty))[:, None] * finest + row * step
     x0, y0 = (edge(first, unit_um=unit_um, mpp=mpp) for first in (first_x, first_y))
@@ -332,9 +373,74 @@ def patch_tree(tx: ArrayLike, ty: ArrayLike, *, mpp: float, levels: int = 4) -> 
         row=row.astype(np.int32),
         col=col.astype(np.int32),
         parent=parent.astype(np.int32),
-        mpp=TREE_PARENT_UM / TREE_NODE_PX / 2.0**level,
+        mpp=np.array(spec.level_mpp)[level],
         rects=np.stack([x0, y0, x1 - x0, y1 - y0], axis=-1),
     )
+
+
+def choose_parents(
+    mask: Coverage,
+    *,
+    width: int,
+    height: int,
+    mpp: float,
+    spec: TreeSpec,
+    count: int,
+    seed: int,
+    slide_id: str,
+    min_tissue: float,
+) -> NDArray[np.int32]:
+    """Choose the roots of a slide's patch trees at random among those with enough tissue.
+
+    A root's rank is a hash of the seed, the slide and its place: a larger ``count`` keeps the roots
+    that a smaller one chose and adds others, whatever the order slides are worked on.
+
+    Args:
+        mask: Tissue of the slide.
+        width: Level-0 width, px.
+        height: Level-0 height, px.
+        mpp: Level-0 µm/px.
+        spec: Sizes.
+        count: Roots at most.
+        seed: Seed of the choice.
+        slide_id: Key of the slide.
+        min_tissue: Smallest share of tissue in a root. Roots lie wholly inside the slide.
+
+    Returns:
+        (tx, ty) of each root, row by row of the grid [T, 2].
+    """
+    columns = _whole_cells(width, unit_um=spec.parent_um, mpp=mpp)
+    rows = _whole_cells(height, unit_um=spec.parent_um, mpp=mpp)
+    if not (columns and rows):
+        return np.zeros((0, 2), np.int32)
+    share = mask.coverage(
+        _line(np.arange(columns + 1), unit_um=spec.parent_um, mpp=mpp),
+        _line(np.arange(rows + 1), unit_um=spec.parent_um, mpp=mpp),
+    )
+    found = np.argwhere(share >= np.float32(min_tissue))[:, ::-1].tolist()
+    rank = {
+        (x, y): hashlib.sha256(json.dumps([seed, slide_id, x, y]).encode()).digest()
+        for x, y in found
+    }
+    chosen = sorted(sorted(rank, key=lambda root: rank[root])[:count], key=lambda root: root[::-1])
+    return np.array(chosen, np.int32).reshape(-1, 2)
+
+
+def tree_tissue(
+    mask: Coverage, *, tx: int, ty: int, mpp: float, spec: TreeSpec
+) -> NDArray[np.float32]:
+    """Return the tissue share of the nodes of one patch tree [85]."""
+    finest = 2 ** (len(TREE_OFFSETS) - 1)
+    steps, unit_um = np.arange(finest + 1), spec.parent_um / finest
+    share = mask.coverage(
+        _line(tx * finest + steps, unit_um=unit_um, mpp=mpp),
+        _line(ty * finest + steps, unit_um=unit_um, mpp=mpp),
+    )
+    levels = [share]
+    while len(levels[0]) > 1:
+        half = len(levels[0]) // 2
+        levels.insert(0, levels[0].reshape(half, 2, half, 2).mean(axis=(1, 3)))
+    return np.concatenate([level.ravel() for level in levels]).astype(np.float32)
 
 
 def _line(index: ArrayLike, *, unit_um: float, mpp: float) -> NDArray[np.float64]:

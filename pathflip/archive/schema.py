@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+from pathflip.geometry import TREE_NODES
+
+SCHEMA_VERSION = 3
 """Version of the table layout; an archive with a higher one is refused. 2 added captions and
-models: one with version 1 opens as it is and becomes 2 when it gets the first of either."""
+models, 3 patch trees: an archive of an older version opens as it is and takes the newer one with
+the first table that needs it."""
 
 CHECKSUM = "checksum"
 
@@ -32,6 +35,11 @@ _KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 def region_id(slide_id: str, *, rx: int, ry: int) -> str:
     """Return the key of the region at grid position (rx, ry) of a slide."""
     return f"{slide_id}/{rx}_{ry}"
+
+
+def tree_id(slide_id: str, *, tx: int, ty: int) -> str:
+    """Return the key of the patch tree whose root is at grid position (tx, ty) of a slide."""
+    return f"{slide_id}/{tx}_{ty}"
 
 
 def slug(name: str) -> str:
@@ -55,6 +63,11 @@ def features_table(encoder: str) -> str:
 def embeddings_table(encoder: str) -> str:
     """Return the name of the table of an encoder's, or a model's, slide and region embeddings."""
     return f"embeddings_{slug(encoder)}"
+
+
+def trees_table(encoder: str) -> str:
+    """Return the name of the table that holds an encoder's features of patch trees."""
+    return f"trees_{slug(encoder)}"
 
 
 def _schema(
@@ -215,6 +228,77 @@ def captions_schema() -> pa.Schema:
             ("statements", many),
             ("model", text),
             ("qa", text),
+        ],
+    )
+
+
+def trees_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """Return the schema of ``trees``, the patch trees of MR-PLIP: one row per tree of 85 nodes.
+
+    ``tx``, ``ty`` are the root's place on the grid of roots, ``x0``, ``y0``, ``size0`` its
+    rectangle; ``levels`` is 3 where the slide is too coarse for the last 64 nodes. ``node_mask`` is
+    1 where a node was read and has features; the rectangles are those of
+    :func:`pathflip.geometry.patch_tree`.
+    """
+    scores = pa.list_(pa.float32(), TREE_NODES)
+    return _schema(
+        "tree_id",
+        [
+            ("tree_id", pa.string()),
+            ("slide_id", pa.string()),
+            ("tx", pa.int32()),
+            ("ty", pa.int32()),
+            ("x0", pa.int64()),
+            ("y0", pa.int64()),
+            ("size0", pa.int32()),
+            ("mpp", pa.float64()),
+            ("levels", pa.int32()),
+            ("node_mask", pa.list_(pa.uint8(), TREE_NODES)),
+            ("node_tissue", scores),
+            ("node_blur", scores),
+        ],
+        metadata,
+    )
+
+
+def tree_features_schema(dim: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """Return the schema of ``trees_<encoder>``: fp16 [85 * dim] a tree, zero where masked."""
+    return _schema(
+        "tree_id",
+        [
+            ("tree_id", pa.string()),
+            ("slide_id", pa.string()),
+            ("features", pa.list_(pa.float16(), TREE_NODES * dim)),
+        ],
+        metadata,
+    )
+
+
+def tree_text_id(tree: str, source: str) -> str:
+    """Return the key of a patch tree's text from one source."""
+    return f"{tree}/{source}"
+
+
+def tree_texts_schema() -> pa.Schema:
+    """Return the schema of ``tree_texts``, the captions of a patch tree's nodes.
+
+    ``captions`` has 85 items, null where a node has none; ``keywords`` is the vocabulary of the
+    tree, best first; ``keyword_of`` says which are whose: uint16 [86] offsets, then uint8 indices
+    into ``keywords``, little-endian. ``extractor`` is the version of the keyword extraction.
+    """
+    text, many = pa.string(), pa.list_(pa.string())
+    return _schema(
+        "text_id",
+        [
+            ("text_id", text),
+            ("slide_id", text),
+            ("tree_id", text),
+            ("source", text),
+            ("model", text),
+            ("captions", many),
+            ("keywords", many),
+            ("keyword_of", pa.binary()),
+            ("extractor", text),
         ],
     )
 

@@ -26,6 +26,9 @@ from pathflip.archive.schema import (
     regions_schema,
     slides_schema,
     slug,
+    tree_features_schema,
+    tree_texts_schema,
+    trees_schema,
 )
 from pathflip.archive.settings import entries_of, slots_of
 
@@ -147,6 +150,22 @@ TABLES: tuple[TableSpec, ...] = (
         name="captions", key="caption_id",
         schema=lambda settings, entry, noted: captions_schema(),
         made_by="archive import", setting="captions", indexes={"text": "INVERTED"}, since=2,
+    ),
+    TableSpec(
+        name="trees", key="tree_id",
+        schema=lambda settings, entry, noted: trees_schema(noted),
+        one_per="trees", derived_from=SLIDES, made_by="trees", setting="trees", since=3,
+    ),
+    TableSpec(
+        name="trees_<encoder>", key="tree_id",
+        schema=lambda settings, entry, noted: tree_features_schema(entry["dim"], noted),
+        one_per="trees", derived_from="trees", made_by="trees",
+        setting="tree_encoder", wide=True, since=3,
+    ),
+    TableSpec(
+        name="tree_texts", key="text_id",
+        schema=lambda settings, entry, noted: tree_texts_schema(),
+        made_by="archive import", setting="tree_texts", wide=True, since=3,
     ),
 )  # fmt: skip
 """All tables. ``slides`` is opened before the tables whose rows it makes visible."""

@@ -16,6 +16,8 @@ from pathflip.geometry import (
     TREE_OFFSETS,
     Regions,
     Tiling,
+    TreeSpec,
+    choose_parents,
     edge,
     patch_at,
     patch_rects,
@@ -23,6 +25,7 @@ from pathflip.geometry import (
     plan_regions,
     tree_levels,
     tree_node,
+    tree_tissue,
 )
 from pathflip.slides.tissue import TissueMask
 
@@ -243,9 +246,14 @@ def test_a_region_needs_26_of_256_patches_unless_none_has_them(kept: int) -> Non
     assert Tiling().min_patches == 26
 
 
-@given(tx=st.integers(0, 100), ty=st.integers(0, 100), mpp=MPP)
-def test_children_tile_their_parent_exactly(tx: int, ty: int, mpp: float) -> None:
-    tree = patch_tree(tx, ty, mpp=mpp)
+@given(
+    tx=st.integers(0, 100),
+    ty=st.integers(0, 100),
+    mpp=MPP,
+    spec=st.sampled_from([TreeSpec(), TreeSpec(parent_um=256, node_px=128)]),
+)
+def test_children_tile_their_parent_exactly(tx: int, ty: int, mpp: float, spec: TreeSpec) -> None:
+    tree = patch_tree(tx, ty, mpp=mpp, spec=spec)
     rects = tree.rects[0]
     assert rects.shape == (85, 4)
     assert tree.edges.shape == (84, 2)
@@ -259,6 +267,9 @@ def test_children_tile_their_parent_exactly(tx: int, ty: int, mpp: float) -> Non
         assert sw[1] == se[1] == nw[1] + nw[3] == ne[1] + ne[3]
         assert ne[0] + ne[2] == se[0] + se[2] == x0 + w0
         assert sw[1] + sw[3] == se[1] + se[3] == y0 + h0
+    assert abs(rects[0] - np.array([tx, ty, 1, 1]) * spec.parent_um / mpp).max() <= 1
+    if spec != TreeSpec():
+        return
     # Leaves of four trees are the patches of the default tiling.
     region = patch_rects(Tiling(), rx=tx // 2, ry=ty // 2, mpp=mpp).reshape(16, 16, 4)
     r, c = ty % 2 * 8, tx % 2 * 8
@@ -278,6 +289,83 @@ def test_tree_indices_follow_the_formula() -> None:
     assert tree.parent[0] == -1
     with pytest.raises(ValueError, match="no node"):
         tree_node(1, 2, 0)
+
+
+def test_the_84_edges_of_a_tree_by_hand() -> None:
+    """The quarters of the root, their quarters, and the quarters of the first and last of those."""
+    edges = [tuple(edge) for edge in patch_tree(0, 0, mpp=0.25).edges.tolist()]
+    assert edges[:4] == [(0, 1), (0, 2), (0, 3), (0, 4)]
+    # Level 2 is a 4 x 4 grid from node 5: its first two rows lie in nodes 1 and 2.
+    two = {1: (5, 6, 9, 10), 2: (7, 8, 11, 12), 3: (13, 14, 17, 18), 4: (15, 16, 19, 20)}
+    assert sorted(edges[4:20]) == [(p, child) for p, all_four in two.items() for child in all_four]
+    # Level 3 is an 8 x 8 grid from node 21: rows of node 5 + i begin at 21, 37, 53 and 69.
+    three = {
+        5 + 4 * row + col: [first + 2 * col + at for at in (0, 1, 8, 9)]
+        for row, first in enumerate((21, 37, 53, 69))
+        for col in range(4)
+    }
+    assert three[5] == [21, 22, 29, 30]
+    assert three[20] == [75, 76, 83, 84]
+    assert sorted(edges[20:]) == [(p, child) for p, all_four in three.items() for child in all_four]
+
+
+def test_tree_sizes() -> None:
+    small = TreeSpec(parent_um=256, node_px=128)
+    assert small.level_mpp == TreeSpec().level_mpp == (2, 1, 0.5, 0.25)
+    assert patch_tree(1, 0, mpp=0.25, spec=small).rects[0, 84].tolist() == [1920, 896, 128, 128]
+    assert small.fingerprint() == TreeSpec(parent_um=256.0, node_px=128).fingerprint()
+    assert small.fingerprint() != TreeSpec().fingerprint()
+    assert tree_levels(0.5, spec=TreeSpec(parent_um=512, node_px=512)) == 2
+    for wrong in ({"parent_um": 0.0}, {"parent_um": math.inf}, {"node_px": 8}):
+        with pytest.raises(ConfigError):
+            TreeSpec(**wrong)  # type: ignore[arg-type]
+
+
+def parents(
+    mask: NDArray[np.bool_], *, count: int, seed: int = 0, slide: str = "s", min_tissue: float = 0.5
+) -> list[tuple[int, int]]:
+    tissue = TissueMask(mask, 8.0, 0.25)
+    chosen = choose_parents(
+        tissue, width=mask.shape[1] * 32, height=mask.shape[0] * 32, mpp=0.25, spec=TreeSpec(),
+        count=count, seed=seed, slide_id=slide, min_tissue=min_tissue,
+    )  # fmt: skip
+    assert chosen.dtype == np.int32
+    return [(tx, ty) for tx, ty in chosen.tolist()]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), counts=st.tuples(st.integers(0, 20), st.integers(0, 40)))
+def test_more_parents_keep_those_chosen_before(seed: int, counts: tuple[int, int]) -> None:
+    """128 px of mask at 8 µm are one root; the last column and row are not whole."""
+    cells = np.random.default_rng(seed).random((6, 5)) < 0.7
+    mask = np.kron(cells, np.ones((128, 128), np.bool_))[:-1, :-1]
+    enough = {(int(x), int(y)) for y, x in np.argwhere(cells[:5, :4])}
+    few, many = (parents(mask, count=count, seed=seed) for count in sorted(counts))
+    assert set(few) <= set(many) <= enough
+    assert len(many) == min(max(counts), len(enough))
+    assert many == sorted(many, key=lambda root: (root[1], root[0]))
+
+
+def test_parents_are_chosen_by_seed_and_slide_and_have_tissue() -> None:
+    mask = np.ones((128 * 9, 128 * 9), np.bool_)
+    assert parents(mask, count=8) == parents(mask, count=8)
+    others = [parents(mask, count=8, seed=1), parents(mask, count=8, slide="t")]
+    assert all(len(other) == 8 and other != parents(mask, count=8) for other in others)
+    times = sum(np.array(parents(mask, count=8, slide=str(n))).mean() for n in range(200)) / 200
+    assert times == pytest.approx(4, abs=0.25)  # uniform over 0 to 8: standard error 0.05
+    mask[:, :64] = mask[:, 128:192] = False
+    mask[0, 64] = False  # a pixel less than half
+    assert parents(mask[:128, :256], count=9) == [(1, 0)]
+    assert parents(mask[:128, :256], count=9, min_tissue=0.49) == [(0, 0), (1, 0)]
+    assert parents(mask[:100, :100], count=9) == []
+
+
+def test_tissue_of_nodes_is_that_of_their_rectangles() -> None:
+    mask = np.random.default_rng(3).random((256, 256)) < 0.5
+    share = tree_tissue(TissueMask(mask, 8.0, 0.25), tx=1, ty=1, mpp=0.25, spec=TreeSpec())
+    rects = patch_tree(1, 1, mpp=0.25).rects[0] // 32
+    expected = [mask[y : y + h, x : x + w].mean() for x, y, w, h in rects.tolist()]
+    np.testing.assert_allclose(share, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

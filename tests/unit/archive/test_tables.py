@@ -21,7 +21,7 @@ from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort
 
-SLIDES, CELLS, TREES, WIDTH = range(3), 4, 3, 6
+SLIDES, CELLS, CORES, WIDTH = range(3), 4, 3, 6
 
 
 def columns(key: str, **kinds: pa.DataType):
@@ -41,28 +41,28 @@ SPECS = (
         one_per="regions", derived_from="regions",
     ),
     TableSpec(  # written later: any number a slide
-        name="trees", key="tree_id", setting="trees", made_by="trees", since=2,
+        name="cores", key="core_id", setting="cores", made_by="cores", since=2,
         schema=lambda settings, entry, noted: columns(
-            "tree_id", slide_id=pa.string(), patient_id=pa.string(), tx=pa.int32()
+            "core_id", slide_id=pa.string(), patient_id=pa.string(), tx=pa.int32()
         ).with_metadata(noted),
-        one_per="trees", derived_from="slides",
+        one_per="cores", derived_from="slides",
     ),
     TableSpec(  # of an encoder: a row for every tree
-        name="trees_<encoder>", key="tree_id", setting="tree_features", made_by="trees", since=2,
+        name="cores_<encoder>", key="core_id", setting="core_features", made_by="cores", since=2,
         schema=lambda settings, entry, noted: columns(
-            "tree_id", slide_id=pa.string(), features=pa.list_(pa.float16(), entry["dim"])
+            "core_id", slide_id=pa.string(), features=pa.list_(pa.float16(), entry["dim"])
         ).with_metadata(noted),
-        one_per="trees", derived_from="trees", wide=True,
+        one_per="cores", derived_from="cores", wide=True,
     ),
     TableSpec(  # from elsewhere
-        name="tree_texts", key="text_id", setting="tree_texts", made_by="trees caption", since=2,
+        name="core_texts", key="text_id", setting="core_texts", made_by="cores caption", since=2,
         schema=lambda settings, entry, noted: columns(
             "text_id", slide_id=pa.string(), text=pa.string()
         ),
         indexes={"text": "INVERTED"},
     ),
 )  # fmt: skip
-TABLES = ("stains", "trees", "trees_tex", "tree_texts")
+TABLES = ("stains", "cores", "cores_tex", "core_texts")
 
 
 def region_ids(n: int) -> list[str]:
@@ -72,21 +72,21 @@ def region_ids(n: int) -> list[str]:
 def rows(table: str, n: int) -> pa.Table:
     """The rows of a slide, the same on every call."""
     rng = np.random.default_rng((sum(map(ord, table)), n))
-    slide, ids = f"slide{n:03d}", [f"slide{n:03d}/{i}_0" for i in range(TREES)]
+    slide, ids = f"slide{n:03d}", [f"slide{n:03d}/{i}_0" for i in range(CORES)]
     if table == "stains":
         hue = pa.array(list(rng.random((cohort.REGIONS, WIDTH))), pa.list_(pa.float32(), WIDTH))
         key = region_ids(n)
         return pa.table({"region_id": key, "slide_id": [slide] * len(key), "hue": hue})
-    owner = [slide] * TREES
-    if table == "trees":
-        patient = pa.array([None] * TREES, pa.string())
-        tx = pa.array(range(TREES), pa.int32())
-        return pa.table({"tree_id": ids, "slide_id": owner, "patient_id": patient, "tx": tx})
-    if table == "trees_tex":
-        features = list(rng.random((TREES, WIDTH)).astype(np.float16))
+    owner = [slide] * CORES
+    if table == "cores":
+        patient = pa.array([None] * CORES, pa.string())
+        tx = pa.array(range(CORES), pa.int32())
+        return pa.table({"core_id": ids, "slide_id": owner, "patient_id": patient, "tx": tx})
+    if table == "cores_tex":
+        features = list(rng.random((CORES, WIDTH)).astype(np.float16))
         kind = pa.list_(pa.float16(), WIDTH)
-        return pa.table({"tree_id": ids, "slide_id": owner, "features": pa.array(features, kind)})
-    texts = [f"tree {i} of {slide}" for i in range(TREES)]
+        return pa.table({"core_id": ids, "slide_id": owner, "features": pa.array(features, kind)})
+    texts = [f"core {i} of {slide}" for i in range(CORES)]
     return pa.table({"text_id": [f"{i}/vlm" for i in ids], "slide_id": owner, "text": texts})
 
 
@@ -95,7 +95,7 @@ def ingest(committer: Committer, n: int, **how: str):
 
 
 def grow(committer: Committer, *numbers: int) -> None:
-    for table in ("trees_tex", "trees"):
+    for table in ("cores_tex", "cores"):
         for n in numbers:
             committer.replace_rows(table, rows(table, n))
 
@@ -114,14 +114,14 @@ def pristine(tmp_path_factory):
         with Committer(uri) as committer:
             cohort.encoder(committer)
             assert committer.add_tables("stains", {"width": WIDTH}) == ["stains"]
-            assert committer.add_tables("trees", {"parent_um": 1024.0}) == ["trees"]
-            entry = {"table": "trees_tex", "encoder": "tex", "dim": WIDTH}
-            assert committer.add_tables("tree_features:tex", entry) == ["trees_tex"]
-            assert committer.add_tables("tree_texts", {}) == ["tree_texts"]
+            assert committer.add_tables("cores", {"parent_um": 1024.0}) == ["cores"]
+            entry = {"table": "cores_tex", "encoder": "tex", "dim": WIDTH}
+            assert committer.add_tables("core_features:tex", entry) == ["cores_tex"]
+            assert committer.add_tables("core_texts", {}) == ["core_texts"]
             for n in SLIDES:
                 ingest(committer, n)
                 grow(committer, n)
-                committer.upsert("tree_texts", rows("tree_texts", n))
+                committer.upsert("core_texts", rows("core_texts", n))
     return uri
 
 
@@ -159,8 +159,8 @@ def flip(uri: Path, table: str) -> str:
 def test_they_open_with_the_archive_and_are_whole(uri):
     archive = Archive(uri)
     assert set(TABLES) < set(archive.tables())
-    assert archive.encoder_of("trees_tex") == "tex"
-    assert archive.encoder_of("trees") is None
+    assert archive.encoder_of("cores_tex") == "tex"
+    assert archive.encoder_of("cores") is None
     assert verify(uri).notes == []
     assert_whole(uri)
     for table in TABLES:
@@ -195,33 +195,33 @@ def test_a_flipped_byte_is_found_and_mended(uri, table):
             ingest(committer, n)
         grow(committer, *SLIDES)
         for n in SLIDES:
-            committer.upsert("tree_texts", rows("tree_texts", n))
+            committer.upsert("core_texts", rows("core_texts", n))
     assert_whole(uri)
 
 
 def test_a_missing_row_is_found_in_each(uri):
     """Ingest's rows cost the slide, later ones are made again, text is not counted."""
-    lost = {"stains": "slide000/2_0", "trees": "slide001/1_0", "trees_tex": "slide002/1_0"}
+    lost = {"stains": "slide000/2_0", "cores": "slide001/1_0", "cores_tex": "slide002/1_0"}
     for table, key in lost.items():
         column = tables.key_of(table)
         lance.dataset(str(uri / f"{table}.lance")).delete(f"{column} = '{key}'")
     report = verify(uri)
     assert {(d.kind, d.table, d.id) for d in report.damaged} == {
         ("missing", "stains", "slide000/2_0"),
-        ("missing", "trees", "slide001"),
-        ("missing", "trees_tex", "slide002"),
+        ("missing", "cores", "slide001"),
+        ("missing", "cores_tex", "slide002"),
     }
     assert report.slides == ["slide000"]
-    assert report.reindex == {"trees": ["slide001"], "trees_tex": ["slide002"]}
+    assert report.reindex == {"cores": ["slide001"], "cores_tex": ["slide002"]}
     done = repair(uri)
     assert done.redo == ["slide000"]
-    assert any("Table trees: removed" in action and "trees." in action for action in done.actions)
+    assert any("Table cores: removed" in action and "cores." in action for action in done.actions)
     # What was computed from a row that is gone has gone with it; text has not.
-    assert stored(uri, "trees") == written("trees", 2)
-    assert stored(uri, "trees_tex") == []
-    assert stored(uri, "tree_texts") == written("tree_texts", *SLIDES)
+    assert stored(uri, "cores") == written("cores", 2)
+    assert stored(uri, "cores_tex") == []
+    assert stored(uri, "core_texts") == written("core_texts", *SLIDES)
     assert verify(uri).notes == [
-        "1 slides have no rows in table trees_tex yet; make them: pathflip trees."
+        "1 slides have no rows in table cores_tex yet; make them: pathflip cores."
     ]
     with Committer(uri) as committer:
         ingest(committer, 0)
@@ -245,12 +245,12 @@ def test_a_table_with_no_manifest_left_is_made_anew(uri, table):
             ingest(committer, n)
         grow(committer, *SLIDES)
         for n in SLIDES:
-            committer.upsert("tree_texts", rows("tree_texts", n))
+            committer.upsert("core_texts", rows("core_texts", n))
     assert_whole(uri)
 
 
 def test_settings_that_are_lost_come_back_from_the_tables(uri):
-    told = "key LIKE 'tree%' OR key = 'stains'"
+    told = "key LIKE 'core%' OR key = 'stains'"
     before = lance.dataset(str(uri / "meta.lance")).to_table(filter=told).sort_by("key")
     lance.dataset(str(uri / "meta.lance")).delete(told)
     assert repair(uri).actions
@@ -264,7 +264,7 @@ def test_settings_that_are_lost_come_back_from_the_tables(uri):
 def test_a_slide_ingested_anew_loses_what_was_computed_and_keeps_what_was_not(uri):
     with Committer(uri) as committer:
         ingest(committer, 1, fingerprint="other")
-    assert_whole(uri, without={"trees": 1, "trees_tex": 1})
+    assert_whole(uri, without={"cores": 1, "cores_tex": 1})
     with Committer(uri) as committer:
         grow(committer, 1)
     assert_whole(uri)
@@ -279,7 +279,7 @@ def test_dropped_slides_are_gone_from_all(uri):
 def test_a_patient_changes_wherever_the_column_is(uri):
     with Committer(uri) as committer:
         committer.update_slides({"slide002": {"patient_id": "PX"}})
-    assert {r["patient_id"] for r in stored(uri, "trees") if r["slide_id"] == "slide002"} == {"PX"}
+    assert {r["patient_id"] for r in stored(uri, "cores") if r["slide_id"] == "slide002"} == {"PX"}
     assert verify(uri).ok
 
 
@@ -291,7 +291,7 @@ def test_rows_of_slides_that_are_gone_are_deleted_by_the_next_writer(uri):
             )
     with Committer(uri) as committer:
         assert committer.recovered == {
-            "stains": cohort.REGIONS, "trees": TREES, "trees_tex": TREES,
+            "stains": cohort.REGIONS, "cores": CORES, "cores_tex": CORES,
         }  # fmt: skip
 
 
@@ -300,7 +300,7 @@ def test_maintain_merges_and_indexes_them(uri):
     assert set(before.values()) == {len(SLIDES)}
     done = maintain(uri)
     assert {table: done["fragments"][table] for table in TABLES} == dict.fromkeys(TABLES, 1)
-    assert "tree_texts.text" in done["indexed"]
+    assert "core_texts.text" in done["indexed"]
     assert_whole(uri)
 
 
