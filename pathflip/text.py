@@ -38,7 +38,9 @@ _MAY_END = _words("cm mm um µm hpf no ed inc l r al etc ln lns post inf sup min
 _TITLES = _words("dr mr mrs ms prof st")
 
 _BREAKS = re.compile(r"</s>|[\r\n\u2028\u2029]+")
-_STOP = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z][a-z])")
+# Both kinds of stop begin with one class of characters: the search skips all others.
+_STOP = re.compile(r"[.!?](?:[.!?]*[\"'”’)\]]*(?=\s|$)|(?<=[a-z]{2}\.)(?=[A-Z][a-z]))")
+_SAYS = re.compile(r"[^\W_]")
 _INITIALS = re.compile(r"(?:[a-z]\.)*[a-z]")
 _ENUMERATOR = re.compile(r"\(?(?:\d{1,2}|[ivx]{1,4})")
 
@@ -65,24 +67,23 @@ def split_sentences(text: str) -> list[str]:
                 found.append(line[start : stop.end()].strip())
                 start = stop.end()
         found.append(line[start:].strip())
-    return [piece for piece in found if any(char.isalnum() for char in piece)]
+    return [piece for piece in found if _SAYS.search(piece)]
 
 
 def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
-    after = line[stop.end() :].lstrip()
-    following = after[:1]
+    following = line[stop.end() : stop.end() + 2].lstrip()[:1]  # single spaces only
     if not following or not stop.group().startswith("."):
         return True
-    words = line[start : stop.start()].split()
-    word = words[-1].lstrip("([{\"'“‘").lower() if words else ""
+    before, _, last = line[start : stop.start()].strip().rpartition(" ")
+    word = last.lstrip("([{\"'“‘").lower()
     capital = following.isupper()
     if word in _ABBREVIATIONS and not (word in _MAY_END and capital):
         return False
-    if word and _INITIALS.fullmatch(word) and word not in _MAY_END:
-        previous = words[-2].lower().rstrip(".") if len(words) > 1 else ""
+    if word and word not in _MAY_END and _INITIALS.fullmatch(word):
+        previous = before.rpartition(" ")[2].lower().rstrip(".")
         if "." in word or not capital or previous in _TITLES:
             return False
-    if len(words) == 1 and _ENUMERATOR.fullmatch(words[0].lower()):
+    if not before and _ENUMERATOR.fullmatch(last.lower()):
         return False
     return not following.islower()
 
