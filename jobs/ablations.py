@@ -32,7 +32,7 @@ from pathflip.evaluation.suite import evaluate_all, headline
 from pathflip.evaluation.zeroshot import default_tasks
 from pathflip.files import write_file
 from pathflip.progress import HasLine, Report
-from pathflip.training.config import read_settings, save_settings
+from pathflip.training.loop_config import read_settings, save_settings
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "full": {},

@@ -23,8 +23,8 @@ from pathflip.checkpoints import latest_checkpoint
 from pathflip.errors import ConfigError, PathFLIPError, TrainingError
 from pathflip.files import write_file
 from pathflip.training import run_dir
-from pathflip.training.config import TrainConfig
 from pathflip.training.loader import AHEAD
+from pathflip.training.loop_config import LoopConfig
 from pathflip.training.objective import Objective
 from pathflip.training.trainer import TrainingProgress, shareable, train
 
@@ -110,13 +110,13 @@ def _local(run: str | Path) -> Path:
     return Path(run).expanduser().absolute()
 
 
-def _check_workers(config: TrainConfig) -> None:
+def _check_workers(config: LoopConfig) -> None:
     """Refuse worker counts that cannot share a micro-batch evenly."""
     share = config.batch_size // config.accumulate
     most = config.max_workers or 1
     if shareable(share, most) != most and config.min_workers in (None, most):
         raise ConfigError(
-            f"{most} workers cannot share micro-batches of {share} slides evenly.",
+            f"{most} workers cannot share micro-batches of {share} evenly.",
             hint="Make batch_size / accumulate a multiple of the number of workers.",
         )
 
@@ -194,7 +194,7 @@ def _own_interrupt() -> Iterator[None]:
 
 
 def _workers(
-    config: TrainConfig, resources: Available, *, private: bool
+    config: LoopConfig, resources: Available, *, private: bool
 ) -> tuple[bool, int, int, int]:
     """Return whether to use GPUs, minimum and maximum number of workers, and cores of each."""
     use_gpu, gpus, cores = resources.use_gpu, resources.gpus, resources.cpus

@@ -410,6 +410,26 @@ def load_run(run: str | Path, *, device: str = "cpu") -> Run:
     )
 
 
+def other_kind(run: str | Path, kind: str, *, hint: str | None = None) -> CheckpointError:
+    """Return the error of a run of another kind than a command works with.
+
+    Args:
+        run: The run folder.
+        kind: The kind that it is, as its settings name it.
+        hint: Advice; by default, to name another folder.
+    """
+    commands = {
+        "contrastive": "pretrain",
+        "instruct": "tune",
+        "multiresolution": "pretrain --preset mrplip/…",
+    }
+    return CheckpointError(
+        f"{run} is a run of pathflip {commands.get(kind, kind)}.",
+        hint=hint or "Name another run folder.",
+        code="other_kind",
+    )
+
+
 def is_tuned(run: str | Path) -> bool:
     """Return whether a run folder holds a model that was tuned to answer."""
     return (Path(run) / "model" / "instruct.json").is_file()

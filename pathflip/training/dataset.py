@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,6 @@ from numpy.typing import NDArray
 from pathflip.archive import Archive
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from pathflip.splits import SPLITS, canonical_split
-
-_SWAPS, _ALL_SWAPS = 200, 100_000  # tried for a slide, and in an epoch, to part equal captions
 
 
 def rng_for(*key: object) -> np.random.Generator:
@@ -57,6 +56,8 @@ class Corpus:
     fingerprints: list[str]
     questions: list[str] | None = None
     about: dict[str, Any] = field(repr=False)
+
+    unit: ClassVar[str] = "slides"
 
     def __len__(self) -> int:
         return len(self.slide_ids)
@@ -190,17 +191,14 @@ def make_corpus(
             hint=f"Add them: pathflip archive import --archive {archive.uri} --captions FILE",
             code="no_captions",
         )
-    patients = [row["patient_id"] or f"slide {row['slide_id']}" for row, _, _ in rows]
-    named = [_split_name(row["split"], row["slide_id"]) for row, _, _ in rows]
-    splits = _splits(named, patients, seed=seed, val_fraction=val_fraction)
-    _check_patients(patients, splits)
+    splits = splits_of([row for row, _, _ in rows], seed=seed, val_fraction=val_fraction)
     order = sorted(
         (i for i, split in enumerate(splits) if split != "test"),
         key=lambda i: str(rows[i][0]["slide_id"]),
     )
     return Corpus(
         slide_ids=[rows[i][0]["slide_id"] for i in order],
-        patients=[patients[i] for i in order],
+        patients=[patient_of(rows[i][0]) for i in order],
         splits=[splits[i] for i in order],
         captions=[rows[i][1] for i in order],
         pieces=[rows[i][2] for i in order],
@@ -252,21 +250,25 @@ def _questions(archive: Archive) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _split_name(given: str | None, slide_id: str) -> str | None:
-    split = canonical_split(given)
-    if split is not None and split not in SPLITS:
-        raise ConfigError(
-            f"Slide {slide_id} has split {given!r}.",
-            hint="Splits are train, val and test: correct them by pathflip ingest --patients CSV.",
-            code="unknown_split",
-        )
-    return split
+def patient_of(slide: Mapping[str, Any]) -> str:
+    """Return the patient of a row of ``slides``; a slide without one is its own."""
+    return str(slide["patient_id"] or f"slide {slide['slide_id']}")
 
 
-def _splits(
-    named: list[str | None], patients: list[str], *, seed: int, val_fraction: float
-) -> list[str]:
-    """Fill in the splits that are not named; all slides of a patient get the same."""
+def splits_of(slides: Sequence[Mapping[str, Any]], *, seed: int, val_fraction: float) -> list[str]:
+    """Return the split of each slide: as the archive names it, else drawn by patient.
+
+    Args:
+        slides: Rows of ``slides`` with slide_id, patient_id and split.
+        seed: Seed of the draws.
+        val_fraction: Share of patients drawn to validate, where no slide is named for it.
+
+    Raises:
+        ConfigError: A split of another name (``unknown_split``), or a patient with slides in
+            several (``patient_in_splits``).
+    """
+    patients = [patient_of(row) for row in slides]
+    named = [_split_name(row["split"], row["slide_id"]) for row in slides]
     owned = {patient: split for patient, split in zip(patients, named, strict=True) if split}
     draw_val = "val" not in owned.values()
 
@@ -281,7 +283,19 @@ def _splits(
         if split is None or (split == "train" and draw_val):
             split = drawn(patient)
         found.append(split)
+    _check_patients(patients, found)
     return found
+
+
+def _split_name(given: str | None, slide_id: str) -> str | None:
+    split = canonical_split(given)
+    if split is not None and split not in SPLITS:
+        raise ConfigError(
+            f"Slide {slide_id} has split {given!r}.",
+            hint="Splits are train, val and test: correct them by pathflip ingest --patients CSV.",
+            code="unknown_split",
+        )
+    return split
 
 
 def _check_patients(patients: list[str], splits: list[str]) -> None:

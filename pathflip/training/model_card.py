@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pathflip.training.config import AnyConfig, PretrainConfig, TuneConfig, save_settings
+from pathflip.training.config import AnyConfig, PretrainConfig, TuneConfig
 from pathflip.training.dataset import Corpus
+from pathflip.training.loop_config import save_settings
 
 
 def pretrained_card(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from pathflip.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    from pathflip.training.config import TrainConfig
+    from pathflip.training.loop_config import LoopConfig
 
 
 class Batch(Protocol):
@@ -147,7 +147,7 @@ class Worker:
 
 
 D = TypeVar("D", bound=Dataset)
-C = TypeVar("C", bound="TrainConfig")
+C = TypeVar("C", bound="LoopConfig")
 
 
 class Objective(ABC, Generic[D, C]):

@@ -1,44 +1,68 @@
-"""Order of an epoch: batches without two slides of a patient, equal captions kept apart.
+"""Order of an epoch: batches without two items of a patient, equal captions kept apart.
 
-Every order is a function of (seed, epoch) alone, so it is the same on any number of workers and
-after any restart.
+Items are slides or patch trees. Every order is a function of (seed, epoch) alone, so it is the same
+on any number of workers and after any restart.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
-from pathflip.training.dataset import Corpus, rng_for
+from pathflip.training.dataset import rng_for
 
 _SWAPS, _ALL_SWAPS = 200, 100_000
-"""Swaps tried for a slide, and in an epoch, to part equal captions."""
+"""Swaps tried for an item, and in an epoch, to part equal captions."""
 
 
-def steps_per_epoch(corpus: Corpus, batch_size: int) -> int:
+class Items(Protocol):
+    """Items that are put in order."""
+
+    @property
+    def unit(self) -> str:
+        """Name of an item, in the plural: ``slides``."""
+        ...
+
+    @property
+    def patients(self) -> Sequence[str]:
+        """Patient of each item; a batch has one item of each."""
+        ...
+
+    def members(self, split: str) -> NDArray[np.int64]:
+        """Return the positions of the items of a split, ascending."""
+        ...
+
+    def says(self, item: int, /) -> str:
+        """Return the text by which items count as equal."""
+        ...
+
+
+def steps_per_epoch(corpus: Items, batch_size: int) -> int:
     """Return the number of full batches of an epoch.
 
     Raises:
-        ConfigError: If there are too few slides or patients for one batch.
+        ConfigError: If there are too few items or patients for one batch (``too_few_slides``,
+            ``too_few_trees``).
     """
     patients = [corpus.patients[i] for i in corpus.members("train")]
     steps = _num_batches(Counter(patients).values(), batch_size)
     if steps == 0:
         raise ConfigError(
-            f"A batch of {batch_size} slides of different patients cannot be made from "
-            f"{len(patients)} training slides of {len(set(patients))} patients.",
-            hint=f"Use -o batch_size={max(1, len(set(patients)))} or less, or more slides.",
-            code="too_few_slides",
+            f"A batch of {batch_size} {corpus.unit} of different patients cannot be made from "
+            f"{len(patients)} training {corpus.unit} of {len(set(patients))} patients.",
+            hint=f"Use -o batch_size={max(1, len(set(patients)))} or less, or more {corpus.unit}.",
+            code=f"too_few_{corpus.unit}",
         )
     return steps
 
 
 def _num_batches(group_sizes: Iterable[int], batch_size: int) -> int:
-    """Return the largest number of batches in which no two slides are of one group."""
+    """Return the largest number of batches in which no two items are of one group."""
     sizes = list(group_sizes)
     steps = sum(sizes) // batch_size
     while steps and (most := sum(min(size, steps) for size in sizes) // batch_size) < steps:
@@ -46,15 +70,15 @@ def _num_batches(group_sizes: Iterable[int], batch_size: int) -> int:
     return steps
 
 
-def epoch_order(corpus: Corpus, *, epoch: int, seed: int, batch_size: int) -> NDArray[np.int64]:
-    """Return the slides of every global batch of an epoch.
+def epoch_order(corpus: Items, *, epoch: int, seed: int, batch_size: int) -> NDArray[np.int64]:
+    """Return the items of every global batch of an epoch.
 
-    No batch holds two slides of a patient, and equal captions are kept apart where that is
+    No batch holds two items of a patient, and equal captions are kept apart where that is
     possible: both would count as negatives of each other. What does not fill a batch is left out
-    of this epoch, other slides each time.
+    of this epoch, others each time.
 
     Returns:
-        int64 [steps, batch_size], positions in the corpus; no slide is there twice.
+        int64 [steps, batch_size], positions in the corpus; none is there twice.
     """
     steps = steps_per_epoch(corpus, batch_size)
     rng = rng_for("order", seed, epoch)
@@ -70,7 +94,7 @@ def epoch_order(corpus: Corpus, *, epoch: int, seed: int, batch_size: int) -> ND
         return -max(len(group), *(times[corpus.says(i)] for i in group))
 
     # Largest groups first, each into the emptiest batches: fills then differ by one at most, and
-    # single slides level them out. Sorting is stable, so equals stay shuffled.
+    # single items level them out. Sorting is stable, so equals stay shuffled.
     batches: list[list[int]] = [[] for _ in range(steps)]
     held: list[set[str]] = [set() for _ in range(steps)]
     fill = np.zeros(steps, np.int64)
@@ -91,14 +115,14 @@ def epoch_order(corpus: Corpus, *, epoch: int, seed: int, batch_size: int) -> ND
 
 
 def _leave_out(groups: list[list[int]], count: int, rng: np.random.Generator) -> None:
-    """Drop ``count`` slides at random from the groups, in place."""
+    """Drop ``count`` items at random from the groups, in place."""
     owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     for which in rng.permutation(owner)[:count].tolist():
         groups[which].pop()
 
 
-def _separate(batches: list[list[int]], corpus: Corpus, rng: np.random.Generator) -> None:
-    """Swap slides between batches, in place, so that equal captions part where they can."""
+def _separate(batches: list[list[int]], corpus: Items, rng: np.random.Generator) -> None:
+    """Swap items between batches, in place, so that equal captions part where they can."""
 
     def fits(i: int, batch: list[int], without: int) -> bool:
         rest = [j for j in batch if j != without]

@@ -35,7 +35,7 @@ from pathflip.errors import (
     from_dict,
 )
 from pathflip.files import FileLock, replacing, write_file
-from pathflip.training.config import TrainConfig, differing, read_settings, save_settings
+from pathflip.training.loop_config import LoopConfig, differing, read_settings, save_settings
 from pathflip.training.objective import Dataset, Objective
 
 DATA = "data.parquet"
@@ -144,7 +144,7 @@ _OWN = ("init", DATA, "versions.json", ".lock", ".writer", f".{DATA}.partial", "
 
 
 def _check_same_run(
-    made: TrainConfig, asked: TrainConfig, dataset: Dataset, archive: str, run: Path
+    made: LoopConfig, asked: LoopConfig, dataset: Dataset, archive: str, run: Path
 ) -> None:
     """Refuse to resume with other settings or another archive than the run was begun with."""
     if differ := differing(made, asked):

@@ -24,10 +24,11 @@ from pathflip.archive.verify import verify
 from pathflip.checkpoints import load_run
 from pathflip.synth import make_slide
 from pathflip.training import run_dir
-from pathflip.training.config import PretrainConfig, TuneConfig, read_settings
+from pathflip.training.config import PretrainConfig, TuneConfig
 from pathflip.training.contrastive import Contrastive
 from pathflip.training.dataset import Corpus
 from pathflip.training.instruct import Instruct
+from pathflip.training.loop_config import read_settings
 from pathflip.training.trainer import train
 
 PACKED = Path(__file__).parents[1] / "previous" / "v0.1.0.tar.xz"

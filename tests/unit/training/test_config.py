@@ -14,13 +14,8 @@ import torch
 from pathflip.config import load_config, read_yaml
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PRESETS
-from pathflip.training.config import (
-    PretrainConfig,
-    differing,
-    read_settings,
-    resolve,
-    save_settings,
-)
+from pathflip.training.config import PretrainConfig, resolve
+from pathflip.training.loop_config import differing, read_settings, save_settings
 from pathflip.training.optim import learning_rate, parameter_groups
 
 

@@ -19,14 +19,13 @@ from pathflip.training.config import (
     TUNE_PRESETS,
     PretrainConfig,
     TuneConfig,
-    read_settings,
     resolve,
     resolve_tuning,
-    save_settings,
 )
 from pathflip.training.dataset import Corpus, make_corpus
 from pathflip.training.examples import Examples, all_examples, draw_examples
 from pathflip.training.instruct import Instruct
+from pathflip.training.loop_config import read_settings, save_settings
 from pathflip.training.optim import parameter_groups
 from pathflip.training.slide_batches import SlideDataset
 from tests.archives import make_archive

@@ -247,7 +247,7 @@ def test_a_stream_left_early_ends_its_thread(corpus: Corpus) -> None:
 
 def test_features_that_changed_are_refused(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = FeatureReader(corpus)
-    real = reader._archive.dataset(reader._table)
+    real = reader._archive.dataset(reader._features.table)
 
     class Rotten:
         def take(self, rows: Any) -> Any:
@@ -259,7 +259,7 @@ def test_features_that_changed_are_refused(corpus: Corpus, monkeypatch: pytest.M
             flat = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
             return taken.set_column(taken.schema.get_field_index("features"), "features", flat)
 
-    monkeypatch.setitem(reader._archive._datasets, reader._table, Rotten())
+    monkeypatch.setitem(reader._archive._datasets, reader._features.table, Rotten())
     with pytest.raises(ArchiveError, match="not what was written") as caught:
         reader.read(0, np.array([0]))
     assert "archive repair" in caught.value.hint
