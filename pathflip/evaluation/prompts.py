@@ -21,6 +21,9 @@ A task file is YAML::
       label: organ
       kind: multiclass
       classes: {colon: [colonic mucosa], lung: [lung parenchyma, lung]}
+
+A task of tiles is a file of its own (:func:`read_tile_task`); those of public sets are in
+``pathflip/templates/tasks``.
 """
 
 from __future__ import annotations
@@ -167,6 +170,83 @@ class Suite:
 
     tasks: tuple[Task, ...]
     neutral: str = NEUTRAL
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileTask:
+    """Classes of a set of tiles, with their prompts.
+
+    Attributes:
+        name: Name in the results.
+        classes: {label of the set: names}; the first name is the one of ``npe``.
+        layout: Layout of the set, see :mod:`pathflip.interop.tile_sets`; None for folders or CSV.
+        mpp: µm per pixel of its tiles, where they do not say so themselves.
+        leave_out: Labels of the set that are passed over.
+    """
+
+    name: str
+    classes: Mapping[str, tuple[str, ...]]
+    layout: str | None = None
+    mpp: float | None = None
+    leave_out: tuple[str, ...] = ()
+
+    def one_prompt(self) -> dict[str, tuple[str, ...]]:
+        """Return the classes with their first names only."""
+        return {label: names[:1] for label, names in self.classes.items()}
+
+
+def tile_tasks() -> dict[str, Path]:
+    """Return {name: file} of the tasks that come with pathflip."""
+    folder = Path(__file__).resolve().parents[1] / "templates" / "tasks"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_tile_task(source: str | Path) -> TileTask:
+    """Read a task of tiles: a name that comes with pathflip, or a YAML file.
+
+    ::
+
+        layout: nct-crc              # left out: a folder per class, or a CSV
+        mpp: 0.5
+        classes: {TUM: [colorectal adenocarcinoma], NORM: [normal colonic mucosa]}
+        leave_out: [BACK]
+
+    Raises:
+        ConfigError: There is none of that name, or the file is missing or malformed (``tasks``).
+    """
+    builtin = tile_tasks()
+    path = builtin.get(str(source), Path(source))
+    if str(source) not in builtin and path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"There is no task {str(source)!r}.",
+            hint=f"Known: {', '.join(builtin)}; or give a YAML file.",
+            code="tasks",
+        )
+    content = _yaml(path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("classes"), Mapping):
+        raise ConfigError(
+            f"{path} has no classes.", hint="Write classes: {label: [names]}.", code="tasks"
+        )
+    _known(content, ("layout", "mpp", "classes", "leave_out"), where=str(path))
+    classes = {_name(key): _names(value) for key, value in content["classes"].items()}
+    mpp = content.get("mpp")
+    if len(classes) < 2 or not all(classes.values()):
+        raise ConfigError(
+            f"{path} needs two classes or more, each with a name.",
+            hint="Write classes: {label: [names]}.",
+            code="tasks",
+        )
+    if mpp is not None and not (isinstance(mpp, int | float) and 0.05 <= mpp <= 10):
+        raise ConfigError(
+            f"{path}: mpp is {mpp!r}.", hint="Give µm per pixel, 0.05 to 10.", code="tasks"
+        )
+    return TileTask(
+        name=path.stem,
+        classes=classes,
+        layout=None if content.get("layout") is None else str(content["layout"]),
+        mpp=None if mpp is None else float(mpp),
+        leave_out=_names(content.get("leave_out")),
+    )
 
 
 def templates_of(choice: str | Sequence[str]) -> tuple[str, ...]:
