@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,9 +117,30 @@ def list_slides(
         ArchiveError: The run does not fit the archive.
     """
     encoder = check_fits(archive, run)
-    drawn = _drawn_splits(run)
+    return slide_rows(
+        archive, usable=archive.ready_ids(encoder), drawn=drawn_splits(run), splits=splits
+    )
+
+
+def slide_rows(
+    archive: Archive,
+    *,
+    usable: Collection[str],
+    drawn: Mapping[str, str],
+    splits: Sequence[str] | None = None,
+) -> list[SlideRow]:
+    """Return ready slides of some splits, sorted by id.
+
+    Args:
+        archive: Archive of the slides.
+        usable: Ids of the slides that have what is measured.
+        drawn: {slide_id: split} that a model was trained with; it wins over the archive's.
+        splits: Splits of the slides; None for all slides.
+
+    Raises:
+        ConfigError: There is none.
+    """
     columns = ["slide_id", "uri", "patient_id", "split", "labels", "mpp", "n_regions"]
-    usable = archive.ready_ids(encoder)
     rows = [
         row for row in archive.slides("ready", columns).to_pylist() if row["slide_id"] in usable
     ]
@@ -326,7 +347,7 @@ def _read(
     )
 
 
-def _drawn_splits(run: Run) -> dict[str, str]:
+def drawn_splits(run: Run) -> dict[str, str]:
     """Return {slide_id: split} of the slides a run was made with; empty for a bare model folder."""
     path = run.path / "data.parquet"
     if not path.is_file():

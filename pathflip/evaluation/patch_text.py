@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -63,6 +63,7 @@ class PatchReader:
         level_mpp: µm per pixel of each level, coarsest first.
         node_px: Side of a node, px.
         levels: Levels the model was trained on, indices into ``level_mpp``.
+        drawn: {slide_id: split} of the slides the model was made with.
     """
 
     name: str
@@ -71,6 +72,7 @@ class PatchReader:
     level_mpp: tuple[float, ...]
     node_px: int
     levels: tuple[int, ...]
+    drawn: Mapping[str, str] = field(default_factory=dict)
 
     def field_um(self, level: int) -> float:
         """Return the side of a node of a level, µm."""
