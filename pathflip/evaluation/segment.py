@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pathflip.archive import Archive
 
 
-
 def truth_map(
     outlines: Mapping[str, Sequence[Polygon]],
     classes: Sequence[str],
@@ -183,7 +182,7 @@ def evaluate_segment(
     names = list(classes)
     if rest is not None and rest not in names:
         raise ConfigError(f"{rest!r} is none of the classes {', '.join(names)}.")
-    wanted = set(slides)
+    wanted = {archive.resolve(name) for name in slides}
     rows = slide_rows(
         archive,
         usable=wanted or archive.ready_ids(),
@@ -236,9 +235,7 @@ def evaluate_segment(
                 )  # fmt: skip
             if progress is not None:
                 seconds = time.monotonic() - started
-                progress(
-                    Progress(what="segment", done=number, total=len(rows), seconds=seconds)
-                )
+                progress(Progress(what="segment", done=number, total=len(rows), seconds=seconds))
     if not measured:
         why = f" The first: {failed[0]['why']}" if failed else ""
         raise ConfigError(

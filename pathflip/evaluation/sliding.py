@@ -37,6 +37,8 @@ NONE = 255
 """Value of cells without a class in label maps."""
 BATCH_BYTES = 64 << 20
 _CELLS = 256
+_MIN_PX = 16
+"""Smallest side that slides are read in, px."""
 _TIMEOUT_S = 120.0
 _COLOURS = (
     (214, 69, 65), (65, 131, 215), (38, 166, 91), (244, 179, 80), (142, 68, 173), (54, 215, 183),
@@ -84,9 +86,17 @@ class Segmentation:
         total = np.zeros(self.tissue.shape, np.float32)
         count = np.zeros(self.tissue.shape, np.float32)
         for one in self.maps:
-            y, x = self._steps(one)
-            total += one.scores[index][y[:, None], x[None, :]]
-            count += one.covered[y[:, None], x[None, :]]
+            # What is left of a slide beyond its last whole step has no score at this level.
+            rows, columns = (
+                np.floor((np.arange(n) + 0.5) * GRID_UM / one.step_um).astype(np.int64)
+                for n in self.tissue.shape
+            )
+            rows, columns = (
+                at[at < n] for at, n in zip((rows, columns), one.covered.shape, strict=True)
+            )
+            steps, cells = np.ix_(rows, columns), (slice(len(rows)), slice(len(columns)))
+            total[cells] += one.scores[index][steps]
+            count[cells] += one.covered[steps]
         return np.asarray(total / np.maximum(count, 1), np.float32)
 
     def labels(self) -> NDArray[np.uint8]:
@@ -115,16 +125,6 @@ class Segmentation:
         """Return the segmentation by one level alone."""
         maps = [one for one in self.maps if one.level == level]
         return Segmentation(maps=maps, tissue=self.tissue, mpp=self.mpp)
-
-    def _steps(self, one: LevelMap) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the step that holds each row and column of the common grid.
-
-        What is left of a slide beyond its last whole step has its neighbour's value.
-        """
-        rows, columns = one.covered.shape
-        centre = [(np.arange(n) + 0.5) * GRID_UM / one.step_um for n in self.tissue.shape]
-        y, x = (np.floor(at).astype(np.int64) for at in centre)
-        return np.minimum(y, rows - 1), np.minimum(x, columns - 1)
 
 
 def segment_slide(
@@ -170,7 +170,7 @@ def segment_slide(
             f"{Path(path).name} has no window of tissue at any level of the model.", code="empty"
         )
     shape = [max(1, int(side * mpp / GRID_UM)) for side in (height, width)]
-    lines = [np.arange(n + 1) * GRID_UM / mpp for n in shape]
+    lines = [np.arange(n + 1, dtype=np.float64) * (GRID_UM / mpp) for n in shape]
     on = tissue.coverage(lines[1], lines[0]) >= 0.5
     return Segmentation(maps=maps, tissue=on, mpp=mpp)
 
@@ -179,9 +179,9 @@ def slide_reader(reader: PatchReader, *, steps: int = STEPS) -> SlideReader:
     """Return a reader of slides with room for the steps of :func:`segment_slide`.
 
     Raises:
-        ConfigError: A node's side is no whole number of steps.
+        ConfigError: A node's side is no whole number of steps of 16 px or more.
     """
-    if steps < 1 or reader.node_px % steps:
+    if steps < 1 or reader.node_px % steps or reader.node_px // steps < _MIN_PX:
         raise ConfigError(
             f"A window of {reader.node_px} px cannot be made of {steps} steps.",
             hint="Use 1, 2 or 4.",
@@ -320,7 +320,8 @@ def draw(
         colours = np.full((*labels.shape, 3), 255, np.uint8)
         for index in range(len(names)):
             colours[labels == index] = _COLOURS[index % len(_COLOURS)]
-        panels.append((title, cv2.resize(colours, size, interpolation=cv2.INTER_NEAREST)))
+        small = cv2.resize(colours, size, interpolation=cv2.INTER_NEAREST)
+        panels.append((title, np.asarray(small, np.uint8)))
     titled = []
     for title, panel in panels:
         head = np.full((24, size[0], 3), 255, np.uint8)
