@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -24,11 +26,67 @@ from pathflip.archive.tables import key_of
 
 _SECONDS = 300
 _MEMORY = 16 << 30
+_WHOLE, _PARTIAL = b"+", b"-"
 _FAILED_READS = 500  # give up the rest of the fragment after so many
 
 
+class Salvager:
+    """A child process that decodes damaged fragments, one after another.
+
+    It starts with the first fragment, and again after one that it could not read in full: what
+    native code has left behind then is nothing to read the next fragment with.
+    """
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process; the next fragment starts another."""
+        if self._child is None:
+            return
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._child.kill()
+        self._child.wait()
+        self._child = None
+
+    def decode(self, uri: str, table: str, fragment: int, folder: str) -> None:
+        """Write a fragment's rows to ``folder``, as :func:`salvage` reads them.
+
+        Raises:
+            OSError: If the process died or took too long.
+        """
+        if self._child is None:
+            self._child = _start()
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        order = json.dumps([uri, table, key_of(table), fragment, folder])
+        answer = b""
+        try:
+            self._child.stdin.write(order.encode() + b"\n")
+            if select.select([self._child.stdout], [], [], _SECONDS)[0]:
+                answer = os.read(self._child.stdout.fileno(), 1)
+        finally:
+            if answer != _WHOLE:
+                self.close()
+        if not answer:
+            raise OSError("The process that read the fragment did not finish.")
+
+
 def salvage(
-    uri: str, table: str, fragment: int
+    salvager: Salvager, uri: str, table: str, fragment: int
 ) -> tuple[pa.Table | None, list[tuple[str, str | None]]]:
     """Read a fragment that may be damaged.
 
@@ -37,38 +95,50 @@ def salvage(
         the rows that could be read but whose checksum is wrong.
     """
     with tempfile.TemporaryDirectory(prefix="pathflip-salvage-") as folder:
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         try:
-            subprocess.run(
-                [sys.executable, "-m", __name__, uri, table, key_of(table), str(fragment), folder],
-                env={**os.environ, "PYTHONPATH": path, "RUST_BACKTRACE": "0"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=_SECONDS,
-                check=True,
-            )
+            salvager.decode(uri, table, fragment, folder)
             bad = json.loads(Path(folder, "bad.json").read_text())
             with pa.OSFile(str(Path(folder, "good.arrow"))) as source:
                 good = pa.ipc.open_file(source).read_all()
-        except (subprocess.SubprocessError, OSError, ValueError):
+        except (OSError, ValueError):
             return None, []
     return good, [(str(key), slide) for key, slide in bad]
 
 
-def _main(uri: str, table: str, key: str, number: int, folder: str) -> None:
+def _start() -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        env={**os.environ, "PYTHONPATH": path, "RUST_BACKTRACE": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    )
+
+
+def _main() -> None:
+    """Decode the fragments named on stdin, one JSON line each; answer each by one byte."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers = os.dup(1)
+    os.dup2(2, 1)  # nothing else may look like an answer
+    for order in sys.stdin:
+        os.write(answers, _PARTIAL if _decode(*json.loads(order)) else _WHOLE)
+
+
+def _decode(uri: str, table: str, key: str, number: int, folder: str) -> int:
+    """Write the good rows and the names of the bad ones; return how many reads failed."""
     dataset = open_table(uri, table)
     fragment = dataset.get_fragment(number)
     step, count = rows_per_batch(dataset.schema), fragment.count_rows()
     bad: list[tuple[Any, Any]] = []
+    failed = [0]
     with (
         pa.OSFile(str(Path(folder, "good.arrow")), "wb") as sink,
         pa.ipc.new_file(sink, dataset.schema) as writer,
     ):
-        failed = [0]
         for start in range(0, count, step):
             for rows in _readable(fragment, start, min(start + step, count), failed):
                 ok = intact_rows(rows)
@@ -81,6 +151,7 @@ def _main(uri: str, table: str, key: str, number: int, folder: str) -> None:
                 )
                 bad += zip(wrong[key].to_pylist(), owners, strict=True)
     Path(folder, "bad.json").write_text(json.dumps(bad))
+    return failed[0]
 
 
 def _readable(fragment: Any, start: int, stop: int, failed: list[int]) -> Iterator[pa.Table]:
@@ -103,4 +174,4 @@ def _readable(fragment: Any, start: int, stop: int, failed: list[int]) -> Iterat
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    _main()

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pathflip.archive.commit import Committer
 from pathflip.archive.fragments import create_table
 from pathflip.archive.lock import ArchiveLock
-from pathflip.archive.recover import salvage
+from pathflip.archive.recover import Salvager, salvage
 from pathflip.archive.settings import meta_rows, read_meta
 from pathflip.archive.storage import (
     damaged_error,
@@ -31,7 +31,7 @@ from pathflip.archive.storage import (
     table_uri,
 )
 from pathflip.archive.tables import META, Table, count_columns, spec_of, specs_of, tables_of
-from pathflip.archive.verify import Report, verify
+from pathflip.archive.verify import Report, verify_with
 from pathflip.errors import ArchiveError
 
 
@@ -84,25 +84,30 @@ def repair(uri: str | Path) -> Repaired:
         )
     if not {"slides", "regions", "meta"} & set(local_tables(where)):
         read_meta(where)  # says what is wrong
+    with Salvager() as salvager:
+        return _repaired(salvager, where)
+
+
+def _repaired(salvager: Salvager, where: str) -> Repaired:
     actions: list[str] = []
     with ArchiveLock(where):
         for table in sorted({*tables_of({}), *local_tables(where)}):
             if spec_of(table) is not None:
                 actions += _restore_table(where, table)
-        report = verify(where)
+        report = verify_with(salvager, where)
         broken = {(d.table, d.fragment) for d in report.damaged if d.fragment is not None}
         moved = {d.id for d in report.damaged if d.kind == "file"}
         for table, fragment in sorted(broken):
             paths = data_paths(open_table(where, table), table)
             moved |= {path for path, number in paths.items() if number == fragment}
-            actions.append(_rewrite_fragment(where, table, fragment))
+            actions.append(_rewrite_fragment(salvager, where, table, fragment))
         for path in sorted(moved):
             if Path(where, path).exists():
                 _move_aside(where, Path(where, path))
                 actions.append(f"Moved the damaged file {path} aside.")
         actions += _complete_meta(where)
         if actions:
-            report = verify(where)
+            report = verify_with(salvager, where)
     with Committer(where) as committer:
         rows = committer.archive.dataset("slides").to_table()
         rows = rows.filter(pc.is_in(rows["slide_id"], pa.array(report.slides, pa.string())))
@@ -118,7 +123,7 @@ def repair(uri: str | Path) -> Repaired:
         committer.forget_files([p for p in known_digests(where) if not Path(where, p).exists()])
     if report.slides:
         actions.append(f"{len(report.slides)} slides have lost rows; ingest them again.")
-    return Repaired(actions=actions, redo=report.slides, report=verify(where))
+    return Repaired(actions=actions, redo=report.slides, report=verify_with(salvager, where))
 
 
 def _restore_table(uri: str, table: str) -> list[str]:
@@ -184,12 +189,12 @@ def _schema_of(uri: str, table: str) -> pa.Schema | None:
         return None
 
 
-def _rewrite_fragment(uri: str, table: str, fragment: int) -> str:
+def _rewrite_fragment(salvager: Salvager, uri: str, table: str, fragment: int) -> str:
     """Replace a damaged fragment by its intact rows, in one commit."""
     import lance
     from lance.fragment import write_fragments
 
-    good, _ = salvage(uri, table, fragment)
+    good, _ = salvage(salvager, uri, table, fragment)
     with guarded(uri, f"rewrite a fragment of table {table}"):
         dataset = open_table(uri, table)
         lost = dataset.get_fragment(fragment).physical_rows

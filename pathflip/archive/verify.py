@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from pathflip.archive.archive import READY
-from pathflip.archive.recover import salvage
+from pathflip.archive.recover import Salvager, salvage
 from pathflip.archive.schema import intact_rows
 from pathflip.archive.settings import entries_of, read_meta
 from pathflip.archive.storage import (
@@ -110,6 +110,7 @@ class _Scan:
     slides: dict[str, dict[str, Any]] = field(default_factory=dict)
     incomplete: set[str] = field(default_factory=set)
     reindex: dict[str, set[str]] = field(default_factory=dict)
+    salvager: Salvager
     salvaged: dict[tuple[str, int], tuple[Any, list[tuple[str, str | None]]]] = field(
         default_factory=dict
     )
@@ -129,9 +130,14 @@ def verify(uri: str | Path) -> Report:
     Raises:
         ArchiveError: If there is no archive at ``uri``. Damage is reported, never raised.
     """
+    with Salvager() as salvager:
+        return verify_with(salvager, normalise(uri))
+
+
+def verify_with(salvager: Salvager, where: str) -> Report:
+    """Verify an archive as :func:`verify` does, with a process that others use as well."""
     start = time.perf_counter()
-    where = normalise(uri)
-    scan = _Scan()
+    scan = _Scan(salvager=salvager)
     meta: dict[str, Any] = {}
     settings_fault = ""
     try:
@@ -194,7 +200,7 @@ def _trusted_digests(uri: str, scan: _Scan) -> dict[str, tuple[str, int]]:
             numbers = {number: path for path, number in data_paths(dataset, "files").items()}
             for fragment in dataset.get_fragments():
                 path = numbers[fragment.fragment_id]
-                if _file_fault(uri, path, known.get(path), _Scan()):
+                if _file_fault(uri, path, known.get(path), _Scan(salvager=scan.salvager)):
                     rows, _ = _salvaged(uri, "files", fragment.fragment_id, scan)
                 else:
                     rows = fragment.to_table()
@@ -211,7 +217,7 @@ def _salvaged(
     uri: str, table: str, fragment: int, scan: _Scan
 ) -> tuple[pa.Table | None, list[tuple[str, str | None]]]:
     if (table, fragment) not in scan.salvaged:
-        scan.salvaged[table, fragment] = salvage(uri, table, fragment)
+        scan.salvaged[table, fragment] = salvage(scan.salvager, uri, table, fragment)
     return scan.salvaged[table, fragment]
 
 
