@@ -26,15 +26,15 @@ from pathflip.archive.tables import key_of
 
 _SECONDS = 300
 _MEMORY = 16 << 30
-_WHOLE, _PARTIAL = b"+", b"-"
+_GO_ON, _PANICKED = b"+", b"-"
 _FAILED_READS = 500  # give up the rest of the fragment after so many
 
 
 class Salvager:
     """A child process that decodes damaged fragments, one after another.
 
-    It starts with the first fragment, and again after one that it could not read in full: what
-    native code has left behind then is nothing to read the next fragment with.
+    It starts with the first fragment, and anew after one on which it panicked, died or hung: what
+    native code leaves behind then is nothing to read another fragment with.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Salvager:
             if select.select([self._child.stdout], [], [], _SECONDS)[0]:
                 answer = os.read(self._child.stdout.fileno(), 1)
         finally:
-            if answer != _WHOLE:
+            if answer != _GO_ON:
                 self.close()
         if not answer:
             raise OSError("The process that read the fragment did not finish.")
@@ -125,22 +125,22 @@ def _main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # nothing else may look like an answer
     for order in sys.stdin:
-        os.write(answers, _PARTIAL if _decode(*json.loads(order)) else _WHOLE)
+        os.write(answers, _PANICKED if _decode(*json.loads(order)) else _GO_ON)
 
 
-def _decode(uri: str, table: str, key: str, number: int, folder: str) -> int:
-    """Write the good rows and the names of the bad ones; return how many reads failed."""
+def _decode(uri: str, table: str, key: str, number: int, folder: str) -> bool:
+    """Write the good rows and the names of the bad ones; return whether a read panicked."""
     dataset = open_table(uri, table)
     fragment = dataset.get_fragment(number)
     step, count = rows_per_batch(dataset.schema), fragment.count_rows()
     bad: list[tuple[Any, Any]] = []
-    failed = [0]
+    panicked: list[bool] = []  # of each read that failed
     with (
         pa.OSFile(str(Path(folder, "good.arrow")), "wb") as sink,
         pa.ipc.new_file(sink, dataset.schema) as writer,
     ):
         for start in range(0, count, step):
-            for rows in _readable(fragment, start, min(start + step, count), failed):
+            for rows in _readable(fragment, start, min(start + step, count), panicked):
                 ok = intact_rows(rows)
                 writer.write_table(rows.filter(pa.array(ok)))
                 wrong = rows.filter(pa.array(~ok))
@@ -151,12 +151,12 @@ def _decode(uri: str, table: str, key: str, number: int, folder: str) -> int:
                 )
                 bad += zip(wrong[key].to_pylist(), owners, strict=True)
     Path(folder, "bad.json").write_text(json.dumps(bad))
-    return failed[0]
+    return any(panicked)
 
 
-def _readable(fragment: Any, start: int, stop: int, failed: list[int]) -> Iterator[pa.Table]:
+def _readable(fragment: Any, start: int, stop: int, panicked: list[bool]) -> Iterator[pa.Table]:
     """Yield the rows [start, stop) that can be read, halving ranges that cannot."""
-    if failed[0] > _FAILED_READS:
+    if len(panicked) > _FAILED_READS:
         return
     try:
         rows = fragment.to_table(offset=start, limit=stop - start)
@@ -164,11 +164,11 @@ def _readable(fragment: Any, start: int, stop: int, failed: list[int]) -> Iterat
     except BaseException as error:
         if not is_failure(error):
             raise
-        failed[0] += 1
+        panicked.append(not isinstance(error, Exception))
         if stop - start > 1:
             middle = (start + stop) // 2
-            yield from _readable(fragment, start, middle, failed)
-            yield from _readable(fragment, middle, stop, failed)
+            yield from _readable(fragment, start, middle, panicked)
+            yield from _readable(fragment, middle, stop, panicked)
         return
     yield rows
 

@@ -5,6 +5,7 @@ import pytest
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.lock import ArchiveLock
+from pathflip.archive.recover import Salvager, salvage
 from pathflip.archive.repair import repair
 from pathflip.archive.storage import known_digests
 from pathflip.archive.verify import verify
@@ -69,6 +70,19 @@ def test_a_missing_data_file_is_reported_and_repaired(uri):
     assert repair(uri).redo == report.slides
     ingest_again(uri)
     assert_like_clean(uri)
+
+
+def test_a_fragment_that_ends_its_reader_is_given_up_alone(uri):
+    (first, *_, last) = Archive(uri).dataset("regions").get_fragments()
+    with Salvager() as salvager:
+        for fragment, rows in ((first.fragment_id, cohort.REGIONS), (1000, None)) * 2:
+            good, bad = salvage(salvager, str(uri), "regions", fragment)
+            assert (None if good is None else good.num_rows) == rows
+            assert bad == []
+        path = uri / "regions.lance/data" / last.data_files()[0].path
+        path.write_bytes(bytes(path.stat().st_size))
+        none, _ = salvage(salvager, str(uri), "regions", last.fragment_id)
+        assert none is None or none.num_rows == 0
 
 
 @pytest.mark.parametrize(
