@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ SETTINGS = ("tiling.region_um=512", "chunk_regions=2", "commit_s=1")
 """Small regions and chunks, so that small slides are many units of work."""
 WITHOUT_CLUSTER = (
     "tests/unit/", "tests/integration/test_training", "tests/integration/test_tuning",
-    "tests/integration/test_serve.py",
+    "tests/integration/test_serve.py", "tests/integration/test_ledger.py",
 )  # fmt: skip
 """Where no test uses the session's Ray: the process that hands out tests knows no fixtures."""
 SAME = (
@@ -173,25 +172,33 @@ def job(cluster: str) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def job_here() -> Callable[..., Any]:
+    """The same with actors in this process: quick, and all but the spreading of work is there."""
+    from jobs.ingest import IngestConfig, ingest
+    from pathflip.config import load_config
+    from tests.without_ray import without_ray
+
+    def run(sources: list[Path] | Path, archive: Path, *settings: str, **options: Any) -> Any:
+        paths = [sources] if isinstance(sources, Path) else sources
+        config = load_config(IngestConfig, overrides=(*SETTINGS, *settings))
+        with without_ray():
+            return ingest([str(path) for path in paths], str(archive), config, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def clean(
     slides: Path, job: Callable[..., Any], spilled: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Clean:
     """All good slides ingested with nothing going wrong."""
     archive = tmp_path_factory.mktemp("clean") / "archive"
     peak = [0]
-    over = threading.Event()
 
-    def sample() -> None:
-        while not over.wait(0.1):
-            peak[0] = max(peak[0], resident_bytes(descendants(os.getpid())))
+    def sample(_: Any) -> None:
+        peak[0] = max(peak[0], resident_bytes(descendants(os.getpid())))
 
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        result = job(slides, archive)
-    finally:
-        over.set()
-        sampler.join()
+    result = job(slides, archive, progress=sample)
     return Clean(
         archive=archive,
         result=result,

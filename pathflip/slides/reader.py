@@ -91,6 +91,9 @@ class SlideReader:
     passed, ``reader_crash`` when the process died.
     """
 
+    program = "pathflip.slides.reader_child"
+    """Module that the process runs."""
+
     def __init__(self, *, patches: int = 256, px: int = 256, halving: str = "exact") -> None:
         self._halving = halving
         self._capacity = patches * px * px * 3
@@ -216,7 +219,7 @@ class SlideReader:
         threads = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
         root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pathflip.slides.reader_child"]
+            [sys.executable, "-m", self.program]
             + [str(number) for number in (theirs.fileno(), self._memory, self._capacity)],
             pass_fds=(theirs.fileno(), self._memory),
             env={**os.environ, **threads, "PYTHONPATH": root, "MALLOC_ARENA_MAX": "2"},

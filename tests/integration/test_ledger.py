@@ -1,4 +1,7 @@
-"""Slides that the archive already has: moved, replaced, touched, failed, extended."""
+"""Slides that the archive already has: moved, replaced, touched, failed, extended.
+
+All of it is decided on the driver, so the actors live in this process.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,11 @@ from typing import Any
 
 import pytest
 
+from jobs.ingest.plan import Planner
 from pathflip.archive import Archive
 from pathflip.archive.verify import verify
 from pathflip.slides.slide import Slide
 from pathflip.synth import make_slide
-
-pytestmark = pytest.mark.ray
 
 TEXTURE = "features_texture"
 
@@ -31,7 +33,7 @@ def rows(archive: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ingested(
-    job: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    job_here: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, Path]:
     """A folder with two slides, its archive, with patients, and a copy of both."""
     home = tmp_path_factory.mktemp("ledger")
@@ -43,7 +45,7 @@ def ingested(
     people.write_text(
         "slide,patient_id,split,grade\nTCGA-1.DX1.0A,P1,train,high\nb.svs,P2,test,low\n"
     )
-    done = job(folder, archive, f"patients={people}")
+    done = job_here(folder, archive, f"patients={people}")
     assert done.slides == {"ready": 2, "quarantined": 0, "empty": 0, "skipped": 0}
     assert {row["patient_id"] for row in rows(archive).values()} == {"P1", "P2"}
     return folder, archive, Path(shutil.copytree(home / "now", home / "before"))
@@ -58,27 +60,27 @@ def two(ingested: tuple[Path, Path, Path]) -> tuple[Path, Path]:
     return folder, archive
 
 
-def test_a_moved_slide_keeps_its_row_while_another_takes_its_place(job, two):
+def test_a_moved_slide_keeps_its_row_while_another_takes_its_place(job_here, two):
     folder, archive = two
     (slide,) = (s for s, row in rows(archive).items() if row["uri"].endswith("b.svs"))
     (folder / "old").mkdir()
     os.replace(folder / "b.svs", folder / "old" / "b.svs")
     small(folder / "b.svs", 3)  # scanned again under the same name
-    done = job(folder, archive)
+    done = job_here(folder, archive)
     assert done.slides == {"ready": 1, "quarantined": 0, "empty": 0, "skipped": 2}
     found = rows(archive)
     assert len(found) == 3
     assert found[slide]["uri"] == str(folder / "old" / "b.svs")
     assert found[slide]["patient_id"] == "P2"
-    assert job(folder, archive).slides["skipped"] == 3
+    assert job_here(folder, archive).slides["skipped"] == 3
     assert verify(archive).ok
 
 
-def test_a_touched_slide_is_hashed_not_embedded_again(job, two):
+def test_a_touched_slide_is_hashed_not_embedded_again(job_here, two):
     folder, archive = two
     before = rows(archive)
     os.utime(folder / "b.svs")
-    done = job(folder, archive)
+    done = job_here(folder, archive)
     assert (done.slides["skipped"], done.patches) == (2, 0)
     after = rows(archive)
     for slide, row in after.items():
@@ -86,11 +88,11 @@ def test_a_touched_slide_is_hashed_not_embedded_again(job, two):
         assert row["mtime_ns"] == os.stat(row["uri"]).st_mtime_ns
 
 
-def test_a_replaced_slide_leaves_nothing_of_the_old_one(job, two):
+def test_a_replaced_slide_leaves_nothing_of_the_old_one(job_here, two):
     folder, archive = two
     (old,) = (s for s, row in rows(archive).items() if row["uri"].endswith("b.svs"))
     small(folder / "b.svs", 4)
-    assert job(folder, archive).slides["ready"] == 1
+    assert job_here(folder, archive).slides["ready"] == 1
     assert old not in rows(archive)
     opened = Archive(archive)
     for table in ("regions", TEXTURE, "embeddings_texture"):
@@ -99,11 +101,11 @@ def test_a_replaced_slide_leaves_nothing_of_the_old_one(job, two):
         )
 
 
-def test_people_can_be_told_later(job, two, tmp_path):
+def test_people_can_be_told_later(job_here, two, tmp_path):
     folder, archive = two
     people = tmp_path / "later.csv"
     people.write_text("slide,patient_id\nb,P9\n")
-    assert job(folder, archive, f"patients={people}").slides["skipped"] == 2
+    assert job_here(folder, archive, f"patients={people}").slides["skipped"] == 2
     assert sorted(row["patient_id"] for row in rows(archive).values()) == ["P1", "P9"]
     told = Archive(archive).embeddings("texture").select(["slide_id", "patient_id"]).to_pylist()
     assert {row["patient_id"] for row in told if row["slide_id"].startswith("b-")} == {"P9"}
@@ -122,7 +124,7 @@ def second_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"torchscript:{file}"
 
 
-def test_a_further_encoder_sees_the_stored_patches(job, two, tmp_path):
+def test_a_further_encoder_sees_the_stored_patches(job_here, two, tmp_path):
     """Here a small vision transformer with random weights, as a folder transformers loads."""
     from transformers import ViTConfig, ViTModel
 
@@ -134,7 +136,7 @@ def test_a_further_encoder_sees_the_stored_patches(job, two, tmp_path):
     folder, archive = two
     before, features = rows(archive), Archive(archive).features("b").to_pylist()
     extra = (f"encoder=hf:{tmp_path / 'vit'}", "add_encoder=true")
-    done = job(folder, archive, *extra)
+    done = job_here(folder, archive, *extra)
     assert done.slides == {"ready": 2, "quarantined": 0, "empty": 0, "skipped": 0}
     opened = Archive(archive)
     (name,) = set(opened.encoders()) - {"texture"}
@@ -152,54 +154,54 @@ def test_a_further_encoder_sees_the_stored_patches(job, two, tmp_path):
         assert set(opened.embeddings(name)["patient_id"].to_pylist()) == {"P1", "P2"}
     assert opened.features("b", "texture").to_pylist() == features
     assert verify(archive).ok
-    assert job(folder, archive, *extra).slides["skipped"] == 2
+    assert job_here(folder, archive, *extra).slides["skipped"] == 2
 
 
-def test_a_failure_does_not_cost_a_good_slide(job, tmp_path, second_encoder):
+def test_a_failure_does_not_cost_a_good_slide(job_here, tmp_path, second_encoder):
     """The further encoder is asked for, but the slide is damaged now: it stays as it was."""
     folder, archive = tmp_path / "in", tmp_path / "archive"
     folder.mkdir()
     path = small(folder / "a.svs", 1)
-    assert job(folder, archive).slides["ready"] == 1
+    assert job_here(folder, archive).slides["ready"] == 1
     before = rows(archive)
     level = Slide(path)._jpeg[0]
     with open(path, "r+b") as file:  # the same size, so only the bytes tell
         for tile in range(len(level.offsets)):
             file.seek(int(level.offsets[tile]) + 2)
             file.write(b"\0" * 8)
-    done = job(folder, archive, f"encoder={second_encoder}", "add_encoder=true")
+    done = job_here(folder, archive, f"encoder={second_encoder}", "add_encoder=true")
     assert done.slides["quarantined"] == 1
     found = rows(archive)
     assert {s: r for s, r in found.items() if r["status"] == "ready"} == before
     assert Archive(archive).stats()["regions"] > 0
 
 
-def test_a_resolution_once_given_is_remembered(job, tmp_path, second_encoder):
+def test_a_resolution_once_given_is_remembered(job_here, tmp_path, second_encoder):
     folder, archive = tmp_path / "in", tmp_path / "archive"
     folder.mkdir()
     path = small(folder / "a.svs", 1)
     scale = tmp_path / "scale.csv"
     scale.write_text("slide,mpp\na,0.4\n")
-    assert job(folder, archive, f"mpp_csv={scale}").slides["ready"] == 1
-    assert job(folder, archive).slides["skipped"] == 1
-    done = job(folder, archive, f"encoder={second_encoder}", "add_encoder=true")
+    assert job_here(folder, archive, f"mpp_csv={scale}").slides["ready"] == 1
+    assert job_here(folder, archive).slides["skipped"] == 1
+    done = job_here(folder, archive, f"encoder={second_encoder}", "add_encoder=true")
     assert done.slides["ready"] == 1
     (row,) = rows(archive).values()
     assert (row["mpp"], row["mpp_source"], len(row["encoders"])) == (0.4, "override", 2)
     scale.write_text(f"slide,mpp\n{path},0.5\n")  # corrected: cut anew, by its path
-    assert job(folder, archive, f"mpp_csv={scale}").slides["ready"] == 1
+    assert job_here(folder, archive, f"mpp_csv={scale}").slides["ready"] == 1
     (row,) = rows(archive).values()
     assert (row["mpp"], row["encoders"]) == (0.5, ["texture"])
     assert verify(archive).ok
 
 
-def test_an_outline_that_cannot_be_used_says_so_and_is_read_again(job, tmp_path):
+def test_an_outline_that_cannot_be_used_says_so_and_is_read_again(job_here, tmp_path):
     folder, archive, drawn = tmp_path / "in", tmp_path / "archive", tmp_path / "drawn"
     folder.mkdir()
     drawn.mkdir()
     small(folder / "a.svs", 1)
     (drawn / "a.geojson").write_text('{"type": "FeatureCollection", "features": []}')
-    assert job(folder, archive, f"tissue_dir={drawn}").slides["quarantined"] == 1
+    assert job_here(folder, archive, f"tissue_dir={drawn}").slides["quarantined"] == 1
     (row,) = rows(archive).values()
     assert row["reason"] == "bad_outline"
     square = [[0, 0], [512, 0], [512, 512], [0, 512], [0, 0]]
@@ -207,20 +209,19 @@ def test_an_outline_that_cannot_be_used_says_so_and_is_read_again(job, tmp_path)
         '{"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", '
         f'"coordinates": [{square}]}}}}'
     )
-    assert job(folder, archive, f"tissue_dir={drawn}").slides["ready"] == 1
+    assert job_here(folder, archive, f"tissue_dir={drawn}").slides["ready"] == 1
     (row,) = rows(archive).values()
     assert row["n_patches"] == 4
-    assert job(folder, archive, f"tissue_dir={drawn}").slides["skipped"] == 1
+    assert job_here(folder, archive, f"tissue_dir={drawn}").slides["skipped"] == 1
 
 
-def test_a_copy_is_not_hashed_for_ever(job, two, monkeypatch):
+def test_a_copy_is_not_hashed_for_ever(job_here, two, monkeypatch):
     folder, archive = two
     shutil.copy2(folder / "b.svs", folder / "copy of b.svs")  # keeps its time
-    assert job(folder, archive).slides["skipped"] == 3
-    from jobs import ingest
+    assert job_here(folder, archive).slides["skipped"] == 3
 
     def nothing(*_: Any, **__: Any) -> Any:
         raise AssertionError("there was something to do")
 
-    monkeypatch.setattr(ingest, "_pipeline", nothing)
-    assert job(folder, archive).slides["skipped"] == 3
+    monkeypatch.setattr(Planner, "__call__", nothing)
+    assert job_here(folder, archive).slides["skipped"] == 3

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import tifffile
 
 from jobs import ingest as jobs_ingest
 from jobs.ingest.config import IngestConfig
-from jobs.ingest.embed import Embedder
-from jobs.ingest.plan import Planner
 from pathflip.archive import Archive
-from pathflip.encoders import EncoderInfo
 from pathflip.geometry import Tiling
 from pathflip.interop.labels import import_labels, read_labels
+from tests.without_ray import without_ray
 
 TCGA = "TCGA-AA-0001-01Z-00-DX1.0a1b2c3d-1111-2222-3333-444455556666"
 Job = Callable[..., Any]
@@ -40,33 +37,15 @@ def slide(path: Path, seed: int, *, mpp: float | None = 0.5) -> Path:
 
 
 @pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Job:
+def job(tmp_path: Path) -> Job:
     """``job(**settings)`` ingests the folder ``in`` into ``archive``, without Ray."""
-
-    def pipeline(
-        groups: list[dict[str, str]],
-        config: IngestConfig,
-        archive: str,
-        tables: Sequence[str],
-        encoders: Sequence[EncoderInfo],
-        **_: Any,
-    ) -> Iterator[pa.Table]:
-        planner = Planner(config, archive)
-        embedder = Embedder(config, archive, tables, [info.revision for info in encoders], 1)
-        for group in groups:
-            chunks = planner(pa.Table.from_pylist([group]))
-            for row in range(len(chunks)):
-                yield embedder(chunks.slice(row, 1))
-
-    monkeypatch.setattr(jobs_ingest, "_pipeline", pipeline)
-    monkeypatch.setattr(jobs_ingest, "available", lambda *_, **__: None)
-    monkeypatch.setattr("jobs.cluster.connect", lambda address: True)
 
     def run(*, dry: bool = False, **settings: Any) -> Any:
         tiling = Tiling(region_um=256, patch_um=128)
         config = IngestConfig(tiling=tiling, device="cpu", **settings)
         do = jobs_ingest.dry_run if dry else jobs_ingest.ingest
-        return do([str(tmp_path / "in")], str(tmp_path / "archive"), config)
+        with without_ray():
+            return do([str(tmp_path / "in")], str(tmp_path / "archive"), config)
 
     return run
 
