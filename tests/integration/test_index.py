@@ -17,6 +17,7 @@ from pathflip.archive.model_vectors import indexed_slides
 from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError, CheckpointError
 from tests.unit.archive import cohort, models
+from tests.without_ray import without_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -69,7 +70,7 @@ def indexed(run: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -
         if progress.done == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with without_ray(), pytest.raises(KeyboardInterrupt):
         index(str(uri), str(run), config=IndexConfig(commit_rows=1), progress=stop)
     done = sorted(indexed_slides(Archive(uri), plan.model))
     assert len(done) == 3
@@ -80,7 +81,7 @@ def indexed(run: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -
         models.tell(committer, SLIDES[-1])
         cohort.commit(committer, int(anew[5:]), fingerprint="other")
     lance.dataset(str(uri / f"{plan.table}.lance")).delete(f"id LIKE '{torn}/2%'")
-    result = index(str(uri), str(run), progress=seen.append)
+    result = index(str(uri), str(run), config=IndexConfig(actors=1), progress=seen.append)
     assert (result.slides, result.skipped, result.regions) == (5, 1, 5 * cohort.REGIONS)
     assert seen[-1].fraction == 1
     return uri
@@ -212,20 +213,20 @@ def test_command_line(indexed: Path, run: Path, pathflip: Shell, tmp_path: Path)
     assert f"pathflip index --archive {indexed} --run {other}" in json.loads(out)["error"]["hint"]
 
 
-def test_ingest_brings_captions(slides: Path, job: Callable[..., Any], tmp_path: Path) -> None:
+def test_ingest_brings_captions(slides: Path, job_here: Callable[..., Any], tmp_path: Path) -> None:
     from pathflip.errors import ConfigError
 
     archive, sheet = tmp_path / "a", tmp_path / "reports.csv"
     sheet.write_text("slide,caption\na,\n")
     with pytest.raises(ConfigError, match="line 2: no caption"):
-        job(slides / "a.svs", archive, f"captions={sheet}")
+        job_here(slides / "a.svs", archive, f"captions={sheet}")
     assert not archive.exists()
     sheet.write_text("slide,caption\na.svs,A tumour. No necrosis.\nb,elsewhere\n")
-    result = job(slides / "a.svs", archive, f"captions={sheet}")
+    result = job_here(slides / "a.svs", archive, f"captions={sheet}")
     assert result.as_json()["captions"]["new"] == 1
     assert result.as_json()["captions"]["unmatched"] == ["b"]
     (row,) = Archive(archive).captions("reports").to_pylist()
     assert row["sentences"] == ["A tumour.", "No necrosis."]
-    again = job(slides / "a.svs", archive, f"captions={sheet}")
+    again = job_here(slides / "a.svs", archive, f"captions={sheet}")
     assert again.as_json()["captions"]["unchanged"] == 1
     assert verify(archive).ok

@@ -121,7 +121,7 @@ def test_pixels_stay_out_of_the_object_store(clean: Clean) -> None:
 
 
 def test_again_does_nothing_and_more_adds_only_itself(
-    slides: Path, clean: Clean, job: Callable[..., Any], tmp_path: Path
+    slides: Path, clean: Clean, job_here: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Resume: a new slide, copies under other names, a slide whose file was replaced."""
     from pathflip.synth import make_slide
@@ -129,7 +129,7 @@ def test_again_does_nothing_and_more_adds_only_itself(
     archive = tmp_path / "archive"
     shutil.copytree(clean.archive, archive)
     data = {name: it for name, it in listing(archive).items() if "/data/" in name}
-    again = job([slides, slides / "a.svs", slides], archive)
+    again = job_here([slides, slides / "a.svs", slides], archive)
     assert (again.slides["skipped"], again.slides["ready"], again.patches) == (7, 0, 0)
     assert {name: it for name, it in listing(archive).items() if "/data/" in name} == data
     assert content(archive) == clean.content
@@ -139,7 +139,7 @@ def test_again_does_nothing_and_more_adds_only_itself(
     make_slide(more / "new.svs", width=1024, height=1024, mpp=0.5, layout="aperio", seed=40)
     shutil.copy(more / "new.svs", more / "same content.svs")
     shutil.copy(slides / "a.svs", more / "known.svs")
-    added = job([slides, more], archive)
+    added = job_here([slides, more], archive)
     assert added.slides == {"ready": 1, "quarantined": 0, "empty": 0, "skipped": 9}
     found = content(archive)
     (new,) = set(found) - set(clean.content)
@@ -152,7 +152,7 @@ def test_again_does_nothing_and_more_adds_only_itself(
         assert found[slide] == {key: it for key, it in entry.items() if key != "row"}
 
     make_slide(more / "new.svs", width=1024, height=1024, mpp=0.5, layout="aperio", seed=41)
-    changed = job(more / "new.svs", archive)
+    changed = job_here(more / "new.svs", archive)
     assert changed.slides["ready"] == 1
     final = content(archive)
     (newer,) = (s for s, e in final.items() if e["row"]["uri"] == str(more / "new.svs"))
