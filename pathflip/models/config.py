@@ -1,4 +1,4 @@
-"""Configuration of the slide model and the presets.
+"""Configuration of the slide model and its presets; of the text tower every model has.
 
 Sizes: d_in patch feature width (``feature_dim``), d_e projected patch width (``patch_width``), h
 width inside the Q-Former (``hidden``), d joint space of slides and texts (``d``).
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pathflip.errors import ConfigError
 
@@ -18,9 +18,42 @@ BIOBERT = "dmis-lab/biobert-base-cased-v1.2"
 SCALE = math.log(1 / 0.07)
 """Where the scale of the region loss begins (2.659), in paper and published code."""
 
+C = TypeVar("C", bound="TextConfig")
+
 
 @dataclass(frozen=True, kw_only=True)
-class PathFLIPConfig:
+class TextConfig:
+    """Settings of a text tower, part of every model's.
+
+    Attributes:
+        text_model: BERT-family model on the hub, or a folder, to begin from; None for a small BERT
+            from scratch with a tokenizer trained on the captions.
+        text_hidden: Width of the small BERT.
+        text_layers: Number of its layers.
+        text_heads: Number of its attention heads.
+        text_ffn: Width inside its feed-forward blocks.
+        vocab_size: Maximum number of entries of its tokenizer.
+        text_pooling: Vector of a text: its first token's state, or the mean over its tokens.
+        max_text_tokens: Maximum length of a caption, in tokens; the rest is cut off.
+        dropout: Dropout of a text tower built from scratch and of the model's other layers.
+        recompute: Whether cross-attention and the outputs of GELUs are recomputed for the gradient
+            rather than kept: a third less memory for activations.
+    """
+
+    text_model: str | None = BIOBERT
+    text_hidden: int = 128
+    text_layers: int = 2
+    text_heads: int = 4
+    text_ffn: int = 512
+    vocab_size: int = 4096
+    text_pooling: Literal["cls", "mean"] = "cls"
+    max_text_tokens: int = 384
+    dropout: float = 0.1
+    recompute: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathFLIPConfig(TextConfig):
     """Settings of a :class:`pathflip.models.PathFLIP`; the defaults are the paper's.
 
     Attributes:
@@ -36,7 +69,6 @@ class PathFLIPConfig:
         heads: Number of heads of its attention.
         ffn: Width inside its feed-forward blocks.
         cross_attention_freq: Cross-attention in every so many layers, from the first on.
-        dropout: Dropout of Q-Former, context layers and a text tower built from scratch.
         patch_dropout: Share of patches hidden in training, drawn anew each step.
         region_encoder: Encoder of regions: the Q-Former, the mean of its patches, or
             ``none``: no regions and no region loss.
@@ -52,18 +84,7 @@ class PathFLIPConfig:
         vector_biases: Learned offsets of region vectors, one for each of a region's, and of slide
             vectors.
         text_encoder: A tower of its own, or the Q-Former's text branch (published code).
-        text_model: BERT-family model on the hub, or a folder, to begin from; None for a small BERT
-            from scratch with a tokenizer trained on the captions.
-        text_hidden: Width of the small BERT.
-        text_layers: Number of its layers.
-        text_heads: Number of its attention heads.
-        text_ffn: Width inside its feed-forward blocks.
-        vocab_size: Maximum number of entries of its tokenizer.
-        text_pooling: Vector of a text: its first token's state, or the mean over its tokens.
-        max_text_tokens: Maximum length of a caption, in tokens; the rest is cut off.
         max_subcaption_tokens: The same of a sub-caption; None: half of max_text_tokens.
-        recompute: Whether cross-attention and the outputs of GELUs are recomputed for the gradient
-            rather than kept: a third less memory for activations.
         qformer_from_text: Whether the Q-Former begins with the weights of text_model.
         temperature: τ of the slide loss.
         label_smoothing: Label smoothing of the slide loss (published code: 0.1).
@@ -87,7 +108,6 @@ class PathFLIPConfig:
     heads: int = 12
     ffn: int = 3072
     cross_attention_freq: int = 2
-    dropout: float = 0.1
     patch_dropout: float = 0.0
     region_encoder: Literal["qformer", "mean", "none"] = "qformer"
     slide_encoder: Literal["qformer", "region_mean"] = "qformer"
@@ -98,16 +118,7 @@ class PathFLIPConfig:
     tr_identity_init: bool = False
     vector_biases: bool = False
     text_encoder: Literal["separate", "shared_qformer"] = "separate"
-    text_model: str | None = BIOBERT
-    text_hidden: int = 128
-    text_layers: int = 2
-    text_heads: int = 4
-    text_ffn: int = 512
-    vocab_size: int = 4096
-    text_pooling: Literal["cls", "mean"] = "cls"
-    max_text_tokens: int = 384
     max_subcaption_tokens: int | None = None
-    recompute: bool = True
     qformer_from_text: bool = True
     temperature: float = 0.1
     label_smoothing: float = 0.0
@@ -120,25 +131,15 @@ class PathFLIPConfig:
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "feature_dim", "d", "num_queries", "hidden", "layers", "heads", "ffn",
+        check_sizes(
+            self, "feature_dim", "d", "num_queries", "hidden", "layers", "heads", "ffn",
             "cross_attention_freq", "tr_heads", "text_hidden", "text_layers", "text_heads",
             "text_ffn", "max_text_tokens",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"model.{name} is {getattr(self, name)}.", hint="It must be 1 or more."
-                )
-        by_heads = [("hidden", "heads"), ("text_hidden", "text_heads")]
+        )  # fmt: skip
+        check_heads(self, "hidden", "heads")
+        check_heads(self, "text_hidden", "text_heads")
         if self.tr_attention.startswith("mha") or self.slide_context_layers:
-            by_heads.append(("d", "tr_heads"))
-        for width, heads in by_heads:
-            if getattr(self, width) % getattr(self, heads):
-                raise ConfigError(
-                    f"model.{width} {getattr(self, width)} is not a multiple of {heads} "
-                    f"{getattr(self, heads)}.",
-                    hint=f"Make {width} a multiple of {heads}.",
-                )
+            check_heads(self, "d", "tr_heads")
         if self.slide_encoder == "region_mean" and self.region_encoder == "none":
             raise ConfigError(
                 "model.slide_encoder region_mean needs regions; model.region_encoder is none.",
@@ -150,11 +151,7 @@ class PathFLIPConfig:
                 "use it.",
                 hint="Choose model.text_encoder=separate.",
             )
-        for name in ("dropout", "patch_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"model.{name} is {getattr(self, name)}.", hint="It must be 0 or more, below 1."
-                )
+        check_shares(self, "dropout", "patch_dropout", "label_smoothing")
         if self.temperature <= 0:
             raise ConfigError(
                 f"model.temperature is {self.temperature}.", hint="It must be above 0."
@@ -201,8 +198,51 @@ class PathFLIPConfig:
         return self.max_subcaption_tokens or max(1, self.max_text_tokens // 2)
 
 
+def check_sizes(config: Any, *names: str) -> None:
+    """Refuse settings of a model below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(
+                f"model.{name} is {getattr(config, name)}.", hint="It must be 1 or more."
+            )
+
+
+def check_heads(config: Any, width: str, heads: str) -> None:
+    """Refuse a width that the heads of an attention do not divide."""
+    if getattr(config, width) % getattr(config, heads):
+        raise ConfigError(
+            f"model.{width} {getattr(config, width)} is not a multiple of {heads} "
+            f"{getattr(config, heads)}.",
+            hint=f"Make {width} a multiple of {heads}.",
+        )
+
+
+def check_shares(config: Any, *names: str) -> None:
+    """Refuse settings of a model that are not in [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(
+                f"model.{name} is {getattr(config, name)}.", hint="It must be 0 or more, below 1."
+            )
+
+
+def changed(base: C, overrides: Mapping[str, Any]) -> C:
+    """Return the configuration of a model with some settings changed.
+
+    Raises:
+        ConfigError: There is no such setting, or a value is not possible.
+    """
+    known = [each.name for each in fields(base)]
+    if unknown := set(overrides) - set(known):
+        raise ConfigError(
+            f"There is no model setting {sorted(unknown)[0]!r}.",
+            hint=f"Known: {', '.join(known)}.",
+        )
+    return replace(base, **overrides)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Preset:
+class Preset(Generic[C]):
     """A model configuration with its training settings.
 
     Attributes:
@@ -210,11 +250,11 @@ class Preset:
         train: Settings of the pretraining job that differ from its defaults, by name.
     """
 
-    model: PathFLIPConfig
+    model: C
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
+PRESETS: Mapping[str, Preset[PathFLIPConfig]] = MappingProxyType(
     {
         "pathflip/paper": Preset(model=PathFLIPConfig()),
         "pathflip/official_v1": Preset(
@@ -274,7 +314,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 """The named models; see docs/concepts/models.md."""
 
 
-def preset(name: str) -> Preset:
+def preset(name: str) -> Preset[PathFLIPConfig]:
     """Return a preset.
 
     Raises:

@@ -5,30 +5,87 @@ A folder is read whole or refused by name of the file that is wrong; nothing in 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
 from pathflip.config import load_config
 from pathflip.errors import CheckpointError, ConfigError
-from pathflip.models.config import PathFLIPConfig
+from pathflip.models.config import PathFLIPConfig, TextConfig
+from pathflip.models.mrplip_config import MRPLIPConfig
 from pathflip.models.text_tower import load_text_model
 
 if TYPE_CHECKING:
+    from pathflip.models.mrplip import MRPLIP
     from pathflip.models.pathflip import PathFLIP
 
+    Model: TypeAlias = "PathFLIP | MRPLIP"
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+C = TypeVar("C", bound=TextConfig)
 
 
-def save(model: PathFLIP, folder: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A class of models that folders hold.
+
+    Attributes:
+        name: Name of the class.
+        config: Type of its configuration.
+        title: Its name in prose.
+        tags: Tags of its card, beside pathology.
+        reads: Sentence of its card on inputs and space; {feature_dim} and {d} are filled in.
+    """
+
+    name: str
+    config: type[TextConfig]
+    title: str
+    tags: str
+    reads: str
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "pathflip": Family(
+            name="PathFLIP",
+            config=PathFLIPConfig,
+            title="PathFLIP",
+            tags="whole-slide-image, contrastive",
+            reads="Slides (patch features {feature_dim} wide) and captions in one space of {d} "
+            "dimensions.",
+        ),
+        "mrplip": Family(
+            name="MRPLIP",
+            config=MRPLIPConfig,
+            title="MR-PLIP",
+            tags="patches, multi-resolution, contrastive",
+            reads="Patches of four resolutions (features {feature_dim} wide) and texts in one "
+            "space of {d} dimensions.",
+        ),
+    }
+)
+"""Families by the ``model_type`` of their config.json."""
+
+
+def model_type(config: TextConfig | type[TextConfig]) -> str:
+    """Return the ``model_type`` of a configuration."""
+    kind = config if isinstance(config, type) else type(config)
+    return next(name for name, family in FAMILIES.items() if family.config is kind)
+
+
+def save(model: Model, folder: Path) -> None:
     """Write a model into a folder; README.md only where there is none."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    about: dict[str, Any] = {"model_type": "pathflip", "pathflip": asdict(model.config)}
+    kind = model_type(model.config)
+    about: dict[str, Any] = {"model_type": kind, kind: asdict(model.config)}
     if model.text_tower is not None:
         kept = model.text_tower.bert.config.to_diff_dict()
         kept.pop("_name_or_path", None)
@@ -74,18 +131,31 @@ def find(source: str | Path) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> tuple[PathFLIPConfig, dict[str, Any] | None]:
+def read_config(folder: Path, kind: type[C]) -> tuple[C, dict[str, Any] | None]:
     """Return a model's configuration and that of its text tower.
 
+    Args:
+        folder: Folder of the model.
+        kind: Type of configuration it must have.
+
     Raises:
-        CheckpointError: config.json is missing or not one of ours.
+        CheckpointError: config.json is missing, not one of ours or of another family
+            (``model_type``).
     """
     path = _present(folder, CONFIG)
+    wanted = model_type(kind)
     try:
         about = json.loads(path.read_text())
-        values = about["pathflip"]
-        return load_config(PathFLIPConfig, given=values), about.get("text_config")
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        found = about.get("model_type")
+        if found != wanted and found in FAMILIES:
+            raise CheckpointError(
+                f"{folder} holds a model of {FAMILIES[found].title}, not of "
+                f"{FAMILIES[wanted].title}.",
+                hint=f"Open it with pathflip.models.{FAMILIES[found].name}.",
+                code="model_type",
+            )
+        return load_config(kind, given=about[wanted]), about.get("text_config")
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         what = error.message if isinstance(error, ConfigError) else repr(error)
         raise CheckpointError(
             f"{path} does not describe a model of this version of pathflip: {what}",
@@ -116,7 +186,7 @@ def read_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def read_weights(model: PathFLIP, folder: Path) -> None:
+def read_weights(model: Model, folder: Path) -> None:
     """Fill a model with the weights of a folder.
 
     Raises:
@@ -149,7 +219,21 @@ def read_weights(model: PathFLIP, folder: Path) -> None:
     model.load_state_dict(found)
 
 
-def push(model: PathFLIP, name: str, *, private: bool, token: str | None) -> str:
+def fingerprint(model: Model) -> str:
+    """Return hex SHA-256 of a model's configuration, vocabulary and weights."""
+    digest = hashlib.sha256()
+    vocabulary = sorted(model.tokenizer.get_vocab().items())
+    settings = asdict(model.config)
+    del settings["recompute"]  # memory for time: nothing that comes out depends on it
+    digest.update(json.dumps([settings, vocabulary], sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def push(model: Model, name: str, *, private: bool, token: str | None) -> str:
     """Upload a model and return its address."""
     import tempfile
 
@@ -221,17 +305,17 @@ def _present(folder: Path, name: str) -> Path:
     return path
 
 
-def _card(model: PathFLIP) -> str:
+def _card(model: Model) -> str:
     config = model.config
+    family = FAMILIES[model_type(config)]
     return "\n".join(
         [
-            "---", "library_name: pathflip", "tags: [pathology, whole-slide-image, contrastive]",
+            "---", "library_name: pathflip", f"tags: [pathology, {family.tags}]",
             "---", "",
-            "# PathFLIP", "",
-            f"Slides (patch features {config.feature_dim} wide) and captions in one space of "
-            f"{config.d} dimensions.", "",
-            "```python", "from pathflip.models import PathFLIP",
-            'model = PathFLIP.from_pretrained("<this folder>")', "```", "",
+            f"# {family.title}", "",
+            family.reads.format(feature_dim=config.feature_dim, d=config.d), "",
+            "```python", f"from pathflip.models import {family.name}",
+            f'model = {family.name}.from_pretrained("<this folder>")', "```", "",
             f"Fingerprint `{model.fingerprint()}`. For research; not a medical device.", "",
         ]
     )  # fmt: skip

@@ -15,7 +15,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +37,7 @@ from pathflip.models.chat_template import (
 from pathflip.models.llm import fingerprint_of, load_llm, read_adapter, with_adapter
 from pathflip.models.pathflip import PathFLIP, Texts
 from pathflip.models.prompt_encoder import InstructConfig, PromptEncoder
+from pathflip.models.text_tower import evaluating
 
 __all__ = [
     "CAPTION_INSTRUCTION",
@@ -436,7 +436,7 @@ class PathFLIPInstruct(PromptEncoder):
         if not settings["do_sample"]:  # what a base's generation_config has for sampling
             settings = {"temperature": None, "top_p": None, "top_k": None} | settings
         ends = set(self.eos_ids)
-        with _evaluating(self):
+        with evaluating(self):
             for start in range(0, len(order), ROWS_AT_ONCE):
                 members = order[start : start + ROWS_AT_ONCE]
                 embeds, mask = _padded([prompts[i] for i in members], left=True)
@@ -475,7 +475,7 @@ class PathFLIPInstruct(PromptEncoder):
                 rows.append(torch.cat([prompt, words.to(prompt.dtype)[:-1]]))
                 answers.append(ids)
         scores: list[tuple[float, int]] = []
-        with _evaluating(self):
+        with evaluating(self):
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 part = slice(start, start + ROWS_AT_ONCE)
                 found = self._answer_log_probs(rows[part], answers[part])
@@ -497,7 +497,7 @@ class PathFLIPInstruct(PromptEncoder):
         ids = [self.prompter.text_ids(letter)[0] for letter in letters]
         found = torch.zeros(len(prompts), len(ids), device=self.device)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with _evaluating(self):
+        with evaluating(self):
             for start in range(0, len(order), ROWS_AT_ONCE):
                 members = order[start : start + ROWS_AT_ONCE]
                 states = self._states([prompts[i] for i in members], left=True)
@@ -536,13 +536,3 @@ def _padded(rows: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
     embeds = pad_sequence(list(rows), batch_first=True, padding_side=side)
     ones = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
     return embeds, pad_sequence(ones, batch_first=True, padding_side=side)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)

@@ -1,4 +1,4 @@
-"""Slide and region loss of PathFLIP as functions of tensors, and gathering across processes.
+"""Contrastive and region loss as functions of tensors, and gathering across processes.
 
 Shapes: b slides of this process, B of all processes, K sub-captions of a slide, L texts a slide is
 compared with, d joint width.
@@ -21,11 +21,12 @@ def info_nce(
     slide: Tensor,
     text: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     label_smoothing: float = 0.0,
     all_slides: Tensor | None = None,
     all_texts: Tensor | None = None,
     offset: int = 0,
+    same: Tensor | None = None,
 ) -> Tensor:
     """Compute the symmetric cross-entropy of slides and captions (Eq. 7-9).
 
@@ -37,6 +38,8 @@ def info_nce(
         all_slides: Candidates for the texts [B, d]; None: ``slide``.
         all_texts: Candidates for the slides [B, d]; None: ``text``.
         offset: Position of ``slide[0]`` among the candidates.
+        same: bool [b, B], whether the captions of i and candidate j are equal; such candidates are
+            left out, but for i itself. None: none are.
 
     Returns:
         Scalar, the mean over slides and both directions.
@@ -46,6 +49,9 @@ def info_nce(
     target = torch.arange(offset, offset + len(slide), device=slide.device)
     to_text = (slide @ all_texts.T).float() / temperature
     to_slide = (text @ all_slides.T).float() / temperature
+    if same is not None:
+        hidden = same & ~F.one_hot(target, same.shape[1]).bool()
+        to_text, to_slide = (x.masked_fill(hidden, -math.inf) for x in (to_text, to_slide))
     both = F.cross_entropy(to_text, target, label_smoothing=label_smoothing) + F.cross_entropy(
         to_slide, target, label_smoothing=label_smoothing
     )
@@ -139,6 +145,53 @@ def gather(local: Tensor, group: Any = None) -> Tensor:
         group: Process group; None for all.
     """
     out: Tensor = _Gather.apply(local, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def gather_ragged(local: Tensor, group: Any = None) -> tuple[Tensor, int]:
+    """Concatenate the rows of all processes, which may have different numbers of them.
+
+    Args:
+        local: [b, …], of the same shape in all processes but for b.
+        group: Process group; None for all.
+
+    Returns:
+        [B, …] with gradients as of :func:`gather`, and the place of the first local row in it.
+    """
+    rank, processes = world(group)
+    if processes == 1:
+        return local, 0
+    size = torch.tensor([len(local)], device=local.device)
+    sizes = gather(size, group).tolist()
+    longest, offset = max(sizes), sum(sizes[:rank])
+    if min(sizes) == longest:
+        return gather(local, group), offset
+    padding = local.new_zeros(longest - len(local), *local.shape[1:])
+    padded = gather(torch.cat([local, padding]), group)
+    there = [i * longest + j for i, own in enumerate(sizes) for j in range(own)]
+    return padded[torch.tensor(there, device=local.device)], offset
+
+
+class _Total(torch.autograd.Function):
+    """Sum of all processes' tensors; gradients are summed over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        out = local.contiguous().clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def total(local: Tensor, group: Any = None) -> Tensor:
+    """Sum the tensors of all processes, with gradients as of :func:`gather`."""
+    out: Tensor = _Total.apply(local, group)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -1,11 +1,12 @@
-"""Outputs of the slide model.
+"""Outputs of the slide model and of the patch model.
 
 Shapes: B slides, N regions, M patch slots of a region, T vectors of a region, d joint width, L
-texts.
+texts, P pairs of patch and caption.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,6 +33,42 @@ class PathFLIPOutput:
     text: Tensor
     scale: Tensor
     bias: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MRPLIPOutput:
+    """Losses and vectors of a training step of the patch model.
+
+    Attributes:
+        loss: Sum of the losses, each the mean over its terms in this batch.
+        totals: Sum over its terms of each loss that is on, by name.
+        counts: Number of those terms; 0 where the batch has none, and the sum is 0.
+        image: Normalised vectors of the pairs' patches [P, d].
+        text: Normalised vectors of their captions [P, d].
+        alarms: Signs of collapse, NaN where the batch does not tell: ``keyword_entropy`` of chosen
+            keywords (1: even), ``cvta_floor`` (that loss above the least it could be),
+            ``cvta_skipped`` (trees left out of it), ``z_std`` (of unit projections, 1: spread
+            evenly), ``match_accuracy``.
+        loss_itc: Contrastive loss of pairs.
+        loss_itm: Matching loss; None where off, as the others.
+        loss_mlm: Loss of masked words.
+        loss_plm: Loss of words behind a prefix.
+        loss_cvta: Cross-resolution vision-text alignment.
+        loss_mrtva: Multi-resolution text-guided visual alignment.
+    """
+
+    loss: Tensor
+    totals: Mapping[str, Tensor]
+    counts: Mapping[str, float]
+    image: Tensor
+    text: Tensor
+    alarms: Mapping[str, Tensor]
+    loss_itc: Tensor
+    loss_itm: Tensor | None = None
+    loss_mlm: Tensor | None = None
+    loss_plm: Tensor | None = None
+    loss_cvta: Tensor | None = None
+    loss_mrtva: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,11 +12,7 @@ texts.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pathflip.errors import ConfigError
-from pathflip.models import alignment, grounding, hub, losses
+from pathflip.models import alignment, grounding, hub, inputs, losses
 from pathflip.models.attention import RegionAttention, build_attention
-from pathflip.models.config import PathFLIPConfig, preset
+from pathflip.models.config import PathFLIPConfig, changed, preset
 from pathflip.models.outputs import Grounding, PathFLIPOutput, SlideEmbedding, VisionOutput
 from pathflip.models.packing import pack
 from pathflip.models.qformer import QFormer, QFormerOutput
-from pathflip.models.text_tower import TextTower, build_tower, load_tokenizer
+from pathflip.models.text_tower import (
+    TextTower,
+    build_tower,
+    by_length,
+    evaluating,
+    token_ids,
+    tokenizer_of,
+)
 
 SEQUENCES_AT_ONCE = 256
 """Regions that go through the Q-Former together where no gradient is wanted."""
-_WHITENING_FLOOR = 0.05
-"""Added to the variances of whitening: directions that hold less are not blown up."""
 
 Texts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -70,12 +71,7 @@ class PathFLIP(nn.Module):
         self.tokenizer = tokenizer
         width = config.patch_width or config.feature_dim
         shared = config.text_encoder == "shared_qformer"
-        if config.feature_norm != "none":
-            one = torch.ones(config.feature_dim)
-            self.register_buffer("feature_mean", torch.zeros_like(one))
-            self.register_buffer(
-                "feature_scale", torch.diag(one) if config.feature_norm == "whiten" else one
-            )
+        inputs.add_statistics(self)
         if config.patch_width:
             self.patch_in = nn.Linear(config.feature_dim, width)
         if config.uses_qformer:
@@ -154,26 +150,10 @@ class PathFLIP(nn.Module):
             ConfigError: Unknown preset or setting, or captions are needed and not given.
             CheckpointError: The text model cannot be loaded.
         """
-        from pathflip.text import train_tokenizer
-
         if feature_dim is not None:
             overrides["feature_dim"] = feature_dim
-        base = preset(name).model
-        if unknown := set(overrides) - set(asdict(base)):
-            raise ConfigError(
-                f"There is no model setting {sorted(unknown)[0]!r}.",
-                hint=f"Known: {', '.join(asdict(base))}.",
-            )
-        config = replace(base, **overrides)
-        if tokenizer is None and config.text_model is not None:
-            tokenizer = load_tokenizer(config.text_model)
-        if tokenizer is None:
-            if not texts:
-                raise ConfigError(
-                    f"{name} trains its tokenizer on captions, and none were given.",
-                    hint="Give texts or a tokenizer.",
-                )
-            tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
+        config = changed(preset(name).model, overrides)
+        tokenizer = tokenizer_of(config, tokenizer, texts, name)
         model = cls(config, tokenizer)
         if config.text_model is not None and config.qformer_from_text and config.uses_qformer:
             hub.start_from_bert(model, config.text_model)
@@ -190,7 +170,7 @@ class PathFLIP(nn.Module):
             CheckpointError: A file is missing, damaged or does not fit; says which.
         """
         folder = hub.find(source)
-        config, text_config = hub.read_config(folder)
+        config, text_config = hub.read_config(folder, PathFLIPConfig)
         model = cls(config, hub.read_tokenizer(folder), text_config=text_config)
         hub.read_weights(model, folder)
         return model.eval()
@@ -214,42 +194,16 @@ class PathFLIP(nn.Module):
 
     def fingerprint(self) -> str:
         """Return hex SHA-256 of configuration, vocabulary, weights; saving and loading keep it."""
-        digest = hashlib.sha256()
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        settings = asdict(self.config)
-        del settings["recompute"]  # memory for time: nothing that comes out depends on it
-        digest.update(json.dumps([settings, vocabulary], sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return hub.fingerprint(self)
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.text_out.weight.device
 
-    @torch.no_grad()
     def fit_normalization(self, features: Tensor) -> None:
-        """Fit ``feature_norm`` to patch features; do nothing where the setting is off.
-
-        Args:
-            features: A sample of the training slides' patches [n, d_in].
-        """
-        kind = self.config.feature_norm
-        if kind == "none":
-            return
-        x = features.to("cpu", torch.float64)
-        mean, std = x.mean(0), x.std(0) + 1e-4
-        scale = 1 / std
-        if kind == "whiten":
-            values, vectors = torch.linalg.eigh(torch.cov(((x - mean) * scale).T))
-            largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-            vectors = vectors * largest.sign()  # eigenvectors have no sign of their own
-            scale = scale[:, None] * vectors / (values.clamp(min=0) + _WHITENING_FLOOR).sqrt()
-        self.feature_mean.copy_(mean)
-        self.feature_scale.copy_(scale)
+        """Fit ``feature_norm`` to a sample of training patches [n, d_in], where it is on."""
+        inputs.fit(self, features)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -308,12 +262,7 @@ class PathFLIP(nn.Module):
 
     def patches(self, features: Tensor) -> Tensor:
         """Normalise and project patch features [..., d_in] -> [..., d_e]."""
-        x = features.to(self.text_out.weight.dtype)
-        if self.config.feature_norm != "none":
-            with torch.autocast(x.device.type, enabled=False):
-                x = x - self.feature_mean
-                scale = self.feature_scale
-                x = x @ scale if scale.ndim == 2 else x * scale
+        x = inputs.normalize(self, features.to(self.text_out.weight.dtype))
         return self.patch_in(x) if self.config.patch_width else x
 
     def encode_regions(
@@ -427,7 +376,7 @@ class PathFLIP(nn.Module):
             features: [B, N, M, d_in].
             patch_mask: bool [B, N, M].
         """
-        with _evaluating(self):
+        with evaluating(self):
             features, patch_mask = features.to(self.device), patch_mask.to(self.device)
             sight = self.encode_regions(features, patch_mask, regions=True)
         tokens, mask = sight.flat()
@@ -462,26 +411,12 @@ class PathFLIP(nn.Module):
         most = config.max_text_tokens
         if self.text_tower is not None:
             most = min(most, self.text_tower.max_positions)
-        ids = self._tokens(captions, most=most)
-        ids += self._tokens(subcaptions, most=min(most, config.subcaption_tokens))
+        ids = token_ids(self.tokenizer, captions, most=most)
+        ids += token_ids(self.tokenizer, subcaptions, most=min(most, config.subcaption_tokens))
         packed = pack(ids, device=self.device)
         tower = self.qformer.text if self.text_tower is None else self.text_tower
         vectors: Tensor = self.text_out(tower(packed, pooling=config.text_pooling))
         return vectors[packed.inverse]
-
-    def _tokens(self, texts: Texts, *, most: int) -> list[list[int]]:
-        """Return token ids of texts, cut to ``most``; those already tokenised are only cut."""
-        strings = [text for text in texts if isinstance(text, str)]
-        if strings and len(strings) < len(texts):
-            raise ValueError("texts are strings or token ids, not some of each")
-        if len(strings) < len(texts):
-            return [[*text][:most] for text in texts if not isinstance(text, str)]
-        if not strings:
-            return []
-        distinct = list(dict.fromkeys(strings))
-        found = self.tokenizer(distinct, truncation=True, max_length=most)["input_ids"]
-        ids = dict(zip(distinct, found, strict=True))
-        return [ids[text] for text in strings]
 
     @torch.no_grad()
     def encode_text(
@@ -497,12 +432,10 @@ class PathFLIP(nn.Module):
         Returns:
             [n, d].
         """
-        found = torch.zeros(len(texts), self.config.d, device=self.device)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        with _evaluating(self):
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
-                found[part] = self.embed([texts[i] for i in part]).float()
+        with evaluating(self):
+            found = by_length(
+                texts, self.embed, width=self.config.d, batch_size=batch_size, device=self.device
+            )
         return losses.unit(found) if normalize else found
 
     @torch.no_grad()
@@ -553,7 +486,7 @@ class PathFLIP(nn.Module):
             )
         every = [*texts] if contrast is None else [*texts, contrast]
         raw = self.encode_text(every, normalize=False)
-        with _evaluating(self):
+        with evaluating(self):
             features, patch_mask = features.to(self.device), patch_mask.to(self.device)
             sight = self.encode_regions(features, patch_mask, regions=True, attention=True)
             return grounding.ground(
@@ -572,16 +505,6 @@ class PathFLIP(nn.Module):
                 f"{self.config.region_encoder}).",
                 hint="Use a model trained with regions.",
             )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was = model.training
-    model.train(False)
-    try:
-        yield
-    finally:
-        model.train(was)
 
 
 def _hide_patches(mask: Tensor, share: float) -> Tensor:

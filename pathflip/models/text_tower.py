@@ -6,13 +6,15 @@ A BERT is run on packed texts (:mod:`pathflip.models.packing`) with the weights 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pathflip.errors import CheckpointError
-from pathflip.models.config import PathFLIPConfig
+from pathflip.errors import CheckpointError, ConfigError
+from pathflip.models.config import TextConfig
 from pathflip.models.packing import Packed
 from pathflip.models.qformer import feed_forward
 
@@ -57,34 +59,55 @@ class TextTower(nn.Module):
         Returns:
             One state for each distinct text [n, H].
         """
-        if self._packs:
-            return self._packed(packed, pooling)
-        states = self._grouped(packed)
-        return states[packed.first] if pooling == "cls" else packed.mean(states)
+        if pooling == "mean":
+            return packed.mean(self.states(packed))
+        return (
+            self._packed(packed, first=True) if self._packs else self.states(packed)[packed.first]
+        )
 
-    def _packed(self, packed: Packed, pooling: str) -> Tensor:
+    def states(self, packed: Packed) -> Tensor:
+        """Encode packed texts and return the states of all their tokens [T, H]."""
+        return self._packed(packed, first=False) if self._packs else self._grouped(packed)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return what the layers of a BERT get of tokens at their positions [T] -> [T, H]."""
         embed = self.bert.embeddings
-        x = embed.word_embeddings(packed.ids) + embed.position_embeddings(packed.positions)
-        x = embed.dropout(embed.LayerNorm(x + embed.token_type_embeddings.weight[0]))
+        x = embed.word_embeddings(ids) + embed.position_embeddings(positions)
+        out: Tensor = embed.dropout(embed.LayerNorm(x + embed.token_type_embeddings.weight[0]))
+        return out
+
+    @property
+    def packs(self) -> bool:
+        """True for a BERT, which is run on packed texts."""
+        return bool(self._packs)
+
+    @property
+    def words(self) -> nn.Parameter:
+        """Word embeddings [vocabulary, H]."""
+        table: nn.Parameter = self.bert.get_input_embeddings().weight
+        return table
+
+    def _packed(self, packed: Packed, *, first: bool) -> Tensor:
+        """Run the layers; with ``first``, the last gives the states of first tokens alone."""
+        x = self.embed(packed.ids, packed.positions)
         layers = self.bert.encoder.layer
         for number, layer in enumerate(layers):
-            # Of the last layer, first tokens are all that is asked for.
-            first = pooling == "cls" and number == len(layers) - 1
+            first_only = first and number == len(layers) - 1
             own, out = layer.attention.self, layer.attention.output
-            asking = x[packed.first] if first else x
+            asking = x[packed.first] if first_only else x
             seen = packed.attend(
                 own.query(asking),
                 own.key(x),
                 own.value(x),
                 heads=own.num_attention_heads,
                 dropout=own.dropout.p if self.training else 0.0,
-                first=first,
+                first=first_only,
             )
             x = out.LayerNorm(out.dropout(out.dense(seen)) + asking)
             up, end = layer.intermediate.dense, layer.output
             inner = feed_forward(x, up, end.dense, recompute=self.recompute)
             x = end.LayerNorm(end.dropout(inner) + x)
-        return x if pooling == "cls" else packed.mean(x)
+        return x
 
     def _grouped(self, packed: Packed) -> Tensor:
         found = []
@@ -95,7 +118,7 @@ class TextTower(nn.Module):
 
 
 def build_tower(
-    config: PathFLIPConfig, *, vocab_size: int, text_config: dict[str, Any] | None
+    config: TextConfig, *, vocab_size: int, text_config: dict[str, Any] | None
 ) -> TextTower:
     """Build the tower of a configuration.
 
@@ -162,6 +185,86 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _no_text_model(source, error) from error
+
+
+def tokenizer_of(config: TextConfig, tokenizer: Any, texts: Sequence[str] | None, name: str) -> Any:
+    """Return the tokenizer of a new model: the one given, its text model's, or one trained.
+
+    Args:
+        config: Configuration of the model.
+        tokenizer: The one given, or None.
+        texts: Captions to train one on.
+        name: Name of the preset, for the error.
+
+    Raises:
+        ConfigError: Captions are needed and not given.
+        CheckpointError: That of ``config.text_model`` cannot be had.
+    """
+    from pathflip.text import train_tokenizer
+
+    if tokenizer is not None:
+        return tokenizer
+    if config.text_model is not None:
+        return load_tokenizer(config.text_model)
+    if not texts:
+        raise ConfigError(
+            f"{name} trains its tokenizer on captions, and none were given.",
+            hint="Give texts or a tokenizer.",
+        )
+    return train_tokenizer(texts, vocab_size=config.vocab_size)
+
+
+def token_ids(
+    tokenizer: Any, texts: Sequence[str] | Sequence[Sequence[int]], *, most: int
+) -> list[list[int]]:
+    """Return token ids of texts, cut to ``most``; those already tokenised are only cut."""
+    strings = [text for text in texts if isinstance(text, str)]
+    if strings and len(strings) < len(texts):
+        raise ValueError("texts are strings or token ids, not some of each")
+    if len(strings) < len(texts):
+        return [[*text][:most] for text in texts if not isinstance(text, str)]
+    if not strings:
+        return []
+    distinct = list(dict.fromkeys(strings))
+    found = tokenizer(distinct, truncation=True, max_length=most)["input_ids"]
+    ids = dict(zip(distinct, found, strict=True))
+    return [ids[text] for text in strings]
+
+
+def by_length(
+    texts: Sequence[str],
+    embed: Callable[[list[str]], Tensor],
+    *,
+    width: int,
+    batch_size: int,
+    device: torch.device,
+) -> Tensor:
+    """Embed texts some at a time, short ones together, and return them in order [n, width].
+
+    Args:
+        texts: Texts.
+        embed: Function of some of them, to [m, width].
+        width: Width of a vector.
+        batch_size: Number of texts at a time.
+        device: Device of the vectors.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found = torch.zeros(len(texts), width, device=device)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        found[part] = embed([texts[i] for i in part]).float()
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for a while."""
+    was = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(was)
 
 
 def _no_text_model(source: str, error: Exception) -> CheckpointError:

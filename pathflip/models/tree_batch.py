@@ -33,6 +33,7 @@ class TreeBatch:
         draw: Seed of each pair's draws (masked tokens, prefix), int64 [P]; a function of
             (seed, epoch, tree, node).
         edge_draw: Seed of each tree's random edges, int64 [G].
+        progress: Share of the run that is done, from 0 to 1; some settings change on the way.
     """
 
     trees: list[int]
@@ -47,6 +48,7 @@ class TreeBatch:
     caption_id: Tensor
     draw: Tensor
     edge_draw: Tensor
+    progress: float = 1.0
 
     def to(self, device: torch.device | str) -> TreeBatch:
         """Return the batch on a device, with features in float32."""

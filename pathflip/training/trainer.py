@@ -280,7 +280,8 @@ class Trainer:
                         model, batch.to(worker.device), group=worker.group
                     )
                 counts = counts or {name: loss.count for name, loss in losses.items()}
-                parts = {name: losses[name].total / counts[name] for name in weights}
+                # A loss may have no terms in a step: then its sum is 0.
+                parts = {name: losses[name].total / (counts[name] or 1.0) for name in weights}
                 loss: Any = weighted(weights, parts)
                 loss.backward()
             sums[:-1] += torch.stack([part.detach().float() for part in (loss, *parts.values())])

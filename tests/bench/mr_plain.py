@@ -1,0 +1,233 @@
+"""MR-PLIP's losses written plainly from their equations: loops, padding, nothing shared.
+
+Reads the weights of an :class:`pathflip.models.MRPLIP`, and takes masked words, prefixes and edges
+from its plan. Two styles: ``edges`` runs the fusion encoder anew for both ends of every edge, on
+texts padded to a fixed length; ``bags`` once for all patches of a tree, on texts padded to the
+longest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pathflip.models import MRPLIP, TreeBatch
+from pathflip.models.mr_plan import LEVEL_OF
+
+
+def losses(
+    model: MRPLIP, batch: TreeBatch, *, style: str = "bags", texts: int = 0, words: int = 0
+) -> dict[str, Tensor]:
+    """Compute the mean of each loss over its terms.
+
+    Args:
+        model: The model.
+        batch: Trees of one process.
+        style: ``edges`` or ``bags``.
+        texts: Length captions are padded to; 0: the longest.
+        words: The same of keywords.
+    """
+    config, plan = model.config, model.plan(batch)
+    tau = model.temperature.clamp(0.01, 0.5)
+    found: dict[str, Tensor] = {}
+    x = batch.features
+    if config.feature_norm != "none":
+        x = x - model.feature_mean
+        x = x @ model.feature_scale if config.feature_norm == "whiten" else x * model.feature_scale
+    v = F.normalize(model.visual(x) + model.level.weight[torch.from_numpy(LEVEL_OF)], dim=-1)
+
+    # Vision-text alignment, and the text-guided vectors of all patches.
+    nodes: list[Tensor] = []
+    number: dict[int, int] = {}
+    aligned = []
+    keyword_ids = model.ids(batch.keywords)
+    for tree in range(len(v)):
+        own_words = [int(i) for i in batch.keyword_index[tree] if i >= 0][: config.keyword_cap]
+        w = torch.zeros(0, config.d)
+        if own_words:
+            states, mask = tower(model, [keyword_ids[i] for i in own_words], words)
+            w = F.normalize(model.text_out(pooled(config, states, mask)), dim=-1)
+        there = [node for node in range(85) if plan.present[tree, node]]
+        scores = v[tree] @ w.T
+        chosen = {}
+        for node in there:
+            most = min(config.keywords, len(own_words) // 2)
+            if config.takes_own(batch.progress):
+                own = [place for place in range(len(own_words)) if batch.own[tree, node, place]]
+                chosen[node] = own[:most]
+            else:
+                chosen[node] = scores[node].detach().topk(most).indices.tolist()
+        if len(own_words) >= 4 and any(chosen.values()):
+            terms: dict[int, list[Tensor]] = {}
+            for node in there:
+                if chosen[node]:
+                    log_p = (scores[node] / tau).log_softmax(-1)
+                    level = int(LEVEL_OF[node]) if config.cvta_mean == "levels" else 0
+                    terms.setdefault(level, []).append(-log_p[chosen[node]].mean())
+            means = [torch.stack(own).mean() for own in terms.values()]
+            aligned.append(torch.stack(means).mean())
+        if config.has("mrtva"):
+            guided = {}
+            if style == "edges":
+                for one, other in plan.edges.tolist():
+                    for node in (one - 85 * tree, other - 85 * tree):
+                        if 0 <= node < 85:
+                            guided[node] = guide(model, v[tree, [node]], w[None, chosen[node]])[0]
+            for node in there:
+                number[85 * tree + node] = len(nodes)
+                if node not in guided:
+                    guided[node] = guide(model, v[tree, [node]], w[None, chosen[node]])[0]
+                nodes.append(guided[node])
+    if config.has("cvta"):
+        found["cvta"] = torch.stack(aligned).mean() if aligned else torch.zeros(())
+    if config.has("mrtva"):
+        f, q = heads(model, torch.stack(nodes))
+        terms = []
+        for one, other in plan.edges.tolist():
+            a, b = number[one], number[other]
+            for guess, target in ((a, b), (b, a)):
+                terms.append(-F.cosine_similarity(q[guess], f[target].detach(), dim=0))
+        found["mrtva"] = torch.stack(terms).mean()
+
+    # Pairs.
+    image = v[batch.pair_bag, batch.pair_node]
+    states, mask = tower(model, plan.captions, texts)
+    text = F.normalize(model.text_out(pooled(config, states, mask)), dim=-1)
+    size = len(image)
+    sim = image @ text.T / tau
+    terms = []
+    for i in range(size):
+        others = [j for j in range(size) if batch.caption_id[j] != batch.caption_id[i]]
+        for row in (sim[i], sim[:, i]):
+            terms.append(torch.logsumexp(row[[i, *others]], 0) - row[i])
+    found["itc"] = torch.stack(terms).mean()
+    if config.has("itm"):
+        patches, captions = negatives(plan, sim.detach(), batch.pair_bag)
+        one = [*range(size), *(i for i, _ in patches), *(i for i, _ in captions)]
+        two = [*range(size), *(j for _, j in patches), *(j for _, j in captions)]
+        seen = fuse(model, image[one], states[two], mask[two])[:, 0]
+        truth = torch.tensor([1] * size + [0] * (len(one) - size))
+        found["itm"] = F.cross_entropy(model.match(seen), truth)
+    if config.has("mlm"):
+        hidden, hidden_mask = tower(model, plan.masked, texts)
+        logits = say(model, fuse(model, image, hidden, hidden_mask)[:, 1:])
+        target = torch.full(hidden_mask.shape, -100)
+        for i, places in enumerate(plan.places):
+            for place in places:
+                target[i, place] = plan.captions[i][place]
+        found["mlm"] = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    if config.has("plm"):
+        ids, ids_mask = padded(plan.captions, texts)
+        before = [own[:n] for own, n in zip(plan.captions, plan.prefixes, strict=True)]
+        prefix, prefix_mask = tower(model, before, ids.shape[1])
+        rest = model.text_tower.bert.embeddings(input_ids=ids)
+        line = torch.where(prefix_mask[..., None], prefix, rest)
+        sizes = torch.tensor(plan.prefixes)
+        logits = say(model, fuse(model, image, line, ids_mask, prefix=sizes)[:, 1:])
+        target = torch.full(ids.shape, -100)
+        for i, (own, n) in enumerate(zip(plan.captions, plan.prefixes, strict=True)):
+            for place in range(n, len(own)):
+                target[i, place - 1] = own[place]
+        found["plm"] = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    return {name: found[name] for name in config.losses}
+
+
+def padded(ids: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
+    """Token ids [n, T] padded with 0, and where there are any, bool [n, T]."""
+    most = max(length, *map(len, ids))
+    found = torch.zeros(len(ids), most, dtype=torch.long)
+    mask = torch.zeros(len(ids), most, dtype=torch.bool)
+    for i, own in enumerate(ids):
+        found[i, : len(own)] = torch.tensor(own)
+        mask[i, : len(own)] = True
+    return found, mask
+
+
+def tower(model: MRPLIP, ids: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
+    """States of padded texts [n, T, H] by ``transformers``, and their mask."""
+    tokens, mask = padded(ids, length)
+    return model.text_tower.bert(input_ids=tokens, attention_mask=mask.long())[0], mask
+
+
+def pooled(config: Any, states: Tensor, mask: Tensor) -> Tensor:
+    """Vector of each text [n, H]."""
+    if config.text_pooling == "cls":
+        return states[:, 0]
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def fuse(
+    model: MRPLIP, v: Tensor, states: Tensor, mask: Tensor, *, prefix: Tensor | None = None
+) -> Tensor:
+    """E_mm on [v; states], padded [n, 1 + T, H]."""
+    x = torch.cat([model.visual_in(v)[:, None], states], 1)
+    kinds = torch.tensor([0] + [1] * states.shape[1])
+    x = x + model.kind.weight[kinds]
+    n, length, width = x.shape
+    seen = torch.cat([mask.new_ones(n, 1), mask], 1)[:, None].expand(n, length, length)
+    if prefix is not None:
+        place = torch.arange(length)
+        causal = place[None] <= place[:, None]
+        seen = seen & (causal[None] | (place[None, None] <= prefix[:, None, None]))
+    for layer in model.fusion.layers:
+        y = layer.attention_norm(x)
+        split = [
+            part(y).view(n, length, layer.heads, -1).transpose(1, 2)
+            for part in (layer.query, layer.key, layer.value)
+        ]
+        scores = split[0] @ split[1].transpose(2, 3) / math.sqrt(width / layer.heads)
+        scores = scores.masked_fill(~seen[:, None], -1e9)
+        x = x + layer.out((scores.softmax(-1) @ split[2]).transpose(1, 2).flatten(2))
+        x = x + layer.down(F.gelu(layer.up(layer.ffn_norm(x))))
+    return model.fusion.norm(x)
+
+
+def guide(model: MRPLIP, v: Tensor, w: Tensor) -> Tensor:
+    """Text-guided vectors z [n, H] of patches [n, d] beside their keywords [n, m, d]."""
+    words = model.keyword_in(w)
+    return fuse(model, v, words, torch.ones(words.shape[:2], dtype=torch.bool))[:, 0]
+
+
+def heads(model: MRPLIP, z: Tensor) -> tuple[Tensor, Tensor]:
+    """f(z) and q(f(z)), with the batch norm of ``torch``."""
+    x = z
+    for number, (linear, norm) in enumerate(
+        zip(model.project.maps, model.project.norms, strict=True)
+    ):
+        x = F.batch_norm(linear(x), None, None, norm.weight, norm.bias, training=True)
+        x = F.relu(x) if number < 2 else x
+    norm = model.predict.norm
+    inner = F.batch_norm(model.predict.down(x), None, None, norm.weight, norm.bias, training=True)
+    return x, model.predict.up(F.relu(inner))
+
+
+def say(model: MRPLIP, states: Tensor) -> Tensor:
+    """Scores of words at all places, padding too."""
+    head = model.words_out
+    inner = head.norm(F.gelu(head.dense(states)))
+    return inner @ model.text_tower.bert.embeddings.word_embeddings.weight.T + head.bias
+
+
+def negatives(
+    plan: Any, sim: Tensor, bag: Tensor
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Draw (patch, text) that do not match: a patch for every text, then a text for every patch."""
+    drawn = []
+    for scores, allowed in ((sim.T, plan.allowed.T), (sim, plan.allowed)):
+        rows, weights = [], []
+        for i in range(len(scores)):
+            may = [j for j in range(len(scores)) if allowed[i, j]]
+            if may:
+                p = torch.zeros(len(scores))
+                p[may] = scores[i, may].softmax(0) + 1e-6
+                p[bag == bag[i]] *= 0.1
+                rows.append(i)
+                weights.append(p)
+        which = torch.multinomial(torch.stack(weights), 1)[:, 0].tolist() if rows else []
+        drawn.append(list(zip(rows, which, strict=True)))
+    return [(i, j) for j, i in drawn[0]], drawn[1]
