@@ -327,6 +327,13 @@ def archive_import(
         str | None, typer.Option(help="CSV or TSV of labels by slide or case.")
     ] = None,
     manifest: Annotated[str | None, typer.Option(help="GDC manifest: TCGA patients.")] = None,
+    tree_captions: Annotated[
+        str | None,
+        typer.Option(help="Captions of patch trees' nodes: JSON lines, or a folder of them."),
+    ] = None,
+    terms: Annotated[
+        str | None, typer.Option(help="Text file of further terms that are keywords of captions.")
+    ] = None,
     source: Annotated[
         str | None, typer.Option(help="Name of the texts' source; default: the file's.")
     ] = None,
@@ -339,15 +346,18 @@ def archive_import(
     as_json: JsonOption = False,
 ) -> None:
     """Add captions, questions, labels, patients; names may carry folders, endings, UUIDs."""
+    from pathflip import Archive
     from pathflip.errors import ConfigError
-    from pathflip.interop.captions import import_captions, read_captions
+    from pathflip.interop.captions import import_captions, read_captions, source_name
     from pathflip.interop.labels import import_labels, read_labels, read_manifest
     from pathflip.interop.questions import import_questions, read_questions
+    from pathflip.interop.tree_captions import import_tree_captions, read_tree_captions
+    from pathflip.keywords import load_lexicon
 
-    if captions is None and questions is None and labels is None and manifest is None:
+    if all(file is None for file in (captions, questions, labels, manifest, tree_captions)):
         raise ConfigError(
             "There is nothing to import.",
-            hint="Give --captions, --questions, --labels or --manifest.",
+            hint="Give --captions, --questions, --labels, --manifest or --tree-captions.",
         )
     columns = {"slide_col": slide_col, "case_col": case_col, "label_cols": label_col or ()}
     # All files are read before anything is written.
@@ -360,6 +370,10 @@ def archive_import(
         read_captions(captions)
     if questions is not None:
         read_questions(questions)
+    lexicon = load_lexicon(terms)
+    nodes = None
+    if tree_captions is not None:
+        nodes = read_tree_captions(Archive(archive), tree_captions)
     document: dict[str, Any] = {
         what: import_labels(archive, file, rows, dry_run=dry_run)
         for what, (file, rows) in tables.items()
@@ -368,6 +382,11 @@ def archive_import(
         document["captions"] = import_captions(archive, captions, source=source, dry_run=dry_run)
     if questions is not None:
         document["questions"] = import_questions(archive, questions, source=source, dry_run=dry_run)
+    if nodes is not None and tree_captions is not None:
+        name = source or source_name(tree_captions)
+        document["tree_captions"] = import_tree_captions(
+            archive, nodes, source=name, lexicon=lexicon, dry_run=dry_run
+        )
     if as_json:
         print_json(document | ({"dry_run": True} if dry_run else {}))
         return

@@ -72,6 +72,7 @@ def test_a_language_model_is_not_made_over_another_folder(
         ["ask", "--run", "{tmp}/none", "--questions", "{tmp}/none.csv", "--out", "{tmp}/o.jsonl"],
         ["archive", "import", "--captions", "{tmp}/none.csv"],
         ["archive", "import", "--labels", "{tmp}/none.csv"],
+        ["archive", "import", "--tree-captions", "{tmp}/none.jsonl"],
         ["make-llm", "{tmp}/llm", "--run", "{tmp}/none"],
     ],
     ids=lambda command: " ".join(command[:4]),
