@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def list_slides(
     """
     encoder = check_fits(archive, run)
     return slide_rows(
-        archive, usable=archive.ready_ids(encoder), drawn=drawn_splits(run), splits=splits
+        archive, usable=archive.ready_ids(encoder), drawn=drawn_splits(run.path), splits=splits
     )
 
 
@@ -347,9 +348,9 @@ def _read(
     )
 
 
-def drawn_splits(run: Run) -> dict[str, str]:
+def drawn_splits(run: Path) -> dict[str, str]:
     """Return {slide_id: split} of the slides a run was made with; empty for a bare model folder."""
-    path = run.path / "data.parquet"
+    path = run / "data.parquet"
     if not path.is_file():
         return {}
     import pyarrow.parquet as pq

@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pathflip.encoders import Encoder
+from pathflip.encoders import Encoder, load_encoder
+from pathflip.errors import ConfigError, EncoderError
+from pathflip.evaluation.encode import drawn_splits
 from pathflip.evaluation.prompts import PLACEHOLDER, TEMPLATES
+from pathflip.geometry import TreeSpec
 from pathflip.slides.resample import resize_area
 
 if TYPE_CHECKING:
@@ -59,7 +62,8 @@ class PatchReader:
     Attributes:
         name: Name of the model in results.
         model: The model.
-        encoder: Encoder of pixels that it was trained on.
+        base: Encoder it was trained on: name, revision, dim.
+        encoder: That encoder; None where only stored features are read.
         level_mpp: µm per pixel of each level, coarsest first.
         node_px: Side of a node, px.
         levels: Levels the model was trained on, indices into ``level_mpp``.
@@ -68,7 +72,8 @@ class PatchReader:
 
     name: str
     model: PatchTextModel
-    encoder: Encoder
+    base: Mapping[str, Any]
+    encoder: Encoder | None
     level_mpp: tuple[float, ...]
     node_px: int
     levels: tuple[int, ...]
@@ -85,6 +90,8 @@ class PatchReader:
 
     def vectors(self, pixels: NDArray[np.uint8], level: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return unit vectors [k, d] of nodes [k, px, px, 3] at their levels [k]."""
+        if self.encoder is None:
+            raise ValueError("this reader was opened without its encoder")
         return self.of_features(self.encoder(pixels), level)
 
     def of_features(self, features: ArrayLike, level: ArrayLike) -> NDArray[np.float32]:
@@ -99,12 +106,65 @@ class PatchReader:
             )
         return np.asarray(found.float().cpu().numpy(), np.float32)
 
+    def guided(self, vectors: ArrayLike, keywords: Sequence[str]) -> NDArray[np.float32]:
+        """Return text-guided vectors z [k, h] of unit vectors [k, d] with a bank of keywords.
+
+        Raises:
+            ConfigError: The model has none.
+        """
+        import torch
+
+        if not hasattr(self.model, "text_guided"):
+            raise ConfigError(f"Model {self.name} has no text-guided vectors.")
+        v = torch.as_tensor(np.asarray(vectors, np.float32), device=self.model.tau.device)
+        with torch.inference_mode():
+            z = self.model.text_guided(v, self.model.encode_text(list(keywords)))
+        return np.asarray(z.float().cpu().numpy(), np.float32)
+
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return unit vectors [n, d] of texts."""
         import torch
 
         with torch.inference_mode():
             return np.asarray(self.model.encode_text(list(texts)).float().cpu().numpy(), np.float32)
+
+
+def patch_reader(run: Any, *, pixels: bool = True, encoder: str | None = None) -> PatchReader:
+    """Return the reader of a run's model.
+
+    Args:
+        run: Run of MR-PLIP.
+        pixels: Whether to load the encoder under the model, too.
+        encoder: Spec of that encoder, where its weights are not where its name says; see
+            :mod:`pathflip.encoders`.
+
+    Raises:
+        EncoderError: The encoder cannot be loaded, or is not the one the model was trained on
+            (``other_encoder``).
+    """
+    spec = TreeSpec(**run.trees)
+    loaded = None
+    if pixels:
+        loaded = load_encoder(encoder or run.encoder["name"], device=str(run.model.device))
+        held = {"name": loaded.name, "revision": loaded.revision, "dim": loaded.dim}
+        wanted = {key: run.encoder.get(key) for key in held}
+        if held != wanted:
+            raise EncoderError(
+                f"Model {run.name} was trained on {wanted['name']} {wanted['revision']}; this is "
+                f"{held['name']} {held['revision']}.",
+                hint="Name the encoder it was trained on with --encoder.",
+                code="other_encoder",
+            )
+    return PatchReader(
+        name=run.name,
+        model=run.model,
+        base=run.encoder,
+        encoder=loaded,
+        level_mpp=spec.level_mpp,
+        node_px=spec.node_px,
+        levels=tuple(run.model.config.levels),
+        drawn=drawn_splits(run.path),
+    )
 
 
 def level_name(mpp: float) -> str:
