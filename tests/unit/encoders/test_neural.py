@@ -204,7 +204,11 @@ def test_timm_models():
     run = subprocess.run(
         [sys.executable, *start, "-q", "-p", "no:cacheprovider", str(HERE / "timm_models.py")],
         cwd=HERE.parents[2],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[2])},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(HERE.parents[2]),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # none is of use there, and all cost imports
+        },
         capture_output=True,
         text=True,
         timeout=240,
