@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.pretrain import PretrainConfig, plan, pretrain, resolve
+from jobs.pretrain import PretrainConfig, plan, pretrain
 from pathflip.archive import Archive
 from pathflip.archive.storage import normalise
 from pathflip.checkpoints import load_run
@@ -32,6 +32,7 @@ from pathflip.evaluation.suite import evaluate_all, headline
 from pathflip.evaluation.zeroshot import default_tasks
 from pathflip.files import write_file
 from pathflip.progress import HasLine, Report
+from pathflip.training.config import resolve
 from pathflip.training.loop_config import read_settings, save_settings
 
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -10,6 +10,9 @@ Settings, an objective and the run folder are all there is here; the training li
     trainer.py        the loop of one worker; runs without Ray as well
     run_dir.py        the run folder: how it begins, what is logged, how it ends
 
+Presets ``mrplip/…`` train on patch trees instead of slides, in the same loop: ``tree_config.py``,
+``tree_corpus.py``, ``tree_dataset.py``, ``multiresolution.py``.
+
 ``jobs/ray_train.py`` puts Ray Train around the loop.
 
     python -m jobs.pretrain --archive URI --preset P --run DIR   (the same as: pathflip pretrain …)
@@ -18,26 +21,84 @@ Settings, an objective and the run folder are all there is here; the training li
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs import ray_train
+from pathflip.config import read_yaml
+from pathflip.models import MR_PRESETS, PRESETS
+from pathflip.training import config as slides
 from pathflip.training.config import PretrainConfig as PretrainConfig
-from pathflip.training.config import resolve as resolve
 from pathflip.training.contrastive import Contrastive
+from pathflip.training.loop_config import preset_name, read_settings
+from pathflip.training.multiresolution import MultiResolution
 from pathflip.training.trainer import TrainingProgress
+from pathflip.training.tree_config import FAMILY, MRPretrainConfig, resolve_trees
+
+AnyPretrainConfig = PretrainConfig | MRPretrainConfig
+
+
+def resolve(
+    preset: str | None = None,
+    *,
+    base: AnyPretrainConfig | None = None,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> AnyPretrainConfig:
+    """Return settings of a pretraining, of the kind that the preset's prefix names.
+
+    Args:
+        preset: The preset; without it the one the overrides or the file name, else
+            ``pathflip/paper``.
+        base: Settings to start from instead of a preset's.
+        file: YAML file of settings.
+        overrides: ``key=value``; the model's are ``model.key=value``.
+        given: Values that win over everything.
+
+    Raises:
+        ConfigError: Unknown preset or setting, or a value that cannot be.
+    """
+    over: dict[str, Any] = {"file": file, "overrides": overrides, "given": given}
+    if isinstance(base, MRPretrainConfig):
+        return resolve_trees(base=base, **over)
+    if base is not None:
+        return slides.resolve(base=base, **over)
+    known = {**PRESETS, **MR_PRESETS}
+    name = preset_name(preset, known, slides.DEFAULT_PRESET, file, overrides)
+    return (resolve_trees if name.startswith(FAMILY) else slides.resolve)(name, **over)
+
+
+def settings_of(run: Path) -> AnyPretrainConfig:
+    """Return the settings of a begun run, of the kind that it is.
+
+    Raises:
+        CheckpointError: They are missing or not those of a pretraining.
+    """
+    path = run / "config.yaml"
+    kind = read_yaml(path).get("kind") if path.exists() else None
+    if kind == "multiresolution":
+        return read_settings(run, MRPretrainConfig)
+    return read_settings(run, PretrainConfig)
+
+
+def objective(config: AnyPretrainConfig) -> Contrastive | MultiResolution:
+    """Return the objective of a pretraining with these settings."""
+    if isinstance(config, MRPretrainConfig):
+        return MultiResolution(config)
+    return Contrastive(config)
 
 
 def pretrain(
     archive: str,
     run: str | Path,
-    config: PretrainConfig | None = None,
+    config: AnyPretrainConfig | None = None,
     *,
     address: str | None = None,
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a model on an archive's slides and captions; see :func:`jobs.ray_train.fit`.
+    """Train a model on an archive's slides or trees; see :func:`jobs.ray_train.fit`.
 
     Args:
         archive: Archive URI.
@@ -46,13 +107,14 @@ def pretrain(
         address: Ray cluster; see ``cluster.connect``.
         progress: Called on the driver about once a second.
     """
-    objective = Contrastive(config or resolve())
-    return ray_train.fit(objective, archive, run, address=address, progress=progress)
+    return ray_train.fit(
+        objective(config or resolve()), archive, run, address=address, progress=progress
+    )
 
 
-def plan(archive: str, run: str | Path, config: PretrainConfig | None = None) -> dict[str, Any]:
+def plan(archive: str, run: str | Path, config: AnyPretrainConfig | None = None) -> dict[str, Any]:
     """Return the plan of :func:`pretrain`, without starting or writing anything."""
-    return ray_train.planned(Contrastive(config or resolve()), archive, run)
+    return ray_train.planned(objective(config or resolve()), archive, run)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ A run of ``pathflip tune`` has the same, but for::
     RUN/model/{instruct.json, projector.safetensors, vision/, adapter/, pathflip.json, …}
     RUN/llm/   the language model as it is served
 
+A run of ``pretrain`` on patch trees is laid out as one on slides; its model is of another family.
+
 :func:`load_run` opens the finished model; the rest is for those who write runs.
 """
 
@@ -30,7 +32,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pathflip.errors import CheckpointError
 from pathflip.files import PARTIAL, partial, sync, write_file
@@ -38,7 +40,7 @@ from pathflip.files import PARTIAL, partial, sync, write_file
 if TYPE_CHECKING:
     import torch
 
-    from pathflip.models import PathFLIP
+    from pathflip.models import MRPLIP, PathFLIP
 
 logger = logging.getLogger(__name__)
 
@@ -357,16 +359,53 @@ class Run:
     max_regions: int | None = None
 
 
-def load_run(run: str | Path, *, device: str = "cpu") -> Run:
+@dataclass(frozen=True, kw_only=True)
+class TreeRun:
+    """A trained patch model with what is needed to use it on tiles and archives.
+
+    Attributes:
+        name: Name of the model: the run folder's name and the start of its fingerprint.
+        model: The model, in eval mode.
+        fingerprint: sha256 over the model's configuration and weights.
+        encoder: Patch encoder it was trained on: name, revision, dim.
+        trees: Patch trees it was trained on: fields of :class:`pathflip.geometry.TreeSpec`.
+        config: Settings of the run (RUN/config.yaml); empty for a bare model folder.
+        path: The run folder.
+    """
+
+    name: str
+    model: MRPLIP
+    fingerprint: str
+    encoder: dict[str, Any]
+    trees: dict[str, Any]
+    config: dict[str, Any]
+    path: Path
+
+
+@overload
+def load_run(
+    run: str | Path, *, device: str = "cpu", family: Literal["pathflip"] = "pathflip"
+) -> Run: ...
+
+
+@overload
+def load_run(run: str | Path, *, device: str = "cpu", family: Literal["mrplip"]) -> TreeRun: ...
+
+
+def load_run(
+    run: str | Path, *, device: str = "cpu", family: Literal["pathflip", "mrplip"] = "pathflip"
+) -> Run | TreeRun:
     """Open the model a run of ``pathflip pretrain`` exported, or that in a run of ``tune``.
 
     Args:
         run: The run folder, or the ``model`` folder of one.
         device: Device of the model.
+        family: Family the model must be of: ``pathflip``, a model of slides, or ``mrplip``, one of
+            patches.
 
     Raises:
-        CheckpointError: If there is no finished model (``missing``, ``incomplete``) or a file of it
-            is not what was written (``damaged``).
+        CheckpointError: If there is no finished model (``missing``, ``incomplete``), a file of it
+            is not what was written (``damaged``), or it is of another family (``other_kind``).
     """
     path = Path(run).absolute()
     folder = path if (path / "pathflip.json").exists() else path / "model"
@@ -383,11 +422,14 @@ def load_run(run: str | Path, *, device: str = "cpu") -> Run:
             code="incomplete" if begun else "missing",
         )
     verify_whole(folder)
-    from pathflip.models import PathFLIP
+    from pathflip.models import MRPLIP, PathFLIP
 
     about = json.loads((folder / "pathflip.json").read_bytes())
-    inner = folder / "vision" if about.get("kind") == "instruct" else folder
-    model = PathFLIP.from_pretrained(str(inner)).to(device).eval()
+    kind = about.get("kind", "contrastive")
+    if about.get("family", "pathflip") != family:
+        raise other_kind(run, kind)
+    inner = folder / "vision" if kind == "instruct" else folder
+    model: Any = (PathFLIP if family == "pathflip" else MRPLIP).from_pretrained(str(inner))
     fingerprint = model.fingerprint()
     if about.get("fingerprint", fingerprint) != fingerprint:
         raise CheckpointError(
@@ -398,16 +440,17 @@ def load_run(run: str | Path, *, device: str = "cpu") -> Run:
         )
     own = path if folder != path else path.parent
     config = own / "config.yaml"
-    return Run(
-        name=model_name(about.get("run", own.name), fingerprint),
-        model=model,
-        fingerprint=fingerprint,
-        encoder=about["encoder"],
-        tiling=about["tiling"],
-        config=_read_yaml(config) if config.exists() else {},
-        path=own,
-        max_regions=about.get("max_regions"),
-    )
+    found: dict[str, Any] = {
+        "name": model_name(about.get("run", own.name), fingerprint),
+        "model": model.to(device).eval(),
+        "fingerprint": fingerprint,
+        "encoder": about["encoder"],
+        "config": _read_yaml(config) if config.exists() else {},
+        "path": own,
+    }
+    if family == "mrplip":
+        return TreeRun(**found, trees=about["trees"])
+    return Run(**found, tiling=about["tiling"], max_regions=about.get("max_regions"))
 
 
 def other_kind(run: str | Path, kind: str, *, hint: str | None = None) -> CheckpointError:

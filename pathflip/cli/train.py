@@ -39,7 +39,7 @@ def pretrain(
     run: Annotated[str, typer.Option("--run", help="Run folder: checkpoints, metrics, model.")],
     preset: Annotated[
         str | None,
-        typer.Option(help="What to start from, e.g. pathflip/mini (docs/howto/pretrain.md)."),
+        typer.Option(help="What to start from: pathflip/… for slides, mrplip/… for patch trees."),
     ] = None,
     min_workers: MinWorkersOption = None,
     max_workers: MaxWorkersOption = None,
@@ -49,7 +49,7 @@ def pretrain(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train on slides and captions; the same command again continues where it stopped."""
+    """Train on slides, or patch trees, and captions; the same command again continues."""
     module = job("pretrain")
     settings = module.resolve(
         preset,
@@ -114,6 +114,10 @@ def _train(train: Callable[[Report], dict[str, Any]], title: str, *, as_json: bo
         document = train(progress)
     if not document["trained"]:
         print(f"{document['run']} is finished: nothing to do.", file=sys.stderr)
+    if document.get("collapsed"):
+        from pathflip.training.multiresolution import sentence
+
+        print(sentence(document["collapsed"], document["val"]), file=sys.stderr)
     show_document(document, title, as_json=as_json)
 
 

@@ -81,11 +81,10 @@ def chance_at(positives: ArrayLike, ks: Sequence[int] = KS) -> dict[str, float]:
     return {f"r@{k}": float(hit[:, i].mean()) for i, k in enumerate(ks)}
 
 
-def same_text(captions: Sequence[str]) -> NDArray[np.bool_]:
-    """Return the positives of retrieval, bool [n, n]: True where two captions are equal."""
+def text_ids(captions: Sequence[str]) -> NDArray[np.int64]:
+    """Return a number for each caption [n], equal where the captions are."""
     _, ids = np.unique(np.asarray(captions, dtype=object).astype(str), return_inverse=True)
-    same: NDArray[np.bool_] = ids[:, None] == ids[None, :]
-    return same
+    return np.asarray(ids, np.int64)
 
 
 def retrieval(
@@ -128,11 +127,11 @@ def retrieval(
     count = len(slide)
     if not count or len(text) != count or len(captions) != count:
         raise ValueError(f"{count} slides, {len(text)} vectors and {len(captions)} captions")
-    similarity = _unit(slide) @ _unit(text).T
-    positives = same_text(captions)
+    slide, text = _unit(slide), _unit(text)
+    ids = text_ids(captions)
     size = batch if protocol == "batch64" else count
     order = np.arange(count)
-    itr, tir, chance = _hits(similarity, positives, order, size=size, ks=ks)
+    itr, tir, chance = _hits(slide, text, ids, order, size=size, ks=ks)
     found: dict[str, Any] = {
         "protocol": protocol,
         "n": count,
@@ -152,7 +151,7 @@ def retrieval(
     if protocol == "batch64" and shuffles:
         rng = np.random.default_rng(seed)
         runs = [
-            _hits(similarity, positives, rng.permutation(count), size=size, ks=ks)[:2]
+            _hits(slide, text, ids, rng.permutation(count), size=size, ks=ks)[:2]
             for _ in range(shuffles)
         ]
         means = np.array([[hits.mean(axis=0) for hits in run] for run in runs])  # [S, 2, K]
@@ -215,8 +214,9 @@ def evaluate_retrieval(
 
 
 def _hits(
-    similarity: NDArray[Any],
-    positives: NDArray[np.bool_],
+    slide: NDArray[np.float64],
+    text: NDArray[np.float64],
+    ids: NDArray[np.int64],
     order: NDArray[np.int64],
     *,
     size: int,
@@ -227,8 +227,7 @@ def _hits(
     wanted = np.asarray(ks)
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        block = np.ix_(rows, rows)
-        near, right = similarity[block], positives[block]
+        near, right = slide[rows] @ text[rows].T, ids[rows, None] == ids[None, rows]
         itr[rows] = ranks(near, right)[:, None] <= wanted
         tir[rows] = ranks(near.T, right.T)[:, None] <= wanted
         # Equality is symmetric, so both ways have the same chance.

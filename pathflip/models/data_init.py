@@ -35,6 +35,7 @@ from pathflip.models.outputs import VisionOutput
 if TYPE_CHECKING:
     from pathflip.models.chat_template import Prompter
     from pathflip.models.instruct import PathFLIPInstruct
+    from pathflip.models.mrplip import MRPLIP
     from pathflip.models.pathflip import PathFLIP
 
 SHARPEST, FLATTEST = 2.0, 0.2
@@ -107,13 +108,7 @@ def _start_queries(model: PathFLIP, keys: Tensor, *, seed: int) -> None:
 
 def _centre(model: PathFLIP, features: Tensor, mask: Tensor, sentences: Sequence[str]) -> None:
     """Make region vectors, slides and texts average to zero."""
-    tower = model.text_tower
-    if tower is not None and model.config.text_model is None:
-        # A word says more than its place, and a mean over words keeps only what is large in them.
-        words = tower.bert.embeddings.word_embeddings
-        words.weight.mul_(1 / words.weight.std())
-    texts = model.encode_text(list(sentences), normalize=False)
-    model.text_out.bias.sub_(texts.mean(0))
+    _centre_texts(model, sentences)
     found = _see(model, features, mask)
     if found.tokens is not None and model.token_bias is not None:
         kept = found.tokens[found.region_mask]
@@ -121,6 +116,39 @@ def _centre(model: PathFLIP, features: Tensor, mask: Tensor, sentences: Sequence
         found = _see(model, features, mask)  # slides may be made of regions
     if model.slide_bias is not None:
         model.slide_bias.sub_(found.slide.mean(0))
+
+
+def _centre_texts(model: PathFLIP | MRPLIP, texts: Sequence[str]) -> None:
+    """Make vectors of texts average to zero."""
+    tower = model.text_tower
+    if tower is not None and model.config.text_model is None:
+        # A word says more than its place, and a mean over words keeps only what is large in them.
+        words = tower.bert.embeddings.word_embeddings
+        words.weight.mul_(1 / words.weight.std())
+    vectors = model.encode_text(list(texts), normalize=False)
+    model.text_out.bias.sub_(vectors.mean(0))
+
+
+@torch.no_grad()
+def warm_start_patches(model: MRPLIP, features: Tensor, keywords: Sequence[str]) -> None:
+    """Initialise a patch model from some patches and keywords of its training data.
+
+    Features are whitened and texts centred, as :func:`warm_start` does. The head that scores words
+    by their embeddings is scaled against them, so that its first guess is an even one.
+
+    Args:
+        model: Untrained model; changed in place.
+        features: Patch features [n, d_in].
+        keywords: Keywords; none where the data has none.
+    """
+    training = model.training
+    model.eval()
+    model.fit_normalization(features[:: max(1, len(features) // _PATCHES)].float())
+    if keywords:
+        _centre_texts(model, keywords)
+        if model.config.text_model is None and model.config.has("mlm", "plm"):
+            model.words_out.norm.weight.fill_(model.text_tower.width**-0.5)
+    model.train(training)
 
 
 def _see(model: PathFLIP, features: Tensor, mask: Tensor) -> VisionOutput:

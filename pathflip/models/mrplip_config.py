@@ -138,7 +138,13 @@ MR_PRESETS: Mapping[str, Preset[MRPLIPConfig]] = MappingProxyType(
     {
         "mrplip/paper": Preset(
             model=MRPLIPConfig(),
-            train={"epochs": 50, "batch_size": 4, "lr": 1e-4, "weight_decay": 0.02},
+            train={
+                "epochs": 50,
+                "batch_size": 4,
+                "pairs": 16,
+                "lr": 1e-4,
+                "weight_decay": 0.02,
+            },
         ),
         # Trains on two CPU cores in minutes on the synthetic cohort of trees.
         "mrplip/mini": Preset(
@@ -162,7 +168,15 @@ MR_PRESETS: Mapping[str, Preset[MRPLIPConfig]] = MappingProxyType(
                 bottleneck=64,
                 warm_start=True,
             ),
-            train={"epochs": 8, "batch_size": 4, "lr": 2e-3, "weight_decay": 0.02},
+            train={
+                "epochs": 8,
+                "batch_size": 4,
+                "pairs": 8,
+                "lr": 2e-3,
+                "min_lr": 2e-5,
+                "weight_decay": 0.02,
+                "val_every": 2,
+            },
         ),
     }
 )

@@ -7,9 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pathflip.geometry import TreeSpec
 from pathflip.training.config import AnyConfig, PretrainConfig, TuneConfig
 from pathflip.training.dataset import Corpus
-from pathflip.training.loop_config import save_settings
+from pathflip.training.loop_config import LoopConfig, save_settings
+from pathflip.training.tree_config import MRPretrainConfig
+from pathflip.training.tree_corpus import TreeCorpus
 
 
 def pretrained_card(
@@ -101,6 +104,60 @@ def tuned_card(name: str, config: TuneConfig, corpus: Corpus, result: dict[str, 
     return "\n".join(lines)
 
 
+def patch_card(
+    name: str, config: MRPretrainConfig, corpus: TreeCorpus, result: dict[str, Any]
+) -> str:
+    """Return the model card of a pretraining run on patch trees."""
+    val, counts, about = result["val"], corpus.counts(), corpus.about
+    encoder, left_out = about["encoder"], about["left_out"]
+    spec = TreeSpec(**about["trees"])
+    lines = [
+        "---", "library_name: pathflip", "tags: [pathology, multi-resolution, contrastive]",
+        "---", "",
+        f"# {name}", "",
+        f"A patch and text encoder of four resolutions trained with pathflip, preset "
+        f"`{config.preset}`: patches and captions in one space. Losses: "
+        f"{', '.join(config.model.losses)}.", "",
+        "```python", "from pathflip.models import MRPLIP",
+        'model = MRPLIP.from_pretrained("<this folder>")', "```", "",
+        "## Data", "",
+        f"* {counts['train_trees']:,} training trees of {counts['train_slides']:,} slides and "
+        f"{counts['train_patients']:,} patients ({counts['train_captions']:,} captions), "
+        f"{counts['val_trees']:,} validation trees of {counts['val_patients']:,} patients; no "
+        "patient is in both.",
+        f"* Left out: {left_out['test']:,} trees of test slides, {left_out['without_caption']:,} "
+        "without a caption.",
+        f"* Patch features: `{encoder['name']}` revision {encoder['revision']}, {encoder['dim']} "
+        f"wide, of trees of {spec.parent_um:g} µm in nodes of {spec.node_px} px at "
+        f"{', '.join(f'{mpp:g}' for mpp in spec.level_mpp)} µm per pixel. The model is of no use "
+        "with other features.", "",
+        "## Results", "",
+    ]  # fmt: skip
+    if val:
+        lines += [
+            f"Validation retrieval, {val['n']} pairs of {val['trees']} trees, galleries of "
+            f"{val['gallery']}, step {result['best_step']:,} of {result['steps']:,}:", "",
+            "| | patch to caption R@1 | caption to patch R@1 | chance |", "|---|---|---|---|",
+            *(
+                f"| {level} | {own['itr']['r@1']:.3f} | {own['tir']['r@1']:.3f} | "
+                f"{own['chance']['r@1']:.3f} |"
+                for level, own in ({"all levels": val} | val["levels"]).items()
+            ), "",
+            "These trees chose the weights: measure on others before quoting a figure.",
+        ]  # fmt: skip
+        if val["collapsed"]:
+            lines += ["", f"**Signs of collapse**: {', '.join(val['collapsed'])}."]
+    else:
+        lines += ["No tree was held out to validate; the last weights were exported."]
+    lines += [
+        "", *_training(config, result),
+        "* Captions of a model say what it guesses as well as what it sees; both are learned.",
+        "* Features, weights and captions carry the licences of the encoder and the data.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
 def _data(corpus: Corpus, without: str) -> list[str]:
     counts, about = corpus.counts(), corpus.about
     tiling, encoder, left_out = about["tiling"], about["encoder"], about["left_out"]
@@ -118,7 +175,7 @@ def _data(corpus: Corpus, without: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _training(config: AnyConfig, result: dict[str, Any]) -> list[str]:
+def _training(config: LoopConfig, result: dict[str, Any]) -> list[str]:
     return [
         f"Training loss at the end {_number(result['loss'])}, {result['skipped']} steps skipped, "
         f"{result['seconds']:,.0f} s.", "",
@@ -146,6 +203,33 @@ def about_model(
         run: Name of the slide model, see ``pathflip.checkpoints.model_name``.
         fingerprint: Fingerprint of the slide model.
     """
+    return _about(config, corpus, result, run=run, fingerprint=fingerprint) | {
+        "tiling": corpus.about["tiling"]
+    }
+
+
+def about_patch_model(
+    config: MRPretrainConfig,
+    corpus: TreeCorpus,
+    result: dict[str, Any],
+    *,
+    run: str,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Return pathflip.json of an exported patch model; see :func:`about_model`."""
+    return _about(config, corpus, result, run=run, fingerprint=fingerprint) | {
+        "trees": corpus.about["trees"]
+    }
+
+
+def _about(
+    config: AnyConfig | MRPretrainConfig,
+    corpus: Corpus | TreeCorpus,
+    result: dict[str, Any],
+    *,
+    run: str,
+    fingerprint: str,
+) -> dict[str, Any]:
     return {
         "run": run,
         "kind": config.kind,
@@ -154,8 +238,7 @@ def about_model(
         "step": result["best_step"],
         "fingerprint": fingerprint,
         "encoder": corpus.about["encoder"],
-        "tiling": corpus.about["tiling"],
-        "archive": {"uri": corpus.about["archive"], "slides": len(corpus),
+        "archive": {"uri": corpus.about["archive"], corpus.unit: len(corpus),
                     "sha256": corpus.digest()},
         "split": {**corpus.counts(), "seed": config.seed, "val_fraction": config.val_fraction},
         "val": result["val"],

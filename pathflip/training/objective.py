@@ -227,6 +227,9 @@ class Objective(ABC, Generic[D, C]):
     def losses(self, model: Any, batch: Any, *, group: Any) -> dict[str, Loss]:
         """Return the losses of a micro-batch that is on the device.
 
+        Values that are not in :attr:`weights` are logged, as the first worker sees them, and not
+        trained on.
+
         Args:
             model: The model, wrapped where several processes train it.
             batch: The micro-batch.

@@ -390,6 +390,8 @@ def finish(objective: Objective[D, Any], dataset: D, run: str | Path) -> dict[st
         "best_step": best.step,
         "skipped": state["skipped"],
     }
+    if "collapsed" in val:
+        result["collapsed"] = val["collapsed"]
     card = objective.export(run, dataset, best, result)
     write_file(run / "README.md", card)
     write_file(run / "result.json", json.dumps(result, indent=1))

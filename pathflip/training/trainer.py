@@ -15,6 +15,7 @@ import math
 import os
 import resource
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -271,6 +272,7 @@ class Trainer:
         weights = self.objective.weights
         sums = torch.zeros(len(weights) + 2, dtype=torch.float32, device=worker.device)
         counts = self._counts(micro_batches)
+        beside: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         for number, batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             torch.manual_seed(_seed(config.seed, counters.step, number, worker.rank))
@@ -284,6 +286,8 @@ class Trainer:
                 parts = {name: losses[name].total / (counts[name] or 1.0) for name in weights}
                 loss: Any = weighted(weights, parts)
                 loss.backward()
+            for name in losses.keys() - weights.keys():
+                beside[name].append(losses[name].total.detach().float())
             sums[:-1] += torch.stack([part.detach().float() for part in (loss, *parts.values())])
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), config.clip if config.clip else math.inf
@@ -305,9 +309,11 @@ class Trainer:
             counters.recent = [*counters.recent, means[0]][-RECENT:]
         counters.step += 1
         found = {
-            name: _finite(value) for name, value in zip(("loss", *weights), means, strict=True)
+            name: _finite(value) if counts.get(name, 1.0) else None
+            for name, value in zip(("loss", *weights), means, strict=True)
         }
-        return {**found, "lr": lr, "grad_norm": _finite(float(norm))}
+        seen = {name: _finite(float(torch.stack(beside[name]).mean())) for name in sorted(beside)}
+        return {**found, **seen, "lr": lr, "grad_norm": _finite(float(norm))}
 
     def _counts(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """Return the divisor of each loss of the step; DDP takes the mean over workers.

@@ -1,0 +1,132 @@
+"""Settings of a training on patch trees: a preset, a file over it, ``-o key=value``, flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pathflip.config import check_positive, load_config
+from pathflip.errors import ConfigError
+from pathflip.models import MR_PRESETS, MRPLIPConfig
+from pathflip.training.loop_config import LoopConfig, preset_name
+from pathflip.training.tree_dataset import TreeSampling
+
+FAMILY = "mrplip/"
+"""How names of presets of this family begin."""
+DEFAULT_MR_PRESET = "mrplip/paper"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MRPretrainConfig(LoopConfig):
+    """Settings of ``pathflip pretrain`` with a preset ``mrplip/…``.
+
+    Attributes:
+        preset: The preset these settings started from, for the record.
+        model: The model, see :class:`pathflip.models.MRPLIPConfig`.
+        pairs: Patch-caption pairs of a tree in a step, spread over its levels; fewer where a tree
+            has fewer captions.
+        trees_per_patient: Largest number of a patient's trees in a step.
+        steps: Number of optimisation steps; overrides ``epochs`` where given.
+        best: Criterion for the exported weights: the mean of R@1/5/10 both ways on validation
+            pairs (``recall``), their loss (``loss``), or the last (``last``).
+    """
+
+    kind: Literal["multiresolution"] = "multiresolution"
+    family: Literal["mrplip"] = "mrplip"
+    preset: str = DEFAULT_MR_PRESET
+    model: MRPLIPConfig = field(default_factory=MRPLIPConfig)
+    batch_size: int = 4
+    weight_decay: float = 0.02
+    pairs: int = 16
+    trees_per_patient: int = 1
+    steps: int | None = None
+    best: Literal["recall", "loss", "last"] = "recall"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "pairs", "trees_per_patient", "steps")
+        share = self.batch_size // self.accumulate
+        if share < 2 and self.model.has("mrtva"):
+            raise ConfigError(
+                f"A micro-batch has {share} tree, and the loss mrtva needs two: its batch norm "
+                "tells nothing within one.",
+                hint="Make batch_size / accumulate 2 or more, or leave mrtva out of model.losses.",
+                code="one_tree",
+            )
+        if share * self.pairs < 2:
+            raise ConfigError(
+                "A micro-batch has a single pair, which has nothing to be told from.",
+                hint="Use more pairs or a larger batch_size.",
+                code="one_tree",
+            )
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return how many optimisation steps the run has."""
+        return self.steps or self.epochs * steps_per_epoch
+
+    def sampling(self) -> TreeSampling:
+        """Return what is drawn from each tree."""
+        return TreeSampling(
+            seed=self.seed,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            pairs=self.pairs,
+            trees_per_patient=self.trees_per_patient,
+            epochs=self.epochs,
+            steps=self.steps,
+            levels=self.model.levels,
+            keyword_cap=self.model.keyword_cap,
+        )
+
+    def metric(self, val: Mapping[str, Any]) -> float | None:
+        """Return the checkpoint-selection metric of a validation; higher is better."""
+        if self.best == "last":
+            return None
+        value = val["mean_recall"] if self.best == "recall" else val["loss"]
+        if value is None:
+            return None
+        return float(value) if self.best == "recall" else -float(value)
+
+
+def single_level(config: MRPretrainConfig) -> MRPretrainConfig:
+    """Return settings with as many pairs in a step from one level as there were from all.
+
+    A tree has one node of 5x and four of 10x: steps have more trees then, with fewer pairs of each,
+    and there are as many steps in all. Patients may have as many more trees in a step.
+
+    Args:
+        config: Settings whose model reads one level.
+    """
+    (level,) = config.model.levels
+    times = -(-config.pairs // 4**level)
+    return replace(
+        config,
+        batch_size=config.batch_size * times,
+        pairs=config.pairs // times,
+        trees_per_patient=config.trees_per_patient * times,
+        epochs=config.epochs * times,
+        val_every=config.val_every * times,
+    )
+
+
+def resolve_trees(
+    preset: str | None = None,
+    *,
+    base: MRPretrainConfig | None = None,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> MRPretrainConfig:
+    """Return settings of a pretraining on patch trees; see :func:`config.resolve`."""
+    if base is not None:
+        return load_config(MRPretrainConfig, base=base, file=file, overrides=overrides, given=given)
+    name = preset_name(preset, MR_PRESETS, DEFAULT_MR_PRESET, file, overrides)
+    return load_config(
+        MRPretrainConfig,
+        base={**MR_PRESETS[name].train, "model": MR_PRESETS[name].model},
+        file=file,
+        overrides=overrides,
+        given={**(given or {}), "preset": name},
+    )
