@@ -7,6 +7,7 @@ This module is the pipeline; its parts, in the order of the data::
     candidates.py  slides found, with what the user gave for each
     resume.py      slides the archive holds already
     plan.py        Planner: hash, open, find tissue, cut into chunks of regions
+    reading.py     patches of a slide, read ahead by reader processes
     embed.py       Embedder: read, embed, write fragments
     rows.py        the rows between them and the driver: a slide's record, a chunk
     decision.py    what becomes of a slide

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from jobs.ingest.config import IngestConfig
 from jobs.ingest.decision import Attempts, quarantine
-from jobs.ingest.plan import changed
+from jobs.ingest.reading import Request, SlideFile, check_revision, encode, read_ahead
 from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, matrix, to_table, unit
 from jobs.ray_data import from_ipc, to_ipc
 from pathflip.archive.fragments import write_fragment
@@ -23,8 +23,7 @@ from pathflip.archive.schema import region_id
 from pathflip.encoders import Encoder, load_encoder
 from pathflip.errors import ArchiveError, EncoderError, PathFLIPError, SlideError
 from pathflip.geometry import patch_rects
-from pathflip.slides.reader import Patches, SlideReader
-from pathflip.slides.sources import stat_source
+from pathflip.slides.reader import SlideReader
 
 
 class _ChunkFeatures:
@@ -102,7 +101,7 @@ class Embedder:
         try:
             for spec, revision in zip(config.specs, revisions, strict=True):
                 encoder = load_encoder(spec, device=config.device)
-                _check_revision(encoder, revision)
+                check_revision(encoder, revision)
                 self._encoders.append(encoder)
         except EncoderError as error:  # raised here, Ray would start the actor again and again
             self._fatal = error
@@ -154,18 +153,34 @@ class Embedder:
         masks = matrix(plan["patch_mask"], tiling.slots).astype(bool)
         rx, ry = plan["rx"].to_numpy(), plan["ry"].to_numpy()
         out = _ChunkFeatures(plan, masks, dims=[encoder.dim for encoder in self._encoders])
-        rects = [
-            patch_rects(tiling, rx=int(rx[i]), ry=int(ry[i]), mpp=record.mpp)[masks[i]]
+        requests = [
+            Request(
+                rects=patch_rects(tiling, rx=int(rx[i]), ry=int(ry[i]), mpp=record.mpp)[masks[i]],
+                mpp=tiling.mpp,
+            )
             for i in range(len(plan))
         ]
-        for i, patches in self._read(record, rects, attempts):
+        file = SlideFile(
+            uri=record.uri,
+            bytes=record.bytes,
+            mtime_ns=record.mtime_ns,
+            mpp=record.mpp_override,
+        )
+        read = read_ahead(
+            self._readers,
+            file,
+            requests,
+            px=tiling.patch_px,
+            attempts=attempts,
+            timeout_s=self._config.read_timeout_s,
+        )
+        for i, patches in enumerate(read):
             slot = np.flatnonzero(masks[i])
             out.quality[i, slot] = patches.quality
             good = np.flatnonzero(patches.ok)
             pixels = patches.pixels if len(good) == len(slot) else patches.pixels[good]
             if len(good):
-                out.add(i, slot[good], [_encode(encoder, pixels) for encoder in self._encoders])
-        self._check_source(record)
+                out.add(i, slot[good], [encode(encoder, pixels) for encoder in self._encoders])
         return out
 
     def _write(self, record: SlideRecord, embedded: _ChunkFeatures) -> dict[str, Any]:
@@ -221,51 +236,6 @@ class Embedder:
             "fragments": tuple(fragments),
         }
 
-    def _read(
-        self, record: SlideRecord, rects: list[NDArray[np.int64]], attempts: Attempts
-    ) -> Iterator[tuple[int, Patches]]:
-        """Read each region's patches in turn; several readers read the next ones meanwhile."""
-        readers = self._readers
-        for ahead in range(min(len(readers), len(rects))):
-            self._start(readers[ahead], record, rects[ahead])
-        for i in range(len(rects)):
-            reader = readers[i % len(readers)]
-            yield i, self._finish(reader, record, rects[i], attempts)
-            if i + len(readers) < len(rects):
-                self._start(reader, record, rects[i + len(readers)])
-
-    def _start(self, reader: SlideReader, record: SlideRecord, rects: NDArray[np.int64]) -> None:
-        self._check_source(record)
-        tiling = self._config.tiling
-        reader.start_read(
-            record.uri,
-            rects,
-            mpp=tiling.mpp,
-            px=tiling.patch_px,
-            slide_mpp=record.mpp_override,
-            timeout_s=self._config.read_timeout_s,
-        )
-
-    def _finish(
-        self,
-        reader: SlideReader,
-        record: SlideRecord,
-        rects: NDArray[np.int64],
-        attempts: Attempts,
-    ) -> Patches:
-        while True:
-            try:
-                return reader.finish_read(px=self._config.tiling.patch_px)
-            except SlideError as error:
-                self._check_source(record)  # what failed may be another file than was planned
-                attempts.retry_or_raise(error)
-                self._start(reader, record, rects)
-
-    def _check_source(self, record: SlideRecord) -> None:
-        source = stat_source(Path(record.uri))
-        if (source.bytes, source.mtime_ns) != (record.bytes, record.mtime_ns):
-            raise changed(record.uri)
-
 
 def _without_data(chunk: Chunk, record: SlideRecord) -> Chunk:
     return replace(chunk, record=record, regions=b"")
@@ -284,23 +254,3 @@ def _check_extended(record: SlideRecord) -> None:
             hint="Check the file and the new encoder; the slide stays as it was.",
             code="too_many_bad_tiles",
         )
-
-
-def _check_revision(encoder: Encoder, revision: str) -> None:
-    if encoder.revision != revision:
-        raise EncoderError(
-            f"{encoder.name} is revision {encoder.revision} on this node, not {revision}.",
-            hint="Give every node the same weights: NAME=/shared/folder, or a pinned revision.",
-            code="other_encoder",
-        )
-
-
-def _encode(encoder: Encoder, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    try:
-        values = encoder(pixels)
-    except EncoderError as error:
-        if error.code == "out_of_memory":
-            raise SlideError(error.message, hint=error.hint, code="out_of_memory") from error
-        raise
-    # Stored as fp16: what does not fit there is as lost as a NaN.
-    return np.where(np.abs(values) <= np.finfo(np.float16).max, values, np.nan)

@@ -16,6 +16,7 @@ import pyarrow as pa
 from jobs.ingest.candidates import Candidate
 from jobs.ingest.config import IngestConfig
 from jobs.ingest.decision import Attempts, identify, quarantine
+from jobs.ingest.reading import changed
 from jobs.ingest.rows import Chunk, Held, SlideRecord, fixed, to_table
 from jobs.ray_data import to_ipc
 from pathflip.archive import Archive
@@ -169,15 +170,6 @@ class Planner:
             Chunk(record=record, chunk=index, n_chunks=len(parts), regions=to_ipc(part))
             for index, part in enumerate(parts)
         ] or [Chunk(record=record)]
-
-
-def changed(uri: str) -> SlideError:
-    """Return the error of a file that is not the one that was hashed any more."""
-    return SlideError(
-        f"{Path(uri).name} changed while it was being ingested.",
-        hint="Run the same command again once the file is at rest.",
-        code="source_changed",
-    )
 
 
 def _with_retries(attempts: Attempts, call: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import typer
 
-from pathflip.cli import answer, archive, evaluation, search, serve, train
+from pathflip.cli import answer, archive, evaluation, search, serve, train, trees
 from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for part in (archive, search, train, evaluation, answer, serve):
+for part in (archive, trees, search, train, evaluation, answer, serve):
     app.add_typer(part.app)
 
 _FATAL_ARCHIVE_CODES = ("damaged", "disk_full", "io", "commit", "missing_table")

@@ -1,0 +1,140 @@
+"""Reading of a slide's patches by an actor: its own reader processes, the next reads begun early.
+
+The file must stay the one the archive knows: its size and time are compared before every read and
+after the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.ingest.decision import Attempts
+from pathflip.encoders import Encoder
+from pathflip.errors import EncoderError, SlideError
+from pathflip.slides.reader import Patches, SlideReader
+from pathflip.slides.sources import stat_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideFile:
+    """File of a slide as the archive knows it.
+
+    Attributes:
+        uri: Its path.
+        bytes: Its size.
+        mtime_ns: Its modification time.
+        mpp: µm per level-0 px given by the user, if any.
+    """
+
+    uri: str
+    bytes: int
+    mtime_ns: int
+    mpp: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Patches of a slide that are read together.
+
+    Attributes:
+        rects: int64 [n, 4]: x0, y0, w0, h0 in level-0 px.
+        mpp: µm per pixel they are read at.
+    """
+
+    rects: NDArray[np.int64]
+    mpp: float
+
+
+def read_ahead(
+    readers: Sequence[SlideReader],
+    file: SlideFile,
+    requests: Sequence[Request],
+    *,
+    px: int,
+    attempts: Attempts,
+    timeout_s: float,
+) -> Iterator[Patches]:
+    """Yield the patches of each request in turn; several readers read the next ones meanwhile.
+
+    Args:
+        readers: Readers of the actor; pixels are valid until the next step of the iteration.
+        file: The slide.
+        requests: What to read.
+        px: Side of a patch.
+        attempts: Attempts at the slide, over all of its requests.
+        timeout_s: Deadline of one request.
+
+    Raises:
+        SlideError: The slide's own reason, or ``source_changed``.
+    """
+
+    def start(at: int) -> None:
+        check_source(file)
+        readers[at % len(readers)].start_read(
+            file.uri, requests[at].rects, mpp=requests[at].mpp, px=px, slide_mpp=file.mpp,
+            timeout_s=timeout_s,
+        )  # fmt: skip
+
+    def finish(at: int) -> Patches:
+        while True:
+            try:
+                return readers[at % len(readers)].finish_read(px=px)
+            except SlideError as error:
+                check_source(file)  # what failed may be another file than was planned
+                attempts.retry_or_raise(error)
+                start(at)
+
+    for at in range(min(len(readers), len(requests))):
+        start(at)
+    for at in range(len(requests)):
+        yield finish(at)
+        if at + len(readers) < len(requests):
+            start(at + len(readers))
+    check_source(file)
+
+
+def check_source(file: SlideFile) -> None:
+    """Refuse a file that is not the one the archive knows any more (``source_changed``)."""
+    source = stat_source(Path(file.uri))
+    if (source.bytes, source.mtime_ns) != (file.bytes, file.mtime_ns):
+        raise changed(file.uri)
+
+
+def changed(uri: str) -> SlideError:
+    """Return the error of a file that is not the one that was hashed any more."""
+    return SlideError(
+        f"{Path(uri).name} changed while it was being ingested.",
+        hint="Run the same command again once the file is at rest.",
+        code="source_changed",
+    )
+
+
+def check_revision(encoder: Encoder, revision: str) -> None:
+    """Refuse weights on this node that are not the driver's (``other_encoder``)."""
+    if encoder.revision != revision:
+        raise EncoderError(
+            f"{encoder.name} is revision {encoder.revision} on this node, not {revision}.",
+            hint="Give every node the same weights: NAME=/shared/folder, or a pinned revision.",
+            code="other_encoder",
+        )
+
+
+def encode(encoder: Encoder, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return features [n, dim] of patches; NaN where they do not fit the stored fp16.
+
+    Raises:
+        SlideError: One patch does not fit the memory (``out_of_memory``).
+    """
+    try:
+        values = encoder(pixels)
+    except EncoderError as error:
+        if error.code == "out_of_memory":
+            raise SlideError(error.message, hint=error.hint, code="out_of_memory") from error
+        raise
+    # What does not fit fp16 is as lost as a NaN.
+    return np.where(np.abs(values) <= np.finfo(np.float16).max, values, np.nan)

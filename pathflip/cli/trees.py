@@ -1,0 +1,109 @@
+"""Commands of patch trees: the job that makes them, their pictures, a page of one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pathflip.cli.options import (
+    AddressOption,
+    ArchiveOption,
+    ConfigOption,
+    JsonOption,
+    OverrideOption,
+    job,
+    print_json,
+    show_document,
+    show_result,
+    were_set,
+    working,
+)
+from pathflip.errors import ConfigError
+
+app = typer.Typer()
+trees_app = typer.Typer(help="Patch trees of MR-PLIP: make them, show them, give them texts.")
+app.add_typer(trees_app, name="trees")
+
+
+@trees_app.callback(invoke_without_command=True)
+def trees(
+    context: typer.Context,
+    archive: Annotated[
+        str | None, typer.Option("--archive", help="Archive: a folder, or s3://, gs://, az://.")
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Patch encoder, or several with commas (docs/reference/encoders.md)."),
+    ] = None,
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be read, with bytes and hours.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make patch trees (5x, 10x, 20x, 40x); the same command again does only what is missing."""
+    if context.invoked_subcommand is not None:
+        if archive is not None:
+            raise ConfigError(
+                "--archive stands before a subcommand of trees.", hint="Put it behind."
+            )
+        return
+    if archive is None:
+        raise ConfigError("No archive was named.", hint="Give --archive.")
+    from pathflip.config import load_config
+
+    module = job("trees")
+    settings = load_config(
+        module.TreesConfig, file=config, overrides=overrides or (), given=were_set(encoder=encoder)
+    )
+    with working() as progress:
+        result = module.trees(
+            archive, settings, address=address, progress=progress, dry_run=dry_run
+        )
+    show_result(result, f"trees in {archive}", as_json=as_json, dry_run=dry_run)
+    if not dry_run:
+        raise typer.Exit(result.exit_code)
+
+
+@trees_app.command()
+def export(
+    directory: Annotated[str, typer.Argument(help="Folder for the pictures.")],
+    archive: ArchiveOption,
+    slide: Annotated[
+        list[str] | None, typer.Option(help="Only trees of this slide; may be given again.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write every node as a PNG, named so that captions of any program find their way back."""
+    from pathflip import Archive
+    from pathflip.interop.tree_images import export_tree_images
+
+    with working() as progress:
+        result = export_tree_images(
+            Archive(archive), directory, slides=slide or (), progress=progress
+        )
+    show_document(result.as_json(), f"pictures in {directory}", as_json=as_json)
+    raise typer.Exit(result.exit_code)
+
+
+@trees_app.command()
+def show(
+    archive: ArchiveOption,
+    out: Annotated[str, typer.Option("--out", help="HTML page to write.", metavar="FILE")],
+    tree: Annotated[
+        str | None, typer.Argument(help="SLIDE_ID/TX_TY; default: the first one with texts.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a page with the pyramid of one tree and its texts."""
+    from pathflip import Archive
+    from pathflip.report.trees import write_tree_page
+
+    shown = write_tree_page(Archive(archive), out, tree_id=tree)
+    if as_json:
+        print_json({"tree": shown, "page": out})
+    else:
+        print(f"{shown}: {out}")

@@ -1,0 +1,301 @@
+"""The trees job over the session's archive: read as told, once, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pathflip import Slide
+from pathflip.archive import Archive, vectors
+from pathflip.archive.commit import Committer
+from pathflip.archive.trees import (
+    append_trees,
+    read_trees,
+    take_features,
+    tree_encoders,
+    tree_settings,
+)
+from pathflip.archive.verify import verify
+from pathflip.encoders import load_encoder
+from pathflip.errors import ArchiveError, ConfigError
+from pathflip.geometry import TREE_OFFSETS, TreeSpec, choose_parents, patch_tree
+from pathflip.slides.tissue import TissueMask
+from tests.conftest import listing
+
+if TYPE_CHECKING:
+    from tests.conftest import Clean
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+SPEC = TreeSpec(parent_um=256, node_px=128)
+SMALL = ("parent_um=256", "node_px=128", "actors=1")
+Trees = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def make(cluster: str) -> Trees:
+    """``make(archive, *settings, **options)``: the job in this process."""
+    from jobs.trees import TreesConfig, trees
+    from pathflip.config import load_config
+
+    def run(archive: Path, *settings: str, **options: Any) -> Any:
+        return trees(str(archive), load_config(TreesConfig, overrides=settings), **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def second_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Spec of a small encoder: the mean of each channel, and of the left half of each."""
+
+    class Means(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x.mean((2, 3)), x[..., :112].mean((2, 3))], 1)
+
+    file = tmp_path_factory.mktemp("second") / "means.pt"
+    torch.jit.trace(Means(), torch.zeros(1, 3, 224, 224)).save(str(file))
+    return f"torchscript:{file}"
+
+
+def expected_roots(archive: Archive, count: int) -> dict[str, set[tuple[int, int]]]:
+    """Choose the roots of every slide, from what the archive says of it."""
+    found = {}
+    for name in archive.slides("ready", columns=["slide_id"])["slide_id"].to_pylist():
+        row = archive.slide(name)
+        mask = TissueMask.from_png(row["tissue_png"], mpp=row["tissue_mpp"], slide_mpp=row["mpp"])
+        chosen = choose_parents(
+            mask, width=row["width"], height=row["height"], mpp=row["mpp"], spec=SPEC,
+            count=count, seed=0, slide_id=name, min_tissue=0.5,
+        )  # fmt: skip
+        found[name] = {(x, y) for x, y in chosen.tolist()}
+    return found
+
+
+def stored_roots(archive: Archive, encoder: str | None = None) -> dict[str, set[tuple[int, int]]]:
+    found: dict[str, set[tuple[int, int]]] = {}
+    rows = read_trees(archive, columns=["slide_id", "tx", "ty"], encoder=encoder)
+    for row in rows.to_pylist():
+        assert (row["tx"], row["ty"]) not in found.setdefault(row["slide_id"], set())
+        found[row["slide_id"]].add((row["tx"], row["ty"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(make: Trees, clean: Clean, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive whose trees were stopped half way, between two tables too, and made again."""
+    uri = tmp_path_factory.mktemp("trees") / "a"
+    shutil.copytree(clean.archive, uri)
+    before = listing(uri)
+    plan = make(uri, *SMALL, "per_slide=3", dry_run=True)
+    assert listing(uri) == before
+    expected = expected_roots(Archive(uri), 3)
+    assert plan.trees == sum(map(len, expected.values())) == 3 * 7
+    assert plan.slides == {"done": 7, "skipped": 0, "none": 0, "failed": 0}
+    assert plan.estimated_hours > 0
+    assert plan.problems == {}
+    lines = []
+
+    def stop(progress: Any) -> None:
+        lines.append(progress.line())
+        if progress.done >= 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(uri, *SMALL, "per_slide=3", "commit_s=0", progress=stop)
+    assert " left" in lines[1]
+    assert "/21 trees" in lines[1]
+    archive = Archive(uri)
+    done = stored_roots(archive)
+    assert len(done) == 3
+    assert all(done[slide] == expected[slide] for slide in done)
+    # As if it had been killed between the two tables.
+    rows = archive.dataset("trees_texture").to_table().slice(0, 2).drop_columns(["checksum"])
+    other = sorted(set(expected) - set(done))[0]
+    stray = rows.set_column(0, rows.schema.field(0), pa.array([f"{other}/0_0", f"{other}/1_0"]))
+    stray = stray.set_column(1, rows.schema.field(1), pa.array([other, other]))
+    with Committer(uri) as committer:
+        nothing = archive.dataset("trees").schema.empty_table().drop_columns(["checksum"])
+        append_trees(committer, nothing, {"trees_texture": stray})
+    result = make(uri, "per_slide=3", "actors=1")  # the sizes are the archive's now
+    assert (result.trees, result.slides["done"], result.slides["skipped"]) == (12, 4, 3)
+    assert result.exit_code == 0
+    assert plan.nodes == int((vectors(read_trees(Archive(uri))["node_mask"]) != 0).sum())
+    assert result.levels == {"3": 12} or result.levels == {"3": 9, "4": 3}
+    return uri
+
+
+def test_the_chosen_trees_are_there_once(made: Path) -> None:
+    archive = Archive(made)
+    assert stored_roots(archive) == expected_roots(archive, 3)
+    assert stored_roots(archive, "texture") == stored_roots(archive)
+    assert archive.dataset("trees_texture").count_rows() == 21
+    assert tree_settings(archive) == {
+        "parent_um": 256.0, "node_px": 128, "seed": 0, "per_slide": 3, "min_tissue": 0.5,
+    }  # fmt: skip
+    report = verify(made)
+    assert (report.damaged, report.notes) == ([], [])
+
+
+def test_every_node_is_what_the_slide_shows_there(made: Path) -> None:
+    """A tree of each slide: each node read by itself at its place and level, and embedded."""
+    archive = Archive(made)
+    encoder = load_encoder("texture")
+    rows = read_trees(archive, encoder="texture")
+    features = take_features(archive, rows["row"].to_numpy(), encoder="texture")
+    levels = set()
+    seen: set[str] = set()
+    for at, row in enumerate(rows.to_pylist()):
+        if row["slide_id"] in seen:
+            continue
+        seen.add(row["slide_id"])
+        slide_row = archive.slide(row["slide_id"])
+        tree = patch_tree(row["tx"], row["ty"], mpp=row["mpp"], spec=SPEC)
+        mask = np.array(row["node_mask"]) != 0
+        levels.add((row["levels"], Path(slide_row["uri"]).name))
+        share = tissue_shares(slide_row, tree.rects[0])
+        np.testing.assert_allclose(row["node_tissue"], share, atol=0.05)
+        there = np.array(row["node_tissue"]) >= 0.05
+        there[0], there[(*TREE_OFFSETS, 85)[row["levels"]] :] = True, False
+        assert (mask == there).all()
+        assert not features[at][~mask].any()
+        with Slide(slide_row["uri"], mpp=None) as slide:
+            for node in np.flatnonzero(mask)[::7]:
+                out = np.zeros((1, SPEC.node_px, SPEC.node_px, 3), np.uint8)
+                level = float(tree.mpp[node])
+                assert slide.read_patches(tree.rects[0, [node]], mpp=level, out=out).all()
+                np.testing.assert_allclose(
+                    features[at, node], encoder(out)[0], rtol=2e-3, atol=2e-3
+                )
+    assert {name for count, name in levels if count == 4} == {"b.tif"}
+    assert len(levels) == 7
+
+
+def tissue_shares(row: dict[str, Any], rects: Any) -> Any:
+    """Share of tissue in each rectangle, by counting eighths of the mask's pixels."""
+    mask = TissueMask.from_png(row["tissue_png"], mpp=row["tissue_mpp"], slide_mpp=row["mpp"]).mask
+    step = row["mpp"] / row["tissue_mpp"]
+    fine = np.kron(mask, np.ones((8, 8)))
+    shares = []
+    for x, y, w, h in (rects * step * 8).round().astype(int).tolist():
+        shares.append(fine[y : y + h, x : x + w].mean())
+    return np.array(shares)
+
+
+def test_nothing_is_left_to_do(made: Path, make: Trees) -> None:
+    before = listing(made)
+    again = make(made, "per_slide=3")
+    assert (again.trees, again.slides["skipped"], again.exit_code) == (0, 7, 0)
+    assert make(made, "per_slide=2").trees == 0
+    assert listing(made) == before
+    with pytest.raises(ArchiveError, match="min_tissue") as error:
+        make(made, "per_slide=4", "min_tissue=0.4")
+    assert error.value.code == "settings"
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "a")
+
+
+def test_a_further_encoder_a_slide_gone_one_changed_and_more_trees(
+    copy: Path, make: Trees, second_encoder: str
+) -> None:
+    before = read_trees(Archive(copy))
+    roots = stored_roots(Archive(copy))
+    gone, other = sorted(roots)[:2]
+    row = Archive(copy).slide(other)
+    back = {gone: Archive(copy).slide(gone)["uri"], other: row["mtime_ns"]}
+    with Committer(copy) as committer:
+        committer.update_slides(
+            {gone: {"uri": str(copy / "gone.tif")}, other: {"mtime_ns": row["mtime_ns"] + 1}}
+        )
+    result = make(copy, f"encoder={second_encoder}", "actors=1")
+    assert result.exit_code == 3
+    assert result.slides == {"done": 5, "skipped": 0, "none": 0, "failed": 2}
+    assert {slide: text.split(":")[0] for slide, text in result.problems.items()} == {
+        gone: "not_a_file", other: "source_changed",
+    }  # fmt: skip
+    archive = Archive(copy)
+    name = next(name for name in tree_encoders(archive) if name != "texture")
+    assert read_trees(archive).equals(before)
+    assert set(stored_roots(archive, name)) == set(roots) - {gone, other}
+    assert verify(copy).damaged == []
+    with pytest.raises(ConfigError, match=name) as error:
+        make(copy, "encoder=texture", "per_slide=4", dry_run=True)
+    assert error.value.code == "encoders"
+
+    with Committer(copy) as committer:
+        committer.update_slides({gone: {"uri": back[gone]}, other: {"mtime_ns": back[other]}})
+    more = make(copy, f"encoder=texture,{second_encoder}", "per_slide=4", "actors=1")
+    assert (more.exit_code, more.trees) == (0, 7 + 2 * 3)
+    archive = Archive(copy)
+    assert stored_roots(archive) == expected_roots(archive, 4)
+    assert stored_roots(archive, name) == stored_roots(archive, "texture") == stored_roots(archive)
+    report = verify(copy)
+    assert (report.damaged, report.notes) == ([], [])
+    rows = read_trees(archive, encoder=name)
+    features = take_features(archive, rows["row"].to_numpy(), encoder=name)
+    kept = vectors(rows["node_mask"]) != 0
+    assert np.isfinite(features).all()
+    assert features[kept].any(axis=1).all()
+    assert not features[~kept].any()
+
+
+def test_the_command(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from pathflip.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["trees", "--archive", str(copy), "-o", "per_slide=4", "--dry-run", "--json"])
+    assert ended.value.code == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["trees"] == 7
+    assert document["dry_run"] is True
+    assert document["archive_bytes"] > 7 * 85 * 2 * 64
+    assert document["estimated_hours"] >= 0
+    assert document["nodes"] <= 4 * 21 + 3 * 85
+
+
+def test_pictures_and_a_page(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each node's picture under its name, written once; a page of one tree without texts."""
+    import cv2
+
+    from pathflip.cli import main
+
+    archive = Archive(made)
+    row = read_trees(archive).to_pylist()[0]
+    slide, kept = row["slide_id"], np.flatnonzero(row["node_mask"])
+    out = tmp_path / "nodes"
+    words = ["trees", "export", str(out), "--archive", str(made), "--slide", slide, "--json"]
+    for written in (True, False):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+        document = json.loads(capfd.readouterr().out)
+        assert document["trees"] == 3
+        assert document["images" if written else "skipped"] == len(list(out.iterdir()))
+    names = {f"{slide}__t{row['tx']}_{row['ty']}__n{node}.png" for node in kept}
+    assert names <= {path.name for path in out.iterdir()}
+    node = int(kept[-1])
+    found = cv2.imread(str(out / f"{slide}__t{row['tx']}_{row['ty']}__n{node}.png"))
+    tree = patch_tree(row["tx"], row["ty"], mpp=row["mpp"], spec=SPEC)
+    pixels = np.zeros((1, SPEC.node_px, SPEC.node_px, 3), np.uint8)
+    with Slide(archive.slide(slide)["uri"]) as opened:
+        opened.read_patches(tree.rects[0, [node]], mpp=float(tree.mpp[node]), out=pixels)
+    assert (found[..., ::-1] == pixels[0]).all()
+
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["trees", "show", row["tree_id"], "--archive", str(made), "--out", str(out / "t.html")]
+        )
+    assert ended.value.code == 0
+    page = (out / "t.html").read_text()
+    assert page.count("<image ") == len(kept)
+    assert "No texts yet." in page
