@@ -142,7 +142,7 @@ class TreesResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
-    """How the archive's trees are cut and chosen."""
+    """Sizes of the trees and the choice of their roots."""
 
     spec: TreeSpec
     seed: int
@@ -162,7 +162,7 @@ class _Choice:
 
 @dataclass(kw_only=True)
 class _Plan:
-    """What there is to do.
+    """Slides and trees that are still to be done.
 
     Attributes:
         tasks: Slides with trees to be made or extended.

@@ -64,7 +64,7 @@ def read_ahead(
     Args:
         readers: Readers of the actor; pixels are valid until the next step of the iteration.
         file: The slide.
-        requests: What to read.
+        requests: Patches to read, in order.
         px: Side of a patch.
         attempts: Attempts at the slide, over all of its requests.
         timeout_s: Deadline of one request.

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from jobs.ray_data import from_ipc
 from pathflip import Slide
 from pathflip.archive import Archive, vectors
 from pathflip.archive.commit import Committer
@@ -28,6 +29,7 @@ from pathflip.encoders import load_encoder
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.geometry import TREE_OFFSETS, TreeSpec, choose_parents, patch_tree
 from pathflip.slides.tissue import TissueMask
+from tests import faults
 from tests.conftest import listing
 
 if TYPE_CHECKING:
@@ -247,6 +249,56 @@ def test_a_further_encoder_a_slide_gone_one_changed_and_more_trees(
     assert np.isfinite(features).all()
     assert features[kept].any(axis=1).all()
     assert not features[~kept].any()
+
+
+@pytest.mark.parametrize(("name", "dropped"), [("b.tif", {}), ("e.tif", {"too_many_bad_tiles": 1})])
+def test_damaged_nodes_are_masked_and_trees_with_many_dropped(
+    name: str, dropped: dict[str, int], copy: Path, slides: Path, tmp_path: Path
+) -> None:
+    """A damaged tile of 256 px holds 4 of 85 nodes where a root is 1024 px, 4 of 21 at 0.5 mpp."""
+    from jobs.tree_actor import SlideTask, TreeActor
+
+    rows = read_trees(Archive(copy), encoder="texture").to_pylist()
+    uri = {row["slide_id"]: row["uri"] for row in Archive(copy).slides("ready").to_pylist()}
+    trees = [row for row in rows if Path(uri[row["slide_id"]]).name == name]
+    harmed, slide = trees[1], trees[1]["slide_id"]
+    across, _ = faults.tile_spans(slides / name)
+    left, top = harmed["x0"] // 256, harmed["y0"] // 256
+    faults.overwrite(slides / name, tmp_path / name, [top * across + left])
+    status = (tmp_path / name).stat()
+    with Committer(copy) as committer:
+        file = {"uri": str(tmp_path / name), "bytes": status.st_size}
+        committer.update_slides({slide: file | {"mtime_ns": status.st_mtime_ns}})
+    encoder = load_encoder("texture")
+    actor = TreeActor(str(copy), SPEC, [("texture", encoder.revision)], "cpu", 2, 3, 60.0)
+    task = SlideTask(slide_id=slide, new=[[row["tx"], row["ty"]] for row in trees], lacking=[])
+    try:
+        table = actor([{"task": task.to_json()}])
+    finally:
+        actor.close()
+    outcome = json.loads(table.schema.metadata[b"outcome"])
+    assert (outcome["reason"], outcome["dropped"]) == ("", dropped)
+    parts = {row["table"]: from_ipc(row["rows"]) for row in table.to_pylist()}
+    found = dict(
+        zip(parts["trees"]["tree_id"].to_pylist(), parts["trees"].to_pylist(), strict=True)
+    )
+    assert len(found) == 3 - len(dropped)
+    features = vectors(parts["trees_texture"]["features"]).reshape(len(found), 85, -1)
+    before = take_features(Archive(copy), [row["row"] for row in trees], encoder="texture")
+    for row, old in zip(trees, before, strict=True):
+        if row["tree_id"] not in found:
+            assert row is harmed
+            continue
+        mask = np.array(found[row["tree_id"]]["node_mask"]) != 0
+        there = np.array(row["node_mask"]) != 0
+        if row is harmed:
+            x0, y0, w0, h0 = patch_tree(row["tx"], row["ty"], mpp=row["mpp"], spec=SPEC).rects[0].T
+            inside = (x0 < 256 * left + 256) & (x0 + w0 > 256 * left)
+            inside &= (y0 < 256 * top + 256) & (y0 + h0 > 256 * top)
+            there[21:] &= ~inside[21:]  # coarser levels are stored apart, and whole
+        assert (mask == there).all()
+        place = list(found).index(row["tree_id"])
+        np.testing.assert_array_equal(features[place], np.where(mask[:, None], old, 0))
 
 
 def test_the_command(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
