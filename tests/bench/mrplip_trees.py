@@ -4,8 +4,8 @@ Trees of slides it makes, 1024 µm and 85 nodes of 512 px each, are read three w
 of this process and its reader: ``bare`` opens the slide in this process and reads each level of
 each tree by one ``Slide.read_patches``; ``scores`` is what the quality scores of those pixels take,
 which the archive stores; ``trees`` is what the actor of the job does with both, by a reader
-process, embedding nothing; ``texture`` also embeds. The ratio is (bare + scores) / trees: 1 would mean
-that isolation and bookkeeping cost nothing.
+process, embedding nothing; ``texture`` also embeds. The ratio is (bare + scores) / trees: 1 would
+mean that isolation and bookkeeping cost nothing.
 """
 
 from __future__ import annotations

@@ -231,6 +231,8 @@ def parse(words: Sequence[str]) -> tuple[str, list[str]]:
     command: Any = typer.main.get_command(app)
     names, rest = [], list(words)
     while hasattr(command, "commands"):
+        if command.invoke_without_command and rest[0].startswith("-"):
+            break  # a group that is a command as well
         names.append(rest.pop(0))
         assert names[-1] in command.commands, f"there is no command {' '.join(names)}"
         command = command.commands[names[-1]]
@@ -241,7 +243,7 @@ def parse(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def settings_of(name: str) -> Callable[[list[str], str | None], object] | None:
     """The function that checks ``-o`` settings of a command, as the command does."""
-    from jobs import batch_vllm, index, pretrain, tune
+    from jobs import batch_vllm, index, pretrain, trees, tune
     from serve.config import ServeConfig
 
     if name == "pretrain":
@@ -252,6 +254,7 @@ def settings_of(name: str) -> Callable[[list[str], str | None], object] | None:
     kinds: dict[str, type[Any]] = {
         "ingest": IngestConfig,
         "index": index.IndexConfig,
+        "trees": trees.TreesConfig,
         "caption": batch_vllm.AnswerConfig,
         "ask": batch_vllm.AnswerConfig,
     }
