@@ -86,7 +86,7 @@ class PatchReader:
     @property
     def tau(self) -> float:
         """Temperature of the softmax over classes."""
-        return float(self.model.tau)
+        return float(self.model.tau.detach())
 
     def vectors(self, pixels: NDArray[np.uint8], level: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return unit vectors [k, d] of nodes [k, px, px, 3] at their levels [k]."""
