@@ -8,12 +8,18 @@ from typing import Annotated, Literal
 
 import typer
 
+from pathflip.cli import patches
 from pathflip.cli.options import (
     AddressOption,
     ArchiveOption,
     ConfigOption,
+    DeviceOption,
     JsonOption,
     OverrideOption,
+    ResamplesOption,
+    RunOption,
+    SeedOption,
+    SplitOption,
     flat,
     job,
     open_run,
@@ -26,7 +32,6 @@ from pathflip.cli.options import (
     working,
 )
 from pathflip.errors import ConfigError
-from pathflip.splits import requested_split
 
 app = typer.Typer()
 evaluate_app = typer.Typer(
@@ -34,19 +39,13 @@ evaluate_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(evaluate_app, name="evaluate")
+evaluate_app.add_typer(patches.app)
 
-RunOption = Annotated[str, typer.Option("--run", help="Folder that pathflip pretrain wrote.")]
 TunedOption = Annotated[str, typer.Option("--run", help="Folder that pathflip tune wrote.")]
 LlmOption = Annotated[
     str | None,
     typer.Option(help="Where the base language model is, if it is not where it was tuned."),
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU if there is one.")]
-SplitOption = Annotated[
-    str,
-    typer.Option(help="Slides of this split; all for every slide.", callback=requested_split),
-]
-SeedOption = Annotated[int, typer.Option(help="Seed of shuffles and resamples.")]
 TasksOption = Annotated[
     str | None,
     typer.Option(help="YAML of tasks; default: tasks.yaml beside the slides' folder."),
@@ -187,9 +186,7 @@ def evaluate_zeroshot(
     run: RunOption,
     tasks: TasksOption = None,
     split: SplitOption = "test",
-    resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
-    ] = 1000,
+    resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -241,9 +238,7 @@ def evaluate_grounding(
         typer.Option(help="attn, region_only, cosine, product or all; may be repeated."),
     ] = None,
     contrast: ContrastOption = None,
-    resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
-    ] = 1000,
+    resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -303,9 +298,7 @@ def evaluate_vqa(
         bool, typer.Option("--swapped/--no-swapped", help="Ask with another patient's slide, too.")
     ] = True,
     llm: LlmOption = None,
-    resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
-    ] = 1000,
+    resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -359,9 +352,7 @@ def evaluate_caption(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption, tokens.", min=1)] = 512,
     llm: LlmOption = None,
-    resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
-    ] = 1000,
+    resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -409,9 +400,7 @@ def evaluate_everything(
     truth: Annotated[str | None, typer.Option(help="As for evaluate grounding.")] = None,
     split: SplitOption = "test",
     out: Annotated[str | None, typer.Option(help="HTML page with curves and pictures.")] = None,
-    resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples, over patients.", min=0)
-    ] = 1000,
+    resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

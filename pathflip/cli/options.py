@@ -12,6 +12,7 @@ import typer
 
 from pathflip.errors import ConfigError
 from pathflip.progress import Report, show_progress
+from pathflip.splits import requested_split
 
 ArchiveOption = Annotated[
     str, typer.Option("--archive", help="Archive: a folder, or s3://, gs://, az://.")
@@ -33,6 +34,14 @@ AddressOption = Annotated[
     str | None,
     typer.Option(help="Ray cluster, e.g. auto or ray://head:10001; default: this machine."),
 ]
+RunOption = Annotated[str, typer.Option("--run", help="Folder that pathflip pretrain wrote.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU if there is one.")]
+SplitOption = Annotated[
+    str,
+    typer.Option(help="Slides of this split; all for every slide.", callback=requested_split),
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of shuffles and resamples.")]
+ResamplesOption = Annotated[int, typer.Option(help="Bootstrap resamples, over patients.", min=0)]
 
 
 def job(name: str) -> Any:
@@ -77,6 +86,17 @@ def open_run(run: str, *, device: str | None) -> Any:
     from pathflip.checkpoints import load_run
 
     return load_run(run, device=torch_device(device))
+
+
+def open_patch_reader(
+    run: str, *, device: str | None, pixels: bool = True, encoder: str | None = None
+) -> Any:
+    """Open a run of MR-PLIP; see :func:`pathflip.evaluation.patch_text.patch_reader`."""
+    from pathflip.checkpoints import load_run
+    from pathflip.evaluation.patch_text import patch_reader
+
+    found = load_run(run, device=torch_device(device), family="mrplip")
+    return patch_reader(found, pixels=pixels, encoder=encoder)
 
 
 def open_slide_qa(run: str, *, llm: str | None, device: str | None) -> Any:

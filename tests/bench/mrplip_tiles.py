@@ -48,7 +48,7 @@ def make_tiles(folder: Path, count: int) -> Path:
 def reader() -> PatchReader:
     """Return a reader with an untrained mini model over ``texture``."""
     encoder, spec = load_encoder("texture"), TreeSpec(parent_um=256.0, node_px=128)
-    texts = [f"{name} {i}" for i, name in enumerate("tissue tumour stroma mucin fat".split())]
+    texts = [f"{name} {i}" for i, name in enumerate(("tissue", "tumour", "stroma", "fat"))]
     model = MRPLIP.from_preset("mrplip/mini", feature_dim=encoder.dim, texts=texts).eval()
     return PatchReader(
         name="bench",
