@@ -35,7 +35,7 @@ from pathflip.errors import ConfigError
 
 app = typer.Typer()
 evaluate_app = typer.Typer(
-    help="Measure a trained model: retrieval, zero-shot, grounding, answers, captions, ablations.",
+    help="Measure a trained model: of slides, of answers and captions, or of patches and texts.",
     no_args_is_help=True,
 )
 app.add_typer(evaluate_app, name="evaluate")

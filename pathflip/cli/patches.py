@@ -104,6 +104,11 @@ def evaluate_probe(
         "1,2,4,8,16,32"
     ),
     seeds: Annotated[int, typer.Option(help="Draws of each.", min=1)] = 10,
+    bank: Annotated[
+        str | None,
+        typer.Option(help="Archive the model was trained on: probe text-guided vectors, too."),
+    ] = None,
+    source: SourceOption = None,
     encoder: EncoderOption = None,
     resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
@@ -114,34 +119,31 @@ def evaluate_probe(
 
     A set without these splits has 30 % of its patients or tiles drawn for the test.
     """
+    from pathflip import Archive
     from pathflip.evaluation.probe import probe
     from pathflip.evaluation.tiles import encode_tiles, list_tiles
+    from pathflip.evaluation.tree_vectors import keyword_bank
 
     chosen, few = _tile_task(task, classes, mpp), _numbers(shots)
-    listed = list_tiles(tiles, chosen)
+    listed, names = list_tiles(tiles, chosen), list(chosen.classes)
+    options: dict[str, Any] = {
+        "shots": few, "seeds": seeds, "resamples": resamples, "seed": seed,
+    }  # fmt: skip
     with working() as progress:
         reader = open_patch_reader(run, device=device, encoder=encoder)
+        words = [] if bank is None else keyword_bank(Archive(bank), reader, source=source)
         encoded = encode_tiles(listed, reader, chosen, progress=progress)
-        document = {"model": reader.name, "task": chosen.name} | probe(
-            encoded, list(chosen.classes), shots=few, seeds=seeds, resamples=resamples, seed=seed
-        )
+        document = {"model": reader.name, "task": chosen.name} | probe(encoded, names, **options)
+        if words:
+            guided = reader.guided(encoded.found.whole(), words)
+            document["guided"] = probe(encoded, names, vectors=guided, **options)
+            document["guided"]["keywords"] = len(words)
     if as_json:
         print_json(document)
     else:
-        rows = [_row("linear", document["linear"])]
-        for k, found in document["kshot"].items():
-            f1, balanced = found["weighted_f1"], found["balanced_accuracy"]
-            rows.append(
-                [f"{k}-shot", None, f1["mean"], f1["mean"] - f1["sd"], f1["mean"] + f1["sd"],
-                 balanced["mean"], balanced["mean"] - balanced["sd"],
-                 balanced["mean"] + balanced["sd"]]
-            )  # fmt: skip
-        rows += [_row(name, document[name]) for name in ("majority", "chance")]
-        title = (
-            f"{document['model']}: trained on {document['train']} tiles, C {document['C']:g}, "
-            f"measured on {document['test']}; few-shot: one standard deviation over {seeds} draws"
-        )
-        show_table(title, _COLUMNS, rows)
+        _show_probe(document, document["model"], seeds)
+        if words:
+            _show_probe(document["guided"], f"text-guided by {len(words)} keywords", seeds)
     _tell_refused(document["refused"], "tile", as_json=as_json)
 
 
@@ -396,6 +398,21 @@ def _row(name: str, found: dict[str, Any]) -> list[Any]:
     for key in ("weighted_f1", "balanced_accuracy"):
         cells += [found[key], *(found.get("ci", {}).get(key) or (None, None))]
     return cells
+
+
+def _show_probe(document: dict[str, Any], title: str, seeds: int) -> None:
+    rows = [_row("linear", document["linear"])]
+    for k, found in document["kshot"].items():
+        cells: list[Any] = [f"{k}-shot", None]
+        for one in (found["weighted_f1"], found["balanced_accuracy"]):
+            cells += [one["mean"], one["mean"] - one["sd"], one["mean"] + one["sd"]]
+        rows.append(cells)
+    rows += [_row(name, document[name]) for name in ("majority", "chance")]
+    title = (
+        f"{title}: trained on {document['train']} tiles, C {document['C']:g}, measured on "
+        f"{document['test']}; few-shot: one standard deviation over {seeds} draws"
+    )
+    show_table(title, _COLUMNS, rows)
 
 
 def _show_confusion(found: dict[str, Any], names: list[str]) -> None:

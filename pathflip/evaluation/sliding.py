@@ -325,6 +325,8 @@ def draw(
     titled = []
     for title, panel in panels:
         head = np.full((24, size[0], 3), 255, np.uint8)
+        if title in names:
+            head[20:] = _COLOURS[names.index(title) % len(_COLOURS)]  # its colour in the maps
         cv2.putText(head, title[: size[0] // 9], (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0),
                     1, cv2.LINE_AA)  # fmt: skip
         titled.append(np.pad(np.concatenate([head, panel]), ((0, 0), (0, 6), (0, 0)),

@@ -261,9 +261,9 @@ def write_sheet(
             rgb = read_tile(encoded.tiles[i])
             left = label + at * (px + 8)
             right = encoded.truth[i] == index
-            row[:, left : left + px + 8] = (40, 150, 60) if right else (200, 50, 40)
+            row[: px + 6, left : left + px + 6] = (40, 150, 60) if right else (200, 50, 40)
             square = cv2.resize(rgb, (px, px), interpolation=cv2.INTER_AREA)
-            row[4 : px + 4, left + 4 : left + px + 4] = square
+            row[3 : px + 3, left + 3 : left + px + 3] = square
         rows.append(row)
     return write_png(path, np.concatenate(rows))
 

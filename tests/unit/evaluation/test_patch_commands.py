@@ -77,8 +77,8 @@ def test_tiles(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     document = run(
         capsys, "tiles", *common, "--mpp", "0.5", "--split", "test", "--out", sheet, "--json"
     )
-    assert (document["n"], document["by_field"]) == (12, 0)
-    assert set(document["levels"]) == {"40x"} or set(document["levels"]) <= {"10x", "20x", "40x"}
+    assert (document["n"], document["by_field"]) == (12, 12)  # 32 µm, and no 40x in them
+    assert set(document["levels"]) == {"40x"}
     assert sheet.stat().st_size > 1000
     shown = run(capsys, "tiles", *common, "--mpp", "0.5", "--resamples", "10")
     assert "majority" in shown
@@ -100,6 +100,12 @@ def test_probe(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert document["C"] == pytest.approx(128 * 2 / 100)
     assert document["linear"]["accuracy"] == 1  # noise of another strength: texture sees it
     assert list(document["kshot"]) == ["1", "4"]
+    assert "guided" not in document
+    shown = run(
+        capsys, "probe", home / "set", "--run", home / "tiles", "--classes", home / "classes.yaml",
+        "--mpp", "0.5", "--shots", "2", "--seeds", "2", "--resamples", "0",
+    )  # fmt: skip
+    assert "2-shot" in shown
 
 
 def test_pairs_trees_and_wsi(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,6 +184,7 @@ def test_the_sheet_frames_right_tiles_green_and_wrong_ones_red(tmp_path: Path) -
     sheet = cv2.imread(str(path))[..., ::-1]
     assert sheet.shape == (3 * 40, 220 + 2 * 40, 3)
     frames = {tuple(sheet[1, 220 + x].tolist()) for x in (1, 41)}
+    assert (sheet[1, 220 + 39] == 255).all()  # a gap between them
     assert frames == {(40, 150, 60), (200, 50, 40)}
     assert (sheet[41, 221] == 255).all()  # nothing was called g
 
