@@ -417,7 +417,7 @@ def _show_probe(document: dict[str, Any], title: str, seeds: int) -> None:
 
 def _show_confusion(found: dict[str, Any], names: list[str]) -> None:
     rows = [[name, *row] for name, row in zip(names, found["confusion"], strict=True)]
-    show_table("true class by row, answer by column", ("", *names), rows)
+    show_table("confusion", ("true class", *names), rows)
 
 
 def _tell_refused(refused: list[dict[str, str]], what: str, *, as_json: bool) -> None:
