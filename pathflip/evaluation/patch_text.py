@@ -32,6 +32,8 @@ from pathflip.slides.resample import resize_area
 if TYPE_CHECKING:
     import torch
 
+    from pathflip.checkpoints import TreeRun
+
 ENLARGED = 1.1
 """Largest factor by which a picture is enlarged to reach a level, as for slides."""
 FILLED = 0.9
@@ -129,7 +131,7 @@ class PatchReader:
             return np.asarray(self.model.encode_text(list(texts)).float().cpu().numpy(), np.float32)
 
 
-def patch_reader(run: Any, *, pixels: bool = True, encoder: str | None = None) -> PatchReader:
+def patch_reader(run: TreeRun, *, pixels: bool = True, encoder: str | None = None) -> PatchReader:
     """Return the reader of a run's model.
 
     Args:
