@@ -71,6 +71,29 @@ def warm_start(
     model.train(training)
 
 
+@torch.no_grad()
+def warm_start_patches(model: MRPLIP, features: Tensor, keywords: Sequence[str]) -> None:
+    """Initialise a patch model from some patches and keywords of its training data.
+
+    Features are whitened and texts centred, as :func:`warm_start` does. The head that scores words
+    by their embeddings is scaled against them, so that its first guess stays an even one.
+
+    Args:
+        model: Untrained model; changed in place.
+        features: Patch features of all levels [n, d_in].
+        keywords: Keywords; none where the data has none.
+    """
+    training = model.training
+    model.eval()
+    model.fit_normalization(features[:: max(1, len(features) // _PATCHES)].float())
+    if keywords:
+        before = model.text_tower.words.std()
+        _centre_texts(model, keywords)
+        if model.config.has("mlm", "plm"):
+            model.words_out.norm.weight.mul_(before / model.text_tower.words.std())
+    model.train(training)
+
+
 def _start_queries(model: PathFLIP, keys: Tensor, *, seed: int) -> None:
     """Point every query and head of the first cross-attention at a prototype."""
     from sklearn.cluster import MiniBatchKMeans
@@ -123,32 +146,9 @@ def _centre_texts(model: PathFLIP | MRPLIP, texts: Sequence[str]) -> None:
     tower = model.text_tower
     if tower is not None and model.config.text_model is None:
         # A word says more than its place, and a mean over words keeps only what is large in them.
-        words = tower.bert.embeddings.word_embeddings
-        words.weight.mul_(1 / words.weight.std())
+        tower.words.mul_(1 / tower.words.std())
     vectors = model.encode_text(list(texts), normalize=False)
     model.text_out.bias.sub_(vectors.mean(0))
-
-
-@torch.no_grad()
-def warm_start_patches(model: MRPLIP, features: Tensor, keywords: Sequence[str]) -> None:
-    """Initialise a patch model from some patches and keywords of its training data.
-
-    Features are whitened and texts centred, as :func:`warm_start` does. The head that scores words
-    by their embeddings is scaled against them, so that its first guess is an even one.
-
-    Args:
-        model: Untrained model; changed in place.
-        features: Patch features [n, d_in].
-        keywords: Keywords; none where the data has none.
-    """
-    training = model.training
-    model.eval()
-    model.fit_normalization(features[:: max(1, len(features) // _PATCHES)].float())
-    if keywords:
-        _centre_texts(model, keywords)
-        if model.config.text_model is None and model.config.has("mlm", "plm"):
-            model.words_out.norm.weight.fill_(model.text_tower.width**-0.5)
-    model.train(training)
 
 
 def _see(model: PathFLIP, features: Tensor, mask: Tensor) -> VisionOutput:
