@@ -18,39 +18,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathflip.geometry import TREE_OFFSETS
+from pathflip.geometry import TREE_NODES, patch_tree
 from pathflip.models.mrplip_config import MRPLIPConfig
 from pathflip.models.tree_batch import TreeBatch
 
-NODES = 85
 FEWEST_KEYWORDS = 4
 """A tree with fewer has no choice of positives, and is left out of the alignment."""
-LEVEL_OF = np.repeat(np.arange(4), [4**level for level in range(4)])
+_TREE = patch_tree([0], [0], mpp=0.25)
+LEVEL_OF = _TREE.level.astype(np.int64)
 """Level of each node."""
-
-
-def _parents() -> NDArray[np.int64]:
-    """Parent of each node; the root's is -1."""
-    found = [-1]
-    for level in range(1, 4):
-        row, column = np.divmod(np.arange(4**level), 2**level)
-        above = TREE_OFFSETS[level - 1] + row // 2 * 2 ** (level - 1) + column // 2
-        found.extend(above.tolist())
-    return np.array(found)
-
-
-PARENT = _parents()
-EDGES = np.stack([PARENT[1:], np.arange(1, NODES)], 1)
+EDGES = _TREE.edges.astype(np.int64)
 """Parent and child [84, 2]."""
 
 
 def _ancestors() -> NDArray[np.int64]:
     pairs = []
-    for node in range(1, NODES):
-        above = PARENT[node]
+    for node in range(1, TREE_NODES):
+        above = _TREE.parent[node]
         while above >= 0:
             pairs.append((above, node))
-            above = PARENT[above]
+            above = _TREE.parent[above]
     return np.array(pairs)
 
 

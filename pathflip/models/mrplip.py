@@ -291,7 +291,8 @@ class MRPLIP(nn.Module):
         most = min(self.config.keywords, len(bank))
         found = [v.new_zeros(0, self.text_tower.width)]
         with evaluating(self):
-            for part in torch.split(v, _PATCHES_AT_ONCE):
+            for start in range(0, len(v), _PATCHES_AT_ONCE):
+                part = v[start : start + _PATCHES_AT_ONCE]
                 near = (part @ bank.T).topk(most, -1).indices + len(part)
                 rows = torch.cat([self.visual_in(part) + self.kind.weight[0], words])
                 sequences = [[i, *own] for i, own in enumerate(near.tolist())]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pathflip.models import PathFLIP
-from pathflip.models.data_init import warm_start
+from pathflip.models.data_init import warm_start, warm_start_patches
+from tests.unit.models.tree_samples import KEYWORDS, WIDTH, patch_model, tree_batch
 
 SENTENCES = ["Necrosis is present.", "Mucin pools are seen.", "Sections show colonic mucosa."]
 TISSUES = 6
@@ -105,3 +106,19 @@ def test_what_masked_slots_hold_does_not_matter() -> None:
         warm_start(model, filled, mask, SENTENCES, seed=0)
         prints.append(model.fingerprint())
     assert prints[0] == prints[1]
+
+
+def test_a_patch_model_starts_centred_and_says_words_no_surer_than_before() -> None:
+    model, batch = patch_model("mrplip/mini"), tree_batch()
+    before = model.words_out(torch.eye(12), model.text_tower.words)
+    patches = torch.randn(400, WIDTH) @ torch.randn(WIDTH, WIDTH) + 3
+    warm_start_patches(model, patches, KEYWORDS)
+    white = (patches - model.feature_mean) @ model.feature_scale
+    assert torch.allclose(white.mean(0), torch.zeros(WIDTH), atol=1e-2)
+    covariance = torch.cov(white.T)
+    assert torch.allclose(covariance, torch.diag(covariance.diag()), atol=1e-4)
+    assert float(model.text_tower.words.detach().std()) == pytest.approx(1, rel=1e-4)
+    assert torch.allclose(model.words_out(torch.eye(12), model.text_tower.words), before, atol=1e-4)
+    vectors = model.encode_text(KEYWORDS, normalize=False)
+    assert vectors.mean(0).norm() < 1e-4 * vectors.norm(dim=-1).mean()
+    assert model(batch).loss.isfinite()

@@ -13,7 +13,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.unit.models import tree_workers
 from tests.unit.models.tiny import batch, tiny
+from tests.unit.models.tree_samples import patch_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mean": {"dropout": 0.0},
@@ -44,6 +46,7 @@ def work(rank: int, world: int, folder: str) -> None:
         found[f"{name}/losses"] = losses / world
         for parameter, value in model.module.named_parameters():
             found[f"{name}/{parameter}"] = value.grad.clone()
+    tree_workers.work_on_trees(rank, world, found)
     if rank == 0:
         save_file(found, Path(folder, "found.safetensors"))
     dist.destroy_process_group()
@@ -68,6 +71,32 @@ def test_loss_and_gradients_are_those_of_one_process(
     assert torch.allclose(found[f"{name}/losses"], losses, atol=1e-5)
     for parameter, value in model.named_parameters():
         assert torch.allclose(found[f"{name}/{parameter}"], value.grad, atol=1e-5), parameter
+
+
+@pytest.mark.parametrize("name", tree_workers.SETTINGS)
+def test_losses_and_gradients_of_trees_are_those_of_one_process(
+    name: str, found: dict[str, torch.Tensor]
+) -> None:
+    model = patch_model(**tree_workers.SETTINGS[name]).train()
+    given = tree_workers.whole(name)
+    losses = tree_workers.step(model, given, model.counts(given))
+    assert torch.allclose(found[f"trees, {name}/losses"], losses, atol=1e-5)
+    for parameter, value in model.named_parameters():
+        expected = found[f"trees, {name}/{parameter}"]
+        assert torch.allclose(expected, value.grad, atol=2e-5), parameter
+
+
+def test_micro_batches_of_trees_add_up() -> None:
+    settings = tree_workers.SETTINGS["own"] | {"losses": ("itc", "mlm", "plm", "cvta")}
+    batch = tree_workers.whole("own")
+    one, two = (patch_model(**settings).train() for _ in range(2))
+    for model, parts in ((one, [batch]), (two, [tree_workers.part(batch, i) for i in range(2)])):
+        for micro in parts:  # all but the contrast, which looks at the micro-batch
+            totals = model(micro).totals
+            ((totals["mlm"] + totals["plm"]) / 9 + totals["cvta"] / 2).backward()
+    for (name, first), second in zip(one.named_parameters(), two.parameters(), strict=True):
+        if first.grad is not None:
+            assert torch.allclose(first.grad, second.grad, atol=1e-5), name
 
 
 def test_local_negatives_stay_in_the_process() -> None:

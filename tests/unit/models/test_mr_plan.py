@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from pathflip.geometry import patch_tree
 from pathflip.models import mr_plan
 from tests.unit.models.tree_samples import TOKENIZER, patch_model, tree_batch
 
@@ -31,10 +30,6 @@ def test_edges_of_a_whole_tree_by_hand() -> None:
     assert sorted(child for _, child in mr_plan.EDGES.tolist()) == list(range(1, 85))
     assert len(mr_plan.ANCESTORS) == 84 + 80 + 64
     assert {tuple(pair) for pair in mr_plan.ANCESTORS.tolist()} >= {(0, 84), (4, 84), (20, 84)}
-
-
-def test_edges_are_those_of_the_geometry() -> None:
-    assert mr_plan.EDGES.tolist() == patch_tree([0], [0], mpp=0.25).edges.tolist()
 
 
 def test_edges_need_both_patches() -> None:

@@ -40,8 +40,9 @@ def given(name: str) -> TreeBatch:
 # -- against the reference ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("style", ["bags", "edges"])
+@pytest.mark.parametrize(
+    ("name", "style"), [("paper", "edges"), *((name, "bags") for name in VARIANTS)]
+)
 def test_losses_and_gradients_are_those_of_the_plain_reference(name: str, style: str) -> None:
     model, batch = patch_model(**VARIANTS[name]).train(), given(name)
     padding = {"texts": 24, "words": 12} if style == "edges" else {}
@@ -240,13 +241,13 @@ def test_the_temperature_stays_within_its_bounds_and_comes_back() -> None:
 
 def test_matching_is_learned_where_it_can_be() -> None:
     torch.manual_seed(0)
-    model = patch_model(losses=("itc", "itm"), selection="own").train()
+    model = patch_model(losses=("itc", "itm"), text_layers=1, fusion_layers=1).train()
     draw = torch.Generator().manual_seed(0)
     classes = torch.eye(8, SIZES["feature_dim"]) * 4
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batch = tree_batch(own=torch.zeros(2, 85, 9).bool())
     accuracy = []
-    for step in range(120):
+    for step in range(60):
         kinds = torch.randperm(8, generator=draw)
         features = torch.zeros_like(batch.features)
         features[batch.pair_bag, batch.pair_node] = classes[kinds]
@@ -255,7 +256,7 @@ def test_matching_is_learned_where_it_can_be() -> None:
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        if step >= 100:
+        if step >= 48:
             accuracy.append(float(out.alarms["match_accuracy"]))
     assert sum(accuracy) / len(accuracy) > 0.9
 
