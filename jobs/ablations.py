@@ -22,28 +22,45 @@ from typing import Any
 
 import numpy as np
 
-from jobs.pretrain import PretrainConfig, plan, pretrain
+from jobs.pretrain import AnyPretrainConfig, plan, pretrain, resolve, settings_of
 from pathflip.archive import Archive
 from pathflip.archive.storage import normalise
 from pathflip.checkpoints import load_run
 from pathflip.errors import ConfigError, TrainingError
+from pathflip.evaluation.patch_suite import evaluate_patches
 from pathflip.evaluation.prompts import read_tasks
 from pathflip.evaluation.suite import evaluate_all, headline
 from pathflip.evaluation.zeroshot import default_tasks
 from pathflip.files import write_file
 from pathflip.progress import HasLine, Report
-from pathflip.training.config import resolve
-from pathflip.training.loop_config import read_settings, save_settings
+from pathflip.training.loop_config import save_settings
+from pathflip.training.tree_config import MRPretrainConfig, single_level
 
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "no_region_qformer": {"region_encoder": "mean"},
-    "no_slide_qformer": {"slide_encoder": "region_mean"},
-    "no_tr_attention": {"tr_attention": "none"},
-    "global_only": {"global_only": True},
+BASELINE = ("itc", "itm", "mlm", "plm")
+"""L_bl, the losses of MR-PLIP that are not new."""
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    # arXiv 2512.17621
+    "pathflip": {
+        "full": {},
+        "no_region_qformer": {"region_encoder": "mean"},
+        "no_slide_qformer": {"slide_encoder": "region_mean"},
+        "no_tr_attention": {"tr_attention": "none"},
+        "global_only": {"global_only": True},
+    },
+    "mrplip": {
+        "all": {},
+        "l_bl": {"losses": BASELINE},
+        "plus_cvta": {"losses": (*BASELINE, "cvta")},
+        "plus_mrtva": {"losses": (*BASELINE, "mrtva")},
+        "no_hierarchy": {"edges": "random"},
+        **{
+            f"single_{5 << level}x": {"losses": (*BASELINE, "cvta"), "levels": (level,)}
+            for level in range(4)
+        },
+    },
 }
-"""Model settings of each ablation of PathFLIP (arXiv 2512.17621); ``full`` changes nothing."""
-FULL = "full"
+"""Model settings of each ablation, by model family; the first of a family changes nothing."""
+KNOWN = [name for switches in ABLATIONS.values() for name in switches]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +72,9 @@ class AblationConfig:
         first_seed: First seed.
         only: Names of the ablations to train; all when empty.
         parallel: Number of trainings at a time; each gets its share of this machine's cores.
-        tasks: Task file; ``tasks.yaml`` beside the slides' folder by default.
-        truth: Folder of outlines; ``lesions`` beside the slides' folder by default.
+        tasks: Task file; ``tasks.yaml`` beside the slides' folder by default. For slides only.
+        truth: Folder of outlines, or ``trees.csv`` of patch trees; by default ``lesions``, or that
+            file, beside the slides' folder.
         split: The split measured.
         resamples: Number of bootstrap resamples within each run.
     """
@@ -72,33 +90,61 @@ class AblationConfig:
 
     def __post_init__(self) -> None:
         for name in self.only:
-            if name not in ABLATIONS:
+            if name not in KNOWN:
                 raise ConfigError(
-                    f"There is no ablation {name!r}.", hint=f"Known: {', '.join(ABLATIONS)}."
+                    f"There is no ablation {name!r}.", hint=f"Known: {', '.join(KNOWN)}."
                 )
         if self.seeds < 1 or self.parallel < 1:
             raise ConfigError(
                 f"seeds is {self.seeds} and parallel {self.parallel}.", hint="Give 1 or more."
             )
 
-    def names(self) -> list[str]:
-        """Return the ablations asked for, in their order."""
-        return [name for name in ABLATIONS if not self.only or name in self.only]
+    def names(self, family: str) -> list[str]:
+        """Return the ablations asked for, in their order.
 
-    def trainings(self) -> list[tuple[str, int]]:
-        """Return (ablation, seed) of every training, in order: all ablations of a seed first."""
-        seeds = range(self.first_seed, self.first_seed + self.seeds)
-        return [(name, seed) for seed in seeds for name in self.names()]
-
-    def check_files(self) -> None:
-        """Refuse before training the files that measuring would refuse after it.
+        Args:
+            family: Family of the model.
 
         Raises:
-            ConfigError: The file of tasks is wrong, or there is no folder of outlines.
+            ConfigError: One is of another family.
         """
+        switches = ABLATIONS[family]
+        if alien := [name for name in self.only if name not in switches]:
+            raise ConfigError(
+                f"{alien[0]} is no ablation of {family}.", hint=f"Known: {', '.join(switches)}."
+            )
+        return [name for name in switches if not self.only or name in self.only]
+
+    def trainings(self, family: str) -> list[tuple[str, int]]:
+        """Return (ablation, seed) of every training, in order: all ablations of a seed first."""
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        names = self.names(family)
+        return [(name, seed) for seed in seeds for name in names]
+
+    def check_files(self, family: str) -> None:
+        """Refuse before training the files that measuring would refuse after it.
+
+        Args:
+            family: Family of the model.
+
+        Raises:
+            ConfigError: The file of tasks is wrong or of no use, or there is no truth.
+        """
+        patches = family == "mrplip"
         if self.tasks is not None:
+            if patches:
+                raise ConfigError(
+                    "Models of patches are not measured on tasks of slides.",
+                    hint="Leave out --tasks.",
+                )
             read_tasks(self.tasks)
-        if self.truth is not None and not Path(self.truth).is_dir():
+        if self.truth is None:
+            return
+        if patches and not Path(self.truth).is_file():
+            raise ConfigError(
+                f"There is no file {self.truth}.", hint="Give the cohort's trees.csv in --truth."
+            )
+        if not patches and not Path(self.truth).is_dir():
             raise ConfigError(
                 f"There is no folder {self.truth}.",
                 hint="Give a folder of <slide>.geojson in --truth.",
@@ -130,7 +176,7 @@ def pretrain_config(
     preset: str | None = None,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
-) -> PretrainConfig:
+) -> AnyPretrainConfig:
     """Return settings of the trainings: a run's or a preset's, then a file, then overrides.
 
     Args:
@@ -142,7 +188,7 @@ def pretrain_config(
     own = Path(run) if run is not None and preset is None else None
     base = None
     if own is not None and (own / "config.yaml").exists():
-        base = read_settings(own, PretrainConfig)
+        base = settings_of(own)
     return resolve(preset, base=base, file=config, overrides=overrides)
 
 
@@ -151,7 +197,7 @@ def ablations(
     run: str | Path,
     config: AblationConfig | None = None,
     *,
-    settings: PretrainConfig | None = None,
+    settings: AnyPretrainConfig | None = None,
     address: str | None = None,
     progress: Report | None = None,
 ) -> dict[str, Any]:
@@ -176,9 +222,9 @@ def ablations(
     start = time.monotonic()
     config = config or AblationConfig()
     settings = settings or pretrain_config(run)
-    config.check_files()
+    config.check_files(settings.family)
     folder = Path(run).expanduser().absolute() / "ablations"
-    todo = config.trainings()
+    todo = config.trainings(settings.family)
     plans = {key: variant(settings, name=key[0], seed=key[1]) for key in todo}
     folders = {key: folder / f"{key[0]}-seed{key[1]}" for key in todo}
     if config.parallel == 1:
@@ -190,7 +236,9 @@ def ablations(
     rows = []
     for i, (name, seed) in enumerate(todo):
         tell = _inner(progress, done=i, total=len(todo), name=folders[name, seed].name)
-        document = measure(archive, folders[name, seed], config, progress=tell)
+        document = measure(
+            archive, folders[name, seed], config, family=settings.family, progress=tell
+        )
         rows.append(
             {
                 "name": name,
@@ -202,7 +250,7 @@ def ablations(
                 "seconds": _seconds(folders[name, seed]),
             }
         )
-    values = {name: _values(rows, name) for name in config.names()}
+    values = {name: _values(rows, name) for name in config.names(settings.family)}
     result = {
         "run": str(Path(run)),
         "split": config.split,
@@ -211,7 +259,7 @@ def ablations(
         "table": {
             name: {key: spread(v) for key, v in mine.items()} for name, mine in values.items()
         },
-        "difference": differences(values),
+        "difference": differences(values, full=next(iter(ABLATIONS[settings.family]))),
         "chance": rows[0]["chance"] if rows else {},
         "seconds": time.monotonic() - start,
     }
@@ -224,7 +272,7 @@ def planned(
     run: str | Path,
     config: AblationConfig | None = None,
     *,
-    settings: PretrainConfig | None = None,
+    settings: AnyPretrainConfig | None = None,
 ) -> dict[str, Any]:
     """Return the plan of :func:`ablations`, without starting or writing anything.
 
@@ -233,21 +281,24 @@ def planned(
     """
     config = config or AblationConfig()
     settings = settings or pretrain_config(run)
-    config.check_files()
+    config.check_files(settings.family)
     folder = Path(run).expanduser().absolute() / "ablations"
     steps = {
         f"{name}-seed{seed}": plan(
             archive, folder / f"{name}-seed{seed}", variant(settings, name=name, seed=seed)
         )["steps"]
-        for name, seed in config.trainings()
+        for name, seed in config.trainings(settings.family)
     }
     return {"run": str(Path(run)), "trainings": len(steps), "steps": steps}
 
 
-def variant(settings: PretrainConfig, *, name: str, seed: int) -> PretrainConfig:
+def variant(settings: AnyPretrainConfig, *, name: str, seed: int) -> AnyPretrainConfig:
     """Return the settings of one training."""
-    model = replace(settings.model, **ABLATIONS[name])
-    return replace(settings, model=model, seed=seed)
+    switches = ABLATIONS[settings.family][name]
+    if isinstance(settings, MRPretrainConfig):
+        trees = replace(settings, model=replace(settings.model, **switches), seed=seed)
+        return single_level(trees) if "levels" in switches else trees
+    return replace(settings, model=replace(settings.model, **switches), seed=seed)
 
 
 def measure(
@@ -255,36 +306,50 @@ def measure(
     run: Path,
     config: AblationConfig,
     *,
+    family: str = "pathflip",
     progress: Report | None = None,
 ) -> dict[str, Any]:
     """Measure a finished run, or read the measurement from its ``evaluation.json``."""
     opened = Archive(archive)
-    trained = load_run(run)
-    file = Path(config.tasks) if config.tasks else default_tasks(opened)
-    asked = {
-        "fingerprint": trained.fingerprint,
-        "tasks": hashlib.sha256(file.read_bytes()).hexdigest(),
+    asked: dict[str, Any] = {
         "truth": config.truth,
         "split": config.split,
         "resamples": config.resamples,
         "versions": {name: opened.dataset(name).version for name in sorted(opened.tables())},
-        "outlines": _stamps(opened, config.truth),
     }
+    document: dict[str, Any]
     kept = run / "evaluation.json"
-    if kept.exists():
-        document: dict[str, Any] = json.loads(kept.read_text())
-        if document.get("asked") == asked:
-            return document
-    document = evaluate_all(
-        opened,
-        trained,
-        suite=read_tasks(file),
-        truth=config.truth,
-        split=config.split,
-        resamples=config.resamples,
-        progress=progress,
-    )
-    document |= {"headline": headline(document), "asked": asked}
+    made = json.loads(kept.read_text()) if kept.exists() else {}
+    if family == "mrplip":
+        patches = load_run(run, family="mrplip")
+        asked |= {"fingerprint": patches.fingerprint}
+        if made.get("asked") == asked:
+            return dict(made)
+        document = evaluate_patches(
+            opened, patches, truth=config.truth, split=config.split, resamples=config.resamples,
+            progress=progress,
+        )  # fmt: skip
+    else:
+        trained = load_run(run)
+        file = Path(config.tasks) if config.tasks else default_tasks(opened)
+        asked |= {
+            "fingerprint": trained.fingerprint,
+            "tasks": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "outlines": _stamps(opened, config.truth),
+        }
+        if made.get("asked") == asked:
+            return dict(made)
+        document = evaluate_all(
+            opened,
+            trained,
+            suite=read_tasks(file),
+            truth=config.truth,
+            split=config.split,
+            resamples=config.resamples,
+            progress=progress,
+        )
+        document |= {"headline": headline(document)}
+    document |= {"asked": asked}
     write_file(kept, json.dumps(document, indent=1))
     return document
 
@@ -314,22 +379,24 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
     return found | {"values": list(values)}
 
 
-def differences(values: Mapping[str, Mapping[str, list[float | None]]]) -> dict[str, Any]:
-    """Return {name: {metric: spread of full minus name}}, seed by seed."""
-    full = values.get(FULL, {})
+def differences(
+    values: Mapping[str, Mapping[str, list[float | None]]], *, full: str = "full"
+) -> dict[str, Any]:
+    """Return {name: {metric: spread of the full model minus name}}, seed by seed."""
+    whole = values.get(full, {})
     return {
         name: {
             key: spread(
                 [
                     None if a is None or b is None else a - b
-                    for a, b in zip(full[key], theirs, strict=True)
+                    for a, b in zip(whole[key], theirs, strict=True)
                 ]
             )
             for key, theirs in mine.items()
-            if key in full
+            if key in whole
         }
         for name, mine in values.items()
-        if name != FULL and full
+        if name != full and whole
     }
 
 
@@ -375,7 +442,7 @@ def _inner(progress: Report | None, *, done: int, total: int, name: str) -> Repo
 
 def _train_beside(
     archive: str,
-    plans: Mapping[tuple[str, int], PretrainConfig],
+    plans: Mapping[tuple[str, int], AnyPretrainConfig],
     folders: Mapping[tuple[str, int], Path],
     parallel: int,
     address: str | None,

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from pathflip.archive import Archive, vectors
+from pathflip.archive.tree_texts import decode_keywords
 from pathflip.geometry import TREE_NODES
 from pathflip.models.tree_batch import TreeBatch
 from pathflip.training.dataset import rng_for
@@ -120,7 +121,11 @@ class TreeReader:
         """Return the texts of trees [G]."""
         kept = self._texts
         rows = self._rows["texts"].take(trees) if kept is None else kept.take(trees)
-        return [_text(row) for row in rows.select(_TEXT).to_pylist()]
+        try:
+            return [_text(row) for row in rows.select(_TEXT).to_pylist()]
+        except ValueError as error:
+            table = self._rows["texts"].table
+            raise damaged(self._archive, f"keywords in {table} are not whole ({error})") from error
 
     def _finite(self, rows: pa.Table) -> NDArray[np.float16]:
         features = vectors(rows["features"]).reshape(len(rows), TREE_NODES, self.dim)
@@ -136,9 +141,9 @@ def _text(row: dict[str, Any]) -> TreeText:
     keywords: list[str] = row["keywords"] or []
     own = np.zeros((TREE_NODES, len(keywords)), np.bool_)
     if keywords:
-        offsets = np.frombuffer(row["keyword_of"], "<u2", TREE_NODES + 1).astype(np.int64)
-        indices = np.frombuffer(row["keyword_of"], np.uint8, offset=2 * (TREE_NODES + 1))
-        own[np.repeat(np.arange(TREE_NODES), np.diff(offsets)), indices] = True
+        found = decode_keywords(keywords, row["keyword_of"])
+        counts = np.diff(found.offsets.astype(np.int64))
+        own[np.repeat(np.arange(TREE_NODES), counts), found.indices] = True
     captions = [text if text and text.strip() else None for text in row["captions"]]
     return TreeText(captions=captions, keywords=keywords, own=own)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import yaml
 from jobs import ablations as jobs_evaluate
 from pathflip.errors import ConfigError, TrainingError
 from pathflip.files import write_file
-from tests.unit.evaluation import planted
+from tests.unit.evaluation import planted, planted_patches
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_spread_is_students_interval() -> None:
 
 def test_every_switch_is_one_of_the_model() -> None:
     settings = jobs_evaluate.resolve("pathflip/mini")
-    for name, switch in jobs_evaluate.ABLATIONS.items():
+    for name, switch in jobs_evaluate.ABLATIONS["pathflip"].items():
         made = jobs_evaluate.variant(settings, name=name, seed=3)
         assert made.seed == 3
         changed = [
@@ -110,6 +111,76 @@ def test_every_switch_is_one_of_the_model() -> None:
         assert changed == list(switch)
     with pytest.raises(ConfigError, match="no ablation 'none'"):
         jobs_evaluate.AblationConfig(only=("none",))
+
+
+def test_every_switch_of_the_patch_model() -> None:
+    """As many pairs in a step, and steps, whatever the level."""
+    settings = jobs_evaluate.resolve("mrplip/mini")
+    switches = jobs_evaluate.ABLATIONS["mrplip"]
+    assert list(switches) == [
+        "all", "l_bl", "plus_cvta", "plus_mrtva", "no_hierarchy",
+        "single_5x", "single_10x", "single_20x", "single_40x",
+    ]  # fmt: skip
+    before = vars(settings.model)
+    for name, switch in switches.items():
+        made = jobs_evaluate.variant(settings, name=name, seed=3)
+        assert made.seed == 3
+        changed = {key for key, value in vars(made.model).items() if value != before[key]}
+        assert changed == set(switch)
+        assert made.batch_size * made.pairs == 32
+        assert made.epochs / made.batch_size == settings.epochs / settings.batch_size
+        assert made.trees_per_patient == made.batch_size // 4
+    single = jobs_evaluate.variant(settings, name="single_5x", seed=0)
+    assert (single.model.levels, single.batch_size, single.pairs) == ((0,), 32, 1)
+    chosen = jobs_evaluate.AblationConfig(only=("l_bl",))
+    assert chosen.names("mrplip") == ["l_bl"]
+    with pytest.raises(ConfigError, match="l_bl is no ablation of pathflip"):
+        chosen.names("pathflip")
+
+
+def test_patch_models_are_tabulated_against_planted_truth(
+    trained: list[tuple[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted model solves the joint task by all its levels, and by no single one."""
+    opened = planted_patches.tree_archive(tmp_path, planted_patches.sample_trees(12))
+
+    def load(run: Path, *, family: str) -> Any:
+        model: Any = planted_patches.WordModel(planted_patches.WORDS)
+        model.config = SimpleNamespace(levels=(1,) if "10x" in run.name else (0, 1, 2, 3))
+        about = {"name": "planted", "revision": "1", "dim": len(planted_patches.WORDS)}
+        return SimpleNamespace(
+            name="planted", model=model, fingerprint=run.name, encoder=about, path=run,
+            trees={"parent_um": 64.0, "node_px": 32},
+        )  # fmt: skip
+
+    monkeypatch.setattr(jobs_evaluate, "load_run", load)
+    config = jobs_evaluate.AblationConfig(seeds=2, only=("all", "single_10x"), resamples=0)
+    settings = jobs_evaluate.resolve("mrplip/mini")
+    found = jobs_evaluate.ablations(opened.uri, tmp_path / "run", config, settings=settings)
+    assert [name for name, _ in trained] == [
+        "all-seed0", "single_10x-seed0", "all-seed1", "single_10x-seed1",
+    ]  # fmt: skip
+    assert found["table"]["all"]["joint"]["values"] == [1, 1]
+    assert found["table"]["all"]["joint, pooled minus best"]["mean"] > 0.1
+    assert found["table"]["single_10x"]["architecture"]["mean"] == 1
+    assert found["table"]["single_10x"]["nuclei"]["mean"] < 0.7
+    assert found["difference"]["single_10x"]["joint"]["mean"] > 0.3
+    assert found["chance"]["joint"] == pytest.approx(1 / 6)
+    assert found["table"]["all"]["mean recall, 10x"]["mean"] > 0.1
+    monkeypatch.setattr(jobs_evaluate, "evaluate_patches", None)  # measured already
+    again = jobs_evaluate.ablations(opened.uri, tmp_path / "run", config, settings=settings)
+    assert again["table"] == found["table"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"tasks": "tasks.yaml"}, "not measured on tasks"), ({"truth": "none.csv"}, "no file none")],
+)
+def test_what_patch_models_are_not_measured_on_is_refused(
+    given: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        jobs_evaluate.AblationConfig(**given).check_files("mrplip")
 
 
 def test_a_training_that_fails_is_named(
