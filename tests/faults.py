@@ -6,22 +6,18 @@ import os
 import random
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import tifffile
 
 ROOT = Path(__file__).resolve().parents[1]
-READER = "pathflip.slides.reader"
-"""Text in the command line of a reader process."""
 _TILE_OFFSETS, _TILE_COUNTS = 324, 325
 
 # -- files ----------------------------------------------------------------------------------------
@@ -277,104 +273,6 @@ def resident_bytes(pids: list[int]) -> int:
         with suppress(OSError):
             total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
     return total
-
-
-def has_open(pid: int, path: Path) -> bool:
-    """Return whether a process holds a file open."""
-    try:
-        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-    except OSError:
-        return False
-    return str(path) in links
-
-
-def is_below(pid: int, ancestor: int) -> bool:
-    """Return whether a process descends from another."""
-    while pid > 1 and pid != ancestor:
-        pid = parent(pid)
-    return pid == ancestor
-
-
-def readers(below: int, stage: str) -> list[int]:
-    """Reader processes below ``below`` that belong to a stage, ``Planner`` or ``Embedder``."""
-    return [
-        pid
-        for pid in descendants(below)
-        if READER in command_line(pid) and stage in command_line(parent(pid))
-    ]
-
-
-@contextmanager
-def struck(
-    victims: dict[Path, tuple[str, Callable[[int, Path], None]]],
-) -> Iterator[dict[Path, list[int]]]:
-    """Do something to each reader process of a stage the moment it has a victim open.
-
-    Args:
-        victims: {slide: (stage, what to do with the reader's pid)}; done once per process.
-
-    Yields:
-        {slide: pids struck so far}.
-    """
-    hit: dict[Path, list[int]] = {path: [] for path in victims}
-    stop = threading.Event()
-    first_seen: dict[int, float] = {}
-    known: set[int] = set()
-
-    def look() -> None:
-        """Note new readers of ours; a process older than two seconds becomes none."""
-        there = {int(entry) for entry in os.listdir("/proc") if entry.isdigit()}
-        known.intersection_update(there)
-        for gone in first_seen.keys() - there:
-            del first_seen[gone]
-        for pid in there - known:
-            young = time.monotonic() - first_seen.setdefault(pid, time.monotonic()) < 2
-            if young and READER in command_line(pid) and is_below(pid, os.getpid()):
-                known.add(pid)
-
-    def watch() -> None:  # quick: a small slide is open for some tens of milliseconds only
-        while not stop.wait(0.001):
-            look()
-            for pid in known:
-                for path, (stage, act) in victims.items():
-                    if pid in hit[path] or not has_open(pid, path):
-                        continue
-                    if stage in command_line(parent(pid)):
-                        hit[path].append(pid)
-                        with suppress(ProcessLookupError):
-                            act(pid, path)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield hit
-    finally:
-        stop.set()
-        thread.join()
-
-
-def abort(pid: int, _: Path) -> None:
-    """Abort the process, as GLib does when it cannot allocate."""
-    os.kill(pid, signal.SIGABRT)
-
-
-def freeze(pid: int, _: Path) -> None:
-    """A read that never ends."""
-    os.kill(pid, signal.SIGSTOP)
-
-
-def swap(pid: int, path: Path) -> None:
-    """Another slide takes the victim's place between planning and the first pixel."""
-    os.kill(pid, signal.SIGSTOP)
-    os.replace(path.with_name("." + path.name + ".new"), path)
-    os.kill(pid, signal.SIGCONT)
-
-
-def delete(pid: int, path: Path) -> None:
-    """The victim goes away between planning and the first pixel."""
-    os.kill(pid, signal.SIGSTOP)
-    path.unlink()
-    os.kill(pid, signal.SIGCONT)
 
 
 def until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,124 +20,89 @@ from typing import Any
 
 import pytest
 
-from tests import faults
+from jobs import ingest
+from tests import failing_reader, faults
 from tests.conftest import SETTINGS, Clean, content
+from tests.failing_ingest import FAILURES, FailingEmbedder, waiting_ingest
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
 
 OURS = ("Planner", "Embedder", "pathflip.slides.reader", "raylet/raylet", "gcs_server")
 """Processes of a private Ray; its agents look for their node only once a minute."""
+SLIDES = ("a.svs", "c.tif", "g.tif")
+"""Those of the clean run that are ingested here: both readers, several chunks."""
+ONE_ACTOR = (*SETTINGS, "actors=1")
 
 
-def command(slides: Path, archive: Path, *, address: str | None) -> subprocess.Popen[str]:
-    """``pathflip ingest`` in a process group of its own."""
-    words = ["ingest", str(slides), "--archive", str(archive), "--json"]
-    words += [word for setting in SETTINGS for word in ("-o", setting)]
-    words += ["--address", address] if address else []
-    return faults.pathflip(*words)
+@pytest.fixture
+def some(slides: Path) -> list[str]:
+    """Return the paths of the slides to ingest."""
+    return [str(slides / name) for name in SLIDES]
 
 
-def locked(archive: Path, pid: int) -> bool:
-    """Return whether the run of this process has begun to write."""
-    try:
-        return bool(json.loads((archive / ".lock").read_text())["pid"] == pid)
-    except (OSError, ValueError, KeyError):
-        return False
+@pytest.fixture
+def expected(clean: Clean) -> dict[str, dict[str, Any]]:
+    """Return what a run to which nothing happened makes of them."""
+    found = {s: e for s, e in clean.content.items() if Path(e["row"]["uri"]).name in SLIDES}
+    assert len(found) == len(SLIDES)
+    return found
 
 
-def ready_part(archive: Path, clean: Clean) -> int:
+def words(slides: list[str], archive: Path, *, address: str | None) -> list[str]:
+    """Words of ``pathflip ingest`` that commits every slide as soon as it is done."""
+    settings = [word for each in (*ONE_ACTOR, "commit_s=0") for word in ("-o", each)]
+    where = ["--address", address] if address else []
+    return [*slides, "--archive", str(archive), "--json", *settings, *where]
+
+
+def ready_part(archive: Path, expected: dict[str, dict[str, Any]]) -> int:
     """Check that visible slides are whole and right; return the number of ready ones."""
-    from pathflip import Archive
-
-    if not (archive / "meta.lance").exists():  # killed before there was one
-        return 0
-    if not Archive(archive).encoders():
-        return 0
     found = content(archive)
     for slide, entry in found.items():
-        assert entry == clean.content[slide]
+        assert entry == expected[slide]
     return len(found)
 
 
 # -- the driver -----------------------------------------------------------------------------------
 
 
-def test_driver_killed_at_random_then_run_again(
-    slides: Path, clean: Clean, cluster: str, tmp_path: Path
+def test_driver_killed_as_it_commits_then_run_twice_at_once(
+    some: list[str], expected: dict[str, Any], cluster: str, tmp_path: Path
 ) -> None:
-    """Nothing partial is ever visible, nothing twice, and the end is the clean end."""
+    """Nothing partial is ever visible, nothing twice, no process stays, the end is the clean end.
+
+    The first driver has a Ray of its own, which ends with it, and so do the readers. Of the two
+    at the end one works and the other says who holds the archive; or both come to the same end.
+    """
     from pathflip.archive.verify import verify
 
     archive = tmp_path / "archive"
-    rng = random.Random(3)
-    ready = [0]
-    for _ in range(3):
-        run = command(slides, archive, address=cluster)
+    for commits, address in enumerate((None, cluster)):
+        run = waiting_ingest(*words(some, archive, address=address), commits=commits)
+        below: list[int] = []
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "waiting\n"
+            if address is None:
+                lines = {pid: faults.command_line(pid) for pid in faults.descendants(run.pid)}
+                below = [pid for pid, line in lines.items() if any(word in line for word in OURS)]
+                for word in ("Embedder", "pathflip.slides.reader", "raylet/raylet", "gcs_server"):
+                    assert any(word in lines[pid] for pid in below), word
+        finally:
+            run.kill()
+            run.communicate()
+        assert ready_part(archive, expected) == commits
         faults.until(
-            lambda run=run: locked(archive, run.pid) or run.poll() is not None,
-            seconds=90,
-            what="the run begins to write",
+            lambda below=below: not any(faults.alive(pid) for pid in below),
+            seconds=30,
+            what="processes end",
         )
-        with_progress = ready[-1]
-        moment = time.monotonic() + rng.uniform(0.0, 1.5)
-        if rng.random() < 0.75:  # else while it starts
-            faults.until(
-                lambda run=run, seen=with_progress: (
-                    run.poll() is not None or fragments(archive) > seen
-                ),
-                seconds=120,
-                what="workers write",
-            )
-            moment = time.monotonic() + rng.uniform(0.0, 3.0)
-        while time.monotonic() < moment and run.poll() is None:
-            time.sleep(0.01)
-        run.kill()
-        run.communicate()
-        ready.append(ready_part(archive, clean))
-        assert ready[-1] >= ready[-2], "a slide that was there is gone"
-    run = command(slides, archive, address=cluster)
-    out, err = run.communicate(timeout=200)
-    assert run.returncode == 0, err
-    assert json.loads(out)["slides"]["skipped"] == ready[-1]
-    assert content(archive) == clean.content
-    assert not verify(archive).damaged
 
-
-def fragments(archive: Path) -> int:
-    """Data files of features written so far, committed or not."""
-    return len(list(archive.glob("features_*.lance/data/*.lance")))
-
-
-def test_killed_driver_leaves_no_process(slides: Path, clean: Clean, tmp_path: Path) -> None:
-    """A Ray of its own ends with the driver, and so do the readers."""
-    archive = tmp_path / "archive"
-    run = command(slides, archive, address=None)
-    try:
-        faults.until(lambda: fragments(archive) > 0, seconds=120, what="workers write")
-        below = [
-            pid
-            for pid in faults.descendants(run.pid)
-            if any(word in faults.command_line(pid) for word in OURS)
-        ]
-        assert any("pathflip.slides.reader" in faults.command_line(pid) for pid in below)
-    finally:
-        run.kill()
-        run.communicate()
-    ready_part(archive, clean)
-    faults.until(
-        lambda: not any(faults.alive(pid) for pid in below), seconds=30, what="processes end"
-    )
-
-
-def test_same_command_twice_at_once(
-    slides: Path, clean: Clean, cluster: str, tmp_path: Path
-) -> None:
-    """One works, the other says who holds the archive; or both come to the same end."""
-    archive = tmp_path / "archive"
-    runs = [command(slides, archive, address=cluster) for _ in range(2)]
+    runs = [faults.pathflip("ingest", *words(some, archive, address=cluster)) for _ in range(2)]
     ended = [(*run.communicate(timeout=200), run) for run in runs]
     codes = sorted(run.returncode for _, _, run in ended)
     assert codes in ([0, 2], [0, 0]), [err for _, err, _ in ended]
+    skipped = set()
     for out, err, run in ended:
         if run.returncode == 2:
             (other,) = (each.pid for each in runs if each is not run)
@@ -148,97 +110,88 @@ def test_same_command_twice_at_once(
             assert error["code"] == "locked"
             assert str(other) in error["message"]
             assert "Traceback" not in err
-    assert content(archive) == clean.content
+        else:
+            skipped.add(json.loads(out)["slides"]["skipped"])
+    assert skipped in ({1}, {1, len(SLIDES)})
+    assert content(archive) == expected
+    assert not verify(archive).damaged
 
 
 # -- workers and nodes ----------------------------------------------------------------------------
 
 
 def test_worker_killed_three_times(
-    slides: Path, clean: Clean, job: Callable[..., Any], tmp_path: Path
+    some: list[str],
+    expected: dict[str, Any],
+    job: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SIGKILL to an embedding worker while it has a slide open."""
-    killed: list[int] = []
-    orphans: list[int] = []
-    over = threading.Event()
-
-    def strike() -> None:
-        while not over.is_set() and len(killed) < 3:
-            for reader in faults.readers(os.getpid(), "Embedder"):
-                worker = faults.parent(reader)
-                busy = any(faults.has_open(reader, path) for path in slides.iterdir())
-                if busy and worker not in killed and "Embedder" in faults.command_line(worker):
-                    orphans.append(reader)
-                    killed.append(worker)
-                    os.kill(worker, signal.SIGKILL)
-                    break
-            time.sleep(0.005)
-
-    thread = threading.Thread(target=strike)
-    thread.start()
-    try:
-        result = job(slides, tmp_path / "archive")
-    finally:
-        over.set()
-        thread.join()
-    assert len(killed) == 3
-    assert result.slides == clean.result.slides
-    assert content(tmp_path / "archive") == clean.content
+    """SIGKILL to an embedding worker while its reader has a slide open, once for each slide."""
+    monkeypatch.setattr(ingest, "Embedder", FailingEmbedder)
+    failures = tmp_path / FAILURES
+    with failing_reader.failing(failures, dict.fromkeys(SLIDES, ("read", "kill_actor")), times=1):
+        result = job(some, tmp_path / "archive", "actors=1")
+    orphans = failing_reader.failed(failures)
+    assert {name: len(pids) for name, pids in orphans.items()} == dict.fromkeys(SLIDES, 1)
+    assert result.slides == {"ready": 3, "quarantined": 0, "empty": 0, "skipped": 0}
+    assert content(tmp_path / "archive") == expected
     faults.until(
-        lambda: not any(faults.alive(pid) for pid in orphans), seconds=10, what="readers end"
+        lambda: not any(faults.alive(pid) for pids in orphans.values() for pid in pids),
+        seconds=10,
+        what="readers end",
     )
 
 
 NODES = """
-import json, sys, threading, time
+import json, sys, time
+from concurrent.futures import ThreadPoolExecutor
 import ray
 from ray.cluster_utils import Cluster
-from jobs.ingest import IngestConfig, ingest
+from jobs import ingest
 from pathflip.config import load_config
+from tests.failing_ingest import FailingEmbedder
 
-slides, archive, settings = sys.argv[1], sys.argv[2], sys.argv[3:]
+archive, slides, settings = sys.argv[1], sys.argv[2].split(), sys.argv[3:]
 store = {"object_store_memory": 80 << 20}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
-for _ in range(2):
-    cluster.add_node(num_cpus=1, **store)
+head = {"num_cpus": 0, "include_dashboard": False, **store}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+cluster.add_node(num_cpus=1, **store)
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
-def replace():
-    while all(node["Alive"] for node in ray.nodes()):
+ingest.Embedder = FailingEmbedder
+config = load_config(ingest.IngestConfig, overrides=settings)
+with ThreadPoolExecutor(1) as pool:
+    run = pool.submit(ingest.ingest, slides, archive, config)
+    while all(node["Alive"] for node in ray.nodes()) and not run.done():
         time.sleep(0.1)
-    cluster.add_node(num_cpus=1, **store)
-
-threading.Thread(target=replace, daemon=True).start()
-result = ingest([slides], archive, load_config(IngestConfig, overrides=settings))
-print(json.dumps(result.slides), flush=True)
+    cluster.add_node(num_cpus=1, **store)  # refused in any thread but this
+    print(json.dumps(run.result().slides), flush=True)
 sys.stdin.read()  # whoever started this ends it, and all below it
 """
 
 
-def test_node_lost_while_it_embeds(slides: Path, clean: Clean, tmp_path: Path) -> None:
-    """A head without CPUs, two workers with small stores, one lost, one added."""
+def test_node_lost_while_it_embeds(
+    some: list[str], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """A head without CPUs, and the one node with an actor of each kind lost and replaced."""
     archive = tmp_path / "archive"
-    script = [sys.executable, "-c", NODES, str(slides), str(archive), *SETTINGS]
+    script = [sys.executable, "-c", NODES, str(archive), " ".join(some), *ONE_ACTOR]
     own = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie below it
     environment = os.environ | {"RAY_TMPDIR": own}
-    with subprocess.Popen(
-        script,
-        cwd=faults.ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as run:
+    failures = tmp_path / FAILURES
+    with (
+        failing_reader.failing(failures, {SLIDES[1]: ("read", "kill_node")}, times=1),
+        subprocess.Popen(
+            script,
+            cwd=faults.ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as run,
+    ):
         try:
-            node = 0
-            while not node:
-                assert run.poll() is None, "the run ended before a node was lost"
-                for reader in faults.readers(run.pid, "Embedder"):
-                    above = faults.parent(faults.parent(reader))
-                    busy = any(faults.has_open(reader, path) for path in slides.iterdir())
-                    if busy and "raylet" in faults.command_line(above):
-                        node = above
-            os.kill(node, signal.SIGKILL)
             assert run.stdout is not None
             printed = next(line for line in run.stdout if line.startswith("{"))
         finally:
@@ -248,8 +201,9 @@ def test_node_lost_while_it_embeds(slides: Path, clean: Clean, tmp_path: Path) -
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             shutil.rmtree(own, ignore_errors=True)
-    assert json.loads(printed) == clean.result.slides
-    assert content(archive) == clean.content
+    assert len(failing_reader.failed(failures)[SLIDES[1]]) == 1
+    assert json.loads(printed)["ready"] == len(SLIDES)
+    assert content(archive) == expected
 
 
 # -- the disk -------------------------------------------------------------------------------------
@@ -273,8 +227,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_disk_full_then_freed(
     slides: Path,
-    clean: Clean,
-    job: Callable[..., Any],
+    some: list[str],
+    expected: dict[str, Any],
+    cluster: str,
+    job_here: Callable[..., Any],
     small_disk: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -282,21 +238,20 @@ def test_disk_full_then_freed(
     from pathflip.cli import main
 
     archive = small_disk / "archive"
-    job(slides / "g.tif", archive)
+    job_here(slides / "g.tif", archive)
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    (small_disk / "filler").write_bytes(b"\0" * (free - (600 << 10)))
-    words = [word for setting in SETTINGS for word in ("-o", setting)]
+    (small_disk / "filler").write_bytes(b"\0" * (free - (100 << 10)))
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(["ingest", str(slides), "--archive", str(archive), "--json", *words])
+        main(["ingest", *words(some, archive, address=None)])
     out, err = capfd.readouterr()
     assert ended.value.code == 1
     assert json.loads(out)["error"]["code"] == "disk_full"
     assert "full (free: " in err
     assert "Free some space and run the same command again" in err
     assert "Traceback" not in err
-    assert 1 <= ready_part(archive, clean) < len(clean.content)
+    assert 1 <= ready_part(archive, expected) < len(expected)
 
     (small_disk / "filler").unlink()
-    job(slides, archive)
-    assert content(archive) == clean.content
+    job_here(some, archive)
+    assert content(archive) == expected
