@@ -1,9 +1,10 @@
 """vLLM engines: their settings, the environment they need, and the arguments they start with.
 
-jobs/answer.py and jobs/decompose.py (batch) and serve/chat_engine.py (online) start their engines
-from here, so one setting means the same everywhere. vLLM runs the folder ``OUT/llm`` of a tuned
-run, an ordinary Qwen3 with the adapter folded in; prompts are embeddings ``[T, D]``, made by
-:class:`pathflip.models.PathFLIPInstruct`.
+jobs/answer.py, jobs/decompose.py and jobs/describe.py (batch) and serve/chat_engine.py (online)
+start their engines from here, so one setting means the same everywhere. vLLM runs the folder
+``OUT/llm`` of a tuned run, an ordinary Qwen3 with the adapter folded in; prompts are embeddings
+``[T, D]``, made by :class:`pathflip.models.PathFLIPInstruct`. For a model that sees images
+(:mod:`pathflip.captioner`) prompts are a text and an image.
 
 Read in this order: :func:`engine_environment`, :func:`engine_arguments`, :func:`offline`.
 """
@@ -103,7 +104,7 @@ def context_length(folder: str | Path, config: EngineConfig) -> int:
         CheckpointError: There is no language model in the folder.
         ConfigError: ``max_model_len`` is more than the model was made for.
     """
-    limit = int(_about(Path(folder))["max_position_embeddings"])
+    limit = int(_about(Path(folder)).get("max_position_embeddings", DEFAULT_CONTEXT))
     asked = config.max_model_len
     if asked is not None and asked > limit:
         raise ConfigError(
@@ -114,12 +115,15 @@ def context_length(folder: str | Path, config: EngineConfig) -> int:
     return asked or min(DEFAULT_CONTEXT, limit)
 
 
-def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> dict[str, Any]:
+def engine_arguments(
+    folder: str | Path, config: EngineConfig | None = None, *, images: bool = False
+) -> dict[str, Any]:
     """Keyword arguments for ``vllm.LLM`` and ``vllm.AsyncEngineArgs``.
 
     Args:
         folder: The language model, ``OUT/llm`` of a tuned run.
         config: Settings.
+        images: Whether prompts are a text and an image, not embeddings.
 
     Raises:
         CheckpointError: There is no language model in the folder.
@@ -134,11 +138,15 @@ def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> 
         "dtype": ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype,
         "max_model_len": context,
         "max_num_seqs": config.max_num_seqs,
-        "enable_prompt_embeds": True,
         "enable_prefix_caching": config.prefix_caching,
         "seed": config.seed,
         "disable_log_stats": True,
     }
+    if images:
+        # No two nodes of a tree are the same picture: processed ones are not kept.
+        arguments |= {"limit_mm_per_prompt": {"image": 1}, "mm_processor_cache_gb": 0}
+    else:
+        arguments["enable_prompt_embeds"] = True
     if cuda:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
     else:
@@ -147,22 +155,24 @@ def engine_arguments(folder: str | Path, config: EngineConfig | None = None) -> 
     return arguments
 
 
-def offline(folder: str | Path, config: EngineConfig | None = None) -> Any:
+def offline(folder: str | Path, config: EngineConfig | None = None, *, images: bool = False) -> Any:
     """Start an engine in this process.
 
     Args:
         folder: The language model, ``OUT/llm`` of a tuned run.
         config: Settings.
+        images: Whether prompts are a text and an image, not embeddings.
 
     Returns:
-        ``vllm.LLM``; ``generate`` takes ``{"prompt_embeds": tensor [T, D]}``.
+        ``vllm.LLM``; ``generate`` takes ``{"prompt_embeds": tensor [T, D]}``, or with ``images``
+        ``{"prompt": text, "multi_modal_data": {"image": image}}``.
 
     Raises:
         ConfigError: vLLM is not installed, or was imported before this in another environment.
         CheckpointError: There is no language model in the folder.
     """
     config = config or EngineConfig()
-    arguments = engine_arguments(folder, config)
+    arguments = engine_arguments(folder, config, images=images)
     set_environment(config)
     return import_vllm().LLM(**arguments)
 
@@ -213,10 +223,18 @@ def uses_gpu(config: EngineConfig) -> bool:
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """Return a language model's config.json; it must say for how many positions it was made."""
+    """Return a language model's config.json; it must say for how many positions it was made.
+
+    Of a model that sees images it is the part about its language model, which leaves out what is as
+    in its family.
+    """
     try:
         settings: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-        int(settings["max_position_embeddings"])
+        if "text_config" in settings:
+            settings = dict(settings["text_config"])
+            int(settings.get("max_position_embeddings", DEFAULT_CONTEXT))
+        else:
+            int(settings["max_position_embeddings"])
         return settings
     except FileNotFoundError:
         raise CheckpointError(
@@ -242,7 +260,7 @@ def _enough_blocks(
         ``kv_gib`` is of use or the model does not say what a token takes.
     """
     try:
-        heads = int(about["num_key_value_heads"])
+        heads = int(about.get("num_key_value_heads") or about["num_attention_heads"])
         head_dim = about.get("head_dim") or about["hidden_size"] // about["num_attention_heads"]
         values = 2 * int(about["num_hidden_layers"]) * heads * int(head_dim)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):

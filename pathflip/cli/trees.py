@@ -107,3 +107,79 @@ def show(
         print_json({"tree": shown, "page": out})
     else:
         print(f"{shown}: {out}")
+
+
+@trees_app.command()
+def keywords(
+    archive: ArchiveOption,
+    terms: Annotated[
+        str | None, typer.Option(help="Text file of further terms that are keywords of captions.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Only captions of this source; default: all.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would change; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut keywords from the stored captions again, as after a change of terms or rules."""
+    from dataclasses import asdict
+
+    from pathflip import Archive
+    from pathflip.archive.commit import Committer
+    from pathflip.archive.tree_texts import chosen_sources, planned_tree_texts, redo_keywords
+    from pathflip.keywords import load_lexicon
+
+    lexicon = load_lexicon(terms)
+    if dry_run:
+        opened = Archive(archive)
+        counts = {
+            name: planned_tree_texts(opened, {}, source=name, lexicon=lexicon)
+            for name in chosen_sources(opened, source)
+        }
+    else:
+        with Committer(archive) as committer:
+            counts = redo_keywords(committer, source=source, lexicon=lexicon)
+    document = {name: asdict(one) for name, one in counts.items()}
+    if as_json and dry_run:
+        print_json({"sources": document, "dry_run": True})
+        return
+    shown = {"sources": document} if as_json else document
+    show_document(shown, f"keywords in {archive}", as_json=as_json, dry_run=dry_run)
+
+
+@trees_app.command()
+def caption(
+    archive: ArchiveOption,
+    vlm: Annotated[
+        str, typer.Option(help="Folder of a vision-language model, such as a LLaVA or BLIP-2.")
+    ],
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda; default: auto.", show_default=False)
+    ] = None,
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count nodes and estimate hours; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Caption all nodes of trees with vLLM; the same command again does only what is missing."""
+    from pathflip.config import load_config
+
+    module = job("describe")
+    settings = load_config(
+        module.DescribeConfig,
+        file=config,
+        overrides=overrides or (),
+        given=were_set(engine=None if device is None else {"device": device}),
+    )
+    with working() as progress:
+        result = module.describe(
+            archive, vlm, config=settings, address=address, progress=progress, dry_run=dry_run
+        )
+    show_result(result, f"captions in {archive}", as_json=as_json, dry_run=dry_run)
+    if not dry_run:
+        raise typer.Exit(result.exit_code)

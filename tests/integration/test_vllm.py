@@ -1,10 +1,12 @@
-"""vLLM against transformers on the same prompts, and a language model that decomposes captions.
+"""vLLM against transformers on the same prompts, a language model that decomposes captions, and one
+that sees and describes the nodes of patch trees.
 
 One process of its own holds vLLM for the whole module: its import is what takes long.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +15,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import tifffile
 import torch
+from PIL import Image
 
+from pathflip import Slide
 from pathflip.archive import Archive
 from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
+from pathflip.captioner import why_no_caption
+from pathflip.geometry import TreeSpec, patch_tree
+from pathflip.keywords import extract, extractor_version
 from pathflip.slide_qa import SlideQA
+from pathflip.slides.sources import stat_source
 from pathflip.text import split_sentences
 from tests.archives import make_archive
 from tests.serving import Tuned
+from tests.tree_archives import make_tree_archive
+from tests.vlm import make_blip2, said_by_transformers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -198,3 +209,104 @@ def test_captions_are_decomposed(
         assert row["statements"] == split_sentences(row["text"]) == row["sentences"]
     again = job.decompose(str(uri), str(tuned.base), config=config)
     assert (again.captions, again.skipped) == (0, 6)
+
+
+# -- captions of patch trees ----------------------------------------------------------------------
+
+
+def described(kept: dict[str, Any], *given: Any) -> pa.Table:
+    """Return the answers of the job's actor, in the process that has vLLM."""
+    from jobs.describe import DescribeActor
+
+    *arguments, rows = given
+    if "describer" not in kept:
+        kept["describer"] = DescribeActor(*arguments)
+    return kept["describer"](rows)
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_blip2(tmp_path_factory.mktemp("vlm") / "tiny")
+
+
+@pytest.fixture
+def forest(tmp_path: Path) -> str:
+    """Three slides of two trees: one that is there, one that has changed, one that is gone."""
+    uri = make_tree_archive(tmp_path / "forest", slides=3, trees=2)
+    rgb = np.full((1024, 2048, 3), 230, np.uint8)  # the first tree is all glass
+    rgb[:, 1024:] = np.random.default_rng(0).integers(0, 255, (1024, 1024, 1), np.uint8)
+    rgb[:512, 1024:] //= 8
+    changes = {}
+    for n in range(3):
+        path = tmp_path / f"slide{n:03d}.tif"
+        tifffile.imwrite(
+            path, rgb, tile=(256, 256), photometric="rgb", resolution=(4e4, 4e4),
+            resolutionunit="CENTIMETER",
+        )  # fmt: skip
+        source = stat_source(path)
+        at = {"uri": str(path), "bytes": source.bytes, "mtime_ns": source.mtime_ns, "mpp": 0.25}
+        changes[f"slide{n:03d}"] = at
+    with Committer(uri) as committer:
+        committer.update_slides(changes)
+    os.utime(changes["slide001"]["uri"], ns=(1, 1))
+    Path(changes["slide002"]["uri"]).unlink()
+    return str(uri)
+
+
+def test_nodes_are_described_as_transformers_describes_them(
+    host: Call, vlm: Path, forest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import describe as job
+
+    asked: list[list[str]] = []
+
+    def in_the_host(
+        rows: list[dict[str, str]], actor: type, arguments: tuple[Any, ...], *, at_once: int,
+        **where: Any,
+    ) -> Iterator[pa.Table]:  # fmt: skip
+        assert actor is job.DescribeActor
+        for at in range(0, len(rows), at_once):
+            asked.append([row["tree"] for row in rows[at : at + at_once]])
+            yield host(described, *arguments, rows[at : at + at_once])
+
+    monkeypatch.setattr(job, "map_engines", in_the_host)
+    config = job.DescribeConfig(trees_at_once=4, max_new_tokens=12)
+    plan = job.describe(forest, str(vlm), config=config, dry_run=True)
+    assert (plan.trees, plan.nodes, plan.skipped) == (6, 6 * 84, 0)
+    assert plan.estimated_hours == round(6 * 84 / 25 / 3600, 4)
+    assert "tree_texts" not in Archive(forest).tables()
+
+    result = job.describe(forest, str(vlm), config=config)
+    assert (result.trees, result.nodes) == (2, 2 * 84)
+    assert result.captions + sum(result.no_caption.values()) == result.nodes
+    assert {name: told.partition(":")[0] for name, told in result.failed.items()} == {
+        "slide001": "source_changed", "slide002": "not_a_file",
+    }  # fmt: skip
+    assert result.exit_code == 3
+    rows = {
+        row["tree_id"]: row for row in Archive(forest).dataset("tree_texts").to_table().to_pylist()
+    }
+    assert set(rows) == {"slide000/0_0", "slide000/1_0"}
+    slide = Slide(Archive(forest).slide("slide000")["uri"])
+    spec = TreeSpec(parent_um=256, node_px=128)
+    images, told = [], []
+    for tx, nodes in ((0, (0, 30)), (1, (0, 1, 4, 21, 60))):
+        tree = patch_tree(tx, 0, mpp=0.25, spec=spec)
+        for node in nodes:
+            x0, y0 = tree.rects[0, node, :2].tolist()
+            images.append(Image.fromarray(slide.read(x0, y0, 128, mpp=float(tree.mpp[node]))))
+            told.append(rows[f"slide000/{tx}_0"]["captions"][node])
+    expected = said_by_transformers(vlm, images, max_new_tokens=12)
+    assert told == [None if why_no_caption(text) else text for text in expected]
+    assert len({text for text in told if text}) > 1, "what is seen must matter"
+    for row in rows.values():
+        assert row["captions"][84] is None, "the node is masked"
+        assert row["keywords"] == extract(row["captions"]).vocabulary
+        assert (row["source"], row["model"], row["extractor"]) == (
+            result.model, result.model, extractor_version(),
+        )  # fmt: skip
+
+    again = job.describe(forest, str(vlm), config=config)
+    assert (again.trees, again.skipped, again.nodes) == (0, 2, 0)
+    assert set(again.failed) == {"slide001", "slide002"}, "what could not be read is tried again"
+    assert not {"slide000/0_0", "slide000/1_0"} & set(asked[-1])

@@ -135,6 +135,15 @@ def test_the_command_imports_plans_and_reads_further_terms(
         assert ("tree_texts" in Archive(uri).tables()) != bool(more)
     keywords = rows(uri, "captions")["slide000/0_0"]["keywords"]
     assert keywords == ["large striped zebra", "striped zebra"]
+    redo = ["trees", "keywords", "--archive", uri, "--json"]
+    for more, changed in ((["--dry-run"], 1), ([], 1), ([], 0)):
+        with pytest.raises(SystemExit) as ended:
+            main([*redo, *more])
+        assert not ended.value.code
+        told = json.loads(capsys.readouterr().out)
+        assert told.get("dry_run", False) == bool(more)
+        assert told["sources"]["captions"]["changed"] == changed
+    assert rows(uri, "captions")["slide000/0_0"]["extractor"] == extractor_version()
 
 
 def test_what_a_line_may_look_like(uri: str, tmp_path: Path) -> None:
