@@ -50,6 +50,7 @@ from pathflip.slides.tissue import TissueMask
 GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
 BLOCKS_PER_ACTOR = 8  # enough that a slow block at the end costs little
 BYTES_OF_A_TREE = 1000  # estimate of a row of ``trees``
+BYTES_OF_A_COMMIT = 256 << 20  # what waits for a commit is in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +399,8 @@ def _run(
         outcomes.append(outcome)
         for row in table.to_pylist():
             waiting.setdefault(row["table"], []).append(from_ipc(row["rows"]))
-        if time.monotonic() - committed_at > config.commit_s:
+        held = sum(part.nbytes for parts in waiting.values() for part in parts)
+        if time.monotonic() - committed_at > config.commit_s or held > BYTES_OF_A_COMMIT:
             commit()
         done += size[outcome.slide_id]
         if progress is not None:
