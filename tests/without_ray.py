@@ -18,11 +18,12 @@ from pathflip.encoders import EncoderInfo
 
 @contextmanager
 def without_ray() -> Iterator[None]:
-    """Have ``ingest`` and ``index`` call one actor of each kind, row by row, as Ray Data would."""
+    """Have ``ingest``, ``index`` and ``trees`` call one actor of each kind, row by row."""
     with (
         mock.patch("jobs.cluster.connect", return_value=True),
         mock.patch.multiple("jobs.ingest", _pipeline=_pipeline, available=_available),
         mock.patch.multiple("jobs.index", map_actors=_map_actors, available=_available),
+        mock.patch.multiple("jobs.trees", map_actors=_map_actors, available=_available),
     ):
         yield
 

@@ -17,8 +17,10 @@ from jobs.ray_data import from_ipc
 from pathflip import Slide
 from pathflip.archive import Archive, vectors
 from pathflip.archive.commit import Committer
+from pathflip.archive.schema import tree_text_id, tree_texts_schema
 from pathflip.archive.trees import (
     append_trees,
+    ensure_tree_texts,
     read_trees,
     take_features,
     tree_encoders,
@@ -30,7 +32,10 @@ from pathflip.errors import ArchiveError, ConfigError
 from pathflip.geometry import TREE_OFFSETS, TreeSpec, choose_parents, patch_tree
 from pathflip.slides.tissue import TissueMask
 from tests import faults
+from tests.archives import filled
 from tests.conftest import listing
+from tests.failing_reader import failed, failing
+from tests.without_ray import without_ray
 
 if TYPE_CHECKING:
     from tests.conftest import Clean
@@ -110,7 +115,7 @@ def made(make: Trees, clean: Clean, tmp_path_factory: pytest.TempPathFactory) ->
         if progress.done >= 9:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with without_ray(), pytest.raises(KeyboardInterrupt):
         make(uri, *SMALL, "per_slide=3", "commit_s=0", progress=stop)
     assert " left" in lines[1]
     assert "/21 trees" in lines[1]
@@ -207,28 +212,33 @@ def copy(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "a")
 
 
-def test_a_further_encoder_a_slide_gone_one_changed_and_more_trees(
-    copy: Path, make: Trees, second_encoder: str
+def test_a_further_encoder_slides_left_out_and_more_trees(
+    copy: Path, make: Trees, second_encoder: str, tmp_path: Path
 ) -> None:
+    """A slide is gone, one is another file, and one makes each of its readers die."""
     before = read_trees(Archive(copy))
     roots = stored_roots(Archive(copy))
-    gone, other = sorted(roots)[:2]
+    names = {row["slide_id"]: Path(row["uri"]).name for row in Archive(copy).slides().to_pylist()}
+    gone, other, deadly = sorted(roots)[:3]
     row = Archive(copy).slide(other)
     back = {gone: Archive(copy).slide(gone)["uri"], other: row["mtime_ns"]}
     with Committer(copy) as committer:
         committer.update_slides(
             {gone: {"uri": str(copy / "gone.tif")}, other: {"mtime_ns": row["mtime_ns"] + 1}}
         )
-    result = make(copy, f"encoder={second_encoder}", "actors=1")
+    struck = tmp_path / "failing"
+    with without_ray(), failing(struck, {names[deadly]: ("read", "abort")}):
+        result = make(copy, f"encoder={second_encoder}")
+    assert [len(pids) for pids in failed(struck).values()] == [3]
     assert result.exit_code == 3
-    assert result.slides == {"done": 5, "skipped": 0, "none": 0, "failed": 2}
+    assert result.slides == {"done": 4, "skipped": 0, "none": 0, "failed": 3}
     assert {slide: text.split(":")[0] for slide, text in result.problems.items()} == {
-        gone: "not_a_file", other: "source_changed",
+        gone: "not_a_file", other: "source_changed", deadly: "reader_crash",
     }  # fmt: skip
     archive = Archive(copy)
     name = next(name for name in tree_encoders(archive) if name != "texture")
     assert read_trees(archive).equals(before)
-    assert set(stored_roots(archive, name)) == set(roots) - {gone, other}
+    assert set(stored_roots(archive, name)) == set(roots) - {gone, other, deadly}
     assert verify(copy).damaged == []
     with pytest.raises(ConfigError, match=name) as error:
         make(copy, "encoder=texture", "per_slide=4", dry_run=True)
@@ -236,8 +246,9 @@ def test_a_further_encoder_a_slide_gone_one_changed_and_more_trees(
 
     with Committer(copy) as committer:
         committer.update_slides({gone: {"uri": back[gone]}, other: {"mtime_ns": back[other]}})
-    more = make(copy, f"encoder=texture,{second_encoder}", "per_slide=4", "actors=1")
-    assert (more.exit_code, more.trees) == (0, 7 + 2 * 3)
+    with without_ray():
+        more = make(copy, f"encoder=texture,{second_encoder}", "per_slide=4")
+    assert (more.exit_code, more.trees) == (0, 7 + 3 * 3)
     archive = Archive(copy)
     assert stored_roots(archive) == expected_roots(archive, 4)
     assert stored_roots(archive, name) == stored_roots(archive, "texture") == stored_roots(archive)
@@ -315,17 +326,17 @@ def test_the_command(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert document["nodes"] <= 4 * 21 + 3 * 85
 
 
-def test_pictures_and_a_page(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Each node's picture under its name, written once; a page of one tree without texts."""
+def test_pictures_and_a_page(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each node's picture has its name and is written once; pages without texts and with."""
     import cv2
 
     from pathflip.cli import main
 
-    archive = Archive(made)
+    archive = Archive(copy)
     row = read_trees(archive).to_pylist()[0]
     slide, kept = row["slide_id"], np.flatnonzero(row["node_mask"])
     out = tmp_path / "nodes"
-    words = ["trees", "export", str(out), "--archive", str(made), "--slide", slide, "--json"]
+    words = ["trees", "export", str(out), "--archive", str(copy), "--slide", slide, "--json"]
     for written in (True, False):
         with pytest.raises(SystemExit) as ended:
             main(words)
@@ -345,9 +356,26 @@ def test_pictures_and_a_page(made: Path, tmp_path: Path, capfd: pytest.CaptureFi
 
     with pytest.raises(SystemExit) as ended:
         main(
-            ["trees", "show", row["tree_id"], "--archive", str(made), "--out", str(out / "t.html")]
+            ["trees", "show", row["tree_id"], "--archive", str(copy), "--out", str(out / "t.html")]
         )
     assert ended.value.code == 0
     page = (out / "t.html").read_text()
     assert page.count("<image ") == len(kept)
     assert "No texts yet." in page
+
+    told, captions = read_trees(archive).to_pylist()[-1], [None] * 84 + ["Mitoses <3."]
+    with Committer(copy) as committer:
+        ensure_tree_texts(committer)
+        text = {
+            "text_id": tree_text_id(told["tree_id"], "vlm"), "slide_id": told["slide_id"],
+            "tree_id": told["tree_id"], "source": "vlm", "model": "m", "captions": captions,
+            "keywords": ["mitosis"], "keyword_of": None, "extractor": "rake",
+        }  # fmt: skip
+        committer.upsert("tree_texts", filled(tree_texts_schema(), [text]))
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        main(["trees", "show", "--archive", str(copy), "--out", f"{out}/told.html", "--json"])
+    assert json.loads(capfd.readouterr().out)["tree"] == told["tree_id"]
+    page = (out / "told.html").read_text()
+    assert "Mitoses &lt;3." in page
+    assert ">mitosis<" in page
