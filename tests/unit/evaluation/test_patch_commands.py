@@ -17,6 +17,7 @@ from pathflip.errors import EncoderError
 from pathflip.evaluation.patch_text import patch_reader
 from pathflip.models import MRPLIP
 from tests.unit.evaluation.planted_patches import WORDS, sample_trees, tree_archive
+from tests.unit.evaluation.test_segment import cohort
 
 TEXTS = [f"{word} nuclei of tissue" for word in WORDS]
 
@@ -127,6 +128,20 @@ def test_pairs_trees_and_wsi(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
     assert "pooled - " in run(capsys, "trees", *common, "--no-probes")
     assert "to caption" in run(capsys, "pairs", *common)
+
+
+def test_segment(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cohort(tmp_path)  # of two slides one is gone
+    common = ("--archive", tmp_path / "archive", "--run", home / "tiles", "--rest", "stroma")
+    words = (*common, "--classes", "tumour,stroma,fat", "--steps", "2", "--resamples", "5")
+    document = run(capsys, "segment", *words, "--out", tmp_path / "out", "--json", code=3)
+    assert set(document["levels"]) == {"10x", "20x"}  # 192 µm: no 5x node of 256
+    assert [one["slide"] for one in document["failed"]] == ["s1"]
+    assert 0 < document["dice"] < 1
+    assert (tmp_path / "out" / "s0.png").stat().st_size > 1000
+    shown = run(capsys, "segment", *words, "--slide", "s0")
+    assert "cells of 4 µm" in shown
+    assert "10x alone" in shown
 
 
 def test_wrong_words_are_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
