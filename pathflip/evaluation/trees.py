@@ -36,7 +36,7 @@ from pathflip.evaluation.tree_vectors import (
     node_quadrants,
 )
 from pathflip.geometry import TREE_NODES
-from pathflip.interop.tables import needed_column
+from pathflip.interop.tables import bad_line, needed_column
 from pathflip.progress import Report
 
 if TYPE_CHECKING:
@@ -111,9 +111,13 @@ def read_truth(
             for name in ("slide", "tx", "ty", "node", *CUES)
         }
         for row in reader:
-            key = (row[columns["slide"]], int(row[columns["tx"]]), int(row[columns["ty"]]))
-            if (tree := at.get(key)) is not None:
-                node = int(row[columns["node"]])
+            try:
+                tx, ty, node = (int(row[columns[name]]) for name in ("tx", "ty", "node"))
+            except (TypeError, ValueError):
+                tx = ty = node = -1
+            if not 0 <= node < TREE_NODES:
+                raise bad_line(path, reader.line_num, "tx, ty or node is no such number")
+            if (tree := at.get((row[columns["slide"]], tx, ty))) is not None:
                 for cue in CUES:
                     found[cue][tree, node] = index[cue].get(row[columns[cue]], -1)
     if not (found["architecture"] >= 0).any():

@@ -134,7 +134,13 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
         with pytest.raises(ArchiveError) as refused:
             encode_trees(archive, word_reader(**changed))
         assert refused.value.code == code
-    (tmp_path / "trees.csv").unlink()
+    table = tmp_path / "trees.csv"
+    lines = table.read_text().splitlines()
+    for broken in ("s04,0,0,85,3,solid,oval", "s04,0,0,first,3,solid,oval", "s04,0"):
+        table.write_text("\n".join([*lines[:3], broken, *lines[3:]]))
+        with pytest.raises(ConfigError, match="line 4"):
+            evaluate_trees(archive, word_reader(), probes=False)
+    table.unlink()
     with pytest.raises(ConfigError, match=r"No trees\.csv"):
         evaluate_trees(archive, word_reader())
 
