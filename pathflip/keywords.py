@@ -172,31 +172,44 @@ class Lexicon:
 
     Attributes:
         terms: The terms as keywords have them.
+        kept: Those of them that are never dropped, however many bags hold them.
         sha: First eight hexadecimal digits of the sha256 of the terms.
         lengths: {first word: numbers of words of the terms that begin with it, longest first}.
     """
 
     terms: frozenset[str]
+    kept: frozenset[str]
     sha: str
     lengths: Mapping[str, tuple[int, ...]]
 
 
-def make_lexicon(terms: Iterable[str]) -> Lexicon:
-    """Make a lexicon of terms; case, hyphens, plurals and their order make no difference."""
+def make_lexicon(terms: Iterable[str], *, kept: Iterable[str] = ()) -> Lexicon:
+    """Make a lexicon of terms; case, hyphens, plurals and their order make no difference.
+
+    Args:
+        terms: Terms that are dropped, as other keywords are, where most bags hold them.
+        kept: Further terms, which are not.
+    """
+    never = [words for term in kept if (words := [_WORDS[word] for word in _tokens(term)])]
     found = [words for term in terms if (words := [_WORDS[word] for word in _tokens(term)])]
+    found += never
     names = {" ".join(words) for words in found}
+    stay = {" ".join(words) for words in never}
     lengths: dict[str, set[int]] = {}
     for words in found:
         lengths.setdefault(words[0], set()).add(len(words))
     return Lexicon(
         terms=frozenset(names),
-        sha=hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:8],
+        kept=frozenset(stay),
+        sha=hashlib.sha256("\n".join([*sorted(names), "", *sorted(stay)]).encode()).hexdigest()[:8],
         lengths={word: tuple(sorted(own, reverse=True)) for word, own in lengths.items()},
     )
 
 
 def load_lexicon(terms: str | Path | None = None) -> Lexicon:
     """Load the terms that come with pathflip, and a file of one's own beside them.
+
+    One's own are never dropped for being frequent: whoever names them says that they matter.
 
     Args:
         terms: Text file, one term a line; empty lines and lines that begin with # are left out.
@@ -208,7 +221,7 @@ def load_lexicon(terms: str | Path | None = None) -> Lexicon:
         return _own_lexicon()
     from pathflip.interop.tables import read_text
 
-    return make_lexicon([*_terms(_TERMS.read_text("utf-8")), *_terms(read_text(terms))])
+    return make_lexicon(_terms(_TERMS.read_text("utf-8")), kept=_terms(read_text(terms)))
 
 
 @cache

@@ -221,7 +221,7 @@ def _plan(
         for batch in _merged(archive, given, source)
         for _, tree in batch
     )
-    dropped = corpus_frequent(bags)
+    dropped = corpus_frequent(bags) - lexicon.kept
     total = Counter[str]()
 
     def changes() -> Iterator[list[dict[str, Any]]]:

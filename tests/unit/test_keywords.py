@@ -155,8 +155,10 @@ def test_a_file_of_terms_is_added_and_changes_the_version(tmp_path: Path) -> Non
     lexicon = load_lexicon(file)
     assert lexicon.terms - load_lexicon().terms == {"zebra striped nucleus"}
     assert extractor_version(lexicon) != extractor_version()
-    again = make_lexicon(sorted(lexicon.terms, reverse=True))
+    assert lexicon.kept == {"zebra striped nucleus"}
+    again = make_lexicon(sorted(lexicon.terms, reverse=True), kept=lexicon.kept)
     assert again.sha == lexicon.sha, "order and repeats of the terms do not count"
+    assert make_lexicon(lexicon.terms).sha != lexicon.sha, "what is kept does"
     with pytest.raises(ConfigError, match="cannot be read"):
         load_lexicon(tmp_path / "none.txt")
 

@@ -32,7 +32,7 @@ from pathflip.interop.tree_captions import (
     read_tree_captions,
     tree_image_name,
 )
-from pathflip.keywords import extract, extractor_version, make_lexicon
+from pathflip.keywords import extract, extractor_version, load_lexicon, make_lexicon
 from tests.archives import make_archive
 from tests.tree_archives import MASKED, make_tree_archive
 
@@ -304,6 +304,10 @@ def test_frequent_words_are_dropped_however_the_captions_came(many: str, tmp_pat
     document = run(many, write(tmp_path, lines))
     assert document["dropped"] == ["common", "hub"]
     whole = rows(many)
+    (tmp_path / "terms.txt").write_text("Hubs")
+    own = run(many, tmp_path / "captions.jsonl", lexicon=load_lexicon(tmp_path / "terms.txt"))
+    assert own["dropped"] == ["common"], "terms of one's own stay"
+    run(many, tmp_path / "captions.jsonl")
     assert {word for row in whole.values() for word in row["keywords"]} == {
         f"finding{letter}" for letter in "abcdef"
     }
