@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pathflip.errors import ConfigError
 from pathflip.files import write_file
 from pathflip.synth import text
-from pathflip.synth.atlas import GLASS_LEVEL, GRADES, NUCLEI, ORGANS, PATTERNS, Atlas
+from pathflip.synth.atlas import GRADES, NUCLEI, ORGANS, PATTERNS, Atlas
+from pathflip.synth.output import (
+    check_same_cohort,
+    draw_all,
+    make_folders,
+    worker_count,
+    write_csv,
+    write_json,
+)
 from pathflip.synth.scene import (
     FINDINGS,
     RATES,
@@ -36,12 +37,10 @@ from pathflip.synth.scene import (
     render,
     sample_scenes,
 )
-from pathflip.synth.tiff import SlideFile, encode_tile, halve
+from pathflip.synth.tiff import write_slide
 
 VERSION = 1
 """Changes when the same seed gives other slides or other text."""
-_QUALITY = 85
-_TILE_PX = 256
 _NAMESPACE = uuid.UUID("6f1c3f56-5d0a-4b8e-9a53-6d2f1a7b90c4")
 
 
@@ -104,14 +103,11 @@ def make_cohort(
     root = Path(directory)
     scenes = sample_scenes(slides=slides, seed=seed, size_um=size_um)
     spec = {"version": VERSION, "seed": seed, "size_um": size_um}
-    _check_same_cohort(root / "cohort.json", spec)
-    for folder in ("slides", "lesions"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for left in (root / folder).glob(".*.tmp"):  # of a run that was killed
-            left.unlink(missing_ok=True)
+    check_same_cohort(root / "cohort.json", spec)
+    make_folders(root, "slides", "lesions")
     items = [item for scene in scenes for item in text.questions(scene)]
     majority = text.majority_baseline(items)
-    _write_json(root / "cohort.json", {**spec, **_describe(scenes), "vqa_majority": majority})
+    write_json(root / "cohort.json", {**spec, **_describe(scenes), "vqa_majority": majority})
     _write_tables(root, scenes, items)
     todo = [s for s in scenes if not _slide_path(root, s).exists()]
     for done, _ in enumerate(_draw_all(root, todo, processes), start=slides - len(todo) + 1):
@@ -130,52 +126,19 @@ def make_cohort(
     )
 
 
-def _check_same_cohort(path: Path, spec: dict[str, Any]) -> None:
-    if not path.exists():
-        return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        same = all(there.get(key) == value for key, value in spec.items())
-    except (ValueError, AttributeError):
-        same = False
-    if not same:
-        raise ConfigError(
-            f"{path.parent} holds a cohort made with another seed, size or version.",
-            hint="Give an empty folder, or the seed and size it was made with.",
-        )
-
-
 def _slide_path(root: Path, scene: Scene) -> Path:
     return root / "slides" / f"{scene.slide}.{'svs' if scene.layout == 'aperio' else 'tif'}"
 
 
 def _draw_all(root: Path, scenes: Sequence[Scene], processes: int | None) -> Iterator[str]:
-    count = min(processes or len(os.sched_getaffinity(0)), len(scenes))
-    if count <= 1:
-        atlas = _atlas(None)
-        for scene in scenes:
-            yield _draw(root, scene, atlas)
-        return
     shared = root / ".atlas"
     shutil.rmtree(shared, ignore_errors=True)
-    shared.mkdir()
+    if worker_count(processes, len(scenes)) > 1:
+        shared.mkdir()
     try:
-        with ProcessPoolExecutor(
-            count, mp_context=get_context("spawn"), initializer=_one_thread
-        ) as pool:
-            waiting = [pool.submit(_draw_shared, root, scene) for scene in scenes]
-            try:
-                for finished in as_completed(waiting):
-                    yield finished.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        yield from draw_all(_draw, root, scenes, processes)
     finally:
         shutil.rmtree(shared, ignore_errors=True)
-
-
-def _one_thread() -> None:
-    cv2.setNumThreads(1)
 
 
 @lru_cache(maxsize=1)
@@ -183,51 +146,14 @@ def _atlas(shared: Path | None) -> Atlas:
     return Atlas(shared)
 
 
-def _draw_shared(root: Path, scene: Scene) -> str:
-    return _draw(root, scene, _atlas(root / ".atlas"))
-
-
-def _draw(root: Path, scene: Scene, atlas: Atlas) -> str:
+def _draw(root: Path, scene: Scene) -> str:
     """Write one slide and its lesion outlines; the slide last, as it marks both as done."""
     layout = lay_out(scene)
-    _write_json(root / "lesions" / f"{scene.slide}.geojson", _geojson(scene, layout.masks))
-    pixels = render(scene, atlas, layout=layout)
-    _write_slide(_slide_path(root, scene), scene, pixels)
+    write_json(root / "lesions" / f"{scene.slide}.geojson", _geojson(scene, layout.masks))
+    shared = root / ".atlas"
+    pixels = render(scene, _atlas(shared if shared.exists() else None), layout=layout)
+    write_slide(_slide_path(root, scene), pixels, mpp=scene.mpp, aperio=scene.layout == "aperio")
     return scene.slide
-
-
-def _write_slide(path: Path, scene: Scene, pixels: NDArray[np.uint8]) -> None:
-    aperio = scene.layout == "aperio"
-    components = "rgb" if aperio else "ycbcr"  # what real scanners of either kind store
-    step = 4 if aperio else 2
-    level = pixels
-    with SlideFile(
-        path, mpp=scene.mpp, aperio=aperio, quality=_QUALITY, components=components
-    ) as file:
-        while True:
-            height, width = level.shape[:2]
-            tiles = _cut(level, components)
-            file.level(width=width, height=height, tile_px=_TILE_PX, tiles=tiles)
-            if level is pixels and aperio:
-                shrink = min(1.0, 768 / width)
-                size = (round(width * shrink), round(height * shrink))
-                thumbnail = cv2.resize(level, size, interpolation=cv2.INTER_AREA)
-                file.thumbnail(np.asarray(thumbnail, np.uint8))
-            if width // step < 256:
-                break
-            level = halve(level, step)
-
-
-def _cut(level: NDArray[np.uint8], components: str) -> Iterator[tuple[bytes, bytes]]:
-    height, width = level.shape[:2]
-    for y in range(0, height, _TILE_PX):
-        for x in range(0, width, _TILE_PX):
-            tile = level[y : y + _TILE_PX, x : x + _TILE_PX]
-            if tile.shape[0] < _TILE_PX or tile.shape[1] < _TILE_PX:
-                whole = np.full((_TILE_PX, _TILE_PX, 4), GLASS_LEVEL, np.uint8)
-                whole[: tile.shape[0], : tile.shape[1]] = tile
-                tile = whole
-            yield encode_tile(tile, quality=_QUALITY, components=components)
 
 
 def _geojson(scene: Scene, masks: Iterable[NDArray[np.bool_]]) -> dict[str, Any]:
@@ -301,11 +227,11 @@ def _describe(scenes: Sequence[Scene]) -> dict[str, Any]:
 def _write_tables(root: Path, scenes: Sequence[Scene], items: Sequence[text.Question]) -> None:
     said = {s.slide: text.sentences(s) for s in scenes}
     captions = [(s.slide, " ".join(x.text for x in said[s.slide])) for s in scenes]
-    _write_csv(root / "captions.csv", ("slide", "caption"), captions)
-    _write_csv(
+    write_csv(root / "captions.csv", ("slide", "caption"), captions)
+    write_csv(
         root / "patients.csv", ("slide", "patient_id"), [(s.slide, s.patient_id) for s in scenes]
     )
-    _write_csv(root / "labels.csv", LABEL_COLUMNS, [_labels(s) for s in scenes])
+    write_csv(root / "labels.csv", LABEL_COLUMNS, [_labels(s) for s in scenes])
     sentences = {
         slide: [
             {
@@ -318,7 +244,7 @@ def _write_tables(root: Path, scenes: Sequence[Scene], items: Sequence[text.Ques
         ]
         for slide, report in said.items()
     }
-    _write_json(root / "sentences.json", sentences)
+    write_json(root / "sentences.json", sentences)
     write_file(root / "tasks.yaml", yaml.safe_dump(tasks(), sort_keys=False, width=100))
     lines = [
         json.dumps(
@@ -421,15 +347,3 @@ def _labels(scene: Scene) -> tuple[Any, ...]:
         scene.mpp,
         scene.layout,
     )
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    write_file(path, out.getvalue())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_file(path, json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,7 +20,10 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from pathflip.files import partial
+from pathflip.synth.atlas import GLASS_LEVEL
 
+_QUALITY = 85
+_TILE_PX = 256
 _RGB, _YCBCR = 2, 6
 _CLASSIC_LIMIT = 2**32 - 2**20
 _TABLES = (0xDB, 0xC4)  # DQT, DHT
@@ -68,6 +71,38 @@ def halve(pixels: NDArray[np.uint8], factor: int = 2) -> NDArray[np.uint8]:
     cut = pixels[: height * factor, : width * factor]
     shrunk = cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA)
     return np.asarray(shrunk, dtype=np.uint8)
+
+
+def write_slide(path: str | Path, pixels: NDArray[np.uint8], *, mpp: float, aperio: bool) -> None:
+    """Write a slide of uint8 RGBX [h, w, 4] with its levels, as a scanner of either layout does."""
+    components = "rgb" if aperio else "ycbcr"
+    step = 4 if aperio else 2
+    level = pixels
+    with SlideFile(path, mpp=mpp, aperio=aperio, quality=_QUALITY, components=components) as file:
+        while True:
+            height, width = level.shape[:2]
+            tiles = _cut(level, components)
+            file.level(width=width, height=height, tile_px=_TILE_PX, tiles=tiles)
+            if level is pixels and aperio:
+                shrink = min(1.0, 768 / width)
+                size = (round(width * shrink), round(height * shrink))
+                thumbnail = cv2.resize(level, size, interpolation=cv2.INTER_AREA)
+                file.thumbnail(np.asarray(thumbnail, np.uint8))
+            if width // step < _TILE_PX:
+                break
+            level = halve(level, step)
+
+
+def _cut(level: NDArray[np.uint8], components: str) -> Iterator[tuple[bytes, bytes]]:
+    height, width = level.shape[:2]
+    for y in range(0, height, _TILE_PX):
+        for x in range(0, width, _TILE_PX):
+            tile = level[y : y + _TILE_PX, x : x + _TILE_PX]
+            if tile.shape[0] < _TILE_PX or tile.shape[1] < _TILE_PX:
+                whole = np.full((_TILE_PX, _TILE_PX, 4), GLASS_LEVEL, np.uint8)
+                whole[: tile.shape[0], : tile.shape[1]] = tile
+                tile = whole
+            yield encode_tile(tile, quality=_QUALITY, components=components)
 
 
 class SlideFile:
