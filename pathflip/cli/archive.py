@@ -114,21 +114,44 @@ def synth(
     directory: Annotated[str, typer.Argument(help="Where the cohort is written.")],
     slides: Annotated[int, typer.Option(help="How many slides.", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    kind: Annotated[
+        Literal["reports", "trees"],
+        typer.Option(help="Slides with reports, or slides for patch trees with node captions."),
+    ] = "reports",
+    mention: Annotated[
+        float | None,
+        typer.Option(
+            help="With trees: share of captions that name what is seen; default 0.2.",
+            min=0, max=1,
+        ),
+    ] = None,
     processes: Annotated[int | None, typer.Option(help="Default: one per CPU.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a cohort of synthetic slides with planted truth: captions, labels, lesion outlines."""
-    from dataclasses import asdict, is_dataclass
+    from dataclasses import asdict
 
-    from pathflip.synth import make_cohort
+    from pathflip.errors import ConfigError
+    from pathflip.synth import make_cohort, make_tree_cohort
 
+    if mention is not None and kind != "trees":
+        raise ConfigError("--mention is of captions of patch trees.", hint="Add --kind trees.")
     if dry_run:
-        plan = {"directory": directory, "slides": slides, "seed": seed, "written": 0}
+        plan = {
+            "directory": directory, "kind": kind, "slides": slides, "seed": seed, "written": 0
+        }
         show_document(plan, as_json=as_json, dry_run=True)
         return
-    summary = make_cohort(directory, slides=slides, seed=seed, processes=processes)
-    document = asdict(summary) if is_dataclass(summary) else dict(summary)
+    if kind == "trees":
+        document = asdict(
+            make_tree_cohort(
+                directory, slides=slides, seed=seed, processes=processes,
+                **were_set(mention=mention),
+            )
+        )
+    else:
+        document = asdict(make_cohort(directory, slides=slides, seed=seed, processes=processes))
     show_document(document, f"cohort in {directory}", as_json=as_json)
 
 

@@ -31,9 +31,9 @@ SIDE_PX = round(GRID * PARENT_UM / MPP)
 
 _CELLS = round(PARENT_UM)  # patterns are drawn at 1 µm/px
 _PER_CELL = round(1 / MPP)
-_PERIODS = 3.3  # of a pattern along a parent: 78 µm, a 20x node being 64
+_PERIODS = 3.1  # of a pattern along a parent: 83 µm, a 20x node being 64
 _PITCH_UM = 9.2
-_EOSIN, _BASE_H = (38, -10), (12, 8)  # densities in hundredths, as all codes: mean, and of a pattern
+_EOSIN, _BASE_H = (38, -9), (13, 9)  # densities in hundredths, as all codes: mean, and of a pattern
 _DARK, _CONTRAST = 0.62, 0.34
 _SHAPES = 32  # nuclei drawn per type and slide
 
@@ -77,8 +77,8 @@ def render(
         else:
             inside[rows, columns] = -0.6 + 0.1 * _noise(rng, _CELLS, sigma=12)
     covered = _outline(rng, tissue)
-    eosin = _EOSIN[0] + _EOSIN[1] * inside + 3 * _noise(rng, side, sigma=7)
-    haematoxylin = _BASE_H[0] + _BASE_H[1] * inside + 1.4 * _noise(rng, side, sigma=7)
+    eosin = _EOSIN[0] + _EOSIN[1] * inside + 3.5 * _noise(rng, side, sigma=7)
+    haematoxylin = _BASE_H[0] + _BASE_H[1] * inside + 1.3 * _noise(rng, side, sigma=7)
     eosin, haematoxylin = (
         np.where(covered, np.clip(np.rint(density), 1, 255), 0).astype(np.uint8) for density in (eosin, haematoxylin)
     )
@@ -168,7 +168,7 @@ def _sites(rng: np.random.Generator, *, zoom: float) -> NDArray[np.float64]:
 _DIAMETER_UM, _LONGEST_UM = 7.6, 8.9
 
 
-def _shapes(rng: np.random.Generator, kind: str, *, diameter_um: float, count: int) -> Bytes:
+def nuclei_shapes(rng: np.random.Generator, kind: str, *, diameter_um: float, count: int) -> Bytes:
     """Draw nuclei [count, k, k] in hundredths of density, k odd."""
     radius = diameter_um / MPP / 2 * rng.uniform(0.93, 1.07, (count, 1, 1))
     aspect = rng.uniform(1.0, 1.2, (count, 1, 1)) ** 0.5
@@ -203,8 +203,8 @@ def _stamp_all(
     zoom: float,
 ) -> None:
     """Stamp nuclei: in each tumour as many, of its quadrants' types; small ones in the stroma."""
-    bank = [_shapes(rng, kind, diameter_um=_DIAMETER_UM * zoom, count=_SHAPES) for kind in NUCLEI]
-    bank.append(_shapes(rng, "granular", diameter_um=4.0 * zoom, count=_SHAPES) // 5 * 4)
+    bank = [nuclei_shapes(rng, kind, diameter_um=_DIAMETER_UM * zoom, count=_SHAPES) for kind in NUCLEI]
+    bank.append(nuclei_shapes(rng, "granular", diameter_um=4.0 * zoom, count=_SHAPES) // 5 * 4)
     points = _sites(rng, zoom=zoom)
     cell = points.astype(np.int64)
     square = cell // _CELLS

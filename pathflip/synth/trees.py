@@ -29,8 +29,8 @@ GLASS, BENIGN, MIXED, GUESSED = 0.08, 0.10, 0.60, 0.15
 """Shares of squares that are glass or benign stroma, of tumours with two nuclear types, and of
 captions that guess at the cue their level does not show."""
 
-# Each word of a cue stands in one form alone: a word of all forms would, with the guesses, be in
-# most bags, and keywords of most bags are dropped at import.
+# The word of a cue stands in one form alone, as one in all forms would be in most bags of keywords,
+# and such keywords are dropped at import.
 FORMS = {
     "trabecular": (
         "Tumour cells grow in a trabecular fashion",
@@ -129,7 +129,8 @@ class TreeSlide:
 
     Attributes:
         slide: Slide id, the file's stem.
-        patient_id, site, split: The patient, their site (0 to 3) and split.
+        patient_id, split: The patient and their split.
+        site: Scanner of the slide, 0 to 3.
         parents: Squares with tissue, row-major.
         stain: Strengths of haematoxylin and eosin.
         zoom: Factor of lengths.
@@ -231,8 +232,8 @@ def make_tree_cohort(
 def sample_slides(*, slides: int, seed: int) -> list[TreeSlide]:
     """Sample a cohort's truth; the first n are the same whatever ``slides`` is.
 
-    Patients own one to three slides of one site and lie in one split: of every ten patients seven
-    are train, one val and two test. Squares are drawn one by one, whatever the patient.
+    Patients own one to three slides and lie in one split: of every ten patients seven are train,
+    one val and two test. Scanners and squares are drawn one by one, whatever the patient.
     """
     cohort: list[TreeSlide] = []
     patients = np.random.default_rng([seed, 0])
@@ -240,11 +241,12 @@ def sample_slides(*, slides: int, seed: int) -> list[TreeSlide]:
     while len(cohort) < slides:
         if not splits:
             splits = [SPLITS[i] for i in patients.permutation(len(SPLITS))]
-        split, site, owned = splits.pop(), int(patients.integers(4)), int(patients.integers(1, 4))
+        split, owned = splits.pop(), int(patients.integers(1, 4))
         patient = f"p{len({s.patient_id for s in cohort}):05d}"
         for _ in range(min(owned, slides - len(cohort))):
             index = len(cohort)
             rng = np.random.default_rng([seed, 1, index])
+            site = int(rng.integers(len(SITE_STAINS)))
             cohort.append(
                 TreeSlide(
                     slide=f"t{index:05d}",
@@ -306,24 +308,25 @@ def nuclei_of(parent: Parent, quadrant: int | None) -> str | None:
 def captions(slide: TreeSlide, *, seed: int, mention: float) -> Iterator[dict[str, str]]:
     """Yield a caption of every node, as a captioner's output.
 
-    Captions of 5x and 10x nodes name the architecture, those of 20x and 40x nodes the nuclei, and
-    none the truth about the other cue; benign stroma is called so at every level.
+    Some captions of 5x and 10x nodes name the architecture and some of 20x and 40x nodes the nuclei.
+    Of the other cue a tree's captions know nothing but a guess, which a tree keeps to: if each node
+    guessed anew, every architecture would be in most bags of keywords. Benign stroma is called so
+    at every level.
     """
     for parent in slide.parents:
         rng = np.random.default_rng([seed, 2, slide.index, parent.tx, parent.ty])
         draws = rng.random((len(_NODES), 2))
         forms = rng.integers(4, size=(len(_NODES), 2))
-        guesses = rng.integers(12, size=len(_NODES))
+        guesses = NUCLEI[rng.integers(len(NUCLEI))], ARCHITECTURES[rng.integers(len(ARCHITECTURES))]
         fillers = rng.random((len(_NODES), len(FILLERS))).argpartition(2, 1)[:, :2]
         for node, level, quadrant in _NODES:
             coarse = level < 2
             seen = parent.architecture if coarse else nuclei_of(parent, quadrant)
-            guess = (NUCLEI if coarse else ARCHITECTURES)[guesses[node] % (3 if coarse else 4)]
             said = []
             if draws[node, 0] < mention:
                 said.append(FORMS[seen or "benign"][forms[node, 0]])
             if draws[node, 1] < GUESSED:
-                said.append(FORMS[guess][forms[node, 1]])
+                said.append(FORMS[guesses[not coarse]][forms[node, 1]])
             first, second = (FILLERS[i] for i in fillers[node])
             said.append(f"{first[0].upper()}{first[1:]}, and {second}")
             yield {
