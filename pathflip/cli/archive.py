@@ -122,7 +122,8 @@ def synth(
         float | None,
         typer.Option(
             help="With trees: share of captions that name what is seen; default 0.2.",
-            min=0, max=1,
+            min=0,
+            max=1,
         ),
     ] = None,
     processes: Annotated[int | None, typer.Option(help="Default: one per CPU.")] = None,
@@ -138,15 +139,16 @@ def synth(
     if mention is not None and kind != "trees":
         raise ConfigError("--mention is of captions of patch trees.", hint="Add --kind trees.")
     if dry_run:
-        plan = {
-            "directory": directory, "kind": kind, "slides": slides, "seed": seed, "written": 0
-        }
+        plan = {"directory": directory, "kind": kind, "slides": slides, "seed": seed, "written": 0}
         show_document(plan, as_json=as_json, dry_run=True)
         return
     if kind == "trees":
         document = asdict(
             make_tree_cohort(
-                directory, slides=slides, seed=seed, processes=processes,
+                directory,
+                slides=slides,
+                seed=seed,
+                processes=processes,
                 **were_set(mention=mention),
             )
         )

@@ -1,10 +1,11 @@
 """Pixels of slides for patch trees, whose two cues can be read at opposite ends of the pyramid.
 
-Architecture is a pattern of a period wider than a 20x node, cut at its median, so that all share
-the area and the number of nuclei. The nuclear type is the chromatin: two densities in equal shares,
-1 µm or less apart in space, so that averages over 1 µm are one colour for every type under any
-stain (averages are taken of colours: equal density would not do). Every parent's pattern and every
-slide's nuclei are drawn anew, since the exact mean of a texture that repeats is its signature.
+Architecture is a pattern of a period wider than a 20x node. All patterns share one histogram of
+densities, the length of their outlines and the number of nuclei, and none has edges, so that small
+nodes show a slope and no more. The type of nuclei is their chromatin: two densities in equal
+shares that alternate within 1 µm, so that averages over 1 µm are one colour for every type under
+any stain (equal mean density would not do, as it is colours that are averaged). Patterns are drawn
+anew for every parent and nuclei for every slide, since a texture that repeats is known by its mean.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ GRID = 4
 SIDE_PX = round(GRID * PARENT_UM / MPP)
 
 _CELLS = round(PARENT_UM)  # patterns are drawn at 1 µm/px
-_PER_CELL = round(1 / MPP)
 _PERIODS = 3.1  # of a pattern along a parent: 83 µm, a 20x node being 64
-_PITCH_UM = 9.2
-_EOSIN, _BASE_H = (38, -9), (13, 9)  # densities in hundredths, as all codes: mean, and of a pattern
-_DARK, _CONTRAST = 0.62, 0.34
+# Densities in hundredths, as all codes: mean, what a pattern's highest value adds, noise.
+_EOSIN, _HAEMATOXYLIN = (38.0, -9.0, 3.5), (13.0, 9.0, 1.3)
+_PITCH_UM, _DIAMETER_UM, _APART_UM = 10.0, 7.6, 8.7
+_CHROMATIN, _CONTRAST = 0.62, 0.34  # its mean density, and how far its two densities lie from it
 _SHAPES = 32  # nuclei drawn per type and slide
 
 
@@ -77,14 +78,10 @@ def render(
         else:
             inside[rows, columns] = -0.6 + 0.1 * _noise(rng, _CELLS, sigma=12)
     covered = _outline(rng, tissue)
-    eosin = _EOSIN[0] + _EOSIN[1] * inside + 3.5 * _noise(rng, side, sigma=7)
-    haematoxylin = _BASE_H[0] + _BASE_H[1] * inside + 1.3 * _noise(rng, side, sigma=7)
     eosin, haematoxylin = (
-        np.where(covered, np.clip(np.rint(density), 1, 255), 0).astype(np.uint8) for density in (eosin, haematoxylin)
+        _enlarged(np.where(covered, mean + slope * inside + noise * _noise(rng, side, sigma=7), 0))
+        for mean, slope, noise in (_EOSIN, _HAEMATOXYLIN)
     )
-    up = (SIDE_PX, SIDE_PX)
-    eosin = cv2.resize(eosin, up, interpolation=cv2.INTER_LINEAR)
-    haematoxylin = cv2.resize(haematoxylin, up, interpolation=cv2.INTER_LINEAR)
     eosin = _with_grain(rng, eosin)
     _stamp_all(rng, haematoxylin, parents, inside, covered, zoom=zoom)
     code = cv2.merge([eosin, haematoxylin]).view(np.uint16)[..., 0]
@@ -92,6 +89,12 @@ def render(
     for top in range(0, SIDE_PX, 256):  # in bands, as an index takes four times what a code does
         np.take(table, code[top : top + 256], out=colours[top : top + 256])
     return colours.view(np.uint8).reshape(*code.shape, 4)
+
+
+def _enlarged(density: Float) -> Bytes:
+    codes = np.clip(np.rint(density), 0, 255).astype(np.uint8)
+    size = (SIDE_PX, SIDE_PX)
+    return np.asarray(cv2.resize(codes, size, interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def _noise(rng: np.random.Generator, side: int, *, sigma: float, coarse: int = 4) -> Float:
@@ -152,10 +155,10 @@ def _sites(rng: np.random.Generator, *, zoom: float) -> NDArray[np.float64]:
     count = int(GRID * PARENT_UM / (_PITCH_UM * zoom))
     pitch = GRID * PARENT_UM / count
     lattice = np.stack(np.meshgrid(np.arange(count), np.arange(count)), -1) + 0.5
-    points = (lattice + rng.uniform(-0.32, 0.32, lattice.shape)) * pitch
+    points = (lattice + rng.uniform(-0.25, 0.25, lattice.shape)) * pitch
     first = rng.random((count, count))
     kept = np.ones((count, count), bool)
-    near = (_LONGEST_UM * zoom) ** 2
+    near = (_APART_UM * zoom) ** 2
     for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
         a = slice(0, count - down), slice(max(0, -right), count - max(0, right))
         b = slice(down, count), slice(max(0, right), count - max(0, -right))
@@ -163,9 +166,6 @@ def _sites(rng: np.random.Generator, *, zoom: float) -> NDArray[np.float64]:
         kept[a] &= ~(clash & (first[a] < first[b]))
         kept[b] &= ~(clash & (first[a] >= first[b]))
     return rng.permutation(points[kept])
-
-
-_DIAMETER_UM, _LONGEST_UM = 7.6, 8.9
 
 
 def nuclei_shapes(rng: np.random.Generator, kind: str, *, diameter_um: float, count: int) -> Bytes:
@@ -182,7 +182,10 @@ def nuclei_shapes(rng: np.random.Generator, kind: str, *, diameter_um: float, co
     body = np.clip((1.05 - q) * radius * 0.6, 0, 1)
     # Without the taper the stripes that the rim cuts would be left in averages over a period.
     taper = np.clip((0.92 - q) * radius * 0.25, 0, 1)
-    at = x[None] + 2 * rng.integers(2, size=(count, 1, 1)), y[None] + 2 * rng.integers(2, size=(count, 1, 1))
+    at = (
+        x[None] + 2 * rng.integers(2, size=(count, 1, 1)),
+        y[None] + 2 * rng.integers(2, size=(count, 1, 1)),
+    )
     striped, crossed = (1 - 2 * (axis // 2 % 2) for axis in at)
     if kind == "grooved":
         chromatin = np.where(rng.integers(2, size=(count, 1, 1)), striped, crossed)
@@ -190,7 +193,7 @@ def nuclei_shapes(rng: np.random.Generator, kind: str, *, diameter_um: float, co
         chromatin = striped * crossed
     else:
         chromatin = 1 - 2 * ((at[0] + at[1] + rng.integers(2, size=(count, 1, 1))) % 2)
-    return np.asarray(np.rint(100 * body * (_DARK + _CONTRAST * taper * chromatin)), np.uint8)
+    return np.asarray(np.rint(100 * body * (_CHROMATIN + _CONTRAST * taper * chromatin)), np.uint8)
 
 
 def _stamp_all(
@@ -203,7 +206,9 @@ def _stamp_all(
     zoom: float,
 ) -> None:
     """Stamp nuclei: in each tumour as many, of its quadrants' types; small ones in the stroma."""
-    bank = [nuclei_shapes(rng, kind, diameter_um=_DIAMETER_UM * zoom, count=_SHAPES) for kind in NUCLEI]
+    bank = [
+        nuclei_shapes(rng, kind, diameter_um=_DIAMETER_UM * zoom, count=_SHAPES) for kind in NUCLEI
+    ]
     bank.append(nuclei_shapes(rng, "granular", diameter_um=4.0 * zoom, count=_SHAPES) // 5 * 4)
     points = _sites(rng, zoom=zoom)
     cell = points.astype(np.int64)
@@ -216,9 +221,9 @@ def _stamp_all(
         if parent.architecture is None:
             kind[here[: round(0.3 * expected)]] = len(NUCLEI)
             continue
-        crowd = rng.uniform(0.9, 1.05)
         tumour, stroma = here[in_tumour], here[~in_tumour]
-        tumour = tumour[: round(0.4 * expected * crowd)]
+        # Fewer than any pattern has room for, so that their number is the same for all.
+        tumour = tumour[: round(rng.uniform(0.24, 0.28) * expected)]
         quadrant = (cell[tumour] % _CELLS) // (_CELLS // 2)
         types = np.array([NUCLEI.index(name) for name in parent.nuclei])
         kind[tumour] = types[quadrant[:, 1] * 2 + quadrant[:, 0]]

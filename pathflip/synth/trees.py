@@ -22,7 +22,6 @@ from pathflip.synth.tree_pixels import ARCHITECTURES, GRID, MPP, NUCLEI, Parent,
 
 VERSION = 1
 """Changes when the same seed gives other slides or other text."""
-PROMPT = "Can you describe the main features visible in this histopathology image?"
 MODEL_ID = "oracle"
 
 GLASS, BENIGN, MIXED, GUESSED = 0.08, 0.10, 0.60, 0.15
@@ -308,11 +307,12 @@ def nuclei_of(parent: Parent, quadrant: int | None) -> str | None:
 def captions(slide: TreeSlide, *, seed: int, mention: float) -> Iterator[dict[str, str]]:
     """Yield a caption of every node, as a captioner's output.
 
-    Some captions of 5x and 10x nodes name the architecture and some of 20x and 40x nodes the nuclei.
-    Of the other cue a tree's captions know nothing but a guess, which a tree keeps to: if each node
-    guessed anew, every architecture would be in most bags of keywords. Benign stroma is called so
-    at every level.
+    Some captions of 5x and 10x nodes name the architecture, some of 20x and 40x nodes the nuclei.
+    Some guess at the other cue, all of a tree the same: if each node guessed anew, every
+    architecture would be in most bags of keywords. Benign stroma is called so at every level.
     """
+    from pathflip.interop.tree_captions import PROMPT, tree_image_name  # archives: not to draw
+
     for parent in slide.parents:
         rng = np.random.default_rng([seed, 2, slide.index, parent.tx, parent.ty])
         draws = rng.random((len(_NODES), 2))
@@ -330,7 +330,7 @@ def captions(slide: TreeSlide, *, seed: int, mention: float) -> Iterator[dict[st
             first, second = (FILLERS[i] for i in fillers[node])
             said.append(f"{first[0].upper()}{first[1:]}, and {second}")
             yield {
-                "Image": f"{slide.slide}__t{parent.tx}_{parent.ty}__n{node}.png",
+                "Image": tree_image_name(slide.slide, parent.tx, parent.ty, node),
                 "prompt": PROMPT,
                 "Answer": ". ".join(said) + ".",
                 "model_id": MODEL_ID,

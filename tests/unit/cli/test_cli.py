@@ -52,6 +52,7 @@ def test_help_imports_nothing_heavy():
         (["search", "--archive", "{tmp}/none", "--slide", "a"], "There is no archive at"),
         (["search", "--archive", "x", "--slide", "a", "--level", "patch"], "'patch' is not one of"),
         (["ingest", "{tmp}/none", "--archive", "{tmp}/a"], "does not exist"),
+        (["synth", "{tmp}/c", "--mention", "0.5"], "--mention is of captions of patch trees"),
         (["ingest", "{tmp}", "--archive", "{tmp}/a"], "holds no slides"),
         (["ingest", "{tmp}", "--archive", "{tmp}/a", "--encoder", "textur"], "texture"),
         (["ingest", "{tmp}", "--archive", "{tmp}/a", "-o", "encodr=x"], "Did you mean encoder"),
