@@ -30,13 +30,13 @@ def check_same_cohort(path: Path, spec: dict[str, Any]) -> None:
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        same = all(there.get(key) == value for key, value in spec.items())
+        other = [name for name, value in spec.items() if there.get(name) != value]
     except (ValueError, AttributeError):
-        same = False
-    if not same:
+        other = list(spec)
+    if other:
         raise ConfigError(
-            f"{path.parent} holds a cohort made with another {' or '.join(spec)}.",
-            hint="Give an empty folder, or the same options it was made with.",
+            f"{path.parent} holds a cohort made with another {', '.join(other)}.",
+            hint="Give an empty folder, or the options it was made with.",
         )
 
 

@@ -99,9 +99,9 @@ def _enlarged(density: Float) -> Bytes:
 
 def _noise(rng: np.random.Generator, side: int, *, sigma: float, coarse: int = 4) -> Float:
     """Draw smooth noise [side, side], mean 0, deviation 1, drawn at every ``coarse``-th pixel."""
-    field = rng.standard_normal((side // coarse, side // coarse), dtype=np.float32)
-    field = cv2.GaussianBlur(field, (0, 0), sigma / coarse)
-    field = cv2.resize(field, (side, side), interpolation=cv2.INTER_CUBIC)
+    white = rng.standard_normal((side // coarse, side // coarse), dtype=np.float32)
+    smooth = cv2.GaussianBlur(white, (0, 0), sigma / coarse)
+    field = cv2.resize(smooth, (side, side), interpolation=cv2.INTER_CUBIC)
     return np.asarray((field - field.mean()) / field.std(), np.float32)
 
 
@@ -135,17 +135,17 @@ def _pattern(rng: np.random.Generator, architecture: str, *, zoom: float) -> Flo
 
 def _outline(rng: np.random.Generator, tissue: Bytes) -> NDArray[np.bool_]:
     """Return where there is tissue at 1 µm/px; a little reaches into squares of glass, bent."""
-    wide = tissue.repeat(_CELLS, 0).repeat(_CELLS, 1).astype(np.float32)
-    wide = cv2.GaussianBlur(wide, (0, 0), 12)
+    squares = tissue.repeat(_CELLS, 0).repeat(_CELLS, 1).astype(np.float32)
+    wide = cv2.GaussianBlur(squares, (0, 0), 12)
     return np.asarray(wide + 0.1 * np.tanh(_noise(rng, len(wide), sigma=10)) > 0.35)
 
 
 def _with_grain(rng: np.random.Generator, eosin: Bytes) -> Bytes:
     """Add grain of 1 µm to a density map; glass stays clean."""
     half = SIDE_PX // 2
-    grain = np.frombuffer(rng.bytes(half * half), np.uint8).reshape(half, half)
-    grain = cv2.GaussianBlur(grain, (5, 5), 1.3)
-    grain = cv2.resize(grain, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_LINEAR)
+    white = np.frombuffer(rng.bytes(half * half), np.uint8).reshape(half, half)
+    fine = cv2.GaussianBlur(white, (5, 5), 1.3)
+    grain = cv2.resize(fine, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_LINEAR)
     noisy = cv2.addWeighted(eosin, 1.0, grain, 0.25, -0.25 * 127.5)
     return np.asarray(np.where(eosin > 0, noisy, 0), np.uint8)
 
