@@ -61,7 +61,7 @@ def draw_all(
     Args:
         draw: A function of a module; draws one slide below ``root`` and returns its name.
         root: Folder of the cohort.
-        items: What to draw.
+        items: Slides to draw, as ``draw`` takes them.
         processes: Number of processes; None for one per CPU.
     """
     count = worker_count(processes, len(items))
