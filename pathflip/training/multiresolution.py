@@ -225,7 +225,9 @@ def level_names(trees: Mapping[str, Any]) -> list[str]:
     Args:
         trees: Fields of :class:`pathflip.geometry.TreeSpec`.
     """
-    return [f"{10 / mpp:g}x" for mpp in TreeSpec(**trees).level_mpp]
+    from pathflip.evaluation.patch_text import level_name
+
+    return [level_name(mpp) for mpp in TreeSpec(**trees).level_mpp]
 
 
 def collapse(means: Mapping[str, float | None], config: MRPLIPConfig) -> list[str]:
