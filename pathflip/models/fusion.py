@@ -40,15 +40,21 @@ class FusionLayer(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
 
-    def forward(self, x: Tensor, packed: Packed, *, first: bool) -> Tensor:
-        """Encode tokens [T, H]; with ``first``, return first tokens' states alone [n, H]."""
+    def forward(
+        self, x: Tensor, packed: Packed, *, first: bool = False, rows: Tensor | None = None
+    ) -> Tensor:
+        """Encode tokens [T, H]; or return the states of first tokens, or of some rows, alone."""
         p = self.p if self.training else 0.0
         y = self.attention_norm(x)
         asking = y[packed.first] if first else y
         seen = packed.attend(
             self.query(asking), self.key(y), self.value(y), heads=self.heads, dropout=p, first=first
         )
-        x = (x[packed.first] if first else x) + F.dropout(self.out(seen), p)
+        if first:
+            x = x[packed.first]
+        elif rows is not None:
+            x, seen = x[rows], seen[rows]
+        x = x + F.dropout(self.out(seen), p)
         inner = feed_forward(self.ffn_norm(x), self.up, self.down, recompute=self.recompute)
         return x + F.dropout(inner, p)
 
@@ -75,22 +81,25 @@ class FusionEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, bank: Tensor, packed: Packed, *, first: bool = False) -> Tensor:
-        """Encode packed sequences.
+    def forward(
+        self, bank: Tensor, packed: Packed, *, first: bool = False, rows: Tensor | None = None
+    ) -> Tensor:
+        """Encode packed sequences; of the last layer, only what is asked for is computed.
 
         Args:
             bank: Vectors [R, H].
             packed: Sequences whose token ids are rows of the bank.
-            first: Whether only the first tokens' states are wanted; the last layer then computes
-                no others.
+            first: Whether only the first tokens' states are wanted.
+            rows: Tokens whose states are wanted [m]; None: all.
 
         Returns:
-            States [T, H], or [n, H].
+            States [T, H], [n, H] or [m, H].
         """
         x = bank[packed.ids]
-        for number, layer in enumerate(self.layers):
-            x = layer(x, packed, first=first and number == len(self.layers) - 1)
-        out: Tensor = self.norm(x)
+        *inner, last = self.layers
+        for layer in inner:
+            x = layer(x, packed)
+        out: Tensor = self.norm(last(x, packed, first=first, rows=rows))
         return out
 
 

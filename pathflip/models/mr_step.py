@@ -232,11 +232,10 @@ class _Bank:
 
     def say(self, packed: Packed, wanted: Sequence[tuple[int, int]], truth: list[int]) -> Tensor:
         """Encode packed sequences and sum the cross-entropy of words at (sequence, place)."""
-        states = self._model.fusion(self._rows, packed)
         which, place = self._pairs(wanted)
         rows = packed.first[packed.inverse[which]] + place
-        words = self._model.text_tower.words
-        logits = self._model.words_out(states[rows], words).float()
+        states = self._model.fusion(self._rows, packed, rows=rows)
+        logits = self._model.words_out(states, self._model.text_tower.words).float()
         target = torch.tensor(truth, dtype=torch.long, device=states.device)
         return F.cross_entropy(logits, target, reduction="sum")
 

@@ -2,13 +2,12 @@
 
 Reads the weights of an :class:`pathflip.models.MRPLIP`, and takes masked words, prefixes and edges
 from its plan. Two styles: ``edges`` runs the fusion encoder anew for both ends of every edge, on
-texts padded to a fixed length; ``bags`` once for all patches of a tree, on texts padded to the
-longest.
+texts padded to a fixed length, and loops over patches; ``bags`` is what a careful plain version
+does: batched over the patches of a tree, texts padded to the longest.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,45 +53,57 @@ def losses(
             w = F.normalize(model.text_out(pooled(config, states, mask)), dim=-1)
         there = [node for node in range(85) if plan.present[tree, node]]
         scores = v[tree] @ w.T
-        chosen = {}
-        for node in there:
-            most = min(config.keywords, len(own_words) // 2)
-            if config.takes_own(batch.progress):
-                own = [place for place in range(len(own_words)) if batch.own[tree, node, place]]
-                chosen[node] = own[:most]
-            else:
-                chosen[node] = scores[node].detach().topk(most).indices.tolist()
+        most = min(config.keywords, len(own_words) // 2)
+        if config.takes_own(batch.progress):
+            own = batch.own[tree].tolist()
+            chosen = {
+                node: [place for place in range(len(own_words)) if own[node][place]][:most]
+                for node in there
+            }
+        else:
+            top = scores.detach().topk(most).indices.tolist()
+            chosen = {node: top[node] for node in there}
         if len(own_words) >= 4 and any(chosen.values()):
-            terms: dict[int, list[Tensor]] = {}
-            for node in there:
-                if chosen[node]:
-                    log_p = (scores[node] / tau).log_softmax(-1)
-                    level = int(LEVEL_OF[node]) if config.cvta_mean == "levels" else 0
-                    terms.setdefault(level, []).append(-log_p[chosen[node]].mean())
-            means = [torch.stack(own).mean() for own in terms.values()]
-            aligned.append(torch.stack(means).mean())
-        if config.has("mrtva"):
-            guided = {}
+            some = [node for node in there if chosen[node]]
             if style == "edges":
-                for one, other in plan.edges.tolist():
-                    for node in (one - 85 * tree, other - 85 * tree):
-                        if 0 <= node < 85:
-                            guided[node] = guide(model, v[tree, [node]], w[None, chosen[node]])[0]
+                terms = [
+                    -(scores[node] / tau).log_softmax(-1)[chosen[node]].mean() for node in some
+                ]
+            else:
+                index, mask = padded([chosen[node] for node in some], 0)
+                log_p = (scores[some] / tau).log_softmax(-1).gather(1, index)
+                terms = list(-(log_p * mask).sum(1) / mask.sum(1))
+            by_level: dict[int, list[Tensor]] = {}
+            for node, term in zip(some, terms, strict=True):
+                level = int(LEVEL_OF[node]) if config.cvta_mean == "levels" else 0
+                by_level.setdefault(level, []).append(term)
+            aligned.append(
+                torch.stack([torch.stack(own).mean() for own in by_level.values()]).mean()
+            )
+        if config.has("mrtva"):
+            guided: dict[int, Tensor] = {}
+            if style == "edges":
+                ends = [node - 85 * tree for edge in plan.edges.tolist() for node in edge]
+                ends = [node for node in ends if 0 <= node < 85]
+                for node in [*ends, *sorted(set(there) - set(ends))]:
+                    near = w[None, chosen[node]]
+                    mask = torch.ones(near.shape[:2], dtype=torch.bool)
+                    guided[node] = guide(model, v[tree, [node]], near, mask)[0]
+            else:
+                index, mask = padded([chosen[node] for node in there], 0)
+                near = w[index] if len(w) else torch.zeros(*index.shape, config.d)
+                guided = dict(zip(there, guide(model, v[tree, there], near, mask), strict=True))
             for node in there:
                 number[85 * tree + node] = len(nodes)
-                if node not in guided:
-                    guided[node] = guide(model, v[tree, [node]], w[None, chosen[node]])[0]
                 nodes.append(guided[node])
     if config.has("cvta"):
         found["cvta"] = torch.stack(aligned).mean() if aligned else torch.zeros(())
     if config.has("mrtva"):
         f, q = heads(model, torch.stack(nodes))
-        terms = []
-        for one, other in plan.edges.tolist():
-            a, b = number[one], number[other]
-            for guess, target in ((a, b), (b, a)):
-                terms.append(-F.cosine_similarity(q[guess], f[target].detach(), dim=0))
-        found["mrtva"] = torch.stack(terms).mean()
+        one, other = ([number[node] for node in end] for end in plan.edges.T.tolist())
+        forth = F.cosine_similarity(q[one], f[other].detach())
+        back = F.cosine_similarity(q[other], f[one].detach())
+        found["mrtva"] = -(forth + back).mean() / 2
 
     # Pairs.
     image = v[batch.pair_bag, batch.pair_node]
@@ -139,7 +150,7 @@ def losses(
 
 def padded(ids: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
     """Token ids [n, T] padded with 0, and where there are any, bool [n, T]."""
-    most = max(length, *map(len, ids))
+    most = max([length, *map(len, ids)])
     found = torch.zeros(len(ids), most, dtype=torch.long)
     mask = torch.zeros(len(ids), most, dtype=torch.bool)
     for i, own in enumerate(ids):
@@ -168,7 +179,7 @@ def fuse(
     x = torch.cat([model.visual_in(v)[:, None], states], 1)
     kinds = torch.tensor([0] + [1] * states.shape[1])
     x = x + model.kind.weight[kinds]
-    n, length, width = x.shape
+    n, length = x.shape[:2]
     seen = torch.cat([mask.new_ones(n, 1), mask], 1)[:, None].expand(n, length, length)
     if prefix is not None:
         place = torch.arange(length)
@@ -180,17 +191,15 @@ def fuse(
             part(y).view(n, length, layer.heads, -1).transpose(1, 2)
             for part in (layer.query, layer.key, layer.value)
         ]
-        scores = split[0] @ split[1].transpose(2, 3) / math.sqrt(width / layer.heads)
-        scores = scores.masked_fill(~seen[:, None], -1e9)
-        x = x + layer.out((scores.softmax(-1) @ split[2]).transpose(1, 2).flatten(2))
+        got = F.scaled_dot_product_attention(*split, attn_mask=seen[:, None])
+        x = x + layer.out(got.transpose(1, 2).flatten(2))
         x = x + layer.down(F.gelu(layer.up(layer.ffn_norm(x))))
     return model.fusion.norm(x)
 
 
-def guide(model: MRPLIP, v: Tensor, w: Tensor) -> Tensor:
+def guide(model: MRPLIP, v: Tensor, w: Tensor, mask: Tensor) -> Tensor:
     """Text-guided vectors z [n, H] of patches [n, d] beside their keywords [n, m, d]."""
-    words = model.keyword_in(w)
-    return fuse(model, v, words, torch.ones(words.shape[:2], dtype=torch.bool))[:, 0]
+    return fuse(model, v, model.keyword_in(w), mask)[:, 0]
 
 
 def heads(model: MRPLIP, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -297,7 +297,7 @@ def test_patches_and_texts_are_encoded_as_in_training() -> None:
 
 def guided(model: MRPLIP, v: Tensor, bank: Tensor) -> Tensor:
     near = (v @ bank.T).topk(3, -1).indices
-    return mr_plain.guide(model, v, bank[near])
+    return mr_plain.guide(model, v, bank[near], torch.ones(near.shape).bool())
 
 
 def test_text_guided_vectors() -> None:
