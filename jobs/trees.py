@@ -42,6 +42,7 @@ from pathflip.archive.trees import (
 )
 from pathflip.config import check_positive
 from pathflip.encoders import EncoderInfo, encoder_info
+from pathflip.encoders.mrplip import is_patch_model
 from pathflip.errors import ConfigError
 from pathflip.geometry import TREE_NODES, TreeSpec, choose_parents, tree_levels, tree_tissue
 from pathflip.progress import Progress, Report
@@ -249,10 +250,16 @@ def trees(
 def _specs(archive: Archive, config: TreesConfig) -> list[str]:
     """Return the specs of the encoders."""
     if config.encoder is None:
-        return list(tree_encoders(archive) or archive.encoders()) or ["texture"]
+        plain = [name for name in archive.encoders() if not is_patch_model(name)]
+        return list(tree_encoders(archive)) or plain or ["texture"]
     found = [spec.strip() for spec in config.encoder.split(",") if spec.strip()]
     if not found:
         raise ConfigError("No encoder was named.", hint="Leave --encoder out.")
+    if any(is_patch_model(spec) for spec in found):
+        raise ConfigError(
+            "Patch models encode patches of one level; a tree has nodes of four.",
+            hint="Name the encoder under the model.",
+        )
     return found
 
 

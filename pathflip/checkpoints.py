@@ -427,7 +427,8 @@ def load_run(
     about = json.loads((folder / "pathflip.json").read_bytes())
     kind = about.get("kind", "contrastive")
     if about.get("family", "pathflip") != family:
-        raise other_kind(run, kind)
+        patches = "A run of patches is an encoder: --encoder mrplip:RUN."
+        raise other_kind(run, kind, hint=patches if family == "pathflip" else None)
     inner = folder / "vision" if kind == "instruct" else folder
     model: Any = (PathFLIP if family == "pathflip" else MRPLIP).from_pretrained(str(inner))
     fingerprint = model.fingerprint()

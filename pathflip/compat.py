@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pathflip.encoders.mrplip import is_patch_model
 from pathflip.errors import ArchiveError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ def check_fits(archive: Archive, run: Run) -> str:
     wanted, held = run.encoder, archive.encoders()
     name = str(wanted["name"])
     if name not in held:
+        spec = "mrplip:RUN" if is_patch_model(name) else name
         raise ArchiveError(
             f"Model {run.name} reads features of {name}; the archive {archive.uri} "
             f"holds {', '.join(held) or 'none'}.",
-            hint=f"Run: pathflip ingest SLIDES --archive {archive.uri} --encoder {name} "
+            hint=f"Run: pathflip ingest SLIDES --archive {archive.uri} --encoder {spec} "
             "--add-encoder",
             code="other_encoder",
         )
@@ -138,7 +140,7 @@ def resolve_encoder(archive: Archive, spec: str | None) -> tuple[str, str]:
     if spec is None or spec in archive.encoders():
         name = archive.encoder(spec)[0]
         return name, spec or name
-    info = encoder_info(spec)
+    info = encoder_info(spec, patch_um=float(archive.tiling()["patch_um"]))
     name, _ = archive.encoder(info.name)
     check_weights(archive, name, encoder=info)
     return name, spec

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -28,6 +29,8 @@ TREE_OFFSETS = (0, 1, 5, 21)
 """Index of the first node of each level."""
 TREE_NODES = 85
 """Nodes of a whole tree: 1 + 4 + 16 + 64."""
+FIELD_OFF = 1.25
+"""Largest ratio between the side of a patch and of the nodes of the level it stands for."""
 
 
 class Coverage(Protocol):
@@ -290,6 +293,26 @@ class TreeSpec:
         """Hash of all fields, 12 hex digits, the same on every machine."""
         fields = {key: float(value) for key, value in dataclasses.asdict(self).items()}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def level_name(mpp: float) -> str:
+    """Return the name of a level by its nominal magnification: 0.5 µm/px is ``20x``."""
+    return f"{10 / mpp:g}x"
+
+
+def nearest_level(field_um: float, fields: Mapping[int, float]) -> int | None:
+    """Return the level whose nodes show about as much as a patch, by the ratio of their sides.
+
+    Args:
+        field_um: Side of the patch, µm.
+        fields: {level: side of its nodes, µm}.
+
+    Returns:
+        The level; None where a side of none is within a quarter of the patch's.
+    """
+    level = min(fields, key=lambda one: abs(math.log(field_um / fields[one])))
+    ratio = field_um / fields[level]
+    return level if 1 / FIELD_OFF <= ratio <= FIELD_OFF else None
 
 
 @dataclass(frozen=True)

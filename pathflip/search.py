@@ -9,7 +9,7 @@ looked for         mode      found by
 =================  ========  ==============================================================
 a picture          vector    cosine with its embedding, by a patch encoder or a model
 a slide, a region  vector    cosine with its own stored embedding
-a text             vector    cosine with its embedding by a model
+a text             vector    cosine with its embedding by a model, or by a patch model
 a text             text      BM25 over captions (slides only)
 a text             hybrid    both, by reciprocal rank fusion
 =================  ========  ==============================================================
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathflip.archive import Archive
     from pathflip.archive.filters import Filter
     from pathflip.archive.search import Level
-    from pathflip.checkpoints import Run
+    from pathflip.checkpoints import Run, TreeRun
 
 Mode = Literal["vector", "text", "hybrid"]
 Fault = Literal[
@@ -189,15 +189,19 @@ def run_query(archive: Archive, query: Query) -> pa.Table:
     if vector is None:
         assert key is not None
         vector = stored_vector(archive, key, encoder=query.encoder, model=query.model)
-    space: dict[str, Any] = {"model": query.model, "fingerprint": query.fingerprint}
+    space: dict[str, Any] = {
+        "encoder": query.encoder, "model": query.model, "fingerprint": query.fingerprint,
+    }  # fmt: skip
     if query.mode == "hybrid":
         assert query.text is not None
         return search_hybrid(archive, query.text, vector, level=query.level, **space, **among)
-    return search(archive, vector, level=query.level, encoder=query.encoder, **space, **among)
+    return search(archive, vector, level=query.level, **space, **among)
 
 
-def embed_texts(run: Run, texts: Sequence[str]) -> NDArray[np.float32]:
+def embed_texts(run: Run | TreeRun, texts: Sequence[str]) -> NDArray[np.float32]:
     """Embed texts by a run's model, to search with.
+
+    Those of a run on patch trees are compared with vectors of its encoder, ``mrplip:RUN``.
 
     Returns:
         [n, d], of length 1.

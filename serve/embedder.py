@@ -132,6 +132,7 @@ def _load_encoder(archive: Any, name: str, spec: str | None, device: str) -> Enc
     from pathflip.compat import check_weights
     from pathflip.encoders import load_encoder
 
-    encoder = load_encoder(spec or name, device=device)
+    patch_um = float(archive.tiling()["patch_um"])
+    encoder = load_encoder(spec or name, device=device, patch_um=patch_um)
     check_weights(archive, name, encoder=encoder)
     return encoder

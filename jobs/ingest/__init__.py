@@ -46,7 +46,7 @@ from jobs.ray_data import Available, available, set_up
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
-from pathflip.encoders import EncoderInfo, encoder_info, load_encoder
+from pathflip.encoders import EncoderInfo, load_encoder
 from pathflip.errors import ArchiveError, ConfigError, SlideError
 from pathflip.geometry import patch_rects
 from pathflip.interop.captions import import_captions
@@ -81,7 +81,7 @@ def ingest(
 
     config = config or IngestConfig()
     started = time.monotonic()
-    encoders = [encoder_info(spec) for spec in config.specs]
+    encoders = config.infos()
     candidates, side = find_candidates(sources, config, slide_of=Archived(archive).paths())
     _check(archive, config, encoders)
     private = connect(address)
@@ -171,7 +171,7 @@ def dry_run(
     """
     config = config or IngestConfig()
     started = time.monotonic()
-    encoders = [encoder_info(spec) for spec in config.specs]
+    encoders = config.infos()
     archived = Archived(archive)
     candidates, side = find_candidates(sources, config, slide_of=archived.paths())
     side.warn("ambiguous")
@@ -238,7 +238,10 @@ def _time_patches(
     reader: SlideReader, candidate: Candidate, plan: SlidePlan, config: IngestConfig
 ) -> float:
     """Measure the seconds to read and embed one patch, on the slide's fullest region."""
-    encoders = [load_encoder(spec, device=config.device) for spec in config.specs]
+    encoders = [
+        load_encoder(spec, device=config.device, patch_um=config.tiling.patch_um)
+        for spec in config.specs
+    ]
     fullest = int(plan.regions.patch_mask.sum(axis=1).argmax())
     rects = patch_rects(
         config.tiling,

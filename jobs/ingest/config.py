@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pathflip.encoders import EncoderInfo, encoder_info
 from pathflip.errors import ConfigError
 from pathflip.geometry import Tiling
 
@@ -59,3 +60,11 @@ class IngestConfig:
         if not found:
             raise ConfigError("No encoder was named.", hint="Leave --encoder out for texture.")
         return found
+
+    def infos(self) -> list[EncoderInfo]:
+        """Return the encoders' descriptions.
+
+        Raises:
+            EncoderError: See :func:`pathflip.encoders.encoder_info`.
+        """
+        return [encoder_info(spec, patch_um=self.tiling.patch_um) for spec in self.specs]

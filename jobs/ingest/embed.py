@@ -100,7 +100,7 @@ class Embedder:
         self._fatal: PathFLIPError | None = None
         try:
             for spec, revision in zip(config.specs, revisions, strict=True):
-                encoder = load_encoder(spec, device=config.device)
+                encoder = load_encoder(spec, device=config.device, patch_um=config.tiling.patch_um)
                 check_revision(encoder, revision)
                 self._encoders.append(encoder)
         except EncoderError as error:  # raised here, Ray would start the actor again and again

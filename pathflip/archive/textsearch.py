@@ -81,6 +81,7 @@ def search_hybrid(
     text: str,
     vector: ArrayLike,
     *,
+    encoder: str | None = None,
     model: str | None = None,
     fingerprint: str | None = None,
     level: Level = "slide",
@@ -97,10 +98,10 @@ def search_hybrid(
     """
     depth = min(10_000, max(100, 5 * k))
     near = search(
-        archive, vector, model=model, fingerprint=fingerprint, level=level, k=depth,
-        filters=filters, exclude_slide=exclude_slide, exclude_patient=exclude_patient,
+        archive, vector, encoder=encoder, model=model, fingerprint=fingerprint, level=level,
+        k=depth, filters=filters, exclude_slide=exclude_slide, exclude_patient=exclude_patient,
     )  # fmt: skip
-    space = vector_space(archive, model=model)
+    space = vector_space(archive, encoder=encoder, model=model)
     slides = _slide_rows(archive, space, filters, exclude_slide, exclude_patient)
     words = dict(_ranked(archive, text, set(slides["slide_id"].to_pylist()), depth))
     by_words = {slide: rank for rank, slide in enumerate(words, start=1)}

@@ -21,7 +21,10 @@ app = typer.Typer()
 def search(
     archive: ArchiveOption,
     text: Annotated[
-        str | None, typer.Argument(help="What to find, in words; needs --run, or --mode text.")
+        str | None,
+        typer.Argument(
+            help="What to find, in words; needs --run, --encoder mrplip:RUN, or --mode text."
+        ),
     ] = None,
     image: Annotated[
         str | None,
@@ -69,7 +72,7 @@ def search(
         exclude_same=exclude_same_slide or exclude_same_patient,
         exclude_same_patient=exclude_same_patient,
         exclude_patient=exclude_patient is not None,
-        has_model=run is not None,
+        has_model=run is not None or _is_patch_model(encoder),
     )
     from pathflip import Archive
     from pathflip.archive.filters import Filter
@@ -88,6 +91,8 @@ def search(
         if image is not None:
             vector = _image_vector(opened, image, spec=spec, loaded=loaded, mpp=mpp)
     elif mode != "text":
+        if loaded is None:
+            loaded, space["encoder"] = _patch_model(opened, encoder)
         vector = _text_vector(text, loaded)
     query = Query(
         text=text, vector=vector, slide=slide, region=region, mode=mode, level=level, k=k,
@@ -133,7 +138,8 @@ _FAULTS = {
     "needs_text": ("--mode {mode} searches for a text.", "Give one."),
     "needs_model": (
         "Searching for a text by its meaning needs a trained model.",
-        "Add --run DIR, or search the words of captions with --mode text --level slide.",
+        "Add --run DIR, --encoder mrplip:RUN where the archive has such features, or search the "
+        "words of captions with --mode text --level slide.",
     ),
     "needs_slides": (
         "Captions are of slides, not of regions.",
@@ -162,6 +168,23 @@ def _encoder(opened: Any, encoder: str | None, loaded: Any) -> tuple[str, str]:
     return resolve_encoder(opened, encoder or (loaded.encoder["name"] if loaded else None))
 
 
+def _is_patch_model(encoder: str | None) -> bool:
+    from pathflip.encoders.mrplip import SCHEME
+
+    return encoder is not None and encoder.startswith(f"{SCHEME}:")
+
+
+def _patch_model(opened: Any, encoder: str | None) -> tuple[Any, str]:
+    """Load the run of a patch model, and its encoder's name in the archive."""
+    from pathflip.compat import check_weights
+    from pathflip.encoders.mrplip import describe
+
+    assert encoder is not None
+    model = describe(encoder, patch_um=float(opened.tiling()["patch_um"]))
+    check_weights(opened, model.info.name, encoder=model.info)
+    return model.run, model.info.name
+
+
 def _text_vector(text: str, loaded: Any) -> Any:
     from pathflip.search import embed_texts
 
@@ -177,7 +200,7 @@ def _image_vector(opened: Any, image: str, *, spec: str, loaded: Any, mpp: float
     from pathflip.image_query import ImageQuery, embed_image, image_regions
     from pathflip.search import embed_regions
 
-    encoder = load_encoder(spec)
+    encoder = load_encoder(spec, patch_um=float(opened.tiling()["patch_um"]))
     name = encoder.name if loaded is None else loaded.encoder["name"]
     check_weights(opened, name, encoder=encoder)
     query, tiling = ImageQuery.parse(image), Tiling(**opened.tiling())

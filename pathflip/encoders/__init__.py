@@ -6,7 +6,10 @@ An encoder is named by a spec:
   weights from the hub, or from a folder: ``uni2=/path/to/folder``;
 * ``timm:ID`` or ``hf:ID`` with a hub id (``@revision`` may follow) or a local folder: any timm
   model, any vision model of transformers;
-* ``torchscript:FILE.pt``: only files you trust.
+* ``torchscript:FILE.pt``: only files you trust;
+* ``mrplip:RUN``: vectors of a run of ``pathflip pretrain --preset mrplip/…``, at the level that the
+  patches' size chooses or ``mrplip:RUN@20x`` names. ``mrplip:RUN=BASE`` says by which spec the
+  encoder under it is loaded, where that is not its name.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from pathflip.encoders import zoo
+from pathflip.encoders import mrplip, zoo
 from pathflip.encoders.base import Encoder, EncoderInfo, Spec, table_name
 from pathflip.errors import EncoderError
 
@@ -23,30 +26,39 @@ __all__ = ["Encoder", "EncoderInfo", "encoder_info", "load_encoder", "table_name
 _SCHEMES = ("timm", "hf", "torchscript")
 
 
-def load_encoder(spec: str, *, device: str = "auto") -> Encoder:
+def load_encoder(spec: str, *, device: str = "auto", patch_um: float | None = None) -> Encoder:
     """Load an encoder.
 
     Args:
         spec: See the module's docstring.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        patch_um: Side of the patches, µm, from which a patch model takes its level.
 
     Raises:
         EncoderError: ``unknown_encoder``, ``missing_weights``, ``gated_weights``,
-            ``pickle_weights``, ``bad_weights``, ``missing_package``, ``remote_code``, ``no_gpu``.
+            ``pickle_weights``, ``bad_weights``, ``missing_package``, ``remote_code``, ``no_gpu``;
+            for a patch model those of :func:`pathflip.encoders.mrplip.describe`.
     """
     if spec == "texture":
         from pathflip.encoders.texture import TextureEncoder
 
         return TextureEncoder()
+    if spec.startswith(f"{mrplip.SCHEME}:"):
+        return mrplip.load(spec, patch_um=patch_um, device=device)
     from pathflip.encoders import neural
 
     return neural.load(_parse(spec), device=device)
 
 
-def encoder_info(spec: str) -> EncoderInfo:
+def encoder_info(spec: str, *, patch_um: float | None = None) -> EncoderInfo:
     """Describe an encoder without building it: no weights are downloaded.
 
-    A TorchScript file says nothing about itself, so it is run once.
+    A TorchScript file says nothing about itself, so it is run once; the run of a patch model is
+    loaded.
+
+    Args:
+        spec: See the module's docstring.
+        patch_um: As for ``load_encoder``.
 
     Raises:
         EncoderError: As ``load_encoder``; so what cannot be loaded fails here, before anything is
@@ -65,6 +77,8 @@ def encoder_info(spec: str) -> EncoderInfo:
             licence=T.licence,
             gated=False,
         )
+    if spec.startswith(f"{mrplip.SCHEME}:"):
+        return mrplip.describe(spec, patch_um=patch_um).info
     from pathflip.encoders import sources
 
     return sources.describe(_parse(spec), download=False).info
@@ -85,12 +99,18 @@ def _parse(spec: str) -> Spec:
     known = zoo.card(name)
     if known is None:
         names = ["texture", *(card.name for card in zoo.CARDS)]
+        if mrplip.is_patch_model(name):
+            raise EncoderError(
+                f"There is no encoder {spec!r} without the run of its patch model.",
+                hint="Write mrplip:RUN, as for ingest.",
+                code="unknown_encoder",
+            )
         near = difflib.get_close_matches(table_name(name), names, n=3, cutoff=0.5)
         raise EncoderError(
             f"There is no encoder {spec!r}.",
             hint=f"Did you mean {' or '.join(near)}?"
             if near
-            else f"Known: {', '.join(names)}; or timm:ID, hf:ID, torchscript:FILE.",
+            else f"Known: {', '.join(names)}; or timm:ID, hf:ID, torchscript:FILE, mrplip:RUN.",
             code="unknown_encoder",
         )
     where = Path(folder).expanduser() if equals else None

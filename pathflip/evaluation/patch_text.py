@@ -169,11 +169,6 @@ def patch_reader(run: TreeRun, *, pixels: bool = True, encoder: str | None = Non
     )
 
 
-def level_name(mpp: float) -> str:
-    """Return the name of a level by its nominal magnification: 0.5 µm/px is ``20x``."""
-    return f"{10 / mpp:g}x"
-
-
 # -- pictures -------------------------------------------------------------------------------------
 
 

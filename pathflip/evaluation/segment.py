@@ -21,8 +21,9 @@ from pathflip.evaluation import bootstrap
 from pathflip.evaluation.classification import per_class, resample, scores_of
 from pathflip.evaluation.encode import SlideRow, slide_rows
 from pathflip.evaluation.grounding import read_outlines
-from pathflip.evaluation.patch_text import PatchReader, class_weights, level_name
+from pathflip.evaluation.patch_text import PatchReader, class_weights
 from pathflip.evaluation.sliding import GRID_UM, NONE, STEPS, draw, segment_slide, slide_reader
+from pathflip.geometry import level_name
 from pathflip.progress import Progress, Report
 from pathflip.slides.outlines import Polygon, fill
 from pathflip.slides.tissue import TissueMask

@@ -31,10 +31,10 @@ from pathflip.evaluation.patch_text import (
     class_scores,
     class_weights,
     cut_picture,
-    level_name,
     mean_vectors,
 )
 from pathflip.evaluation.prompts import TEMPLATES, TileTask
+from pathflip.geometry import level_name
 from pathflip.heatmap import write_png
 from pathflip.interop.tile_sets import Tile, read_tile, read_tiles
 from pathflip.progress import Progress, Report

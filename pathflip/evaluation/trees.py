@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap
 from pathflip.evaluation.classification import resample
-from pathflip.evaluation.patch_text import PatchReader, class_weights, level_name, softmax
+from pathflip.evaluation.patch_text import PatchReader, class_weights, softmax
 from pathflip.evaluation.probe import fit_predict
 from pathflip.evaluation.prompts import PLACEHOLDER, read_classes
 from pathflip.evaluation.tree_vectors import (
@@ -35,7 +35,7 @@ from pathflip.evaluation.tree_vectors import (
     keyword_bank,
     node_quadrants,
 )
-from pathflip.geometry import TREE_NODES
+from pathflip.geometry import TREE_NODES, level_name
 from pathflip.interop.tables import bad_line, needed_column
 from pathflip.progress import Report
 

@@ -28,12 +28,12 @@ from pathflip.evaluation.encode import SlideRow, slide_rows
 from pathflip.evaluation.patch_text import (
     PatchReader,
     class_weights,
-    level_name,
     pool_levels,
     softmax,
 )
 from pathflip.evaluation.prompts import TEMPLATES
 from pathflip.evaluation.tree_vectors import LEVEL_OF, encode_trees
+from pathflip.geometry import level_name, nearest_level
 from pathflip.interop.tables import is_unknown
 from pathflip.progress import Progress, Report
 
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from pathflip.archive import Archive
 
 KS = (1, 5, 10, 50, 100)
-FIELD_OFF = 1.25
-"""Largest ratio between the field of view of a patch and of the level it stands for."""
 
 
 def top_means(cosines: NDArray[Any], ks: Sequence[int] = KS) -> NDArray[np.float64]:
@@ -60,10 +58,11 @@ def patch_level(reader: PatchReader, *, patch_um: float) -> int:
     Raises:
         ArchiveError: None does within a quarter (``encoder_scale``).
     """
-    level = min(reader.levels, key=lambda one: abs(math.log(patch_um / reader.field_um(one))))
-    field = reader.field_um(level)
-    if not 1 / FIELD_OFF <= patch_um / field <= FIELD_OFF:
-        shown = ", ".join(f"{reader.field_um(one):g}" for one in reader.levels)
+    fields = {one: reader.field_um(one) for one in reader.levels}
+    level = nearest_level(patch_um, fields)
+    if level is None:
+        shown = ", ".join(f"{field:g}" for field in fields.values())
+        field = min(fields.values(), key=lambda one: abs(math.log(patch_um / one)))
         raise ArchiveError(
             f"The archive's patches show {patch_um:g} µm; nodes of the model show {shown} µm.",
             hint=f"Ingest with -o tiling.patch_um={field:g}, or use the patch trees: --trees.",

@@ -20,7 +20,7 @@ import torch
 
 from pathflip.archive import Archive
 from pathflip.checkpoints import Checkpoint, write_whole
-from pathflip.geometry import TreeSpec
+from pathflip.geometry import TreeSpec, level_name
 from pathflip.models import MRPLIP, MRPLIPConfig, MRPLIPOutput, TreeBatch
 from pathflip.models.data_init import warm_start_patches
 from pathflip.training.model_card import about_patch_model, patch_card
@@ -225,8 +225,6 @@ def level_names(trees: Mapping[str, Any]) -> list[str]:
     Args:
         trees: Fields of :class:`pathflip.geometry.TreeSpec`.
     """
-    from pathflip.evaluation.patch_text import level_name
-
     return [level_name(mpp) for mpp in TreeSpec(**trees).level_mpp]
 
 

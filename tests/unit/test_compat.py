@@ -97,7 +97,7 @@ def test_weights_are_those_of_the_archive(uri: Path, monkeypatch: pytest.MonkeyP
     assert resolve_encoder(archive, None) == ("tex", "tex")
     assert resolve_encoder(archive, "tex") == ("tex", "tex")
     known = encoder("tex", "1")
-    monkeypatch.setattr("pathflip.encoders.encoder_info", lambda _: known)
+    monkeypatch.setattr("pathflip.encoders.encoder_info", lambda _, **__: known)
     assert resolve_encoder(archive, "tex=/weights") == ("tex", "tex=/weights")
     known.revision = "2"
     with pytest.raises(ConfigError, match="revision 1; this is 2"):

@@ -9,39 +9,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import torch
 
-from pathflip.checkpoints import load_run, write_whole
+from pathflip.checkpoints import load_run
 from pathflip.cli import main
 from pathflip.errors import EncoderError
 from pathflip.evaluation.patch_text import patch_reader
-from pathflip.models import MRPLIP
+from tests.patch_runs import make_run
 from tests.unit.evaluation.planted_patches import WORDS, sample_trees, tree_archive
 from tests.unit.evaluation.test_segment import cohort
-
-TEXTS = [f"{word} nuclei of tissue" for word in WORDS]
-
-
-def make_run(folder: Path, encoder: dict[str, Any], *, parent_um: float, node_px: int) -> Path:
-    """A run of an untrained mini model, as training leaves it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = MRPLIP.from_preset("mrplip/mini", feature_dim=encoder["dim"], texts=TEXTS).eval()
-    about = {
-        "family": "mrplip",
-        "kind": "multiresolution",
-        "run": folder.name,
-        "fingerprint": model.fingerprint(),
-        "encoder": encoder,
-        "trees": {"parent_um": parent_um, "node_px": node_px},
-    }
-
-    def fill(part: Path) -> None:
-        model.save_pretrained(part)
-        (part / "pathflip.json").write_text(json.dumps(about))
-
-    write_whole(folder / "model", fill)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from pathflip.evaluation.patch_text import (
     class_scores,
     class_weights,
     cut_picture,
-    level_name,
     mean_vectors,
     pool_levels,
     softmax,
 )
+from pathflip.geometry import level_name
 from tests.unit.evaluation.planted_patches import ColourModel, colour_reader
 
 
