@@ -177,10 +177,10 @@ def _is_patch_model(encoder: str | None) -> bool:
 def _patch_model(opened: Any, encoder: str | None) -> tuple[Any, str]:
     """Load the run of a patch model, and its encoder's name in the archive."""
     from pathflip.compat import check_weights
-    from pathflip.encoders.mrplip import describe
+    from pathflip.encoders import patch_model
 
     assert encoder is not None
-    model = describe(encoder, patch_um=float(opened.tiling()["patch_um"]))
+    model = patch_model(encoder, patch_um=float(opened.tiling()["patch_um"]))
     check_weights(opened, model.info.name, encoder=model.info)
     return model.run, model.info.name
 

@@ -21,7 +21,7 @@ from pathflip.encoders import mrplip, zoo
 from pathflip.encoders.base import Encoder, EncoderInfo, Spec, table_name
 from pathflip.errors import EncoderError
 
-__all__ = ["Encoder", "EncoderInfo", "encoder_info", "load_encoder", "table_name"]
+__all__ = ["Encoder", "EncoderInfo", "encoder_info", "load_encoder", "patch_model", "table_name"]
 
 _SCHEMES = ("timm", "hf", "torchscript")
 
@@ -44,7 +44,10 @@ def load_encoder(spec: str, *, device: str = "auto", patch_um: float | None = No
 
         return TextureEncoder()
     if spec.startswith(f"{mrplip.SCHEME}:"):
-        return mrplip.load(spec, patch_um=patch_um, device=device)
+        from pathflip.encoders.neural import pick_device
+
+        model = patch_model(spec, patch_um=patch_um, device=str(pick_device(device)))
+        return mrplip.MRPLIPEncoder(model, load_encoder(model.base, device=device))
     from pathflip.encoders import neural
 
     return neural.load(_parse(spec), device=device)
@@ -78,10 +81,26 @@ def encoder_info(spec: str, *, patch_um: float | None = None) -> EncoderInfo:
             gated=False,
         )
     if spec.startswith(f"{mrplip.SCHEME}:"):
-        return mrplip.describe(spec, patch_um=patch_um).info
+        return patch_model(spec, patch_um=patch_um).info
     from pathflip.encoders import sources
 
     return sources.describe(_parse(spec), download=False).info
+
+
+def patch_model(
+    spec: str, *, patch_um: float | None = None, device: str = "cpu"
+) -> mrplip.PatchModel:
+    """Load the run of a patch model and choose its level; its base encoder is only described.
+
+    Args:
+        spec: ``mrplip:RUN``, see the module's docstring.
+        patch_um: Side of the patches, µm.
+        device: Device of the model.
+
+    Raises:
+        EncoderError: See :func:`pathflip.encoders.mrplip.describe`.
+    """
+    return mrplip.describe(spec, info_of=encoder_info, patch_um=patch_um, device=device)
 
 
 def _parse(spec: str) -> Spec:

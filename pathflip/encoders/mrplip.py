@@ -9,7 +9,7 @@ them, not µm per pixel.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +49,20 @@ class PatchModel:
     info: EncoderInfo
 
 
-def describe(spec: str, *, patch_um: float | None = None, device: str = "cpu") -> PatchModel:
-    """Load the run of a spec and choose its level; the base encoder is only described.
+def describe(
+    spec: str,
+    *,
+    info_of: Callable[[str], EncoderInfo],
+    patch_um: float | None = None,
+    device: str = "cpu",
+) -> PatchModel:
+    """Load the run of a spec and choose its level; see :func:`pathflip.encoders.patch_model`.
 
     Args:
         spec: ``mrplip:RUN[@LEVEL][=BASE]``: folder of the run, name of a level (``20x``) where the
             patches' size is not to choose it, and spec of the base encoder where its weights are
             not where its name says.
+        info_of: Describes the base encoder by its spec.
         patch_um: Side of the patches, µm.
         device: Device of the model.
 
@@ -66,7 +73,6 @@ def describe(spec: str, *, patch_um: float | None = None, device: str = "cpu") -
             not the one of the run (``other_encoder``).
     """
     from pathflip.checkpoints import load_run
-    from pathflip.encoders import encoder_info
 
     found = _REST.fullmatch(spec.removeprefix(f"{SCHEME}:"))
     if found is None:
@@ -84,7 +90,7 @@ def describe(spec: str, *, patch_um: float | None = None, device: str = "cpu") -
     trees = TreeSpec(**run.trees)
     level = _level(spec, run, trees, named=found["level"], patch_um=patch_um)
     base_spec = found["base"] or str(run.encoder["name"])
-    base = encoder_info(base_spec)
+    base = info_of(base_spec)
     held = {"name": base.name, "revision": base.revision, "dim": base.dim}
     wanted = {key: run.encoder.get(key) for key in held}
     if held != wanted:
@@ -105,15 +111,6 @@ def describe(spec: str, *, patch_um: float | None = None, device: str = "cpu") -
         gated=base.gated,
     )
     return PatchModel(run=run, level=level, base=base_spec, info=info)
-
-
-def load(spec: str, *, patch_um: float | None = None, device: str = "auto") -> MRPLIPEncoder:
-    """Load the encoder of a spec; see :func:`describe` and ``pathflip.encoders.load_encoder``."""
-    from pathflip.encoders import load_encoder
-    from pathflip.encoders.neural import pick_device
-
-    model = describe(spec, patch_um=patch_um, device=str(pick_device(device)))
-    return MRPLIPEncoder(model, load_encoder(model.base, device=device))
 
 
 class MRPLIPEncoder:
