@@ -1,9 +1,9 @@
 """Captions of patch trees' nodes and the keywords cut from them: rows of ``tree_texts``.
 
 A row is a tree's captions from one source. Its keywords are a function of all captions of that
-source, as those most trees have are left out. So they do not depend on the order of imports:
-writing captions makes the keywords of the source's other trees again, and only rows that change are
-written.
+source (but those of test slides), as those most trees have are left out. So they do not depend on
+the order of imports: writing captions makes the keywords of the source's other trees again, and
+only rows that change are written.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from pathflip.geometry import TREE_NODES
 from pathflip.keywords import (
     Keywords,
     Lexicon,
+    caption_keywords,
     corpus_frequent,
     extract,
     extractor_version,
     load_lexicon,
 )
+from pathflip.splits import canonical_split
 
 if TYPE_CHECKING:
     from pathflip.archive.commit import Committer
@@ -216,10 +218,12 @@ def _plan(
     """
     lexicon = lexicon or load_lexicon()
     made = extractor_version(lexicon)
+    test = _test_slides(archive)
     bags = (
-        extract(tree.captions, lexicon=lexicon).vocabulary
+        {word for text in tree.captions if text for word in caption_keywords(text, lexicon=lexicon)}
         for batch in _merged(archive, given, source)
         for _, tree in batch
+        if tree.slide_id not in test
     )
     dropped = corpus_frequent(bags) - lexicon.kept
     total = Counter[str]()
@@ -251,6 +255,12 @@ def _plan(
         )
 
     return changes(), counts
+
+
+def _test_slides(archive: Archive) -> set[str]:
+    """Return the slides of split test: what their captions say shapes no other tree's keywords."""
+    rows = archive.slides(columns=["slide_id", "split"]).to_pylist()
+    return {row["slide_id"] for row in rows if canonical_split(row["split"]) == "test"}
 
 
 def _merged(

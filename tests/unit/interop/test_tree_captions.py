@@ -320,6 +320,20 @@ def test_frequent_words_are_dropped_however_the_captions_came(many: str, tmp_pat
             assert row[column] == whole[tree][column]
 
 
+def test_trees_for_testing_are_not_counted(tmp_path: Path) -> None:
+    """Hubs are in 15 of 24 trees and none of 8 for testing, rims in 12 and all of those."""
+    uri = str(make_tree_archive(tmp_path / "a", slides=4, trees=8))
+    with Committer(uri) as committer:
+        committer.update_slides({"slide003": {"split": "Testing"}})
+    said = ["Hub. Rim."] * 4 + ["Hub."] + ["Stroma."] * 3
+    lines = [
+        line(f"slide{n:03d}", tx, 0, "Rim." if n == 3 else said[tx])
+        for n in range(4)
+        for tx in range(8)
+    ]
+    assert run(uri, write(tmp_path, lines))["dropped"] == ["hub"]
+
+
 def test_keywords_are_made_again_where_the_terms_change(uri: str, tmp_path: Path) -> None:
     lexicon = make_lexicon(["striped zebra"])
     run(uri, write(tmp_path, [line("slide000", 0, 1, "The large striped zebras. Nuclei.")]))
