@@ -30,6 +30,7 @@ from pathflip.errors import ConfigError, TrainingError
 from pathflip.evaluation.patch_suite import evaluate_patches
 from pathflip.evaluation.prompts import read_tasks
 from pathflip.evaluation.suite import evaluate_all, headline
+from pathflip.evaluation.trees import find_truth
 from pathflip.evaluation.zeroshot import default_tasks
 from pathflip.files import write_file
 from pathflip.progress import HasLine, Report
@@ -322,7 +323,7 @@ def measure(
     made = json.loads(kept.read_text()) if kept.exists() else {}
     if family == "mrplip":
         patches = load_run(run, family="mrplip")
-        asked |= {"fingerprint": patches.fingerprint}
+        asked |= {"fingerprint": patches.fingerprint, "planted": _planted(opened, config.truth)}
         if made.get("asked") == asked:
             return dict(made)
         document = evaluate_patches(
@@ -352,6 +353,16 @@ def measure(
     document |= {"asked": asked}
     write_file(kept, json.dumps(document, indent=1))
     return document
+
+
+def _planted(archive: Archive, truth: str | None) -> str | None:
+    """Return a digest of the planted truth of trees and its prompts; None where there is none."""
+    try:
+        file = Path(truth) if truth is not None else find_truth(archive)
+    except ConfigError:
+        return None
+    parts = [file, *sorted((file.parent / "classes").glob("*.yaml"))]
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
 
 
 def _stamps(archive: Archive, truth: str | None) -> str:

@@ -29,6 +29,8 @@ def evaluate_patches(
 ) -> dict[str, Any]:
     """Measure a model on the patch trees of a split: planted truth, and pairs with captions.
 
+    Captions and keywords are of the source that the run was trained on, where it names one.
+
     Args:
         archive: Archive with trees.
         run: Run of the model.
@@ -42,7 +44,10 @@ def evaluate_patches(
         and pairs are as their commands return them, None without truth or captions.
     """
     reader = patch_reader(run, pixels=False)
-    options: dict[str, Any] = {"split": split, "resamples": resamples, "progress": progress}
+    options: dict[str, Any] = {
+        "split": split, "source": run.config.get("source"), "resamples": resamples,
+        "progress": progress,
+    }  # fmt: skip
     found: dict[str, Any] = {"trees": None, "pairs": None}
     try:
         found["trees"] = evaluate_trees(archive, reader, truth=truth, **options)

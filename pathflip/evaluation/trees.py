@@ -415,8 +415,10 @@ def _probes(
         guided = reader.guided(
             trees.vectors[trees.mask], keyword_bank(archive, reader, source=source)
         )
-    except ConfigError:
-        guided = None  # no fusion encoder, or no keywords
+    except ConfigError as error:
+        if error.code not in ("no_captions", "not_guided"):
+            raise
+        guided = None
     if guided is not None:
         z = np.zeros((*trees.mask.shape, guided.shape[1]), np.float32)
         z[trees.mask] = guided

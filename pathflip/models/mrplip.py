@@ -285,6 +285,7 @@ class MRPLIP(nn.Module):
             raise ConfigError(
                 f"This model has no fusion encoder (model.losses is {list(self.config.losses)}).",
                 hint="Use a model trained with itm, mlm, plm or mrtva.",
+                code="not_guided",
             )
         v, bank = v.to(self.device), bank.to(self.device)
         words = self.keyword_in(bank) + self.kind.weight[1]

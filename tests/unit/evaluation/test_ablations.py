@@ -150,7 +150,7 @@ def test_patch_models_are_tabulated_against_planted_truth(
         about = {"name": "planted", "revision": "1", "dim": len(planted_patches.WORDS)}
         return SimpleNamespace(
             name="planted", model=model, fingerprint=run.name, encoder=about, path=run,
-            trees={"parent_um": 64.0, "node_px": 32},
+            trees={"parent_um": 64.0, "node_px": 32}, config={"source": "oracle"},
         )  # fmt: skip
 
     monkeypatch.setattr(jobs_evaluate, "load_run", load)
@@ -167,9 +167,13 @@ def test_patch_models_are_tabulated_against_planted_truth(
     assert found["difference"]["single_10x"]["joint"]["mean"] > 0.3
     assert found["chance"]["joint"] == pytest.approx(1 / 6)
     assert found["table"]["all"]["mean recall, 10x"]["mean"] > 0.1
+    truth = tmp_path / "trees.csv"
+    truth.write_text(truth.read_text().replace(",solid,", ",nested,"))
+    other = jobs_evaluate.ablations(opened.uri, tmp_path / "run", config, settings=settings)
+    assert other["table"]["all"]["architecture"]["mean"] < 1, "other truth is measured anew"
     monkeypatch.setattr(jobs_evaluate, "evaluate_patches", None)  # measured already
     again = jobs_evaluate.ablations(opened.uri, tmp_path / "run", config, settings=settings)
-    assert again["table"] == found["table"]
+    assert again["table"] == other["table"]
 
 
 @pytest.mark.parametrize(

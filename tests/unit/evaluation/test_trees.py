@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from pathflip import Archive
+from pathflip.archive import schema
+from pathflip.archive.commit import Committer
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.evaluation.pairs import evaluate_pairs
 from pathflip.evaluation.tree_vectors import (
@@ -22,6 +24,7 @@ from pathflip.evaluation.tree_vectors import (
 )
 from pathflip.evaluation.trees import accuracy, difference, evaluate_trees
 from pathflip.geometry import patch_tree
+from tests.unit.archive.cohort import filled
 from tests.unit.evaluation.planted_patches import (
     WORDS,
     WordModel,
@@ -143,6 +146,23 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
     table.unlink()
     with pytest.raises(ConfigError, match=r"No trees\.csv"):
         evaluate_trees(archive, word_reader())
+
+
+def test_among_several_sources_of_keywords_one_is_named(tmp_path: Path) -> None:
+    archive = tree_archive(tmp_path, sample_trees(6))
+    stored = archive.dataset("tree_texts").to_table().to_pylist()
+    more = [
+        {**row, "text_id": f"{row['tree_id']}/vlm", "source": "vlm", "checksum": None}
+        for row in stored
+    ]
+    with Committer(archive.uri) as committer:
+        committer.upsert("tree_texts", filled(schema.tree_texts_schema(), more))
+    archive = Archive(archive.uri)
+    with pytest.raises(ConfigError, match="captions of oracle, vlm") as refused:
+        evaluate_trees(archive, word_reader(), resamples=0)
+    assert refused.value.code == "source"
+    found = evaluate_trees(archive, word_reader(), source="vlm", resamples=0)
+    assert found["probe"]["z"] is not None
 
 
 def test_differences_are_paired_by_patient() -> None:
