@@ -179,7 +179,7 @@ class MultiResolution(Objective[TreeDataset, MRPretrainConfig]):
             name: total / count if count and math.isfinite(total) else None
             for name, total, count in zip(names, totals, counts, strict=True)
         }
-        parts = [means[name] for name in self.weights if means[name] is not None]
+        parts = [means[name] for name, count in zip(self.weights, counts, strict=False) if count]
         found = _retrieval(image, text, ids)
         collapsed = collapse(means, self.config.model)
         if collapsed and worker.rank == 0:
@@ -193,7 +193,8 @@ class MultiResolution(Objective[TreeDataset, MRPretrainConfig]):
                 for own, name in enumerate(level_names(dataset.corpus.about["trees"]))
                 if (level == own).any()
             },
-            "loss": sum(part for part in parts if part is not None),
+            # None, not less, where one of them is not finite.
+            "loss": None if None in parts else sum(part for part in parts if part is not None),
             **means,
             "collapsed": collapsed,
         }

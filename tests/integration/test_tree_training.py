@@ -38,6 +38,10 @@ SETTINGS = (
     *TINY_PATCHES, f"steps={STEPS}", "save_every=5", "log_every=1", "lr=0.01", "val_every=1",
 )  # fmt: skip
 """Four steps an epoch, so a validation each."""
+CHANGING = (
+    "model.dropout=0.1", "model.selection=frozen_then_current", "model.selection_frozen_share=0.5",
+)  # fmt: skip
+"""What depends on the step besides: dropout, and positives that change half way."""
 NOT_COMPARED = ("trees_per_s", "memory_mb", "seconds")
 
 
@@ -86,7 +90,7 @@ def go(archive: str, run: Path, *more: str, until: int | None = None) -> MultiRe
 def whole(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run nothing happened to."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    go(archive, run)
+    go(archive, run, *CHANGING)
     return run
 
 
@@ -137,10 +141,10 @@ def test_losses_and_alarms_are_logged(whole: Path) -> None:
 def test_resumed_equals_uninterrupted(
     archive: str, whole: Path, tmp_path: Path, until: int
 ) -> None:
-    """Same weights to the bit, same log, though negatives are drawn."""
+    """Same weights to the bit, same log, though negatives and dropout are drawn."""
     run = tmp_path / "run"
-    go(archive, run, until=until)
-    go(archive, run)
+    go(archive, run, *CHANGING, until=until)
+    go(archive, run, *CHANGING)
     mine, theirs = weights(run), weights(whole)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -192,7 +196,7 @@ def test_it_starts_from_its_data(archive: str, tmp_path: Path) -> None:
 def test_the_exported_model(archive: str, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "A run"
     shutil.copytree(whole, run)
-    objective, dataset = run_dir.prepare(MultiResolution(settings()), archive, run)
+    objective, dataset = run_dir.prepare(MultiResolution(settings(*CHANGING)), archive, run)
     result = run_dir.finish(objective, dataset, run)
     run_dir.clear(run)
     assert (result["kind"], result["family"]) == ("multiresolution", "mrplip")
@@ -239,6 +243,19 @@ def test_a_collapse_is_said(
         val = objective.evaluate(model, dataset, Worker())
     assert val["collapsed"] == ["z_std"]
     assert "text-guided vectors are nearly one vector" in caplog.text
+    assert val["loss"] > val["loss_mrtva"]
+
+
+def test_a_validation_loss_that_is_not_finite_is_none(archive: str, tmp_path: Path) -> None:
+    """Without the loss that failed the sum would be less, and the checkpoint the best."""
+    objective, dataset = run_dir.prepare(MultiResolution(settings()), archive, tmp_path / "run")
+    model = objective.build(dataset, tmp_path / "run" / "init")
+    with torch.no_grad():
+        model.match.bias.fill_(torch.nan)
+        val = objective.evaluate(model, dataset, Worker())
+    assert (val["loss"], val["loss_itm"]) == (None, None)
+    assert val["loss_itc"] > 0
+    assert settings("best=loss").metric(val) is None
 
 
 # -- faults ---------------------------------------------------------------------------------------
@@ -295,7 +312,7 @@ def test_a_run_of_the_other_family_is_refused(archive: str, whole: Path) -> None
 
     assert (
         settings_of(whole)
-        == MultiResolution(settings())
+        == MultiResolution(settings(*CHANGING))
         .fitted(MultiResolution(settings()).load(whole / run_dir.DATA))
         .config
     )
