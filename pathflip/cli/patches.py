@@ -230,14 +230,15 @@ def evaluate_trees(
         rows.append([task, what, found["n"], gain["difference"], low, high, None])
     columns = ("task", "level", "n", "accuracy", "95 % from", "to", "chance")
     show_table(f"{document['model']} on {split}: {document['trees']} trees", columns, rows)
+    levels = list(document["joint"]["levels"])
     probed = [
-        [vector, cue, *(found[cue].get(level) for level in document["joint"]["levels"])]
+        [vector, cue, *(found[cue].get(level) for level in levels), document[cue]["chance"]]
         for vector, found in document.get("probe", {}).items()
         if found is not None
         for cue in ("architecture", "nuclei")
     ]
     if probed:
-        columns = ("vector", "cue", *document["joint"]["levels"])
+        columns = ("vector", "cue", *levels, "chance")
         show_table("linear probes of nodes, accuracy", columns, probed)
 
 

@@ -117,9 +117,7 @@ class PatchReader:
         import torch
 
         if not hasattr(self.model, "text_guided"):
-            raise ConfigError(
-                f"Model {self.name} has no text-guided vectors.", code="not_guided"
-            )
+            raise ConfigError(f"Model {self.name} has no text-guided vectors.", code="not_guided")
         v = torch.as_tensor(np.asarray(vectors, np.float32), device=self.model.tau.device)
         with torch.inference_mode():
             z = self.model.text_guided(v, self.model.encode_text(list(keywords)))

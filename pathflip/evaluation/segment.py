@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError, SlideError
 from pathflip.evaluation import bootstrap
-from pathflip.evaluation.classification import per_class, resample, scores_of
+from pathflip.evaluation.classification import confusion, per_class, resample, scores_of
 from pathflip.evaluation.encode import SlideRow, slide_rows
 from pathflip.evaluation.grounding import read_outlines
 from pathflip.evaluation.patch_text import PatchReader, class_weights
@@ -63,9 +63,7 @@ def confusion_of(
 ) -> NDArray[np.int64]:
     """Return counts of cells [C, C] by true class (rows) and segmented one, where both are."""
     on = (labels != NONE) & (truth != NONE)
-    cell = truth[on].astype(np.int64) * classes + labels[on]
-    counts: NDArray[np.int64] = np.bincount(cell, minlength=classes**2).reshape(classes, classes)
-    return counts
+    return confusion(truth[on], labels[on], classes=classes)
 
 
 def overlap(counts: NDArray[Any]) -> dict[str, NDArray[np.float64]]:

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.evaluation import bootstrap
-from pathflip.evaluation.classification import baselines, measure, scores_of
-from pathflip.evaluation.classification import confusion as confusion_counts
+from pathflip.evaluation.classification import baselines, confusion, measure, scores_of
 from pathflip.evaluation.encode import SlideRow, slide_rows
 from pathflip.evaluation.patch_text import (
     PatchReader,
@@ -152,7 +151,7 @@ def evaluate_wsi(
     )
     if val.any():
         balanced = {
-            k: float(_balanced(truth[val], one[val].argmax(axis=1), len(names)))
+            k: _balanced(truth[val], one[val].argmax(axis=1), len(names))
             for k, one in scores.items()
         }
         best = max(ks, key=lambda k: (balanced[k], -k))
@@ -193,8 +192,7 @@ def evaluate_wsi(
 
 
 def _balanced(truth: NDArray[np.int64], said: NDArray[np.int64], classes: int) -> float:
-    counts = confusion_counts(truth, said, classes=classes)
-    return float(scores_of(counts)["balanced_accuracy"])
+    return float(scores_of(confusion(truth, said, classes=classes))["balanced_accuracy"])
 
 
 _Patches = Iterator[tuple[SlideRow, int, NDArray[np.float32]]]
