@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -28,9 +28,8 @@ import pyarrow as pa
 
 from jobs.batch_vllm import check_settings, map_engines
 from jobs.ray_data import wrong_model
-from pathflip.archive import Archive
+from pathflip.archive import Archive, vectors
 from pathflip.archive.commit import Committer
-from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.schema import CHECKSUM
 from pathflip.archive.storage import guarded, is_local
 from pathflip.archive.tree_texts import NodeCaptions, put_captions, redo_keywords
@@ -40,7 +39,6 @@ from pathflip.config import check_positive
 from pathflip.errors import ConfigError, SlideError
 from pathflip.geometry import TREE_NODES
 from pathflip.progress import Progress, Report
-from pathflip.slides.sources import stat_source
 from pathflip.vllm_engine import EngineConfig
 
 if TYPE_CHECKING:
@@ -190,7 +188,6 @@ def describe(
             if total.trees or unfinished:
                 counts = redo_keywords(committer, source=model)[model]
                 total.without_keywords = counts.without_keywords
-                refresh_indexes(committer.uri, TREE_TEXTS)
     return DescribeResult(
         model=model,
         trees=total.trees,
@@ -247,8 +244,9 @@ def _outstanding(archive: Archive, model: str) -> tuple[dict[str, int], int, boo
             )
         done = dict(zip(rows["tree_id"].to_pylist(), rows["extractor"].to_pylist(), strict=True))
     trees = read_trees(archive, columns=["tree_id", "node_mask"])
-    pairs = zip(trees["tree_id"].to_pylist(), trees["node_mask"].to_pylist(), strict=True)
-    todo = {tree: sum(mask) for tree, mask in pairs if tree not in done}
+    nodes = (vectors(trees["node_mask"]) != 0).sum(axis=1).tolist()
+    pairs = zip(trees["tree_id"].to_pylist(), nodes, strict=True)
+    todo = {tree: count for tree, count in pairs if tree not in done}
     return todo, trees.num_rows - len(todo), None in done.values()
 
 
@@ -323,6 +321,8 @@ class DescribeActor:
         """Return a row for each tree: its captions, or the reason why its slide cannot be read."""
         import pyarrow.compute as pc
 
+        from pathflip.interop.tree_images import read_nodes
+
         wanted = pa.array([row["tree"] for row in rows], pa.string())
         uri = self._archive.uri
         with guarded(uri, "read the table trees", damaged=is_local(uri)):
@@ -334,70 +334,56 @@ class DescribeActor:
         pixels: dict[bytes, NDArray[np.uint8]] = {}
         reasons: dict[str, str] = {}
         for slide_id, of_slide in groupby(trees, key=lambda tree: str(tree["slide_id"])):
+            slide = self._archive.slide(slide_id)
             try:
-                for tree, read in self._read(slide_id, list(of_slide)):
-                    nodes[tree] = {}
-                    for node, image in read.items():
-                        key = hashlib.sha256(image.tobytes()).digest()
-                        nodes[tree][node] = key
-                        if key not in self._known:
-                            pixels[key] = image
+                for tree in of_slide:
+                    read = dict(read_nodes(self._reader, slide, tree, spec=self._spec))
+                    keys = {
+                        n: hashlib.sha256(image.tobytes()).digest() for n, image in read.items()
+                    }
+                    pixels |= {k: read[n] for n, k in keys.items() if k not in self._known}
+                    nodes[tree["tree_id"]] = keys
             except SlideError as error:
                 reasons[slide_id] = f"{error.code}: {error}"
         answers = self._captioner(list(pixels.values()))
         new = dict(zip(pixels, answers, strict=True))
-        made = [self._row(tree, nodes.get(tree["tree_id"], {}), new, reasons) for tree in trees]
-        self._known |= new
-        if len(self._known) > _KNOWN:
-            self._known.clear()
+        known = self._known | new
+        made = [
+            _answer(tree, nodes.get(tree["tree_id"]), known, reasons.get(tree["slide_id"], ""))
+            for tree in trees
+        ]
+        self._known = known if len(known) <= _KNOWN else {}
         return pa.Table.from_pylist(made, schema=_ANSWERS)
 
-    def _row(
-        self,
-        tree: Mapping[str, Any],
-        nodes: Mapping[int, bytes],
-        new: Mapping[bytes, str],
-        reasons: Mapping[str, str],
-    ) -> dict[str, Any]:
-        captions: list[str | None] = [None] * TREE_NODES
-        lost = Counter[str]()
-        for node, key in nodes.items():
-            text = new[key] if key in new else self._known[key]
-            if reason := why_no_caption(text):
-                lost[reason] += 1
-            else:
-                captions[node] = text
-        return {
-            "tree_id": tree["tree_id"],
-            "slide_id": tree["slide_id"],
-            "captions": captions,
-            "no_caption": json.dumps(lost),
-            "reason": reasons.get(tree["slide_id"], ""),
-        }
 
-    def _read(
-        self, slide_id: str, trees: Sequence[Mapping[str, Any]]
-    ) -> Iterator[tuple[str, dict[int, NDArray[np.uint8]]]]:
-        """Yield the pixels of the nodes of each tree of a slide.
+def _answer(
+    tree: Mapping[str, Any],
+    nodes: Mapping[int, bytes] | None,
+    known: Mapping[bytes, str],
+    reason: str,
+) -> dict[str, Any]:
+    """Return the row of a tree.
 
-        Raises:
-            SlideError: The slide cannot be read, or is not the file that was ingested any more
-                (``source_changed``).
-        """
-        from pathflip.interop.tree_images import read_nodes
-
-        slide = self._archive.slide(slide_id)
-        for tree in trees:
-            source = stat_source(Path(slide["uri"]))
-            if source.bytes >= 0 and (source.bytes, source.mtime_ns) != (
-                slide["bytes"], slide["mtime_ns"],
-            ):  # fmt: skip
-                raise SlideError(
-                    f"{Path(slide['uri']).name} is not the file that was ingested any more.",
-                    hint="Ingest it again, then make its trees and captions.",
-                    code="source_changed",
-                )
-            yield tree["tree_id"], dict(read_nodes(self._reader, slide, tree, spec=self._spec))
+    Args:
+        tree: The tree.
+        nodes: Digest of the pixels of each of its nodes; None if they could not be read.
+        known: {digest: what the model said}.
+        reason: Reason why trees of its slide could not be read, or empty.
+    """
+    captions: list[str | None] = [None] * TREE_NODES
+    lost = Counter[str]()
+    for node, key in (nodes or {}).items():
+        if why := why_no_caption(known[key]):
+            lost[why] += 1
+        else:
+            captions[node] = known[key]
+    return {
+        "tree_id": tree["tree_id"],
+        "slide_id": tree["slide_id"],
+        "captions": captions,
+        "no_caption": json.dumps(lost),
+        "reason": reason if nodes is None else "",
+    }
 
 
 _ANSWERS = pa.schema(

@@ -32,7 +32,7 @@ from pathflip.geometry import (
     tree_tissue,
 )
 from pathflip.slides.reader import SlideReader
-from pathflip.slides.sources import stat_source
+from pathflip.slides.sources import check_ingested
 from pathflip.slides.tissue import TissueMask
 
 NODES_AT_ONCE = 64
@@ -192,19 +192,7 @@ class TreeActor:
             "slide_id", "uri", "bytes", "mtime_ns", "mpp", "mpp_source", "tissue_png", "tissue_mpp",
         ]  # fmt: skip
         row: dict[str, Any] = self._rows("slides", slide_id, columns).to_pylist()[0]
-        source, name = stat_source(Path(row["uri"])), Path(row["uri"]).name
-        if source.bytes < 0:
-            raise SlideError(
-                f"{name} is not at {row['uri']} any more.",
-                hint="Put it back, or ingest it from where it is now.",
-                code="not_a_file",
-            )
-        if (source.bytes, source.mtime_ns) != (row["bytes"], row["mtime_ns"]):
-            raise SlideError(
-                f"{name} is not the file that was ingested any more.",
-                hint="Ingest it again, then make its trees.",
-                code="source_changed",
-            )
+        check_ingested(row)
         return row
 
     def _new_trees(

@@ -212,8 +212,8 @@ def trees(
     config = config or TreesConfig()
     started = time.monotonic()
     opened = Archive(archive)
-    infos = [encoder_info(spec) for spec in _specs(opened, config)]
-    names = list(dict.fromkeys(info.name for info in infos))
+    infos = {spec: encoder_info(spec) for spec in _specs(opened, config)}
+    names = list(dict.fromkeys(info.name for info in infos.values()))
     choice = _Choice.of(config, tree_settings(opened))
     plan = _plan(opened, choice, names, count_nodes=dry_run)
     if dry_run:
@@ -229,7 +229,7 @@ def trees(
             per_slide=choice.per_slide,
             min_tissue=choice.min_tissue,
         )
-        for info in infos:
+        for info in infos.values():
             ensure_tree_encoder(
                 committer,
                 info.name,
@@ -379,7 +379,7 @@ def _run(
     plan: _Plan,
     choice: _Choice,
     config: TreesConfig,
-    infos: Sequence[EncoderInfo],
+    infos: Mapping[str, EncoderInfo],
     *,
     private: bool,
     progress: Report | None,
@@ -434,7 +434,7 @@ def _actors(
     plan: _Plan,
     choice: _Choice,
     config: TreesConfig,
-    infos: Sequence[EncoderInfo],
+    infos: Mapping[str, EncoderInfo],
     *,
     private: bool,
 ) -> Iterator[pa.Table]:
@@ -445,7 +445,7 @@ def _actors(
 
     there = available(config.device, private=private)
     # The texture encoder has no use for a GPU.
-    use_gpu = there.use_gpu and any(info.name != "texture" for info in infos)
+    use_gpu = there.use_gpu and any(info.name != "texture" for info in infos.values())
     workers = config.actors or (there.gpus if use_gpu else there.cpus) or 1
     readers = config.readers or (GPU_READERS if use_gpu else 1)
     count = len(plan.tasks)
@@ -471,12 +471,11 @@ def _actor_arguments(
     archive: str,
     choice: _Choice,
     config: TreesConfig,
-    infos: Sequence[EncoderInfo],
+    infos: Mapping[str, EncoderInfo],
     *,
     readers: int,
 ) -> tuple[Any, ...]:
-    specs = _specs(Archive(archive), config)
-    encoders = [(spec, info.revision) for spec, info in zip(specs, infos, strict=True)]
+    encoders = [(spec, info.revision) for spec, info in infos.items()]
     return (
         archive, choice.spec, encoders, config.device, readers, config.attempts,
         config.read_timeout_s,
@@ -516,12 +515,12 @@ def _estimate(
     plan: _Plan,
     choice: _Choice,
     config: TreesConfig,
-    infos: Sequence[EncoderInfo],
+    infos: Mapping[str, EncoderInfo],
     *,
     started: float,
 ) -> TreesResult:
     """Return what the job would do; times one tree, read and embedded in this process."""
-    dims = {info.name: info.dim for info in infos}
+    dims = {info.name: info.dim for info in infos.values()}
     added = 0
     for task, count in zip(plan.tasks, plan.trees, strict=True):
         new, stored = len(task.new), count - len(task.new)
@@ -551,10 +550,12 @@ def _time_a_node(
     plan: _Plan,
     choice: _Choice,
     config: TreesConfig,
-    infos: Sequence[EncoderInfo],
+    infos: Mapping[str, EncoderInfo],
 ) -> tuple[float, dict[str, str]]:
     """Return the seconds to read and embed one node, measured on the first slide that opens."""
     problems: dict[str, str] = {}
+    if not plan.tasks:
+        return 0.0, problems
     first = {row["slide_id"]: [row["tx"], row["ty"]] for row in _roots(archive)}
     tasks = [
         SlideTask(slide_id=task.slide_id, new=task.new[:1] or [first[task.slide_id]], lacking=[])

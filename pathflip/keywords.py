@@ -43,6 +43,8 @@ SPAN = 5
 """Words after a denying word that are left out (MR-PLIP's authors give no rule)."""
 LONGEST = 4
 """Words of the longest keyword that is not in the lexicon."""
+ITEMS = 50
+"""Items of the longest enumeration that is looked through for the "or" at its end."""
 FREQUENT = 0.6
 """Share of a corpus's bags from which a keyword is dropped."""
 MIN_BAGS = 20
@@ -314,7 +316,7 @@ def _end_of_enumeration(clauses: list[tuple[str, list[str]]], start: int) -> int
 
     Items between commas go on if none has a verb and the last is joined by "or" or "nor".
     """
-    for at in range(start, len(clauses)):
+    for at in range(start, min(start + ITEMS, len(clauses))):
         turn, words = clauses[at]
         if turn != "," or not _VERBS.isdisjoint(words):
             return start

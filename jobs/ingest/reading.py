@@ -108,7 +108,7 @@ def check_source(file: SlideFile) -> None:
 def changed(uri: str) -> SlideError:
     """Return the error of a file that is not the one that was hashed any more."""
     return SlideError(
-        f"{Path(uri).name} changed while it was being ingested.",
+        f"{Path(uri).name} changed while it was being read.",
         hint="Run the same command again once the file is at rest.",
         code="source_changed",
     )

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pathflip.archive.archive import Archive
+from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.schema import CHECKSUM, intact_rows, tree_text_id, tree_texts_schema
 from pathflip.archive.storage import damaged_error, guarded, is_local
 from pathflip.archive.trees import TREE_TEXTS, ensure_tree_texts
@@ -139,7 +140,10 @@ def write_tree_texts(
             ensure_tree_texts(committer)
         committer.upsert(TREE_TEXTS, pa.Table.from_pylist(rows, schema=_BODY))
         archive = committer.archive
-    return counts()
+    made = counts()
+    if made.new or made.changed:
+        refresh_indexes(committer.uri, TREE_TEXTS)
+    return made
 
 
 def planned_tree_texts(

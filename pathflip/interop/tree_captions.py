@@ -21,10 +21,9 @@ import numpy as np
 from pathflip.archive import Archive
 from pathflip.archive.archive import vectors
 from pathflip.archive.commit import Committer
-from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.schema import tree_id
 from pathflip.archive.tree_texts import NodeCaptions, planned_tree_texts, write_tree_texts
-from pathflip.archive.trees import TREE_TEXTS, read_trees, tree_spec
+from pathflip.archive.trees import read_trees, tree_spec
 from pathflip.errors import ConfigError
 from pathflip.geometry import TREE_NODES
 from pathflip.interop.tables import bad_line, clean, is_missing
@@ -33,7 +32,7 @@ from pathflip.keywords import Lexicon
 PROMPT = "Can you describe the main features visible in this histopathology image?"
 """Instruction of the captioning script of MR-PLIP, word for word."""
 
-_NAME = re.compile(r"(?P<slide>.+)__t(?P<tx>\d+)_(?P<ty>\d+)__n(?P<node>\d+)(?:\.\w+)?")
+_NAME = re.compile(r"(?P<slide>.+)__t(?P<tx>\d{1,9})_(?P<ty>\d{1,9})__n(?P<node>\d{1,9})(?:\.\w+)?")
 _EXAMPLES = 5
 
 
@@ -231,8 +230,6 @@ def import_tree_captions(
         else:
             with Committer(archive) as committer:
                 counts = write_tree_texts(committer, captions, source=source, lexicon=lexicon)
-                if counts.new or counts.changed:
-                    refresh_indexes(committer.uri, TREE_TEXTS)
     finally:
         captions.close()
     return {
@@ -284,7 +281,7 @@ def _entry(file: Path, line: int, content: bytes) -> dict[str, Any]:
     if "Answer" not in entry:
         raise bad_line(file, line, "no Answer, the caption")
     try:
-        "".join(filter(None, (entry["Answer"], entry.get("model_id")))).encode()
+        "".join(filter(None, (entry["Image"], entry["Answer"], entry.get("model_id")))).encode()
     except UnicodeEncodeError as error:  # half of a character, as \ud83d
         raise bad_line(file, line, "not UTF-8") from error
     return entry

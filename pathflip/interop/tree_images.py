@@ -18,6 +18,7 @@ from pathflip.geometry import TREE_OFFSETS, TreeSpec, patch_tree
 from pathflip.interop.tree_captions import tree_image_name
 from pathflip.progress import Progress, Report
 from pathflip.slides.reader import SlideReader
+from pathflip.slides.sources import check_ingested
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,8 +76,10 @@ def read_nodes(
         nodes: Nodes to read; by default those that have features.
 
     Raises:
-        SlideError: The slide cannot be read; ``bad_tile`` where a node is damaged.
+        SlideError: The slide cannot be read: ``not_a_file``, ``source_changed`` where its file is
+            another one than was ingested, ``bad_tile`` where a node is damaged.
     """
+    check_ingested(slide)
     shape = patch_tree(tree["tx"], tree["ty"], mpp=tree["mpp"], spec=spec)
     wanted = np.flatnonzero(tree["node_mask"]) if nodes is None else np.asarray(nodes, np.int64)
     for level in range(len(TREE_OFFSETS)):

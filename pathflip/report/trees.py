@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +40,10 @@ def write_tree_page(archive: Archive, path: str | Path, *, tree_id: str | None =
         SlideError: Its slide cannot be read.
     """
     spec = tree_spec(archive)
-    rows = read_trees(archive).to_pylist()
-    texts = _texts(archive)
-    if tree_id is None and rows:
-        told = [row["tree_id"] for row in rows if row["tree_id"] in texts]
-        tree_id = told[0] if told else rows[0]["tree_id"]
-    tree = next((row for row in rows if row["tree_id"] == tree_id), None)
+    if tree_id is None:
+        tree_id = _first(archive)
+    rows = read_trees(archive)
+    tree = next(iter(rows.filter(pc.equal(rows["tree_id"], tree_id)).to_pylist()), None)
     if tree is None:
         raise ArchiveError(
             f"The archive {archive.uri} has no patch tree {tree_id!r}.",
@@ -67,7 +66,7 @@ def write_tree_page(archive: Archive, path: str | Path, *, tree_id: str | None =
                 if text
             ],
         }
-        for row in texts.get(tree["tree_id"], [])
+        for row in _texts(archive, tree)
     ]
     titles = {
         one["node"]: one["text"] for source in reversed(sources) for one in source["captions"]
@@ -103,16 +102,27 @@ def write_tree_page(archive: Archive, path: str | Path, *, tree_id: str | None =
     return str(tree["tree_id"])
 
 
-def _texts(archive: Archive) -> dict[str, list[dict[str, Any]]]:
-    """Return {tree_id: its rows of texts}, by source."""
+def _first(archive: Archive) -> str:
+    """Return the key of the first tree with texts, or of the first; "" if there are none."""
+    trees = read_trees(archive, columns=["tree_id"])["tree_id"].to_pylist()
+    told: set[str] = set()
+    if TREE_TEXTS in archive.tables():
+        with guarded(archive.uri, f"read the table {TREE_TEXTS}", damaged=is_local(archive.uri)):
+            rows = archive.dataset(TREE_TEXTS).to_table(columns=["tree_id"])
+        told = set(rows["tree_id"].to_pylist())
+    return next((tree for tree in trees if tree in told), next(iter(trees), ""))
+
+
+def _texts(archive: Archive, tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a tree's rows of texts, by source."""
     if TREE_TEXTS not in archive.tables():
-        return {}
-    columns = ["tree_id", "source", "model", "captions", "keywords"]
+        return []
+    of_tree = pc.field("slide_id") == tree["slide_id"]  # the column that has an index
+    of_tree &= pc.field("tree_id") == tree["tree_id"]
+    columns = ["source", "model", "captions", "keywords"]
     with guarded(archive.uri, f"read the table {TREE_TEXTS}", damaged=is_local(archive.uri)):
-        rows = archive.dataset(TREE_TEXTS).to_table(columns=columns)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows.take(pc.sort_indices(rows["source"])).to_pylist():
-        found.setdefault(row["tree_id"], []).append(row)
+        rows = archive.dataset(TREE_TEXTS).to_table(columns=columns, filter=of_tree)
+    found: list[dict[str, Any]] = rows.sort_by("source").to_pylist()
     return found
 
 

@@ -6,9 +6,10 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pathflip.errors import ConfigError, SlideError
 
@@ -116,6 +117,31 @@ def stat_source(path: Path) -> Source:
         bytes=sum(status.st_size for status in statuses) if statuses else -1,
         mtime_ns=max((status.st_mtime_ns for status in statuses), default=0),
     )
+
+
+def check_ingested(slide: Mapping[str, Any]) -> None:
+    """Refuse a slide whose file is gone, or is another one than was ingested.
+
+    Args:
+        slide: Its row in an archive.
+
+    Raises:
+        SlideError: ``not_a_file``, ``source_changed``.
+    """
+    path = Path(slide["uri"])
+    source = stat_source(path)
+    if source.bytes < 0:
+        raise SlideError(
+            f"{path.name} is not at {path} any more.",
+            hint="Put it back, or ingest it from where it is now.",
+            code="not_a_file",
+        )
+    if (source.bytes, source.mtime_ns) != (slide["bytes"], slide["mtime_ns"]):
+        raise SlideError(
+            f"{path.name} is not the file that was ingested any more.",
+            hint="Ingest it again, then make its trees.",
+            code="source_changed",
+        )
 
 
 def digest_source(path: Path) -> str:
