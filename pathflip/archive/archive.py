@@ -154,11 +154,11 @@ class Archive:
         return name, known[name]
 
     def ledger(self) -> dict[str, dict[str, Any]]:
-        """Return {slide_id: {status, fingerprint, encoders, n_regions, uri, aliases}}."""
+        """Return {slide_id: {status, fingerprint, mpp, encoders, n_regions, uri, aliases}}."""
         from pathflip.archive.tables import count_columns
 
         if self._ledger is None:
-            columns = ["slide_id", "status", "fingerprint", "encoders", "uri", "aliases"]
+            columns = ["slide_id", "status", "fingerprint", "mpp", "encoders", "uri", "aliases"]
             columns += count_columns()
             rows = self._read("slides", columns=columns).to_pylist()
             self._ledger = {row.pop("slide_id"): row for row in rows}

@@ -255,7 +255,7 @@ class Committer:
         skipped: list[str] = []
         incoming: dict[str, dict[str, Any]] = {}
         for row in slides.select(
-            ["slide_id", "status", "fingerprint", "encoders", *count_columns()]
+            ["slide_id", "status", "fingerprint", "mpp", "encoders", *count_columns()]
         ).to_pylist():
             slide = row["slide_id"]
             if slide in incoming:
@@ -294,6 +294,9 @@ class Committer:
         replaced = [slide for slide in (*write, *note) if slide in ledger]
         self._hide([slide for slide in replaced if ledger[slide]["status"] == READY])
         self._delete_rows([*write, *note])
+        self._delete_places(
+            [s for s in write if s in ledger and ledger[s]["mpp"] not in (None, incoming[s]["mpp"])]
+        )
         for slide, names in extend.items():
             self._delete_rows([slide], encoders=names)
         rows = slides.filter(pc.is_in(slides["slide_id"], pa.array([*write, *note], pa.string())))
@@ -508,4 +511,10 @@ class Committer:
             if self._archive.table(table).spec.derived_from is None:
                 continue
             if encoders is None or self._archive.encoder_of(table) in encoders:
+                transactions.delete_rows(self.uri, table, "slide_id", list(slide_ids))
+
+    def _delete_places(self, slide_ids: Sequence[str]) -> None:
+        """Delete imported rows of slides that belong to places on the grid of their old mpp."""
+        for table in self._archive.tables() if slide_ids else ():
+            if self._archive.table(table).spec.on_grid:
                 transactions.delete_rows(self.uri, table, "slide_id", list(slide_ids))

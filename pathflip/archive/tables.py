@@ -56,6 +56,8 @@ class TableSpec:
         count: Column of ``slides`` with the number of rows of a slide in this table.
         derived_from: Table from which the rows are computed. They are deleted when a slide is
             ingested again. None for imported rows, which could not be computed and are kept.
+        on_grid: Whether imported rows belong to places on a slide's grid in µm. They are deleted
+            when the slide gets another mpp, with which the same place is other tissue.
         made_by: Command that writes the table, without ``pathflip``. Rows written by ingest are
             part of the slide: it is ready when they are complete.
         setting: Key in the settings that names the table; None if every archive has it.
@@ -74,6 +76,7 @@ class TableSpec:
     and_slide: bool = False
     count: str | None = None
     derived_from: str | None = None
+    on_grid: bool = False
     made_by: str = INGEST
     setting: str | None = None
     entry_field: str = "table"
@@ -165,7 +168,7 @@ TABLES: tuple[TableSpec, ...] = (
     TableSpec(
         name="tree_texts", key="text_id",
         schema=lambda settings, entry, noted: tree_texts_schema(),
-        made_by="archive import", setting="tree_texts", wide=True, since=3,
+        on_grid=True, made_by="archive import", setting="tree_texts", wide=True, since=3,
     ),
 )  # fmt: skip
 """All tables. ``slides`` is opened before the tables whose rows it makes visible."""

@@ -363,6 +363,17 @@ def test_pictures_and_a_page(copy: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert page.count("<image ") == len(kept)
     assert "No texts yet." in page
 
+    capfd.readouterr()
+    stamp = archive.slide(slide)["mtime_ns"]
+    with Committer(copy) as committer:
+        committer.update_slides({slide: {"mtime_ns": stamp + 1}})
+    with pytest.raises(SystemExit) as ended:
+        main([*words[:2], str(tmp_path / "none"), *words[3:]])
+    assert ended.value.code == 3
+    document = json.loads(capfd.readouterr().out)
+    assert document["problems"][slide].startswith("source_changed")
+    assert list((tmp_path / "none").iterdir()) == []
+
     told, captions = read_trees(archive).to_pylist()[-1], [None] * 84 + ["Mitoses <3."]
     with Committer(copy) as committer:
         ensure_tree_texts(committer)

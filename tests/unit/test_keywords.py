@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pathflip.errors import ConfigError
 from pathflip.keywords import (
     EXTRACTOR,
+    ITEMS,
     MIN_BAGS,
     STOP_WORDS,
     Keywords,
@@ -304,3 +305,10 @@ def test_the_order_of_nodes_moves_only_which_node_says_what(data: st.DataObject)
     assert moved.vocabulary == bag.vocabulary
     assert [moved.of(node) for node in range(len(order))] == [bag.of(at) for at in order]
     assert all(a <= b for a, b in pairwise(bag.offsets.tolist()))
+
+
+@pytest.mark.parametrize(("items", "denied"), [(ITEMS, True), (ITEMS + 1, False)])
+def test_an_enumeration_that_is_denied_has_an_end(items: int, denied: bool) -> None:
+    names = [f"finding{n}" for n in range(items)]
+    text = f"No atypia, {', '.join(names[:-1])}, or {names[-1]}."
+    assert caption_keywords(text) == ([] if denied else names)

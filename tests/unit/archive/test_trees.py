@@ -186,8 +186,11 @@ def test_a_slide_ingested_anew_loses_its_trees_and_keeps_its_texts(uri):
         assert ids(committer.archive) == [f"slide000/{place}_0" for place in range(3)]
         assert committer.archive.dataset("trees_tex").count_rows() == 3
         assert committer.archive.dataset("tree_texts").count_rows() == 6
-        committer.drop_slides(["slide001"])
+        committer.update_slides({"slide000": {"mpp": 0.5}})
+        cohort.commit(committer, 0, fingerprint="other")  # at 0.25: its trees are other tissue
         assert committer.archive.dataset("tree_texts").count_rows() == 3
+        committer.drop_slides(["slide001"])
+        assert committer.archive.dataset("tree_texts").count_rows() == 0
     assert verify(uri).damaged == []
 
 

@@ -86,6 +86,7 @@ def test_a_name_is_parsed_as_it_was_made(slide: str) -> None:
 def test_names_of_no_node() -> None:
     for name in ("", "a.png", "a__t1_2.png", "__t1_2__n3.png", "a__t1_2__n85.png", "a__t-1_2__n3"):
         assert parse_tree_image(name) is None
+    assert parse_tree_image(f"a__t{'1' * 5000}_2__n3.png") is None
     nested = parse_tree_image("x__t1_1__n1__t2_3__n4.jpeg")
     assert nested is not None
     assert (nested.slide, nested.tx) == ("x__t1_1__n1", 2)
@@ -216,6 +217,7 @@ def test_lines_twice(uri: str, tmp_path: Path) -> None:
         ('{"Image": "slide000__t0_0__n0.png", "Answer": ["a"]}', "Answer is no text"),
         ('{"Image": "a", "Answer": "a", "model_id": 7}', "model_id is no text"),
         ('{"Image": "a", "Answer": "\\ud83d", "model_id": "vlm-7b"}', "not UTF-8"),
+        ('{"Image": "\\ud83d", "Answer": "a", "model_id": "vlm-7b"}', "not UTF-8"),
         (b'{"Image": "a", "Answer": "\xff"}', "not UTF-8"),
         ("{}" * 2, "not one JSON object"),
         ("[" * 10**5, "not one JSON object"),

@@ -6,7 +6,13 @@ import os
 import pytest
 
 from pathflip.errors import ConfigError, SlideError
-from pathflip.slides.sources import digest_source, discover, slide_id, stat_source
+from pathflip.slides.sources import (
+    check_ingested,
+    digest_source,
+    discover,
+    slide_id,
+    stat_source,
+)
 
 
 def names(found):
@@ -78,6 +84,23 @@ def test_stat_sees_a_change_of_the_side_folder(tmp_path):
     before = stat_source(tmp_path / "m.mrxs")
     os.utime(side / "Data0001.dat", ns=(0, before.mtime_ns + 1))
     assert stat_source(tmp_path / "m.mrxs") != before
+
+
+def test_another_file_than_was_ingested_is_refused(tmp_path):
+    file = tmp_path / "a.svs"
+    file.write_bytes(b"as ingested")
+    source = stat_source(file)
+    row = {"uri": str(file), "bytes": source.bytes, "mtime_ns": source.mtime_ns}
+    check_ingested(row)
+    for change in (
+        lambda: os.utime(file, ns=(0, source.mtime_ns + 1)),  # of the same size
+        lambda: file.write_bytes(b"longer than it was"),
+        file.unlink,
+    ):
+        change()
+        with pytest.raises(SlideError, match=r"a\.svs") as error:
+            check_ingested(row)
+        assert error.value.code == ("source_changed" if file.exists() else "not_a_file")
 
 
 def test_slide_ids():
