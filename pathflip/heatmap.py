@@ -349,14 +349,20 @@ def patch_list(
     ]
 
 
-def write_png(path: str | Path, picture: NDArray[np.uint8]) -> Path:
-    """Write an RGB picture, whole or not at all."""
+def encode_png(picture: NDArray[np.uint8]) -> bytes:
+    """Return an RGB picture as a PNG file."""
     import cv2
 
     ok, data = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))
     if not ok:
         raise ValueError(f"a picture of {picture.shape} cannot be written as PNG")
-    return _write(Path(path), data.tobytes())
+    encoded: bytes = data.tobytes()
+    return encoded
+
+
+def write_png(path: str | Path, picture: NDArray[np.uint8]) -> Path:
+    """Write an RGB picture, whole or not at all."""
+    return _write(Path(path), encode_png(picture))
 
 
 def write_geojson(

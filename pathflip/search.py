@@ -13,6 +13,9 @@ a text             vector    cosine with its embedding by a model, or by a patch
 a text             text      BM25 over captions (slides only)
 a text             hybrid    both, by reciprocal rank fusion
 =================  ========  ==============================================================
+
+Regions or slides are found, or single patches (level ``patch``): those by a picture or a text, in
+the space of an encoder's features, which for a text is a patch model's (``mrplip:RUN``).
 """
 
 from __future__ import annotations
@@ -36,8 +39,9 @@ if TYPE_CHECKING:
 
 Mode = Literal["vector", "text", "hybrid"]
 Fault = Literal[
-    "not_one", "nothing_stored", "two_patients", "needs_text", "needs_model", "needs_slides"
-]
+    "not_one", "nothing_stored", "two_patients", "needs_text", "needs_model", "needs_slides",
+    "only_features",
+]  # fmt: skip
 
 FAULTS: dict[Fault, str] = {
     "not_one": "A query is one of a text, a picture, a slide and a region.",
@@ -46,6 +50,8 @@ FAULTS: dict[Fault, str] = {
     "needs_text": "The modes text and hybrid search for a text.",
     "needs_model": "Searching for a text by its meaning needs a trained model.",
     "needs_slides": "Captions are of slides, not of regions.",
+    "only_features": "Patches are found by the vector of a text or a picture, by an encoder's "
+    "features.",
 }
 """Faults of a query; the command line and the service word each in their own terms."""
 
@@ -66,17 +72,19 @@ def query_faults(
     exclude_same_patient: bool = False,
     exclude_patient: bool = False,
     has_model: bool = True,
+    by_slide_model: bool = False,
 ) -> set[Fault]:
     """Check the kinds of a query's parts against each other.
 
     Args:
         sought: Queries given: of ``text``, ``image``, ``slide``, ``region``.
         mode: ``vector``, ``text`` or ``hybrid``.
-        level: ``region`` or ``slide``.
+        level: ``region``, ``slide`` or ``patch``.
         exclude_same: Whether the query's own slide or patient is left out.
         exclude_same_patient: Whether it is the patient.
         exclude_patient: Whether a named patient is left out.
         has_model: Whether there is a trained model to embed a text with.
+        by_slide_model: Whether it is a model of slides.
     """
     found: set[Fault] = set()
     if len(sought) != 1:
@@ -89,7 +97,10 @@ def query_faults(
         found.add("needs_text")
     if "text" in sought and mode != "text" and not has_model:
         found.add("needs_model")
-    if mode == "text" and level != "slide":
+    if level == "patch":
+        if mode != "vector" or {"slide", "region"} & set(sought) or by_slide_model:
+            found.add("only_features")
+    elif mode == "text" and level != "slide":
         found.add("needs_slides")
     return found
 
@@ -104,7 +115,7 @@ class Query:
         slide: A slide of the archive, by id or unique file name.
         region: A region of the archive, by id.
         mode: By embedding (``vector``), by the words of captions (``text``), or both (``hybrid``).
-        level: Whether regions or slides are found.
+        level: Whether regions, slides or patches are found.
         k: Results wanted, 1 to 10,000.
         filters: Conditions that all have to hold.
         exclude_same_slide: Leave out the slide that ``slide`` or ``region`` names.
@@ -124,7 +135,7 @@ class Query:
     slide: str | None = None
     region: str | None = None
     mode: Mode = "vector"
-    level: Level = "region"
+    level: Level | Literal["patch"] = "region"
     k: int = 10
     filters: Sequence[Filter] = ()
     exclude_same_slide: bool = False
@@ -149,6 +160,7 @@ class Query:
             exclude_same_patient=self.exclude_same_patient,
             exclude_patient=self.exclude_patient is not None,
             has_model=self.vector is not None,
+            by_slide_model=self.model is not None,
         )
         for fault, message in FAULTS.items():
             if fault in found:
@@ -160,7 +172,9 @@ def run_query(archive: Archive, query: Query) -> pa.Table:
 
     Returns:
         Best first: rank (from 1), score (cosine; BM25; or the sum of reciprocal ranks), slide_id,
-        region_id (null for slides), x0, y0, size0 (level-0 px), mpp (µm per level-0 px).
+        region_id (null for slides), x0, y0, size0 (level-0 px), mpp (µm per level-0 px). Of patches
+        region_id is the region they are of, and the schema's metadata says b"exhaustive": b"true",
+        or b"false" where only patches of the best regions were compared.
 
     Raises:
         ArchiveError: Slide or region are not there or not ready (``unknown_slide``); the embeddings
@@ -179,6 +193,13 @@ def run_query(archive: Archive, query: Query) -> pa.Table:
     if query.slide is not None or query.region is not None:
         key = archive.resolve(query.slide) if query.slide is not None else str(query.region)
         among |= _left_out(archive, key, query)
+    if query.level == "patch":
+        from pathflip.archive.patch_search import search_patches
+
+        assert query.vector is not None
+        patches = search_patches(archive, query.vector, encoder=query.encoder, **among)
+        told = {"exhaustive": str(patches.exhaustive).lower()}
+        return patches.rows.replace_schema_metadata(told)
     if query.mode == "text":
         assert query.text is not None
         # Filters look at the rows of slides, which are the same by every encoder and model.

@@ -71,7 +71,7 @@ def bind_parts(config: ServeConfig, inputs: ServiceInputs) -> dict[str, Any]:
     archive, run = inputs.archive, inputs.run
     parts = {
         "embedder": _deployment(Embedder, "embedder", config).bind(
-            archive, run, encoder=config.encoder, device=config.device
+            archive, run, encoder=config.encoder, device=config.device, patches=inputs.patches
         ),
         "search": _deployment(Search, "search", config).bind(
             archive, model=inputs.model, fingerprint=inputs.fingerprint,
@@ -99,6 +99,8 @@ def bind_ingress(config: ServeConfig, inputs: ServiceInputs, parts: Mapping[str,
     }  # fmt: skip
     if inputs.llm is not None:
         redactions[inputs.llm] = "the language model"
+    if inputs.patches is not None:
+        redactions[inputs.patches.removeprefix("mrplip:")] = "the patch model"
     return _deployment(serve.ingress()(Ingress), "ingress", config).bind(
         parts,
         limits=config.limits,

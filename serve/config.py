@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pathflip.config import load_config
 from pathflip.errors import CheckpointError, ConfigError
@@ -17,6 +17,9 @@ from pathflip.vllm_engine import EngineConfig, context_length
 from serve.auth import read_tokens
 from serve.fake_engine import FakeEngineConfig
 from serve.limits import Limits
+
+if TYPE_CHECKING:
+    from pathflip.archive import Archive
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,8 @@ class ServeConfig:
             answered.
         audit: Folder of the audit log; ``RUN/audit`` by default.
         encoder: Spec of the archive's encoder, for pictures; by default its name.
+        patches: Run of a patch model whose features the archive has (``--encoder mrplip:RUN`` of
+            ingest): finds patches and segments slides by words.
         device: Device of the slide model and the encoder: ``cpu``, ``cuda`` or ``auto``.
         refresh_s: Seconds after which a commit to the archive is noticed at the latest.
         patients: Whether clients may filter by patient and see patients' ids.
@@ -124,6 +129,7 @@ class ServeConfig:
     token_file: str | None = None
     audit: str | None = None
     encoder: str | None = None
+    patches: str | None = None
     device: str = "cpu"
     refresh_s: float = 30.0
     patients: bool = False
@@ -169,6 +175,7 @@ class ServiceInputs:
         archive, run, llm, token_file, audit: As in :class:`ServeConfig`.
         model: Id of the run's model.
         fingerprint: Fingerprint of the run's weights.
+        patches: Spec of the patch model.
         chat: Whether the service has a language model.
     """
 
@@ -179,6 +186,7 @@ class ServiceInputs:
     audit: str
     model: str
     fingerprint: str
+    patches: str | None
     chat: bool
 
 
@@ -227,8 +235,23 @@ def check_inputs(config: ServeConfig) -> ServiceInputs:
         audit=str(_absolute(config.audit or f"{run}/audit")),
         model=loaded.name,
         fingerprint=loaded.fingerprint,
+        patches=_check_patches(archive, config.patches),
         chat=tuned,
     )
+
+
+def _check_patches(archive: Archive, patches: str | None) -> str | None:
+    """Return the spec of the patch model, whose features the archive must have."""
+    from pathflip.compat import check_weights
+    from pathflip.encoders import patch_model
+    from pathflip.encoders.mrplip import SCHEME
+
+    if patches is None:
+        return None
+    spec = f"{SCHEME}:{_absolute(patches.removeprefix(f'{SCHEME}:'))}"
+    model = patch_model(spec, patch_um=float(archive.tiling()["patch_um"]))
+    check_weights(archive, model.info.name, encoder=model.info)
+    return spec
 
 
 def find_model(run: str | Path, llm: str | Path | None = None) -> tuple[Path, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from pathflip.errors import ConfigError, EncoderError
 from serve.limits import RequestError
 
 if TYPE_CHECKING:
+    from pathflip.archive import Archive
     from pathflip.checkpoints import Run
     from pathflip.encoders import Encoder
+    from pathflip.encoders.mrplip import PatchModel
 
 MAX_SCALED = 32 << 20
 """Largest picture, pixels at the archive's resolution: two regions of 4096 x 4096 px."""
@@ -33,10 +35,19 @@ class Embedder:
         encoder: Spec to load the patch encoder by, such as ``uni2=/path``; the name the run was
             trained with by default. Where it cannot be loaded, only pictures are refused.
         device: ``cpu``, ``cuda`` or ``auto``.
+        patches: Spec of the patch model (``mrplip:RUN``) whose features are searched and segmented
+            by words; None for none. Where its base encoder cannot be loaded, its pictures are
+            refused.
     """
 
     def __init__(
-        self, archive: str, run: str, *, encoder: str | None = None, device: str = "cpu"
+        self,
+        archive: str,
+        run: str,
+        *,
+        encoder: str | None = None,
+        device: str = "cpu",
+        patches: str | None = None,
     ) -> None:
         from pathflip.archive import Archive
         from pathflip.checkpoints import load_run
@@ -55,8 +66,27 @@ class Embedder:
             self.encoder = _load_encoder(opened, name, encoder, device)
         except (EncoderError, ConfigError) as error:
             logger.warning("Pictures are not taken: %s", error)
+        self.patches: PatchModel | None = None
+        self.patch_encoder: Encoder | None = None
+        if patches is not None:
+            self._load_patches(opened, patches, device)
         # Warm-up: the first text takes longest.
         self._texts(["tissue"])
+
+    def _load_patches(self, archive: Archive, spec: str, device: str) -> None:
+        from pathflip.compat import check_weights
+        from pathflip.encoders import load_encoder, patch_model
+        from pathflip.encoders.mrplip import MRPLIPEncoder
+        from pathflip.encoders.neural import pick_device
+
+        model = patch_model(spec, patch_um=self.tiling.patch_um, device=str(pick_device(device)))
+        check_weights(archive, model.info.name, encoder=model.info)
+        self.patches = model
+        try:
+            base = load_encoder(model.base, device=device)
+            self.patch_encoder = MRPLIPEncoder(model, base)
+        except EncoderError as error:
+            logger.warning("Pictures are not taken for patches: %s", error)
 
     async def describe(self) -> dict[str, Any]:
         """``id``, ``fingerprint`` and ``created`` (seconds since 1970) of the model."""
@@ -75,6 +105,48 @@ class Embedder:
         async with self.lock:
             return await asyncio.to_thread(self._texts, list(texts))
 
+    async def patch_text(self, text: str) -> dict[str, Any]:
+        """Embed a text by the patch model.
+
+        Returns:
+            {"model": the patch model's name in the archive, "vectors": float32 [1, d] of length 1}.
+
+        Raises:
+            RequestError: ``no_patches``: there is none.
+        """
+        async with self.lock:
+            return await asyncio.to_thread(self._patch_text, text)
+
+    async def patch_image(self, pixels: NDArray[np.uint8], *, mpp: float) -> dict[str, Any]:
+        """Embed a picture by the patch model: the mean of its patches; see :meth:`patch_text`.
+
+        Raises:
+            ConfigError: As :meth:`image`.
+            RequestError: ``no_patches``, ``no_encoder``.
+        """
+        self._patch_model()
+        self._check_size(pixels, mpp)
+        if self.patch_encoder is None:
+            raise RequestError("This service has no encoder for pictures.", code="no_encoder")
+        async with self.lock:
+            return await asyncio.to_thread(self._patch_image, pixels, mpp)
+
+    async def classes(self, classes: Mapping[str, list[str]], *, templates: str) -> dict[str, Any]:
+        """Embed classes by the patch model: the means of their prompts.
+
+        Args:
+            classes: {class: names}.
+            templates: ``single`` or ``ensemble``.
+
+        Returns:
+            {"model", "vectors": float32 [C, d] of length 1, "tau"}.
+
+        Raises:
+            RequestError: ``no_patches``.
+        """
+        async with self.lock:
+            return await asyncio.to_thread(self._classes, classes, templates)
+
     async def image(self, pixels: NDArray[np.uint8], *, mpp: float) -> dict[str, Any]:
         """Embed a picture, cut into one region or more, as the model embeds a slide.
 
@@ -92,14 +164,52 @@ class Embedder:
         """
         if self.encoder is None:
             raise RequestError("This service has no encoder for pictures.", code="no_encoder")
+        self._check_size(pixels, mpp)
+        async with self.lock:
+            return await asyncio.to_thread(self._image, pixels, mpp)
+
+    def _check_size(self, pixels: NDArray[np.uint8], mpp: float) -> None:
         scaled = pixels.shape[0] * pixels.shape[1] * (mpp / self.tiling.mpp) ** 2
         if scaled > MAX_SCALED:
             raise ConfigError(
                 f"At the archive's {self.tiling.mpp:g} µm/px the picture has {scaled:,.0f} pixels; "
                 f"at most {MAX_SCALED:,} are read."
             )
-        async with self.lock:
-            return await asyncio.to_thread(self._image, pixels, mpp)
+
+    def _patch_model(self) -> PatchModel:
+        if self.patches is None:
+            raise RequestError(
+                "This service has no patch model: it was started without --patches.",
+                code="no_patches",
+            )
+        return self.patches
+
+    def _patch_text(self, text: str) -> dict[str, Any]:
+        from pathflip.search import embed_texts
+
+        model = self._patch_model()
+        if not text.strip():
+            raise ConfigError("A text is empty.")
+        return {"model": model.info.name, "vectors": embed_texts(model.run, [text])}
+
+    def _patch_image(self, pixels: NDArray[np.uint8], mpp: float) -> dict[str, Any]:
+        from pathflip.image_query import picture_regions
+
+        assert self.patch_encoder is not None
+        regions = picture_regions(pixels, encoder=self.patch_encoder, tiling=self.tiling, mpp=mpp)
+        mean = np.concatenate(regions).mean(axis=0, dtype=np.float64)
+        vector = (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
+        return {"model": self.patch_encoder.name, "vectors": vector[None]}
+
+    def _classes(self, classes: Mapping[str, list[str]], templates: str) -> dict[str, Any]:
+        from pathflip.evaluation.patch_text import class_weights, patch_reader
+        from pathflip.evaluation.prompts import TEMPLATES
+
+        model = self._patch_model()
+        reader = patch_reader(model.run, pixels=False)
+        wording = TEMPLATES if templates == "ensemble" else TEMPLATES[:1]
+        weights = class_weights(reader, classes, templates=wording)
+        return {"model": model.info.name, "vectors": weights, "tau": reader.tau}
 
     def _texts(self, texts: list[str]) -> dict[str, Any]:
         from pathflip.search import embed_texts

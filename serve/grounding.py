@@ -6,13 +6,11 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
+from pathflip.heatmap import encode_png
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
-    from pathflip.evaluation.ground_slide import GroundingResult
 
 
 class Grounding:
@@ -82,7 +80,7 @@ class Grounding:
             min_patches=request["min_patches"],
         )  # fmt: skip
         if request["format"] == "png":
-            return _png(found)
+            return encode_png(found.picture())
         document = found.as_json() | {"model": self.run.name}
         if not request["patches"]:
             del document["patches"]
@@ -95,13 +93,3 @@ class Grounding:
             archive, self.run, request["classes"],
             templates=request["templates"], score=request["score"], slides=slides,
         )  # fmt: skip
-
-
-def _png(found: GroundingResult) -> bytes:
-    import cv2
-
-    picture = np.ascontiguousarray(found.picture()[..., ::-1])
-    ok, data = cv2.imencode(".png", picture)
-    if not ok:
-        raise ValueError(f"a picture of {picture.shape} cannot be written as PNG")
-    return data.tobytes()

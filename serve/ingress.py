@@ -46,10 +46,14 @@ from serve.schemas import (
     GroundRequest,
     GroundResponse,
     Health,
+    Image,
     ModelList,
+    Outlines,
     Problem,
     SearchRequest,
     SearchResponse,
+    SegmentRequest,
+    SegmentResponse,
     SlideInfo,
     SlideList,
 )
@@ -248,11 +252,14 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
 
     @api.post("/v1/search", dependencies=[needs("search")], response_model=SearchResponse)
     async def search(request: Request, asked: SearchRequest) -> Any:
-        """Find slides or regions by a text, a slide, a region or a picture."""
+        """Find slides, regions or patches by a text, a slide, a region or a picture."""
         query = asked.model_dump(exclude={"image"})
         made = None
         if asked.image is not None:
-            made = await _embed_image(parts, asked.image.data, asked.image.mpp, limits)
+            patches = asked.level == "patch"
+            made = await _embed_image(parts, asked.image, limits, patches=patches)
+        elif asked.text is not None and asked.level == "patch":
+            made = await parts.embedder.patch_text(asked.text)
         elif asked.text is not None and asked.mode != "text":
             made = await parts.embedder.texts([asked.text])
         if asked.slide_id is not None:
@@ -281,6 +288,19 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         return JSONResponse(found)
 
     @api.post(
+        "/v1/segment", dependencies=[needs("search")], response_model=SegmentResponse | Outlines,
+        responses={200: _PNG_OR_JSON},
+    )  # fmt: skip
+    async def segment(request: Request, asked: SegmentRequest) -> Any:
+        """Cut a slide into areas of classes: boxes, outlines as GeoJSON, or a PNG."""
+        request.state.audit["slides"] = [asked.slide_id]
+        classes = await parts.embedder.classes(asked.classes, templates=asked.templates)
+        found = await parts.search.segment(asked.model_dump(), classes)
+        if isinstance(found, bytes):
+            return Response(found, media_type="image/png")
+        return JSONResponse(found)
+
+    @api.post(
         "/v1/embeddings", dependencies=[needs("search")], response_model=EmbeddingsResponse,
         response_model_exclude_none=True,
     )  # fmt: skip
@@ -292,7 +312,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
                 code="unknown_model",
             )
         if asked.image is not None:
-            made = await _embed_image(parts, asked.image.data, asked.image.mpp, limits)
+            made = await _embed_image(parts, asked.image, limits)
         else:
             texts = [asked.input] if isinstance(asked.input, str) else list(asked.input or ())
             made = await parts.embedder.texts(texts)
@@ -370,9 +390,10 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
 _SlidePath = Annotated[str, Path(max_length=MAX_ID)]
 
 
-async def _embed_image(parts: Parts, data: str, mpp: float, limits: Limits) -> Any:
-    pixels = await asyncio.to_thread(read_image, data, pixels=limits.image_pixels)
-    return await parts.embedder.image(pixels, mpp=mpp)
+async def _embed_image(parts: Parts, image: Image, limits: Limits, *, patches: bool = False) -> Any:
+    pixels = await asyncio.to_thread(read_image, image.data, pixels=limits.image_pixels)
+    embed = parts.embedder.patch_image if patches else parts.embedder.image
+    return await embed(pixels, mpp=image.mpp)
 
 
 class _Ready:

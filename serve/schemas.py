@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pathflip.search import query_faults
 
@@ -97,11 +97,15 @@ _QUERY_FAULTS = {
     "needs_text": "modes text and hybrid search for a text",
     "needs_slides": "captions are of slides: mode text needs level slide",
     "nothing_stored": "only a slide or a region of the archive has a slide or patient",
+    "only_features": "level patch takes a text or a picture, in mode vector",
 }
 
 
 class SearchRequest(_In):
-    """Finds slides or regions like a text, a slide, a region or a picture; give exactly one."""
+    """Finds slides, regions or patches like a text, a slide, a region or a picture.
+
+    Give exactly one. Patches are found by a text or a picture.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -117,7 +121,9 @@ class SearchRequest(_In):
         "vector",
         description="How a text is searched: by meaning, by the words of captions, or both.",
     )
-    level: Literal["region", "slide"] = "region"
+    level: Literal["region", "slide", "patch"] = Field(
+        "region", description="patch: by the patch model, where the service has one."
+    )
     k: int = Field(10, ge=1, le=MAX_RESULTS)
     filters: list[Condition] = Field([], max_length=16)
     exclude_same_slide: bool = False
@@ -144,12 +150,12 @@ class SearchRequest(_In):
 
 
 class Found(_Out):
-    """A slide or region that was found."""
+    """A slide, region or patch that was found."""
 
     rank: int
     score: float
     slide_id: str
-    region_id: str | None = Field(description="Null for slides.")
+    region_id: str | None = Field(description="Null for slides; of a patch, the region it is of.")
     x0: int | None = Field(description="Level-0 px.")
     y0: int | None
     size0: int | None
@@ -160,6 +166,9 @@ class SearchResponse(_Out):
     """Results, best first."""
 
     model: str
+    exhaustive: bool | None = Field(
+        None, description="Of patches: whether all were compared, or those of the best regions."
+    )
     results: list[Found]
 
 
@@ -195,6 +204,21 @@ class SlideList(_Out):
 ClassName = Annotated[str, Field(min_length=1, max_length=200)]
 
 
+def _few_names(classes: dict[str, list[str]]) -> dict[str, list[str]]:
+    if sum(map(len, classes.values())) > MAX_TEXTS:
+        raise ValueError(f"give at most {MAX_TEXTS} names in all")
+    if not all(name.strip() for names in classes.values() for name in names):
+        raise ValueError("a name of a class is empty")
+    return classes
+
+
+Classes = Annotated[
+    dict[ClassName, Annotated[list[ClassName], Field(min_length=1, max_length=8)]],
+    Field(min_length=2, max_length=32, description="{class: names of it}"),
+    AfterValidator(_few_names),
+]
+
+
 class ClassifyRequest(_In):
     """Scores slides against the words of classes."""
 
@@ -210,19 +234,9 @@ class ClassifyRequest(_In):
     )
 
     slide_ids: list[Id] = Field(min_length=1, max_length=MAX_TEXTS)
-    classes: dict[ClassName, Annotated[list[ClassName], Field(min_length=1, max_length=8)]] = Field(
-        min_length=2, max_length=32, description="{class: names of it}"
-    )
+    classes: Classes
     templates: Literal["single", "ensemble"] = "ensemble"
     score: Literal["global", "local", "sum"] = "global"
-
-    @model_validator(mode="after")
-    def _few_names(self) -> ClassifyRequest:
-        if sum(map(len, self.classes.values())) > MAX_TEXTS:
-            raise ValueError(f"give at most {MAX_TEXTS} names in all")
-        if not all(name.strip() for names in self.classes.values() for name in names):
-            raise ValueError("a name of a class is empty")
-        return self
 
 
 class Classified(_Out):
@@ -288,6 +302,56 @@ class GroundResponse(_Out):
     mpp: float
     boxes: list[Box]
     patches: list[dict[str, Any]] | None = None
+
+
+# -- segment --------------------------------------------------------------------------------------
+
+
+class SegmentRequest(_In):
+    """Cuts a slide into areas of classes, by its patches and the words of the classes."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "slide_id": "slide_0001-1a2b3c4d",
+                    "classes": {"tumour": ["invasive carcinoma"], "stroma": ["fibrous stroma"]},
+                }
+            ]
+        }
+    )
+
+    slide_id: Id
+    classes: Classes
+    templates: Literal["single", "ensemble"] = "ensemble"
+    min_patches: int = Field(4, ge=1, le=10_000, description="Smallest area.")
+    format: Literal["json", "geojson", "png"] = Field(
+        "json", description="geojson: outlines, for QuPath; png: classes over the thumbnail."
+    )
+
+
+class SegmentedArea(Box):
+    """Bounds of patches of one class that touch; the score is the mean of theirs."""
+
+    label: str
+
+
+class SegmentResponse(_Out):
+    """Areas of classes on a slide."""
+
+    model: str
+    slide_id: str
+    mpp: float
+    patch_um: float = Field(description="Side of a patch.")
+    shares: dict[str, float] = Field(description="{class: share of the slide's patches}")
+    areas: list[SegmentedArea] = Field(description="By class, then from top to bottom.")
+
+
+class Outlines(_Out):
+    """Areas as a GeoJSON FeatureCollection, in level-0 px."""
+
+    type: Literal["FeatureCollection"]
+    features: list[dict[str, Any]]
 
 
 # -- embeddings (OpenAI) --------------------------------------------------------------------------

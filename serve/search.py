@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
+from pathflip.heatmap import encode_png
 from serve.limits import RequestError
 
 if TYPE_CHECKING:
@@ -116,10 +117,11 @@ class Search:
         Args:
             request: Its fields.
             embedded: Embedding of its text or picture, as :class:`serve.embedder.Embedder` returns
-                it; None for a slide or region, and for a search by words.
+                it, for level patch by its patch model; None for a slide or region, and for a search
+                by words.
 
         Returns:
-            {"model", "results"} of :class:`serve.schemas.SearchResponse`.
+            {"model", "results"} of :class:`serve.schemas.SearchResponse`, of patches "exhaustive".
 
         Raises:
             ArchiveError: ``unknown_slide``; ``wrong_model``: the embedding is of another model;
@@ -143,14 +145,16 @@ class Search:
         if slide is not None or region is not None:
             ready_row(archive, slide or region.rpartition("/")[0])
         space = embedded or {"model": self.model, "fingerprint": self.fingerprint}
+        patches = request["level"] == "patch"
         shared = ("text", "mode", "level", "k", "exclude_same_slide", "exclude_same_patient")
         query = Query(
             vector=None if embedded is None else embedded["vectors"][0],
             slide=slide,
             region=region,
             filters=filters,
-            model=space["model"],
-            fingerprint=space["fingerprint"],
+            encoder=space["model"] if patches else None,
+            model=None if patches else space["model"],
+            fingerprint=None if patches else space["fingerprint"],
             **{name: request[name] for name in shared},
         )
         try:
@@ -160,11 +164,53 @@ class Search:
             raise RequestError(
                 "The archive knows no patient of this slide.", code="no_patient"
             ) from None
+        if patches:
+            exhaustive = found.schema.metadata[b"exhaustive"] == b"true"
+            told = {"model": query.encoder, "exhaustive": exhaustive}
+            return told | {"results": found.to_pylist()}
         model = "captions" if query.mode == "text" else query.model
         return {"model": model, "results": found.to_pylist()}
 
+    async def segment(
+        self, request: Mapping[str, Any], classes: Mapping[str, Any]
+    ) -> dict[str, Any] | bytes:
+        """Answer a :class:`serve.schemas.SegmentRequest`.
+
+        Args:
+            request: Its fields.
+            classes: Vectors of its classes, as :meth:`serve.embedder.Embedder.classes` returns
+                them.
+
+        Returns:
+            The JSON document, or a PNG.
+
+        Raises:
+            ArchiveError: ``unknown_slide``; ``unknown_encoder``: there are no features of the patch
+                model.
+            ConfigError: ``no_thumbnail``.
+        """
+        archive = await self.snapshot.newest_async()
+        ready_row(archive, request["slide_id"])
+        return await self._run(_segment, archive, request, classes)
+
     async def _run(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+
+def _segment(
+    archive: Archive, request: Mapping[str, Any], classes: Mapping[str, Any]
+) -> dict[str, Any] | bytes:
+    from pathflip.evaluation.segment_stored import segment_stored
+
+    found = segment_stored(
+        archive, request["slide_id"], list(request["classes"]), classes["vectors"],
+        tau=classes["tau"], encoder=classes["model"], min_patches=request["min_patches"],
+    )  # fmt: skip
+    if request["format"] == "png":
+        return encode_png(found.picture())
+    if request["format"] == "geojson":
+        return found.geojson()
+    return found.as_json() | {"model": classes["model"]}
 
 
 def _ready(archive: Archive) -> list[str]:

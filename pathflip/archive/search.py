@@ -124,7 +124,7 @@ def search_many(
         A table for each query, see :func:`search`.
     """
     space = vector_space(archive, encoder=encoder, model=model, fingerprint=fingerprint)
-    unit = _normalised(archive, space, queries)
+    unit = normalised(archive, space, queries)
     if level not in ("region", "slide") or not 1 <= k <= 10_000:
         raise ConfigError(f"Cannot search level {level!r} for {k} results.")
     conditions = all_conditions(filters, exclude_slide, exclude_patient)
@@ -251,7 +251,7 @@ def allowed_slides(archive: Archive, encoder: str, filters: Sequence[Filter]) ->
     return ready.filter(pc.is_in(ready, rows["slide_id"].combine_chunks()))
 
 
-def _normalised(archive: Archive, space: VectorSpace, queries: ArrayLike) -> NDArray[np.float64]:
+def normalised(archive: Archive, space: VectorSpace, queries: ArrayLike) -> NDArray[np.float64]:
     """Return the queries as unit vectors [n, dim]."""
     values = np.asarray(queries, dtype=np.float64)
     values = values.reshape(-1, values.shape[-1])

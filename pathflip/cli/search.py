@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
 import typer
@@ -39,7 +40,9 @@ def search(
         Literal["vector", "text", "hybrid"],
         typer.Option(help="By meaning, by the words of captions, or both."),
     ] = "vector",
-    level: Annotated[Literal["region", "slide"], typer.Option(help="What to find.")] = "region",
+    level: Annotated[
+        Literal["region", "slide", "patch"], typer.Option(help="What to find.")
+    ] = "region",
     k: Annotated[int, typer.Option("-k", help="How many.", min=1, max=10_000)] = 10,
     where: Annotated[
         list[str] | None,
@@ -64,7 +67,7 @@ def search(
     out: Annotated[str | None, typer.Option(help="HTML page with pictures.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find slides or regions: by words, or by what looks like a picture, a slide or a region."""
+    """Find slides, regions or patches by words, or by a picture, slide or region like them."""
     _check_usage(
         {"text": text, "image": image, "slide": slide, "region": region},
         mode=mode,
@@ -73,6 +76,7 @@ def search(
         exclude_same_patient=exclude_same_patient,
         exclude_patient=exclude_patient is not None,
         has_model=run is not None or _is_patch_model(encoder),
+        by_slide_model=run is not None,
     )
     from pathflip import Archive
     from pathflip.archive.filters import Filter
@@ -103,6 +107,8 @@ def search(
     if out is not None:
         _write_page(opened, results, out, image=image, mpp=mpp, title=text or slide or region)
     rows = results.to_pylist()
+    if (results.schema.metadata or {}).get(b"exhaustive") == b"false":
+        print("Only patches of the best regions were compared.", file=sys.stderr)
     if as_json:
         print_json(rows)
         return
@@ -144,6 +150,10 @@ _FAULTS = {
     "needs_slides": (
         "Captions are of slides, not of regions.",
         "Add --level slide, or use --mode hybrid.",
+    ),
+    "only_features": (
+        "Patches are found by the vector of a text or a picture, in the space of an encoder.",
+        "Give a text with --encoder mrplip:RUN or an --image; leave out --run and --mode.",
     ),
 }
 """Message and hint for each fault of a query, in the order they are told."""

@@ -31,6 +31,13 @@ def serve(
     llm: Annotated[
         str | None, typer.Option(help="Tuned run that answers; default: --run, if it is tuned.")
     ] = None,
+    patches: Annotated[
+        str | None,
+        typer.Option(
+            help="Run of a patch model whose features the archive has: patches by words.",
+            metavar="RUN",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     token_file: Annotated[
@@ -49,7 +56,7 @@ def serve(
     settings_module, local = service("config"), service("local")
     settings = load_config(
         settings_module.ServeConfig,
-        given=were_set(archive=archive, run=run, llm=llm, token_file=token_file),
+        given=were_set(archive=archive, run=run, llm=llm, token_file=token_file, patches=patches),
         file=config,
         overrides=overrides or (),
     )

@@ -40,7 +40,7 @@ _CELLS = 256
 _MIN_PX = 16
 """Smallest side that slides are read in, px."""
 _TIMEOUT_S = 120.0
-_COLOURS = (
+COLOURS = (
     (214, 69, 65), (65, 131, 215), (38, 166, 91), (244, 179, 80), (142, 68, 173), (54, 215, 183),
     (108, 122, 137), (219, 10, 91),
 )  # fmt: skip
@@ -319,14 +319,14 @@ def draw(
     for title, labels in maps:
         colours = np.full((*labels.shape, 3), 255, np.uint8)
         for index in range(len(names)):
-            colours[labels == index] = _COLOURS[index % len(_COLOURS)]
+            colours[labels == index] = COLOURS[index % len(COLOURS)]
         small = cv2.resize(colours, size, interpolation=cv2.INTER_NEAREST)
         panels.append((title, np.asarray(small, np.uint8)))
     titled = []
     for title, panel in panels:
         head = np.full((24, size[0], 3), 255, np.uint8)
         if title in names:
-            head[20:] = _COLOURS[names.index(title) % len(_COLOURS)]  # its colour in the maps
+            head[20:] = COLOURS[names.index(title) % len(COLOURS)]  # its colour in the maps
         cv2.putText(head, title[: size[0] // 9], (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0),
                     1, cv2.LINE_AA)  # fmt: skip
         titled.append(np.pad(np.concatenate([head, panel]), ((0, 0), (0, 6), (0, 0)),

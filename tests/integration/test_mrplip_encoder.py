@@ -81,6 +81,13 @@ def test_words_find_regions_by_the_mean_of_their_patches(
         assert row["score"] == pytest.approx(expected[row["region_id"]], abs=1e-3)
     (whole,) = search(capsys, home, TEXT, "--encoder", spec, "--level", "slide")
     assert whole["slide_id"] == slide
+    # Single patches: the best by a plain product.
+    (best,) = search(capsys, home, TEXT, "--encoder", spec, "--level", "patch", "-k", "1")
+    flat = vectors[mask].astype(np.float64)
+    flat = flat @ run.model.encode_text([TEXT])[0].double().numpy() / np.linalg.norm(flat, axis=1)
+    assert best["score"] == pytest.approx(flat.max(), abs=1e-6)
+    assert best["region_id"] == ids[np.argwhere(mask)[flat.argmax()][0]]
+    assert best["size0"] == 256
     # A picture, by the same encoder: the slide itself is its nearest.
     picture = str(home / "slides" / "s.tif")
     (alike,) = search(capsys, home, "--image", picture, "--encoder", spec, "--level", "slide")
@@ -96,6 +103,7 @@ def test_what_does_not_belong_together_is_refused(
         (("--encoder", f"mrplip:{other}"), 2, "no encoder 'mrplip_other"),
         (("--encoder", f"mrplip:{home / 'run'}@20x"), 2, "_20x'"),
         (("--encoder", name), 2, "needs a trained model"),
+        (("--run", str(home / "run"), "--level", "patch"), 2, "leave out --run"),
         (("--run", str(home / "run")), 1, "--encoder mrplip:RUN"),
     ]:
         assert told in search(capsys, home, TEXT, *words, code=code)

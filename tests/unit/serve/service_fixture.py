@@ -25,7 +25,9 @@ from pathflip.archive.fragments import write_fragment
 from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.model_vectors import ensure_model
 from pathflip.checkpoints import Run, load_run, write_whole
+from pathflip.encoders import Encoder, load_encoder
 from tests.archives import filled
+from tests.patch_runs import TEXTURE, make_run
 
 SLIDES, REGIONS, SIDE, PX = 5, 3, 2, 64
 SLOTS = SIDE * SIDE
@@ -38,7 +40,7 @@ TILING = {
 }
 SECRETS = (
     "/data/DOE^JANE/19561224.svs", "/copies/MRN-4711.svs", "PATIENT-0815", "Jane Doe, born 1956",
-    "hospital of secrets", "label: 19561224", "run-secret",
+    "hospital of secrets", "label: 19561224", "run-secret", "patches-secret",
 )  # fmt: skip
 """Words that must not leave: paths, patient, labels, captions, messages."""
 TOKENS = {
@@ -57,12 +59,14 @@ class World:
         archive, run: Folders.
         token_file: Tokens of :data:`TOKENS`.
         loaded: The run.
+        patches: Spec of a patch model whose features the archive has as well.
     """
 
     archive: Path
     run: Path
     token_file: Path
     loaded: Run
+    patches: str | None = None
 
 
 def pixels(slide: int, region: int) -> NDArray[np.uint8]:
@@ -103,15 +107,20 @@ def write_tokens(path: Path) -> Path:
     return path
 
 
-def make_world(folder: Path) -> World:
-    """Make archive, run and token file below a folder."""
+def make_world(folder: Path, *, patches: bool = False) -> World:
+    """Make archive, run and token file below a folder, and a patch model if wanted."""
     archive, run = folder / "archive", folder / "run-secret"
-    _make_archive(archive)
+    spec = None
+    if patches:
+        # Nodes of 256, 128, 64 and 32 µm; patches are of 32.
+        spec = f"mrplip:{folder / 'patches-secret'}"
+        make_run(folder / "patches-secret", TEXTURE, parent_um=256.0, node_px=128)
+    _make_archive(archive, patches=spec)
     _make_run(run)
     loaded = load_run(run)
     _index(archive, loaded)
     tokens = write_tokens(folder / "tokens")
-    return World(archive=archive, run=run, token_file=tokens, loaded=loaded)
+    return World(archive=archive, run=run, token_file=tokens, loaded=loaded, patches=spec)
 
 
 def slide_id(slide: int) -> str:
@@ -119,22 +128,26 @@ def slide_id(slide: int) -> str:
     return f"slide{slide:03d}"
 
 
-def _make_archive(uri: Path) -> None:
+def _make_archive(uri: Path, *, patches: str | None = None) -> None:
     import cv2
 
     from pathflip.encoders.texture import TextureEncoder
 
-    encoder = TextureEncoder()
+    encoders: list[Encoder] = [TextureEncoder()]
+    if patches is not None:
+        encoders.append(load_encoder(patches, device="cpu", patch_um=TILING["patch_um"]))
+    names = [encoder.name for encoder in encoders]
     create_archive(uri, tiling=TILING)
-    rows: dict[str, list[dict[str, Any]]] = {"slides": [], "regions": [], "features": [], "emb": []}
+    rows: dict[str, list[dict[str, Any]]] = {"slides": [], "regions": []}
+    features: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    embeddings: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for n in range(SLIDES):
         slide = slide_id(n)
-        means = []
+        means: dict[str, list[Any]] = {name: [] for name in names}
         for number in range(REGIONS):
             key = {"slide_id": slide, "region_id": schema.region_id(slide, rx=number, ry=0)}
             cut = pixels(n, number).reshape(SIDE, PX, SIDE, PX, 3).swapaxes(1, 2)
-            features = encoder(np.ascontiguousarray(cut.reshape(-1, PX, PX, 3)))
-            means.append(features.mean(axis=0))
+            cut = np.ascontiguousarray(cut.reshape(-1, PX, PX, 3))
             place = {"x0": number * SIDE * PX, "y0": 0, "size0": SIDE * PX, "mpp": 0.5}
             more = {"tissue_fraction": 1.0, "n_patches": SLOTS}
             rows["regions"].append(
@@ -144,24 +157,28 @@ def _make_archive(uri: Path) -> None:
                 | {"rx": number, "ry": 0, "n_bad": 0, "patch_mask": np.ones(SLOTS, np.uint8)}
                 | {f"patch_{what}": np.zeros(SLOTS) for what in ("tissue", "blur", "pen")}
             )
-            rows["features"].append(key | {"features": features.astype(np.float16).ravel()})
-            rows["emb"].append(
-                {"id": key["region_id"], "kind": "region", "slide_id": slide}
-                | {"patient_id": _patient(n)}
-                | place
-                | more
-                | {"vector": _unit(means[-1])}
+            for encoder in encoders:
+                seen = encoder(cut)
+                means[encoder.name].append(seen.mean(axis=0))
+                features[encoder.name].append(key | {"features": seen.astype(np.float16).ravel()})
+                embeddings[encoder.name].append(
+                    {"id": key["region_id"], "kind": "region", "slide_id": slide}
+                    | {"patient_id": _patient(n)}
+                    | place
+                    | more
+                    | {"vector": _unit(means[encoder.name][-1])}
+                )
+        for name in names:
+            embeddings[name].append(
+                {"id": slide, "kind": "slide", "slide_id": slide, "patient_id": _patient(n)}
+                | {"mpp": 0.5, "vector": _unit(np.mean(means[name], axis=0))}
             )
-        rows["emb"].append(
-            {"id": slide, "kind": "slide", "slide_id": slide, "patient_id": _patient(n)}
-            | {"mpp": 0.5, "vector": _unit(np.mean(means, axis=0))}
-        )
         whole = np.concatenate([pixels(n, number) for number in range(REGIONS)], axis=1)
         small = cv2.resize(whole, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
         thumbnail = cv2.imencode(".jpg", np.ascontiguousarray(small[..., ::-1]))[1].tobytes()
         rows["slides"].append(
             {"slide_id": slide, "uri": SECRETS[0], "aliases": [SECRETS[1]], "status": "ready"}
-            | {"fingerprint": f"f{n}", "encoders": ["texture"], "patient_id": _patient(n)}
+            | {"fingerprint": f"f{n}", "encoders": names, "patient_id": _patient(n)}
             | {"split": "test" if n % 2 else "train", "mpp": 0.5, "vendor": "aperio"}
             | {"width": REGIONS * SIDE * PX, "height": SIDE * PX, "n_regions": REGIONS}
             | {"n_patches": REGIONS * SLOTS, "thumbnail_mpp": 2.0, "tissue_mm2": 0.1}
@@ -173,18 +190,21 @@ def _make_archive(uri: Path) -> None:
         | {"reason": "unreadable", "message": f"{SECRETS[0]} cannot be read", "encoders": []}
     )
     with Committer(uri) as committer:
-        committer.ensure_encoder_table(
-            "texture", revision=encoder.revision, dim=encoder.dim, mpp=0.5, licence="MIT"
-        )
-        table = schema.features_table("texture")
-        features = filled(schema.features_schema(SLOTS, encoder.dim), rows["features"])
-        fragment = write_fragment(committer.uri, table, features)
-        embeddings = filled(schema.embeddings_schema(encoder.dim), rows["emb"])
+        fragments = {}
+        for encoder in encoders:
+            table = committer.ensure_encoder_table(
+                encoder.name, revision=encoder.revision, dim=encoder.dim, mpp=0.5, licence="MIT"
+            )
+            block = filled(schema.features_schema(SLOTS, encoder.dim), features[encoder.name])
+            fragments[encoder.name] = [write_fragment(committer.uri, table, block)]
         committer.commit(
             slides=filled(schema.slides_schema(), rows["slides"]),
             regions=filled(schema.regions_schema(SLOTS), rows["regions"]),
-            embeddings={"texture": embeddings},
-            fragments={"texture": [fragment]},
+            embeddings={
+                one.name: filled(schema.embeddings_schema(one.dim), embeddings[one.name])
+                for one in encoders
+            },
+            fragments=fragments,
         )
         captions = [Caption(slide_id=slide_id(n), text=caption(n)) for n in range(SLIDES)]
         write_captions(committer, captions, source="report")
@@ -245,14 +265,14 @@ def _index(uri: Path, run: Run) -> None:
             encoder=run.encoder, run="run",
         )  # fmt: skip
         for n in range(SLIDES):
-            features, mask, ids = archive.features_array(slide_id(n))
+            features, mask, ids = archive.features_array(slide_id(n), "texture")
             with torch.no_grad():
                 seen = run.model.encode_slide(
                     torch.tensor(features, dtype=torch.float32)[None], torch.tensor(mask)[None]
                 )
             vectors = dict(zip(ids, seen.regions[0].numpy(), strict=True))
             vectors[slide_id(n)] = seen.slide[0].numpy()
-            rows = archive.slide_embeddings(slide_id(n)).to_pylist()
+            rows = archive.slide_embeddings(slide_id(n), "texture").to_pylist()
             made = [row | {"vector": vectors[row["id"]]} for row in rows]
             committer.replace_rows(
                 table, filled(schema.embeddings_schema(run.model.config.d), made)

@@ -22,6 +22,7 @@ ROUTES = {
     ("POST", "/v1/search"): "search",
     ("POST", "/v1/classify"): "search",
     ("POST", "/v1/ground"): "search",
+    ("POST", "/v1/segment"): "search",
     ("POST", "/v1/embeddings"): "search",
     ("POST", "/v1/chat/completions"): "chat",
 }
@@ -29,6 +30,7 @@ BODIES = {
     "/v1/search": {"text": "a"},
     "/v1/classify": {"slide_ids": ["slide001"], "classes": {"a": ["a"], "b": ["b"]}},
     "/v1/ground": {"slide_id": "slide001", "text": "a"},
+    "/v1/segment": {"slide_id": "slide001", "classes": {"a": ["a"], "b": ["b"]}},
     "/v1/embeddings": {"input": "a"},
     "/v1/chat/completions": {
         "model": "m", "slide_id": "slide001", "messages": [{"role": "user", "content": "a"}],

@@ -236,11 +236,17 @@ def test_openapi_names_every_route_and_its_errors(ask):
     assert set(schema["paths"]) == {
         "/healthz", "/readyz", "/metrics", "/v1/slides", "/v1/slides/{slide_id}",
         "/v1/slides/{slide_id}/thumbnail", "/v1/search", "/v1/classify", "/v1/ground",
-        "/v1/embeddings", "/v1/models", "/v1/chat/completions",
+        "/v1/segment", "/v1/embeddings", "/v1/models", "/v1/chat/completions",
     }  # fmt: skip
     for path, methods in schema["paths"].items():
         for method in methods.values():
             assert method["responses"].keys() >= ({"200"} if path == "/healthz" else {"401", "429"})
-    for name in ("SearchRequest", "ClassifyRequest", "GroundRequest", "ChatRequest"):
+    for name in (
+        "SearchRequest",
+        "ClassifyRequest",
+        "GroundRequest",
+        "SegmentRequest",
+        "ChatRequest",
+    ):
         assert schema["components"]["schemas"][name]["examples"], name
         assert schema["components"]["schemas"][name]["additionalProperties"] is False

@@ -1,0 +1,196 @@
+"""Search by vector over the stored features of single patches.
+
+There is no index of patches. Up to :data:`EXHAUSTIVE` of them are all compared, in blocks that fit
+the memory; above, those of the regions whose means are nearest. Scores are cosines in float64 from
+the stored fp16 features. Masked slots are zeros and are never found.
+
+Shapes: b regions of a block, M patch slots, d feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import ArrayLike, NDArray
+
+from pathflip.archive import Archive, vectors
+from pathflip.archive.ann import FILTER_COLUMNS, LOCATION
+from pathflip.archive.filters import Filter, row_mask
+from pathflip.archive.search import (
+    RESULT,
+    all_conditions,
+    allowed_slides,
+    normalised,
+    search,
+    vector_space,
+)
+from pathflip.archive.storage import guarded
+from pathflip.errors import ConfigError
+from pathflip.geometry import Tiling, patch_rects
+
+EXHAUSTIVE = 5_000_000
+"""Most patches that are all compared."""
+BEST_REGIONS = 256
+"""Regions whose patches are compared where there are more."""
+_BLOCK_BYTES = 64 << 20
+_ERROR = 1e-5  # bound on float32 products of unit vectors, with room
+
+
+class FoundPatches(NamedTuple):
+    """Patches that were found.
+
+    Attributes:
+        rows: As of :func:`pathflip.archive.search.search`; ``region_id`` is the region a patch is
+            of, and x0, y0, size0 are the patch's.
+        exhaustive: Whether all patches that meet the conditions were compared.
+    """
+
+    rows: pa.Table
+    exhaustive: bool
+
+
+class _Best(NamedTuple):
+    score: NDArray[np.float64]
+    region: NDArray[np.int64]
+    slot: NDArray[np.int64]
+
+
+def search_patches(
+    archive: Archive,
+    vector: ArrayLike,
+    *,
+    encoder: str | None = None,
+    k: int = 10,
+    filters: Sequence[Filter] = (),
+    exclude_patient: str | None = None,
+    exhaustive: int = EXHAUSTIVE,
+    best_regions: int = BEST_REGIONS,
+) -> FoundPatches:
+    """Find the patches whose features have the highest cosine similarity to a vector.
+
+    Args:
+        archive: The archive; only patches of ready slides are found.
+        vector: Query [d], not zero, in the space of the encoder's features.
+        encoder: Patch encoder; may be left out when the archive holds one.
+        k: Results wanted, 1 to 10,000.
+        filters: Conditions that all have to hold; those on places are about a patch's region.
+        exclude_patient: Patient to leave out; slides without a patient stay.
+        exhaustive: Most patches that are all compared.
+        best_regions: Regions whose patches are compared where there are more: those with the
+            nearest means.
+
+    Raises:
+        ArchiveError: There is no such encoder, or the vector is of another size.
+        ConfigError: The vector is zero or not finite, or ``k`` is out of range.
+    """
+    space = vector_space(archive, encoder=encoder)
+    query = normalised(archive, space, vector)[0]
+    if not 1 <= k <= 10_000:
+        raise ConfigError(f"Cannot search patches for {k} results.")
+    regions = _regions(archive, space.encoder, filters, exclude_patient)
+    counts = regions["n_patches"].fill_null(archive.slots)
+    everything = int(pc.sum(counts).as_py() or 0) <= exhaustive
+    if not everything:
+        near = search(
+            archive, query, encoder=space.encoder, level="region", k=best_regions,
+            filters=filters, exclude_patient=exclude_patient,
+        )  # fmt: skip
+        regions = regions.filter(pc.is_in(regions["id"], near["region_id"].combine_chunks()))
+    best = _scan(archive, space.encoder, regions, query, k=k, everything=everything)
+    return FoundPatches(_result(archive, regions, best), everything)
+
+
+def _regions(
+    archive: Archive, encoder: str, filters: Sequence[Filter], exclude_patient: str | None
+) -> pa.Table:
+    """Return the regions that meet the conditions, sorted by id."""
+    table = archive.encoders()[encoder]["embeddings_table"]
+    columns = list(dict.fromkeys([*LOCATION, *FILTER_COLUMNS]))
+
+    def read() -> pa.Table:
+        with guarded(archive.uri, f"search the table {table}", damaged=True):
+            rows = archive.dataset(table).to_table(
+                columns=columns, filter=pc.field("kind") == "region"
+            )
+        return rows.sort_by("id").combine_chunks()
+
+    rows = archive.cached(f"{table}/patches", read)
+    slides = allowed_slides(archive, encoder, filters)
+    keep = row_mask(rows, all_conditions(filters, None, exclude_patient))
+    keep &= pc.is_in(rows["slide_id"], slides).to_numpy(zero_copy_only=False)
+    return rows.filter(pa.array(keep))
+
+
+def _scan(
+    archive: Archive,
+    encoder: str,
+    regions: pa.Table,
+    query: NDArray[np.float64],
+    *,
+    k: int,
+    everything: bool,
+) -> _Best:
+    """Return the best k patches of the regions, best first, ties by region and slot."""
+    best = _Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    for at, features in _blocks(archive, encoder, regions, everything=everything):
+        flat = features.reshape(-1, features.shape[-1]).astype(np.float32)
+        lengths = np.sqrt(np.einsum("nd,nd->n", flat, flat))
+        there = np.flatnonzero(lengths > 0)
+        near = (flat[there] @ query.astype(np.float32)) / lengths[there]
+        if len(near) > k:
+            near_enough = np.partition(near, -k)[-k] - _ERROR
+            there = there[near >= near_enough]
+        exact = flat[there].astype(np.float64)
+        scores = exact @ query / np.linalg.norm(exact, axis=1)
+        row, slot = np.divmod(there, features.shape[1])
+        score = np.concatenate([best.score, scores])
+        region = np.concatenate([best.region, at[row]])
+        slots = np.concatenate([best.slot, slot])
+        order = np.lexsort((slots, region, -score))[:k]
+        best = _Best(score[order], region[order], slots[order])
+    return best
+
+
+def _blocks(
+    archive: Archive, encoder: str, regions: pa.Table, *, everything: bool
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float16]]]:
+    """Yield indices [b] into the regions, and their features [b, M, d]."""
+    entry = archive.encoders()[encoder]
+    dim, slots = int(entry["dim"]), archive.slots
+    dataset = archive.dataset(entry["features_table"])
+    ids = regions["id"].combine_chunks()
+    where = None
+    if not everything:  # a few hundred names
+        slides = pc.unique(regions["slide_id"]).tolist()
+        where = pc.field("slide_id").isin(slides) & pc.field("region_id").isin(ids.tolist())
+    size = max(1, _BLOCK_BYTES // (slots * dim * 4))
+    with guarded(archive.uri, f"search the table {entry['features_table']}", damaged=True):
+        for batch in dataset.to_batches(
+            columns=["region_id", "features"], filter=where, batch_size=size
+        ):
+            index = pc.index_in(batch["region_id"], ids)
+            wanted = np.flatnonzero(index.is_valid().to_numpy(zero_copy_only=False))
+            if len(wanted):
+                found = vectors(batch["features"]).reshape(-1, slots, dim)
+                at = index.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+                yield at[wanted], found[wanted]
+
+
+def _result(archive: Archive, regions: pa.Table, best: _Best) -> pa.Table:
+    tiling = Tiling(**archive.tiling())
+    rows = regions.take(pa.array(best.region)).to_pylist()
+    found = []
+    for rank, (row, slot, score) in enumerate(
+        zip(rows, best.slot.tolist(), best.score.tolist(), strict=True), start=1
+    ):
+        rx, ry = map(int, row["id"].rpartition("/")[2].split("_"))
+        x, y, w, h = patch_rects(tiling, rx=rx, ry=ry, mpp=row["mpp"])[slot].tolist()
+        found.append(
+            {"rank": rank, "score": score, "slide_id": row["slide_id"], "region_id": row["id"]}
+            | {"x0": x, "y0": y, "size0": max(w, h), "mpp": row["mpp"]}
+        )
+    return pa.Table.from_pylist(found, schema=RESULT)
