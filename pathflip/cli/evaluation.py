@@ -447,7 +447,13 @@ def evaluate_ablations(
     ] = None,
     parallel: Annotated[int, typer.Option(help="Trainings at a time.", min=1)] = 1,
     tasks: TasksOption = None,
-    truth: Annotated[str | None, typer.Option(help="As for evaluate grounding.")] = None,
+    truth: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of <slide>.geojson, or trees.csv for patch models; default: lesions/, or "
+            "that file, beside the slides' folder."
+        ),
+    ] = None,
     split: SplitOption = "test",
     address: AddressOption = None,
     config: ConfigOption = None,
