@@ -29,6 +29,8 @@ TREE_OFFSETS = (0, 1, 5, 21)
 """Index of the first node of each level."""
 TREE_NODES = 85
 """Nodes of a whole tree: 1 + 4 + 16 + 64."""
+LEVEL_OF: NDArray[np.int64] = np.repeat(np.arange(4), [1, 4, 16, 64])
+"""Level of each node of a whole tree [85], 0 the coarsest."""
 FIELD_OFF = 1.25
 """Largest ratio between the side of a patch and of the nodes of the level it stands for."""
 
@@ -377,7 +379,7 @@ def patch_tree(
     """
     if not 1 <= levels <= len(TREE_OFFSETS):
         raise ValueError(f"levels is {levels}, must be 1 to {len(TREE_OFFSETS)}")
-    level = np.repeat(np.arange(levels), 4 ** np.arange(levels))
+    level = LEVEL_OF[levels > LEVEL_OF]
     row, col = np.divmod(np.arange(len(level)) - np.array(TREE_OFFSETS)[level], 2**level)
     above = np.maximum(level - 1, 0)
     parent = np.array(TREE_OFFSETS)[above] + row // 2 * 2**above + col // 2

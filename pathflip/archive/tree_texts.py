@@ -22,7 +22,7 @@ from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.schema import CHECKSUM, intact_rows, tree_text_id, tree_texts_schema
 from pathflip.archive.storage import damaged_error, guarded, is_local
 from pathflip.archive.trees import TREE_TEXTS, ensure_tree_texts
-from pathflip.errors import ArchiveError
+from pathflip.errors import ArchiveError, ConfigError
 from pathflip.geometry import TREE_NODES
 from pathflip.keywords import (
     Keywords,
@@ -113,6 +113,24 @@ def text_sources(archive: Archive) -> list[str]:
     with guarded(archive.uri, f"read the table {TREE_TEXTS}", damaged=is_local(archive.uri)):
         rows = archive.dataset(TREE_TEXTS).to_table(columns=["source"])
     return sorted(pc.unique(rows["source"]).to_pylist())
+
+
+def check_source(archive: Archive, source: str | None) -> None:
+    """Refuse to choose among several sources of captions.
+
+    Args:
+        archive: The archive.
+        source: The source that was named, if any.
+
+    Raises:
+        ConfigError: None was, and there are several (``source``).
+    """
+    if source is None and len(known := text_sources(archive)) > 1:
+        raise ConfigError(
+            f"Patch trees of {archive.uri} have captions of {', '.join(known)}.",
+            hint="Say which: with --source, or -o source= to train.",
+            code="source",
+        )
 
 
 def write_tree_texts(

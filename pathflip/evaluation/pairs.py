@@ -16,8 +16,8 @@ from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap
 from pathflip.evaluation.patch_text import PatchReader
 from pathflip.evaluation.retrieval import SHUFFLES, retrieval
-from pathflip.evaluation.tree_vectors import LEVEL_OF, encode_trees, node_captions
-from pathflip.geometry import level_name
+from pathflip.evaluation.tree_vectors import encode_trees, node_captions
+from pathflip.geometry import LEVEL_OF, level_name
 from pathflip.progress import Report
 
 if TYPE_CHECKING:

@@ -15,18 +15,23 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pathflip.archive.trees import read_trees, take_features, tree_encoders, tree_spec
+from pathflip.archive.tree_texts import check_source
+from pathflip.archive.trees import (
+    TREE_TEXTS,
+    read_trees,
+    take_features,
+    tree_encoders,
+    tree_spec,
+)
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.evaluation.encode import SlideRow, slide_rows
 from pathflip.evaluation.patch_text import PatchReader
-from pathflip.geometry import TREE_NODES, TREE_OFFSETS
+from pathflip.geometry import LEVEL_OF, TREE_NODES, TREE_OFFSETS
 from pathflip.progress import Progress, Report
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
 
-LEVEL_OF: NDArray[np.int64] = np.repeat(np.arange(4), [1, 4, 16, 64])
-"""Level of each of the 85 nodes."""
 BANK = 4096
 """Most keywords of a bank."""
 _AT_ONCE = 64
@@ -192,11 +197,11 @@ def node_captions(
     Args:
         archive: Archive with captions of trees.
         trees: Keys of the trees; no other row is opened.
-        source: Source of the captions; may be left out when there is one.
+        source: Source of the captions; may be left out when the archive has one.
 
     Raises:
-        ConfigError: None of the trees has captions (``no_captions``), or there are several sources
-            and none was named (``source``).
+        ConfigError: None of the trees has captions (``no_captions``), or the archive has several
+            sources and none was named (``source``).
     """
     found: dict[str, list[str | None]] = {}
     for tree_id, captions in _texts(archive, trees, "captions", source=source):
@@ -221,11 +226,12 @@ def keyword_bank(
     Args:
         archive: Archive the model was trained on.
         reader: The model; what it was trained on is of split train.
-        source: Source of the captions; may be left out when there is one.
+        source: Source of the captions; may be left out when the archive has one.
         most: Largest number of keywords.
 
     Raises:
-        ConfigError: Training trees have no keywords (``no_captions``).
+        ConfigError: Training trees have no keywords (``no_captions``), or see
+            :func:`node_captions`.
     """
     slides = {row.slide_id for row in tree_slides(archive, reader, splits=("train",))}
     rows = read_trees(archive, columns=["tree_id", "slide_id"])
@@ -246,8 +252,7 @@ def _texts(
     archive: Archive, trees: Sequence[str], column: str, *, source: str | None
 ) -> Iterator[tuple[str, list[str | None]]]:
     """Yield (tree_id, a column of ``tree_texts``) of these trees, from one source."""
-    from pathflip.archive.trees import TREE_TEXTS
-
+    check_source(archive, source)
     if TREE_TEXTS not in archive.tables():
         return
     columns = ["tree_id", "source", column]
@@ -255,13 +260,6 @@ def _texts(
     for start in range(0, len(trees), 512):
         wanted = ", ".join("'" + one.replace("'", "''") + "'" for one in trees[start : start + 512])
         rows = dataset.to_table(columns=columns, filter=f"tree_id IN ({wanted})").to_pylist()
-        sources = sorted({row["source"] for row in rows})
-        if source is None and len(sources) > 1:
-            raise ConfigError(
-                f"Patch trees of {archive.uri} have captions of {', '.join(sources)}.",
-                hint="Say which with --source.",
-                code="source",
-            )
         for row in sorted(rows, key=lambda row: str(row["tree_id"])):
             if source in (None, row["source"]):
                 yield row["tree_id"], row[column] or []

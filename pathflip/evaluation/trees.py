@@ -29,13 +29,12 @@ from pathflip.evaluation.patch_text import PatchReader, class_weights, softmax
 from pathflip.evaluation.probe import fit_predict
 from pathflip.evaluation.prompts import PLACEHOLDER, read_classes
 from pathflip.evaluation.tree_vectors import (
-    LEVEL_OF,
     TreeVectors,
     encode_trees,
     keyword_bank,
     node_quadrants,
 )
-from pathflip.geometry import TREE_NODES, level_name
+from pathflip.geometry import LEVEL_OF, TREE_NODES, level_name
 from pathflip.interop.tables import bad_line, needed_column
 from pathflip.progress import Report
 

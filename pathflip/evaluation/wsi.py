@@ -31,8 +31,8 @@ from pathflip.evaluation.patch_text import (
     softmax,
 )
 from pathflip.evaluation.prompts import TEMPLATES
-from pathflip.evaluation.tree_vectors import LEVEL_OF, encode_trees
-from pathflip.geometry import level_name, nearest_level
+from pathflip.evaluation.tree_vectors import encode_trees
+from pathflip.geometry import LEVEL_OF, level_name, nearest_level
 from pathflip.interop.tables import is_unknown
 from pathflip.progress import Progress, Report
 

@@ -45,6 +45,15 @@ def bounded(x: Tensor, low: float, high: float) -> Tensor:
     return out
 
 
+def similarity(one: Tensor, other: Tensor) -> Tensor:
+    """Compute dot products [..., m, d] · [..., n, d] in float32, under autocast as well.
+
+    Cosines in bfloat16 have steps of 0.004 near 1: similar keywords would tie.
+    """
+    with torch.autocast(one.device.type, enabled=False):
+        return one.float() @ other.float().mT
+
+
 def own_positives(own: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the first keywords of each patch's own caption, as many as there are up to the limit.
 

@@ -18,15 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathflip.geometry import TREE_NODES, patch_tree
+from pathflip.geometry import LEVEL_OF, TREE_NODES, patch_tree
 from pathflip.models.mrplip_config import MRPLIPConfig
 from pathflip.models.tree_batch import TreeBatch
 
 FEWEST_KEYWORDS = 4
 """A tree with fewer has no choice of positives, and is left out of the alignment."""
 _TREE = patch_tree([0], [0], mpp=0.25)
-LEVEL_OF = _TREE.level.astype(np.int64)
-"""Level of each node."""
 EDGES = _TREE.edges.astype(np.int64)
 """Parent and child [84, 2]."""
 

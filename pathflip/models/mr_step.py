@@ -68,7 +68,7 @@ def losses_of(model: MRPLIP, batch: TreeBatch, plan: Plan, *, group: Any) -> MRP
             spread = F.normalize(f.detach(), dim=-1).std(0, correction=0).mean()
             alarms["z_std"] = spread * config.projection**0.5
         if config.has("itm"):
-            similarity = (image @ text.T).detach() / model.tau.detach()
+            similarity = (mr_losses.similarity(image, text) / model.tau).detach()
             wrong = _hard_negatives(similarity, plan, batch.pair_bag)
             tried = [*((i, i) for i in range(len(pairs))), *wrong]
             sequences = [[pairs[i], *bank.text(captions + j)] for i, j in tried]
@@ -104,15 +104,16 @@ def _itc(model: MRPLIP, image: Tensor, text: Tensor, caption_id: Tensor, group: 
         both, offset = losses.gather_ragged(torch.cat([image, text], -1), group)
         images, texts = both[:, : model.config.d], both[:, model.config.d :]
         ids, _ = losses.gather_ragged(caption_id, group)
-    mean = losses.info_nce(
-        image,
-        text,
-        temperature=model.tau,
-        all_slides=images,
-        all_texts=texts,
-        offset=offset,
-        same=caption_id[:, None] == ids,
-    )
+    with torch.autocast(image.device.type, enabled=False):  # see mr_losses.similarity
+        mean = losses.info_nce(
+            image,
+            text,
+            temperature=model.tau,
+            all_slides=images,
+            all_texts=texts,
+            offset=offset,
+            same=caption_id[:, None] == ids,
+        )
     return mean * len(image)
 
 
@@ -136,7 +137,7 @@ def _align(
         for x in (plan.present, plan.index, plan.real, plan.own, plan.limit, plan.aligned)
     )
     # Without a keyword in the step there is nothing to score, but w stays part of the graph.
-    scores = v @ w[index].transpose(1, 2) if len(w) else v[..., :0] + w.sum()  # [G, V, k]
+    scores = mr_losses.similarity(v, w[index]) if len(w) else v[..., :0] + w.sum()  # [G, V, k]
     if config.takes_own(progress):
         place, chosen = mr_losses.own_positives(own, limit)
     else:
@@ -150,7 +151,7 @@ def _align(
         totals["cvta"] = total
         count = plan.counts["cvta"]
         alarms["cvta_floor"] = (total.detach() - least) / (count or torch.nan)
-        alarms["cvta_skipped"] = total.new_tensor(len(v) - count)
+        alarms["cvta_skipped"] = total.new_tensor(1 - count / len(v))
         times = torch.bincount(keyword[chosen & there[..., None]], minlength=len(w))
         alarms["keyword_entropy"] = mr_losses.keyword_entropy(times)
     return keyword, chosen

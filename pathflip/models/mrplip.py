@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from pathflip.errors import ConfigError
+from pathflip.geometry import LEVEL_OF
 from pathflip.models import hub, inputs, losses, mr_losses, mr_step
 from pathflip.models.config import changed
 from pathflip.models.fusion import FusionEncoder, WordHead
-from pathflip.models.mr_plan import LEVEL_OF, Plan, make_plan, plain_tokens
+from pathflip.models.mr_plan import Plan, make_plan, plain_tokens
 from pathflip.models.mrplip_config import TAU, MRPLIPConfig, mr_preset
 from pathflip.models.norm import Predictor, Projector
 from pathflip.models.outputs import MRPLIPOutput
@@ -67,7 +68,7 @@ class MRPLIP(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         inputs.add_statistics(self)
-        self.register_buffer("levels", torch.from_numpy(LEVEL_OF), persistent=False)
+        self.register_buffer("levels", torch.tensor(LEVEL_OF), persistent=False)
         self.visual = nn.Linear(config.feature_dim, config.d)
         self.level = nn.Embedding(4, config.d)
         self.text_tower = build_tower(config, vocab_size=len(tokenizer), text_config=text_config)

@@ -47,8 +47,8 @@ class MRPLIPOutput:
         text: Normalised vectors of their captions [P, d].
         alarms: Signs of collapse, NaN where the batch does not tell: ``keyword_entropy`` of chosen
             keywords (1: even), ``cvta_floor`` (that loss above the least it could be),
-            ``cvta_skipped`` (trees left out of it), ``z_std`` (of unit projections, 1: spread
-            evenly), ``match_accuracy``.
+            ``cvta_skipped`` (share of trees left out of it, which is no such sign), ``z_std`` (of
+            unit projections, 1: spread evenly), ``match_accuracy``.
         loss_itc: Contrastive loss of pairs.
         loss_itm: Matching loss; None where off, as the others.
         loss_mlm: Loss of masked words.

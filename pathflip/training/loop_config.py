@@ -31,7 +31,8 @@ class LoopConfig:
 
     Attributes:
         encoder: Encoder of the features to train on; None where the archive holds one encoder.
-        source: Source of the captions to train on; None takes the first source each item has.
+        source: Source of the captions to train on; None takes the first source each slide has, and
+            for trees the only one there is.
         val_fraction: Share of patients held out to validate where the archive names no split.
         batch_size: Number of items (slides, trees) in a step, over all workers and micro-batches.
         accumulate: Micro-batches a step is cut into, to save memory; negatives come from one

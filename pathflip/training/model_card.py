@@ -143,8 +143,16 @@ def patch_card(
                 f"{own['chance']['r@1']:.3f} |"
                 for level, own in ({"all levels": val} | val["levels"]).items()
             ), "",
-            "These trees chose the weights: measure on others before quoting a figure.",
         ]  # fmt: skip
+        if config.best != "last":
+            lines += ["These trees chose the weights: measure on others before quoting a figure."]
+        else:
+            lines += ["These are the last weights, which no figure chose."]
+        if skipped := val.get("cvta_skipped"):  # None without that loss
+            lines += [
+                "",
+                f"Left out of cvta for want of keywords: {skipped:.0%} of validation trees.",
+            ]
         if val["collapsed"]:
             lines += ["", f"**Signs of collapse**: {', '.join(val['collapsed'])}."]
     else:

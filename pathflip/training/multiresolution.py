@@ -20,19 +20,19 @@ import torch
 
 from pathflip.archive import Archive
 from pathflip.checkpoints import Checkpoint, write_whole
-from pathflip.geometry import TreeSpec, level_name
+from pathflip.geometry import LEVEL_OF, TreeSpec, level_name
 from pathflip.models import MRPLIP, MRPLIPConfig, MRPLIPOutput, TreeBatch
 from pathflip.models.data_init import warm_start_patches
 from pathflip.training.model_card import about_patch_model, patch_card
 from pathflip.training.objective import Loss, Objective, Stage, Worker
 from pathflip.training.run_dir import load_tensors
 from pathflip.training.tree_config import MRPretrainConfig
-from pathflip.training.tree_corpus import LEVELS, TreeCorpus, make_tree_corpus, unchanged_rows
+from pathflip.training.tree_corpus import TreeCorpus, make_tree_corpus, unchanged_rows
 from pathflip.training.tree_dataset import VAL_PAIRS, TreeDataset
 
 logger = logging.getLogger(__name__)
 
-ALARMS = ("keyword_entropy", "cvta_floor", "z_std", "match_accuracy")
+ALARMS = ("keyword_entropy", "cvta_floor", "cvta_skipped", "z_std", "match_accuracy")
 """Signs of collapse that are logged; see :class:`pathflip.models.MRPLIPOutput`."""
 EVEN_KEYWORDS = 0.5
 """Entropy of the chosen keywords, as a share of an even choice's, below which few are hubs."""
@@ -166,10 +166,10 @@ class MultiResolution(Objective[TreeDataset, MRPretrainConfig]):
             start = number * len(chunks[0]) * VAL_PAIRS
             mine = slice(start, start + len(output.image))
             vectors[:, mine] = torch.stack([output.image, output.text]).float().cpu()
-            about[0, mine] = torch.from_numpy(LEVELS[batch.pair_node.cpu()]) + 1
+            about[0, mine] = torch.from_numpy(LEVEL_OF[batch.pair_node.cpu()]) + 1
             about[1, mine] = batch.caption_id.cpu()
             for i, name in enumerate(names):
-                sums[:, i] += _terms(output, name)
+                sums[:, i] += _terms(output, name, trees=len(chunks[number]))
         vectors, about = worker.summed(vectors), worker.summed(about)
         totals, counts = worker.summed(sums).tolist()
         drawn = about[0] > 0
@@ -260,8 +260,11 @@ def sentence(collapsed: list[str], means: Mapping[str, float | None]) -> str:
     return f"The model shows signs of collapse: {'; '.join(said)}."
 
 
-def _terms(output: MRPLIPOutput, name: str) -> torch.Tensor:
-    """Return the sum of a loss or an alarm over a batch and its count [2]; zeros if it is off."""
+def _terms(output: MRPLIPOutput, name: str, *, trees: int) -> torch.Tensor:
+    """Return the sum of a loss or an alarm over a batch and its count [2]; zeros if it is off.
+
+    Alarms count by trees, of which the last batch has fewer.
+    """
     part = name.removeprefix("loss_")
     if part in output.totals:
         value, count = output.totals[part], output.counts[part]
@@ -269,7 +272,7 @@ def _terms(output: MRPLIPOutput, name: str) -> torch.Tensor:
     alarm = output.alarms.get(name)
     if alarm is None or not math.isfinite(float(alarm)):
         return torch.zeros(2, dtype=torch.float64)
-    return torch.tensor([float(alarm), 1.0], dtype=torch.float64)
+    return torch.tensor([float(alarm) * trees, trees], dtype=torch.float64)
 
 
 def _retrieval(image: Any, text: Any, ids: Any) -> dict[str, Any]:

@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 from pathflip.archive import Archive, vectors
 from pathflip.archive.schema import CHECKSUM, tree_text_id
 from pathflip.archive.storage import guarded
+from pathflip.archive.tree_texts import check_source
 from pathflip.archive.trees import TREE_TEXTS, TREES, read_trees, tree_encoder, tree_spec
 from pathflip.errors import ArchiveError, CheckpointError
-from pathflip.geometry import TREE_NODES, TREE_OFFSETS
+from pathflip.geometry import LEVEL_OF, TREE_NODES
 from pathflip.training.dataset import patient_of, splits_of
 from pathflip.training.rows import RowReader, changed, damaged
 
-LEVELS = np.repeat(np.arange(4), np.diff([*TREE_OFFSETS, TREE_NODES]))
-"""Level of each node, int64 [85]."""
 _TEXTS_AT_ONCE = 1024
 
 
@@ -142,7 +141,7 @@ def make_tree_corpus(
     Args:
         archive: The archive.
         encoder: Encoder of the features; may be left out where trees have one encoder.
-        source: Source of the captions; without it, the first source (by name) each tree has.
+        source: Source of the captions; may be left out when the archive has one.
         levels: Levels that are trained on, 0 (coarsest) to 3.
         seed: Seed of the split.
         val_fraction: Share of patients held out to validate, where the archive has no split.
@@ -150,13 +149,15 @@ def make_tree_corpus(
     Raises:
         ArchiveError: No trees (``no_trees``), none with features of the encoder
             (``unknown_encoder``) or with captions (``no_captions``).
-        ConfigError: A split of another name, or a patient with slides in several splits.
+        ConfigError: Several sources of captions and none was named (``source``), a split of another
+            name, or a patient with slides in several splits.
     """
     spec = tree_spec(archive)
     name, entry = tree_encoder(archive, encoder)
     columns = ["tree_id", "slide_id", "levels", "node_mask"]
     rows = read_trees(archive, columns=columns, encoder=name)
-    usable = (vectors(rows["node_mask"]) != 0) & np.isin(LEVELS, levels)
+    check_source(archive, source)
+    usable = (vectors(rows["node_mask"]) != 0) & np.isin(LEVEL_OF, levels)
     place = {tree: i for i, tree in enumerate(rows["tree_id"].to_pylist())}
     chosen, text_bytes = _choose_texts(archive, place, usable, source=source)
     if not chosen:
@@ -222,7 +223,7 @@ def _choose_texts(
             if at is None or (source is not None and own != source):
                 continue
             count = int(((said[row] > 0) & usable[at]).sum())
-            if count and (at not in found or own < found[at][0]):
+            if count:
                 found[at] = (own, count)
                 sizes[at] = int(said[row].sum()) + 16 * int(words[row])
     return found, sum(sizes.values())

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from pathflip.archive import Archive, vectors
 from pathflip.archive.tree_texts import decode_keywords
-from pathflip.geometry import TREE_NODES
+from pathflip.geometry import LEVEL_OF, TREE_NODES
 from pathflip.models.tree_batch import TreeBatch
 from pathflip.training.dataset import rng_for
 from pathflip.training.order import epoch_order, steps_per_epoch
 from pathflip.training.rows import damaged
-from pathflip.training.tree_corpus import LEVELS, TreeCorpus, spread_over, unchanged_rows
+from pathflip.training.tree_corpus import TreeCorpus, spread_over, unchanged_rows
 
 VAL_TREES, VAL_PAIRS = 1024, 8
 """A validation uses at most so many trees, and so many pairs of each."""
@@ -271,7 +271,7 @@ class TreeDataset:
     def start_data(self) -> tuple[torch.Tensor, list[str], list[str]]:
         """Patches of :meth:`start_trees`, float32 [n, d], their captions and their keywords."""
         trees = self.start_trees()
-        mask = self.reader.mask[trees] & np.isin(LEVELS, self.sampling.levels)
+        mask = self.reader.mask[trees] & np.isin(LEVEL_OF, self.sampling.levels)
         features = torch.from_numpy(self.reader.features(trees)[mask]).float()
         texts = self.reader.texts(trees)
         captions = [text for tree in texts for text in tree.captions if text is not None]
@@ -295,7 +295,7 @@ class TreeDataset:
             pairs: Largest number of pairs of a tree; None for that of the run.
         """
         sampling = self.sampling
-        mask = self.reader.mask[trees] & np.isin(LEVELS, sampling.levels)
+        mask = self.reader.mask[trees] & np.isin(LEVEL_OF, sampling.levels)
         features = self.reader.features(trees)
         texts = self.reader.texts(trees)
         place: dict[str, int] = {}
@@ -396,7 +396,7 @@ def draw_nodes(
                 most -= 1
 
     for level, quota in zip(levels, quotas(num, levels), strict=True):
-        take([node for node in left if LEVELS[node] == level], quota)
+        take([node for node in left if LEVEL_OF[node] == level], quota)
     take(left, num - len(chosen))
     chosen += [node for node in left if node not in chosen][: num - len(chosen)]
     return sorted(chosen)

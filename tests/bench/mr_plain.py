@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pathflip.geometry import LEVEL_OF
 from pathflip.models import MRPLIP, TreeBatch
-from pathflip.models.mr_plan import LEVEL_OF
 
 
 def losses(

@@ -19,7 +19,7 @@ from pathflip.checkpoints import latest_checkpoint, load_run
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.geometry import TREE_NODES
 from pathflip.models import MRPLIP
-from pathflip.training import run_dir, trainer
+from pathflip.training import run_dir, trainer, tree_dataset
 from pathflip.training.multiresolution import MultiResolution, collapse, sentence
 from pathflip.training.objective import Worker
 from pathflip.training.trainer import train
@@ -46,7 +46,9 @@ NOT_COMPARED = ("trees_per_s", "memory_mb", "seconds")
 
 
 def uneven_caption(tree: int, node: int, pattern: str, nuclei: str) -> str | None:
-    """Say of tree 3 three words in all, and of every fourth node nothing."""
+    """Caption three nodes of tree 3, tree 6 with two keywords, and no fourth node of others."""
+    if tree == 6:
+        return f"{nuclei} nuclei in field {node}"
     if tree == 3:
         return plain_caption(tree, node, pattern, nuclei) if node in (0, 30, 60) else None
     return None if node % 4 == 3 else plain_caption(tree, node, pattern, nuclei)
@@ -124,6 +126,7 @@ def test_losses_and_alarms_are_logged(whole: Path) -> None:
         assert 0 <= line["keyword_entropy"] <= 1
         assert 0 <= line["match_accuracy"] <= 1
         assert 0 < line["z_std"] < 1.5
+        assert line["cvta_skipped"] == 0
     assert steps[-1]["loss"] < steps[0]["loss"]
     # 4 trees of 8 pairs: a model that knows nothing.
     assert steps[0]["loss_itc"] < 2 * np.log(32)
@@ -135,6 +138,7 @@ def test_losses_and_alarms_are_logged(whole: Path) -> None:
     assert val[-1]["loss"] == pytest.approx(sum(val[-1][name] for name in names))
     assert val[-1]["mean_recall"] > 1.5 * np.mean(list(val[-1]["chance"].values()))
     assert isinstance(val[-1]["collapsed"], list)
+    assert val[-1]["cvta_skipped"] == pytest.approx(1 / 6)
 
 
 @pytest.mark.parametrize("until", [3, 11])
@@ -213,6 +217,8 @@ def test_the_exported_model(archive: str, whole: Path, tmp_path: Path) -> None:
     card = (run / "README.md").read_text()
     assert "18 training trees of 9 slides and 9 patients" in card
     assert "| 40x |" in card
+    assert "Left out of cvta for want of keywords: 17% of validation trees." in card
+    assert (result["best_step"], "no figure chose" in card) == (STEPS, True)
     assert settings_of(run) == objective.config
     with pytest.raises(CheckpointError, match=r"is a run of pathflip pretrain --preset mrplip"):
         load_run(run)
@@ -234,6 +240,7 @@ def test_a_collapse_is_said(
     archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Projections of a constant: their spread is 0."""
+    monkeypatch.setattr(tree_dataset, "VAL_TREES_AT_ONCE", 5)
     objective, dataset = run_dir.prepare(MultiResolution(settings()), archive, tmp_path / "run")
     model = objective.build(dataset, tmp_path / "run" / "init")
     monkeypatch.setattr(
@@ -242,6 +249,7 @@ def test_a_collapse_is_said(
     with caplog.at_level(logging.WARNING), torch.no_grad():
         val = objective.evaluate(model, dataset, Worker())
     assert val["collapsed"] == ["z_std"]
+    assert val["cvta_skipped"] == pytest.approx(1 / 6), "of six trees, in batches of five and one"
     assert "text-guided vectors are nearly one vector" in caplog.text
     assert val["loss"] > val["loss_mrtva"]
 
@@ -341,6 +349,27 @@ def test_dry_run(archive: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     error = json.loads(capsys.readouterr().out)["error"]
     assert "mrplip/mini" in error["hint"]
     assert "pathflip/mini" in error["hint"]
+
+
+def test_a_dry_run_refuses_captions_of_several_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pathflip.cli import main
+
+    uri = str(make_tree_archive(tmp_path / "a", slides=8))
+    with Committer(uri) as committer:
+        said = [f"another text {node}" for node in range(TREE_NODES)]
+        write_texts(committer, [text_row("slide001", tx=1, captions=said, source="vlm")])
+    words = ["pretrain", "--archive", uri, "--run", str(tmp_path / "run"), "--dry-run", "--json"]
+    words += [word for setting in SETTINGS for word in ("--preset", "mrplip/mini", "-o", setting)]
+    with pytest.raises(SystemExit):
+        main(words)
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "source"
+    assert "-o source=" in error["hint"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "-o", "source=oracle"])
+    assert not ended.value.code
 
 
 @pytest.mark.ray

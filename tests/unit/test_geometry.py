@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
 from pathflip.geometry import (
+    LEVEL_OF,
     TREE_OFFSETS,
     Regions,
     Tiling,
@@ -281,6 +282,10 @@ def test_tree_indices_follow_the_formula() -> None:
     assert tree.rects.shape == (2, 85, 4)
     assert TREE_OFFSETS == (0, 1, 5, 21)
     assert tree.rects[1, 0].tolist() == [3 * 4096, 4096, 4096, 4096]
+    assert tree.level.tolist() == LEVEL_OF.tolist()
+    assert LEVEL_OF.tolist() == [
+        sum(node >= first for first in TREE_OFFSETS) - 1 for node in range(85)
+    ]
     assert tree.mpp[[0, 1, 5, 21]].tolist() == [2, 1, 0.5, 0.25]
     for node, (level, row, col) in enumerate(zip(tree.level, tree.row, tree.col, strict=True)):
         assert tree_node(int(level), int(row), int(col)) == node

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pathflip.geometry import LEVEL_OF
 from pathflip.models import losses, mr_losses
-from pathflip.models.mr_plan import LEVEL_OF
 from pathflip.models.norm import GatheredBatchNorm, Predictor, Projector
 
 

@@ -17,9 +17,9 @@ from pathflip.archive.commit import Committer
 from pathflip.archive.schema import row_checksum
 from pathflip.archive.trees import TREE_TEXTS
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
-from pathflip.geometry import TREE_NODES
+from pathflip.geometry import LEVEL_OF, TREE_NODES
 from pathflip.models.tree_batch import TreeBatch
-from pathflip.training.tree_corpus import LEVELS, TreeCorpus, make_tree_corpus
+from pathflip.training.tree_corpus import TreeCorpus, make_tree_corpus
 from pathflip.training.tree_dataset import (
     TreeDataset,
     TreeReader,
@@ -103,6 +103,19 @@ def test_what_there_is_nothing_to_train_on_is_said(tmp_path: Path) -> None:
         make_tree_corpus(Archive(uri), encoder="uni")
 
 
+def test_among_several_sources_of_captions_one_is_named(tmp_path: Path) -> None:
+    """Though no tree has two."""
+    uri = make_tree_archive(tmp_path / "a", slides=4, caption=half_captioned)
+    said = [f"another text {node}" for node in range(TREE_NODES)]
+    with Committer(uri) as committer:
+        write_texts(committer, [text_row("slide002", tx=1, captions=said, source="vlm")])
+    with pytest.raises(ConfigError, match="have captions of oracle, vlm") as caught:
+        make_tree_corpus(Archive(uri))
+    assert caught.value.code == "source"
+    assert set(make_tree_corpus(Archive(uri), source="oracle").sources) == {"oracle"}
+    assert make_tree_corpus(Archive(uri), source="vlm").tree_ids == ["slide002/1_0"]
+
+
 def test_levels_that_do_not_train_do_not_count(archive: Path) -> None:
     """Tree 2 has no 40x nodes."""
     made = make_tree_corpus(Archive(archive), levels=(3,))
@@ -134,7 +147,7 @@ def test_pairs_are_of_all_levels_and_of_epoch_and_tree() -> None:
     captions = [f"caption {node}" for node in range(TREE_NODES)]
     drawn = draw_nodes(captions, num=8, **KEY)
     assert drawn == sorted(set(drawn))
-    assert Counter(LEVELS[drawn].tolist()) == {0: 1, 1: 2, 2: 2, 3: 3}
+    assert Counter(LEVEL_OF[drawn].tolist()) == {0: 1, 1: 2, 2: 2, 3: 3}
     assert drawn == draw_nodes(captions, num=8, **KEY)
     assert drawn != draw_nodes(captions, num=8, **{**KEY, "epoch": 1})
     assert drawn != draw_nodes(captions, num=8, **{**KEY, "tree_id": "s/0_1"})
@@ -145,7 +158,7 @@ def test_pairs_are_of_all_levels_and_of_epoch_and_tree() -> None:
     )
     assert times[0] == 400
     for level, expected in ((1, 200), (2, 50), (3, 18.75)):
-        counts = [times[node] for node in np.flatnonzero(level == LEVELS).tolist()]
+        counts = [times[node] for node in np.flatnonzero(level == LEVEL_OF).tolist()]
         assert np.abs(np.array(counts) - expected).max() < 5 * np.sqrt(expected)
 
 
@@ -154,7 +167,7 @@ def test_what_a_level_lacks_goes_to_the_others() -> None:
     captions = [f"c{node}" if node < 21 and node % 2 == 0 else None for node in range(TREE_NODES)]
     drawn = draw_nodes(captions, num=8, **KEY)
     assert len(drawn) == 8
-    assert Counter(LEVELS[drawn].tolist())[0] == 1
+    assert Counter(LEVEL_OF[drawn].tolist())[0] == 1
     assert set(draw_nodes(captions, num=16, **KEY)) == set(range(0, 21, 2))
     assert draw_nodes([None] * TREE_NODES, num=8, **KEY) == []
 
@@ -264,11 +277,11 @@ def test_levels_that_are_not_read_are_not_shown(corpus: TreeCorpus) -> None:
     """Nor are their words: a model of one level must not read what another level shows."""
     sampling = replace(SAMPLING, levels=(2,))
     batch = TreeDataset(corpus, sampling).micro_batches(0)[0]
-    assert not batch.node_mask[:, LEVELS != 2].any()
-    assert not batch.features[:, LEVELS != 2].any()
-    assert (LEVELS[batch.pair_node] == 2).all()
+    assert not batch.node_mask[:, LEVEL_OF != 2].any()
+    assert not batch.features[:, LEVEL_OF != 2].any()
+    assert (LEVEL_OF[batch.pair_node] == 2).all()
     assert set(batch.keywords) <= {"grooved", "stippled", "granular", "nuclei"}
-    assert not batch.own[:, LEVELS != 2].any()
+    assert not batch.own[:, LEVEL_OF != 2].any()
 
 
 def test_a_tree_without_keywords_has_none(tmp_path: Path) -> None:
