@@ -10,6 +10,7 @@ Shapes: n tiles, C classes, d joint width.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,10 +51,14 @@ def fit_predict(
         test: Vectors [m, d].
         classes: C, number of classes of the task.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=strength(x.shape[1], classes), solver="lbfgs", max_iter=1000)
-    found: NDArray[np.int64] = model.fit(x, y).predict(test).astype(np.int64)
+    with warnings.catch_warnings():
+        # The convention stops after 1,000 iterations, converged or not.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found: NDArray[np.int64] = model.fit(x, y).predict(test).astype(np.int64)
     return found
 
 
