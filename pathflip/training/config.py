@@ -12,7 +12,7 @@ from pathflip.config import check_positive, load_config
 from pathflip.errors import ConfigError
 from pathflip.models import PRESETS, InstructConfig, PathFLIPConfig
 from pathflip.training.examples import Examples
-from pathflip.training.loop_config import LoopConfig, preset_name
+from pathflip.training.loop_config import LoopConfig, from_preset, preset_name, recall_or_loss
 from pathflip.training.slide_batches import Sampling
 
 DEFAULT_PRESET, DEFAULT_TUNE_PRESET = "pathflip/paper", "instruct/paper"
@@ -127,12 +127,7 @@ class PretrainConfig(TrainConfig):
 
     def metric(self, val: Mapping[str, Any]) -> float | None:
         """Return the checkpoint-selection metric of a validation; higher is better."""
-        if self.best == "last":
-            return None
-        value = val["mean_recall"] if self.best == "recall" else val["loss"]
-        if value is None:
-            return None
-        return float(value) if self.best == "recall" else -float(value)
+        return recall_or_loss(self.best, val)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,29 +225,11 @@ def resolve(
     overrides: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
 ) -> PretrainConfig:
-    """Return settings of a pretraining: a preset, a file over it, then overrides, then flags.
-
-    Args:
-        preset: The preset; without it the one the overrides or the file name, else
-            ``pathflip/paper``.
-        base: Settings to start from instead of a preset's.
-        file: YAML file of settings.
-        overrides: ``key=value``; the model's are ``model.key=value``.
-        given: Values that win over everything.
-
-    Raises:
-        ConfigError: Unknown preset or setting, or a value that cannot be.
-    """
-    if base is not None:
-        return load_config(PretrainConfig, base=base, file=file, overrides=overrides, given=given)
-    name = preset_name(preset, PRESETS, DEFAULT_PRESET, file, overrides)
-    return load_config(
-        PretrainConfig,
-        base={**PRESETS[name].train, "model": PRESETS[name].model},
-        file=file,
-        overrides=overrides,
-        given={**(given or {}), "preset": name},
-    )
+    """Return settings of a pretraining on slides; see :func:`loop_config.from_preset`."""
+    return from_preset(
+        PretrainConfig, PRESETS, DEFAULT_PRESET,
+        preset=preset, base=base, file=file, overrides=overrides, given=given,
+    )  # fmt: skip
 
 
 def resolve_tuning(

@@ -5,7 +5,6 @@ PathFLIP, arXiv 2512.17621: the slide loss is Eq. 7-9, the region loss Eq. 6.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,14 +14,14 @@ import numpy as np
 import torch
 
 from pathflip.archive import Archive
-from pathflip.checkpoints import Checkpoint, write_whole
+from pathflip.checkpoints import Checkpoint
 from pathflip.models import PathFLIP, PathFLIPOutput
 from pathflip.models.data_init import warm_start
 from pathflip.training.config import PretrainConfig
 from pathflip.training.dataset import Corpus, make_corpus
 from pathflip.training.model_card import about_model, pretrained_card
-from pathflip.training.objective import Loss, Objective, Stage, Worker
-from pathflip.training.run_dir import load_tensors
+from pathflip.training.objective import Loss, Objective, Worker
+from pathflip.training.run_dir import load_tensors, write_model
 from pathflip.training.slide_batches import SlideBatch, SlideDataset, named_means
 
 
@@ -94,19 +93,6 @@ class Contrastive(Objective[SlideDataset, PretrainConfig]):
         """Build the slide model itself."""
         return PathFLIP.from_pretrained(str(init))
 
-    def stages(self, steps_per_epoch: int) -> list[Stage]:
-        """Return the one stage there is."""
-        config = self.config
-        return [
-            Stage(
-                name="all",
-                start=0,
-                steps=config.total_steps(steps_per_epoch),
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-            )
-        ]
-
     def losses(self, model: Any, batch: SlideBatch, *, group: Any) -> dict[str, Loss]:
         """Return slide and region loss of a micro-batch; each is a mean over its slides."""
         output = self._output(model, batch, group)
@@ -173,11 +159,5 @@ class Contrastive(Objective[SlideDataset, PretrainConfig]):
         about = about_model(
             self.config, corpus, result, run=run.name, fingerprint=model.fingerprint()
         )
-
-        def fill(part: Path) -> None:
-            model.save_pretrained(str(part))
-            (part / "pathflip.json").write_text(json.dumps(about, indent=1))
-            (part / "README.md").write_text(card)
-
-        write_whole(run / "model", fill, step=best.step)
+        write_model(run, model, about=about, card=card, step=best.step)
         return card

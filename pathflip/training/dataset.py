@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -89,16 +89,11 @@ class Corpus:
 
     def digest(self) -> str:
         """Return the sha256 of the corpus."""
-        body = [value for item in fields(self) if (value := getattr(self, item.name)) is not None]
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return digest_of(self)
 
     def save(self, path: str | Path) -> None:
         """Write the corpus as Parquet; ``about`` goes into the file's metadata."""
-        columns = {item.name: getattr(self, item.name) for item in fields(self)}
-        if self.questions is None:
-            del columns["questions"]
-        about = json.dumps(columns.pop("about") | {"digest": self.digest()})
-        pq.write_table(pa.table(columns).replace_schema_metadata({"about": about}), path)
+        save_items(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Corpus:
@@ -107,24 +102,64 @@ class Corpus:
         Raises:
             CheckpointError: If the file is damaged.
         """
-        try:
-            table = pq.read_table(path)
-            about = json.loads(table.schema.metadata[b"about"])
-            digest = about.pop("digest")
-            corpus = cls(**table.to_pydict(), about=about)
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise _unreadable(path) from error
-        if corpus.digest() != digest:
-            raise _unreadable(path)
-        return corpus
+        return load_items(cls, path)
 
 
-def _unreadable(path: str | Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path}, the list of slides of the run, is damaged.",
-        hint="Restore it from a copy, or begin again in another run folder.",
-        code="damaged",
-    )
+# -- lists of items on disk -----------------------------------------------------------------------
+
+
+class ItemList(Protocol):
+    """List of a run's items: a dataclass of parallel lists, None where left out, and ``about``.
+
+    Attributes:
+        unit: Name of an item, in the plural.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    unit: ClassVar[str]
+
+
+L = TypeVar("L", bound=ItemList)
+
+
+def digest_of(items: ItemList) -> str:
+    """Return the sha256 of a list of items."""
+    body = [value for item in fields(items) if (value := getattr(items, item.name)) is not None]
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def save_items(items: ItemList, path: str | Path) -> None:
+    """Write a list of items as Parquet; ``about`` and the digest go into the file's metadata."""
+    given = {item.name: getattr(items, item.name) for item in fields(items)}
+    about = json.dumps(given.pop("about") | {"digest": digest_of(items)})
+    columns = {name: value for name, value in given.items() if value is not None}
+    pq.write_table(pa.table(columns).replace_schema_metadata({"about": about}), path)
+
+
+def load_items(kind: type[L], path: str | Path) -> L:
+    """Read a list of items that :func:`save_items` wrote.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    try:
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[b"about"])
+        digest = about.pop("digest")
+        items: L = kind(**table.to_pydict(), **{"about": about})
+        intact = digest_of(items) == digest
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        raise CheckpointError(
+            f"{path}, the list of {kind.unit} of the run, is damaged.",
+            hint="Restore it from a copy, or begin again in another run folder.",
+            code="damaged",
+        )
+    return items
+
+
+# -- choosing slides ------------------------------------------------------------------------------
 
 
 def make_corpus(

@@ -7,7 +7,6 @@ questions. The base language model is read, never written or copied into checkpo
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from pathflip.training.config import TuneConfig
 from pathflip.training.dataset import Corpus, make_corpus
 from pathflip.training.model_card import about_model, tuned_card
 from pathflip.training.objective import Loss, Objective, Stage, Worker
-from pathflip.training.run_dir import load_tensors
+from pathflip.training.run_dir import load_tensors, write_model
 from pathflip.training.slide_batches import VAL_SLIDES, SlideBatch, SlideDataset, named_means
 
 logger = logging.getLogger(__name__)
@@ -243,11 +242,5 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
             "base": corpus.about["base"],
             "max_regions": self.config.max_regions,
         }
-
-        def fill(part: Path) -> None:
-            model.save_pretrained(part)
-            (part / "pathflip.json").write_text(json.dumps(about, indent=1))
-            (part / "README.md").write_text(card)
-
-        write_whole(run / "model", fill, step=best.step)
+        write_model(run, model, about=about, card=card, step=best.step)
         return card

@@ -105,6 +105,10 @@ class LoopConfig:
                 hint="Give --min-workers a number up to --max-workers.",
             )
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return how many optimisation steps the run has."""
+        return self.epochs * steps_per_epoch
+
     def _check_within(self, **highest: float) -> None:
         for name, high in highest.items():
             value = getattr(self, name)
@@ -167,6 +171,59 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def recall_or_loss(best: Literal["recall", "loss", "last"], val: Mapping[str, Any]) -> float | None:
+    """Return the checkpoint-selection metric of a validation by retrieval; higher is better.
+
+    Args:
+        best: Criterion: the mean of R@1/5/10 both ways, the loss, or none.
+        val: The validation.
+    """
+    if best == "last":
+        return None
+    value = val["mean_recall"] if best == "recall" else val["loss"]
+    if value is None:
+        return None
+    return float(value) if best == "recall" else -float(value)
+
+
+def from_preset(
+    kind: type[C],
+    presets: Mapping[str, Any],
+    default: str,
+    *,
+    preset: str | None = None,
+    base: C | None = None,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> C:
+    """Return settings of a pretraining: a preset, a file over it, then overrides, then flags.
+
+    Args:
+        kind: Class of the settings.
+        presets: Presets by name, each with the settings of model and training.
+        default: Preset where none is named.
+        preset: The preset; without it the one the overrides or the file name, else ``default``.
+        base: Settings to start from instead of a preset's.
+        file: YAML file of settings.
+        overrides: ``key=value``; the model's are ``model.key=value``.
+        given: Values that win over everything.
+
+    Raises:
+        ConfigError: Unknown preset or setting, or a value that cannot be.
+    """
+    if base is not None:
+        return load_config(kind, base=base, file=file, overrides=overrides, given=given)
+    name = preset_name(preset, presets, default, file, overrides)
+    return load_config(
+        kind,
+        base={**presets[name].train, "model": presets[name].model},
+        file=file,
+        overrides=overrides,
+        given={**(given or {}), "preset": name},
+    )
 
 
 def preset_name(

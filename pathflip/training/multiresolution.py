@@ -6,7 +6,6 @@ MR-PLIP (docs/howto/pretrain-mrplip.md); the losses are in ``pathflip/models/mr_
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 
 from pathflip.archive import Archive
-from pathflip.checkpoints import Checkpoint, write_whole
+from pathflip.checkpoints import Checkpoint
 from pathflip.geometry import LEVEL_OF, TreeSpec, level_name
 from pathflip.models import MRPLIP, MRPLIPConfig, MRPLIPOutput, TreeBatch
 from pathflip.models.data_init import warm_start_patches
 from pathflip.training.model_card import about_patch_model, patch_card
-from pathflip.training.objective import Loss, Objective, Stage, Worker
-from pathflip.training.run_dir import load_tensors
+from pathflip.training.objective import Loss, Objective, Worker
+from pathflip.training.run_dir import load_tensors, write_model
 from pathflip.training.tree_config import MRPretrainConfig
 from pathflip.training.tree_corpus import TreeCorpus, make_tree_corpus, unchanged_rows
 from pathflip.training.tree_dataset import VAL_PAIRS, TreeDataset
@@ -119,19 +118,6 @@ class MultiResolution(Objective[TreeDataset, MRPretrainConfig]):
         """Build the patch model itself."""
         return MRPLIP.from_pretrained(str(init))
 
-    def stages(self, steps_per_epoch: int) -> list[Stage]:
-        """Return the one stage there is."""
-        config = self.config
-        return [
-            Stage(
-                name="all",
-                start=0,
-                steps=config.total_steps(steps_per_epoch),
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-            )
-        ]
-
     def counts(self, model: MRPLIP, batch: TreeBatch) -> dict[str, float]:
         """Return the number of terms of each loss: pairs, tokens, trees, edges."""
         return {f"loss_{name}": count for name, count in model.counts(batch).items()}
@@ -210,13 +196,7 @@ class MultiResolution(Objective[TreeDataset, MRPretrainConfig]):
         about = about_patch_model(
             self.config, corpus, result, run=run.name, fingerprint=model.fingerprint()
         )
-
-        def fill(part: Path) -> None:
-            model.save_pretrained(part)
-            (part / "pathflip.json").write_text(json.dumps(about, indent=1))
-            (part / "README.md").write_text(card)
-
-        write_whole(run / "model", fill, step=best.step)
+        write_model(run, model, about=about, card=card, step=best.step)
         return card
 
 

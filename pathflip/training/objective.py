@@ -208,9 +208,18 @@ class Objective(ABC, Generic[D, C]):
             init: The folder with the model of :meth:`initial`.
         """
 
-    @abstractmethod
     def stages(self, steps_per_epoch: int) -> list[Stage]:
-        """Return the stages, in their order, without gaps."""
+        """Return the stages, in their order, without gaps; most have one."""
+        config = self.config
+        return [
+            Stage(
+                name="all",
+                start=0,
+                steps=config.total_steps(steps_per_epoch),
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+            )
+        ]
 
     def trainable(self, model: Any, stage: Stage) -> None:  # most have one stage
         """Choose the parameters that train in a stage."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +41,38 @@ class Items(Protocol):
     def says(self, item: int, /) -> str:
         """Return the text by which items count as equal."""
         ...
+
+
+class StepOrder:
+    """Items of each step of a run: epoch after epoch, each in an order of its own.
+
+    Args:
+        items: The items.
+        seed: Seed of the orders.
+        batch_size: Number of items in a step, over all workers.
+        accumulate: Number of micro-batches in a step.
+    """
+
+    def __init__(self, items: Items, *, seed: int, batch_size: int, accumulate: int) -> None:
+        self._items, self._seed = items, seed
+        self._batch_size, self._accumulate = batch_size, accumulate
+        self._epoch: tuple[int, NDArray[np.int64]] | None = None
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Full batches of an epoch; see :func:`steps_per_epoch`."""
+        return steps_per_epoch(self._items, self._batch_size)
+
+    def step(self, step: int) -> NDArray[np.int64]:
+        """Return the items of a global step, of all workers: int64 [accumulate, B]."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = epoch_order(
+                self._items, epoch=epoch, seed=self._seed, batch_size=self._batch_size
+            )
+            self._epoch = (epoch, order)
+        items: NDArray[np.int64] = self._epoch[1][number]
+        return items.reshape(self._accumulate, -1)
 
 
 def steps_per_epoch(corpus: Items, batch_size: int) -> int:

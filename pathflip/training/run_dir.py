@@ -398,6 +398,25 @@ def finish(objective: Objective[D, Any], dataset: D, run: str | Path) -> dict[st
     return result
 
 
+def write_model(run: Path, model: Any, *, about: dict[str, Any], card: str, step: int) -> None:
+    """Write RUN/model: the model, ``pathflip.json`` with what it belongs to, and its card.
+
+    Args:
+        run: The run folder.
+        model: The model, with ``save_pretrained``.
+        about: Content of ``pathflip.json``.
+        card: Model card, README.md.
+        step: Step of the weights.
+    """
+
+    def fill(part: Path) -> None:
+        model.save_pretrained(part)
+        (part / "pathflip.json").write_text(json.dumps(about, indent=1))
+        (part / "README.md").write_text(card)
+
+    write_whole(run / "model", fill, step=step)
+
+
 def clear(run: Path) -> None:
     """Remove files that only an unfinished run needs, except its checkpoints."""
     if (run / "init").exists():

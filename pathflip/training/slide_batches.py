@@ -28,7 +28,7 @@ from pathflip.models.slide_batch import pad_slides
 from pathflip.training.dataset import Corpus, rng_for
 from pathflip.training.examples import Examples, all_examples, draw_examples
 from pathflip.training.features import FeatureReader
-from pathflip.training.order import epoch_order, steps_per_epoch
+from pathflip.training.order import StepOrder
 
 VAL_SLIDES, VAL_REGIONS = 16, 1024
 """A validation batch holds at most so many slides, and regions with padding."""
@@ -133,7 +133,12 @@ class SlideDataset:
 
     def __init__(self, corpus: Corpus, sampling: Sampling, *, cache_bytes: int = 0) -> None:
         self.corpus, self.sampling, self._cache_bytes = corpus, sampling, cache_bytes
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._order = StepOrder(
+            corpus,
+            seed=sampling.seed,
+            batch_size=sampling.batch_size,
+            accumulate=sampling.accumulate,
+        )
 
     @property
     def archive(self) -> str:
@@ -179,28 +184,18 @@ class SlideDataset:
         """
         return FeatureReader(self.corpus, cache_bytes=self._cache_bytes)
 
-    @cached_property
+    @property
     def steps_per_epoch(self) -> int:
         """Full batches of an epoch.
 
         Raises:
             ConfigError: There are too few slides or patients for one batch.
         """
-        return steps_per_epoch(self.corpus, self.sampling.batch_size)
+        return self._order.steps_per_epoch
 
     def step_slides(self, step: int) -> NDArray[np.int64]:
         """Return the slides of a global step, of all workers: int64 [accumulate, B]."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            sampling = self.sampling
-            self._order = (
-                epoch,
-                epoch_order(
-                    self.corpus, epoch=epoch, seed=sampling.seed, batch_size=sampling.batch_size
-                ),
-            )
-        slides: NDArray[np.int64] = self._order[1][number]
-        return slides.reshape(self.sampling.accumulate, -1)
+        return self._order.step(step)
 
     def micro_batches(self, step: int, *, rank: int = 0, world: int = 1) -> list[SlideBatch]:
         """Return a worker's share of a step, a micro-batch each.

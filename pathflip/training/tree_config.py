@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pathflip.config import check_positive, load_config
+from pathflip.config import check_positive
 from pathflip.errors import ConfigError
 from pathflip.models import MR_PRESETS, MRPLIPConfig
-from pathflip.training.loop_config import LoopConfig, preset_name
+from pathflip.training.loop_config import LoopConfig, from_preset, recall_or_loss
 from pathflip.training.tree_dataset import TreeSampling
 
 FAMILY = "mrplip/"
-"""How names of presets of this family begin."""
+"""Prefix of the names of this family's presets."""
 DEFAULT_MR_PRESET = "mrplip/paper"
 
 
@@ -82,12 +82,7 @@ class MRPretrainConfig(LoopConfig):
 
     def metric(self, val: Mapping[str, Any]) -> float | None:
         """Return the checkpoint-selection metric of a validation; higher is better."""
-        if self.best == "last":
-            return None
-        value = val["mean_recall"] if self.best == "recall" else val["loss"]
-        if value is None:
-            return None
-        return float(value) if self.best == "recall" else -float(value)
+        return recall_or_loss(self.best, val)
 
 
 def single_level(config: MRPretrainConfig) -> MRPretrainConfig:
@@ -119,14 +114,8 @@ def resolve_trees(
     overrides: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
 ) -> MRPretrainConfig:
-    """Return settings of a pretraining on patch trees; see :func:`config.resolve`."""
-    if base is not None:
-        return load_config(MRPretrainConfig, base=base, file=file, overrides=overrides, given=given)
-    name = preset_name(preset, MR_PRESETS, DEFAULT_MR_PRESET, file, overrides)
-    return load_config(
-        MRPretrainConfig,
-        base={**MR_PRESETS[name].train, "model": MR_PRESETS[name].model},
-        file=file,
-        overrides=overrides,
-        given={**(given or {}), "preset": name},
-    )
+    """Return settings of a pretraining on patch trees; see :func:`loop_config.from_preset`."""
+    return from_preset(
+        MRPretrainConfig, MR_PRESETS, DEFAULT_MR_PRESET,
+        preset=preset, base=base, file=file, overrides=overrides, given=given,
+    )  # fmt: skip

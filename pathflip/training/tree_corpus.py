@@ -8,17 +8,15 @@ tree that is no longer what it was ends the run (``archive_changed``).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pathflip.archive import Archive, vectors
@@ -26,9 +24,15 @@ from pathflip.archive.schema import CHECKSUM, tree_text_id
 from pathflip.archive.storage import guarded
 from pathflip.archive.tree_texts import check_source
 from pathflip.archive.trees import TREE_TEXTS, TREES, read_trees, tree_encoder, tree_spec
-from pathflip.errors import ArchiveError, CheckpointError
+from pathflip.errors import ArchiveError
 from pathflip.geometry import LEVEL_OF, TREE_NODES
-from pathflip.training.dataset import patient_of, splits_of
+from pathflip.training.dataset import (
+    digest_of,
+    load_items,
+    patient_of,
+    save_items,
+    splits_of,
+)
 from pathflip.training.rows import RowReader, changed, damaged
 
 _TEXTS_AT_ONCE = 1024
@@ -90,14 +94,11 @@ class TreeCorpus:
 
     def digest(self) -> str:
         """Return the sha256 of the corpus."""
-        body = [getattr(self, item.name) for item in fields(self)]
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return digest_of(self)
 
     def save(self, path: str | Path) -> None:
         """Write the corpus as Parquet; ``about`` goes into the file's metadata."""
-        columns = {item.name: getattr(self, item.name) for item in fields(self)}
-        about = json.dumps(columns.pop("about") | {"digest": self.digest()})
-        pq.write_table(pa.table(columns).replace_schema_metadata({"about": about}), path)
+        save_items(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> TreeCorpus:
@@ -106,21 +107,7 @@ class TreeCorpus:
         Raises:
             CheckpointError: If the file is damaged.
         """
-        try:
-            table = pq.read_table(path)
-            about = json.loads(table.schema.metadata[b"about"])
-            digest = about.pop("digest")
-            corpus = cls(**table.to_pydict(), about=about)
-            intact = corpus.digest() == digest
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
-            intact = False
-        if not intact:
-            raise CheckpointError(
-                f"{path}, the list of trees of the run, is damaged.",
-                hint="Restore it from a copy, or begin again in another run folder.",
-                code="damaged",
-            )
-        return corpus
+        return load_items(cls, path)
 
 
 def make_tree_corpus(

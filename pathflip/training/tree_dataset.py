@@ -27,7 +27,7 @@ from pathflip.archive.tree_texts import decode_keywords
 from pathflip.geometry import LEVEL_OF, TREE_NODES
 from pathflip.models.tree_batch import TreeBatch
 from pathflip.training.dataset import rng_for
-from pathflip.training.order import epoch_order, steps_per_epoch
+from pathflip.training.order import StepOrder
 from pathflip.training.rows import damaged
 from pathflip.training.tree_corpus import TreeCorpus, spread_over, unchanged_rows
 
@@ -173,7 +173,12 @@ class TreeDataset:
         # In the order of a batch a patient who may have several trees counts as so many.
         self.patients = spread_over(corpus.patients, sampling.trees_per_patient)
         self.members, self.says = corpus.members, corpus.says
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._order = StepOrder(
+            self,
+            seed=sampling.seed,
+            batch_size=sampling.batch_size,
+            accumulate=sampling.accumulate,
+        )
 
     @property
     def archive(self) -> str:
@@ -216,26 +221,18 @@ class TreeDataset:
         """
         return TreeReader(self.corpus, cache_bytes=self._cache_bytes)
 
-    @cached_property
+    @property
     def steps_per_epoch(self) -> int:
         """Full batches of an epoch.
 
         Raises:
             ConfigError: There are too few trees or patients for one batch.
         """
-        return steps_per_epoch(self, self.sampling.batch_size)
+        return self._order.steps_per_epoch
 
     def step_trees(self, step: int) -> NDArray[np.int64]:
         """Return the trees of a global step, of all workers: int64 [accumulate, B]."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        sampling = self.sampling
-        if self._order is None or self._order[0] != epoch:
-            order = epoch_order(
-                self, epoch=epoch, seed=sampling.seed, batch_size=sampling.batch_size
-            )
-            self._order = (epoch, order)
-        trees: NDArray[np.int64] = self._order[1][number]
-        return trees.reshape(sampling.accumulate, -1)
+        return self._order.step(step)
 
     def micro_batches(self, step: int, *, rank: int = 0, world: int = 1) -> list[TreeBatch]:
         """Return a worker's share of a step, a micro-batch each.
