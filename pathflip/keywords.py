@@ -253,7 +253,7 @@ _ABSENT = re.compile(
     r"|detected|visible|apparent|appreciated|demonstrated)\b|\babsent$"
 )
 _TURNS = _set(", ; but however although though whereas while yet")
-"""What parts clauses."""
+"""Tokens between two clauses."""
 _ONE_WORD_CUES = _set("no not nor neither never without lack lacks lacking")
 _TWO_WORD_CUES = frozenset(
     [("absence", "of"), ("negative", "for"), ("free", "of"), ("devoid", "of")]

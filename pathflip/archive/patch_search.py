@@ -44,8 +44,8 @@ class FoundPatches(NamedTuple):
     """Patches that were found.
 
     Attributes:
-        rows: As of :func:`pathflip.archive.search.search`; ``region_id`` is the region a patch is
-            of, and x0, y0, size0 are the patch's.
+        rows: Rows in the form of :func:`pathflip.archive.search.search`; ``region_id`` is the
+            region a patch is of, and x0, y0, size0 are the patch's.
         exhaustive: Whether all patches that meet the conditions were compared.
     """
 

@@ -61,7 +61,7 @@ def encoder_info(spec: str, *, patch_um: float | None = None) -> EncoderInfo:
 
     Args:
         spec: See the module's docstring.
-        patch_um: As for ``load_encoder``.
+        patch_um: Side of the patches it will see, µm; see ``load_encoder``.
 
     Raises:
         EncoderError: As ``load_encoder``; so what cannot be loaded fails here, before anything is

@@ -41,7 +41,7 @@ SETTINGS = (
 CHANGING = (
     "model.dropout=0.1", "model.selection=frozen_then_current", "model.selection_frozen_share=0.5",
 )  # fmt: skip
-"""What depends on the step besides: dropout, and positives that change half way."""
+"""Settings under which a step depends on its number: dropout, positives that change half way."""
 NOT_COMPARED = ("trees_per_s", "memory_mb", "seconds")
 
 

@@ -114,7 +114,7 @@ def test_every_switch_is_one_of_the_model() -> None:
 
 
 def test_every_switch_of_the_patch_model() -> None:
-    """As many pairs in a step, and steps, whatever the level."""
+    """A step has as many pairs, and a run as many steps, whatever the level."""
     settings = jobs_evaluate.resolve("mrplip/mini")
     switches = jobs_evaluate.ABLATIONS["mrplip"]
     assert list(switches) == [
