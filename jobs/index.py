@@ -11,7 +11,6 @@ did not get there before the process died.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.ingest.rows import fixed
-from jobs.ray_data import available, map_actors, wrong_model
+from jobs.ray_data import available, map_actors, spread, wrong_model
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
@@ -35,7 +34,6 @@ from pathflip.progress import Progress, Report
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
 
-BLOCKS_PER_ACTOR = 8  # enough that a slow block at the end costs little
 _COPIED = (
     "id", "kind", "slide_id", "patient_id", "x0", "y0", "size0", "mpp", "tissue_fraction",
     "n_patches",
@@ -201,23 +199,16 @@ def _encoded(
     """Yield the rows of one slide after the other, made by actors on Ray Data."""
     if not slides:
         return
-    from ray.data import ActorPoolStrategy
-
     there = available(config.device, private=private)
     workers = config.actors or (there.gpus if there.use_gpu else there.cpus) or 1
-    blocks = min(len(slides), max(workers * BLOCKS_PER_ACTOR, math.ceil(len(slides) / 64)))
+    blocks, pool = spread(len(slides), workers=workers, actors=config.actors, private=private)
     yield from map_actors(
         [{"slide_id": slide} for slide in slides],
         IndexActor,
         (str(run.path), run.fingerprint, archive, there.use_gpu),
         at_once=1,
         blocks=blocks,
-        pool=ActorPoolStrategy(
-            min_size=1,
-            # A cluster may grow: what it is given to do is what makes it grow.
-            max_size=config.actors or (workers if private else None),
-            initial_size=min(workers, blocks) if private else 1,
-        ),
+        pool=pool,
         num_gpus=1.0 if there.use_gpu else 0.0,
     )
 

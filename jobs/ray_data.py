@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from pathflip.errors import CheckpointError, ConfigError, PathFLIPError, from_di
 if TYPE_CHECKING:
     from ray.data import ActorPoolStrategy
 
+BLOCKS_PER_ACTOR = 8  # enough that a slow block at the end costs little
 _CARRIED = pa.schema([("table", pa.binary()), ("error", pa.string())])
 
 
@@ -76,6 +78,28 @@ def available(device: str, *, private: bool) -> Available:
             code="no_gpu",
         )
     return Available(cpus=int(found.get("CPU", 1)), gpus=gpus, use_gpu=gpus > 0 or device == "cuda")
+
+
+def spread(
+    slides: int, *, workers: int, actors: int | None, private: bool
+) -> tuple[int, ActorPoolStrategy]:
+    """Return the blocks that slides are cut into, and the pool of actors they are given to.
+
+    Args:
+        slides: Number of slides.
+        workers: Actors that this machine or cluster has room for now.
+        actors: Actors at most; None where the user named no number.
+        private: Whether Ray runs on this machine alone, as ``cluster.connect`` says.
+    """
+    from ray.data import ActorPoolStrategy
+
+    blocks = min(slides, max(workers * BLOCKS_PER_ACTOR, math.ceil(slides / 64)))
+    return blocks, ActorPoolStrategy(
+        min_size=1,
+        # A cluster may grow: what it is given to do is what makes it grow.
+        max_size=actors or (workers if private else None),
+        initial_size=min(workers, blocks) if private else 1,
+    )
 
 
 def map_actors(

@@ -12,7 +12,6 @@ encoder on the roots there are, or what a killed run did not get to.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.ray_data import available, from_ipc, map_actors
+from jobs.ray_data import available, from_ipc, map_actors, spread
 from jobs.tree_actor import SlideOutcome, SlideTask, TreeActor, wanted_nodes
 from pathflip.archive import READY, Archive, vectors
 from pathflip.archive.commit import Committer
@@ -49,7 +48,6 @@ from pathflip.progress import Progress, Report
 from pathflip.slides.tissue import TissueMask
 
 GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
-BLOCKS_PER_ACTOR = 8  # enough that a slow block at the end costs little
 BYTES_OF_A_TREE = 1000  # estimate of a row of ``trees``
 BYTES_OF_A_COMMIT = 256 << 20  # what waits for a commit is in memory
 
@@ -390,29 +388,30 @@ def _run(
     size = {task.slide_id: count for task, count in zip(plan.tasks, plan.trees, strict=True)}
     outcomes: list[SlideOutcome] = []
     waiting: dict[str, list[pa.Table]] = {}
-    done, committed_at = 0, time.monotonic()
+    done, nodes, failed, held = 0, 0, 0, 0
+    committed_at = time.monotonic()
 
     def commit() -> None:
-        nonlocal committed_at
+        nonlocal committed_at, held
         parts = {table: pa.concat_tables(rows) for table, rows in waiting.items()}
         if parts:
             empty = committer.archive.dataset(TREES).schema.empty_table().drop_columns(["checksum"])
             append_trees(committer, parts.pop(TREES, empty), parts)
         waiting.clear()
-        committed_at = time.monotonic()
+        committed_at, held = time.monotonic(), 0
 
     for table in _actors(committer.uri, plan, choice, config, infos, private=private):
         outcome = SlideOutcome(**json.loads(table.schema.metadata[b"outcome"]))
         outcomes.append(outcome)
         for row in table.to_pylist():
-            waiting.setdefault(row["table"], []).append(from_ipc(row["rows"]))
-        held = sum(part.nbytes for parts in waiting.values() for part in parts)
+            part = from_ipc(row["rows"])
+            waiting.setdefault(row["table"], []).append(part)
+            held += part.nbytes
         if time.monotonic() - committed_at > config.commit_s or held > BYTES_OF_A_COMMIT:
             commit()
         done += size[outcome.slide_id]
+        nodes, failed = nodes + outcome.nodes, failed + bool(outcome.reason)
         if progress is not None:
-            failed = sum(bool(one.reason) for one in outcomes)
-            nodes = sum(one.nodes for one in outcomes)
             progress(
                 Progress(
                     what="reading",
@@ -441,27 +440,19 @@ def _actors(
     """Yield the rows of one slide after the other, made by actors on Ray Data."""
     if not plan.tasks:
         return
-    from ray.data import ActorPoolStrategy
-
     there = available(config.device, private=private)
     # The texture encoder has no use for a GPU.
     use_gpu = there.use_gpu and any(info.name != "texture" for info in infos.values())
     workers = config.actors or (there.gpus if use_gpu else there.cpus) or 1
     readers = config.readers or (GPU_READERS if use_gpu else 1)
-    count = len(plan.tasks)
-    blocks = min(count, max(workers * BLOCKS_PER_ACTOR, math.ceil(count / 64)))
+    blocks, pool = spread(len(plan.tasks), workers=workers, actors=config.actors, private=private)
     yield from map_actors(
         [{"task": task.to_json()} for task in plan.tasks],
         TreeActor,
         _actor_arguments(archive, choice, config, infos, readers=readers),
         at_once=1,
         blocks=blocks,
-        pool=ActorPoolStrategy(
-            min_size=1,
-            # A cluster may grow: what it is given to do is what makes it grow.
-            max_size=config.actors or (workers if private else None),
-            initial_size=min(workers, blocks) if private else 1,
-        ),
+        pool=pool,
         num_cpus=float(readers) if use_gpu else 1.0,
         num_gpus=1.0 if use_gpu else 0.0,
     )

@@ -7,7 +7,8 @@ of them accept and refuse the same pairs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pathflip.encoders.mrplip import is_patch_model
 from pathflip.errors import ArchiveError, ConfigError
@@ -49,14 +50,7 @@ def check_fits(archive: Archive, run: Run) -> str:
             "--add-encoder",
             code="other_encoder",
         )
-    for key in ("revision", "dim"):
-        if wanted.get(key) != held[name][key]:
-            raise ArchiveError(
-                f"Model {run.name} reads features of {name} {key} {wanted.get(key)}; those "
-                f"of {archive.uri} are {key} {held[name][key]}.",
-                hint="Use the archive it was trained on, or one made with the same weights.",
-                code="other_encoder",
-            )
+    check_features(run.name, wanted, held[name], of=archive.uri)
     tiling = archive.tiling()
     if differing := [key for key in SCALE if run.tiling.get(key) != tiling[key]]:
         raise ArchiveError(
@@ -67,6 +61,30 @@ def check_fits(archive: Archive, run: Run) -> str:
             code="other_tiling",
         )
     return name
+
+
+def check_features(
+    model: str, wanted: Mapping[str, Any], held: Mapping[str, Any], *, of: str
+) -> None:
+    """Refuse features made by other weights than those a model was trained on.
+
+    Args:
+        model: Name of the model.
+        wanted: Encoder it was trained on: name, revision, dim.
+        held: Entry of that encoder in the archive.
+        of: Holder of the features, for the message.
+
+    Raises:
+        ArchiveError: Revision or dimension differ (``other_encoder``).
+    """
+    for key in ("revision", "dim"):
+        if wanted.get(key) != held[key]:
+            raise ArchiveError(
+                f"Model {model} reads features of {wanted['name']} {key} {wanted.get(key)}; those "
+                f"of {of} are {key} {held[key]}.",
+                hint="Use the archive it was trained on, or one made with the same weights.",
+                code="other_encoder",
+            )
 
 
 def check_indexed(archive: Archive, run: Run, *, folder: str) -> None:

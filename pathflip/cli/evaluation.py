@@ -20,6 +20,7 @@ from pathflip.cli.options import (
     RunOption,
     SeedOption,
     SplitOption,
+    TemplatesOption,
     flat,
     job,
     open_run,
@@ -68,9 +69,7 @@ def classify(
     ],
     split: Annotated[str | None, typer.Option(help="Only slides of this split.")] = None,
     slide: Annotated[list[str] | None, typer.Option(help="Only these slides.")] = None,
-    templates: Annotated[
-        str, typer.Option(help="single, ensemble, or one template with CLASSNAME.")
-    ] = "ensemble",
+    templates: TemplatesOption = "ensemble",
     score: Annotated[
         Literal["global", "local", "sum"], typer.Option(help="Slide, regions, or both.")
     ] = "global",

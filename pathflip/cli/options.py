@@ -40,6 +40,9 @@ SplitOption = Annotated[
     str,
     typer.Option(help="Slides of this split; all for every slide.", callback=requested_split),
 ]
+TemplatesOption = Annotated[
+    str, typer.Option(help="single, ensemble, or one template with CLASSNAME.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of shuffles and resamples.")]
 ResamplesOption = Annotated[int, typer.Option(help="Bootstrap resamples, over patients.", min=0)]
 

@@ -14,6 +14,7 @@ from pathflip.cli.options import (
     RunOption,
     SeedOption,
     SplitOption,
+    TemplatesOption,
     open_patch_reader,
     print_json,
     show_table,
@@ -191,9 +192,7 @@ def evaluate_trees(
         str | None,
         typer.Option(help="trees.csv of the cohort; default: that beside the slides' folder."),
     ] = None,
-    templates: Annotated[
-        str, typer.Option(help="single, ensemble, or one template with CLASSNAME.")
-    ] = "CLASSNAME",
+    templates: TemplatesOption = "CLASSNAME",
     split: SplitOption = "test",
     probes: Annotated[
         bool, typer.Option("--probes/--no-probes", help="Fit linear probes of v and z, too.")
@@ -257,9 +256,7 @@ def evaluate_wsi(
         bool, typer.Option("--trees", help="Patches are the nodes of the patch trees.")
     ] = False,
     split: SplitOption = "test",
-    templates: Annotated[
-        str, typer.Option(help="single, ensemble, or one template with CLASSNAME.")
-    ] = "ensemble",
+    templates: TemplatesOption = "ensemble",
     resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",

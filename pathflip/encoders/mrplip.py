@@ -91,15 +91,7 @@ def describe(
     level = _level(spec, run, trees, named=found["level"], patch_um=patch_um)
     base_spec = found["base"] or str(run.encoder["name"])
     base = info_of(base_spec)
-    held = {"name": base.name, "revision": base.revision, "dim": base.dim}
-    wanted = {key: run.encoder.get(key) for key in held}
-    if held != wanted:
-        raise EncoderError(
-            f"Model {run.name} was trained on {wanted['name']} {wanted['revision']}; this is "
-            f"{held['name']} {held['revision']}.",
-            hint=f"Name the encoder it was trained on: {SCHEME}:RUN=BASE.",
-            code="other_encoder",
-        )
+    check_base(run, base, hint=f"Name the encoder it was trained on: {SCHEME}:RUN=BASE.")
     info = EncoderInfo(
         name=table_name(f"{SCHEME}_{run.name}_{level_name(trees.level_mpp[level])}"),
         revision=f"{run.fingerprint[:12]}-{base.revision}",
@@ -111,6 +103,28 @@ def describe(
         gated=base.gated,
     )
     return PatchModel(run=run, level=level, base=base_spec, info=info)
+
+
+def check_base(run: TreeRun, base: Encoder | EncoderInfo, *, hint: str) -> None:
+    """Refuse an encoder that is not the one a patch model was trained on.
+
+    Args:
+        run: The run of the model.
+        base: The encoder at hand, loaded or described.
+        hint: Hint of the error.
+
+    Raises:
+        EncoderError: Its name, revision or dimension differs (``other_encoder``).
+    """
+    held = {"name": base.name, "revision": base.revision, "dim": base.dim}
+    wanted = {key: run.encoder.get(key) for key in held}
+    if held != wanted:
+        raise EncoderError(
+            f"Model {run.name} was trained on {wanted['name']} {wanted['revision']}; this is "
+            f"{held['name']} {held['revision']}.",
+            hint=hint,
+            code="other_encoder",
+        )
 
 
 class MRPLIPEncoder:

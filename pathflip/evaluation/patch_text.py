@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pathflip.encoders import Encoder, load_encoder
-from pathflip.errors import ConfigError, EncoderError
+from pathflip.encoders.mrplip import check_base
+from pathflip.errors import ConfigError
 from pathflip.evaluation.encode import drawn_splits
 from pathflip.evaluation.prompts import PLACEHOLDER, TEMPLATES
 from pathflip.geometry import TreeSpec
@@ -148,15 +149,7 @@ def patch_reader(run: TreeRun, *, pixels: bool = True, encoder: str | None = Non
     loaded = None
     if pixels:
         loaded = load_encoder(encoder or run.encoder["name"], device=str(run.model.device))
-        held = {"name": loaded.name, "revision": loaded.revision, "dim": loaded.dim}
-        wanted = {key: run.encoder.get(key) for key in held}
-        if held != wanted:
-            raise EncoderError(
-                f"Model {run.name} was trained on {wanted['name']} {wanted['revision']}; this is "
-                f"{held['name']} {held['revision']}.",
-                hint="Name the encoder it was trained on with --encoder.",
-                code="other_encoder",
-            )
+        check_base(run, loaded, hint="Name the encoder it was trained on with --encoder.")
     return PatchReader(
         name=run.name,
         model=run.model,

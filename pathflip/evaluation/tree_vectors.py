@@ -23,6 +23,7 @@ from pathflip.archive.trees import (
     tree_encoders,
     tree_spec,
 )
+from pathflip.compat import check_features
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.evaluation.encode import SlideRow, slide_rows
 from pathflip.evaluation.patch_text import PatchReader
@@ -85,14 +86,7 @@ def check_trees(archive: Archive, reader: PatchReader) -> str:
             hint=f"Run: pathflip trees --archive {archive.uri} --encoder {name}",
             code="other_encoder",
         )
-    for key in ("revision", "dim"):
-        if wanted.get(key) != held[name][key]:
-            raise ArchiveError(
-                f"Model {reader.name} reads features of {name} {key} {wanted.get(key)}; those of "
-                f"the trees of {archive.uri} are {key} {held[name][key]}.",
-                hint="Use the archive it was trained on, or one made with the same weights.",
-                code="other_encoder",
-            )
+    check_features(reader.name, wanted, held[name], of=f"the trees of {archive.uri}")
     if spec.node_px != reader.node_px or not np.allclose(spec.level_mpp, reader.level_mpp):
         raise ArchiveError(
             f"Model {reader.name} was trained on nodes of {reader.node_px} px at "
