@@ -1,4 +1,4 @@
-"""Small archives with patch trees and captions that belong together, made without slides."""
+"""Small archives with patch trees, made without slides: with texts that fit them, or bare."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ DIM = 12
 PATTERNS = ("nested", "solid", "cribriform", "trabecular")
 NUCLEI = ("grooved", "stippled", "granular")
 LEVELS = np.repeat(np.arange(4), (1, 4, 16, 64))
+MASKED = 84
+"""Node that no tree of :func:`make_bare_trees` has."""
 
 
 def plain_caption(tree: int, node: int, pattern: str, nuclei: str) -> str | None:
@@ -90,6 +92,31 @@ def make_tree_archive(
         ensure_tree_encoder(committer, "tex", dim=DIM, revision="1", mpp=None, licence="MIT")
         write_trees(committer, trees)
         write_texts(committer, texts)
+    return uri
+
+
+def make_bare_trees(uri: Path, *, slides: int = 2, trees: int = 2) -> Path:
+    """Make an archive whose slides ``slide000`` … have trees at (0, 0), (1, 0) …, all of 84 nodes.
+
+    The trees have neither features nor texts.
+    """
+    make_archive(uri, slides=slides, captions=False)
+    mask = np.arange(TREE_NODES) != MASKED
+    scores = np.ones(TREE_NODES, np.float32)
+    with Committer(uri) as committer:
+        spec = TreeSpec(parent_um=256, node_px=128)
+        ensure_trees(committer, spec, seed=0, per_slide=trees, min_tissue=0.5)
+        write_trees(
+            committer,
+            [
+                Tree(
+                    slide_id=f"slide{n:03d}", tx=tx, ty=0, mpp=0.25, levels=4, node_mask=mask,
+                    node_tissue=scores, node_blur=scores,
+                )
+                for n in range(slides)
+                for tx in range(trees)
+            ],
+        )  # fmt: skip
     return uri
 
 

@@ -31,7 +31,7 @@ from pathflip.slides.sources import stat_source
 from pathflip.text import split_sentences
 from tests.archives import make_archive
 from tests.serving import Tuned
-from tests.tree_archives import make_tree_archive
+from tests.trees import make_bare_trees
 from tests.vlm import make_blip2, said_by_transformers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -232,7 +232,7 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def forest(tmp_path: Path) -> str:
     """Three slides of two trees: one that is there, one that has changed, one that is gone."""
-    uri = make_tree_archive(tmp_path / "forest", slides=3, trees=2)
+    uri = make_bare_trees(tmp_path / "forest", slides=3, trees=2)
     rgb = np.full((1024, 2048, 3), 230, np.uint8)  # the first tree is all glass
     rgb[:, 1024:] = np.random.default_rng(0).integers(0, 255, (1024, 1024, 1), np.uint8)
     rgb[:512, 1024:] //= 8

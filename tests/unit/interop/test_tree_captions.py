@@ -34,14 +34,14 @@ from pathflip.interop.tree_captions import (
 )
 from pathflip.keywords import extract, extractor_version, load_lexicon, make_lexicon
 from tests.archives import make_archive
-from tests.tree_archives import MASKED, make_tree_archive
+from tests.trees import MASKED, make_bare_trees
 
 TREES = [(f"slide{n:03d}", tx) for n in range(2) for tx in range(2)]
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tree_archive(tmp_path_factory.mktemp("trees") / "a")
+    return make_bare_trees(tmp_path_factory.mktemp("trees") / "a")
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_no_keyword_in_a_bag(uri: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def many(tmp_path: Path) -> str:
-    return str(make_tree_archive(tmp_path / "many", slides=4, trees=6))
+    return str(make_bare_trees(tmp_path / "many", slides=4, trees=6))
 
 
 def test_frequent_words_are_dropped_however_the_captions_came(many: str, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_frequent_words_are_dropped_however_the_captions_came(many: str, tmp_pat
 
 def test_trees_for_testing_are_not_counted(tmp_path: Path) -> None:
     """Hubs are in 15 of 24 trees and none of 8 for testing, rims in 12 and all of those."""
-    uri = str(make_tree_archive(tmp_path / "a", slides=4, trees=8))
+    uri = str(make_bare_trees(tmp_path / "a", slides=4, trees=8))
     with Committer(uri) as committer:
         committer.update_slides({"slide003": {"split": "Testing"}})
     said = ["Hub. Rim."] * 4 + ["Hub."] + ["Stroma."] * 3

@@ -15,7 +15,7 @@ from pathflip.archive import Archive
 from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from tests.archives import make_archive
-from tests.tree_archives import make_tree_archive
+from tests.trees import make_bare_trees
 
 Answer = Callable[[str, int], "str | None"]
 
@@ -33,7 +33,7 @@ def vlm(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
-    return str(make_tree_archive(tmp_path / "a", slides=2, trees=2))
+    return str(make_bare_trees(tmp_path / "a", slides=2, trees=2))
 
 
 @pytest.fixture
