@@ -24,12 +24,12 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, compress, count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -50,7 +50,9 @@ FREQUENT = 0.6
 MIN_BAGS = 20
 """Bags without which nothing is dropped: in a corpus of one, every keyword is in all of them."""
 
-_KEPT_SENTENCES = 1 << 17
+Made = TypeVar("Made")
+
+_KEPT_SENTENCES = _KEPT_WORDS = 1 << 17
 _TERMS = Path(__file__).parent / "templates" / "pathology_terms.txt"
 
 
@@ -131,28 +133,18 @@ def singular(word: str) -> str:
     return word[:-1]
 
 
-class _Words(dict[str, str]):
-    """{word of a text: the word as keywords have it}, filled as words are met."""
+class _Kept(dict[str, Made]):
+    """{text: what a function makes of it}, filled as texts are met."""
 
-    def __missing__(self, word: str) -> str:
-        made = singular(word)
-        if len(self) < 1 << 18:
-            self[word] = made
+    def __init__(self, make: Callable[[str], Made]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, text: str) -> Made:
+        made = self._make(text)
+        if len(self) < _KEPT_WORDS:
+            self[text] = made
         return made
-
-
-class _Content(dict[str, str]):
-    """{word as keywords have it: itself, a line break where it ends a keyword}, filled likewise."""
-
-    def __missing__(self, word: str) -> str:
-        ends = len(word) < 2 or word in STOP_WORDS or not word[0].isalpha()
-        made = "\n" if ends else word
-        if len(self) < 1 << 18:
-            self[word] = made
-        return made
-
-
-_WORDS, _CONTENT = _Words(), _Content()
 
 
 def _tokens(text: str) -> list[str]:
@@ -163,6 +155,23 @@ def _tokens(text: str) -> list[str]:
     if "'" in text or "’" in text:
         text = _POSSESSIVE.sub(" ", text)
     return _TOKEN.findall(text)
+
+
+def _content(word: str) -> str:
+    """Return a word with a mark behind it that no word has; white space where it ends a keyword."""
+    ends = len(word) < 2 or word in STOP_WORDS or not word[0].isalpha()
+    return " " if ends else f"{word}_"
+
+
+_WORDS = _Kept(singular)
+"""{token: the word as keywords have it}."""
+_CONTENT = _Kept(_content)
+
+_RUNS = _Kept(lambda run: " ".join(run[:-1].split("_")[-LONGEST:]))
+"""{run of words with those marks: the keyword}."""
+
+_PIECES = _Kept(lambda piece: tuple(_tokens(piece)))
+"""{what stands between white space: its tokens}; no token goes over white space."""
 
 
 # -- the lexicon ----------------------------------------------------------------------------------
@@ -176,13 +185,14 @@ class Lexicon:
         terms: The terms as keywords have them.
         kept: Those of them that are never dropped, however many bags hold them.
         sha: First eight hexadecimal digits of the sha256 of the terms.
-        lengths: {first word: numbers of words of the terms that begin with it, longest first}.
+        lengths: {first word: {second word: numbers of words of the terms that begin with the two,
+            longest first}}; of a term of one word the inner table may be empty.
     """
 
     terms: frozenset[str]
     kept: frozenset[str]
     sha: str
-    lengths: Mapping[str, tuple[int, ...]]
+    lengths: Mapping[str, Mapping[str, tuple[int, ...]]]
 
 
 def make_lexicon(terms: Iterable[str], *, kept: Iterable[str] = ()) -> Lexicon:
@@ -192,19 +202,24 @@ def make_lexicon(terms: Iterable[str], *, kept: Iterable[str] = ()) -> Lexicon:
         terms: Terms that are dropped, as other keywords are, where most bags hold them.
         kept: Further terms, which are not.
     """
-    never = [words for term in kept if (words := [_WORDS[word] for word in _tokens(term)])]
-    found = [words for term in terms if (words := [_WORDS[word] for word in _tokens(term)])]
+    never = [words for term in kept if (words := list(map(singular, _tokens(term))))]
+    found = [words for term in terms if (words := list(map(singular, _tokens(term))))]
     found += never
     names = {" ".join(words) for words in found}
     stay = {" ".join(words) for words in never}
-    lengths: dict[str, set[int]] = {}
+    lengths: dict[str, dict[str, set[int]]] = {}
     for words in found:
-        lengths.setdefault(words[0], set()).add(len(words))
+        following = lengths.setdefault(words[0], {})
+        if len(words) > 1:
+            following.setdefault(words[1], set()).add(len(words))
     return Lexicon(
         terms=frozenset(names),
         kept=frozenset(stay),
         sha=hashlib.sha256("\n".join([*sorted(names), "", *sorted(stay)]).encode()).hexdigest()[:8],
-        lengths={word: tuple(sorted(own, reverse=True)) for word, own in lengths.items()},
+        lengths={
+            first: {second: tuple(sorted(own, reverse=True)) for second, own in following.items()}
+            for first, following in lengths.items()
+        },
     )
 
 
@@ -265,60 +280,62 @@ _VERBS = _set(
 )
 
 
-def _affirmed(tokens: list[str]) -> list[list[str]]:
-    """Return the parts of a sentence's tokens that deny nothing."""
-    clauses: list[tuple[str, list[str]]] = [("", [])]
-    for token in tokens:
-        if token in _TURNS:
-            clauses.append((token, []))
-        else:
-            clauses[-1][1].append(token)
-    kept: list[list[str]] = []
+def _affirmed(tokens: list[str]) -> list[tuple[int, int]]:
+    """Return the parts of a sentence's tokens that deny nothing, as (first, behind the last)."""
+    turns = [-1, *compress(count(), map(_TURNS.__contains__, tokens)), len(tokens)]
+    kept: list[tuple[int, int]] = []
     at = 0
-    while at < len(clauses):
-        clause = clauses[at][1]
+    while at < len(turns) - 1:
+        start, end = turns[at] + 1, turns[at + 1]
+        clause = tokens[start:end]
         at += 1
         if _CUES.isdisjoint(clause):
-            kept.append(clause)
+            kept.append((start, end))
             continue
         spoken = " ".join([token for token in clause if token[0].isalnum()])
         is_open = denies(spoken) or _ABSENT.search(spoken) is not None
         if not is_open:
             parts, is_open = _outside_spans(clause)
-            kept += parts
+            kept += [(start + first, start + last) for first, last in parts]
         if is_open:
-            at = _end_of_enumeration(clauses, at)
+            at = _end_of_enumeration(tokens, turns, at)
     return kept
 
 
-def _outside_spans(tokens: list[str]) -> tuple[list[list[str]], bool]:
+def _outside_spans(tokens: list[str]) -> tuple[list[tuple[int, int]], bool]:
     """Return what stands before denying words and behind their spans, and whether one is open."""
-    parts: list[list[str]] = [[]]
-    left = at = 0
+    parts: list[tuple[int, int]] = []
+    left = at = start = 0
     while at < len(tokens):
         token = tokens[at]
-        two = tuple(tokens[at : at + 2])
-        if token in _ONE_WORD_CUES or two in _TWO_WORD_CUES:
-            at += 1 if token in _ONE_WORD_CUES else 2
+        width = 1 if token in _ONE_WORD_CUES else 2 * (tuple(tokens[at : at + 2]) in _TWO_WORD_CUES)
+        if width:
+            if not left:
+                parts.append((start, at))
             left = SPAN
-            parts.append([])
+            at += width
+            start = at
             continue
-        if left and token[0].isalnum():
-            left -= 1
-        elif not left:
-            parts[-1].append(token)
         at += 1
-    return parts, left > 0
+        if left:
+            left -= token[0].isalnum()
+            start = at
+    return [*parts, (start, at)], left > 0
 
 
-def _end_of_enumeration(clauses: list[tuple[str, list[str]]], start: int) -> int:
+def _end_of_enumeration(tokens: list[str], turns: list[int], start: int) -> int:
     """Return the first clause that does not go on with what the one before ``start`` denies.
 
     Items between commas go on if none has a verb and the last is joined by "or" or "nor".
+
+    Args:
+        tokens: Tokens of the sentence.
+        turns: Places of those between clauses, with -1 before and the number of tokens behind them.
+        start: Number of a clause.
     """
-    for at in range(start, min(start + ITEMS, len(clauses))):
-        turn, words = clauses[at]
-        if turn != "," or not _VERBS.isdisjoint(words):
+    for at in range(start, min(start + ITEMS, len(turns) - 1)):
+        words = tokens[turns[at] + 1 : turns[at + 1]]
+        if tokens[turns[at]] != "," or not _VERBS.isdisjoint(words):
             return start
         if "or" in words or "nor" in words:
             return at + 1
@@ -376,18 +393,24 @@ def _known(lexicon: Lexicon) -> _Sentences:
 
 
 def _of_sentence(sentence: str, lexicon: Lexicon) -> tuple[str, ...]:
-    tokens = _tokens(sentence)
-    found: list[str] = []
-    for part in [tokens] if _CUES.isdisjoint(tokens) else _affirmed(tokens):
-        words = list(map(_WORDS.__getitem__, part))
-        # Joined and cut again: faster than a loop over the words.
-        for run in " ".join(map(_CONTENT.__getitem__, words)).split("\n"):
-            if run := run.strip():
-                if run.count(" ") >= LONGEST:
-                    run = " ".join(run.split(" ")[-LONGEST:])
-                found.append(run)
-        found += _terms_in(words, lexicon, found)
+    tokens = list(chain.from_iterable(map(_PIECES.__getitem__, sentence.split())))
+    words = list(map(_WORDS.__getitem__, tokens))
+    if _CUES.isdisjoint(tokens):
+        found = _runs(words)
+        return (*found, *_terms_in(words, lexicon, found))
+    found = []
+    for start, end in _affirmed(tokens):
+        part = words[start:end]
+        found += _runs(part)
+        found += _terms_in(part, lexicon, found)
     return tuple(found)
+
+
+def _runs(words: list[str]) -> list[str]:
+    """Return the runs in a row of words, as keywords."""
+    # Joined and cut again: faster than a loop over the words.
+    marked = "".join(map(_CONTENT.__getitem__, words)).split()
+    return list(map(_RUNS.__getitem__, marked))
 
 
 def _terms_in(words: list[str], lexicon: Lexicon, runs: list[str]) -> list[str]:
@@ -398,16 +421,21 @@ def _terms_in(words: list[str], lexicon: Lexicon, runs: list[str]) -> list[str]:
     lengths, terms = lexicon.lengths, lexicon.terms
     found: list[str] = []
     behind = 0
-    for at in [at for at, word in enumerate(words) if word in lengths]:
+    words = [*words, ""]
+    for at in compress(count(), map(lengths.__contains__, words)):
         if at < behind:
             continue
-        for length in lengths[words[at]]:
-            name = " ".join(words[at : at + length])
-            if name in terms:
-                if name not in runs:
-                    found.append(name)
-                behind = at + length
+        name = words[at]
+        for length in lengths[name].get(words[at + 1], ()):
+            longer = " ".join(words[at : at + length])
+            if longer in terms:
+                name, behind = longer, at + length
                 break
+        else:
+            if name not in terms:
+                continue
+        if name not in runs:
+            found.append(name)
     return found
 
 
@@ -430,18 +458,20 @@ def extract(
         raise ValueError(f"cap is {cap}; an index of a keyword takes a byte")
     lexicon = lexicon or load_lexicon()
     own = [caption_keywords(text, lexicon=lexicon) if text else [] for text in captions]
+    sets = [set(words) for words in own]
     mentions = Counter(chain.from_iterable(own))
-    nodes = Counter(chain.from_iterable(map(set, own)))
+    nodes = Counter(chain.from_iterable(sets))
     for word in dropped:
         mentions.pop(word, None)
     texts = 1 + sum(1 for text in captions if text)
     idf = [0.0, *(math.log(texts / (1 + count)) for count in range(1, texts))]
-    ranked = sorted(mentions, key=lambda word: (-mentions[word] * idf[nodes[word]], word))[:cap]
+    score = {word: -count * idf[nodes[word]] for word, count in mentions.items()}
+    ranked = sorted(sorted(score), key=score.__getitem__)[:cap]
     rank = {word: at for at, word in enumerate(ranked)}
     offsets = np.zeros(len(own) + 1, np.uint16)
     indices: list[int] = []
-    for node, words in enumerate(own):
-        indices += sorted({rank[word] for word in words if word in rank})
+    for node, words in enumerate(sets):
+        indices += sorted([rank[word] for word in words if word in rank])
         offsets[node + 1] = len(indices)
     return Keywords(vocabulary=ranked, offsets=offsets, indices=np.array(indices, np.uint8))
 

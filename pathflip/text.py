@@ -36,6 +36,8 @@ _ABBREVIATIONS = _words(
 _MAY_END = _words("cm mm um µm hpf no ed inc l r al etc ln lns post inf sup min max vol a.m p.m")
 """Those of them that also end sentences, when the next word is capitalised."""
 _TITLES = _words("dr mr mrs ms prof st")
+_LONGEST_SHORT = max(map(len, _ABBREVIATIONS))
+"""Letters beyond which a word is no abbreviation, initial or number of a list."""
 
 _BREAKS = re.compile(r"</s>|[\r\n\u2028\u2029]+")
 # Both kinds of stop begin with one class of characters: the search skips all others.
@@ -59,22 +61,31 @@ def split_sentences(text: str) -> list[str]:
         The sentences with their punctuation, white space collapsed, none without a letter or digit.
     """
     found = []
-    for line in _BREAKS.split(text):
+    # Searching a line for breaks takes as long as all the rest, and most captions are of one line.
+    broken = "\n" in text or "\r" in text or "</s>" in text or not text.isascii()
+    for line in _BREAKS.split(text) if broken else (text,):
         line = " ".join(line.split())
         start = 0
         for stop in _STOP.finditer(line):
-            if _ends_sentence(line, start, stop):
-                found.append(line[start : stop.end()].strip())
-                start = stop.end()
-        found.append(line[start:].strip())
-    return [piece for piece in found if _SAYS.search(piece)]
+            begin, end = stop.span()
+            if _ends_sentence(line, start, begin, end):
+                found.append(line[start:end].strip())
+                start = end
+        if start < len(line):
+            found.append(line[start:].strip())
+    return [piece for piece in found if piece[:1].isalnum() or _SAYS.search(piece)]
 
 
-def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
-    following = line[stop.end() : stop.end() + 2].lstrip()[:1]  # single spaces only
-    if not following or not stop.group().startswith("."):
+def _ends_sentence(line: str, start: int, begin: int, end: int) -> bool:
+    """Return whether the stop at ``line[begin:end]`` ends the sentence that starts at ``start``."""
+    following = line[end : end + 2].lstrip()[:1]  # single spaces only
+    if not following or line[begin] != ".":
         return True
-    before, _, last = line[start : stop.start()].strip().rpartition(" ")
+    if following.islower():
+        return False
+    if begin - start > _LONGEST_SHORT and line[begin - _LONGEST_SHORT - 1 : begin].isalpha():
+        return True
+    before, _, last = line[start:begin].strip().rpartition(" ")
     word = last.lstrip("([{\"'“‘").lower()
     capital = following.isupper()
     if word in _ABBREVIATIONS and not (word in _MAY_END and capital):
@@ -83,9 +94,7 @@ def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
         previous = before.rpartition(" ")[2].lower().rstrip(".")
         if "." in word or not capital or previous in _TITLES:
             return False
-    if not before and _ENUMERATOR.fullmatch(last.lower()):
-        return False
-    return not following.islower()
+    return bool(before) or _ENUMERATOR.fullmatch(last.lower()) is None
 
 
 # -- sub-captions ---------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def measure() -> dict[str, Any]:
             ),
         }
     document["target"] = 20_000
-    document["ok"] = document["repeated"]["captions_a_second"] >= document["target"]
+    rates = [document[name]["captions_a_second"] for name in ("repeated", "distinct")]
+    document["ok"] = min(rates) >= document["target"]
     return document
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import random
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -293,6 +296,17 @@ def test_keywords_are_those_of_the_plain_reference(captions: list[str | None], c
     assert found.vocabulary == expected.vocabulary
     assert found.offsets.tolist() == expected.offsets.tolist()
     assert found.indices.tolist() == expected.indices.tolist()
+
+
+def test_keywords_change_only_with_the_version_that_is_stored_with_them() -> None:
+    """A faster way to the same keywords: their digest was taken before there was one."""
+    rng = random.Random(0)
+    digest = hashlib.sha256()
+    for _ in range(40):
+        captions = [" ".join(rng.choices(_VOCABULARY, k=24)) for _ in range(20)]
+        bag = extract(captions, lexicon=LEXICON)
+        digest.update(json.dumps([bag.vocabulary, bag.indices.tolist()]).encode())
+    assert (EXTRACTOR, digest.hexdigest()[:16]) == ("rake-1", "ef2d32e05b5b2124")
 
 
 @given(st.data())

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pathflip.text import denies, draw_rng, sample_subcaptions, split_sentences, train_tokenizer
 
+ABBREVIATIONS = set(re.findall(r"\S+", "al vs dr e.g u.s approx cm mm no inc µm"))
+MAY_END = {"cm", "mm", "no", "al", "inc", "µm"}
+TITLES = {"dr"}
+"""Those of the module's that the plain reference meets."""
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -61,12 +68,57 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
         ('He wrote "benign." Then "not."', ['He wrote "benign."', 'Then "not."']),
         ("  spaces   \t collapse .  ... ", ["spaces collapse ."]),
         ("No stop at the end", ["No stop at the end"]),
+        ("It is approx. 2 cm wide.", ["It is approx. 2 cm wide."]),
         ("", []),
         ("... \n - ", []),
     ],
 )
 def test_a_caption_is_cut_into_its_sentences(text: str, sentences: list[str]) -> None:
     assert split_sentences(text) == sentences
+
+
+def plain_sentences(text: str) -> list[str]:
+    """Cut a caption a stop at a time, without any shortcut."""
+    found = []
+    for line in re.split(r"</s>|[\r\n\u2028\u2029]", text):
+        line, start = " ".join(line.split()), 0
+        stops = r"[.!?]+[\"'”’)\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z][a-z])"
+        for stop in re.finditer(stops, line):
+            after = line[stop.end() :].strip()[:1]
+            words = line[start : stop.start()].lower().split()
+            last = words[-1] if words else ""
+            word = last.lstrip("([{\"'“‘")
+            ends = not after.islower()
+            if word in ABBREVIATIONS and not (word in MAY_END and after.isupper()):
+                ends = False
+            if re.fullmatch(r"([a-z]\.)*[a-z]", word) and word not in MAY_END:
+                title = len(words) > 1 and words[-2].rstrip(".") in TITLES
+                ends = ends and "." not in word and after.isupper() and not title
+            if len(words) == 1 and re.fullmatch(r"\(?(\d{1,2}|[ivx]{1,4})", last):
+                ends = False
+            if not after or stop.group()[0] != "." or ends:
+                found.append(line[start : stop.end()].strip())
+                start = stop.end()
+        found.append(line[start:].strip())
+    return [piece for piece in found if any(char.isalnum() for char in piece)]
+
+
+_pieces = re.findall(
+    r"\S+",
+    "a in of cm mm no No al vs Dr The the e.g U.S approx carcinoma Carcinomas xcarcinoma glands "
+    "1 12 iv (a (2 2.5 pT2a . . . . .. ! ? .) .” , ; - _ </s> µm A B é É",
+)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(_pieces), st.sampled_from(["", " ", " ", "\n"])), max_size=24
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_sentences_are_those_of_a_plain_reference(pieces: list[tuple[str, str]]) -> None:
+    text = "".join(chain.from_iterable(pieces))
+    assert split_sentences(text) == plain_sentences(text)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared captions are not here")
