@@ -176,6 +176,7 @@ class ServiceInputs:
         model: Id of the run's model.
         fingerprint: Fingerprint of the run's weights.
         patches: Spec of the patch model.
+        patch_model: Name of the patch model in the archive.
         chat: Whether the service has a language model.
     """
 
@@ -187,6 +188,7 @@ class ServiceInputs:
     model: str
     fingerprint: str
     patches: str | None
+    patch_model: str | None
     chat: bool
 
 
@@ -227,6 +229,7 @@ def check_inputs(config: ServeConfig) -> ServiceInputs:
         logger.warning("engine.backend is fake: answers are scripted, no language model is asked.")
     if tuned:
         context_length(find_model(run, llm)[1], config.engine.engine)
+    patches, patch_model = _check_patches(archive, config.patches)
     return ServiceInputs(
         archive=archive.uri,
         run=run,
@@ -235,23 +238,24 @@ def check_inputs(config: ServeConfig) -> ServiceInputs:
         audit=str(_absolute(config.audit or f"{run}/audit")),
         model=loaded.name,
         fingerprint=loaded.fingerprint,
-        patches=_check_patches(archive, config.patches),
+        patches=patches,
+        patch_model=patch_model,
         chat=tuned,
     )
 
 
-def _check_patches(archive: Archive, patches: str | None) -> str | None:
-    """Return the spec of the patch model, whose features the archive must have."""
+def _check_patches(archive: Archive, patches: str | None) -> tuple[str | None, str | None]:
+    """Return spec and name of the patch model, whose features the archive must have."""
     from pathflip.compat import check_weights
     from pathflip.encoders import patch_model
     from pathflip.encoders.mrplip import SCHEME
 
     if patches is None:
-        return None
+        return None, None
     spec = f"{SCHEME}:{_absolute(patches.removeprefix(f'{SCHEME}:'))}"
     model = patch_model(spec, patch_um=float(archive.tiling()["patch_um"]))
     check_weights(archive, model.info.name, encoder=model.info)
-    return spec
+    return spec, model.info.name
 
 
 def find_model(run: str | Path, llm: str | Path | None = None) -> tuple[Path, Path]:

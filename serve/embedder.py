@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 MAX_SCALED = 32 << 20
 """Largest picture, pixels at the archive's resolution: two regions of 4096 x 4096 px."""
+PROMPTS_AT_ONCE = 8
+"""Prompts of classes between which a search by the same model may go first."""
+MAX_PROMPTS = 10_000
+"""Prompts whose vectors are kept: 30 MB at 768 numbers each."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +64,12 @@ class Embedder:
         name = check_fits(opened, self.run)
         self.tiling = Tiling(**opened.tiling())
         self.encoder: Encoder | None = None
-        # Serialised: the model fills its processor, and tokenizers are not thread-safe.
-        self.lock = asyncio.Lock()
+        # One call of a model at a time: tokenizers are not thread-safe. The patch model has its own
+        # lock, so that nothing asked of it holds up searches for slides and regions.
+        self.lock, self.patch_lock = asyncio.Lock(), asyncio.Lock()
+        # Of all class lists one waits for the patch model at a time: a search waits for one step.
+        self.turn = asyncio.Lock()
+        self._prompts: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
         self.created = int(time.time())
         try:
             self.encoder = _load_encoder(opened, name, encoder, device)
@@ -89,12 +98,21 @@ class Embedder:
             logger.warning("Pictures are not taken for patches: %s", error)
 
     async def describe(self) -> dict[str, Any]:
-        """``id``, ``fingerprint`` and ``created`` (seconds since 1970) of the model."""
+        """``id``, ``fingerprint`` and ``created`` (seconds since 1970) of the model.
+
+        ``patches`` says the same of the patch model, or is None.
+        """
+        patches = self.patches
         return {
             "id": self.run.name,
             "fingerprint": self.run.fingerprint,
             "created": self.created,
-        }
+            "patches": None if patches is None else {
+                "id": patches.info.name,
+                "fingerprint": patches.run.fingerprint,
+                "created": self.created,
+            },
+        }  # fmt: skip
 
     async def texts(self, texts: Sequence[str]) -> dict[str, Any]:
         """Embed texts.
@@ -114,7 +132,7 @@ class Embedder:
         Raises:
             RequestError: ``no_patches``: there is none.
         """
-        async with self.lock:
+        async with self.patch_lock:
             return await asyncio.to_thread(self._patch_text, text)
 
     async def patch_image(self, pixels: NDArray[np.uint8], *, mpp: float) -> dict[str, Any]:
@@ -128,11 +146,14 @@ class Embedder:
         self._check_size(pixels, mpp)
         if self.patch_encoder is None:
             raise RequestError("This service has no encoder for pictures.", code="no_encoder")
-        async with self.lock:
+        async with self.patch_lock:
             return await asyncio.to_thread(self._patch_image, pixels, mpp)
 
     async def classes(self, classes: Mapping[str, list[str]], *, templates: str) -> dict[str, Any]:
         """Embed classes by the patch model: the means of their prompts.
+
+        Prompts are encoded a few at a time, in turns with other requests, and those of late are
+        kept: classes that come again cost nothing.
 
         Args:
             classes: {class: names}.
@@ -144,8 +165,42 @@ class Embedder:
         Raises:
             RequestError: ``no_patches``.
         """
-        async with self.lock:
-            return await asyncio.to_thread(self._classes, classes, templates)
+        from pathflip.evaluation.patch_text import class_prompts, prompt_means
+        from pathflip.evaluation.prompts import TEMPLATES
+
+        model = self._patch_model()
+        wording = TEMPLATES if templates == "ensemble" else TEMPLATES[:1]
+        prompts = class_prompts(classes, templates=wording)
+        vectors = await self._prompt_vectors([prompt for one in prompts for prompt in one])
+        return {
+            "model": model.info.name,
+            "vectors": prompt_means(prompts, vectors),
+            "tau": float(model.run.model.tau.detach()),
+        }
+
+    async def _prompt_vectors(self, prompts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Return the vectors [d] of prompts, from memory where they are kept."""
+        found: dict[str, NDArray[np.float32]] = {}
+        left = list(dict.fromkeys(prompts))
+        while True:
+            for prompt in left:
+                if prompt in self._prompts:
+                    found[prompt] = self._prompts[prompt]
+                    self._prompts.move_to_end(prompt)
+            left = [prompt for prompt in left if prompt not in found]
+            if not left:
+                return found
+            async with self.turn, self.patch_lock:
+                # Meanwhile another request may have had the same prompts encoded.
+                part = [prompt for prompt in left if prompt not in self._prompts]
+                part = part[:PROMPTS_AT_ONCE]
+                if not part:
+                    continue
+                vectors = await asyncio.to_thread(self._patch_texts, part)
+            for prompt, vector in zip(part, vectors, strict=True):
+                found[prompt] = self._prompts[prompt] = vector.copy()  # not a view of all
+            while len(self._prompts) > MAX_PROMPTS:
+                self._prompts.popitem(last=False)
 
     async def image(self, pixels: NDArray[np.uint8], *, mpp: float) -> dict[str, Any]:
         """Embed a picture, cut into one region or more, as the model embeds a slide.
@@ -185,12 +240,15 @@ class Embedder:
         return self.patches
 
     def _patch_text(self, text: str) -> dict[str, Any]:
-        from pathflip.search import embed_texts
-
         model = self._patch_model()
         if not text.strip():
             raise ConfigError("A text is empty.")
-        return {"model": model.info.name, "vectors": embed_texts(model.run, [text])}
+        return {"model": model.info.name, "vectors": self._patch_texts([text])}
+
+    def _patch_texts(self, texts: list[str]) -> NDArray[np.float32]:
+        from pathflip.search import embed_texts
+
+        return embed_texts(self._patch_model().run, texts)
 
     def _patch_image(self, pixels: NDArray[np.uint8], mpp: float) -> dict[str, Any]:
         from pathflip.image_query import picture_regions
@@ -200,16 +258,6 @@ class Embedder:
         mean = np.concatenate(regions).mean(axis=0, dtype=np.float64)
         vector = (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
         return {"model": self.patch_encoder.name, "vectors": vector[None]}
-
-    def _classes(self, classes: Mapping[str, list[str]], templates: str) -> dict[str, Any]:
-        from pathflip.evaluation.patch_text import class_weights, patch_reader
-        from pathflip.evaluation.prompts import TEMPLATES
-
-        model = self._patch_model()
-        reader = patch_reader(model.run, pixels=False)
-        wording = TEMPLATES if templates == "ensemble" else TEMPLATES[:1]
-        weights = class_weights(reader, classes, templates=wording)
-        return {"model": model.info.name, "vectors": weights, "tau": reader.tau}
 
     def _texts(self, texts: list[str]) -> dict[str, Any]:
         from pathflip.search import embed_texts

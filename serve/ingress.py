@@ -294,6 +294,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     async def segment(request: Request, asked: SegmentRequest) -> Any:
         """Cut a slide into areas of classes: boxes, outlines as GeoJSON, or a PNG."""
         request.state.audit["slides"] = [asked.slide_id]
+        await parts.search.slide(asked.slide_id)  # before many prompts are encoded for nothing
         classes = await parts.embedder.classes(asked.classes, templates=asked.templates)
         found = await parts.search.segment(asked.model_dump(), classes)
         if isinstance(found, bytes):
@@ -339,11 +340,15 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         response_model_exclude_none=True,
     )  # fmt: skip
     async def models() -> Any:
-        """List the models: for chat first, then for embeddings."""
+        """List the models: for chat first, then for embeddings, then for patches."""
         found = []
         if parts.instructor is not None:
             found.append({"capability": "chat"} | await about("instructor"))
-        found.append({"capability": "embeddings"} | await about("embedder"))
+        embedder = dict(await about("embedder"))
+        patches = embedder.pop("patches", None)
+        found.append({"capability": "embeddings"} | embedder)
+        if patches is not None:
+            found.append({"capability": "patches"} | patches)
         return {"data": found}
 
     @api.post(

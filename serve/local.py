@@ -43,7 +43,8 @@ def run(
         config: Settings.
         host: Address to listen on; other than loopback only with a token file.
         port: Port to listen on, not 0.
-        ready: Called once every part is up, with {"url", "pid", "archive", "chat", "audit"}.
+        ready: Called once every part is up, with {"url", "pid", "archive", "chat", "patches",
+            "audit"}; ``patches`` is the name of the patch model or None.
 
     Raises:
         ConfigError: ``no_tokens``, ``port``, ``start``, or what
@@ -73,8 +74,8 @@ def run(
             signal.signal(number, stop)
         bracketed = f"[{host}]" if ":" in host else host
         url = f"http://{bracketed}:{port}"
-        about = {"archive": config.archive, "chat": inputs.chat, "audit": inputs.audit}
-        ready({"url": url, "pid": os.getpid()} | about)
+        about = {"archive": config.archive, "chat": inputs.chat, "patches": inputs.patch_model}
+        ready({"url": url, "pid": os.getpid()} | about | {"audit": inputs.audit})
         threading.Event().wait()
     except _Stopped:
         pass

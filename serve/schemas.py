@@ -523,7 +523,7 @@ class ModelInfo(_Out):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["pathflip"] = "pathflip"
-    capability: Literal["chat", "embeddings"]
+    capability: Literal["chat", "embeddings", "patches"]
     fingerprint: str
     max_model_len: int | None = None
 

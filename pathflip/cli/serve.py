@@ -68,7 +68,9 @@ def serve(
             if as_json:
                 print_json(document)
             else:
-                print(f"pathflip serves {document['archive']} at {document['url']}")
+                patches = document["patches"]
+                also = f", patches by {patches}" if patches else ""
+                print(f"pathflip serves {document['archive']} at {document['url']}{also}")
             out.flush()
 
     with redirect_stdout(sys.stderr):

@@ -286,14 +286,28 @@ def class_weights(
     templates: Sequence[str] = TEMPLATES,
 ) -> NDArray[np.float32]:
     """Return one unit vector a class [C, d]: the mean of its prompts', over names and templates."""
-    prompts = [
+    prompts = class_prompts(classes, templates=templates)
+    distinct = list(dict.fromkeys(prompt for one in prompts for prompt in one))
+    return prompt_means(prompts, dict(zip(distinct, reader.texts(distinct), strict=True)))
+
+
+def class_prompts(
+    classes: Mapping[str, Sequence[str]], *, templates: Sequence[str] = TEMPLATES
+) -> list[list[str]]:
+    """Return the prompts of each class: its names in the templates."""
+    return [
         [template.replace(PLACEHOLDER, name) for name in names for template in templates]
         for names in classes.values()
     ]
-    distinct = list(dict.fromkeys(prompt for one in prompts for prompt in one))
-    at = {prompt: i for i, prompt in enumerate(distinct)}
-    vectors = reader.texts(distinct).astype(np.float64)
-    means = np.stack([vectors[[at[prompt] for prompt in one]].mean(axis=0) for one in prompts])
+
+
+def prompt_means(
+    prompts: Sequence[Sequence[str]], vectors: Mapping[str, NDArray[np.float32]]
+) -> NDArray[np.float32]:
+    """Return one unit vector a class [C, d]: the mean of the vectors [d] of its prompts."""
+    means = np.stack(
+        [np.stack([vectors[prompt] for prompt in one]).mean(0, np.float64) for one in prompts]
+    )
     length = np.linalg.norm(means, axis=1, keepdims=True)
     return np.asarray(means / np.maximum(length, 1e-12), np.float32)
 

@@ -16,15 +16,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import httpx
+import numpy as np
 import pytest
 
+from pathflip.archive import Archive
+from pathflip.checkpoints import load_run
+from pathflip.evaluation.patch_text import class_weights, patch_reader
+from pathflip.evaluation.segment_stored import segment_stored
+from pathflip.search import Query, embed_texts, run_query
 from serve.audit import verify
 from serve.proxy import SECRET
 from tests.faults import command_line, descendants, listening, resident_bytes, until
 from tests.serving import free_port
-from tests.unit.serve.service_fixture import SECRETS, TOKENS, World, bearer, make_world
+from tests.unit.serve.service_fixture import (
+    PX,
+    SECRETS,
+    SIDE,
+    TOKENS,
+    World,
+    bearer,
+    make_world,
+    pixels,
+    png,
+    rows_of,
+    slide_id,
+)
 from tests.unit.serve.test_auth import BODIES, ROUTES
+from tests.unit.serve.test_patches import CLASSES, assert_near
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -52,14 +72,16 @@ class Process:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("served"))
+    return make_world(tmp_path_factory.mktemp("served"), patches=True)
 
 
 def start(world: World, folder: Path) -> Process:
     """Start the command and wait for its line."""
     port = free_port()
+    assert world.patches is not None
     command = [
         *COMMAND, "--archive", world.archive, "--run", world.run, "--port", port, "--json",
+        "--patches", world.patches.removeprefix("mrplip:"),
         "--token-file", world.token_file, "-o", f"audit={folder / 'audit'}",
         "-o", "limits.body_s=10", "-o", "limits.concurrent=8",
     ]  # fmt: skip
@@ -121,7 +143,8 @@ def http(served: Process) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_the_ready_line(served: Process, http: httpx.Client) -> None:
+def test_the_ready_line(served: Process, http: httpx.Client, world: World) -> None:
+    assert [served.ready["patches"]] == sorted({*Archive(world.archive).encoders()} - {"texture"})
     assert served.ready["pid"] == served.process.pid
     assert served.ready["url"] == f"http://127.0.0.1:{served.port}"
     assert http.get("/readyz").json()["status"] == "ok"
@@ -131,8 +154,7 @@ def test_every_route_over_http(served: Process, http: httpx.Client) -> None:
     for method, path in ROUTES:
         options: dict[str, Any] = {"json": BODIES[path]} if path in BODIES else {}
         answer = http.request(method, path, **options)
-        # This service has neither a language model nor a patch model.
-        lacks = path in ("/v1/chat/completions", "/v1/segment")
+        lacks = path == "/v1/chat/completions"  # this service has no language model
         assert answer.status_code == (404 if lacks else 200), answer.text
         for secret in (*SECRETS, TOKENS["all"][1]):
             assert secret not in answer.text + str(answer.headers)
@@ -144,6 +166,87 @@ def test_every_route_over_http(served: Process, http: httpx.Client) -> None:
         {"where": "body.k", "what": "Input should be greater than or equal to 1"}
     ]
     assert httpx.get(served.ready["url"] + "/healthz", timeout=60).status_code == 200
+
+
+def test_patches_are_the_librarys(http: httpx.Client, served: Process, world: World) -> None:
+    archive, name = Archive(world.archive), served.ready["patches"]
+    assert world.patches is not None
+    run = load_run(world.patches.removeprefix("mrplip:"), family="mrplip")
+    listed = {row["capability"]: row for row in http.get("/v1/models").json()["data"]}
+    assert listed["patches"]["id"] == name
+    assert listed["patches"]["fingerprint"] == run.fingerprint
+    # By a text.
+    text = "round nuclei"
+    query = Query(text=text, vector=embed_texts(run, [text])[0], level="patch", k=9, encoder=name)
+    found = http.post("/v1/search", json={"text": text, "level": "patch", "k": 9}).json()
+    assert (found["model"], found["exhaustive"]) == (name, True)
+    for ours, theirs in zip(found["results"], rows_of(run_query(archive, query)), strict=True):
+        assert ours.pop("score") == pytest.approx(theirs.pop("score"), abs=1e-6)
+        assert ours == theirs
+    # By a picture of a patch: the one of row 1 and column 0 in slide 3's region 2.
+    cut = {"data": png(pixels(3, 2)[PX:, :PX]), "mpp": 0.5}
+    (best,) = http.post("/v1/search", json={"image": cut, "level": "patch", "k": 1}).json()[
+        "results"
+    ]
+    assert best["region_id"] == f"{slide_id(3)}/2_0"
+    assert (best["x0"], best["y0"], best["size0"]) == (2 * SIDE * PX, PX, PX)
+    # Segmentation.
+    reader = patch_reader(run, pixels=False)
+    expected = segment_stored(
+        archive, "slide001", list(CLASSES), class_weights(reader, CLASSES), tau=reader.tau,
+        encoder=name, min_patches=1,
+    )  # fmt: skip
+    asked = {"slide_id": "slide001", "classes": CLASSES, "min_patches": 1}
+    answer = http.post("/v1/segment", json=asked).json()
+    assert answer.pop("model") == name
+    assert_near(answer, expected.as_json())
+    outlines = http.post("/v1/segment", json=asked | {"format": "geojson"}).json()
+    assert_near(outlines, expected.geojson())
+    picture = http.post("/v1/segment", json=asked | {"format": "png"})
+    assert picture.headers["content-type"] == "image/png"
+    drawn = cv2.imdecode(np.frombuffer(picture.content, np.uint8), cv2.IMREAD_COLOR)
+    np.testing.assert_array_equal(drawn[..., ::-1], expected.picture())
+
+
+def test_patches_are_refused_and_audited(http: httpx.Client, served: Process, world: World) -> None:
+    two = {"a": ["a"], "b": ["b"]}
+    many = {f"class {n}": ["a"] for n in range(33)}
+    for path, body, status, code in (
+        ("/v1/segment", {"slide_id": "nobody", "classes": two}, 404, "unknown_slide"),
+        ("/v1/segment", {"slide_id": slide_id(4), "classes": two, "format": "png"}, 404,
+         "no_thumbnail"),
+        ("/v1/segment", {"slide_id": "slide001", "classes": many}, 422, "invalid"),
+        ("/v1/segment", {"slide_id": "slide001", "classes": [two]}, 422, "invalid"),
+        ("/v1/search", {"slide_id": "slide001", "level": "patch"}, 422, "invalid"),
+        ("/v1/search", {"text": " ", "level": "patch"}, 422, "config"),
+    ):  # fmt: skip
+        answer = http.post(path, json=body)
+        assert (answer.status_code, answer.json()["code"]) == (status, code)
+        lacking = http.post(path, json=body, headers=bearer("reader"))
+        assert lacking.status_code in (403, 422)  # a body is read before the scope is looked at
+        assert not [secret for secret in SECRETS if secret in answer.text]
+    asked = {"slide_id": "slide002", "classes": {"secret words": ["a"], "b": ["b"]}}
+    refused = http.post("/v1/segment", json=asked, headers=bearer("reader"))
+    assert (refused.status_code, refused.json()["code"]) == (403, "scope")
+    assert http.post("/v1/segment", json=asked).status_code == 200
+    one = {"field": "slide_id", "op": "=", "value": "slide003"}
+    body = {"text": "secret words", "level": "patch", "filters": [one]}
+    assert http.post("/v1/search", json=body).status_code == 200
+    verify(served.audit)
+    text = "".join(path.read_text() for path in served.audit.iterdir())
+    assert "secret words" not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    said = [
+        (line["who"], line["action"], line.get("slides"), line["outcome"])
+        for line in lines if line.get("action", "").startswith("POST")
+    ]  # fmt: skip
+    for line in (
+        ("reader", "POST /v1/segment", None, 403),
+        ("all", "POST /v1/segment", ["nobody"], 404),
+        ("all", "POST /v1/segment", ["slide002"], 200),
+        ("all", "POST /v1/search", ["slide003"], 200),
+    ):
+        assert line in said
 
 
 def test_it_listens_on_loopback_only(served: Process) -> None:
@@ -329,6 +432,8 @@ def test_sigterm_lets_answers_finish_and_exits_0(served: Process, http: httpx.Cl
         (["-o", "engine.engine.max_num_seq=1"], "config"),
         (["-o", "instructor.max_ongoing=0"], "config"),
         (["--llm", "{run}"], None),
+        (["--patches", "{run}"], "other_kind"),
+        (["--patches", "{patches}@20x"], "unknown_encoder"),
     ],
 )
 def test_what_is_refused_before_anything_starts(
@@ -337,7 +442,9 @@ def test_what_is_refused_before_anything_starts(
     from pathflip.cli import main
 
     port = free_port()
-    more = [word.replace("{run}", str(world.run)) for word in more]
+    places = {"{run}": str(world.run), "{patches}": str(world.patches)}
+    for place, path in places.items():
+        more = [word.replace(place, path) for word in more]
     command = ["serve", "--archive", world.archive, "--run", world.run, "--port", port, "--json"]
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in command] + more)
