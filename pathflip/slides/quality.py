@@ -10,6 +10,9 @@ BLACK = 50
 BLUR_SHARP, BLUR_LOST = 0.20, 0.08
 """Detail ratios scored 0 and 1; see :func:`patch_quality` for how they were found."""
 
+_AT_ONCE_PX = 8 * 256 * 256
+"""Pixels that are scored together: few enough to stay in the cache."""
+
 
 def patch_quality(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Score patches read at about 0.5 µm/px for focus and marker ink.
@@ -39,8 +42,9 @@ def patch_quality(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
             f"patches are {patches.shape[2]} x {patches.shape[1]} px, must be 16 or more"
         )
     scores = np.empty((len(patches), 2), np.float32)
-    for start in range(0, len(patches), 8):  # few enough to stay in the cache
-        block = patches[start : start + 8]
+    few = max(1, _AT_ONCE_PX // (patches.shape[1] * patches.shape[2]))
+    for start in range(0, len(patches), few):
+        block = patches[start : start + few]
         green = block[..., 1]
         rows = green[:, ::8].astype(np.float32)
         last = green.shape[1] - 8
@@ -50,9 +54,10 @@ def patch_quality(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         coarse = _mean_square(rows[:, :, 8:], rows[:, :, :-8]) + _mean_square(far, top)
         # The 10 keeps noise of one or two grey levels on nothing from passing for detail.
         ratio = fine / (coarse + 10)
-        scores[start : start + 8, 0] = (BLUR_SHARP - ratio) / (BLUR_SHARP - BLUR_LOST)
-        few = block[:, 4::8, 4::8]
-        scores[start : start + 8, 1] = (is_ink(few) | is_black(few)).mean(axis=(1, 2))
+        scores[start : start + few, 0] = (BLUR_SHARP - ratio) / (BLUR_SHARP - BLUR_LOST)
+        sparse = block[:, 4::8, 4::8]
+        ink = is_ink(sparse) | is_black(sparse)
+        scores[start : start + few, 1] = ink.mean(axis=(1, 2))
     return np.clip(scores, 0, 1)
 
 

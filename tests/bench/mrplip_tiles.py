@@ -1,4 +1,4 @@
-"""Benchmark of zero-shot tiles: ``python -m tests.bench.mrplip_tiles --json``.
+"""Zero-shot tiles: part ``tiles`` of ``mrplip``.
 
 Ten thousand pictures of 224 px at 0.5 µm/px (JPEG files, a folder per class) are read, encoded with
 ``texture``, projected by an untrained ``mrplip/mini``, scored against nine classes by one prompt
@@ -8,8 +8,6 @@ are measured by themselves on a tenth of the tiles.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from pathflip.geometry import TreeSpec
 from pathflip.interop.tile_sets import read_tile
 from pathflip.models.mrplip import MRPLIP
 
-TILES, PX, MPP = 10_000, 224, 0.5
+PX, MPP = 224, 0.5
 
 
 def make_tiles(folder: Path, count: int) -> Path:
@@ -102,21 +100,3 @@ def measure(count: int) -> dict[str, Any]:
         "per_1000_tiles_cpu_s": per_1000,
         "weighted_f1": document["pe"]["weighted_f1"],
     }
-
-
-def main() -> None:
-    """Run the benchmark and print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiles", type=int, default=TILES)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    document = measure(arguments.tiles)
-    if arguments.json:
-        print(json.dumps(document))
-        return
-    for name, value in document.items():
-        print(f"{name}: {value}")
-
-
-if __name__ == "__main__":
-    main()
