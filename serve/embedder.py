@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_SCALED = 32 << 20
 """Largest picture, pixels at the archive's resolution: two regions of 4096 x 4096 px."""
-PROMPTS_AT_ONCE = 8
+PROMPTS_AT_ONCE = 16
 """Prompts of classes between which a search by the same model may go first."""
 MAX_PROMPTS = 10_000
 """Prompts whose vectors are kept: 30 MB at 768 numbers each."""

@@ -28,6 +28,8 @@ SHOWN = (
 )  # fmt: skip
 """Columns of a slide that clients may see; no other leaves the archive."""
 THREADS = 8
+SCANS = 2
+"""Searches for patches at a time: each compares up to millions, and others do not wait for it."""
 _JPEG = b"\xff\xd8\xff"
 
 
@@ -55,6 +57,7 @@ class Search:
         self.model, self.fingerprint, self.patients = model, fingerprint, patients
         # Lance spreads a query over all processors: more threads only wait for each other.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="search")
+        self._scans = ThreadPoolExecutor(SCANS, thread_name_prefix="patches")
 
     async def describe(self) -> dict[str, Any]:
         """Number of ready slides; reads a row, so that a lost file is noticed."""
@@ -130,7 +133,9 @@ class Search:
             ConfigError: A filter is wrong.
         """
         archive = await self.snapshot.newest_async()
-        return await self._run(self._search, archive, request, embedded)
+        pool = self._scans if request["level"] == "patch" else self._threads
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(pool, self._search, archive, request, embedded)
 
     def _search(
         self, archive: Archive, request: Mapping[str, Any], embedded: Mapping[str, Any] | None

@@ -37,7 +37,16 @@ def plain(archive: Archive, query: Any, slides: Any = None) -> list[tuple[float,
     return sorted(found, key=lambda one: (-one[0], one[1], one[2]))
 
 
-@pytest.mark.parametrize("block", [1, 4096, 64 << 20])
+def test_every_finite_fp16_number_is_widened_exactly() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)].reshape(-1, 2)
+    wide = patch_search._widened(finite, np.empty(finite.shape, np.int32))
+    assert wide.dtype == np.float32
+    np.testing.assert_array_equal(wide, finite.astype(np.float32))
+    np.testing.assert_array_equal(np.signbit(wide), np.signbit(finite))
+
+
+@pytest.mark.parametrize("block", [1, 4096, 16 << 20])
 def test_patches_are_those_of_a_plain_loop(
     archive: Archive, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
