@@ -54,6 +54,11 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "plus_cvta": {"losses": (*BASELINE, "cvta")},
         "plus_mrtva": {"losses": (*BASELINE, "mrtva")},
         "no_hierarchy": {"edges": "random"},
+        "as_printed": {
+            "selection": "frozen_then_current",
+            "cvta_mean": "nodes",
+            "keywords": 8,
+        },
         **{
             f"single_{5 << level}x": {"losses": (*BASELINE, "cvta"), "levels": (level,)}
             for level in range(4)

@@ -230,14 +230,17 @@ def evaluate_trees(
     columns = ("task", "level", "n", "accuracy", "95 % from", "to", "chance")
     show_table(f"{document['model']} on {split}: {document['trees']} trees", columns, rows)
     levels = list(document["joint"]["levels"])
+    all_nodes: dict[str, Any] = document.get("probe", {})
+    few: dict[str, Any] = all_nodes.get("few") or {}
     probed = [
-        [vector, cue, *(found[cue].get(level) for level in levels), document[cue]["chance"]]
-        for vector, found in document.get("probe", {}).items()
-        if found is not None
+        [vector, nodes, cue, *(found[cue].get(level) for level in levels), document[cue]["chance"]]
+        for nodes, group in (("all", all_nodes), (f"{few.get('shots')} a class", few))
+        for vector in ("v", "z")
+        if (found := group.get(vector)) is not None
         for cue in ("architecture", "nuclei")
     ]
     if probed:
-        columns = ("vector", "cue", *levels, "chance")
+        columns = ("vector", "training nodes", "cue", *levels, "chance")
         show_table("linear probes of nodes, accuracy", columns, probed)
 
 

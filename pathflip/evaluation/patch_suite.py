@@ -78,10 +78,15 @@ def headline(document: Mapping[str, Any]) -> dict[str, tuple[float | None, float
         best = joint["levels"][joint["best_level"]]["accuracy"]
         found["joint, best level"] = (best, joint["chance"])
         found["joint, pooled minus best"] = (joint["pooled_minus_best"]["difference"], None)
-        for name, probes in trees.get("probe", {}).items():
+        every = trees.get("probe", {})
+        few = every.get("few") or {}
+        for name, probes in {
+            **{f"{name} probe": every.get(name) for name in ("v", "z")},
+            **{f"{name} probe of {few.get('shots')}": few.get(name) for name in ("v", "z")},
+        }.items():
             for cue, levels in (probes or {}).items():
                 for level, value in levels.items():
-                    found[f"{name} probe, {cue} {level}"] = (value, trees[cue]["chance"])
+                    found[f"{name}, {cue} {level}"] = (value, trees[cue]["chance"])
     if pairs := document["pairs"]:
         for name, own in {"all levels": pairs["all"], **pairs["levels"]}.items():
             recalls = [value for way in ("itr", "tir") for value in own[way].values()]

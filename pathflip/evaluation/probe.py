@@ -149,7 +149,7 @@ def probe(
     for k in shots:
         runs: list[NDArray[np.int64]] = []
         for draw in range(seeds):
-            rows = _few(y[train], k, seed=[seed, k, draw])
+            rows = draw_few(y[train], k, seed=[seed, k, draw])
             few = train[rows]
             said = fit_predict(x[few], y[few], x[test], classes=classes)
             runs.append(confusion(y[test], said, classes=classes))
@@ -164,8 +164,8 @@ def probe(
     return document | baselines(y[test], classes=classes) | {"refused": encoded.refused}
 
 
-def _few(y: NDArray[np.int64], k: int, *, seed: list[int]) -> NDArray[np.int64]:
-    """Draw k rows of each class there is, without replacement."""
+def draw_few(y: NDArray[np.int64], k: int, *, seed: list[int]) -> NDArray[np.int64]:
+    """Draw k rows of each class there is, without replacement; all of a class that has fewer."""
     rng = np.random.default_rng(seed)
     return np.concatenate(
         [rng.permutation(np.flatnonzero(y == value))[:k] for value in np.unique(y)]

@@ -118,7 +118,7 @@ def test_every_switch_of_the_patch_model() -> None:
     settings = jobs_evaluate.resolve("mrplip/mini")
     switches = jobs_evaluate.ABLATIONS["mrplip"]
     assert list(switches) == [
-        "all", "l_bl", "plus_cvta", "plus_mrtva", "no_hierarchy",
+        "all", "l_bl", "plus_cvta", "plus_mrtva", "no_hierarchy", "as_printed",
         "single_5x", "single_10x", "single_20x", "single_40x",
     ]  # fmt: skip
     before = vars(settings.model)

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from pathflip import Archive
 from pathflip.archive import schema
 from pathflip.archive.commit import Committer
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.evaluation.pairs import evaluate_pairs
+from pathflip.evaluation.probe import draw_few
 from pathflip.evaluation.tree_vectors import (
     encode_trees,
     keyword_bank,
@@ -22,7 +24,7 @@ from pathflip.evaluation.tree_vectors import (
     node_position,
     node_quadrants,
 )
-from pathflip.evaluation.trees import accuracy, difference, evaluate_trees
+from pathflip.evaluation.trees import accuracy, difference, evaluate_trees, probe_nodes
 from pathflip.geometry import patch_tree
 from tests.unit.archive.cohort import filled
 from tests.unit.evaluation.planted_patches import (
@@ -89,6 +91,30 @@ def test_each_level_sees_one_cue_and_together_they_solve_the_joint_task(folder: 
         assert found["probe"][kind]["nuclei"]["20x"] == 1
         assert found["probe"][kind]["architecture"]["10x"] == 1
         assert found["probe"][kind]["architecture"]["40x"] < 0.8
+        few = found["probe"]["few"][kind]
+        assert few["nuclei"]["20x"] > 0.9 > 0.8 > few["architecture"]["40x"]
+
+
+def test_a_probe_of_few_nodes_is_the_mean_over_draws_of_so_many_a_class() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(2, size=(60, 85))
+    x = (y[..., None] * 2.0 - 1 + rng.normal(scale=3, size=(60, 85, 8))).astype(np.float32)
+    mask = np.ones((60, 85), np.bool_)
+    options = {"train": np.arange(40), "test": np.arange(40, 60), "classes": 2}
+    few = probe_nodes(x, y, mask, few=4, **options)
+    every = probe_nodes(x, y, mask, **options)
+    assert set(few) == set(every) == {0, 1, 2, 3}
+    assert 0.5 < few[3] < every[3]
+    fit, ask = y[:40, 21:].ravel(), y[40:, 21:].ravel()
+    vectors = x[:, 21:]
+    expected = []
+    for draw in range(5):
+        rows = draw_few(fit, 4, seed=[0, 3, draw])
+        assert sorted(fit[rows]) == [0] * 4 + [1] * 4
+        model = LogisticRegression(C=8 * 2 / 100, max_iter=1000)
+        model.fit(vectors[:40].reshape(-1, 8)[rows], fit[rows])
+        expected.append(model.score(vectors[40:].reshape(-1, 8), ask))
+    assert few[3] == pytest.approx(np.mean(expected))
 
 
 def test_a_model_of_some_levels_is_measured_by_them_alone(folder: Path) -> None:
