@@ -1,4 +1,4 @@
-"""What MR-PLIP learns of planted truth: ``python -m tests.bench.mrplip_planted DIR --json``.
+"""Benchmark of MR-PLIP on planted truth: ``python -m tests.bench.mrplip_planted DIR --json``.
 
 For each seed a cohort of its own is drawn, archived and cut into trees; the ablations named are
 trained on it with that seed and measured on its test trees. The table holds means over seeds with
