@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ NODES_AT_ONCE = 64
 MIN_NODE_TISSUE = 0.05
 """Nodes with less tissue are not read: a node of a kept root may be glass."""
 MAX_BAD_NODES = 0.1
-"""Share of the nodes read that may be damaged; beyond it the tree is dropped."""
+"""Share of the nodes read that may be damaged; beyond it the tree is quarantined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class SlideTask:
 
     Attributes:
         slide_id: The slide.
-        new: (tx, ty) of roots without a tree yet; they get features of all encoders.
+        new: (tx, ty) of roots without a good tree; they get features of all encoders.
         lacking: Encoders that the slide's stored trees have no features of.
     """
 
@@ -68,10 +69,10 @@ class SlideOutcome:
 
     Attributes:
         slide_id: The slide.
-        trees: Trees with new rows.
+        trees: Good trees with new rows.
         nodes: Their nodes with features.
         levels: {levels: trees}.
-        dropped: {reason: trees} that were left out.
+        quarantined: {reason: trees} that are too damaged.
         reason: Error code of a slide that was left out, or empty.
         message: Its message.
     """
@@ -80,7 +81,7 @@ class SlideOutcome:
     trees: int = 0
     nodes: int = 0
     levels: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
+    quarantined: dict[str, int] = field(default_factory=dict)
     reason: str = ""
     message: str = ""
 
@@ -164,12 +165,13 @@ class TreeActor:
     def _do(self, task: SlideTask) -> tuple[dict[str, pa.Table], SlideOutcome]:
         slide = self._slide(task.slide_id)
         attempts = Attempts(limit=self._attempts)
-        trees, dropped = self._new_trees(slide, task, attempts) if task.new else ([], {})
+        read = self._new_trees(slide, task, attempts) if task.new else []
+        trees = [tree for tree in read if tree.fault is None]
         made: dict[str, pa.Table] = {}
         if trees:
-            made = {
-                trees_table(name): tree_feature_rows(trees, name) for name in self._encoders
-            } | {TREES: tree_rows(trees, self._spec)}
+            made = {trees_table(name): tree_feature_rows(trees, name) for name in self._encoders}
+        if read:
+            made[TREES] = tree_rows(read, self._spec)
         if task.lacking:
             stored = self._stored_trees(slide, task, attempts)
             for name in task.lacking:
@@ -183,7 +185,7 @@ class TreeActor:
             trees=len(trees),
             nodes=int(sum(tree.node_mask.sum() for tree in trees)),
             levels={level: levels.count(level) for level in sorted(set(levels))},
-            dropped=dropped,
+            quarantined=dict(Counter(tree.fault for tree in read if tree.fault is not None)),
         )
 
     def _slide(self, slide_id: str) -> dict[str, Any]:
@@ -195,10 +197,8 @@ class TreeActor:
         check_ingested(row)
         return row
 
-    def _new_trees(
-        self, slide: dict[str, Any], task: SlideTask, attempts: Attempts
-    ) -> tuple[list[Tree], dict[str, int]]:
-        """Return the trees of new roots, and how many were dropped for which reason."""
+    def _new_trees(self, slide: dict[str, Any], task: SlideTask, attempts: Attempts) -> list[Tree]:
+        """Return the trees of new roots, those with a fault among them."""
         mpp, levels = slide["mpp"], tree_levels(slide["mpp"], spec=self._spec)
         mask = TissueMask.from_png(slide["tissue_png"], mpp=slide["tissue_mpp"], slide_mpp=mpp)
         tissue = np.stack(
@@ -206,31 +206,28 @@ class TreeActor:
         )
         wanted = wanted_nodes(tissue, levels=levels)
         read = self._read(slide, np.array(task.new), wanted, list(self._encoders), attempts)
-        trees, dropped = [], dict[str, int]()
+        trees = []
         for at, (tx, ty) in enumerate(task.new):
-            if reason := _fault(wanted[at], ok=read.ok[at], kept=read.kept[at]):
-                dropped[reason] = dropped.get(reason, 0) + 1
-                continue
-            features = {
-                name: one[at] for name, one in zip(self._encoders, read.features, strict=True)
-            }
+            fault = _fault(wanted[at], ok=read.ok[at], kept=read.kept[at])
+            pairs = () if fault else zip(self._encoders, read.features, strict=True)
             trees.append(
                 Tree(
-                    slide_id=task.slide_id, tx=tx, ty=ty, mpp=mpp, levels=levels,
-                    node_mask=read.kept[at], node_tissue=tissue[at], node_blur=read.blur[at],
-                    features=features,
+                    slide_id=task.slide_id, tx=tx, ty=ty, mpp=mpp, levels=levels, fault=fault,
+                    node_mask=read.kept[at] & (fault is None), node_tissue=tissue[at],
+                    node_blur=read.blur[at], features={name: one[at] for name, one in pairs},
                 )
             )  # fmt: skip
-        return trees, dropped
+        return trees
 
     def _stored_trees(
         self, slide: dict[str, Any], task: SlideTask, attempts: Attempts
     ) -> list[Tree]:
-        """Return the slide's stored trees with features of the encoders they lack.
+        """Return the slide's good stored trees with features of the encoders they lack.
 
         Every node that the archive says is there must be read again.
         """
         rows = self._rows(TREES, task.slide_id, None)
+        rows = rows.filter(rows["fault"].is_null())
         wanted = vectors(rows["node_mask"]) != 0
         tissue, blur = vectors(rows["node_tissue"]), vectors(rows["node_blur"])
         roots = np.stack([rows["tx"].to_numpy(), rows["ty"].to_numpy()], axis=1)
@@ -340,7 +337,7 @@ def node_groups(wanted: NDArray[np.bool_]) -> list[tuple[NDArray[np.int64], NDAr
 def _fault(
     wanted: NDArray[np.bool_], *, ok: NDArray[np.bool_], kept: NDArray[np.bool_]
 ) -> str | None:
-    """Return why a tree is dropped, if it is: its root or over a tenth of its nodes are bad."""
+    """Return why a tree is quarantined, if it is: its root or over a tenth of its nodes are bad."""
     bad = wanted & ~kept
     if not bad[0] and bad.sum() <= MAX_BAD_NODES * wanted.sum():
         return None

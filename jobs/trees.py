@@ -4,7 +4,8 @@ Roots are chosen from the tissue masks that the archive holds; slides are opened
 Slides are spread over Ray Data actors (:mod:`jobs.tree_actor`); the driver commits what they return
 in batches, features first and the table ``trees`` last. A tree is there when it has its rows in
 both, so the same command again does what is missing: new slides, more roots of a slide, a further
-encoder on the roots there are, or what a killed run did not get to.
+encoder on the roots there are, or what a killed run did not get to. A tree too damaged to be used
+is quarantined in ``trees`` with its reason, and read again only with ``retry``.
 
     python -m jobs.trees --archive URI       (the same as: pathflip trees …)
 """
@@ -17,25 +18,22 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from jobs.ray_data import available, from_ipc, map_actors, spread
-from jobs.tree_actor import SlideOutcome, SlideTask, TreeActor, wanted_nodes
-from pathflip.archive import READY, Archive, vectors
+from jobs.tree_actor import SlideOutcome, SlideTask, TreeActor
+from jobs.tree_plan import Choice, Plan, make_plan, plan_versions, roots_by_slide
+from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
-from pathflip.archive.storage import guarded, is_local
 from pathflip.archive.trees import (
     TREES,
     append_trees,
     delete_strays,
     ensure_tree_encoder,
     ensure_trees,
-    read_trees,
     tree_encoders,
     tree_settings,
 )
@@ -43,9 +41,8 @@ from pathflip.config import check_positive
 from pathflip.encoders import EncoderInfo, encoder_info
 from pathflip.encoders.mrplip import is_patch_model
 from pathflip.errors import ConfigError
-from pathflip.geometry import TREE_NODES, TreeSpec, choose_parents, tree_levels, tree_tissue
+from pathflip.geometry import TREE_NODES
 from pathflip.progress import Progress, Report
-from pathflip.slides.tissue import TissueMask
 
 GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
 BYTES_OF_A_TREE = 1000  # estimate of a row of ``trees``
@@ -85,6 +82,8 @@ class TreesConfig:
     """Deadline for reading 64 nodes."""
     commit_s: float = 30.0
     """Finished slides are committed at least this often."""
+    retry: bool = False
+    """Try quarantined trees again even though nothing about their slides changed."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -102,12 +101,13 @@ class TreesResult:
     """Result of the job, or with ``dry_run`` what it would be.
 
     Attributes:
-        trees: Trees that got rows: new ones, and stored ones that got a further encoder.
+        trees: Good trees that got rows: new ones, and stored ones that got a further encoder.
         nodes: Their nodes with features.
         levels: {levels: trees}; 4 levels are 85 nodes, 3 are 21.
         slides: {"done", "skipped": complete before, "none": without a root of enough tissue or too
             coarse, "failed"}: numbers of slides.
-        dropped: {reason: trees} that were left out for damage.
+        quarantined: {reason: trees} that this run found too damaged to be used.
+        quarantined_before: {reason: trees} of earlier runs, which this one did not read.
         problems: {slide: "reason: message"} of slides that were left out.
         encoders: Names of the encoders.
         seconds: Wall time.
@@ -119,7 +119,8 @@ class TreesResult:
     nodes: int
     levels: dict[str, int]
     slides: dict[str, int]
-    dropped: dict[str, int]
+    quarantined: dict[str, int]
+    quarantined_before: dict[str, int]
     problems: dict[str, str]
     encoders: list[str]
     seconds: float
@@ -136,49 +137,8 @@ class TreesResult:
 
     @property
     def exit_code(self) -> int:
-        """0 all good, 3 some slides or trees were left out."""
-        return 3 if self.slides["failed"] or self.dropped else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Choice:
-    """Sizes of the trees and the choice of their roots."""
-
-    spec: TreeSpec
-    seed: int
-    per_slide: int
-    min_tissue: float
-
-    @classmethod
-    def of(cls, config: TreesConfig, made: Mapping[str, Any] | None) -> _Choice:
-        """Return the settings of a run, completed by those the archive was made with."""
-        given = asdict(config)
-        defaults = {"parent_um": 1024.0, "node_px": 512, "seed": 0, "per_slide": 20}
-        known: dict[str, Any] = defaults | {"min_tissue": 0.5} | dict(made or {})
-        known |= {name: given[name] for name in known if given.get(name) is not None}
-        spec = TreeSpec(parent_um=float(known.pop("parent_um")), node_px=known.pop("node_px"))
-        return cls(spec=spec, **known)
-
-
-@dataclass(kw_only=True)
-class _Plan:
-    """Slides and trees that are still to be done.
-
-    Attributes:
-        tasks: Slides with trees to be made or extended.
-        trees: Trees of each task.
-        nodes: Their nodes; counted for a dry run only.
-        skipped: Slides that are complete.
-        none: Slides without a root.
-        levels: {levels: trees}.
-    """
-
-    tasks: list[SlideTask] = field(default_factory=list)
-    trees: list[int] = field(default_factory=list)
-    nodes: int = 0
-    skipped: int = 0
-    none: int = 0
-    levels: Counter[str] = field(default_factory=Counter)
+        """0 all good, 3 some slides were left out or trees quarantined in this run."""
+        return 3 if self.slides["failed"] or self.quarantined else 0
 
 
 def trees(
@@ -199,8 +159,8 @@ def trees(
         dry_run: Say what would be done, with bytes and hours; write nothing, start no Ray.
 
     Raises:
-        ConfigError: More trees a slide are asked for without all the encoders that the trees there
-            have (``encoders``).
+        ConfigError: More trees a slide, or quarantined ones, are asked for without all the encoders
+            that the trees there have (``encoders``).
         ArchiveError: If the archive is missing, damaged, being written, or its trees were cut or
             chosen otherwise (``settings``).
         EncoderError: If an encoder cannot be loaded.
@@ -212,14 +172,16 @@ def trees(
     opened = Archive(archive)
     infos = {spec: encoder_info(spec) for spec in _specs(opened, config)}
     names = list(dict.fromkeys(info.name for info in infos.values()))
-    choice = _Choice.of(config, tree_settings(opened))
-    plan = _plan(opened, choice, names, count_nodes=dry_run)
+    choice = Choice.of(asdict(config), tree_settings(opened))
+    plan = make_plan(opened, choice, names, retry=config.retry, count_nodes=dry_run)
     if dry_run:
         return _estimate(opened, plan, choice, config, infos, started=started)
     if not plan.tasks and TREES in opened.tables():
         return _result(plan, [], names, started=started)
     private = connect(address)
     with Committer(archive) as committer:
+        if plan_versions(committer.archive) != plan_versions(opened):  # another job was faster
+            plan = make_plan(committer.archive, choice, names, retry=config.retry)
         ensure_trees(
             committer,
             choice.spec,
@@ -237,7 +199,6 @@ def trees(
                 licence=info.licence,
             )
         delete_strays(committer)
-        plan = _plan(committer.archive, choice, names)
         outcomes = _run(
             committer, plan, choice, config, infos,
             private=private, progress=progress, started=started,
@@ -261,121 +222,13 @@ def _specs(archive: Archive, config: TreesConfig) -> list[str]:
     return found
 
 
-# -- what there is to do -------------------------------------------------------------------------
-
-
-def _plan(
-    archive: Archive, choice: _Choice, names: Sequence[str], *, count_nodes: bool = False
-) -> _Plan:
-    """Choose the roots of all ready slides and compare them with what is there.
-
-    Raises:
-        ConfigError: See :func:`trees`.
-    """
-    roots: dict[str, set[tuple[int, int]]] = {}
-    for row in _roots(archive):
-        roots.setdefault(row["slide_id"], set()).add((row["tx"], row["ty"]))
-    have = {
-        name: Counter(
-            read_trees(archive, columns=["slide_id"], encoder=name)["slide_id"].to_pylist()
-        )
-        for name in tree_encoders(archive)
-    }
-    made = tree_settings(archive)
-    more = made is not None and choice.per_slide > made["per_slide"]
-    plan, left_out = _Plan(), set[str]()
-
-    def choose(row: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]], int]:
-        return row, *_chosen(row, choice, roots.get(row["slide_id"], set()), count_nodes)
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for rows in _ready_slides(archive):
-            for row, new, nodes in pool.map(choose, rows):
-                slide, count = row["slide_id"], len(roots.get(row["slide_id"], ()))
-                held = {name for name, counts in have.items() if counts[slide]}
-                # All trees of a slide have the same encoders, so new ones need all of them.
-                if new and held - set(names):
-                    left_out |= held - set(names) if more else set()
-                    new, nodes = [], 0
-                lacking = [n for n in names if count and have.get(n, Counter())[slide] < count]
-                if not new and not lacking:
-                    plan.skipped += bool(count)
-                    plan.none += not count
-                    continue
-                plan.tasks.append(SlideTask(slide_id=slide, new=new, lacking=lacking))
-                plan.trees.append(len(new) + (count if lacking else 0))
-                plan.nodes += nodes
-                plan.levels[str(tree_levels(row["mpp"], spec=choice.spec))] += plan.trees[-1]
-    if left_out:
-        raise ConfigError(
-            f"The trees of {archive.uri} have features of {', '.join(sorted(left_out))} too, so "
-            "more trees of the same slides need them as well.",
-            hint=f"Give --encoder {','.join(dict.fromkeys([*names, *sorted(left_out)]))}.",
-            code="encoders",
-        )
-    if count_nodes and any(task.lacking for task in plan.tasks):
-        plan.nodes += _stored_nodes(archive, [task for task in plan.tasks if task.lacking])
-    return plan
-
-
-def _roots(archive: Archive) -> list[dict[str, Any]]:
-    """Return the place of every stored tree."""
-    rows: list[dict[str, Any]] = read_trees(archive, columns=["slide_id", "tx", "ty"]).to_pylist()
-    return rows
-
-
-def _ready_slides(archive: Archive) -> Iterator[list[dict[str, Any]]]:
-    """Yield the ready slides, some at once as their tissue masks are large."""
-    columns = ["slide_id", "width", "height", "mpp", "tissue_png", "tissue_mpp"]
-    with guarded(archive.uri, "read the table slides", damaged=is_local(archive.uri)):
-        batches = archive.dataset("slides").to_batches(
-            columns=columns, filter=pc.field("status") == READY, batch_size=64
-        )
-        for batch in batches:
-            yield batch.to_pylist()
-
-
-def _chosen(
-    row: Mapping[str, Any], choice: _Choice, stored: set[tuple[int, int]], count_nodes: bool
-) -> tuple[list[list[int]], int]:
-    """Return the roots of a slide that have no tree yet, and the nodes that would be read."""
-    levels = tree_levels(row["mpp"], spec=choice.spec) if row["mpp"] else 0
-    if not levels or not row["tissue_png"] or len(stored) >= choice.per_slide:
-        return [], 0
-    mask = TissueMask.from_png(row["tissue_png"], mpp=row["tissue_mpp"], slide_mpp=row["mpp"])
-    chosen = choose_parents(
-        mask,
-        width=row["width"],
-        height=row["height"],
-        mpp=row["mpp"],
-        spec=choice.spec,
-        count=choice.per_slide,
-        seed=choice.seed,
-        slide_id=row["slide_id"],
-        min_tissue=choice.min_tissue,
-    )
-    new = [[tx, ty] for tx, ty in chosen.tolist() if (tx, ty) not in stored]
-    nodes = 0
-    for tx, ty in new if count_nodes else ():
-        tissue = tree_tissue(mask, tx=tx, ty=ty, mpp=row["mpp"], spec=choice.spec)
-        nodes += int(wanted_nodes(tissue[None], levels=levels).sum())
-    return new, nodes
-
-
-def _stored_nodes(archive: Archive, tasks: Sequence[SlideTask]) -> int:
-    rows = read_trees(archive, columns=["slide_id", "node_mask"])
-    slides = pa.array([task.slide_id for task in tasks], pa.string())
-    masks = rows.filter(pc.is_in(rows["slide_id"], slides))["node_mask"]
-    return int((vectors(masks) != 0).sum())
-
-
 # -- doing it ------------------------------------------------------------------------------------
 
 
 def _run(
     committer: Committer,
-    plan: _Plan,
-    choice: _Choice,
+    plan: Plan,
+    choice: Choice,
     config: TreesConfig,
     infos: Mapping[str, EncoderInfo],
     *,
@@ -430,8 +283,8 @@ def _run(
 
 def _actors(
     archive: str,
-    plan: _Plan,
-    choice: _Choice,
+    plan: Plan,
+    choice: Choice,
     config: TreesConfig,
     infos: Mapping[str, EncoderInfo],
     *,
@@ -460,7 +313,7 @@ def _actors(
 
 def _actor_arguments(
     archive: str,
-    choice: _Choice,
+    choice: Choice,
     config: TreesConfig,
     infos: Mapping[str, EncoderInfo],
     *,
@@ -474,12 +327,12 @@ def _actor_arguments(
 
 
 def _result(
-    plan: _Plan, outcomes: Sequence[SlideOutcome], names: list[str], *, started: float
+    plan: Plan, outcomes: Sequence[SlideOutcome], names: list[str], *, started: float
 ) -> TreesResult:
-    levels, dropped = Counter[str](), Counter[str]()
+    levels, quarantined = Counter[str](), Counter[str]()
     for one in outcomes:
         levels.update(one.levels)
-        dropped.update(one.dropped)
+        quarantined.update(one.quarantined)
     failed = {one.slide_id: f"{one.reason}: {one.message}" for one in outcomes if one.reason}
     return TreesResult(
         trees=sum(one.trees for one in outcomes),
@@ -491,7 +344,8 @@ def _result(
             "none": plan.none,
             "failed": len(failed),
         },
-        dropped=dict(dropped),
+        quarantined=dict(quarantined),
+        quarantined_before=dict(plan.quarantined),
         problems=failed,
         encoders=names,
         seconds=time.monotonic() - started,
@@ -503,8 +357,8 @@ def _result(
 
 def _estimate(
     archive: Archive,
-    plan: _Plan,
-    choice: _Choice,
+    plan: Plan,
+    choice: Choice,
     config: TreesConfig,
     infos: Mapping[str, EncoderInfo],
     *,
@@ -527,7 +381,8 @@ def _estimate(
             "done": len(plan.tasks), "skipped": plan.skipped, "none": plan.none,
             "failed": len(problems),
         },
-        dropped={},
+        quarantined={},
+        quarantined_before=dict(plan.quarantined),
         problems=problems,
         encoders=list(dims),
         seconds=time.monotonic() - started,
@@ -538,8 +393,8 @@ def _estimate(
 
 def _time_a_node(
     archive: Archive,
-    plan: _Plan,
-    choice: _Choice,
+    plan: Plan,
+    choice: Choice,
     config: TreesConfig,
     infos: Mapping[str, EncoderInfo],
 ) -> tuple[float, dict[str, str]]:
@@ -547,9 +402,13 @@ def _time_a_node(
     problems: dict[str, str] = {}
     if not plan.tasks:
         return 0.0, problems
-    first = {row["slide_id"]: [row["tx"], row["ty"]] for row in _roots(archive)}
+    stored = roots_by_slide(archive)
     tasks = [
-        SlideTask(slide_id=task.slide_id, new=task.new[:1] or [first[task.slide_id]], lacking=[])
+        SlideTask(
+            slide_id=task.slide_id,
+            new=task.new[:1] or [list(min(stored[task.slide_id]))],
+            lacking=[],
+        )
         for task in plan.tasks[:3]
     ]
     actor = TreeActor(*_actor_arguments(archive.uri, choice, config, infos, readers=1))

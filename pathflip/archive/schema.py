@@ -238,7 +238,8 @@ def trees_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
     ``tx``, ``ty`` are the root's place on the grid of roots, ``x0``, ``y0``, ``size0`` its
     rectangle; ``levels`` is 3 where the slide is too coarse for the last 64 nodes. ``node_mask`` is
     1 where a node was read and has features; the rectangles are those of
-    :func:`pathflip.geometry.patch_tree`.
+    :func:`pathflip.geometry.patch_tree`. ``fault`` is why a tree is quarantined and null of a good
+    one; a quarantined tree has no node and no features.
     """
     scores = pa.list_(pa.float32(), TREE_NODES)
     return _schema(
@@ -253,6 +254,7 @@ def trees_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
             ("size0", pa.int32()),
             ("mpp", pa.float64()),
             ("levels", pa.int32()),
+            ("fault", pa.string()),
             ("node_mask", pa.list_(pa.uint8(), TREE_NODES)),
             ("node_tissue", scores),
             ("node_blur", scores),

@@ -54,6 +54,8 @@ class TableSpec:
             name if other tables follow it. None if a slide may have any number of rows.
         and_slide: Whether each slide has one more row, keyed by the slide's id.
         count: Column of ``slides`` with the number of rows of a slide in this table.
+        fault: Column with the reason why a row is quarantined, null of a good one; the tables that
+            follow this one have no row for it.
         derived_from: Table from which the rows are computed. They are deleted when a slide is
             ingested again. None for imported rows, which could not be computed and are kept.
         on_grid: Whether imported rows belong to places on a slide's grid in µm. They are deleted
@@ -75,6 +77,7 @@ class TableSpec:
     one_per: str | None = None
     and_slide: bool = False
     count: str | None = None
+    fault: str | None = None
     derived_from: str | None = None
     on_grid: bool = False
     made_by: str = INGEST
@@ -157,7 +160,8 @@ TABLES: tuple[TableSpec, ...] = (
     TableSpec(
         name="trees", key="tree_id",
         schema=lambda settings, entry, noted: trees_schema(noted),
-        one_per="trees", derived_from=SLIDES, made_by="trees", setting="trees", since=3,
+        one_per="trees", fault="fault", derived_from=SLIDES, made_by="trees", setting="trees",
+        since=3,
     ),
     TableSpec(
         name="trees_<encoder>", key="tree_id",

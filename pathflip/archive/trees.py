@@ -3,6 +3,9 @@
 A tree counts once its row is in ``trees``, the ledger of trees, which is written last: rows of
 ``trees_<encoder>`` without one are what a writer that was killed left, and :func:`delete_strays`
 removes them. Features of a further encoder are added to the trees there are.
+
+A tree too damaged to be used is quarantined: its row in ``trees`` names the reason (``fault``), and
+it has no other. No run reads it again unless asked to.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class Tree:
         node_mask: bool [85]: nodes that were read and have features.
         node_tissue: float32 [85]: share of tissue.
         node_blur: float32 [85]: blur score.
+        fault: Reason why the tree is quarantined; it has no node and no features then.
         features: {encoder: float [85, dim]}; masked nodes are stored as zeros.
     """
 
@@ -58,6 +62,7 @@ class Tree:
     node_mask: NDArray[np.bool_]
     node_tissue: NDArray[np.float32]
     node_blur: NDArray[np.float32]
+    fault: str | None = None
     features: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
@@ -207,7 +212,9 @@ def write_trees(committer: Committer, trees: Sequence[Tree]) -> None:
 
 
 def append_trees(committer: Committer, trees: pa.Table, features: Mapping[str, pa.Table]) -> None:
-    """Append rows that are not there, features first: a tree is there once ``trees`` says so.
+    """Write rows that are not there, features first: a tree is there once ``trees`` says so.
+
+    The row of a quarantined tree is replaced.
 
     Args:
         committer: The open writer of the archive.
@@ -215,18 +222,21 @@ def append_trees(committer: Committer, trees: pa.Table, features: Mapping[str, p
         features: {table: rows of :func:`tree_feature_rows`}.
     """
     for table, rows in [*features.items(), (TREES, trees)]:
-        there = pa.array(_keys(committer.archive, table))
-        rows = rows.filter(pc.invert(pc.is_in(rows["tree_id"], there.cast(pa.string()))))
-        if rows.num_rows:
-            shard = write_shard(committer.uri, table, rows, committer.archive.dataset(table).schema)
+        there = _keys(committer.archive, table)
+        new = rows.filter(pc.invert(_is_in(rows, there)))
+        if new.num_rows:
+            shard = write_shard(committer.uri, table, new, committer.archive.dataset(table).schema)
             transactions.register(committer.uri, shard.files)
             transactions.append(committer.uri, shard)
+        if table == TREES and new.num_rows < rows.num_rows:
+            bad = set(there) - set(_keys(committer.archive, TREES, good=True))
+            committer.upsert(TREES, rows.filter(_is_in(rows, sorted(bad))))
 
 
 def delete_strays(committer: Committer) -> int:
-    """Delete features of trees that have no row in ``trees``; return their number."""
+    """Delete features of trees that ``trees`` does not name as good ones; return their number."""
     archive, deleted = committer.archive, 0
-    trees = set(_keys(archive, TREES)) if TREES in archive.tables() else set()
+    trees = set(_keys(archive, TREES, good=True)) if TREES in archive.tables() else set()
     for entry in tree_encoders(archive).values():
         stray = sorted(set(_keys(archive, entry["table"])) - trees)
         deleted += transactions.delete_rows(committer.uri, entry["table"], "tree_id", stray)
@@ -247,6 +257,7 @@ def tree_rows(trees: Sequence[Tree], spec: TreeSpec) -> pa.Table:
             "size0": pa.array([round(spec.parent_um / tree.mpp) for tree in trees], pa.int32()),
             "mpp": pa.array([tree.mpp for tree in trees], pa.float64()),
             "levels": pa.array([tree.levels for tree in trees], pa.int32()),
+            "fault": pa.array([tree.fault for tree in trees], pa.string()),
             "node_mask": _fixed([tree.node_mask for tree in trees], np.uint8, TREE_NODES),
             "node_tissue": _fixed([tree.node_tissue for tree in trees], np.float32, TREE_NODES),
             "node_blur": _fixed([tree.node_blur for tree in trees], np.float32, TREE_NODES),
@@ -267,15 +278,20 @@ def tree_feature_rows(trees: Sequence[Tree], encoder: str) -> pa.Table:
 
 
 def read_trees(
-    archive: Archive, *, columns: Collection[str] | None = None, encoder: str | None = None
+    archive: Archive,
+    *,
+    columns: Collection[str] | None = None,
+    encoder: str | None = None,
+    quarantined: bool = False,
 ) -> pa.Table:
-    """Return the trees of ready slides, sorted by ``tree_id``; empty if there are none.
+    """Return the good trees of ready slides, sorted by ``tree_id``; empty if there are none.
 
     Args:
         archive: The archive.
         columns: Columns of ``trees``; by default all but the checksum.
         encoder: Only trees that have features of this encoder, with a column ``row``: where they
             are in its table, for :func:`take_features`.
+        quarantined: The quarantined trees instead, whose column ``fault`` says why.
     """
     from pathflip.archive.schema import CHECKSUM, trees_schema
 
@@ -284,8 +300,10 @@ def read_trees(
     if TREES not in archive.tables():
         return trees_schema().empty_table().select(wanted)
     with guarded(archive.uri, f"read the table {TREES}", damaged=is_local(archive.uri)):
+        good = pc.field("fault").is_null()
         rows = archive.dataset(TREES).to_table(
-            columns=list(dict.fromkeys([*wanted, "tree_id", "slide_id"]))
+            columns=list(dict.fromkeys([*wanted, "tree_id", "slide_id"])),
+            filter=~good if quarantined else good,
         )
     ready = pa.array(sorted(archive.ready_ids()), pa.string())
     rows = rows.filter(pc.is_in(rows["slide_id"], ready)).sort_by("tree_id")
@@ -330,12 +348,17 @@ def take_features(
     return features
 
 
-def _keys(archive: Archive, table: str) -> list[str]:
-    """Return the keys of a table in the order of its rows."""
+def _keys(archive: Archive, table: str, *, good: bool = False) -> list[str]:
+    """Return the keys of a table, or of its good trees, in the order of its rows."""
+    where = pc.field("fault").is_null() if good else None
     with guarded(archive.uri, f"read the table {table}", damaged=is_local(archive.uri)):
-        rows = archive.dataset(table).to_table(columns=["tree_id"])
+        rows = archive.dataset(table).to_table(columns=["tree_id"], filter=where)
     keys: list[str] = rows["tree_id"].to_pylist()
     return keys
+
+
+def _is_in(rows: pa.Table, trees: Sequence[str]) -> pa.Array:
+    return pc.is_in(rows["tree_id"], pa.array(trees, pa.string()))
 
 
 def _fixed(rows: Sequence[Any], kind: Any, width: int) -> pa.Array:

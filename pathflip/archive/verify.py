@@ -108,6 +108,7 @@ class _Scan:
     notes: list[str] = field(default_factory=list)
     keys: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     slides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quarantined: dict[str, set[str]] = field(default_factory=dict)  # table -> keys
     incomplete: set[str] = field(default_factory=set)
     reindex: dict[str, set[str]] = field(default_factory=dict)
     salvager: Salvager
@@ -307,6 +308,10 @@ def _note_rows(table: str, key: str, rows: pa.Table | pa.RecordBatch, scan: _Sca
     if table == "slides":
         columns = ["slide_id", "status", "encoders", *count_columns()]
         scan.slides |= {row["slide_id"]: row for row in rows.select(columns).to_pylist()}
+    spec = spec_of(table)
+    if spec is not None and spec.fault is not None:
+        faults = zip(ids, rows.column(spec.fault).to_pylist(), strict=True)
+        scan.quarantined.setdefault(table, set()).update(key for key, fault in faults if fault)
     owners = rows.column("slide_id").to_pylist() if "slide_id" in rows.schema.names else ids
     scan.keys.setdefault(table, []).extend(zip(ids, owners, strict=True))
 
@@ -426,14 +431,17 @@ def _check_derived(named: Mapping[str, Table], held: _Held, scan: _Scan) -> None
     later = [t for t in named.values() if not t.ingested and t.spec.derived_from and t.spec.one_per]
     for table in later:
         siblings = [other for other in later if other.spec.one_per == table.spec.one_per]
+        # What a killed writer left of them it deletes the next time, and nobody reads it.
+        alone = scan.quarantined.get(str(table.spec.one_per), set())
+        alone = set() if table.name == table.spec.one_per else alone
         waiting = 0
         for slide, row in sorted(scan.slides.items()):
             if row["status"] != READY or table.encoder not in (None, *(row["encoders"] or ())):
                 continue
-            there = len(held.get(table.name, {}).get(slide, ()))
+            there = len(held.get(table.name, {}).get(slide, set()) - alone)
             wanted = table.spec.rows_of(row)
             if wanted is None:  # as many as any of those with the same keys has
-                wanted = len(_keys(siblings, slide, held)) + table.spec.and_slide
+                wanted = len(_keys(siblings, slide, held) - alone) + table.spec.and_slide
             if there == wanted:
                 continue
             if not there:

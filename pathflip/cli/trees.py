@@ -36,6 +36,9 @@ def trees(
         str | None,
         typer.Option(help="Patch encoder, or several with commas (docs/reference/encoders.md)."),
     ] = None,
+    retry: Annotated[
+        bool | None, typer.Option("--retry/--no-retry", help="Try quarantined trees again.")
+    ] = None,
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
@@ -57,7 +60,10 @@ def trees(
 
     module = job("trees")
     settings = load_config(
-        module.TreesConfig, file=config, overrides=overrides or (), given=were_set(encoder=encoder)
+        module.TreesConfig,
+        file=config,
+        overrides=overrides or (),
+        given=were_set(encoder=encoder, retry=retry),
     )
     with working() as progress:
         result = module.trees(

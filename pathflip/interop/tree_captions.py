@@ -78,7 +78,7 @@ class TreeCaptions(Mapping[str, NodeCaptions]):
         model: Model that wrote the captions; None if no line says it.
         counts: Lines of the files, and of those: ``nodes`` captions that trees of the archive get,
             ``empty`` ones without a caption, ``duplicates`` of another line, ``masked`` ones about
-            nodes the archive holds no features of.
+            nodes the archive holds no features of, ``quarantined`` ones about quarantined trees.
         unmatched: {"lines", "examples"} of lines whose name fits no tree.
         ambiguous: The same of lines whose slide could be several.
     """
@@ -86,7 +86,8 @@ class TreeCaptions(Mapping[str, NodeCaptions]):
     def __init__(self, files: list[Path]) -> None:
         self.files = files
         self.model: str | None = None
-        self.counts = dict.fromkeys(("lines", "nodes", "empty", "duplicates", "masked"), 0)
+        counted = ("lines", "nodes", "empty", "duplicates", "masked", "quarantined")
+        self.counts = dict.fromkeys(counted, 0)
         self.unmatched: dict[str, Any] = {"lines": 0, "examples": []}
         self.ambiguous: dict[str, Any] = {"lines": 0, "examples": []}
         self._open: dict[int, IO[bytes]] = {}
@@ -157,6 +158,7 @@ def read_tree_captions(archive: Archive, path: str | Path) -> TreeCaptions:
     rows = read_trees(archive, columns=["tree_id", "node_mask"])
     known = {tree: at for at, tree in enumerate(rows["tree_id"].to_pylist())}
     masks = vectors(rows["node_mask"]).reshape(-1, TREE_NODES) != 0
+    bad = set(read_trees(archive, columns=["tree_id"], quarantined=True)["tree_id"].to_pylist())
     names, slides = archive.names(), dict[str, list[str]]()
     said: tuple[Path, int] | None = None
     captions = TreeCaptions(files)
@@ -185,7 +187,9 @@ def read_tree_captions(archive: Archive, path: str | Path) -> TreeCaptions:
                 _note(captions.ambiguous, entry["Image"])
                 continue
             tree = tree_id(found[0], tx=image.tx, ty=image.ty) if found else ""
-            if tree not in known:
+            if tree in bad:
+                captions.counts["quarantined"] += 1
+            elif tree not in known:
                 _note(captions.unmatched, entry["Image"])
             elif not masks[known[tree], image.node]:
                 captions.counts["masked"] += 1

@@ -36,7 +36,8 @@ def write_tree_page(archive: Archive, path: str | Path, *, tree_id: str | None =
         The key of the tree.
 
     Raises:
-        ArchiveError: There is no such tree (``unknown_tree``, ``no_trees``).
+        ArchiveError: There is no such tree (``unknown_tree``, ``no_trees``), or it is
+            ``quarantined``.
         SlideError: Its slide cannot be read.
     """
     spec = tree_spec(archive)
@@ -45,6 +46,14 @@ def write_tree_page(archive: Archive, path: str | Path, *, tree_id: str | None =
     rows = read_trees(archive)
     tree = next(iter(rows.filter(pc.equal(rows["tree_id"], tree_id)).to_pylist()), None)
     if tree is None:
+        bad = read_trees(archive, columns=["tree_id", "fault"], quarantined=True)
+        if fault := bad.filter(pc.equal(bad["tree_id"], tree_id))["fault"].to_pylist():
+            raise ArchiveError(
+                f"Patch tree {tree_id} of {archive.uri} is quarantined: {fault[0]}.",
+                hint="Copy its slide's file again and ingest it; or, if the file is good: "
+                f"pathflip trees --archive {archive.uri} --retry",
+                code="quarantined",
+            )
         raise ArchiveError(
             f"The archive {archive.uri} has no patch tree {tree_id!r}.",
             hint="A tree is named SLIDE_ID/TX_TY; those of ready slides can be shown.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -30,6 +31,7 @@ from pathflip.archive.verify import verify
 from pathflip.encoders import load_encoder
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.geometry import TREE_OFFSETS, TreeSpec, choose_parents, patch_tree
+from pathflip.report.trees import write_tree_page
 from pathflip.slides.tissue import TissueMask
 from tests import faults
 from tests.archives import filled
@@ -262,24 +264,36 @@ def test_a_further_encoder_slides_left_out_and_more_trees(
     assert not features[~kept].any()
 
 
-@pytest.mark.parametrize(("name", "dropped"), [("b.tif", {}), ("e.tif", {"too_many_bad_tiles": 1})])
-def test_damaged_nodes_are_masked_and_trees_with_many_dropped(
-    name: str, dropped: dict[str, int], copy: Path, slides: Path, tmp_path: Path
+def damage(archive: Path, name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Give a slide a file with one bad tile, in the root of its second tree.
+
+    Returns:
+        The slide's trees, and the columns of the slide's row that name its good file.
+    """
+    rows = read_trees(Archive(archive), encoder="texture").to_pylist()
+    stored = {row["slide_id"]: row for row in Archive(archive).slides("ready").to_pylist()}
+    trees = [row for row in rows if Path(stored[row["slide_id"]]["uri"]).name == name]
+    good = {key: stored[trees[0]["slide_id"]][key] for key in ("uri", "bytes", "mtime_ns")}
+    across, _ = faults.tile_spans(Path(good["uri"]))
+    tile = trees[1]["y0"] // 256 * across + trees[1]["x0"] // 256
+    faults.overwrite(Path(good["uri"]), folder / name, [tile])
+    status = (folder / name).stat()
+    file = {"uri": str(folder / name), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    with Committer(archive) as committer:
+        committer.update_slides({trees[0]["slide_id"]: file})
+    return trees, good
+
+
+@pytest.mark.parametrize(("name", "bad"), [("b.tif", {}), ("e.tif", {"too_many_bad_tiles": 1})])
+def test_damaged_nodes_are_masked_and_trees_with_many_quarantined(
+    name: str, bad: dict[str, int], copy: Path, tmp_path: Path
 ) -> None:
     """A damaged tile of 256 px holds 4 of 85 nodes where a root is 1024 px, 4 of 21 at 0.5 mpp."""
     from jobs.tree_actor import SlideTask, TreeActor
 
-    rows = read_trees(Archive(copy), encoder="texture").to_pylist()
-    uri = {row["slide_id"]: row["uri"] for row in Archive(copy).slides("ready").to_pylist()}
-    trees = [row for row in rows if Path(uri[row["slide_id"]]).name == name]
+    trees, _ = damage(copy, name, tmp_path)
     harmed, slide = trees[1], trees[1]["slide_id"]
-    across, _ = faults.tile_spans(slides / name)
     left, top = harmed["x0"] // 256, harmed["y0"] // 256
-    faults.overwrite(slides / name, tmp_path / name, [top * across + left])
-    status = (tmp_path / name).stat()
-    with Committer(copy) as committer:
-        file = {"uri": str(tmp_path / name), "bytes": status.st_size}
-        committer.update_slides({slide: file | {"mtime_ns": status.st_mtime_ns}})
     encoder = load_encoder("texture")
     actor = TreeActor(str(copy), SPEC, [("texture", encoder.revision)], "cpu", 2, 3, 60.0)
     task = SlideTask(slide_id=slide, new=[[row["tx"], row["ty"]] for row in trees], lacking=[])
@@ -288,17 +302,19 @@ def test_damaged_nodes_are_masked_and_trees_with_many_dropped(
     finally:
         actor.close()
     outcome = json.loads(table.schema.metadata[b"outcome"])
-    assert (outcome["reason"], outcome["dropped"]) == ("", dropped)
+    assert (outcome["reason"], outcome["quarantined"]) == ("", bad)
     parts = {row["table"]: from_ipc(row["rows"]) for row in table.to_pylist()}
-    found = dict(
-        zip(parts["trees"]["tree_id"].to_pylist(), parts["trees"].to_pylist(), strict=True)
-    )
-    assert len(found) == 3 - len(dropped)
+    made = {row["tree_id"]: row for row in parts["trees"].to_pylist()}
+    assert len(made) == 3
+    found = {tree: row for tree, row in made.items() if row["fault"] is None}
+    assert len(found) == 3 - len(bad)
+    assert found.keys() == set(parts["trees_texture"]["tree_id"].to_pylist())
     features = vectors(parts["trees_texture"]["features"]).reshape(len(found), 85, -1)
     before = take_features(Archive(copy), [row["row"] for row in trees], encoder="texture")
     for row, old in zip(trees, before, strict=True):
         if row["tree_id"] not in found:
             assert row is harmed
+            assert not any(made[row["tree_id"]]["node_mask"])
             continue
         mask = np.array(found[row["tree_id"]]["node_mask"]) != 0
         there = np.array(row["node_mask"]) != 0
@@ -310,6 +326,90 @@ def test_damaged_nodes_are_masked_and_trees_with_many_dropped(
         assert (mask == there).all()
         place = list(found).index(row["tree_id"])
         np.testing.assert_array_equal(features[place], np.where(mask[:, None], old, 0))
+
+
+def test_a_damaged_tree_is_read_once_and_again_when_asked(
+    copy: Path, make: Trees, second_encoder: str, tmp_path: Path
+) -> None:
+    """One run finds it and says so (3); later ones read no more of it than they are asked to."""
+    whole = read_trees(Archive(copy))
+    trees, good = damage(copy, "e.tif", tmp_path)
+    bad, slide = trees[1]["tree_id"], trees[1]["slide_id"]
+    fault = {"too_many_bad_tiles": 1}
+    with Committer(copy) as committer:
+        committer.drop_rows("trees", [slide])
+    with without_ray():
+        first = make(copy)
+        assert (first.trees, first.quarantined, first.quarantined_before) == (2, fault, {})
+        assert (first.exit_code, first.slides["failed"]) == (3, 0)
+        before = listing(copy)
+        for settings, number in (((), 0), (("retry=true",), 1)):
+            plan = make(copy, *settings, dry_run=True)
+            assert (plan.trees, plan.slides["skipped"]) == (number, 7 - number)
+            assert sum(plan.quarantined_before.values()) == 1 - number
+        again = make(copy)
+        assert (again.trees, again.quarantined, again.quarantined_before) == (0, {}, fault)
+        assert (again.exit_code, again.slides["skipped"]) == (0, 7)
+        assert listing(copy) == before
+
+        both = f"encoder=texture,{second_encoder}"
+        further = make(copy, f"encoder={second_encoder}")
+        assert (further.trees, further.exit_code, further.quarantined_before) == (20, 0, fault)
+        name = next(name for name in tree_encoders(Archive(copy)) if name != "texture")
+        with pytest.raises(ConfigError, match=name):
+            make(copy, "encoder=texture", "retry=true")
+        more = make(copy, both, "per_slide=4")
+        assert (more.trees, more.exit_code, more.quarantined_before) == (7, 0, fault)
+        report = verify(copy)
+        assert (report.damaged, report.notes) == ([], [])
+
+        still = make(copy, both, "retry=true")
+        assert (still.trees, still.quarantined, still.quarantined_before) == (0, fault, {})
+        assert (still.exit_code, still.slides["done"]) == (3, 1)
+        with pytest.raises(ArchiveError, match="too_many_bad_tiles") as error:
+            write_tree_page(Archive(copy), tmp_path / "page.html", tree_id=bad)
+        assert error.value.code == "quarantined"
+        with Committer(copy) as committer:
+            committer.update_slides({slide: good})
+        mended = make(copy, both, "retry=true")
+        assert (mended.trees, mended.exit_code, mended.quarantined_before) == (1, 0, {})
+    archive = Archive(copy)
+    assert stored_roots(archive) == expected_roots(archive, 4)
+    assert stored_roots(archive, name) == stored_roots(archive, "texture") == stored_roots(archive)
+    now = read_trees(archive)
+    assert now.filter(pc.is_in(now["tree_id"], whole["tree_id"])).equals(whole)
+    report = verify(copy)
+    assert (report.damaged, report.notes) == ([], [])
+
+
+def test_roots_are_chosen_once_unless_another_job_was_faster(
+    clean: Clean, make: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import tree_plan
+
+    chosen: list[str] = []
+
+    def counted(*given: Any, slide_id: str, **more: Any) -> Any:
+        chosen.append(slide_id)
+        return choose_parents(*given, slide_id=slide_id, **more)
+
+    monkeypatch.setattr(tree_plan, "choose_parents", counted)
+    uri = Path(shutil.copytree(clean.archive, tmp_path / "a"))
+    with without_ray():
+        make(uri, *SMALL, "per_slide=1")
+        assert len(chosen) == len(set(chosen)) == 7
+
+        def faster(_: Any) -> bool:
+            monkeypatch.setattr("jobs.cluster.connect", lambda _: True)
+            assert make(uri, "per_slide=2").trees == 7
+            return True
+
+        monkeypatch.setattr("jobs.cluster.connect", faster)
+        late = make(uri, "per_slide=3")
+    assert late.trees == 7, "those that the other job made are not made again"
+    archive = Archive(uri)
+    assert stored_roots(archive) == stored_roots(archive, "texture") == expected_roots(archive, 3)
+    assert verify(uri).damaged == []
 
 
 def test_the_command(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Patch trees of an archive, made up: written once, read by place, checked, mended, dropped."""
 
+import dataclasses
 import json
 import shutil
 
@@ -178,6 +179,84 @@ def test_features_whose_tree_was_never_written_go(uri):
         assert len(ids(committer.archive, "tex")) == 8
         assert_truth(committer.archive, "tex")
     assert verify(uri).damaged == []
+
+
+@pytest.fixture
+def faulty(uri):
+    """The archive with one more tree of each slide, quarantined."""
+    with Committer(uri) as committer:
+        write_trees(committer, [with_fault(0, 7), with_fault(1, 7)])
+    return uri
+
+
+def with_fault(n: int, place: int) -> Tree:
+    return dataclasses.replace(
+        made_up(n, place), fault="too_many_bad_tiles", node_mask=np.zeros(85, np.bool_)
+    )
+
+
+def faults(archive: Archive) -> dict[str, str]:
+    rows = read_trees(archive, quarantined=True).to_pylist()
+    assert not any(any(row["node_mask"]) for row in rows)
+    return {row["tree_id"]: row["fault"] for row in rows}
+
+
+QUARANTINED = dict.fromkeys(["slide000/7_0", "slide001/7_1"], "too_many_bad_tiles")
+
+
+def test_a_quarantined_tree_is_there_and_is_none_to_use(faulty, tmp_path):
+    """Readers see good trees, checks find nothing wrong, and no table lacks its rows."""
+    archive = Archive(faulty)
+    assert len(ids(archive)) == len(ids(archive, "tex")) == 6
+    assert faults(archive) == QUARANTINED
+    with Committer(faulty) as committer:
+        encoder(committer, "other")
+        write_trees(committer, [made_up(n, place, "other") for n in (0, 1) for place in range(3)])
+        write_trees(committer, [with_fault(0, 7)])
+        assert delete_strays(committer) == 0
+    for step in (lambda: None, lambda: maintain(faulty), lambda: repair(faulty)):
+        step()
+        report = verify(faulty)
+        assert (report.damaged, report.notes) == ([], [])
+        assert faults(Archive(faulty)) == QUARANTINED
+    done = export_parquet(Archive(faulty), tmp_path / "out")
+    assert (done["trees"], done["trees_tex"], done["trees_other"]) == (8, 6, 6)
+
+
+def test_a_slide_of_quarantined_trees_alone_waits_for_no_features(uri):
+    with Committer(uri) as committer:
+        committer.drop_rows("trees", ["slide001"])
+        write_trees(committer, [with_fault(1, place) for place in range(3)])
+    report = verify(uri)
+    assert (report.damaged, report.notes) == ([], [])
+
+
+def test_a_quarantined_tree_becomes_a_good_one(faulty):
+    """First its features alone, as when the writer was killed: they go, and come again."""
+    good = made_up(0, 7, "tex")
+    with Committer(faulty) as committer:
+        none = tree_rows([good], SPEC).slice(0, 0)
+        append_trees(committer, none, {"trees_tex": tree_feature_rows([good], "tex")})
+    assert verify(faulty).damaged == []
+    assert faults(Archive(faulty)) == QUARANTINED
+    assert len(ids(Archive(faulty), "tex")) == 6
+    with Committer(faulty) as committer:
+        assert delete_strays(committer) == 1
+        write_trees(committer, [good, made_up(0, 0, "tex")])
+        assert set(faults(committer.archive)) == {"slide001/7_1"}
+        assert len(ids(committer.archive, "tex")) == 7
+        assert_truth(committer.archive, "tex")
+        write_trees(committer, [with_fault(0, 7)])  # a good tree stays one
+        assert len(ids(committer.archive)) == 7
+    report = verify(faulty)
+    assert (report.damaged, report.notes) == ([], [])
+
+
+def test_quarantine_goes_with_its_slide(faulty):
+    with Committer(faulty) as committer:
+        cohort.commit(committer, 1, fingerprint="other")
+        assert set(faults(committer.archive)) == {"slide000/7_0"}
+        assert committer.archive.dataset("trees").count_rows() == 4
 
 
 def test_a_slide_ingested_anew_loses_its_trees_and_keeps_its_texts(uri):

@@ -22,6 +22,7 @@ from pathflip.archive.tree_texts import (
     redo_keywords,
     text_sources,
 )
+from pathflip.archive.trees import Tree, write_trees
 from pathflip.archive.verify import verify
 from pathflip.cli import main
 from pathflip.errors import ArchiveError, ConfigError
@@ -99,7 +100,7 @@ def test_captions_for_half_of_the_nodes(uri: str, tmp_path: Path) -> None:
     document = run(uri, write(tmp_path, lines[::-1]))
     counted = {"source": "vlm", "model": "vlm-7b", "trees": 1, "lines": 42, "nodes": 42, "new": 1}
     assert document == counted | {
-        "empty": 0, "duplicates": 0, "masked": 0, "changed": 0, "unchanged": 0,
+        "empty": 0, "duplicates": 0, "masked": 0, "quarantined": 0, "changed": 0, "unchanged": 0,
         "without_keywords": 0, "keywords": 2, "dropped": [], "extractor": extractor_version(),
         "unmatched": {"lines": 0, "examples": []}, "ambiguous": {"lines": 0, "examples": []},
     }  # fmt: skip
@@ -166,6 +167,13 @@ def test_what_a_line_may_look_like(uri: str, tmp_path: Path) -> None:
 
 
 def test_what_fits_no_tree_is_counted_with_examples(uri: str, tmp_path: Path) -> None:
+    none = np.zeros(85, np.float32)
+    bad = Tree(
+        slide_id="slide000", tx=6, ty=0, mpp=0.25, levels=4, fault="bad_features",
+        node_mask=none != 0, node_tissue=none, node_blur=none,
+    )  # fmt: skip
+    with Committer(uri) as committer:
+        write_trees(committer, [bad])
     lines = [
         line("slide000", 0, 0, "Nuclei."),
         line("slide000", 0, MASKED, "Glass."),
@@ -174,11 +182,12 @@ def test_what_fits_no_tree_is_counted_with_examples(uri: str, tmp_path: Path) ->
         line("slide000", 0, 7, " n/a "),
         *(line("unknown", 0, node, "Nuclei.") for node in range(10)),
         line("slide000", 7, 0, "A tree that is not there."),
+        line("slide000", 6, 0, "A tree that is quarantined."),
         line("slide000", 0, 0, "x", Image="thumbnail.png"),
     ]
     document = run(uri, write(tmp_path, lines))
-    told = {key: document[key] for key in ("lines", "nodes", "masked", "empty", "trees")}
-    assert told == {"lines": 17, "nodes": 1, "masked": 1, "empty": 3, "trees": 1}
+    told = ("lines", "nodes", "masked", "quarantined", "empty", "trees")
+    assert [document[key] for key in told] == [18, 1, 1, 1, 3, 1]
     assert document["unmatched"] == {
         "lines": 12, "examples": [tree_image_name("unknown", tx=0, ty=0, node=n) for n in range(5)],
     }  # fmt: skip
