@@ -185,6 +185,52 @@ def pathflip(*words: str) -> subprocess.Popen[str]:
     )
 
 
+_WAITING = """
+import os, signal, sys
+from pathflip.archive import transactions
+from pathflip.cli import main
+
+said = os.fdopen(os.dup(1), "w")  # with --json all else goes to stderr
+table, before = sys.argv.pop(1), int(sys.argv.pop(1))
+append, upsert = transactions.append, transactions.upsert
+done = []
+
+def wait(written):
+    if written == table:
+        done.append(written)
+        if len(done) > before:
+            print("waiting", file=said, flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+def waiting_append(uri, shard):
+    wait(shard.table)
+    append(uri, shard)
+
+def waiting_upsert(uri, table, rows):
+    wait(table)
+    upsert(uri, table, rows)
+
+transactions.append, transactions.upsert = waiting_append, waiting_upsert
+main()
+"""
+
+
+def waiting(*words: str, table: str, commits: int) -> subprocess.Popen[str]:
+    """Start the command, which makes some commits to a table and stops before the next.
+
+    It prints a line before. All of its threads stand still then, so its actors have work left and
+    stay.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", _WAITING, table, str(commits), *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def without_compiler(folder: Path) -> dict[str, str]:
     """Variables that make a machine without a compiler of this one, as an image is.
 

@@ -23,7 +23,7 @@ import pytest
 from jobs import ingest
 from tests import failing_reader, faults
 from tests.conftest import SETTINGS, Clean, content
-from tests.failing_ingest import FAILURES, FailingEmbedder, waiting_ingest
+from tests.failing_ingest import FAILURES, FailingEmbedder
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
 
@@ -78,7 +78,8 @@ def test_driver_killed_as_it_commits_then_run_twice_at_once(
 
     archive = tmp_path / "archive"
     for commits, address in enumerate((None, cluster)):
-        run = waiting_ingest(*words(some, archive, address=address), commits=commits)
+        given = ("ingest", *words(some, archive, address=address))
+        run = faults.waiting(*given, table="slides", commits=commits)
         below: list[int] = []
         try:
             assert run.stdout is not None

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from pathflip.archive import Archive
+from pathflip.archive.schema import SCHEMA_VERSION
 from pathflip.archive.search import search
+from pathflip.archive.trees import read_trees
 from pathflip.archive.verify import verify
 from pathflip.checkpoints import load_run
 from pathflip.synth import make_slide
@@ -30,6 +32,7 @@ from pathflip.training.dataset import Corpus
 from pathflip.training.instruct import Instruct
 from pathflip.training.loop_config import read_settings
 from pathflip.training.trainer import train
+from tests.without_ray import without_ray
 
 PACKED = Path(__file__).parents[1] / "previous" / "v0.1.0.tar.xz"
 MADE_AT = "/tmp/golden/out"
@@ -130,11 +133,12 @@ def test_an_archive_of_before_is_whole_and_searchable(previous: Path) -> None:
 
 
 @pytest.mark.ray
-def test_ingest_finds_nothing_to_do_in_an_archive_of_before(
+def test_ingest_finds_nothing_to_do_in_an_archive_of_before_and_it_gets_trees(
     previous: Path, tmp_path: Path, cluster: str
 ) -> None:
     """The same bytes, tiling and encoder are the same work: fingerprints did not change."""
     from jobs.ingest import IngestConfig, ingest
+    from jobs.trees import TreesConfig, trees
     from pathflip.config import load_config
 
     shutil.copytree(previous / "ingested", tmp_path / "ingested")
@@ -148,3 +152,13 @@ def test_ingest_finds_nothing_to_do_in_an_archive_of_before(
     assert result.as_json()["regions"] == 0
     after = Archive(tmp_path / "ingested").slides("ready").select(["slide_id", "fingerprint"])
     assert after.sort_by("slide_id").equals(before.sort_by("slide_id"))
+
+    layout = Archive(tmp_path / "ingested").settings()["schema_version"]
+    small = TreesConfig(parent_um=128, node_px=64, per_slide=2)
+    with without_ray():
+        made = trees(str(tmp_path / "ingested"), small)
+    assert (made.slides["done"], made.exit_code) == (2, 0)
+    archive = Archive(tmp_path / "ingested")
+    assert layout < archive.settings()["schema_version"] == SCHEMA_VERSION
+    assert read_trees(archive, encoder="texture").num_rows == made.trees == 4
+    assert verify(archive.uri).ok

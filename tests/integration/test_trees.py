@@ -153,6 +153,46 @@ def test_the_chosen_trees_are_there_once(made: Path) -> None:
     assert (report.damaged, report.notes) == ([], [])
 
 
+@pytest.mark.chaos
+def test_driver_killed_between_the_tables_then_run_twice_at_once(
+    clean: Clean, made: Path, cluster: str, tmp_path: Path
+) -> None:
+    """Of the two one works and the other says who holds the archive; or both come to the end."""
+    uri = Path(shutil.copytree(clean.archive, tmp_path / "a"))
+    settings = [word for each in (*SMALL, "per_slide=3", "commit_s=0") for word in ("-o", each)]
+    words = ("trees", "--archive", str(uri), "--json", "--address", cluster, *settings)
+    run = faults.waiting(*words, table="trees", commits=1)
+    try:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "waiting\n"
+    finally:
+        run.kill()
+        run.communicate()
+    archive = Archive(uri)
+    assert read_trees(archive).num_rows == 3
+    assert archive.dataset("trees_texture").count_rows() == 6, "those of the second slide too"
+    assert len(stored_roots(archive, "texture")) == 1
+
+    runs = [faults.pathflip(*words) for _ in range(2)]
+    ended = [(*each.communicate(timeout=250), each) for each in runs]
+    codes = sorted(each.returncode for _, _, each in ended)
+    assert codes in ([0, 2], [0, 0]), [err for _, err, _ in ended]
+    for out, err, each in ended:
+        if each.returncode == 2:
+            (other,) = (one.pid for one in runs if one is not each)
+            error = json.loads(out)["error"]
+            assert error["code"] == "locked"
+            assert str(other) in error["message"]
+            assert "Traceback" not in err
+    archive, whole = Archive(uri), Archive(made)
+    assert read_trees(archive).equals(read_trees(whole))
+    rows = [read_trees(one, encoder="texture")["row"].to_numpy() for one in (archive, whole)]
+    np.testing.assert_array_equal(take_features(archive, rows[0]), take_features(whole, rows[1]))
+    assert archive.dataset("trees_texture").count_rows() == 21
+    report = verify(uri)
+    assert (report.damaged, report.notes) == ([], [])
+
+
 def test_every_node_is_what_the_slide_shows_there(made: Path) -> None:
     """A tree of each slide: each node read by itself at its place and level, and embedded."""
     archive = Archive(made)
