@@ -184,6 +184,7 @@ class Lexicon:
     Attributes:
         terms: The terms as keywords have them.
         kept: Those of them that are never dropped, however many bags hold them.
+        given: Those kept as they were written.
         sha: First eight hexadecimal digits of the sha256 of the terms.
         lengths: {first word: {second word: numbers of words of the terms that begin with the two,
             longest first}}; of a term of one word the inner table may be empty.
@@ -191,6 +192,7 @@ class Lexicon:
 
     terms: frozenset[str]
     kept: frozenset[str]
+    given: tuple[str, ...]
     sha: str
     lengths: Mapping[str, Mapping[str, tuple[int, ...]]]
 
@@ -202,7 +204,8 @@ def make_lexicon(terms: Iterable[str], *, kept: Iterable[str] = ()) -> Lexicon:
         terms: Terms that are dropped, as other keywords are, where most bags hold them.
         kept: Further terms, which are not.
     """
-    never = [words for term in kept if (words := list(map(singular, _tokens(term))))]
+    given = tuple(kept)
+    never = [words for term in given if (words := list(map(singular, _tokens(term))))]
     found = [words for term in terms if (words := list(map(singular, _tokens(term))))]
     found += never
     names = {" ".join(words) for words in found}
@@ -215,6 +218,7 @@ def make_lexicon(terms: Iterable[str], *, kept: Iterable[str] = ()) -> Lexicon:
     return Lexicon(
         terms=frozenset(names),
         kept=frozenset(stay),
+        given=given,
         sha=hashlib.sha256("\n".join([*sorted(names), "", *sorted(stay)]).encode()).hexdigest()[:8],
         lengths={
             first: {second: tuple(sorted(own, reverse=True)) for second, own in following.items()}
@@ -234,16 +238,15 @@ def load_lexicon(terms: str | Path | None = None) -> Lexicon:
     Raises:
         ConfigError: The file cannot be read.
     """
-    if terms is None:
-        return _own_lexicon()
     from pathflip.interop.tables import read_text
 
-    return make_lexicon(_terms(_TERMS.read_text("utf-8")), kept=_terms(read_text(terms)))
+    return extended_lexicon(() if terms is None else tuple(_terms(read_text(terms))))
 
 
 @cache
-def _own_lexicon() -> Lexicon:
-    return make_lexicon(_terms(_TERMS.read_text("utf-8")))
+def extended_lexicon(kept: tuple[str, ...]) -> Lexicon:
+    """Return the terms that come with pathflip, and further ones that are never dropped."""
+    return make_lexicon(_terms(_TERMS.read_text("utf-8")), kept=kept)
 
 
 def _terms(text: str) -> list[str]:

@@ -3,7 +3,8 @@
 A row is a tree's captions from one source. Its keywords are a function of all captions of that
 source (but those of test slides), as those most trees have are left out. So they do not depend on
 the order of imports: writing captions makes the keywords of the source's other trees again, and
-only rows that change are written.
+only rows that change are written. Terms of one's own are stored with the archive, so that captions
+that come later, by an import or a job, get their keywords by the same terms.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from pathflip.keywords import (
     Lexicon,
     caption_keywords,
     corpus_frequent,
+    extended_lexicon,
     extract,
     extractor_version,
-    load_lexicon,
 )
 from pathflip.splits import canonical_split
 
@@ -73,6 +74,9 @@ class TextCounts:
         keywords: Keywords of the trees, added up.
         dropped: Keywords left out as most trees have them, sorted.
         extractor: Version of the extraction.
+        terms: Terms that were used beside those of pathflip: those ``given`` now, those ``stored``
+            with the archive when they were given before, or none (``built-in``).
+        own_terms: Number of these.
     """
 
     new: int
@@ -82,6 +86,8 @@ class TextCounts:
     keywords: int
     dropped: list[str]
     extractor: str
+    terms: str
+    own_terms: int
 
 
 def encode_keywords(keywords: Keywords) -> bytes:
@@ -104,6 +110,12 @@ def decode_keywords(vocabulary: Sequence[str], data: bytes) -> Keywords:
     if len(indices) and int(indices.max()) >= len(vocabulary):
         raise ValueError(f"keyword {int(indices.max())} of {len(vocabulary)}")
     return Keywords(vocabulary=list(vocabulary), offsets=offsets, indices=indices)
+
+
+def archive_lexicon(archive: Archive) -> Lexicon:
+    """Return the terms of an archive's keywords: those of pathflip, and those last given for it."""
+    made = archive.settings().get(TREE_TEXTS) or {}
+    return extended_lexicon(tuple(made.get("terms", ())))
 
 
 def text_sources(archive: Archive) -> list[str]:
@@ -149,15 +161,16 @@ def write_tree_texts(
         committer: The open writer of the archive.
         given: {tree_id: captions}; values are asked for twice and never all held at once.
         source: Name of the source.
-        lexicon: Terms of the keywords; default: those of pathflip.
+        lexicon: Terms of the keywords, of :func:`pathflip.keywords.load_lexicon`, stored for later
+            calls; default: see :func:`archive_lexicon`.
     """
-    archive = committer.archive
-    changes, counts = _plan(archive, given, source=source, lexicon=lexicon)
+    terms = None if lexicon is None else lexicon.given
+    changes, counts = _plan(committer.archive, given, source=source, lexicon=lexicon)
+    if TREE_TEXTS in committer.archive.tables():
+        ensure_tree_texts(committer, terms=terms)
     for rows in changes:
-        if TREE_TEXTS not in archive.tables():
-            ensure_tree_texts(committer)
+        ensure_tree_texts(committer, terms=terms)
         committer.upsert(TREE_TEXTS, pa.Table.from_pylist(rows, schema=_BODY))
-        archive = committer.archive
     made = counts()
     if made.new or made.changed:
         refresh_indexes(committer.uri, TREE_TEXTS)
@@ -184,7 +197,7 @@ def put_captions(committer: Committer, trees: Sequence[NodeCaptions], *, source:
     Keywords are those of each tree by itself until :func:`redo_keywords` has seen the source.
     """
     ensure_tree_texts(committer)
-    lexicon = load_lexicon()
+    lexicon = archive_lexicon(committer.archive)
     rows = [_row(tree, source, lexicon, frozenset()) | {"extractor": None} for tree in trees]
     committer.upsert(TREE_TEXTS, pa.Table.from_pylist(rows, schema=_BODY))
 
@@ -197,7 +210,7 @@ def redo_keywords(
     Args:
         committer: The open writer of the archive.
         source: Only this source; default: all.
-        lexicon: Terms; default: those of pathflip.
+        lexicon: Terms; see :func:`write_tree_texts`.
 
     Returns:
         {source: counts}.
@@ -238,7 +251,9 @@ def _plan(
 
     The rows are made while they are taken: a writer may commit what it has taken.
     """
-    lexicon = lexicon or load_lexicon()
+    stored = archive_lexicon(archive)
+    whose = "stored" if stored.given else "built-in"
+    whose, lexicon = (whose, stored) if lexicon is None else ("given", lexicon)
     made = extractor_version(lexicon)
     test = _test_slides(archive)
     bags = (
@@ -274,6 +289,8 @@ def _plan(
             keywords=total["keywords"],
             dropped=sorted(dropped),
             extractor=made,
+            terms=whose,
+            own_terms=len(lexicon.given),
         )
 
     return changes(), counts

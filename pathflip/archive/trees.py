@@ -180,11 +180,19 @@ def ensure_tree_encoder(
     return table
 
 
-def ensure_tree_texts(committer: Committer) -> None:
-    """Create the table of the nodes' captions unless the archive has it."""
-    if TREE_TEXTS not in committer.archive.tables():
+def ensure_tree_texts(committer: Committer, *, terms: Sequence[str] | None = None) -> None:
+    """Create the table of the nodes' captions, or note other terms of their keywords.
+
+    Args:
+        committer: The open writer of the archive.
+        terms: Terms of one's own; None leaves those that are stored.
+    """
+    made = committer.archive.settings().get(TREE_TEXTS)
+    if made is None:
         made = {"created_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        committer.add_tables(TREE_TEXTS, made)
+    elif terms is None or list(terms) == made.get("terms", []):
+        return
+    committer.add_tables(TREE_TEXTS, made | {"terms": list(terms or ())})
 
 
 def write_trees(committer: Committer, trees: Sequence[Tree]) -> None:

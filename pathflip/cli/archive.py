@@ -357,7 +357,7 @@ def archive_import(
         typer.Option(help="Captions of patch trees' nodes: JSON lines, or a folder of them."),
     ] = None,
     terms: Annotated[
-        str | None, typer.Option(help="Text file of further terms that are keywords of captions.")
+        str | None, typer.Option(help="Text file of your own terms; default: those of before.")
     ] = None,
     source: Annotated[
         str | None, typer.Option(help="Name of the texts' source; default: the file's.")
@@ -395,7 +395,7 @@ def archive_import(
         read_captions(captions)
     if questions is not None:
         read_questions(questions)
-    lexicon = load_lexicon(terms)
+    lexicon = None if terms is None else load_lexicon(terms)
     nodes = None
     if tree_captions is not None:
         nodes = read_tree_captions(Archive(archive), tree_captions)

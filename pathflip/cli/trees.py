@@ -119,7 +119,7 @@ def show(
 def keywords(
     archive: ArchiveOption,
     terms: Annotated[
-        str | None, typer.Option(help="Text file of further terms that are keywords of captions.")
+        str | None, typer.Option(help="Text file of your own terms; default: those of before.")
     ] = None,
     source: Annotated[
         str | None, typer.Option(help="Only captions of this source; default: all.")
@@ -137,7 +137,7 @@ def keywords(
     from pathflip.archive.tree_texts import chosen_sources, planned_tree_texts, redo_keywords
     from pathflip.keywords import load_lexicon
 
-    lexicon = load_lexicon(terms)
+    lexicon = None if terms is None else load_lexicon(terms)
     if dry_run:
         opened = Archive(archive)
         counts = {

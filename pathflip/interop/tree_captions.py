@@ -218,7 +218,7 @@ def import_tree_captions(
         archive: URI of the archive.
         captions: Result of :func:`read_tree_captions`.
         source: Name of the source; captions of another source are kept beside them.
-        lexicon: Terms of the keywords; default: those of pathflip.
+        lexicon: Terms of the keywords; default: those stored with the archive.
         dry_run: Only say what would be done.
 
     Returns:

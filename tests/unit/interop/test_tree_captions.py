@@ -33,7 +33,7 @@ from pathflip.interop.tree_captions import (
     read_tree_captions,
     tree_image_name,
 )
-from pathflip.keywords import extract, extractor_version, load_lexicon, make_lexicon
+from pathflip.keywords import extended_lexicon, extract, extractor_version, load_lexicon
 from tests.archives import make_archive
 from tests.trees import MASKED, make_bare_trees
 
@@ -102,6 +102,7 @@ def test_captions_for_half_of_the_nodes(uri: str, tmp_path: Path) -> None:
     assert document == counted | {
         "empty": 0, "duplicates": 0, "masked": 0, "quarantined": 0, "changed": 0, "unchanged": 0,
         "without_keywords": 0, "keywords": 2, "dropped": [], "extractor": extractor_version(),
+        "terms": "built-in", "own_terms": 0,
         "unmatched": {"lines": 0, "examples": []}, "ambiguous": {"lines": 0, "examples": []},
     }  # fmt: skip
     assert text_sources(Archive(uri)) == ["vlm"]
@@ -134,17 +135,27 @@ def test_the_command_imports_plans_and_reads_further_terms(
         assert told.get("dry_run", False) == bool(more)
         document = told["tree_captions"]
         assert (document["source"], document["new"], document["keywords"]) == ("captions", 1, 2)
+        assert (document["terms"], document["own_terms"]) == ("given", 1)
         assert ("tree_texts" in Archive(uri).tables()) != bool(more)
     keywords = rows(uri, "captions")["slide000/0_0"]["keywords"]
     assert keywords == ["large striped zebra", "striped zebra"]
     redo = ["trees", "keywords", "--archive", uri, "--json"]
-    for more, changed in ((["--dry-run"], 1), ([], 1), ([], 0)):
+    terms.write_text("")  # takes one's own away again
+    none = ["--terms", str(terms)]
+    for more, changed, whose in (
+        ([], 0, ("stored", 1)),
+        (["--dry-run", *none], 1, ("given", 0)),
+        ([], 0, ("stored", 1)),
+        (none, 1, ("given", 0)),
+        ([], 0, ("built-in", 0)),
+    ):
         with pytest.raises(SystemExit) as ended:
             main([*redo, *more])
         assert not ended.value.code
         told = json.loads(capsys.readouterr().out)
-        assert told.get("dry_run", False) == bool(more)
-        assert told["sources"]["captions"]["changed"] == changed
+        assert told.get("dry_run", False) == ("--dry-run" in more)
+        counts = told["sources"]["captions"]
+        assert (counts["changed"], (counts["terms"], counts["own_terms"])) == (changed, whose)
     assert rows(uri, "captions")["slide000/0_0"]["extractor"] == extractor_version()
 
 
@@ -318,7 +329,11 @@ def test_frequent_words_are_dropped_however_the_captions_came(many: str, tmp_pat
     (tmp_path / "terms.txt").write_text("Hubs")
     own = run(many, tmp_path / "captions.jsonl", lexicon=load_lexicon(tmp_path / "terms.txt"))
     assert own["dropped"] == ["common"], "terms of one's own stay"
-    run(many, tmp_path / "captions.jsonl")
+    later = run(many, tmp_path / "captions.jsonl")
+    assert (later["unchanged"], later["terms"], later["own_terms"]) == (24, "stored", 1)
+    assert later["extractor"] == own["extractor"]
+    back = run(many, tmp_path / "captions.jsonl", lexicon=load_lexicon())
+    assert back["dropped"] == ["common", "hub"]
     assert {word for row in whole.values() for word in row["keywords"]} == {
         f"finding{letter}" for letter in "abcdef"
     }
@@ -346,7 +361,7 @@ def test_trees_for_testing_are_not_counted(tmp_path: Path) -> None:
 
 
 def test_keywords_are_made_again_where_the_terms_change(uri: str, tmp_path: Path) -> None:
-    lexicon = make_lexicon(["striped zebra"])
+    lexicon = extended_lexicon(("striped zebras",))
     run(uri, write(tmp_path, [line("slide000", 0, 1, "The large striped zebras. Nuclei.")]))
     assert "striped zebra" not in rows(uri)["slide000/0_0"]["keywords"]
     with Committer(uri) as committer:
@@ -356,7 +371,17 @@ def test_keywords_are_made_again_where_the_terms_change(uri: str, tmp_path: Path
     assert row["keywords"] == ["large striped zebra", "nucleus", "striped zebra"]
     assert row["extractor"] == extractor_version(lexicon)
     with Committer(uri) as committer:
-        assert redo_keywords(committer, source="vlm", lexicon=lexicon)["vlm"].changed == 0
+        for same in (lexicon, None):
+            assert redo_keywords(committer, source="vlm", lexicon=same)["vlm"].changed == 0
+        given = NodeCaptions(
+            slide_id="slide001",
+            tree_id="slide001/0_0",
+            model="m",
+            captions=["Striped zebras.", *[None] * 84],
+        )
+        put_captions(committer, [given], source="m")
+        assert redo_keywords(committer, source="m")["m"].extractor == extractor_version(lexicon)
+        assert "striped zebra" in rows(uri, "m")["slide001/0_0"]["keywords"]
         with pytest.raises(ArchiveError, match="no captions of source x") as error:
             redo_keywords(committer, source="x")
     assert "vlm" in str(error.value.hint)
