@@ -1,11 +1,12 @@
 """The whole path in one command: slides, archive, trained models, search, answers, reports.
 
-    python -m jobs.demo [--slides FOLDER] [--out DIR] [--serve]       (the same as: make demo)
+    python -m jobs.demo [--slides FOLDER] [--out DIR] [--full] [--serve]       (also: make demo)
 
 Without a folder it makes a cohort of slides with captions and questions whose truth is known, three
 of them with a fault or nothing on them, trains the small presets on it and shows what they find and
 what they answer. Slides of one's own have no captions: they are archived and searched by image. A
-second run does only what is missing. With --serve the service is started and asked something.
+second run does only what is missing. With --full patch trees follow (jobs/demo_patches.py), with
+--serve the service is started and asked something.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.demo_patches import TREE_SLIDES, patches, print_patches
 from jobs.ingest.config import IngestConfig
 from pathflip.errors import ArchiveError, ConfigError, PathFLIPError, SlideError
 from pathflip.evaluation.prompts import read_tasks
@@ -76,6 +78,9 @@ def demo(
     training: Sequence[str] = (),
     language: Sequence[str] = (),
     tuning: Sequence[str] = (),
+    full: bool = False,
+    tree_slides: int = TREE_SLIDES,
+    tree_training: Sequence[str] = (),
     serve: bool = False,
 ) -> int:
     """Run the demo.
@@ -87,6 +92,9 @@ def demo(
         training: Settings of the pretraining over the preset's, ``key=value``.
         language: Settings of the small language model.
         tuning: Settings of the tuning over the preset's.
+        full: Whether to show patch trees, too.
+        tree_slides: Number of slides to make for them.
+        tree_training: Settings of the pretraining on them over the preset's.
         serve: Whether to start the service at the end and ask it something.
 
     Returns:
@@ -110,6 +118,7 @@ def demo(
     archive, result = _ingested(out, source, settings, stages)
     run, document = _trained(archive.uri, out / "run", training, stages)
     answerer, vqa, captions = _tuned(archive.uri, out, language, tuning, stages)
+    found = patches(out, stages, slides=tree_slides, training=tree_training) if full else None
     with stages.run("report", "Writing the reports"):
         from pathflip.report.answers import write_answers_report
         from pathflip.report.archive import write_report
@@ -135,6 +144,8 @@ def demo(
         )
     _print_summary(archive, result, stages.seconds, planted=PLANTED)
     _print_results(document, vqa, captions)
+    if found is not None:
+        print_patches(found.document)
     tuned = str(answerer.run.path)
     where = f"--archive {_quoted(archive.uri)} --run {_quoted(str(run.path))}"
     slide = next(iter(sorted(captions["captions"])))
@@ -143,6 +154,10 @@ def demo(
     print(f'  {_program()} ground {slide} "necrosis" {where} --out heat.png')
     of_tuned = f"--archive {_quoted(archive.uri)} --run {_quoted(tuned)}"
     print(f'  {_program()} ask {slide} "How many foci of necrosis are there?" {of_tuned}')
+    if found is not None:
+        print(f"Open {found.page}, too, and try:")
+        for words in found.commands:
+            print(f"  {_program()} {' '.join(map(_quoted, words))}")
     print("And the service, which answers what OpenAI clients ask (docs/howto/serve.md):")
     print(f"  {_program()} serve {where} --llm {_quoted(tuned)}")
     if serve:
@@ -558,8 +573,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--serve", action="store_true", help="start the service at the end and ask it something"
     )
+    parser.add_argument(
+        "--full", action="store_true", help="patch trees and a model of four resolutions, too"
+    )
     given = parser.parse_args(argv)
-    return demo(given.out, slides=given.slides, serve=given.serve)
+    if given.full and given.slides:
+        parser.error("--full shows slides that it makes; leave --slides out")
+    return demo(given.out, slides=given.slides, full=given.full, serve=given.serve)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import json
 import os
 import re
@@ -9,10 +11,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
-from jobs.demo import PLANTED, demo, main
-from pathflip import Archive
+from jobs.demo import PLANTED, Stages, demo, main
+from jobs.demo_patches import NODE_PX, PARENT_UM, patches
+from pathflip import Archive, Slide
+from pathflip.geometry import TreeSpec, patch_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # its setup is the whole demo
 COHORT = 24
@@ -20,6 +26,8 @@ SHORT: dict[str, Any] = {
     "training": ("epochs=1", "batch_size=8", "max_workers=1"),
     "language": ("epochs=1", "hidden=64", "layers=1", "heads=2", "kv_heads=2"),
     "tuning": ("epochs=1", "batch_size=8"),
+    "tree_slides": 4,  # two to train on, two to test
+    "tree_training": ("steps=4", "batch_size=2", "trees_per_patient=2"),
 }
 
 
@@ -28,6 +36,43 @@ def made(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
     out = tmp_path_factory.mktemp("demo")
     assert demo(out, cohort=COHORT, **SHORT) == 0  # though two files are quarantined
     return out
+
+
+@pytest.fixture(scope="module")
+def trees(made: Path) -> Path:
+    """What --full adds, on its own: the test of a second run takes it as made."""
+    patches(made, Stages(), slides=SHORT["tree_slides"], training=SHORT["tree_training"])
+    return made
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """Return the texts of a table's cells, row by row."""
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in table.split("<tr>")[1:]]
+    return [
+        [" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in row if "<svg" not in cell]
+        for row in cells
+    ]
+
+
+def planted_nodes(out: Path) -> dict[tuple[str, int, int, int], dict[str, str]]:
+    """Return {(slide, tx, ty, node): row} of what was planted."""
+    with (out / "patches" / "trees.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {(row["slide"], *(int(row[name]) for name in ("tx", "ty", "node"))): row for row in rows}
+
+
+def tree_versions(out: Path) -> dict[str, Any]:
+    """Return what a write to the archive of trees, or to its slides, would change."""
+    archive = Archive(out / "patches" / "archive")
+    slides = (out / "patches" / "slides").iterdir()
+    return {name: archive.dataset(name).version for name in archive.tables()} | {
+        path.name: path.stat().st_mtime_ns for path in slides
+    }
+
+
+def decoded(picture: str) -> Any:
+    data = np.frombuffer(base64.b64decode(picture.partition(",")[2]), np.uint8)
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
 
 
 def test_the_archive_holds_what_was_made(made: Path) -> None:
@@ -78,11 +123,100 @@ def test_settings_reach_the_workers(made: Path) -> None:
     assert workers == {"run": 1, "tuned": min(2, os.cpu_count() or 1)}
 
 
-def test_a_second_run_skips_everything(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_patches_says_what_was_measured(trees: Path) -> None:
+    found = json.loads((trees / "patches" / "evaluation.json").read_bytes())
+    assert (found["split"], found["trees"], found["patients"]) == ("test", 30, 1)
+    page = (trees / "patches.html").read_text(encoding="utf-8")
+    joint = found["joint"]
+    single = max(one["accuracy"] for one in joint["levels"].values())
+    tiles = re.findall(r"<dd><b>(.+?)</b>", page)
+    assert tiles[:2] == [f"{joint['pooled']['accuracy']:.3f}", f"{single:.3f}"]
+    tables = [rows_of(one) for one in re.findall(r"<table.*?</table>", page, re.S)]
+    for table, task in zip(tables, ("joint", "architecture", "nuclei"), strict=False):
+        own = found[task]
+        assert [row[:1] for row in table[1:]] == [["5x"], ["10x"], ["20x"], ["40x"], ["pooled"]]
+        for row, one in zip(table[1:], [*own["levels"].values(), own["pooled"]], strict=True):
+            low, high = one["ci"]
+            figures = [f"{one['accuracy']:.3f}", f"{low:.3f} – {high:.3f}", f"{own['chance']:.3f}"]
+            assert row[1:4] == figures
+            assert row[4] == str(own["n"])
+        assert f"{own['pooled_minus_best']['difference']:+.3f}" in table[-1][-1]
+
+
+def test_the_page_of_patches_shows_trees_beside_their_truth(trees: Path) -> None:
+    planted = planted_nodes(trees)
+    archive = Archive(trees / "patches" / "archive")
+    page = (trees / "patches.html").read_text(encoding="utf-8")
+    examples = page[page.index('id="pyramids"') : page.index('id="search"')].split("Planted: ")[1:]
+    assert {one.split()[0] for one in examples} == {"trabecular", "nested", "cribriform", "solid"}
+    slides = set()
+    for one in examples:
+        tree_id = re.findall(r"<code>(.+?)</code>", one)[0]
+        slide_id, _, place = tree_id.partition("/")
+        tx, ty = place.split("_")
+        slide = archive.slide(slide_id)
+        assert slide["split"] == "test"
+        slides.add(slide_id)
+        key = (Path(slide["uri"]).stem, int(tx), int(ty))
+        answers = rows_of(re.findall(r"<table.*?</table>", one, re.S)[0])
+        quadrants = [planted[*key, node] for node in (1, 2, 3, 4)]
+        truth = [planted[*key, 0]["architecture"], *(row["nuclei"] for row in quadrants)]
+        assert answers[-1] == ["planted", *truth, ""]
+        assert [row[0] for row in answers[1:-1]] == ["5x", "10x", "20x", "40x", "pooled"]
+        for row in answers[1:-1]:
+            right = [cell.split()[0] == true for cell, true in zip(row[1:6], truth, strict=True)]
+            assert row[6] == f"{sum(right[0] and fit for fit in right[1:])} of 4"
+        captions = re.findall(r"<title>Node (\d+): (.+?)</title>", one)
+        assert len({node for node, _ in captions}) == 1 + 4 + 16 + 4
+        pictures = re.findall(r'<image [^>]*href="(data:image/[^"]+)"><title>Node (\d+)', one)
+        # Of 40x, the central four: one of each quadrant.
+        assert [int(node) for _, node in pictures] == [*range(21), 48, 49, 56, 57]
+        shape = patch_tree(
+            int(tx), int(ty), mpp=0.25, spec=TreeSpec(parent_um=PARENT_UM, node_px=NODE_PX)
+        )
+        with Slide(slide["uri"]) as opened:
+            for picture, node in (pictures[0], pictures[-1]):
+                x0, y0, _, _ = shape.rects[0, int(node)].tolist()
+                own = opened.read(x0, y0, NODE_PX, mpp=float(shape.mpp[int(node)]))
+                assert np.abs(decoded(picture).astype(int) - own).mean() < 4  # of JPEG
+    assert len(slides) == 2
+
+
+def test_words_find_single_patches(trees: Path) -> None:
+    page = (trees / "patches.html").read_text(encoding="utf-8")
+    found = page[page.index('id="search"') :]
+    assert re.findall("“(.+?)”", found) == ["grooved nuclei", "stippled nuclei", "granular nuclei"]
+    pictures = re.findall(r'<img class="picture" src="(data:image/[^"]+)"', found)
+    assert len(pictures) == 3 * 6
+    assert {decoded(picture).shape for picture in pictures} == {(256, 256, 3)}
+    planted = planted_nodes(trees)
+    hits = re.findall(
+        r'<li class="(\w*)">.*?</span> (\S+?)-\w+<small>.*?at x (\S+), y (\S+) · (.+?)</small>',
+        found,
+        re.DOTALL,
+    )
+    for at, (judged, slide, x0, y0, shows) in enumerate(hits):
+        x, y = ((int(one.replace(",", "")) * 0.25 + 32) / PARENT_UM for one in (x0, y0))
+        node = 1 + 2 * (y % 1 > 0.5) + (x % 1 > 0.5)
+        true = planted[slide, int(x), int(y), node]["nuclei"] or "none"
+        assert shows == true
+        assert judged == (
+            "right" if true == ("grooved", "stippled", "granular")[at // 6] else "wrong"
+        )
+    assert len(hits) == 3 * 6
+
+
+def test_a_second_run_skips_everything(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = trees
+    versions = tree_versions(trees)
+    patch_run = (trees / "patches" / "mini" / "result.json").read_bytes()
+    capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in (made / "slides").iterdir()}
     result = (made / "run" / "result.json").read_bytes()
     tuned = (made / "tuned" / "result.json").read_bytes()
-    assert demo(made, cohort=COHORT, **SHORT) == 0
+    assert demo(made, cohort=COHORT, full=True, **SHORT) == 0
+    assert tree_versions(trees) == versions
+    assert (trees / "patches" / "mini" / "result.json").read_bytes() == patch_run
     assert before == {path: path.stat().st_mtime_ns for path in (made / "slides").iterdir()}
     assert (made / "run" / "result.json").read_bytes() == result
     assert (made / "tuned" / "result.json").read_bytes() == tuned
@@ -93,6 +227,10 @@ def test_a_second_run_skips_everything(made: Path, capsys: pytest.CaptureFixture
     assert "spoilt on purpose" in out
     assert re.search(r"^Open .*report\.html", out, re.MULTILINE)
     assert re.search(r'search "necrosis" --archive .* --run ', out)
+    assert re.search(r"^Open .*patches\.html", out, re.MULTILINE)
+    assert re.search(r"search 'grooved nuclei' --archive .*patches.* --level patch", out)
+    assert re.search(r"trees show --archive .*patches", out)
+    assert re.search(r"evaluate trees --archive .*patches.* --run .*mini", out)
     assert re.search(r"serve --archive .* --run .* --llm .*tuned", out)
 
 
