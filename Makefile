@@ -26,8 +26,8 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make .venv with the pinned versions (the other targets do this by themselves)
 
-demo: $(STAMP)  ## run the whole path on generated slides, or on yours: make demo SLIDES=folder; SERVE=1 asks the service
-	@$(PY) -m jobs.demo $(if $(SLIDES),--slides "$(SLIDES)") $(if $(SERVE),--serve) $(ARGS) || \
+demo: $(STAMP)  ## run the whole path on generated slides, or on yours: make demo SLIDES=folder; FULL=1 adds patch trees, SERVE=1 asks the service
+	@$(PY) -m jobs.demo $(if $(SLIDES),--slides "$(SLIDES)") $(if $(FULL),--full) $(if $(SERVE),--serve) $(ARGS) || \
 	{ code=$$?; [ $$code -eq 3 ] || exit $$code; }  # 3: slides were quarantined, as the table says
 
 test: $(STAMP)  ## run the tests (ARGS="tests/unit -k grid" narrows them)

@@ -97,7 +97,7 @@ def write_patches_report(
         quadrants=_QUADRANTS,
         examples=_examples(archive, run, reader, trees, truth, classes, meanings=meanings),
         searches=_searches(archive, run, trees, truth, split=split),
-        nearest=_nearest(run),
+        nearest=run.model.config.keywords,
         side=SIDE_PX,
     )
 
@@ -185,7 +185,8 @@ def _examples(
                 archive, slides, tree, across=ACROSS,
                 titles={one["node"]: one["text"] for one in captions},
             )  # fmt: skip
-            said, chosen = _said(text), _chosen(trees, at, words, bank, most=_nearest(run))
+            said = _said(text)
+            chosen = _chosen(trees, at, words, bank, most=run.model.config.keywords)
             for level, one in enumerate(levels):
                 one["said"] = _chips(said[level], meanings, planted)
                 one["chosen"] = _chips(chosen[level], meanings, planted)
@@ -210,11 +211,6 @@ def _firsts(trees: TreeVectors, truth: TreeTruth) -> list[int]:
         own.sort(key=lambda at: trees.slides[at].slide_id in shown)  # a stable sort
         found += own[:1]
     return found
-
-
-def _nearest(run: TreeRun) -> int:
-    """Return how many keywords stand beside a patch in its text-guided vector."""
-    return run.model.config.keywords
 
 
 def _planted(truth: TreeTruth, at: int) -> list[str]:
@@ -262,9 +258,9 @@ def _answers(
 
 
 def _said(text: Mapping[str, Any]) -> dict[int, Counter[str]]:
-    """Return {level: how many of its nodes' captions have a keyword}: what training would pull to.
+    """Return {level: how many of its nodes' captions have a keyword}.
 
-    Of test trees that is for comparison alone; nothing of the model has read it.
+    Of training trees these are the positives; of test trees no model has read them.
     """
     found: dict[int, Counter[str]] = {level: Counter() for level in range(4)}
     if text["keyword_of"]:

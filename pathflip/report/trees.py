@@ -196,7 +196,7 @@ def _central(level: int, across: int) -> list[tuple[int, int, int]]:
 def _framed(share: float) -> tuple[float, float, float] | None:
     """Return (x, y, side) of the central part of a square, None of all of it."""
     side = SIDE_PX * share
-    return None if share == 1 else ((SIDE_PX - side) / 2, (SIDE_PX - side) / 2, side)
+    return None if share >= 1 else ((SIDE_PX - side) / 2, (SIDE_PX - side) / 2, side)
 
 
 def _place(node: int) -> str:

@@ -129,6 +129,8 @@ def test_the_page_of_patches_says_what_was_measured(trees: Path) -> None:
     page = (trees / "patches.html").read_text(encoding="utf-8")
     joint = found["joint"]
     single = max(one["accuracy"] for one in joint["levels"].values())
+    assert "<script" not in page
+    assert not re.search(r' (src|href)="(?!data:|#)', page)  # it needs nothing else
     tiles = re.findall(r"<dd><b>(.+?)</b>", page)
     assert tiles[:2] == [f"{joint['pooled']['accuracy']:.3f}", f"{single:.3f}"]
     tables = [rows_of(one) for one in re.findall(r"<table.*?</table>", page, re.S)]
