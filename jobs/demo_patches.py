@@ -32,7 +32,7 @@ SOURCE = "tree_captions"
 
 @dataclass(frozen=True, kw_only=True)
 class Patches:
-    """What the part made.
+    """Results of the part about patches.
 
     Attributes:
         page: The page.

@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
 
 @pytest.fixture(scope="module")
 def trees(made: Path) -> Path:
-    """What --full adds, on its own: the test of a second run takes it as made."""
+    """The part that --full adds, made beside the rest; the test of a second run asks for both."""
     patches(made, Stages(), slides=SHORT["tree_slides"], training=SHORT["tree_training"])
     return made
 
