@@ -13,11 +13,13 @@ from pathflip.encoders import Encoder
 from pathflip.errors import ConfigError, SlideError
 from pathflip.geometry import Tiling, patch_rects
 from pathflip.slides.reader import SlideReader
+from pathflip.slides.resample import picture_pixels
 from pathflip.slides.tissue import TissueMask
 
 READ_TIMEOUT_S = 60.0
 PLAN_TIMEOUT_S = 900.0
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +109,11 @@ def query_picture(
 ) -> bytes:
     """JPEG of the query for people, its longer side about ``px`` pixels."""
     if query.path.suffix.lower() in _PICTURES:
-        pixels = cv2.imread(str(query.path), cv2.IMREAD_COLOR)
-        if pixels is None:
-            raise ConfigError(f"{query.path} is no picture that can be read.")
-        if query.box is not None:
-            x, y, w, h = query.box
-            pixels = pixels[y : y + h, x : x + w]
+        pixels = _read_picture(query)
         scale = min(1.0, px / max(pixels.shape[:2]))
         size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
         small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-        return bytes(cv2.imencode(".jpg", small)[1])
+        return bytes(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))[1])
     with SlideReader(patches=1, px=16) as reader:
         path = str(query.path.absolute())
         if query.box is None:
@@ -203,14 +200,31 @@ def _picture(
             hint="Add --mpp with its µm per pixel, for example --mpp 0.5.",
             code="needs_mpp",
         )
-    pixels = cv2.imread(str(query.path), cv2.IMREAD_COLOR)
-    if pixels is None:
-        raise ConfigError(f"{query.path} is no picture that can be read.")
-    rgb = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
-    if query.box is not None:
-        x, y, w, h = query.box
-        rgb = rgb[y : y + h, x : x + w]
+    rgb = _read_picture(query)
     return picture_regions(rgb, encoder=encoder, tiling=tiling, mpp=mpp, name=query.path.name)
+
+
+def _read_picture(query: ImageQuery) -> NDArray[np.uint8]:
+    """Return the pixels of a picture, or of the box of it [h, w, 3]."""
+    from PIL import Image
+
+    try:
+        with Image.open(query.path, formats=_FORMATS) as image:
+            rgb = picture_pixels(image)
+    except Image.DecompressionBombError as error:
+        raise ConfigError(
+            f"{query.path} is too large for a picture: {error}.",
+            hint="Cut it, or convert it to a tiled pyramid.",
+        ) from error
+    except Exception as error:  # Pillow's decoders raise anything for a damaged file
+        raise ConfigError(
+            f"{query.path} is no picture that can be read.",
+            hint="Give a PNG, JPEG, BMP or WebP file, or a slide.",
+        ) from error
+    if query.box is None:
+        return rgb
+    x, y, w, h = query.box
+    return rgb[y : y + h, x : x + w]
 
 
 def picture_regions(

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import PathFLIPError
+from pathflip.slides.resample import picture_pixels
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
@@ -140,7 +141,7 @@ def read_image(data: str, *, pixels: int) -> NDArray[np.uint8]:
         pixels: Most pixels, by the file's header.
 
     Returns:
-        RGB [h, w, 3].
+        RGB [h, w, 3], upright and on white: the pixels ``pathflip search --image`` takes.
 
     Raises:
         RequestError: ``bad_image``: it is neither of the two, too large, or damaged.
@@ -161,7 +162,7 @@ def read_image(data: str, *, pixels: int) -> NDArray[np.uint8]:
                 raise wrong(f"has {width * height:,} pixels, at most {pixels:,} are read")
             if image.mode not in _IMAGE_MODES:
                 raise wrong("is not grey or RGB with 8 bits per channel")
-            return np.asarray(image.convert("RGB"), np.uint8)
+            return picture_pixels(image)
     except RequestError:
         raise
     except Exception:  # Pillow's decoders raise anything for a damaged file

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from pathflip.errors import ConfigError, SlideError
 from pathflip.interop.spreadsheet import read_sheet
 from pathflip.interop.tables import bad_line, column, is_missing, known, needed_column, read_rows
+from pathflip.slides.resample import on_white
 from pathflip.splits import SPLITS, canonical_split
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
@@ -106,7 +107,13 @@ def read_tile(tile: Tile) -> NDArray[np.uint8]:
             raise SlideError(f"{tile.name} is missing.", code="not_a_file")
         try:
             # OpenCV would open the name itself, and cannot where it is not ASCII on some systems.
-            decoded = cv2.imdecode(np.fromfile(tile.path, np.uint8), cv2.IMREAD_COLOR)
+            content = np.fromfile(tile.path, np.uint8)
+            decoded = cv2.imdecode(content, cv2.IMREAD_COLOR)
+            if tile.path.suffix.lower() in (".png", ".webp"):  # these may be transparent
+                whole = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+                if whole is not None and whole.dtype == np.uint8 and whole.shape[2:] == (4,):
+                    rgba = np.asarray(cv2.cvtColor(whole, cv2.COLOR_BGRA2RGBA), np.uint8)
+                    decoded = cv2.cvtColor(on_white(rgba), cv2.COLOR_RGB2BGR)
         except (cv2.error, OSError) as error:
             raise SlideError(f"{tile.name} cannot be read: {error}.") from error
         if decoded is None:

@@ -1,13 +1,17 @@
-"""Resampling by area averages, and compositing on white."""
+"""Resampling by area averages, and pictures as people see them: upright, on white."""
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _FEW = 3  # averages of fewer pixels than this each way are made here, of more by OpenCV
 
@@ -20,6 +24,25 @@ def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     weight = alpha[..., None].astype(np.float32) / 255
     rgb = rgba[..., :3] * weight + 255 * (1 - weight)
     return (rgb + 0.5).astype(np.uint8)
+
+
+def picture_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Decode an opened picture as people see it: turned by its EXIF tag, on white, in 8 bits.
+
+    Args:
+        image: A picture of any of Pillow's modes for PNG, JPEG, BMP and WebP.
+
+    Returns:
+        RGB [h, w, 3].
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        return on_white(np.asarray(image.convert("RGBA"), np.uint8))
+    return np.array(image.convert("RGB"), np.uint8)
 
 
 def resize_area(pixels: NDArray[np.uint8], *, width: int, height: int) -> NDArray[np.uint8]:

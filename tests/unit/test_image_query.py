@@ -1,13 +1,16 @@
 """From a picture to a query vector: same scale, same cut, clear refusals."""
 
+import io
+
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from pathflip.encoders import load_encoder
 from pathflip.errors import ConfigError
 from pathflip.geometry import Tiling
-from pathflip.image_query import ImageQuery, embed_image
+from pathflip.image_query import ImageQuery, embed_image, query_picture
 from pathflip.slides.slide import Slide
 from pathflip.synth import make_slide
 
@@ -82,6 +85,29 @@ def test_a_picture_of_known_scale_equals_the_slide(slide_path, encoder, tmp_path
         ImageQuery(path=slide_path, box=(600, 700, 512, 512)), encoder=encoder, tiling=TILING
     )
     assert of_picture == pytest.approx(of_slide, abs=1e-5)
+
+
+def test_a_picture_without_a_background_is_the_same_tissue_on_white(encoder, tmp_path):
+    rng = np.random.default_rng(0)
+    rgb = np.full((512, 512, 3), 255, np.uint8)
+    rgb[100:400, 50:450] = rng.integers(80, 200, (300, 400, 3))
+    clear = (rgb.min(axis=2) == 255)[..., None]
+    rgba = np.concatenate([np.where(clear, 0, rgb), np.where(clear, 0, 255)], axis=2)
+    grey = rng.integers(0, 256, (512, 512)).astype(np.uint8)
+    pictures = {
+        "rgb": rgb, "rgba": rgba.astype(np.uint8),
+        "grey": grey, "grey16": grey.astype(np.uint16) * 257,
+    }  # fmt: skip
+    vectors = {}
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        query = ImageQuery(path=tmp_path / f"{name}.png")
+        vectors[name] = embed_image(query, encoder=encoder, tiling=TILING, mpp=0.5)
+    assert vectors["rgba"] == pytest.approx(vectors["rgb"], abs=1e-6)
+    assert vectors["grey16"] == pytest.approx(vectors["grey"], abs=1e-6)
+    assert vectors["grey"] @ vectors["rgb"] < 0.9
+    shown = query_picture(ImageQuery(path=tmp_path / "rgba.png"), tiling=TILING)
+    assert np.asarray(Image.open(io.BytesIO(shown)))[:40, :40].min() > 250
 
 
 def test_refusals(slide_path, encoder, tmp_path):

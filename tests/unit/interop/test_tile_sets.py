@@ -24,6 +24,15 @@ def picture(path: Path, *, rgb: tuple[int, int, int] = (200, 100, 50), side: int
     return path
 
 
+def test_a_transparent_tile_is_on_white(tmp_path: Path) -> None:
+    pixels = np.full((32, 32, 4), (50, 100, 200, 255), np.uint8)  # blue first
+    pixels[:, :16] = 0
+    (tmp_path / "a.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    found = read_tile(Tile(path=tmp_path / "a.png", name="a.png", label="x"))
+    assert (found[:, :16] == 255).all()
+    assert (found[:, 16:] == (200, 100, 50)).all()
+
+
 def brief(tiles: list[Tile]) -> list[tuple[str, str, str | None]]:
     return [(tile.name, tile.label, tile.split) for tile in tiles]
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pathflip.image_query import ImageQuery, _read_picture
 from serve.limits import Limits, RequestError, read_body, read_image, strict_json
 from tests.unit.serve.service_fixture import bearer, png
 
@@ -265,3 +266,26 @@ def test_a_picture_that_grows_is_refused(ask):
     assert "pixels" in answer.json()["detail"]
     small = {"data": png(np.zeros((8, 8, 3), np.uint8)), "mpp": 0.5}
     assert "patch" in ask("POST", "/v1/search", json={"image": small}).json()["detail"]
+
+
+def test_a_picture_is_read_as_the_command_line_reads_it(tmp_path):
+    """Turned, transparent and of a palette: the same pixels, written out by hand."""
+    stripes = np.zeros((300, 300, 3), np.uint8) + np.array([200, 90, 150], np.uint8)
+    stripes[:40] = 255
+    alpha = np.where(np.arange(300) < 40, 0, 255)[:, None].repeat(300, 1)
+    clear = np.dstack([np.where(alpha[..., None] > 0, stripes, 0), alpha]).astype(np.uint8)
+    half = np.full((8, 8, 4), (0, 0, 0, 51), np.uint8)
+    turned = Image.Exif()
+    turned[274] = 6  # shown after a quarter turn clockwise
+    for name, image, wanted, more in (
+        ("clear.png", Image.fromarray(clear), stripes, {}),
+        ("half.png", Image.fromarray(half), np.full((8, 8, 3), 204), {}),
+        ("palette.png", Image.fromarray(clear).quantize(8), stripes, {}),
+        ("grey.png", Image.new("LA", (9, 7), (0, 0)), np.full((7, 9, 3), 255), {}),
+        ("turned.png", Image.fromarray(np.rot90(stripes).copy()), stripes, {"exif": turned}),
+    ):
+        image.save(tmp_path / name, **more)
+        raw = base64.b64encode((tmp_path / name).read_bytes()).decode()
+        np.testing.assert_array_equal(read_image(raw, pixels=PIXELS), wanted, err_msg=name)
+        shown = _read_picture(ImageQuery(path=tmp_path / name))
+        np.testing.assert_array_equal(shown, wanted, err_msg=name)
