@@ -192,6 +192,7 @@ def dry_run(
                     tiling=tiling,
                     mpp=candidate.mpp,
                     tissue_geojson=candidate.geojson,
+                    tissue_classes=config.tissue_classes,
                     timeout_s=config.plan_timeout_s,
                 )
                 counts["ready" if len(plan.regions) else "empty"] += 1

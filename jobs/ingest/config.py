@@ -27,6 +27,9 @@ class IngestConfig:
     """Questions about slides: a format ``archive import --questions`` reads."""
     tissue_dir: str | None = None
     """Folder of <slide name>.geojson files used as tissue instead of the computed mask."""
+    tissue_classes: tuple[str, ...] = ()
+    """Classes of these outlines that are tissue; without, all but QuPath's ignored ones (Ignore*)
+    and areas called artifact, background, hole or fold, which are cut out either way."""
     halving: Literal["exact", "dct"] = "dct"
     """Method of halving a twice finer JPEG base: in the DCT domain, or by exact area averages,
     which take half as long again. docs/notes/performance.md has what it does to features."""

@@ -115,6 +115,7 @@ class Planner:
                     tiling=self._config.tiling,
                     mpp=candidate.mpp,
                     tissue_geojson=candidate.geojson,
+                    tissue_classes=self._config.tissue_classes,
                     timeout_s=self._config.plan_timeout_s,
                 ),
             )

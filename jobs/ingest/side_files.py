@@ -225,7 +225,11 @@ def read_side_files(
         mpp = SideFile(config.mpp_csv, read_resolutions(config.mpp_csv), names)
         mpp.require_clear()
     if config.tissue_dir is not None:
-        tissue = SideFile(config.tissue_dir, list_outlines(config.tissue_dir), names)
+        tissue = SideFile(
+            config.tissue_dir,
+            list_outlines(config.tissue_dir, classes=config.tissue_classes),
+            names,
+        )
         tissue.require_clear()
         _require_match(config.tissue_dir, tissue)
     if config.patients is not None:
@@ -310,8 +314,17 @@ def read_people(file: str) -> list[Entry[dict[str, Any]]]:
     ]
 
 
-def list_outlines(folder: str) -> list[Entry[Outline]]:
+def _digest(path: Path, classes: Sequence[str]) -> str:
+    chosen = json.dumps(sorted(classes)).encode() if classes else b""
+    return hashlib.sha256(path.read_bytes() + chosen).hexdigest()[:12]
+
+
+def list_outlines(folder: str, *, classes: Sequence[str] = ()) -> list[Entry[Outline]]:
     """List the tissue outlines in a folder: files of GeoJSON, also zipped, named like slides.
+
+    Args:
+        folder: The folder.
+        classes: Classes that are tissue: the same file with others is another outline.
 
     Raises:
         ConfigError: There is no such folder, or no outline in it.
@@ -328,9 +341,7 @@ def list_outlines(folder: str) -> list[Entry[Outline]]:
     return [
         Entry(
             name=path.name,
-            value=Outline(
-                path=str(path), digest=hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-            ),
+            value=Outline(path=str(path), digest=_digest(path, classes)),
             where=str(path),
         )
         for path in files

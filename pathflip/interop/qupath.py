@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pathflip.errors import ConfigError
 from pathflip.files import replacing
 from pathflip.geometry import Tiling, edge
+from pathflip.interop.tables import clean
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
@@ -39,6 +40,10 @@ MAX_BYTES = 1 << 30
 
 _IDS = uuid.UUID("6f0d9a53-5c0e-5d0b-9a55-0b0e6f7c1d2a")
 _TISSUE = {"name": "Tissue", "color": [46, 160, 67]}
+_NO_TISSUE = {
+    "artifact", "artifacts", "artefact", "artefacts", "background", "hole", "holes", "fold",
+    "folds", "glass", "blur", "ink", "pen", "marker", "debris", "bubble",
+}  # fmt: skip
 _REGION = {"name": "Region", "color": [31, 111, 235]}
 _ROW_KEYS = frozenset({"rx", "ry", "x0", "y0", "size0", "mpp"})
 _OLD_TYPES = {
@@ -244,11 +249,12 @@ def read_tissue(
     mpp: float | None = None,
     bounds_x0: int = 0,
     bounds_y0: int = 0,
+    classes: Sequence[str] = (),
 ) -> TissueMask:
     """Read a user's annotations as a tissue mask.
 
     All polygons of annotations together; if the file has none, all polygons. A pixel is tissue if
-    its centre is inside.
+    its centre is inside. Areas of classes that :func:`is_ignored` are cut out of the others.
 
     Args:
         path: GeoJSON, see :func:`read_geojson`.
@@ -258,20 +264,32 @@ def read_tissue(
         mpp: µm per pixel of the mask; that of ``TissueConfig`` by default.
         bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
         bounds_y0: Top likewise.
+        classes: Classes that are tissue; all that are not ignored by default.
 
     Raises:
-        ConfigError: Not GeoJSON, no polygon in it, or none on the slide.
+        ConfigError: Not GeoJSON, no polygon of tissue in it, or none on the slide.
     """
     from pathflip.slides.tissue import TissueConfig, TissueMask
 
     objects = read_geojson(path, bounds_x0=bounds_x0, bounds_y0=bounds_y0)
     objects = [one for one in objects if one.polygons]
     annotations = [one for one in objects if one.object_type == "annotation"]
-    polygons = [polygon for one in annotations or objects for polygon in one.polygons]
+    outlines = annotations or objects
+    wanted = {clean(name).casefold() for name in classes}
+    kept = [
+        one
+        for one in outlines
+        if not is_ignored(one.classification)
+        and (not wanted or one.classification.casefold() in wanted)
+    ]
+    polygons = [polygon for one in kept for polygon in one.polygons]
     if not polygons:
+        there = sorted({one.classification or "no class" for one in outlines})
         raise ConfigError(
-            f"{path} holds no polygon.",
-            hint="Export annotations that are areas, not points or lines.",
+            f"{path} holds no polygon{' of tissue' if there else ''}.",
+            hint=f"Its areas are of: {', '.join(there)}."
+            if there
+            else "Export annotations that are areas, not points or lines.",
             code="geojson",
         )
     if all(
@@ -283,12 +301,30 @@ def read_tissue(
             hint="Check that it belongs to this slide and is in full-resolution pixels.",
             code="geojson",
         )
-    return TissueMask.from_polygons(
-        polygons,
-        width=width,
-        height=height,
-        slide_mpp=slide_mpp,
-        mpp=TissueConfig().mpp if mpp is None else mpp,
+    mpp = TissueConfig().mpp if mpp is None else mpp
+
+    def fill(drawn: list[Polygon]) -> TissueMask:
+        return TissueMask.from_polygons(
+            drawn, width=width, height=height, slide_mpp=slide_mpp, mpp=mpp
+        )
+
+    tissue = fill(polygons)
+    ignored = [one for one in outlines if is_ignored(one.classification)]
+    if ignored:
+        without = fill([polygon for one in ignored for polygon in one.polygons])
+        tissue = TissueMask(tissue.mask & ~without.mask, mpp, slide_mpp)
+    return tissue
+
+
+def is_ignored(classification: str) -> bool:
+    """Return whether a class says that an area is no tissue.
+
+    Those are QuPath's ignored classes, which end in ``*``, but ``Region*``, which marks a place to
+    look at; and areas called artifact, background, hole, fold and so on.
+    """
+    return any(
+        (part.endswith("*") and part != "region*") or part in _NO_TISSUE
+        for part in map(clean, classification.casefold().split(":"))
     )
 
 

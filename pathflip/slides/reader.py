@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,6 +125,7 @@ class SlideReader:
         tiling: Tiling,
         mpp: float | None = None,
         tissue_geojson: str | None = None,
+        tissue_classes: Sequence[str] = (),
         timeout_s: float,
     ) -> SlidePlan:
         """Open a slide, find its tissue and cut it."""
@@ -134,6 +136,7 @@ class SlideReader:
                 "mpp": mpp,
                 "tiling": asdict(tiling),
                 "geojson": tissue_geojson,
+                "classes": list(tissue_classes),
                 "halving": self._halving,
             },
             timeout_s,

@@ -95,6 +95,7 @@ class ReaderChild:
                 mpp=config.mpp,
                 bounds_x0=slide.bounds_x0,
                 bounds_y0=slide.bounds_y0,
+                classes=request["classes"],
             )
         else:
             mask = find_tissue(overview, mpp=config.mpp, slide_mpp=slide.mpp, config=config)

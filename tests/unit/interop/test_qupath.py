@@ -263,6 +263,57 @@ def test_bounds_are_added_on_the_way_in(tmp_path: Path) -> None:
     assert one.polygons[0][0][0].tolist() == [7, 11]
 
 
+def area(x: int, y: int, side: int, name: str | None = None, **more: Any) -> dict[str, Any]:
+    ring = [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
+    named = {} if name is None else {"classification": {"name": name}}
+    return {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {"objectType": "annotation"} | named | more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("drawn", "square_px"),
+    [
+        # By hand: 4000² px of tissue at (1000, 1000); what is ignored takes from it what it covers.
+        ([area(1000, 1000, 4000)], 16e6),
+        ([area(1000, 1000, 4000, "Tissue"), area(2000, 2000, 2000, "Ignore*")], 12e6),
+        ([area(2000, 2000, 2000, "Ignore*"), area(1000, 1000, 4000, "Tissue")], 12e6),
+        ([area(1000, 1000, 4000, "Tissue"), area(6000, 6000, 2000, "Ignore*")], 16e6),
+        ([area(1000, 1000, 4000, "Tissue"), area(4000, 1000, 2000, "Artifact")], 14e6),
+        ([area(1000, 1000, 4000, "Tumor"), area(2000, 2000, 2000, "Tumor: Ignore*")], 12e6),
+        ([area(1000, 1000, 4000, "Region*"), area(2000, 2000, 2000, "necrosis")], 16e6),
+        ([area(1000, 1000, 4000), area(2000, 2000, 1000, "background")], 15e6),
+    ],
+)
+def test_areas_that_are_no_tissue_are_cut_out(
+    tmp_path: Path, drawn: list[dict[str, Any]], square_px: float
+) -> None:
+    path = write(tmp_path, {"type": "FeatureCollection", "features": drawn})
+    mask = read_tissue(path, width=8000, height=8000, slide_mpp=0.5)
+    assert mask.area_mm2 == pytest.approx(square_px * 0.25e-6, rel=0.02)  # 8 µm pixels
+
+
+def test_classes_can_be_chosen(tmp_path: Path) -> None:
+    drawn = [area(0, 0, 2000, "Tumor"), area(4000, 0, 1000, "Stroma"), area(0, 0, 1000, "Ignore*")]
+    path = write(tmp_path, {"type": "FeatureCollection", "features": drawn})
+
+    def mm2(*classes: str) -> float:
+        mask = read_tissue(path, width=8000, height=8000, slide_mpp=0.5, classes=classes)
+        return mask.area_mm2
+
+    assert mm2("tumor ") == pytest.approx(0.75, rel=0.02)
+    assert mm2("Stroma") == pytest.approx(0.25, rel=0.02)
+    assert mm2("Stroma", "Tumor") == mm2() == pytest.approx(1.0, rel=0.02)
+    with pytest.raises(ConfigError, match="no polygon of tissue") as error:
+        mm2("Necrosis")
+    assert error.value.hint == "Its areas are of: Ignore*, Stroma, Tumor."
+    only = write(tmp_path, area(0, 0, 1000, "Ignore*"))
+    with pytest.raises(ConfigError, match="no polygon of tissue"):
+        read_tissue(only, width=8000, height=8000, slide_mpp=0.5)
+
+
 @pytest.mark.parametrize(
     "document",
     [

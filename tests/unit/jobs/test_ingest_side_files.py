@@ -1,5 +1,6 @@
 """Side files of ingest: slides that a line reaches, by hand for each case; opens no slide."""
 
+import hashlib
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.ingest.config import IngestConfig
-from jobs.ingest.side_files import read_side_files
+from jobs.ingest.side_files import list_outlines, read_side_files
 from pathflip.errors import ConfigError
 
 UUID = "0a1b2c3d-1111-2222-3333-444455556666"
@@ -164,6 +165,17 @@ def test_outlines_are_found_as_the_reader_reads_them(tmp_path, name):
     assert Path(found.path).name == name
     assert given.of_path("/in/p2.tif") is None
     assert given.report()["unmatched"] == ["other.geojson"]
+
+
+def test_an_outline_of_other_classes_is_another_outline(tmp_path):
+    (tmp_path / "a.geojson").write_text("{}")
+    digests = [
+        list_outlines(str(tmp_path), classes=classes)[0].value.digest
+        for classes in ((), ("Tumor",), ("Stroma", "Tumor"), ("Tumor", "Stroma"))
+    ]
+    assert digests[0] == hashlib.sha256(b"{}").hexdigest()[:12]
+    assert digests[2] == digests[3]
+    assert len(set(digests)) == 3
 
 
 def test_outlines_that_are_of_no_slide_or_of_two_are_refused(tmp_path):
