@@ -111,6 +111,9 @@ class Task:
     positive: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.label:
+            object.__setattr__(self, "label", self.name)
+
         def wrong(message: str, hint: str) -> ConfigError:
             return ConfigError(f"Task {self.name!r}: {message}.", hint=hint, code="tasks")
 
@@ -153,7 +156,7 @@ class Task:
         if folded in _POSITIVE or folded in _NEGATIVE:
             return folded in _POSITIVE
         raise ConfigError(
-            f"Task {self.name!r}: the label {self.label or self.name} is {value!r}.",
+            f"Task {self.name!r}: the label {self.label} is {value!r}.",
             hint=f"Say which values are positive, for example positive: [{value}].",
             code="tasks",
         )
@@ -330,7 +333,7 @@ def _task(entry: Any, *, default: Any, where: str) -> Task:
     where = f"{where}, task {entry['name']!r}"
     _known(entry, [item.name for item in dataclasses.fields(Task)], where=where)
     values = dict(entry) | {"name": str(entry["name"])}
-    values["label"] = str(entry.get("label") or entry["name"])
+    values["label"] = str(entry.get("label") or "")
     for key in ("prompts", "negative_prompts", "positive"):
         if key in values:
             values[key] = _names(values[key])

@@ -16,6 +16,7 @@ Shapes: n slides, L texts, C classes, d joint width, R resamples.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from pathflip.progress import Report
 if TYPE_CHECKING:
     from pathflip.archive import Archive
     from pathflip.checkpoints import Run
+
+logger = logging.getLogger(__name__)
 
 TEMPERATURE = 0.1
 SOURCES: tuple[Source, ...] = ("global", "local", "sum")
@@ -249,6 +252,8 @@ def zeroshot(
             hint=f"Add them: pathflip archive import --archive {archive.uri} --labels FILE",
             code="no_labels",
         )
+    if missing:
+        logger.warning("No slide has the label %s: not evaluated.", ", ".join(missing))
     scores = text_scores(run, encoded)
     return {
         task.name: evaluate_task(

@@ -107,11 +107,16 @@ def _start_queries(model: PathFLIP, keys: Tensor, *, seed: int) -> None:
     size = cross.key.out_features // heads
     state = layer.attention(model.qformer.norm(model.queries)[None])[0]  # [Q, H]
     if queries <= size:  # otherwise a head cannot hold a prototype for each query
-        found = MiniBatchKMeans(queries * heads, random_state=seed, batch_size=4096, n_init=3).fit(
+        wanted = queries * heads
+        # A few patches are fewer prototypes; a handful of queries start alike then.
+        count = wanted if len(keys) > wanted else min(wanted, len(torch.unique(keys, dim=0)))
+        found = MiniBatchKMeans(count, random_state=seed, batch_size=4096, n_init=3).fit(
             keys.numpy()
         )
         centres = torch.from_numpy(found.cluster_centers_.astype(np.float32))
-        spread = (keys[::5] @ F.normalize(centres, dim=-1).T).std(0)
+        centres = centres[torch.arange(wanted) % count]
+        some = keys[::5] if len(keys) > 5 else keys
+        spread = (some @ F.normalize(centres, dim=-1).T).std(0, correction=len(some) > 1)
         centres = F.normalize(centres, dim=-1) / spread.clamp(min=1e-6)[:, None]
         order = torch.randperm(len(centres), generator=torch.Generator().manual_seed(seed))
         sharpness = torch.logspace(math.log10(FLATTEST), math.log10(SHARPEST), queries)
@@ -125,7 +130,7 @@ def _start_queries(model: PathFLIP, keys: Tensor, *, seed: int) -> None:
         cross.query.weight.copy_(query.flatten(0, 1))
         cross.query.bias.zero_()
         cross.key.weight.copy_(key.flatten(0, 1))
-    gathered = cross.out(cross.value(keys)).std(0).mean()
+    gathered = cross.out(cross.value(keys)).std(0, correction=len(keys) > 1).mean()
     cross.out.weight.mul_(GATHERED / gathered.clamp(min=1e-6))
 
 

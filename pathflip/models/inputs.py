@@ -39,10 +39,12 @@ def fit(model: Any, features: Tensor) -> None:
     if kind == "none":
         return
     x = features.to("cpu", torch.float64)
-    mean, std = x.mean(0), x.std(0) + 1e-4
+    correction = min(1, len(x) - 1)  # one patch has no spread, rather than one that is no number
+    mean, std = x.mean(0), x.std(0, correction=correction) + 1e-4
     scale = 1 / std
     if kind == "whiten":
-        values, vectors = torch.linalg.eigh(torch.cov(((x - mean) * scale).T))
+        spread = torch.cov(((x - mean) * scale).T, correction=correction)
+        values, vectors = torch.linalg.eigh(spread)
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         vectors = vectors * largest.sign()  # eigenvectors have no sign of their own
         scale = scale[:, None] * vectors / (values.clamp(min=0) + _WHITENING_FLOOR).sqrt()

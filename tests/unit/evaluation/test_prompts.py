@@ -26,6 +26,11 @@ def test_templates_are_distinct_and_hold_the_name() -> None:
     assert task.texts(task.prompts) == ["a x", "x b", "a y", "y b"]
 
 
+def test_a_task_made_in_python_is_of_the_label_of_its_name() -> None:
+    assert Task(name="mucin", prompts=("mucin",)).label == "mucin"
+    assert Task(name="mucin", label="mucinous", prompts=("mucin",)).label == "mucinous"
+
+
 def test_a_task_file(tmp_path: Path) -> None:
     file = tmp_path / "tasks.yaml"
     file.write_text(

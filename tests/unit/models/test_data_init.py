@@ -122,3 +122,17 @@ def test_a_patch_model_starts_centred_and_says_words_no_surer_than_before() -> N
     vectors = model.encode_text(KEYWORDS, normalize=False)
     assert vectors.mean(0).norm() < 1e-4 * vectors.norm(dim=-1).mean()
     assert model(batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("patches", [1, 3, 7, 63, 64])
+def test_few_patches_are_enough_for_a_start(patches: int) -> None:
+    """Fewer patches than queries times heads, down to one, and all of them the same."""
+    draw = torch.Generator().manual_seed(1)
+    features = torch.randn(1, 1, 64, 10, generator=draw)
+    mask = (torch.arange(64) < patches)[None, None]
+    for values in (features, torch.ones_like(features)):
+        model = build()
+        assert len(model.queries) * model.config.heads >= 8
+        warm_start(model, values, mask, SENTENCES, seed=0)
+        assert all(bool(one.isfinite().all()) for one in model.state_dict().values())
+        assert bool(model.encode_slide(values, mask).slide.isfinite().all())
