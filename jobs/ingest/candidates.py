@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.ingest.config import IngestConfig
 from jobs.ingest.side_files import SideFiles, read_side_files
-from pathflip.slides.sources import Source, discover
+from pathflip.slides.sources import Source, by_suffix, discover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,10 @@ def find_candidates(
     Raises:
         ConfigError: A source or side file is missing or wrong, or a line of one is not clear.
     """
-    found = discover(sources)
+    skipped: list[str] = []
+    found = discover(sources, skipped=skipped)
     side = read_side_files(config, [source.uri for source in found], slide_of=slide_of)
+    side = replace(side, skipped=by_suffix(skipped))
     side.warn("unmatched")
     candidates = []
     for source in found:

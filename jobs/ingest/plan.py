@@ -132,7 +132,7 @@ class Planner:
             mpp_override=candidate.mpp,
         )
         if not len(regions):
-            record = replace(record, status="empty", message="No region has enough tissue.")
+            record = replace(record, status="empty")
         table = pa.table(
             {
                 "rx": regions.rx,

@@ -86,5 +86,6 @@ class IngestResult:
 
     @property
     def exit_code(self) -> int:
-        """0 all good, 3 some slides were quarantined."""
-        return 3 if self.slides["quarantined"] else 0
+        """0 all good, 3 some slides were quarantined, or all that were opened have no tissue."""
+        nothing = self.slides["empty"] and not self.slides["ready"] + self.slides["skipped"]
+        return 3 if self.slides["quarantined"] or nothing else 0

@@ -13,6 +13,7 @@ from jobs.ingest.rows import Held
 from pathflip.archive import Archive
 from pathflip.encoders import EncoderInfo
 from pathflip.errors import ArchiveError
+from pathflip.slides.scale import SCALE_REASONS
 
 
 class Archived:
@@ -67,7 +68,7 @@ class Archived:
             # Damage of the archive, not of the source; and what the user may have mended since.
             if row["reason"] in ("damaged_rows", "bad_outline") or config.retry:
                 return False
-            mendable = row["reason"] in ("needs_mpp", "mpp_out_of_range", "anisotropic_pixels")
+            mendable = row["reason"] in SCALE_REASONS
             return not (mendable and candidate.mpp is not None)
         if not same_cut(candidate, self._held(row, encoders)):
             return False

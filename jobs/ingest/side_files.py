@@ -30,6 +30,7 @@ from pathflip.interop.tables import (
     needed_column,
     read_rows,
 )
+from pathflip.slides.sources import FOREIGN_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -176,12 +177,14 @@ class SideFiles:
         tissue: Tissue outlines of slides.
         patients: Patient, split and labels of slides, as columns of the table ``slides``.
         texts: Captions and questions, for their names alone: they are imported at the end.
+        skipped: {suffix: {"files", "example"}} of files in the slides' folders that are no slides.
     """
 
     mpp: SideFile[float] | None = None
     tissue: SideFile[Outline] | None = None
     patients: SideFile[dict[str, Any]] | None = None
     texts: Mapping[str, SideFile[None]] = field(default_factory=dict)
+    skipped: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def people(self, paths: Iterable[str]) -> dict[str, Any]:
         """Return patient_id, split and labels of a slide; empty if none are given.
@@ -194,13 +197,20 @@ class SideFiles:
     def report(self) -> dict[str, dict[str, Any]]:
         """Return the report of each file that was given."""
         given = {"mpp_csv": self.mpp, "tissue": self.tissue, "patients": self.patients}
-        return {name: one.report() for name, one in given.items() if one is not None}
+        found = {name: one.report() for name, one in given.items() if one is not None}
+        return found | ({"skipped_files": dict(self.skipped)} if self.skipped else {})
 
     def warn(self, kind: str) -> None:
         """Log the names that are ``unmatched`` or ``ambiguous`` in each file."""
         for one in (self.mpp, self.tissue, self.patients):
             if one is not None:
                 one.warn(kind)
+        for suffix in FOREIGN_SUFFIXES if kind == "unmatched" else ():
+            if own := self.skipped.get(suffix):
+                logger.warning(
+                    "%d %s files are left out, which OpenSlide does not read, such as %s.",
+                    own["files"], suffix, own["example"],
+                )  # fmt: skip
 
 
 def read_side_files(

@@ -23,6 +23,9 @@ from pathflip.cli.options import (
 )
 
 app = typer.Typer()
+CHECK_TIMEOUT_S = 300.0
+"""Deadline for opening one slide."""
+
 slides_app = typer.Typer(help="The slides of an archive.", no_args_is_help=True)
 archive_app = typer.Typer(help="Look after an archive.", no_args_is_help=True)
 app.add_typer(slides_app, name="slides")
@@ -186,6 +189,41 @@ def slides_list(
     for row in rows:
         if row["status"] == "quarantined":
             print(f"{row['slide_id']}: {row['message']}")
+
+
+@slides_app.command("check")
+def slides_check(
+    sources: Annotated[list[str], typer.Argument(help="Slide files and folders.", metavar="SRC…")],
+    mpp: Annotated[
+        float | None, typer.Option(help="µm per level-0 pixel, where the files are wrong.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Open slides and say whether their structure can be trusted; exit 3 if one cannot.
+
+    Each is opened in a process of its own, as ingest does it; no tissue is looked for.
+    """
+    from pathflip.errors import SlideError
+    from pathflip.slides.reader import SlideReader
+    from pathflip.slides.sources import discover
+
+    rows: list[dict[str, Any]] = []
+    with SlideReader(patches=1, px=16) as reader:
+        for source in discover(sources):
+            try:
+                about = reader.check(source.uri, mpp=mpp, timeout_s=CHECK_TIMEOUT_S)
+                rows.append({"slide": source.uri, "reason": None, **about})
+            except SlideError as error:
+                rows.append({"slide": source.uri, "reason": error.code, "message": str(error)})
+    if as_json:
+        print_json(rows)
+    else:
+        shown = ("slide", "reason", "vendor", "width", "height", "levels", "mpp", "reader")
+        show_table("", shown, [[row.get(key) for key in shown] for row in rows])
+        for row in rows:
+            if said := row.get("message") or row["reader_note"]:
+                print(f"{row['slide']}: {said}")
+    raise typer.Exit(3 if any(row["reason"] for row in rows) else 0)
 
 
 @slides_app.command("show")

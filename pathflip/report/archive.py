@@ -15,6 +15,7 @@ from pathflip.archive import Archive
 from pathflip.errors import REASONS, ArchiveError, SlideError
 from pathflip.geometry import Tiling, edge, patch_rects
 from pathflip.report.page import data_uri, slide_view, write_page
+from pathflip.slides.scale import SCALE_REASONS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -219,9 +220,7 @@ def _slide_map(archive: Archive, row: dict[str, Any]) -> dict[str, Any] | None:
 _BY_MPP = "Write its µm per pixel into a CSV with the columns slide,mpp and ingest it again:"
 _AGAIN = "then try it again:"
 _STEPS = {
-    "needs_mpp": _BY_MPP,
-    "mpp_out_of_range": _BY_MPP,
-    "anisotropic_pixels": _BY_MPP,
+    **dict.fromkeys(SCALE_REASONS, _BY_MPP),
     "unreadable": f"Copy the file again from where it was made, {_AGAIN}",
     "too_many_bad_tiles": f"Copy the file again from where it was made, {_AGAIN}",
     "reader_limits": f"Check that it is a slide; convert it if it is one, {_AGAIN}",

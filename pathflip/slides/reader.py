@@ -37,7 +37,8 @@ class SlidePlan:
 
     Attributes:
         info: Slide metadata: vendor, width, height, levels, mpp, mpp_source, bounds_x0, bounds_y0,
-            reader, reader_note, tissue_mpp, tissue_mm2, thumbnail_mpp.
+            reader, reader_note, tissue_mpp, tissue_mm2, thumbnail_mpp; of a slide without a region
+            message, which says why.
         regions: Its regions and patches, planned on the tissue mask.
         tissue_png: The tissue mask, one bit per pixel, origin at level-0 (0, 0).
         thumbnail: JPEG of the slide (never of its label or macro image).
@@ -117,6 +118,17 @@ class SlideReader:
         """sha256 of the slide's bytes (see ``sources.digest_source``)."""
         answer, _ = self._ask({"op": "digest", "path": path}, timeout_s)
         return str(answer["sha256"])
+
+    def check(self, path: str, *, mpp: float | None = None, timeout_s: float) -> dict[str, Any]:
+        """Open a slide and decide whether its structure can be trusted; read no tissue.
+
+        Returns:
+            Its vendor, width, height, levels (those used), mpp, mpp_source, reader, reader_note.
+        """
+        request = {"op": "check", "path": path, "mpp": mpp, "halving": self._halving}
+        answer, _ = self._ask(request, timeout_s)
+        info: dict[str, Any] = answer["info"]
+        return info
 
     def plan(
         self,

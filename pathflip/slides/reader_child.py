@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT_BYTES = 3 << 30
 OPEN_SLIDES = 2
+MAX_ENLARGED = 0.03
+"""Share that a slide may be coarser than the tiling: a cohort's scanners differ by that much."""
 THUMBNAIL_PX = 1024
+DARK, PALE = 40, 215
+"""Grey levels: all channels of a pixel below the one, or above the other."""
 
 Answer = tuple[dict[str, Any], list[bytes]]
 """Header and blobs of a message."""
@@ -77,7 +81,7 @@ class ReaderChild:
         slide = self.slide(request)
         tiling = Tiling(**request["tiling"])
         config = TissueConfig()
-        if tiling.mpp < slide.mpp * 0.99:
+        if tiling.mpp * (1 + MAX_ENLARGED) < slide.mpp:
             raise SlideError(
                 f"{slide.path.name} is scanned at {slide.mpp:g} µm per pixel, coarser than the "
                 f"{tiling.mpp:g} the archive is cut at.",
@@ -103,23 +107,26 @@ class ReaderChild:
             tiling, width=slide.width, height=slide.height, mpp=slide.mpp, tissue=mask
         )
         thumbnail, thumbnail_mpp = _thumbnail(slide, overview, config.mpp)
-        info = {
-            "vendor": slide.vendor,
-            "width": slide.width,
-            "height": slide.height,
-            "levels": slide.levels,
-            "mpp": slide.mpp,
-            "mpp_source": slide.scale.source,
+        info = _about(slide)
+        if slide.mpp > tiling.mpp * 1.01:
+            share = slide.mpp / tiling.mpp - 1
+            note = f"pixels of {slide.mpp:g} µm are enlarged by {share:.1%}"
+            info["reader_note"] = "; ".join(filter(None, [info["reader_note"], note]))
+        if not len(regions):
+            info["message"] = _why_empty(overview, mask.area_mm2)
+        info |= {
             "bounds_x0": slide.bounds_x0,
             "bounds_y0": slide.bounds_y0,
-            "reader": slide.reader,
-            "reader_note": slide.reader_note,
             "tissue_mpp": mask.mpp,
             "tissue_mm2": mask.area_mm2,
             "thumbnail_mpp": thumbnail_mpp,
         }
         blobs = [mask.to_png(), thumbnail, *pack_regions(regions)]
         return {"info": info, "size0": int(regions.size0)}, blobs
+
+    def check(self, request: dict[str, Any], _: list[bytes]) -> Answer:
+        """Answer ``SlideReader.check``."""
+        return {"info": _about(self.slide(request))}, []
 
     def read(self, request: dict[str, Any], blobs: list[bytes]) -> Answer:
         """Answer ``SlideReader.start_read``: pixels into the shared memory."""
@@ -139,6 +146,34 @@ class ReaderChild:
         slide = self.slide(request)
         x0, y0, size0 = request["box"]
         return {}, [_jpeg(slide.shown(x0, y0, size0, px=request["px"]))]
+
+
+def _about(slide: Slide) -> dict[str, Any]:
+    """Return what of a slide can be said before its tissue is found; ``SlideReader.check``."""
+    return {
+        "vendor": slide.vendor,
+        "width": slide.width,
+        "height": slide.height,
+        "levels": slide.levels,
+        "mpp": slide.mpp,
+        "mpp_source": slide.scale.source,
+        "reader": slide.reader,
+        "reader_note": "; ".join(filter(None, [slide.reader_note, slide.scale.note])),
+    }
+
+
+def _why_empty(overview: NDArray[np.uint8], tissue_mm2: float) -> str:
+    """Say why a slide has no region: what most of it looks like, or that its tissue is small."""
+    if tissue_mm2 > 0:
+        return f"No region has enough tissue: there are {tissue_mm2:.3g} mm² on the whole slide."
+    shares = {
+        "nearly black": float((overview.max(axis=2) < DARK).mean()),
+        "nearly white, or transparent": float((overview.min(axis=2) > PALE).mean()),
+    }
+    look, share = max(shares.items(), key=lambda item: item[1])
+    if share < 0.5:
+        return "No tissue was found: nothing on the slide is darker than its own background."
+    return f"No tissue was found: {share:.0%} of the slide is {look}."
 
 
 def _thumbnail(slide: Slide, overview: NDArray[np.uint8], mpp: float) -> tuple[bytes, float]:
@@ -179,6 +214,7 @@ def _serve(connection: socket.socket, child: ReaderChild) -> None:
     operations: dict[str, Callable[[dict[str, Any], list[bytes]], Answer]] = {
         "digest": child.digest,
         "plan": child.plan,
+        "check": child.check,
         "read": child.read,
         "view": child.view,
     }

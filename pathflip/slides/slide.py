@@ -37,7 +37,20 @@ from pathflip.slides.direct import (
 from pathflip.slides.direct import read_patches as read_direct
 from pathflip.slides.resample import on_white, resize_area, resize_exact
 from pathflip.slides.scale import Scale, resolve_scale
-from pathflip.slides.tiff import JpegLevel, TiffLayout, check_limits, jpeg_levels, read_layout
+from pathflip.slides.sources import dicom_files
+from pathflip.slides.structure import (
+    compression_name,
+    tag_doubts,
+    trusted_levels,
+    unsupported_doubt,
+)
+from pathflip.slides.tiff import (
+    JpegLevel,
+    TiffLayout,
+    check_limits,
+    jpeg_levels,
+    read_layout,
+)
 
 Halving = Literal["exact", "dct"]
 
@@ -64,12 +77,14 @@ class Slide:
         vendor: OpenSlide's name of the format.
         level_mpps: µm per pixel of each stored level.
         bounds_x0, bounds_y0: Offset of the scanned area in level 0 (MRXS and others), or 0.
-        reader: "direct" or "openslide"; ``reader_note`` says why not direct.
+        levels: Number of stored levels that are used.
+        reader: "direct" or "openslide"; ``reader_note`` says why not direct, and what of the file
+            is read around.
 
     Raises:
         SlideError: With the reason code to store (``unreadable``, ``reader_limits``,
-            ``not_a_file``, ``unsupported``). A missing resolution raises only when it is needed,
-            from ``mpp``.
+            ``not_a_file``, ``unsupported``, and those of ``structure``). A missing resolution
+            raises only when it is needed, from ``mpp``.
     """
 
     def __init__(
@@ -82,7 +97,7 @@ class Slide:
         self._source = openable(self.path)
         layout = read_layout(self._source)
         check_limits(layout)
-        self._handle = self._open()
+        self._handle = self._open(layout)
         handle = self._handle
         if self.path.is_dir():
             self._check_one_series()
@@ -90,11 +105,13 @@ class Slide:
         self.vendor = handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         self.bounds_x0 = int(handle.properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0))
         self.bounds_y0 = int(handle.properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0))
-        self.levels = handle.level_count
-        self.level_dimensions: Sequence[tuple[int, int]] = handle.level_dimensions
-        self.level_downsamples: Sequence[float] = handle.level_downsamples
         self._scale: Scale | None = None
+        self._description = layout.description
+        self._jpeg: dict[int, JpegLevel] = {}
+        self.reader_note = ""
+        doubts = self._trust(layout)
         self._jpeg = self._find_direct(layout)
+        self.reader_note = "; ".join(filter(None, [self.reader_note, *doubts]))
         self.reader: Literal["direct", "openslide"] = "direct" if self._jpeg else "openslide"
 
     # -- what it is ------------------------------------------------------------------------------
@@ -104,7 +121,10 @@ class Slide:
         """Resolution and where it came from. Raises SlideError (``needs_mpp`` and others)."""
         if self._scale is None:
             self._scale = resolve_scale(
-                self._handle.properties, name=self.path.name, override=self._override
+                self._handle.properties,
+                name=self.path.name,
+                override=self._override,
+                description=self._description,
             )
         return self._scale
 
@@ -230,25 +250,61 @@ class Slide:
 
     # -- OpenSlide -------------------------------------------------------------------------------
 
-    def _open(self) -> openslide.OpenSlide:
+    def _open(self, layout: TiffLayout | None = None) -> openslide.OpenSlide:
         try:
             return openslide.OpenSlide(str(self._source))
         except openslide.OpenSlideUnsupportedFormatError as error:
+            if layout is not None and (unsupported := unsupported_doubt(layout)):
+                raise unsupported.error() from error
             raise SlideError(
                 f"{self.path.name} is in no format OpenSlide knows.",
                 hint="It may be truncated, or an ordinary image: convert it to a tiled pyramid.",
                 code="unreadable",
             ) from error
         except openslide.OpenSlideError as error:
+            if layout is not None and "nsupported TIFF compression" in str(error):
+                raise SlideError(
+                    f"{self.path.name} is compressed by {compression_name(layout)}, which "
+                    "OpenSlide does not read in this format.",
+                    hint="Convert it to JPEG or deflate, with vips tiffsave for example.",
+                    code="unsupported",
+                ) from error
             raise SlideError(
                 f"{self.path.name} cannot be opened: {error}.",
                 hint="The file is damaged; copy it again from its source.",
                 code="unreadable",
             ) from error
 
+    def _trust(self, layout: TiffLayout) -> list[str]:
+        """Refuse what would be read wrong, choose the levels used, and say what is not.
+
+        Raises:
+            SlideError: The first doubt that refuses the slide; see ``structure``.
+        """
+        handle = self._handle
+        self.level_dimensions: Sequence[tuple[int, int]] = handle.level_dimensions
+        self.level_downsamples: Sequence[float] = handle.level_downsamples
+        self.levels, doubts = trusted_levels(
+            layout, vendor=self.vendor, sizes=self.level_dimensions, read=self._level_pixels
+        )
+        self.level_dimensions = self.level_dimensions[: self.levels]
+        self.level_downsamples = self.level_downsamples[: self.levels]
+        for doubt in (every := [*tag_doubts(layout, vendor=self.vendor), *doubts]):
+            if doubt.refused:
+                raise doubt.error()
+        return [doubt.message for doubt in every]
+
+    def _level_pixels(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8] | None:
+        """Read pixels of a level from a corner in that level; None where it is damaged."""
+        downsample = self.level_downsamples[level]
+        try:
+            return self._level_rect(level, round(x * downsample), round(y * downsample), w, h)
+        except SlideError:
+            return None
+
     def _check_one_series(self) -> None:
         series = set()
-        for file in sorted(self.path.glob("*.dcm")):
+        for file in dicom_files(self.path):
             with suppress(openslide.OpenSlideError), openslide.OpenSlide(str(file)) as opened:
                 series.add(opened.properties.get("dicom.SeriesInstanceUID"))
         if len(series) > 1:
@@ -352,13 +408,6 @@ class Slide:
         ok = np.zeros(len(boxes), bool)
         px = out.shape[1]
 
-        def read(x: int, y: int, w: int, h: int) -> NDArray[np.uint8] | None:
-            downsample = self.level_downsamples[level]
-            try:
-                return self._level_rect(level, round(x * downsample), round(y * downsample), w, h)
-            except SlideError:
-                return None
-
         for top in np.unique(boxes[:, 1]):
             row = np.flatnonzero(boxes[:, 1] == top)
             row = row[np.argsort(boxes[row, 0], kind="stable")]
@@ -366,10 +415,13 @@ class Slide:
             for run in np.split(row, gaps):
                 left, height = int(boxes[run[0], 0]), int(boxes[run, 3].max())
                 width = int(boxes[run[-1], 0] + boxes[run[-1], 2]) - left
-                strip = read(left, int(top), width, height)
+                strip = self._level_pixels(level, left, int(top), width, height)
                 for index in run:
                     x, y, w, h = boxes[index].tolist()
-                    patch = read(x, y, w, h) if strip is None else strip[:h, x - left :][:, :w]
+                    if strip is None:
+                        patch = self._level_pixels(level, x, y, w, h)
+                    else:
+                        patch = strip[:h, x - left :][:, :w]
                     if patch is not None:
                         out[index] = resize_area(patch, width=px, height=px)
                         ok[index] = True
@@ -379,7 +431,6 @@ class Slide:
 
     def _find_direct(self, layout: TiffLayout) -> dict[int, JpegLevel]:
         """Choose the levels the direct path may read: level number -> its tiles; none if unsure."""
-        self.reader_note = ""
         if self.vendor not in _DIRECT_VENDORS:
             self.reader_note = f"{self.vendor} has no direct path"
             return {}
@@ -463,14 +514,16 @@ def openable(path: Path) -> Path:
     """
     try:
         if path.is_dir():
-            files = sorted(path.glob("*.dcm"))
+            files = dicom_files(path)
             if not files:
                 raise SlideError(
-                    f"{path.name} is a folder without DICOM files (*.dcm).",
+                    f"{path.name} is a folder without DICOM files.",
                     hint="Name a slide file, or the folder of one DICOM series.",
                     code="not_a_file",
                 )
-            return files[0]
+            # Reports and label maps lie beside the levels; OpenSlide knows which is a picture.
+            images = (file for file in files if openslide.OpenSlide.detect_format(str(file)))
+            return next(images, files[0])
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make its reader wait for ever
             raise SlideError(
                 f"{path.name} is neither a file nor a folder.",

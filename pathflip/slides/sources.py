@@ -13,8 +13,16 @@ from typing import Any
 
 from pathflip.errors import ConfigError, SlideError
 
-SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".czi")
+SUFFIXES = (
+    ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".czi", ".bif",
+)  # fmt: skip
 DICOM_SUFFIX = ".dcm"
+FOREIGN_SUFFIXES = (
+    ".isyntax", ".i2syntax", ".kfb", ".sdpc", ".vsi", ".qptiff", ".mds", ".mdsx", ".tron", ".zvi",
+    ".lif", ".nd2", ".oir", ".jp2", ".jpx", ".eslide", ".dzi",
+)  # fmt: skip
+"""Whole-slide formats that OpenSlide does not read."""
+_DICOM_MAGIC = b"DICM"
 _BLOCK = 1 << 20
 
 
@@ -33,11 +41,17 @@ class Source:
     mtime_ns: int
 
 
-def discover(sources: Sequence[str]) -> list[Source]:
+def discover(sources: Sequence[str], *, skipped: list[str] | None = None) -> list[Source]:
     """Find every slide under the given files and folders, sorted by path.
 
-    A folder that holds DICOM files is one slide; MRXS side folders belong to their .mrxs file.
-    Links are followed once; nothing is opened. A file named outright is taken whatever its suffix.
+    A folder that holds DICOM files is one slide, and so are its files named one by one; MRXS side
+    folders belong to their .mrxs file. Links are followed once; of files without a suffix the first
+    bytes are read, as DICOM often has none, and no other is opened. A file named outright is taken
+    whatever its suffix.
+
+    Args:
+        sources: Files and folders.
+        skipped: List to which the other files of the folders are added.
 
     Raises:
         ConfigError: A source does not exist, or a folder holds no slide at all.
@@ -52,7 +66,7 @@ def discover(sources: Sequence[str]) -> list[Source]:
             )
         path = Path(os.path.abspath(source))
         if path.is_dir():
-            inside = list(_walk(path))
+            inside = list(_walk(path, skipped if skipped is not None else []))
             if not inside and path.suffix.lower() in SUFFIXES:
                 inside = [path]  # reported as what it is
             if not inside:
@@ -63,7 +77,7 @@ def discover(sources: Sequence[str]) -> list[Source]:
                     code="no_slides",
                 )
         elif os.path.lexists(path):
-            inside = [path]
+            inside = [path.parent if is_dicom(path) else path]
         else:
             raise ConfigError(
                 f"{source} does not exist.", hint="Check the path.", code="missing_source"
@@ -73,7 +87,31 @@ def discover(sources: Sequence[str]) -> list[Source]:
     return [found[uri] for uri in sorted(found)]
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def is_dicom(path: Path) -> bool:
+    """Return whether a file is DICOM: by its suffix, or by its first bytes if it has none.
+
+    Archives export files named by UIDs or as DCM_0, whose last digits look like a suffix.
+    """
+    suffix = path.suffix.lower()
+    if suffix == DICOM_SUFFIX:
+        return True
+    if suffix and not suffix[1:].isdigit():
+        return False
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == _DICOM_MAGIC
+    except OSError:
+        return False
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """Return the DICOM files of a folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if not path.is_dir() and is_dicom(path))
+
+
+def _walk(root: Path, skipped: list[str]) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
@@ -83,23 +121,35 @@ def _walk(root: Path) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         folders.sort()
         here = Path(folder)
-        if any(name.lower().endswith(DICOM_SUFFIX) for name in files):
+        dicom = {name for name in files if is_dicom(here / name)}
+        if dicom:
             yield here
         sides = {name[: -len(".mrxs")] for name in files if name.lower().endswith(".mrxs")}
         folders[:] = [name for name in folders if name not in sides]
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield here / name
+            elif name not in dicom and not name.startswith("."):
+                skipped.append(str(here / name))
         for name in list(folders):  # a folder named like a slide is reported, not entered
             if name.lower().endswith(SUFFIXES):
                 folders.remove(name)
                 yield here / name
 
 
+def by_suffix(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return {suffix: {"files", "example"}} of paths, the most frequent suffix first."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(Path(path).suffix.lower() or "none", []).append(path)
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {suffix: {"files": len(own), "example": min(own)} for suffix, own in ordered}
+
+
 def source_files(path: Path) -> list[Path]:
     """Return every file of a slide, the named one first."""
     if path.is_dir():
-        return sorted(path.glob(f"*{DICOM_SUFFIX}"))
+        return dicom_files(path)
     side = path.with_suffix("")
     if path.suffix.lower() == ".mrxs" and side.is_dir():
         return [path, *sorted(file for file in side.rglob("*") if file.is_file())]

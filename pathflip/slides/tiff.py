@@ -16,8 +16,10 @@ from pathflip.errors import SlideError
 MAX_TILE_PX = 8192
 MAX_LEVEL_PX = 2**36
 MAX_LEVELS = 16
-MAX_PAGES = 8 * MAX_LEVELS + 1
-"""Pages looked at; a pyramid comes first, and 16 levels leave room for planes between them."""
+MAX_TILED_PAGES = 8 * MAX_LEVELS
+"""Most tiled images of a file; several scenes may have a pyramid each, and planes between."""
+MAX_PAGES = MAX_TILED_PAGES + 1
+"""Pages looked at."""
 
 SOI = b"\xff\xd8"
 """Start of image, the first two bytes of every JPEG stream."""
@@ -37,6 +39,11 @@ class TiffPage:
             is not tiled, or its tiles are beyond ``MAX_TILE_PX``.
         compression, photometric, planar, samples, bits: Values of the tags of these names.
         jpeg_tables: JPEG tables shared by the tiles, or nothing.
+        orientation: Value of the tag; 1 is upright.
+        sample_format: Value of the tag; 1 is unsigned.
+        extra_samples: Meanings of the samples beyond the colours.
+        subfile: Flags of the page; 1 is a smaller version of another.
+        mpp: µm per pixel across that it states, 0 if none.
     """
 
     width: int
@@ -51,6 +58,11 @@ class TiffPage:
     samples: int
     bits: int | tuple[int, ...]
     jpeg_tables: bytes
+    orientation: int = 1
+    sample_format: int = 1
+    extra_samples: tuple[int, ...] = ()
+    subfile: int = 0
+    mpp: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +73,20 @@ class TiffLayout:
         name: The file's name, for messages.
         file_bytes: Size of the file.
         pages: Its pages; none if the file is no TIFF or cannot be parsed.
+        description: Text of its first page.
+        big_endian: Whether its numbers are stored most significant byte first.
     """
 
     name: str
     file_bytes: int
     pages: tuple[TiffPage, ...] = ()
+    description: str = ""
+    big_endian: bool = False
+
+    @property
+    def is_ome(self) -> bool:
+        """Whether it describes itself in OME-XML."""
+        return self.description.rstrip().endswith("OME>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +130,24 @@ def read_layout(path: str | Path) -> TiffLayout:
     empty = TiffLayout(name=Path(path).name, file_bytes=os.stat(path).st_size)
     if not is_tiff(path):
         return empty
-    pages = []
+    pages, description, big_endian = [], "", False
     try:
         with tifffile.TiffFile(path) as tif:
+            big_endian = tif.byteorder == ">"
             for index, page in enumerate(tif.pages):
                 if index == MAX_PAGES or not isinstance(page, tifffile.TiffPage):
                     break
                 pages.append(_page(page))
+                description = description or page.description
     except (ValueError, KeyError, IndexError, OSError, struct.error, MemoryError, TypeError):
         return empty
-    return TiffLayout(name=empty.name, file_bytes=empty.file_bytes, pages=tuple(pages))
+    return TiffLayout(
+        name=empty.name,
+        file_bytes=empty.file_bytes,
+        pages=tuple(pages),
+        description=description,
+        big_endian=big_endian,
+    )
 
 
 def _page(page: tifffile.TiffPage) -> TiffPage:
@@ -138,7 +167,27 @@ def _page(page: tifffile.TiffPage) -> TiffPage:
         samples=page.samplesperpixel,
         bits=page.bitspersample,
         jpeg_tables=page.jpegtables or b"",
+        orientation=_whole(page.tags.valueof(274, 1), 1),
+        sample_format=_whole(page.sampleformat, 1),
+        extra_samples=tuple(int(kind) for kind in page.extrasamples),
+        subfile=_whole(page.subfiletype, 0),
+        mpp=_stated_mpp(page),
     )
+
+
+def _stated_mpp(page: tifffile.TiffPage) -> float:
+    """Return µm per pixel across as the page states it; 0 if it does not."""
+    unit_um = {2: 25_400.0, 3: 10_000.0}.get(page.tags.valueof(296, 2))
+    try:
+        numerator, denominator = page.tags.valueof(282, (0, 1))
+        return 0.0 if unit_um is None else unit_um * denominator / numerator
+    except (TypeError, ValueError, ZeroDivisionError):  # whatever a hostile file has there
+        return 0.0
+
+
+def _whole(value: object, default: int) -> int:
+    """Return a tag's value if it is the one number that it should be."""
+    return value if isinstance(value, int) else default
 
 
 def check_limits(layout: TiffLayout) -> None:
@@ -176,10 +225,11 @@ def check_limits(layout: TiffLayout) -> None:
             hint="Copy it again from its source.",
             code="unreadable",
         )
-    levels = sum(page.tile_w > 0 for page in layout.pages)
-    if levels > MAX_LEVELS:
+    # Scenes, planes and levels of one file; how many of them are levels, OpenSlide says.
+    tiled = sum(page.tile_w > 0 for page in layout.pages)
+    if tiled > MAX_TILED_PAGES:
         raise SlideError(
-            f"{name} declares {levels} tiled levels; the limit is {MAX_LEVELS}.",
+            f"{name} declares more than {MAX_TILED_PAGES} tiled images.",
             hint="Such a file is damaged or hostile.",
             code="reader_limits",
         )

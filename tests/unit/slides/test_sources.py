@@ -7,7 +7,9 @@ import pytest
 
 from pathflip.errors import ConfigError, SlideError
 from pathflip.slides.sources import (
+    by_suffix,
     check_ingested,
+    dicom_files,
     digest_source,
     discover,
     slide_id,
@@ -42,6 +44,44 @@ def test_folders_that_are_slides(tmp_path):
     (tmp_path / "folder.svs").mkdir()
     found = {os.path.basename(s.uri): s.bytes for s in discover([str(tmp_path)])}
     assert found == {"series": 9, "m.mrxs": 1 + 5 + 16, "folder.svs": found["folder.svs"]}
+
+
+DICOM = b"\0" * 128 + b"DICM"
+
+
+def test_dicom_files_are_their_series_whatever_they_are_called(tmp_path):
+    """A slide is a series: capitals, no suffix, UIDs as names, and each file named by itself."""
+    for folder, files in {
+        "capitals": ("1.DCM", "2.DCM"),
+        "bare": ("DCM_0", "DCM_1"),
+        "uids": ("1.2.840.113619.2.1", "1.2.840.113619.2.2"),
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name in files:
+            (tmp_path / folder / name).write_bytes(DICOM + name.encode())
+    (tmp_path / "README").write_bytes(b"no picture, and shorter than a header")
+    skipped = []
+    found = discover([str(tmp_path)], skipped=skipped)
+    assert names(found) == ["bare", "capitals", "uids"]
+    assert [os.path.basename(path) for path in skipped] == ["README"]
+    one_by_one = [str(path) for path in sorted((tmp_path / "capitals").iterdir())]
+    assert discover(one_by_one) == [found[1]]
+    assert discover([str(tmp_path / "bare" / "DCM_1")]) == [found[0]]
+    assert [file.name for file in dicom_files(tmp_path / "bare")] == ["DCM_0", "DCM_1"]
+    before = digest_source(tmp_path / "uids")
+    (tmp_path / "uids" / "1.2.840.113619.2.2").write_bytes(DICOM + b"other")
+    assert digest_source(tmp_path / "uids") != before
+
+
+def test_what_is_skipped_is_counted_and_named(tmp_path):
+    for name in ("a.svs", "b.isyntax", "c.isyntax", "labels.csv", ".hidden"):
+        (tmp_path / name).write_bytes(b"x")
+    skipped = []
+    assert names(discover([str(tmp_path)], skipped=skipped)) == ["a.svs"]
+    assert by_suffix(skipped) == {
+        ".isyntax": {"files": 2, "example": str(tmp_path / "b.isyntax")},
+        ".csv": {"files": 1, "example": str(tmp_path / "labels.csv")},
+    }
 
 
 def test_link_loops_end(tmp_path):

@@ -45,7 +45,7 @@ def page(width: int, height: int, tile: int) -> dict[int, int]:
         ([page(1024, 1024, 256), page(8193, 8193, 8208)], "tiles of 8208"),
         ([page(2**19, 2**18, 256)], "524288 x 262144"),  # 137 gigapixels
         ([page(264_576, 264_576, 240)], "264576"),  # 70 gigapixels: just above 2^36
-        ([page(4096, 4096, 256)] * 17, "17 tiled levels"),
+        ([page(4096, 4096, 256)] * 129, "more than 128 tiled images"),
     ],
 )
 def test_absurd_geometry_is_refused_before_openslide_sees_it(
@@ -53,7 +53,7 @@ def test_absurd_geometry_is_refused_before_openslide_sees_it(
 ) -> None:
     path = tmp_path / "hostile.svs"
     path.write_bytes(tiff(*pages))
-    assert path.stat().st_size < 5000
+    assert path.stat().st_size < 20_000
     monkeypatch.setattr(openslide, "OpenSlide", lambda *_: pytest.fail("OpenSlide opened it"))
     with pytest.raises(SlideError, match=named) as caught:
         Slide(path)

@@ -1,0 +1,378 @@
+"""Whether the structure of a slide file can be trusted, decided before any of its pixels count.
+
+Two readers of the same bytes may see two pictures: tags that turn or recolour it, images that one
+of them never shows, levels whose sizes understate what they were scaled by. Each such doubt has a
+code and a sentence. A doubt refuses the slide where its pixels or places would be wrong, and is a
+note where the slide is read around it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.errors import SlideError
+from pathflip.slides.resample import resize_exact
+from pathflip.slides.tiff import MAX_LEVELS, TiffLayout, TiffPage
+
+GENERIC, APERIO = "generic-tiff", "aperio"
+_SIZES_SAY_SCALE = (GENERIC, APERIO, "dicom")
+"""Formats in which a level's scale is known from its size alone."""
+_COMPRESSIONS = {
+    1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33003: "JPEG 2000",
+    33005: "JPEG 2000", 34712: "JPEG 2000", 34925: "LZMA", 34933: "PNG", 34934: "JPEG XR",
+    22610: "JPEG XR", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL",
+}  # fmt: skip
+_RGB, _YCBCR = 2, 6
+_PHOTOMETRIC = {
+    0: "grey values (white is zero)", 1: "grey values", 3: "a palette", 5: "CMYK", 8: "CIE Lab",
+    32803: "a colour filter array",
+}  # fmt: skip
+_UNSPECIFIED, _ASSOCIATED = 0, 1
+"""Meanings of an extra sample: none stated; alpha that colours were multiplied with."""
+_SIZES_AGREE = 0.005
+"""Relative gap between two statements of one scale that rounding does not explain."""
+_WINDOW, _MARGIN = 128, 16
+"""Side of what is compared of a level, px, and how far it is looked for."""
+_WINDOWS = 2
+_MAX_SHIFT = 2.0
+_FLAT = 6.0
+"""Standard deviation of grey levels below which there is nothing to compare."""
+
+ReadLevel = Callable[[int, int, int, int, int], NDArray[np.uint8] | None]
+"""(level, x, y, w, h in pixels of that level) -> RGB [h, w, 3]; None where it is damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubt:
+    """Something in a file's structure that a reader may get wrong.
+
+    Attributes:
+        code: Its reason code.
+        message: A sentence that says what was found.
+        hint: A sentence that says what to do.
+        refused: Whether the slide is refused; else it is read around the doubt.
+    """
+
+    code: str
+    message: str
+    hint: str
+    refused: bool = True
+
+    def error(self) -> SlideError:
+        """Return the error that refuses the slide."""
+        return SlideError(self.message, hint=self.hint, code=self.code)
+
+
+# -- tags ------------------------------------------------------------------------------------------
+
+
+def tag_doubts(layout: TiffLayout, *, vendor: str) -> list[Doubt]:
+    """Return what the tags of a TIFF slide make doubtful.
+
+    Formats of which OpenSlide knows the structure (Leica, Philips, Ventana and others) store
+    pages by rules of their own and are not judged by those of plain TIFF.
+
+    Args:
+        layout: Tags of the file.
+        vendor: OpenSlide's name of the format.
+    """
+    if vendor not in (GENERIC, APERIO) or not layout.pages:
+        return []
+    tiled = [page for page in layout.pages if page.tile_w]
+    found = [doubt for page in tiled[:1] for doubt in _page_doubts(layout.name, page)]
+    if vendor == GENERIC:
+        found += _unread(layout)
+    return found
+
+
+def _page_doubts(name: str, page: TiffPage) -> list[Doubt]:
+    """Return doubts about the samples of level 0."""
+    found = []
+    convert = "Convert it to a pyramid of 8-bit RGB, with vips tiffsave for example."
+    if page.orientation not in (0, 1):
+        found.append(
+            Doubt(
+                code="orientation",
+                message=f"{name} asks to be turned or mirrored (orientation {page.orientation}), "
+                "which readers of tiles leave undone.",
+                hint="Write it upright and without the tag: vips autorot, for example.",
+            )
+        )
+    if page.sample_format not in (0, 1):
+        kind = {2: "signed whole numbers", 3: "floating-point numbers"}.get(
+            page.sample_format, f"samples of format {page.sample_format}"
+        )
+        found.append(
+            Doubt(code="unsupported", message=f"{name} holds {kind}, not bytes.", hint=convert)
+        )
+    elif page.photometric not in (_RGB, _YCBCR) and page.compression not in (33003, 33005):
+        kind = _PHOTOMETRIC.get(page.photometric, f"colours of kind {page.photometric}")
+        found.append(Doubt(code="not_rgb", message=f"{name} holds {kind}, not RGB.", hint=convert))
+    elif page.samples > 3 and page.extra_samples != (2,):
+        if page.samples == 4 and page.extra_samples == (_ASSOCIATED,):
+            says = "colours multiplied with their alpha"
+        else:
+            says = f"{page.samples} samples a pixel of which {page.samples - 3} are not said to be"
+            says += " anything" if _UNSPECIFIED in page.extra_samples else " colours"
+        found.append(
+            Doubt(
+                code="extra_samples",
+                message=f"{name} holds {says}; reading them as transparency gives false colours.",
+                hint="Write it with three samples: vips extract_band in.tif out.tif 0 --n 3.",
+            )
+        )
+    return found
+
+
+def _unread(layout: TiffLayout) -> list[Doubt]:
+    """Return doubts about tiled images that OpenSlide takes for no level."""
+    first = layout.pages[0]
+    unread = [page for page in layout.pages[1:] if page.tile_w and not page.subfile & 1]
+    sizes = Counter((page.width, page.height) for page in unread)
+    images: list[TiffPage] = []
+    levels: list[TiffPage] = []
+    for page in unread:
+        size = page.width, page.height
+        smaller = page.width < first.width and page.height < first.height
+        alone = sizes[size] == 1 and not layout.is_ome
+        is_level = smaller and alone and sizes_meet((first.width, first.height), size)
+        (levels if is_level else images).append(page)
+    if images:
+        shown = ", ".join(f"{page.width} x {page.height}" for page in images[:3])
+        more = f" and {len(images) - 3} more" if len(images) > 3 else ""
+        return [
+            Doubt(
+                code="several_images",
+                message=f"{layout.name} holds {len(images) + 1} images: one of {first.width} x "
+                f"{first.height} px, and {shown}{more} that would not be read.",
+                hint="Write the one that is meant to a file of its own: bfconvert -series N, or "
+                "vips copy 'in.tif[page=N]'.",
+            )
+        ]
+    if levels:
+        return [
+            Doubt(
+                code="unread_levels",
+                message=f"{len(levels)} smaller pages of {layout.name} are not marked as levels "
+                "and are not used.",
+                hint="Nothing is wrong with what is read; it is slower.",
+                refused=False,
+            )
+        ]
+    return []
+
+
+def unsupported_doubt(layout: TiffLayout) -> Doubt | None:
+    """Return why OpenSlide knows no format of a TIFF that is whole; None if that is not known."""
+    if not layout.pages:
+        return None
+    if layout.big_endian:
+        what = "stores its numbers most significant byte first, which OpenSlide does not read"
+    elif not any(page.tile_w for page in layout.pages):
+        what = "is stored in strips, not in tiles"
+    else:
+        return None
+    return Doubt(
+        code="unsupported",
+        message=f"{layout.name} {what}.",
+        hint="Convert it to a tiled pyramid, with vips tiffsave --tile --pyramid for example.",
+    )
+
+
+def compression_name(layout: TiffLayout) -> str | None:
+    """Return the name of level 0's compression; None of a file that is no TIFF."""
+    tiled = [page for page in layout.pages if page.tile_w] or layout.pages
+    if not tiled:
+        return None
+    number = int(tiled[0].compression)
+    return _COMPRESSIONS.get(number, f"compression {number}")
+
+
+def sizes_meet(whole: tuple[int, int], level: tuple[int, int]) -> bool:
+    """Return whether width and height of a level were divided by one number, rounding aside."""
+    low, high = 0.0, math.inf
+    for full, side in zip(whole, level, strict=True):
+        low = max(low, full / (side + 1))
+        high = min(high, full / max(side - 1, 0.5))
+    return low <= high * (1 + 1e-9)
+
+
+# -- levels ----------------------------------------------------------------------------------------
+
+
+def trusted_levels(
+    layout: TiffLayout, *, vendor: str, sizes: Sequence[tuple[int, int]], read: ReadLevel
+) -> tuple[int, list[Doubt]]:
+    """Return how many levels, from the finest, can be used, and the doubts about the pixels.
+
+    Args:
+        layout: Tags of the file.
+        vendor: OpenSlide's name of the format.
+        sizes: (width, height) of the levels.
+        read: Reads pixels of a level.
+    """
+    if len(sizes) > MAX_LEVELS:
+        what = f"{layout.name} declares {len(sizes)} levels; the limit is {MAX_LEVELS}."
+        hint = "Such a file is damaged or hostile."
+        return len(sizes), [Doubt(code="reader_limits", message=what, hint=hint)]
+    counts = Counter((page.width, page.height) for page in layout.pages if page.tile_w)
+    by_size = {(page.width, page.height): page for page in layout.pages if page.tile_w}
+    pages = {level: by_size[size] for level, size in enumerate(sizes) if counts[size] == 1}
+    for level in range(1, len(sizes)) if vendor in _SIZES_SAY_SCALE else ():
+        doubt = _level_doubt(
+            level, finer=level - 1, sizes=sizes, pages=pages, read=read, name=layout.name
+        )
+        if doubt is not None:
+            return level, [doubt]
+    return len(sizes), _depth_doubts(layout, vendor, sizes, read)
+
+
+def _depth_doubts(
+    layout: TiffLayout, vendor: str, sizes: Sequence[tuple[int, int]], read: ReadLevel
+) -> list[Doubt]:
+    """Return a doubt about 16-bit samples whose upper byte, which is what is read, says little.
+
+    Cameras of 10 to 14 bits store their numbers as they are: a white slide is then nearly black.
+    """
+    first = next((page for page in layout.pages if page.tile_w), None)
+    if vendor != GENERIC or first is None or not _deeper(first.bits):
+        return []
+    level = len(sizes) - 1
+    width, height = sizes[level]
+    w, h = min(width, 256), min(height, 256)
+    corners = {
+        (x, y) for x in (0, (width - w) // 2, width - w) for y in (0, (height - h) // 2, height - h)
+    }
+    seen = [pixels for x, y in sorted(corners) if (pixels := read(level, x, y, w, h)) is not None]
+    if not seen or max(int(pixels.max()) for pixels in seen) >= 128:
+        return []
+    return [
+        Doubt(
+            code="bit_depth",
+            message=f"{layout.name} stores 16 bits a sample and uses the lower ones only: its "
+            "brightest pixel would be read as nearly black.",
+            hint="Scale it to 8 bits: vips linear, then vips cast to uchar.",
+        )
+    ]
+
+
+def _deeper(bits: int | tuple[int, ...]) -> bool:
+    return max(bits) > 8 if isinstance(bits, tuple) else bits > 8
+
+
+def _level_doubt(
+    level: int,
+    *,
+    finer: int,
+    sizes: Sequence[tuple[int, int]],
+    pages: dict[int, TiffPage],
+    read: ReadLevel,
+    name: str,
+) -> Doubt | None:
+    """Return why a stored level cannot be what its size says; None if it can.
+
+    A level's scale is known from its size alone, so a writer that padded it to whole tiles makes
+    every place in it wrong. Its sides must agree, its own resolution where it states one, and its
+    pixels with those of a finer level, far from the origin where an error of scale shows.
+
+    Args:
+        level: Number of the level, from 1.
+        finer: A level that is trusted.
+        sizes: (width, height) of all levels.
+        pages: {level: its page}, as far as they are known.
+        read: Reads pixels of a level.
+        name: Name of the file.
+    """
+
+    def doubt(what: str) -> Doubt:
+        return Doubt(
+            code="level_geometry",
+            message=f"Level {level} of {name} ({sizes[level][0]} x {sizes[level][1]} px) {what}; "
+            "it and coarser ones are not used.",
+            hint="Nothing is wrong with what is read; it is slower. Write the pyramid again.",
+            refused=False,
+        )
+
+    if not sizes_meet(sizes[0], sizes[level]):
+        across, down = (a / b for a, b in zip(sizes[0], sizes[level], strict=True))
+        return doubt(f"is scaled by {across:.3f} across and {down:.3f} down")
+    page, first = pages.get(level), pages.get(0)
+    downsample = sizes[0][0] / sizes[level][0]
+    if page is not None and first is not None and page.mpp and first.mpp:
+        stated = page.mpp / first.mpp
+        rounding = max(1 / sizes[level][0], 1 / sizes[level][1])
+        # Writers that copy level 0's resolution to every page say nothing.
+        if stated > 1.01 and abs(stated / downsample - 1) > _SIZES_AGREE + 2 * rounding:
+            return doubt(f"states that it is {stated:.3f} times coarser, its size {downsample:.3f}")
+    for x, y in _windows(level, sizes[level], page, read):
+        if (shift := _shift(level, finer, sizes, (x, y), read)) is not None:
+            return doubt(shift)
+    return None
+
+
+def _windows(
+    level: int, size: tuple[int, int], page: TiffPage | None, read: ReadLevel
+) -> list[tuple[int, int]]:
+    """Return corners of windows with much to see, far from the origin first."""
+    side = min(_WINDOW, *size)
+    if side <= 2 * _MARGIN + 16:
+        return []
+    if page is not None and len(page.counts):
+        across = -(-page.width // page.tile_w)
+        column, row = np.arange(len(page.counts)) % across, np.arange(len(page.counts)) // across
+        x = np.clip(column * page.tile_w + (page.tile_w - side) // 2, 0, size[0] - side)
+        y = np.clip(row * page.tile_h + (page.tile_h - side) // 2, 0, size[1] - side)
+        weight = page.counts * (0.25 + x / size[0] + y / size[1])
+        best = np.argsort(weight)[::-1][:_WINDOWS]
+        return list(zip(x[best].tolist(), y[best].tolist(), strict=True))
+    places = [
+        (round(fx * (size[0] - side)), round(fy * (size[1] - side)))
+        for fx, fy in ((0.9, 0.9), (0.5, 0.9), (0.9, 0.5), (0.7, 0.7), (0.5, 0.5), (0.3, 0.7))
+    ]
+    seen = [(place, read(level, *place, side, side)) for place in places]
+    detail = [(float(pixels.std()), place) for place, pixels in seen if pixels is not None]
+    return [place for spread, place in sorted(detail, reverse=True)[:_WINDOWS] if spread > _FLAT]
+
+
+def _shift(
+    level: int,
+    finer: int,
+    sizes: Sequence[tuple[int, int]],
+    corner: tuple[int, int],
+    read: ReadLevel,
+) -> str | None:
+    """Compare a window of a level with the finer one; say what is wrong, None if nothing is."""
+    side = min(_WINDOW, *sizes[level])
+    scale = [sizes[finer][i] / sizes[level][i] for i in (0, 1)]
+    if max(scale) > 32:  # a window would be sixteen megapixels
+        return None
+    if max(scale) > 8:
+        side = min(side, _WINDOW // 2)
+    place = [min(corner[i], sizes[level][i] - side) for i in (0, 1)]
+    x, y = (round(place[i] * scale[i]) for i in (0, 1))
+    w, h = (min(math.ceil(side * scale[i]), sizes[finer][i] - at) for i, at in ((0, x), (1, y)))
+    coarse = read(level, place[0], place[1], side, side)
+    fine = read(finer, x, y, w, h)
+    if coarse is None or fine is None:
+        return None  # damaged there: nothing to compare
+    whole = resize_exact(fine, x_scale=scale[0], y_scale=scale[1], width=side, height=side)
+    inner = coarse[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
+    seen, expected = (cv2.cvtColor(one, cv2.COLOR_RGB2GRAY) for one in (inner, whole))
+    if min(seen.std(), expected.std()) < _FLAT:
+        return None
+    likeness = cv2.matchTemplate(expected, seen, cv2.TM_CCOEFF_NORMED)
+    row, col = np.unravel_index(int(likeness.argmax()), likeness.shape)
+    best, here = float(likeness.max()), float(likeness[_MARGIN, _MARGIN])
+    away = math.hypot(int(row) - _MARGIN, int(col) - _MARGIN)
+    if best < 0.4:
+        return f"shows another picture at ({place[0]}, {place[1]}) than level {finer} does there"
+    if away > _MAX_SHIFT and best - here > 0.1:
+        return f"is off by {away:.0f} px at ({place[0]}, {place[1]})"
+    return None
