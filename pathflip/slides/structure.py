@@ -29,13 +29,12 @@ _COMPRESSIONS = {
     33005: "JPEG 2000", 34712: "JPEG 2000", 34925: "LZMA", 34933: "PNG", 34934: "JPEG XR",
     22610: "JPEG XR", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL",
 }  # fmt: skip
-_RGB, _YCBCR = 2, 6
-_PHOTOMETRIC = {
-    0: "grey values (white is zero)", 1: "grey values", 3: "a palette", 5: "CMYK", 8: "CIE Lab",
-    32803: "a colour filter array",
-}  # fmt: skip
-_UNSPECIFIED, _ASSOCIATED = 0, 1
-"""Meanings of an extra sample: none stated; alpha that colours were multiplied with."""
+_RIGHTLY_READ = (0, 1, 2, 3, 6)
+"""Grey values of both kinds, RGB, a palette and YCbCr: libtiff makes the right RGB of them."""
+_PHOTOMETRIC = {5: "CMYK", 8: "CIE Lab", 32803: "a colour filter array"}
+_ASSOCIATED, _UNASSOCIATED = 1, 2
+"""Meanings of an extra sample: alpha that the colours were multiplied with, or were not."""
+_APERIO_JPEG2000 = (33003, 33005)
 _SIZES_AGREE = 0.005
 """Relative gap between two statements of one scale that rounding does not explain."""
 _WINDOW, _MARGIN = 128, 16
@@ -112,15 +111,14 @@ def _page_doubts(name: str, page: TiffPage) -> list[Doubt]:
         found.append(
             Doubt(code="unsupported", message=f"{name} holds {kind}, not bytes.", hint=convert)
         )
-    elif page.photometric not in (_RGB, _YCBCR) and page.compression not in (33003, 33005):
+    elif page.photometric not in _RIGHTLY_READ and page.compression not in _APERIO_JPEG2000:
         kind = _PHOTOMETRIC.get(page.photometric, f"colours of kind {page.photometric}")
         found.append(Doubt(code="not_rgb", message=f"{name} holds {kind}, not RGB.", hint=convert))
-    elif page.samples > 3 and page.extra_samples != (2,):
-        if page.samples == 4 and page.extra_samples == (_ASSOCIATED,):
+    elif page.extra_samples not in ((), (_UNASSOCIATED,)):
+        if page.extra_samples == (_ASSOCIATED,):
             says = "colours multiplied with their alpha"
         else:
-            says = f"{page.samples} samples a pixel of which {page.samples - 3} are not said to be"
-            says += " anything" if _UNSPECIFIED in page.extra_samples else " colours"
+            says = f"{len(page.extra_samples)} samples a pixel beside its colours"
         found.append(
             Doubt(
                 code="extra_samples",

@@ -122,7 +122,7 @@ def zoo(
         "tile": {"width": 65536, "height": 65536, "tile_px": 65536},
         "tile-4gb": {"width": 32768, "height": 32768, "tile_px": 32768},
         "level-70gb": {"width": 300_000, "height": 300_000, "tile_px": 8192},
-        "levels": {"width": 8192, "height": 8192, "tile_px": 512, "pages": 20},
+        "levels": {"width": 8192, "height": 8192, "tile_px": 512, "pages": 200},
         "loop": {"width": 8192, "height": 8192, "tile_px": 512, "loop": True},
     }.items():
         (folder / f"bomb-{name}.tif").write_bytes(faults.bomb(**declared))

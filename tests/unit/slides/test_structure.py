@@ -98,15 +98,9 @@ def with_samples(*values: int) -> NDArray[np.uint8]:
         ("orientation", RGB, {"extratags": [(274, 3, 1, 3, True)]}),
         ("orientation", RGB, {"extratags": [(274, 3, 1, 6, True)]}),
         ("orientation", RGB, {"extratags": [(274, 3, 1, 2, True)], "compression": "jpeg"}),
-        ("not_rgb", GREY, {"photometric": "minisblack"}),
-        ("not_rgb", 255 - GREY, {"photometric": "miniswhite"}),
-        ("not_rgb", GREY.astype(np.uint16) * 257, {"photometric": "minisblack"}),
         ("not_rgb", with_samples(0), {"photometric": "separated"}),
-        (
-            "not_rgb",
-            GREY // 16,
-            {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)},
-        ),
+        ("not_rgb", RGB, {"photometric": "cielab"}),
+        ("bit_depth", GREY.astype(np.uint16) << 4, {"photometric": "minisblack"}),
         ("unsupported", RGB.astype(np.float32) / 255, {}),
         ("unsupported", RGB.astype(np.int8), {}),
         ("extra_samples", with_samples(0), {"extrasamples": ["unspecified"]}),
@@ -135,6 +129,18 @@ def test_samples_that_a_reader_would_take_for_others(
     if code is None:
         with Slide(path) as slide:
             assert np.abs(slide.read(0, 0, (1024, 512)).astype(int) - RGB).max() <= 1
+
+
+def test_grey_and_palettes_are_the_rgb_that_is_meant(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)
+    colours = np.stack([ramp, ramp[::-1], ramp])
+    for data, options, expected in (
+        (GREY, {"photometric": "minisblack"}, np.dstack([GREY] * 3)),
+        (255 - GREY, {"photometric": "miniswhite"}, np.dstack([GREY] * 3)),
+        (GREY, {"photometric": "palette", "colormap": colours}, np.dstack([GREY, ~GREY, GREY])),
+    ):
+        with Slide(write(tmp_path / "a.tif", data, **options)) as slide:
+            assert np.abs(slide.read(0, 0, (1024, 512)).astype(int) - expected).max() <= 1
 
 
 def test_what_is_unsupported_is_named(tmp_path: Path) -> None:
@@ -340,7 +346,7 @@ def test_check_tells_what_would_be_used(tmp_path: Path) -> None:
     with SlideReader(patches=1, px=16) as reader:
         about = reader.check(str(path), timeout_s=60)
         assert (about["width"], about["levels"], about["mpp"]) == (1024, 1, 0.5)
-        write(path, GREY, photometric="minisblack")
-        with pytest.raises(SlideError, match="grey values") as caught:
+        write(path, RGB, photometric="cielab")
+        with pytest.raises(SlideError, match="CIE Lab") as caught:
             reader.check(str(path), timeout_s=60)
     assert caught.value.code == "not_rgb"
