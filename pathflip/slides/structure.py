@@ -1,4 +1,4 @@
-"""Whether the structure of a slide file can be trusted, decided before any of its pixels count.
+"""Trust in the structure of a slide file, decided before any of its pixels count.
 
 Two readers of the same bytes may see two pictures: tags that turn or recolour it, images that one
 of them never shows, levels whose sizes understate what they were scaled by. Each such doubt has a

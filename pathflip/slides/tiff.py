@@ -85,7 +85,7 @@ class TiffLayout:
 
     @property
     def is_ome(self) -> bool:
-        """Whether it describes itself in OME-XML."""
+        """True if the file describes itself in OME-XML."""
         return self.description.rstrip().endswith("OME>")
 
 

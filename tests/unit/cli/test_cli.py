@@ -4,14 +4,17 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tifffile
 
 from pathflip.cli import main
 from tests.archives import make_archive
 
 COMMANDS = [
     ["ingest"], ["demo"], ["synth"], ["search"], ["doctor"], ["slides", "list"],
-    ["slides", "show"], ["slides", "retry"], ["archive", "stats"], ["archive", "verify"],
+    ["slides", "check"], ["slides", "show"], ["slides", "retry"], ["archive", "stats"],
+    ["archive", "verify"],
     ["archive", "repair"], ["archive", "maintain"], ["archive", "export"], ["archive", "import"],
     ["pretrain"], ["tune"], ["make-llm"], ["index"], ["caption"], ["ask"], ["decompose"],
     ["classify"], ["ground"], ["evaluate", "all"], ["evaluate", "ablations"], ["serve"],
@@ -105,3 +108,20 @@ def test_a_device_that_is_not_there_is_one_sentence(capsys, tmp_path, command, d
     assert code == 2
     assert device in err
     assert err.startswith("pathflip: ")
+
+
+def test_slides_check_says_what_would_be_refused(capsys, tmp_path):
+    for name, options in (("fine.tif", {}), ("turned.tif", {"extratags": [(274, 3, 1, 3, True)]})):
+        tifffile.imwrite(
+            tmp_path / name, np.full((256, 256, 3), 200, np.uint8), tile=(128, 128),
+            photometric="rgb", resolution=(20_000, 20_000), resolutionunit="CENTIMETER", **options,
+        )  # fmt: skip
+    code, out, _ = run(capsys, "slides", "check", str(tmp_path), "--json")
+    fine, turned = json.loads(out)
+    assert code == 3
+    assert (fine["reason"], fine["width"], fine["levels"], fine["mpp"]) == (None, 256, 1, 0.5)
+    assert turned["reason"] == "orientation"
+    assert "turned.tif" in turned["message"]
+    code, out, _ = run(capsys, "slides", "check", str(tmp_path / "fine.tif"))
+    assert code == 0
+    assert "fine.tif" in out

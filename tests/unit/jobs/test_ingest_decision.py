@@ -19,6 +19,7 @@ from jobs.ingest.decision import (
     same_cut,
     stale_slides,
 )
+from jobs.ingest.result import IngestResult
 from jobs.ingest.rows import CHUNK_SCHEMA, Chunk, Held, SlideRecord, from_table, to_table
 from pathflip.errors import SlideError
 from pathflip.slides.sources import Source
@@ -306,3 +307,19 @@ def test_a_chunk_comes_back_from_a_table_as_it_was() -> None:
     table = to_table([full, bare])
     assert table.schema == CHUNK_SCHEMA
     assert from_table(table) == [full, bare]
+
+
+@pytest.mark.parametrize(
+    ("counts", "code"),
+    [
+        ({"ready": 2}, 0),
+        ({"ready": 1, "empty": 3}, 0),
+        ({"skipped": 1, "empty": 3}, 0),
+        ({"empty": 3}, 3),  # a whole folder without tissue is no success
+        ({"ready": 1, "quarantined": 1}, 3),
+        ({}, 0),
+    ],
+)
+def test_exit_code(counts: dict[str, int], code: int) -> None:
+    slides = {"ready": 0, "quarantined": 0, "empty": 0, "skipped": 0} | counts
+    assert IngestResult(slides=slides, regions=0, patches=0, seconds=1.0).exit_code == code
