@@ -16,8 +16,8 @@ import os
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,27 @@ def train(
             group=group,
             alone=alone,
         )
-        Trainer(Path(run), objective, worker).fit(progress)
+        with reproducible(place):
+            Trainer(Path(run), objective, worker).fit(progress)
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Give sums on a CPU an order that does not depend on how threads take turns.
+
+    Gradients of rows that are gathered more than once are otherwise added by all threads as they
+    come, and two runs with the same settings part in the last digits. On a GPU nothing changes.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def shareable(items: int, world: int) -> int:
