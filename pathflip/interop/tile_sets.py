@@ -317,14 +317,8 @@ def _mpp(file: Path, line: int, text: str) -> float | None:
 
 @lru_cache(maxsize=8)
 def _h5(path: Path) -> Any:
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{path.name} is HDF5, and h5py is not installed.",
-            hint="Install it: pip install h5py; or write the tiles as PNG, a folder per class.",
-            code="missing_package",
-        ) from error
+    import h5py
+
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import types
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 
@@ -109,32 +108,11 @@ def test_nct_crc(tmp_path: Path) -> None:
     ]
 
 
-class _H5File(dict[str, Any]):
-    """The part of h5py.File that reads whole arrays and rows, of an .npz file."""
-
-    def __init__(self, path: Path, mode: str) -> None:
-        assert mode == "r"
-        with np.load(path) as arrays:
-            super().__init__({name: arrays[name] for name in arrays})
-
-
-def _as_h5(path: Path, **arrays: np.ndarray[Any, Any]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
 def test_pcam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        import h5py
-    except ModuleNotFoundError:
-        monkeypatch.setitem(sys.modules, "h5py", types.SimpleNamespace(File=_H5File))
-        write = _as_h5
-    else:
-
-        def write(path: Path, **arrays: np.ndarray[Any, Any]) -> None:
-            with h5py.File(path, "w") as file:
-                for name, values in arrays.items():
-                    file[name] = values
+    def write(path: Path, **arrays: np.ndarray[Any, Any]) -> None:
+        with h5py.File(path, "w") as file:
+            for name, values in arrays.items():
+                file[name] = values
 
     monkeypatch.setattr(tile_sets, "_h5", tile_sets._h5.__wrapped__)
     pixels = np.arange(3 * 96 * 96 * 3, dtype=np.uint8).reshape(3, 96, 96, 3)
@@ -156,17 +134,6 @@ def test_pcam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meta.write_text(",wsi\n0,a\n")
     with pytest.raises(ConfigError, match="1 rows for 3 tiles"):
         read_tiles(tmp_path, "pcam")
-
-
-def test_pcam_without_h5py_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    for end in "xy":
-        (tmp_path / f"camelyonpatch_level_2_split_test_{end}.h5").touch()
-    with pytest.raises(ConfigError, match="pip install h5py") as refused:
-        read_tiles(tmp_path, "pcam")
-    assert refused.value.code == "missing_package"
 
 
 def test_lc25000(tmp_path: Path) -> None:
