@@ -152,7 +152,7 @@ class MultiResolution(Objective[TreeDataset, MRPretrainConfig]):
             start = number * len(chunks[0]) * VAL_PAIRS
             mine = slice(start, start + len(output.image))
             vectors[:, mine] = torch.stack([output.image, output.text]).float().cpu()
-            about[0, mine] = torch.from_numpy(LEVEL_OF[batch.pair_node.cpu()]) + 1
+            about[0, mine] = torch.from_numpy(LEVEL_OF[batch.pair_node.cpu().numpy()]) + 1
             about[1, mine] = batch.caption_id.cpu()
             for i, name in enumerate(names):
                 sums[:, i] += _terms(output, name, trees=len(chunks[number]))

@@ -315,6 +315,17 @@ def test_a_single_level_has_as_many_pairs(archive: str, tmp_path: Path) -> None:
     assert list(val["levels"]) == ["10x"]
 
 
+def test_a_validation_batch_of_one_pair(
+    archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six validation trees of one node each, five in a batch: the last one is alone."""
+    monkeypatch.setattr(tree_dataset, "VAL_TREES_AT_ONCE", 5)
+    single = ("model.levels=[0]", "model.losses=[itc,cvta]", "pairs=1", "steps=1")
+    go(archive, tmp_path / "run", *single)
+    val = lines(tmp_path / "run")[-1]["val"]
+    assert (val["n"], val["trees"], list(val["levels"])) == (6, 6, ["5x"])
+
+
 def test_a_run_of_the_other_family_is_refused(archive: str, whole: Path) -> None:
     from pathflip.training.contrastive import Contrastive
 
