@@ -35,7 +35,7 @@ import numpy as np
 
 from pathflip.text import denies, split_sentences
 
-EXTRACTOR = "rake-1"
+EXTRACTOR = "rake-2"
 """Version of the rules; see :func:`extractor_version`."""
 CAP = 255
 """Most keywords of a bag: an index of one takes a byte."""

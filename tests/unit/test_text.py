@@ -19,6 +19,11 @@ from pathflip.text import denies, draw_rng, sample_subcaptions, split_sentences,
 
 ABBREVIATIONS = set(re.findall(r"\S+", "al vs dr e.g u.s approx cm mm no inc µm"))
 MAY_END = {"cm", "mm", "no", "al", "inc", "µm"}
+UNITS = {"cm", "mm", "µm"}
+GO_ON = {"in", "of"}
+OPENERS = {"the", "a", "in", "no"}
+LETTERED = {"type"}
+TAKES_A_NAME = {"of"}
 TITLES = {"dr"}
 """Those of the module's that the plain reference meets."""
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -68,6 +73,66 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
         ('He wrote "benign." Then "not."', ['He wrote "benign."', 'Then "not."']),
         ("  spaces   \t collapse .  ... ", ["spaces collapse ."]),
         ("No stop at the end", ["No stop at the end"]),
+        # Lower-case beginnings.
+        (
+            "It grows in a diffuse manner. moderately differentiated tubules. HER2 3+. pT2a pN0.",
+            [
+                "It grows in a diffuse manner.",
+                "moderately differentiated tubules.",
+                "HER2 3+.",
+                "pT2a pN0.",
+            ],
+        ),
+        (
+            "Tubules with mucin. infiltr. cells. fat. the rest.",
+            ["Tubules with mucin.", "infiltr. cells.", "fat.", "the rest."],
+        ),
+        ("Nodes pos. margins neg.", ["Nodes pos. margins neg."]),
+        (
+            "It shows ... benign glands (see above.) and fat.",
+            ["It shows ... benign glands (see above.) and fat."],
+        ),
+        # Measures.
+        ("It is 2.5 cm. 3 of 12 nodes.", ["It is 2.5 cm.", "3 of 12 nodes."]),
+        ("Size 3.2cm. margins free.", ["Size 3.2cm.", "margins free."]),
+        ("Size 3.2 cm. in length. 5 mm. from it.", ["Size 3.2 cm. in length.", "5 mm. from it."]),
+        ("Nuclei are round.3 mitoses.", ["Nuclei are round.", "3 mitoses."]),
+        ("Fig.3 is approx.3 cm of no.2.", ["Fig.3 is approx.3 cm of no.2."]),
+        ("Grade 2 of 3.Tubules 3.Nuclei 2.", ["Grade 2 of 3.", "Tubules 3.", "Nuclei 2."]),
+        # Items: letters and numbers of lists.
+        (
+            "A. Colon: adenoma. B. Rectum: polyp.",
+            ["A. Colon: adenoma.", "B. Rectum: polyp."],
+        ),
+        ("i. Tumour present. ii. Margins clear.", ["i. Tumour present.", "ii. Margins clear."]),
+        ("a) adenoma. b) polyp.", ["a) adenoma.", "b) polyp."]),
+        ("1.Colon: polyp.2.Rectum.", ["1.Colon: polyp.", "2.Rectum."]),
+        ("A.\nColon: polyp.\n2)\nFat.\nB.", ["A. Colon: polyp.", "2) Fat. B."]),
+        ("Mitoses:\n2.\nGrade: 3.", ["Mitoses: 2.", "Grade: 3."]),
+        ("A.", []),
+        # Initials, and letters that are none.
+        ("Seen by Dr. A. B. Smith. Agreed.", ["Seen by Dr. A. B. Smith.", "Agreed."]),
+        ("Seen by G. Van Veen. Agreed.", ["Seen by G. Van Veen.", "Agreed."]),
+        ("Positive for H. Pylori. Treat.", ["Positive for H. Pylori.", "Treat."]),
+        ("Hepatitis B. Cirrhosis.", ["Hepatitis B.", "Cirrhosis."]),
+        ("Pattern a. The rest. Grade I. Fat.", ["Pattern a.", "The rest.", "Grade I.", "Fat."]),
+        (
+            "History of ca. Breast. Duct ca. Margins free.",
+            ["History of ca. Breast.", "Duct ca.", "Margins free."],
+        ),
+        # Other scripts.
+        ("腺癌。中分化，2.5cm。切缘阴性！", ["腺癌。", "中分化，2.5cm。", "切缘阴性！"]),
+        ("「腫瘍。」断端陰性", ["「腫瘍。」", "断端陰性"]),
+        ("Adenoma.切缘阴性。1.结肠", ["Adenoma.", "切缘阴性。", "1.结肠"]),
+        ("यह कैंसर है। सीमा साफ है।", ["यह कैंसर है।", "सीमा साफ है।"]),
+        ("الورم خبيث. الهوامش سليمة؟ نعم.", ["الورم خبيث.", "الهوامش سليمة؟", "نعم."]),
+        ("Mide 2 cm. ¿Invasión? No.", ["Mide 2 cm.", "¿Invasión?", "No."]),
+        # HTML.
+        (
+            "Size &lt;2 cm &amp; fat.<br>Margins &amp;gt; 1&nbsp;mm.<p class='x'>A <b>bold</b> end",
+            ["Size <2 cm & fat.", "Margins > 1 mm.", "A bold end"],
+        ),
+        ("R&D; p < b and c > d &notes", ["R&D; p < b and c > d &notes"]),
         ("It is approx. 2 cm wide.", ["It is approx. 2 cm wide."]),
         ("", []),
         ("... \n - ", []),
@@ -82,31 +147,67 @@ def plain_sentences(text: str) -> list[str]:
     found = []
     for line in re.split(r"</s>|[\r\n\u2028\u2029]", text):
         line, start = " ".join(line.split()), 0
-        stops = r"[.!?]+[\"'”’)\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z][a-z])"
+        stops = (
+            r"[.!?]+[\"'”’)\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z][a-z])"
+            r"|(?<=[a-z]{4})\.(?=\d)|(?<=\d)\.(?=[A-Z][a-z]{2})"
+        )
         for stop in re.finditer(stops, line):
-            after = line[stop.end() :].strip()[:1]
-            words = line[start : stop.start()].lower().split()
-            last = words[-1] if words else ""
-            word = last.lstrip("([{\"'“‘")
-            ends = not after.islower()
-            if word in ABBREVIATIONS and not (word in MAY_END and after.isupper()):
-                ends = False
-            if re.fullmatch(r"([a-z]\.)*[a-z]", word) and word not in MAY_END:
-                title = len(words) > 1 and words[-2].rstrip(".") in TITLES
-                ends = ends and "." not in word and after.isupper() and not title
-            if len(words) == 1 and re.fullmatch(r"\(?(\d{1,2}|[ivx]{1,4})", last):
-                ends = False
-            if not after or stop.group()[0] != "." or ends:
+            if plainly_ends(line[start : stop.start()].split(), stop.group(), line[stop.end() :]):
                 found.append(line[start : stop.end()].strip())
                 start = stop.end()
         found.append(line[start:].strip())
-    return [piece for piece in found if any(char.isalnum() for char in piece)]
+    joined: list[str] = []
+    held = ""
+    for piece in found:
+        if not any(char.isalnum() for char in piece):
+            continue
+        if not re.fullmatch(r"\(?(\d{1,2}|[ivx]{1,4}|[a-z])(\.+\)?|\)\.*)", piece.lower()):
+            joined.append(f"{held} {piece}".strip())
+            held = ""
+        else:
+            held = f"{held} {piece}".strip()
+    if joined and held:
+        joined[-1] += f" {held}"
+    return joined
+
+
+def plainly_ends(words: list[str], stop: str, rest: str) -> bool:
+    """Return whether a stop ends the sentence of these words."""
+    after = rest.strip()[:1]
+    if not after or stop[0] != ".":
+        return True
+    if after.islower() and len(stop) > 1:
+        return False
+    last = words[-1] if words else ""
+    if len(words) < 2 and re.fullmatch(
+        r"\(?(\d{1,2}(\.\d{1,2})*|[ivx]{1,4}|[a-z](\.?\d{1,2})*)\)?", last.lower()
+    ):
+        return False
+    word = last.lstrip("([{\"'“‘").lower()
+    before = words[-2].lower() if len(words) > 1 else ""
+    following = re.split(r"[^\w/-]", rest.strip().lower())[0]
+    if re.fullmatch(r"([a-z]\.)*[a-z]", word):
+        if "." in word or not after.isupper() or before.rstrip(".") in TITLES:
+            return False
+        letter = before in LETTERED or (word in "ivx" and before not in TAKES_A_NAME)
+        return following in OPENERS or any(map(str.isdigit, before)) or letter
+    unit = re.sub(r"^[\d.,x*/+-]*\d", "", word)
+    if unit in UNITS:
+        if any(map(str.isdigit, word + before)):
+            return not (after.islower() and following in GO_ON) and after.isalnum()
+        return after.isupper()
+    if word in ABBREVIATIONS:
+        return word in MAY_END and after.isupper()
+    if not after.islower() or re.match(r"([a-z]|[ivx]{1,4})[.)]\s", rest.strip() + "  "):
+        return True
+    tail = re.split("[-/]", word)[-1]
+    return not tail.isalpha() or (len(tail) > 3 or following in OPENERS)
 
 
 _pieces = re.findall(
     r"\S+",
     "a in of cm mm no No al vs Dr The the e.g U.S approx carcinoma Carcinomas xcarcinoma glands "
-    "1 12 iv (a (2 2.5 pT2a . . . . .. ! ? .) .” , ; - _ </s> µm A B é É",
+    "1 12 iv i type fat b) (a (2 2.5 2cm pT2a . . . . .. ! ? .) .” , ; - _ </s> µm A B é É",
 )
 
 
@@ -274,6 +375,8 @@ def test_the_tokenizer_is_the_same_in_every_process() -> None:
     ("sentence", "denied"),
     [
         ("No necrosis is identified.", True),
+        ("A. No necrosis is identified.", True),
+        ("2) Negative for carcinoma.", True),
         ("There is no evidence of mucin.", True),
         ("There are no mitoses.", True),
         ("Calcification is not seen.", True),
