@@ -4,6 +4,9 @@ BLEU-1/2/3 are sacrebleu's over the corpus on its 13a tokens, without smoothing;
 F of rouge_score without stemming; similarity is the mean cosine of a sentence-embedding model, or,
 under its own name, of TF-IDF vectors where no such model is given.
 
+In scripts that put no space between words (Chinese, Japanese, Thai, …) each character is a token,
+as in sacrebleu's ``zh``; in all others words are, with their accents. English is measured as ever.
+
 Overlap of words says little of whether a finding is right. Where the truth is known, as in the
 synthetic cohort, ``named`` and ``invented`` count findings instead: of those that are there, the
 share a caption names; of those that are not, the share it names all the same.
@@ -16,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -51,24 +55,32 @@ def caption_metrics(
         embed: Sentence embeddings; without, ``tfidf_similarity`` takes their place.
 
     Returns:
-        {"n", "bleu1", "bleu2", "bleu3", "rouge_l", "embedding_similarity" or "tfidf_similarity",
-        "length_ratio": words written per word of the references, "tokens": the tokeniser}.
+        {"n", "bleu1", "bleu2", "bleu3": None where no reference has so many tokens, "rouge_l",
+        "embedding_similarity" or "tfidf_similarity", "length_ratio": words written per word of the
+        references, "tokens": the tokeniser}.
 
     Raises:
         ValueError: There is none, or the lists differ in length.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     if not predicted or len(predicted) != len(reference):
         raise ValueError(f"{len(predicted)} captions for {len(reference)} references")
     found: dict[str, Any] = {"n": len(predicted)}
+    spaced = [[_spaced(text) for text in texts] for texts in (predicted, reference)]
+    tokens = "13a" if spaced == [list(predicted), list(reference)] else "13a, characters"
+    predicted, reference = spaced
+    cut = Tokenizer13a()
+    longest = max(len(cut(text).split()) for text in reference)
     for order in (1, 2, 3):
         bleu = BLEU(
             max_ngram_order=order, tokenize="13a", smooth_method="none", effective_order=False
         )
-        found[f"bleu{order}"] = bleu.corpus_score(list(predicted), [list(reference)]).score / 100
-    rouge = RougeScorer(["rougeL"], use_stemmer=False)
+        score = bleu.corpus_score(predicted, [reference]).score / 100
+        found[f"bleu{order}"] = score if order <= max(longest, 1) else None
+    rouge = RougeScorer(["rougeL"], tokenizer=_Words())
     found["rouge_l"] = float(
         np.mean(
             [
@@ -82,7 +94,35 @@ def caption_metrics(
     else:
         found["embedding_similarity"] = float((embed(predicted) * embed(reference)).sum(1).mean())
     words = [sum(len(text.split()) for text in texts) for texts in (predicted, reference)]
-    return found | {"length_ratio": words[0] / max(words[1], 1), "tokens": "13a"}
+    return found | {"length_ratio": words[0] / max(words[1], 1), "tokens": tokens}
+
+
+_UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3000-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff65\U00020000-\U0003ffff])"
+)
+"""Characters of scripts without spaces between words, and their punctuation."""
+
+
+def _spaced(text: str) -> str:
+    """Return a text with spaces around each character of a script that puts none between words."""
+    if text.isascii():
+        return text
+    text = unicodedata.normalize("NFC", text)
+    return " ".join(_UNSPACED.sub(r" \1 ", text).split()) if _UNSPACED.search(text) else text
+
+
+class _Words:
+    """Tokenizer of rouge_score: what its own makes of English, and the words of other scripts."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _tokens(text)
+
+
+def _tokens(text: str) -> list[str]:
+    """Return the words of a text in lower case: runs of letters, their marks and digits."""
+    kept = (char if unicodedata.category(char)[0] in "LMN" else " " for char in text.lower())
+    return "".join(kept).split()
 
 
 def evaluate_captions(
@@ -280,8 +320,8 @@ def _write(
 def _vectors(fit: Sequence[str], *texts: Sequence[str]) -> list[Any]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit(fit)
-    return [vectorizer.transform(own) for own in texts]
+    vectorizer = TfidfVectorizer(tokenizer=_tokens, token_pattern=None).fit(map(_spaced, fit))
+    return [vectorizer.transform(map(_spaced, own)) for own in texts]
 
 
 def _tfidf_similarity(predicted: Sequence[str], reference: Sequence[str]) -> float:

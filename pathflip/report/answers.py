@@ -121,7 +121,7 @@ def _captions(captions: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [
         metric_row(name, captions[key], None, base[key], "", n=n)
         for key, name in names.items()
-        if key in captions
+        if captions.get(key) is not None
     ]
     note = "beside one caption for all slides, the most typical one"
     groups = [{"name": "Captions", "note": note, "rows": rows}]

@@ -73,6 +73,49 @@ def test_equal_captions_and_captions_with_nothing_in_common() -> None:
     assert (silent["bleu1"], silent["tfidf_similarity"], silent["length_ratio"]) == (0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("caption", "one_off", "none"),
+    [
+        ("浸润性癌，二级。良性结肠组织。", "浸润性癌，三级。良性结肠组织。", "脂肪"),
+        ("浸潤性の癌です。断端は陰性。", "浸潤性の癌です。断端は陽性。", "リンパ"),
+        ("มะเร็งเต้านม ระยะสอง", "มะเร็งเต้านม ระยะสาม", "ใจดี"),
+        ("Инвазивная карцинома молочной железы.", "Инвазивная карцинома грудной железы.", "Жир."),
+        ("यह स्तन कैंसर का मामला है।", "यह फेफड़े कैंसर का मामला है।", "वसा"),
+        ("سرطان الثدي الغازي درجة ثانية", "سرطان الثدي الغازي درجة ثالثة", "دهن"),
+        ("Muköses Karzinom mäßiger Größe.", "Muköses Karzinom geringer Größe.", "Fett"),
+        ("침윤성 유방암 2등급 입니다", "침윤성 유방암 3등급 입니다", "지방"),
+    ],
+)
+def test_captions_of_every_script_are_measured(caption: str, one_off: str, none: str) -> None:
+    names = ("bleu1", "bleu2", "bleu3", "rouge_l", "tfidf_similarity", "length_ratio")
+    same = caption_metrics([caption], [caption])
+    assert [same[name] for name in names] == pytest.approx([1] * 6)
+    near, far = (caption_metrics([said], [caption]) for said in (one_off, none))
+    for name in names[:2] + names[3:5]:
+        assert 0.2 < near[name] < 1, name
+        assert far[name] < near[name], name
+
+
+def test_tokens_of_scripts_without_spaces_are_characters() -> None:
+    # By hand: 6 characters with their stop against 6, of which one differs, none at the end.
+    found = caption_metrics(["浸润性癌高。"], ["浸润性癌低。"])
+    assert found["tokens"] == "13a, characters"
+    assert found["bleu1"] == pytest.approx(5 / 6)
+    assert found["bleu2"] == pytest.approx((5 / 6 * 3 / 5) ** 0.5)
+    assert found["rouge_l"] == pytest.approx(4 / 5)  # the stop is no word
+    # decomposed letters are letters
+    same = caption_metrics(["Karzinom ma\u0308\u00dfig"], ["Karzinom m\u00e4\u00dfig"])
+    assert same["rouge_l"] == pytest.approx(same["tfidf_similarity"]) == pytest.approx(1)
+
+
+def test_an_order_that_no_reference_has_is_no_zero() -> None:
+    found = caption_metrics(["Adenoma.", "Lipoma."], ["Adenoma.", "Lipoma."])
+    assert [found["bleu1"], found["bleu2"]] == pytest.approx([1, 1])
+    assert found["bleu3"] is None
+    longer = caption_metrics(["Adenoma."], ["Tubular adenoma of the colon."])
+    assert longer["bleu3"] == 0
+
+
 def test_similarity_has_the_name_of_what_made_it() -> None:
     def letters(texts):  # a sentence embedding that a person can check
         rows = np.array([[one.count(letter) for letter in "abc"] for one in texts], np.float32)
