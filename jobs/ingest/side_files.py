@@ -27,6 +27,7 @@ from pathflip.interop.tables import (
     SLIDE_COLUMNS,
     bad_line,
     is_missing,
+    loosely,
     needed_column,
     read_rows,
 )
@@ -243,7 +244,9 @@ def read_side_files(
         tissue.require_clear()
         _require_match(config.tissue_dir, tissue)
     if config.patients is not None:
-        patients = SideFile(config.patients, read_people(config.patients), every, slide_of)
+        people = read_people(config.patients)
+        _warn_of_spellings(config.patients, people)
+        patients = SideFile(config.patients, people, every, slide_of)
     texts: dict[str, SideFile[None]] = {}
     if config.captions is not None:
         captions = read_captions(config.captions)
@@ -327,6 +330,19 @@ def read_people(file: str) -> list[Entry[dict[str, Any]]]:
 def _digest(path: Path, classes: Sequence[str]) -> str:
     chosen = json.dumps(sorted(classes)).encode() if classes else b""
     return hashlib.sha256(path.read_bytes() + chosen).hexdigest()[:12]
+
+
+def _warn_of_spellings(file: str, people: Sequence[Entry[dict[str, Any]]]) -> None:
+    """Log patients whose names differ in their case alone: they may be one."""
+    spelled: dict[str, set[str]] = {}
+    for entry in people:
+        if patient := entry.value["patient_id"]:
+            spelled.setdefault(loosely(patient), set()).add(patient)
+    if several := sorted(sorted(names) for names in spelled.values() if len(names) > 1):
+        logger.warning(
+            "%s: %d patients are spelled in several ways, such as %s: each counts as a patient.",
+            file, len(several), " and ".join(several[0]),
+        )  # fmt: skip
 
 
 def list_outlines(folder: str, *, classes: Sequence[str] = ()) -> list[Entry[Outline]]:

@@ -3,9 +3,9 @@
 A slide goes by its id and by its paths: where it lies and, as an alias, where each copy of it lies.
 Of a path these count, in this order: the whole of it; the file's name; that without its ending;
 that without the UUID of a TCGA file. A name asked for is shortened in the same way, so that a
-feature file's name (``TCGA-LUSC/<stem>.<UUID>.pt``) finds its slide. Case counts only where it
-makes a difference. Where several slides carry a name, the folders before it decide
-(``siteA/1.tif``); where they do not, the name is ambiguous and means none of them.
+feature file's name (``TCGA-LUSC/<stem>.<UUID>.pt``) finds its slide. Case, and the kind and number
+of spaces, count only where they make a difference. Where several slides carry a name, the folders
+before it decide (``siteA/1.tif``); where they do not, the name is ambiguous and means none of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
-from pathflip.interop.tables import clean, known
+from pathflip.interop.tables import clean, known_patient, loosely
 from pathflip.slides.sources import DICOM_SUFFIX, SUFFIXES
 
 Row = TypeVar("Row")
@@ -80,7 +80,7 @@ class SlideNames:
             for path in (row["uri"], *(row["aliases"] or ())):
                 if path:
                     names._add_path(path, slide)
-            if patient := known(row["patient_id"]):
+            if patient := known_patient(row["patient_id"]):
                 names._add_case(patient, slide)
         return names
 
@@ -99,7 +99,7 @@ class SlideNames:
 
     def _add(self, name: str, slide: str) -> None:
         self._exact.setdefault(name, set()).add(slide)
-        self._folded.setdefault(name.casefold(), set()).add(slide)
+        self._folded.setdefault(loosely(name), set()).add(slide)
 
     def _add_path(self, path: str, slide: str) -> None:
         path = _normal(path)
@@ -116,7 +116,7 @@ class SlideNames:
     def _add_case(self, case: str, slide: str) -> None:
         case = _normal(case)
         self._cases.setdefault(case, set()).add(slide)
-        self._folded_cases.setdefault(case.casefold(), set()).add(slide)
+        self._folded_cases.setdefault(loosely(case), set()).add(slide)
 
     def short(self) -> list[str]:
         """Return the names without folders, sorted: what a misspelt name may have meant."""
@@ -126,14 +126,14 @@ class SlideNames:
         """Return the slides a name means, sorted: none, one, or several where it is not clear."""
         name = _normal(name)
         for form in shortened(name):
-            if found := self._exact.get(form) or self._folded.get(form.casefold()):
+            if found := self._exact.get(form) or self._folded.get(loosely(form)):
                 return self._nearest(name, found)
         return []
 
     def find_case(self, case: str) -> list[str]:
         """Return the slides of a case: of that patient, or named ``<case>-…``."""
         case = _normal(case)
-        found = self._cases.get(case) or self._folded_cases.get(case.casefold())
+        found = self._cases.get(case) or self._folded_cases.get(loosely(case))
         return sorted(found) if found else self.find(case)
 
     def match(self, rows: Iterable[Row], name: Callable[[Row], tuple[str, bool]]) -> Matches[Row]:

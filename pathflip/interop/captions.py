@@ -1,7 +1,8 @@
 """Captions of slides from the files that research data comes in.
 
 =====================  ==========================================================================
-CSV, TSV               columns slide and caption (or report, text); others are left alone
+CSV, TSV               columns slide and caption (or report, text); others are left alone; with
+                       case_id in place of slide for every slide of the case
 SlideBench CSV         ID,Slide,Tumor,Question,Caption
 SlideInstruction JSON  a list (or lines) of {image, conversations}; the first answer is the caption,
                        further turns and entries of the slide are questions about it
@@ -26,7 +27,6 @@ from pathflip.archive.indexes import refresh_indexes
 from pathflip.errors import ConfigError
 from pathflip.interop.conversations import question_answer_pairs
 from pathflip.interop.tables import (
-    SLIDE_COLUMNS,
     bad_line,
     clean,
     column,
@@ -36,7 +36,9 @@ from pathflip.interop.tables import (
     needed_column,
     read_rows,
     read_text,
+    slide_or_case_column,
 )
+from pathflip.text import plain_text
 
 _TEXT_COLUMNS = ("caption", "report", "text")
 
@@ -80,7 +82,7 @@ def read_captions(path: str | Path) -> list[CaptionRow]:
         rows = list(_csv(file))
     if not rows:
         raise ConfigError(f"{path} holds no captions.", hint="See docs/reference/data-model.md.")
-    return _merged(file, rows)
+    return _merged(file, [replace(row, text=clean(plain_text(row.text))) for row in rows])
 
 
 def import_captions(
@@ -161,15 +163,18 @@ def _import(
 
 def _csv(file: Path) -> Iterator[CaptionRow]:
     rows = read_rows(file)
-    slide = needed_column(file, rows[0][1], SLIDE_COLUMNS)
+    slide, is_case = slide_or_case_column(file, rows[0][1])
     text = needed_column(file, rows[0][1], _TEXT_COLUMNS)
     question = column(file, rows[0][1], ("question",))
     for line, row in rows:
         for name in (slide, text):
             if is_missing(row[name]):
-                raise bad_line(file, line, f"no {'slide' if name == slide else 'caption'}")
+                what = ("case" if is_case else "slide") if name == slide else "caption"
+                raise bad_line(file, line, f"no {what}")
         asked = row[question] if question is not None else None
-        yield CaptionRow(slide=row[slide], text=row[text], question=asked, line=line)
+        yield CaptionRow(
+            slide=row[slide], text=row[text], question=asked, line=line, is_case=is_case
+        )
 
 
 def _json(file: Path) -> Iterator[CaptionRow]:

@@ -33,7 +33,7 @@ from pathflip.interop.tables import (
     bad_line,
     column,
     is_missing,
-    known,
+    known_patient,
     needed_column,
     read_rows,
 )
@@ -99,13 +99,13 @@ def read_labels(
     found = []
     for line, row in rows:
         name = None if slide is None or is_missing(row[slide]) else row[slide]
-        who = None if case is None else known(row[case])
+        who = None if case is None else known_patient(row[case])
         if not name and not who:
             raise bad_line(path, line, "no slide and no case")
         found.append(
             LabelRow(
                 slide=name,
-                patient=None if patient is None or name is None else known(row[patient]),
+                patient=None if patient is None or name is None else known_patient(row[patient]),
                 case=None if patient == case and name is not None else who,
                 split=None if split is None else canonical_split(row[split]),
                 labels=_labels(row, chosen),
@@ -134,7 +134,7 @@ def read_patients(path: str | Path) -> list[LabelRow]:
         found.append(
             LabelRow(
                 slide=row[slide],
-                patient=known(row[patient]),
+                patient=known_patient(row[patient]),
                 split=None if split is None else canonical_split(row[split]),
                 labels=_labels(row, chosen),
                 line=line,
@@ -222,11 +222,11 @@ def _import(
     other_size, other_patient = [], []
     held: dict[str, set[str]] = {}  # case -> patients that its slides have
     for row, slides in matches.found:
-        own_patients = (known(stored[slide]["patient_id"]) for slide in slides)
+        own_patients = (known_patient(stored[slide]["patient_id"]) for slide in slides)
         held.setdefault(row.case or "", set()).update(filter(None, own_patients))
     for row, slides in matches.found:
         for slide in slides:
-            own = known(stored[slide]["patient_id"])
+            own = known_patient(stored[slide]["patient_id"])
             if row.bytes is not None and stored[slide]["bytes"] != row.bytes:
                 other_size.append(slide)
             if row.case and not row.patient and own not in (None, row.case):

@@ -2,20 +2,23 @@
 
 =====================  ==========================================================================
 SlideBench, BCNB CSV   Slide, Question, A, B, C, D, Answer (a letter); empty options are left out
-plain CSV, TSV         columns slide, question, answer and, where there are any, choices: options
-                       separated by ``|``
+plain CSV, TSV         columns slide (or case_id), question, answer and, where there are any,
+                       choices: options separated by ``|`` or ``;``, or a list in brackets
 SlideInstruction JSON  a list (or lines) of {image, conversations}; every turn is a question
 WSI-Bench JSON         the same, with the options in the question: ``… A) one B) two``
 WSI-VQA JSON           {Id, Question, Choice, Answer}; goes to every slide of the case
-JSON lines             {slide, question, options, answer, kind, split}, as ``pathflip synth`` writes
+JSON lines             {slide, question, options, answer, kind, split}, as ``pathflip synth``
+                       writes; options may be {"A": …, "B": …}
 =====================  ==========================================================================
 
-An answer to a question with options may be an option's letter or its text; what is kept is the
-text, so that options can be shuffled.
+An answer to a question with options may be an option's text or its letter (``B``, ``b``,
+``B) no``, ``Option B``); what is kept is the text, so that options can be shuffled. A letter as the
+answer to a question without options is refused: they are somewhere this module does not look.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,15 +43,20 @@ from pathflip.interop.tables import (
     json_entries,
     needed_column,
     read_rows,
+    slide_or_case_column,
 )
 from pathflip.splits import canonical_split, requested_split
-from pathflip.text import LETTERS
+from pathflip.text import LETTERS, plain_text
 
 _CHOICES = ("choices", "options", "choice")
 _CATEGORIES = ("broad category", "category", "task", "kind")
-_LONE_LETTER = re.compile(r"[\s\"'(]*([A-H])[\s).:\"']*")
-_LETTER_FIRST = re.compile(r"\(?([A-H])[).:]\s*(.+)", re.DOTALL)
-_MARK = re.compile(r"(?:^|\s)\(?([A-H])[).]\s")
+_LONE_LETTER = re.compile(
+    r"[\s\"'(]*(?:(?:option|answer|choice)\s*:?\s*)?[\"'(]*([A-H])[\s).:\"']*", re.IGNORECASE
+)
+_LETTER_FIRST = re.compile(
+    r"(?:(?:option|answer|choice)\s*:?\s*)?\(?([A-H])[).:]\s*(.+)", re.DOTALL | re.IGNORECASE
+)
+_MARK = re.compile(r"(?:^|\s)\(?([A-H])[).]\s", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +214,7 @@ def _entry(row: Question) -> dict[str, Any]:
 def _csv(file: Path) -> Iterator[Question]:
     rows = read_rows(file)
     header = rows[0][1]
-    slide = needed_column(file, header, SLIDE_COLUMNS)
+    slide, is_case = slide_or_case_column(file, header)
     question = needed_column(file, header, ("question",))
     answer = needed_column(file, header, ("answer",))
     listed_choices = column(file, header, _CHOICES)
@@ -215,7 +223,7 @@ def _csv(file: Path) -> Iterator[Question]:
     split = column(file, header, ("split",))
     for line, row in rows:
         if listed_choices is not None:
-            choices = [filled(part) for part in row[listed_choices].split("|")]
+            choices = [filled(part) for part in _listed(row[listed_choices])]
         else:
             choices = [filled(row[name]) for name in lettered]
             if "" in choices and any(choices[choices.index("") :]):
@@ -229,7 +237,20 @@ def _csv(file: Path) -> Iterator[Question]:
             choices=[choice for choice in choices if choice],
             category=filled(row[category]) if category is not None else "",
             split=row[split] if split is not None else None,
+            is_case=is_case,
         )
+
+
+def _listed(cell: str) -> list[str]:
+    """Return the options of a cell: a list in brackets, else what ``|`` or ``;`` separates."""
+    if cell.startswith("[") and cell.endswith("]"):
+        try:
+            found = ast.literal_eval(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found = None
+        if isinstance(found, list):
+            return [str(item) for item in found]
+    return cell.split("|" if "|" in cell else ";")
 
 
 def _lettered(file: Path, header: dict[str, str]) -> list[str]:
@@ -253,20 +274,40 @@ def _json(file: Path) -> Iterator[Question]:
         lower = {str(key).lower(): value for key, value in entry.items()}
         slide = next((lower[name] for name in SLIDE_COLUMNS if name in lower), None)
         is_case = slide is None
-        choices: Any = next((lower[name] for name in _CHOICES if lower.get(name)), [])
-        if not isinstance(choices, list) or not all(isinstance(item, str) for item in choices):
-            raise bad_line(file, line, "options that are no list of texts")
+        given = next((lower[name] for name in _CHOICES if lower.get(name)), [])
+        choices = _options(given)
+        if choices is None:
+            raise bad_line(file, line, "options that are no list of texts, nor texts by letter")
         yield _made(
             file,
             line,
             slide=lower.get("id") if is_case else slide,
             question=lower.get("question"),
-            answer=lower.get("answer"),
+            answer=_text(lower.get("answer")),
             choices=[clean(choice) for choice in choices],
             category=next((lower[name] for name in _CATEGORIES if lower.get(name)), ""),
             split=lower.get("split"),
             is_case=is_case,
         )
+
+
+def _options(given: Any) -> list[str] | None:
+    """Return options of a list, or of {letter: option} with the letters from A; else None."""
+    if isinstance(given, Mapping):
+        letters = {clean(str(key)).upper().rstrip(").:"): value for key, value in given.items()}
+        if sorted(letters) != list(LETTERS[: len(given)]):
+            return None
+        given = [letters[letter] for letter in sorted(letters)]
+    if not isinstance(given, list):
+        return None
+    texts = [_text(item) for item in given]
+    return texts if all(isinstance(text, str) for text in texts) else None
+
+
+def _text(value: Any) -> Any:
+    """Return a number as text; NaN, truth values and all else as they are."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return str(value) if number else value
 
 
 def _conversation(file: Path, line: int, entry: Mapping[str, Any]) -> Iterator[Question]:
@@ -280,8 +321,6 @@ def _conversation(file: Path, line: int, entry: Mapping[str, Any]) -> Iterator[Q
         choices: list[str] = []
         if _LONE_LETTER.fullmatch(answer) or _LETTER_FIRST.fullmatch(answer):
             question, choices = _inline(question)
-        if not choices and _LONE_LETTER.fullmatch(answer):
-            raise bad_line(file, line, "the answer is a letter, and the question has no options")
         for image in images:
             yield _made(file, line, slide=image, question=question, answer=answer, choices=choices)
 
@@ -290,10 +329,11 @@ def _inline(text: str) -> tuple[str, list[str]]:
     """Cut ``What? A) one B) two`` into the question and its options, if it has any."""
     runs: list[list[re.Match[str]]] = []  # from an A each: an option may hold "A. Smith"
     for mark in _MARK.finditer(text):
-        if mark[1] == "A":
+        letter = mark[1].upper()
+        if letter == "A":
             runs.append([])
         for run in runs:
-            if mark[1] == LETTERS[len(run) : len(run) + 1]:
+            if letter == LETTERS[len(run) : len(run) + 1]:
                 run.append(mark)
     run = max(reversed(runs), key=len, default=[])
     if len(run) < 2:
@@ -318,16 +358,24 @@ def _made(
     for name, value in (("slide", slide), ("question", question), ("answer", answer)):
         if not _filled(value) and not (name == "answer" and value in choices):
             raise bad_line(file, line, f"no {name}")
+    if not choices and _LONE_LETTER.fullmatch(answer):
+        raise bad_line(
+            file,
+            line,
+            f"the answer is a letter, {clean(answer)}, and the question has no options",
+            hint="Name the columns of the options A, B, … or choices, or write the answer out.",
+        )
     if choices and not 2 <= len(choices) <= len(LETTERS):
         raise bad_line(file, line, f"{len(choices)} options; 2 to {len(LETTERS)} can be")
     if choices and not all(choices):
         raise bad_line(file, line, "an option without text")
+    answer, choices = plain_text(answer), [plain_text(choice) for choice in choices]
     right = _right(clean(answer), choices)
     if right is None:
         raise bad_line(file, line, f"the answer {clean(answer)[:60]!r} is none of the options")
     return Question(
         slide=clean(slide),
-        question=without_image_tag(question),
+        question=without_image_tag(plain_text(question)),
         answer=right,
         choices=tuple(choices),
         category=clean(category) if isinstance(category, str) else str(category),
@@ -350,9 +398,9 @@ def _right(answer: str, choices: Sequence[str]) -> str | None:
         return same[0]
     lone, first = _LONE_LETTER.fullmatch(answer), _LETTER_FIRST.fullmatch(answer)
     match = lone or first
-    if match is None or LETTERS.index(match[1]) >= len(choices):
+    if match is None or LETTERS.index(match[1].upper()) >= len(choices):
         return None
-    chosen = choices[LETTERS.index(match[1])]
+    chosen = choices[LETTERS.index(match[1].upper())]
     if lone is None and first is not None and plain(first[2]) != plain(chosen):
         return None
     return chosen

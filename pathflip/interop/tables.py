@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _DASHES = frozenset({"-", "--", "\u2013", "\u2014", "?", "."})
 _SEPARATORS = ",;|"  # among equals the first; a tab in the header wins over all
 _INVISIBLE = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060\u00ad"  # str.strip leaves them
 _SPACE = "".join(filter(str.isspace, map(chr, range(0x3001)))) + _INVISIBLE
+_NOTHING = dict.fromkeys(map(ord, _INVISIBLE))
 _ENCODINGS = (
     (b"\xef\xbb\xbf", "utf-8-sig"),
     (b"\xff\xfe", "utf-16"),
@@ -62,6 +64,24 @@ def known(text: str | None) -> str | None:
     """Return the patient or split that a cell names; None where it names none."""
     name = clean(text or "")
     return None if is_unknown(name) or name in _DASHES else name
+
+
+def known_patient(text: str | None) -> str | None:
+    """Return the patient that a cell names; None where it names none.
+
+    One patient has one spelling: accents in one way, single plain spaces, and no ``.0`` behind a
+    number, which programs add to a column of numbers with a gap in it.
+    """
+    name = known(text)
+    if name is None:
+        return None
+    return re.sub(r"^(\d+)\.0$", r"\1", " ".join(unicodedata.normalize("NFC", name).split()))
+
+
+def loosely(name: str) -> str:
+    """Return what is left of a name when case, kinds of space and of letters make no difference."""
+    folded = unicodedata.normalize("NFKC", name).casefold().translate(_NOTHING)
+    return " ".join(folded.split())
 
 
 def read_text(file: str | Path, *, code: str | None = None) -> str:
@@ -241,6 +261,19 @@ def needed_column(file: str | Path, row: dict[str, str], names: Sequence[str]) -
     if found is None:
         raise bad_line(file, 1, f"no column {names[0]} among {', '.join(row)}")
     return found
+
+
+def slide_or_case_column(file: str | Path, row: dict[str, str]) -> tuple[str, bool]:
+    """Return the column that names slides, or else cases; and whether it is that of cases.
+
+    Raises:
+        ConfigError: If there is neither.
+    """
+    if (found := column(file, row, SLIDE_COLUMNS)) is not None:
+        return found, False
+    if (found := column(file, row, CASE_COLUMNS)) is not None:
+        return found, True
+    raise bad_line(file, 1, f"no column slide or case_id among {', '.join(row)}")
 
 
 def bad_line(

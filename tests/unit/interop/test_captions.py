@@ -304,3 +304,20 @@ def test_a_missing_caption_is_no_text(tmp_path):
             read_captions(write(tmp_path / "c.csv", f"slide,caption\na,b\nc,{cell}\n"))
     (row,) = read_captions(write(tmp_path / "c.csv", "slide;caption\nid0\u00a0; A, b. \n"))
     assert (row.slide, row.text) == ("id0", "A, b.")
+
+
+def test_captions_by_case(uri, tmp_path):
+    file = write(tmp_path / "c.csv", "case_id,report\ntcga-21-1083,Lung.\nP9 ,Fat.\nnone,x\n")
+    done = import_captions(uri, file)
+    assert (done["new"], done["unmatched"]) == (3, ["none"])
+    rows = Archive(uri).captions().to_pylist()
+    assert {row["slide_id"]: row["text"] for row in rows} == {
+        "id0": "Lung.", "id1": "Lung.", "id3": "Fat.",
+    }  # fmt: skip
+    both = read_captions(write(file, "case_id,slide,caption\nP9,id0,Text.\n"))
+    assert [(row.slide, row.is_case) for row in both] == [("id0", False)]
+
+
+def test_html_is_read_as_it_is_shown(tmp_path):
+    file = write(tmp_path / "c.csv", "slide,caption\na,Size &lt;2 cm &amp;amp; fat.<br/>Free.\n")
+    assert read_captions(file)[0].text == "Size <2 cm & fat.\nFree."

@@ -55,11 +55,14 @@ def test_slidebench(tmp_path: Path) -> None:
         ("low|high", "B", "high"),
         ("low|high", "low", "low"),
         ("low | high ", "High.", "high"),
-        ("low|high", "(b)".upper(), "high"),
+        ("low|high", "(b)", "high"),
+        ("low|high", "b", "high"),
+        ("low|high", "Option B", "high"),
+        ("low|high", "answer: b) high", "high"),
         ("low|high", "A. low", "low"),
         ("B|A", "A", "A"),  # the text, before the letter
         ("", "It is of high grade.", "It is of high grade."),
-        ("", "A", "A"),
+        ("b|a", "A", "a"),
     ],
 )
 def test_plain_csv(tmp_path: Path, choices: str, answer: str, right: str) -> None:
@@ -116,7 +119,7 @@ def test_the_cohorts_own(tmp_path: Path) -> None:
 
 WRONG = {
     "no column": ("slide,words\na,b\n", "line 1: no column question"),
-    "no answer": ("slide,question,answer\na,b,c\na,b,\n", "line 3: no answer"),
+    "no answer": ("slide,question,answer\na,b,so\na,b,\n", "line 3: no answer"),
     "no slide": ("slide,question,answer\n,b,c\n", "line 2: no slide"),
     "other letter": (
         "slide,question,choices,answer\na,b,x|y,C\n",
@@ -288,6 +291,71 @@ def test_missing_options_are_left_out_and_missing_answers_are_named(tmp_path: Pa
         ),
     )
     assert one.answer == "NA"  # an option by that name is one
+
+
+@pytest.mark.parametrize(
+    "cell", ["colon|breast", "colon;breast", "\"['colon', 'breast']\"", '"[""colon"", ""breast""]"']
+)
+def test_options_in_one_cell(tmp_path: Path, cell: str) -> None:
+    (one,) = read(tmp_path, f"slide,question,choices,answer\np1a,Organ?,{cell},b\n")
+    assert (one.choices, one.answer) == (("colon", "breast"), "breast")
+
+
+@pytest.mark.parametrize(
+    ("entry", "choices", "answer"),
+    [
+        ({"options": {"A": "colon", "B": "breast"}, "answer": "B"}, ("colon", "breast"), "breast"),
+        ({"options": {"b": "breast", "a": "colon"}, "answer": "a"}, ("colon", "breast"), "colon"),
+        ({"options": [1, 2, 3], "answer": 2}, ("1", "2", "3"), "2"),
+        ({"answer": 3}, (), "3"),
+        ({"answer": 0.5}, (), "0.5"),
+    ],
+)
+def test_options_by_letter_and_numbers(
+    tmp_path: Path, entry: dict[str, Any], choices: tuple[str, ...], answer: str
+) -> None:
+    (one,) = read(tmp_path, json.dumps([{"slide": "p1a", "question": "What?"} | entry]))
+    assert (one.choices, one.answer) == (choices, answer)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"answer": "B"}, "the answer is a letter, B, and the question has no options"),
+        ({"answer": "(b)"}, "the answer is a letter"),
+        ({"answer": True}, "no answer"),
+        ({"answer": float("nan")}, "no answer"),
+        ({"options": {"A": "x", "C": "y"}, "answer": "A"}, "options that are no list"),
+        ({"options": ["x", None], "answer": "x"}, "options that are no list"),
+        ({"options": ["x", "y"], "answer": 1}, "'1' is none of the options"),
+    ],
+)
+def test_an_answer_that_could_mean_anything_is_refused(
+    tmp_path: Path, entry: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, json.dumps([{"slide": "p1a", "question": "What?"} | entry]))
+    assert told in caught.value.message
+    if isinstance(entry["answer"], str) and "options" not in entry:
+        with pytest.raises(ConfigError, match="line 2: the answer is a letter"):
+            read(tmp_path, f"slide,question,opt1,opt2,answer\na,What?,x,y,{entry['answer']}\n")
+
+
+def test_small_letters_in_a_conversation(tmp_path: Path) -> None:
+    said = turns("<image>\nWhich? (a) colon (b) breast", "(b)")
+    (one,) = read(tmp_path, json.dumps([{"image": "a", "conversations": said}]))
+    assert (one.question, one.choices, one.answer) == ("Which?", ("colon", "breast"), "breast")
+
+
+def test_html_is_read_as_it_is_shown(tmp_path: Path) -> None:
+    (one,) = read(tmp_path, "slide,question,choices,answer\na,p &lt; .05?,&gt;2 cm|2 cm,&gt;2 cm\n")
+    assert (one.question, one.choices, one.answer) == ("p < .05?", (">2 cm", "2 cm"), ">2 cm")
+
+
+def test_questions_by_case(uri: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "q.csv", "case_id,question,answer\nTCGA-21-1083,Organ?,lung\n")
+    assert import_questions(uri, file)["new"] == 2
+    assert {one.slide for one in stored_questions(Archive(uri))} == {"id0", "id1"}
 
 
 def test_roles_say_which_turn_is_a_question(tmp_path: Path) -> None:
