@@ -14,8 +14,9 @@ PathText folder        <case>/annotation, a JSON string; goes to every slide of 
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pathflip.archive import CAPTIONS, Archive
 from pathflip.archive.captions import Caption, changed_captions, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
+from pathflip.archive.slide_names import listed
 from pathflip.errors import ConfigError
 from pathflip.interop.conversations import question_answer_pairs
 from pathflip.interop.tables import (
@@ -39,6 +41,8 @@ from pathflip.interop.tables import (
     slide_or_case_column,
 )
 from pathflip.text import plain_text
+
+logger = logging.getLogger(__name__)
 
 _TEXT_COLUMNS = ("caption", "report", "text")
 
@@ -102,7 +106,9 @@ def import_captions(
 
     Returns:
         {"source", "rows", "new", "changed", "unchanged": counts of captions, "unmatched": names
-        that no slide has, "ambiguous": names that several slides have}.
+        that no slide has, "ambiguous": names that several slides have, "not_in_file": slides that
+        keep a caption of this source though the file has none for them, "other_sources": sources
+        of further captions of the file's slides, as a corrected file of another name makes one}.
 
     Raises:
         ConfigError: If the file is wrong; nothing is written then.
@@ -155,7 +161,30 @@ def _import(
         "rows": len(rows),
         **counts,
         **matches.report(),
+        **_beside(archive, found, source),
     }
+
+
+def _beside(archive: Archive, found: Collection[str], source: str) -> dict[str, list[str]]:
+    """Return what the archive holds besides the captions of a file: see the import's result."""
+    kept, sources = [], []
+    for row in archive.captions().select(["slide_id", "source", "text"]).to_pylist():
+        if row["source"] == source and row["text"] and row["slide_id"] not in found:
+            kept.append(row["slide_id"])
+        elif row["source"] != source and row["text"] and row["slide_id"] in found:
+            sources.append(row["source"])
+    if kept:
+        logger.warning(
+            "%d slides keep a caption of source %s that the file does not have, %s for one.",
+            len(kept), source, kept[0],
+        )  # fmt: skip
+    if sources:
+        logger.warning(
+            "%d captions of the file's slides are of other sources as well, such as %s. To correct "
+            "those, import the file with --source %s.",
+            len(sources), sources[0], sources[0],
+        )  # fmt: skip
+    return {"not_in_file": listed(kept), "other_sources": listed(sources)}
 
 
 # ---- the kinds of files ---------------------------------------------------------------------

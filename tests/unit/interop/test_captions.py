@@ -62,7 +62,7 @@ def test_csv_in_every_dress(uri, tmp_path, text):
     done = import_captions(uri, file)
     assert done == {
         "source": "my_captions", "rows": 4, "new": 2, "changed": 0, "unchanged": 0,
-        "unmatched": ["nobody"], "ambiguous": ["same"],
+        "unmatched": ["nobody"], "ambiguous": ["same"], "not_in_file": [], "other_sources": [],
     }  # fmt: skip
     rows = Archive(uri).captions().to_pylist()
     assert [(row["caption_id"], row["text"].replace("\r", "")) for row in rows] == [
@@ -90,6 +90,21 @@ def test_again_changes_nothing_and_a_correction_changes_its_row(uri, tmp_path):
     assert opened.captions()["slide_id"].to_pylist() == ["id0", "id0", "id3", "id3"]
     assert opened.captions("second").num_rows == 2
     assert opened.captions("c")["text"][0].as_py() == "Corrected. Two."
+
+
+def test_captions_that_a_corrected_file_leaves_are_told(uri, tmp_path, caplog):
+    file = write(tmp_path / "c.csv", PLAIN)
+    import_captions(uri, file)
+    write(file, "slide,caption\nid0,Corrected.\n")
+    dry = import_captions(uri, file, dry_run=True)
+    assert (dry["changed"], dry["not_in_file"], dry["other_sources"]) == (1, ["id3"], [])
+    assert import_captions(uri, file) == dry
+    assert Archive(uri).captions("c")["slide_id"].to_pylist() == ["id0", "id3"]
+    assert "1 slides keep a caption of source c that the file does not have, id3 for" in caplog.text
+    second = write(tmp_path / "c_corrected.csv", "slide,caption\nid0,Corrected.\nid2,New.\n")
+    done = import_captions(uri, second)
+    assert (done["not_in_file"], done["other_sources"]) == ([], ["c"])
+    assert "import the file with --source c." in caplog.text
 
 
 def turns(*values):
