@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pathflip.archive import Archive, vectors
-from pathflip.archive.filters import SLIDE_FIELDS, Filter, row_mask
+from pathflip.archive.filters import Filter, row_mask
 from pathflip.archive.indexes import partitions_of
 
 MEMORY_BYTES = 256 << 20
@@ -274,9 +274,9 @@ def _selection(
         if locations is None:
             where = pc.field("kind") == "region"
             for condition in conditions:
-                if condition.field not in SLIDE_FIELDS:
+                if not condition.of_slide:
                     where &= condition.expression()
-            if len(slides) <= _LISTED_SLIDES and any(c.field in SLIDE_FIELDS for c in conditions):
+            if len(slides) <= _LISTED_SLIDES and any(c.of_slide for c in conditions):
                 where &= pc.field("slide_id").isin(slides)
             count = dataset.count_rows(where) if conditions else total
             scan: dict[str, Any] = {"filter": where}
@@ -298,7 +298,7 @@ def _row_list(
     from lance.dataset import serialize_row_addrs
 
     keep = row_mask(locations.table, conditions)
-    if any(condition.field in SLIDE_FIELDS for condition in conditions):
+    if any(condition.of_slide for condition in conditions):
         keep &= pc.is_in(locations.table["slide_id"], slides).to_numpy(zero_copy_only=False)
     count = int(keep.sum())
     if 2 * count <= len(keep):

@@ -36,11 +36,17 @@ FIELDS: dict[str, type] = {
 SLIDE_FIELDS = ("split", "vendor")
 """Those of them that only the table of slides has."""
 
+LABEL = "label."
+"""Begins the name of a label as a column: ``label.grade=2``."""
+
 _STORED = embeddings_schema(1)
 _OPS = ("!=", "<=", ">=", "=", "<", ">")
 _WORDS = {str: "text", int: "whole number", float: "number"}
 _MAX_VALUE = 1000
-_SHAPE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,40})\s*(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
+_SHAPE = re.compile(
+    r"\s*(label\.[^=!<>]{0,198}[^=!<>\s]|[A-Za-z_][A-Za-z0-9_]{0,40})\s*(!=|<=|>=|=|<|>)(.*)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ class Filter:
     A split is met under any of its names: ``split=val`` also by ``Validation`` and ``dev``.
 
     Attributes:
-        field: One of :data:`FIELDS`.
+        field: One of :data:`FIELDS`, or ``label.`` and the name of a label of slides.
         op: ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``; only the first two for text. ``!=`` also
             keeps rows without a value.
         value: Text, or a finite number, which is whole for integer columns.
@@ -64,10 +70,11 @@ class Filter:
     value: str | int | float
 
     def __post_init__(self) -> None:
-        kind = FIELDS.get(self.field)
+        kind = _kind(self.field)
         if kind is None:
             raise ConfigError(
-                f"Filters know no column {self.field[:40]!r}.", hint=f"One of: {', '.join(FIELDS)}."
+                f"Filters know no column {self.field[:40]!r}.",
+                hint=f"One of: {', '.join(FIELDS)}, or label.NAME.",
             )
         if self.op not in (_OPS if kind is not str else ("=", "!=")):
             raise ConfigError(f"Column {self.field} cannot be filtered with {self.op[:10]!r}.")
@@ -89,6 +96,11 @@ class Filter:
         except (pa.ArrowInvalid, OverflowError) as error:
             raise ConfigError(f"The filter value for {self.field} is out of range.") from error
 
+    @property
+    def of_slide(self) -> bool:
+        """Whether only the table of slides knows: a split, a vendor, a label."""
+        return self.field in SLIDE_FIELDS or self.field.startswith(LABEL)
+
     def _scalar(self) -> pa.Scalar:
         # Lance compares like with like only: the literal takes the column's type.
         if isinstance(self.value, str):
@@ -109,7 +121,7 @@ class Filter:
                 f"{text[:60]!r} is not a filter.", hint="Write COLUMN OP VALUE, as in mpp<=0.3."
             )
         name, op, raw = match[1], match[2], match[3].strip()
-        kind = FIELDS.get(name, str)
+        kind = _kind(name) or str
         if kind is str:
             return cls(field=name, op=op, value=raw)
         try:
@@ -155,10 +167,15 @@ class Filter:
         return kept
 
 
+def _kind(field: str) -> type | None:
+    """Return the type of a column; None if there is no such column."""
+    return str if len(field) > len(LABEL) and field.startswith(LABEL) else FIELDS.get(field)
+
+
 def row_mask(rows: pa.Table, conditions: Sequence[Filter]) -> NDArray[np.bool_]:
-    """Return which rows of embeddings meet the conditions, :data:`SLIDE_FIELDS` aside."""
+    """Return which rows of embeddings meet the conditions, those on slides aside."""
     keep = np.ones(rows.num_rows, np.bool_)
     for condition in conditions:
-        if condition.field not in SLIDE_FIELDS:
+        if not condition.of_slide:
             keep &= condition.mask(rows[condition.field])
     return keep

@@ -8,6 +8,7 @@ either way.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +29,7 @@ from pathflip.archive.ann import (
     search_index,
     top_k,
 )
-from pathflip.archive.filters import SLIDE_FIELDS, Filter, row_mask
+from pathflip.archive.filters import LABEL, SLIDE_FIELDS, Filter, row_mask
 from pathflip.archive.indexes import indexed_columns
 from pathflip.archive.storage import guarded
 from pathflip.errors import ArchiveError, ConfigError
@@ -242,10 +243,21 @@ def allowed_slides(archive: Archive, encoder: str, filters: Sequence[Filter]) ->
     ready = archive.cached(
         f"ready/{encoder}", lambda: pa.array(sorted(archive.ready_ids(encoder)), pa.string())
     )
-    conditions = [condition for condition in filters if condition.field in SLIDE_FIELDS]
+    conditions = [condition for condition in filters if condition.of_slide]
     if not conditions:
         return ready
-    rows = archive.slides(columns=["slide_id", *SLIDE_FIELDS])
+    labelled = any(condition.field.startswith(LABEL) for condition in conditions)
+    rows = archive.slides(columns=["slide_id", *SLIDE_FIELDS, *(["labels"] if labelled else [])])
+    labels = [json.loads(text or "{}") for text in rows["labels"].to_pylist()] if labelled else []
+    for name in {one.field for one in conditions if one.field.startswith(LABEL)}:
+        own = [held.get(name.removeprefix(LABEL)) for held in labels]
+        if not any(own):
+            known = sorted({label for held in labels for label in held})
+            raise ConfigError(
+                f"No slide of {archive.uri} has the label {name.removeprefix(LABEL)!r}.",
+                hint=f"Its labels are: {', '.join(known) or 'none'}.",
+            )
+        rows = rows.append_column(name, pa.array(own, pa.string()))
     for condition in conditions:
         rows = rows.filter(condition.expression())
     return ready.filter(pc.is_in(ready, rows["slide_id"].combine_chunks()))

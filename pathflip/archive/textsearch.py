@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
 from pathflip.archive import CAPTIONS, Archive
-from pathflip.archive.filters import SLIDE_FIELDS, Filter, row_mask
+from pathflip.archive.filters import Filter, row_mask
 from pathflip.archive.indexes import indexed_columns
 from pathflip.archive.search import (
     RESULT,
@@ -145,7 +145,7 @@ def _slide_rows(
         )
     conditions = all_conditions(filters, exclude_slide, exclude_patient)
     rows = rows.filter(pa.array(row_mask(rows, conditions)))
-    slides = allowed_slides(archive, space.encoder, [f for f in filters if f.field in SLIDE_FIELDS])
+    slides = allowed_slides(archive, space.encoder, [f for f in filters if f.of_slide])
     return rows.filter(pc.is_in(rows["slide_id"], slides)).select(
         ["slide_id", "x0", "y0", "size0", "mpp"]
     )

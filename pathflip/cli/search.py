@@ -46,7 +46,9 @@ def search(
     k: Annotated[int, typer.Option("-k", help="How many.", min=1, max=10_000)] = 10,
     where: Annotated[
         list[str] | None,
-        typer.Option(help="Filter, e.g. patient_id=P1 or tissue_fraction>0.5.", metavar="EXPR"),
+        typer.Option(
+            help="Filter, e.g. patient_id=P1, label.grade=2, n_patches>9.", metavar="EXPR"
+        ),
     ] = None,
     encoder: Annotated[
         str | None,

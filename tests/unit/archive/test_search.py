@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -101,6 +103,31 @@ def test_filters(archive, texts, keep):
     query = np.ones(cohort.DIM)
     result = search(archive, query, k=100, filters=[Filter.parse(text) for text in texts])
     assert found(result) == truth(query, keep=keep)
+
+
+def test_slides_are_found_by_their_labels(archive):
+    held = {SLIDES[0]: {"grade": "2", "Tumour site": "left"}, SLIDES[1]: {"grade": "10"}}
+    with Committer(archive.uri) as committer:
+        committer.update_slides(
+            {f"slide{n:03d}": {"labels": json.dumps(labels)} for n, labels in held.items()}
+        )
+    labelled = Archive(archive.uri)
+
+    def ids(*texts):
+        filters = [Filter.parse(text) for text in texts]
+        rows = search(labelled, np.ones(cohort.DIM), level="slide", k=100, filters=filters)
+        return {int(slide[-3:]) for slide in rows["slide_id"].to_pylist()}
+
+    assert ids("label.grade=2") == ids("label.Tumour site = left") == {SLIDES[0]}
+    assert ids("label.grade=10", "split!=none") == {SLIDES[1]}
+    assert ids("label.grade!=2") == ids() - {SLIDES[0]}
+    assert ids("label.grade=2", "label.Tumour site=right") == set()
+    with pytest.raises(ConfigError, match=r"No slide of .* has the label 'stage'") as error:
+        ids("label.stage=II")
+    assert error.value.hint == "Its labels are: Tumour site, grade."
+    for wrong in ("label.=2", "label.grade<2", "labels.grade=2", "label=2"):
+        with pytest.raises(ConfigError):
+            Filter.parse(wrong)
 
 
 def test_ties_are_in_the_order_of_ids(tmp_path):
