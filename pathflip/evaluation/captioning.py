@@ -72,7 +72,7 @@ def caption_metrics(
     spaced = [[_spaced(text) for text in texts] for texts in (predicted, reference)]
     tokens = "13a" if spaced == [list(predicted), list(reference)] else "13a, characters"
     predicted, reference = spaced
-    cut = Tokenizer13a()
+    cut: Any = Tokenizer13a()  # type: ignore[no-untyped-call]
     longest = max(len(cut(text).split()) for text in reference)
     for order in (1, 2, 3):
         bleu = BLEU(

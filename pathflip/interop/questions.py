@@ -274,7 +274,7 @@ def _json(file: Path) -> Iterator[Question]:
         lower = {str(key).lower(): value for key, value in entry.items()}
         slide = next((lower[name] for name in SLIDE_COLUMNS if name in lower), None)
         is_case = slide is None
-        given = next((lower[name] for name in _CHOICES if lower.get(name)), [])
+        given: Any = next((lower[name] for name in _CHOICES if lower.get(name)), [])
         choices = _options(given)
         if choices is None:
             raise bad_line(file, line, "options that are no list of texts, nor texts by letter")
