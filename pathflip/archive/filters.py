@@ -98,7 +98,7 @@ class Filter:
 
     @property
     def of_slide(self) -> bool:
-        """Whether only the table of slides knows: a split, a vendor, a label."""
+        """Truth of the column being one of slides alone: a split, a vendor, a label."""
         return self.field in SLIDE_FIELDS or self.field.startswith(LABEL)
 
     def _scalar(self) -> pa.Scalar:
