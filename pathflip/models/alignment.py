@@ -31,7 +31,7 @@ def align(
 ) -> PathFLIPOutput:
     """Compute losses of encoded slides and their texts; arguments as of ``PathFLIP.forward``.
 
-    With gathered negatives, a slide is compared with the texts of all processes.
+    With gathered or exchanged negatives, a slide is compared with texts of all processes.
     """
     config = model.config
     counts = {len(sight.slide), len(captions)}
@@ -46,10 +46,13 @@ def align(
         pieces = [text for own in subcaptions for text in own]
     vectors = model.embed(captions, pieces)
     slide, text = losses.unit(sight.slide), losses.unit(vectors[: len(captions)])
-    rank, processes = losses.world(group) if config.negatives == "gathered" else (0, 1)
+    rank, processes = (0, 1) if config.negatives == "local" else losses.world(group)
+    exchanged = config.negatives == "exchanged" and processes > 1
+    gathered = config.negatives == "gathered" and processes > 1
     all_slides, all_texts = slide, text
     if processes > 1:
-        both = losses.gather(torch.cat([slide, text], -1), group)
+        both = torch.cat([slide, text], -1)
+        both = losses.gather(both.detach() if exchanged else both, group)
         all_slides, all_texts = both[:, : config.d], both[:, config.d :]
     loss_slide = losses.info_nce(
         slide,
@@ -65,13 +68,15 @@ def align(
     loss, loss_region = loss_slide, zero
     if model.region_scale is not None:
         own = vectors[len(captions) :].view(len(captions), -1, config.d)
-        everyone = losses.gather(own, group) if processes > 1 else own
+        everyone = losses.gather(own, group) if gathered else own
         if negative_choice is None:
             shape = (len(own), len(everyone))
             negative_choice = torch.randint(own.shape[1], shape, device=own.device)
         texts, positive = losses.region_texts(
-            own, everyone, negative_choice, offset=rank * len(own)
+            own, everyone, negative_choice, offset=rank * len(own) if gathered else 0
         )
+        if exchanged:
+            texts, positive = losses.exchange_texts(texts, positive, group)
         seen, _ = model.region_attention(texts, *sight.flat())
         scale = losses.scale_of(model.region_scale, kind=config.region_scale)
         bias = zero if model.region_bias is None else model.region_bias
@@ -82,7 +87,7 @@ def align(
             bias=model.region_bias,
             reduction=config.region_reduction,
         )
-        if config.region_reduction == "sum":
+        if config.region_reduction == "sum" and not exchanged:
             # DDP takes the mean over processes of this; what is wanted is the sum.
             loss_region = loss_region * processes
         loss = loss_slide + loss_region

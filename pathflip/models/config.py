@@ -89,7 +89,11 @@ class PathFLIPConfig(TextConfig):
         temperature: τ of the slide loss.
         label_smoothing: Label smoothing of the slide loss (published code: 0.1).
         global_only: Whether the slide loss is the only one.
-        negatives: Source of negatives: the slides of this process, or of all processes.
+        negatives: Source of negatives: the slides of this process (``local``), those of all
+            processes as if they were one batch (``gathered``), or those of all processes as in the
+            published code (``exchanged``): slides and captions of all are compared without a
+            gradient through the other side, and a slide's texts are negatives of the slide in the
+            same place of every other process.
         region_reduction: Reduction of the region loss over slides: mean, or sum (published code).
         region_scale: Whether η multiplies as it is, or its exponential does.
         region_scale_init: Initial value of the learned scale.
@@ -123,7 +127,7 @@ class PathFLIPConfig(TextConfig):
     temperature: float = 0.1
     label_smoothing: float = 0.0
     global_only: bool = False
-    negatives: Literal["local", "gathered"] = "gathered"
+    negatives: Literal["local", "gathered", "exchanged"] = "gathered"
     region_reduction: Literal["mean", "sum"] = "mean"
     region_scale: Literal["raw", "exp"] = "raw"
     region_scale_init: float = SCALE
@@ -265,7 +269,7 @@ PRESETS: Mapping[str, Preset[PathFLIPConfig]] = MappingProxyType(
                 text_encoder="shared_qformer",
                 label_smoothing=0.1,
                 region_reduction="sum",
-                negatives="local",
+                negatives="exchanged",
             ),
             train={"v1_window_bug": True, "batch_size": 8},
         ),

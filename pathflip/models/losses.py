@@ -116,6 +116,28 @@ def region_texts(
     return torch.cat([own, negatives], 1), positive[None].expand(size, -1)
 
 
+def exchange_texts(texts: Tensor, positive: Tensor, group: Any = None) -> tuple[Tensor, Tensor]:
+    """Add the texts of all other processes as negatives, as the published code does.
+
+    Row i of every other process's texts is compared with slide i of this one. The mean over all of
+    them is what the published code computes: the processes' means summed, divided by their number.
+
+    Args:
+        texts: Texts of this process's slides [b, L, d], of the same shape in all processes.
+        positive: bool [b, L], which of them are the slide's own.
+        group: Process group; None for all.
+
+    Returns:
+        Texts [b, W·L, d] of W processes, with gradients as of :func:`gather`, and which are
+        positive [b, W·L].
+    """
+    rank, processes = world(group)
+    everyone = gather(texts, group).chunk(processes)
+    others = [part for other, part in enumerate(everyone) if other != rank]
+    negative = torch.zeros_like(positive).repeat(1, len(others))
+    return torch.cat([texts, *others], 1), torch.cat([positive, negative], 1)
+
+
 class _Gather(torch.autograd.Function):
     """Concatenation of all processes' tensors; gradients are summed over processes."""
 

@@ -1,18 +1,23 @@
 """Conversion of the published code's weights to our names.
 
-The published checkpoints are not safetensors; whoever has one turns its tensors into a dictionary
-and gives them to :func:`load_official_v1`.
+A published checkpoint is a pickle, which may run anything when it is read. Whoever has one turns
+it into safetensors once (docs/concepts/models.md) and gives its tensors to
+:func:`load_official_v1`.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from pathflip.errors import CheckpointError
 from pathflip.models.pathflip import PathFLIP
+
+logger = logging.getLogger(__name__)
 
 _BERT = r"Qformer\.bert\."
 _LAYER = _BERT + r"encoder\.layer\.(\d+)\."
@@ -49,31 +54,65 @@ _NOT_NEEDED = re.compile(
     r"Qformer\.cls\..+|.+\.position_ids|.+\.crossattention\.self\.key\.bias"
 )
 
+_PREFIX = re.compile(r"(?:_forward_module\.|module\.|model\.|pathflip_align\.)+")
+"""Before the names: the trainer's own, those of what it wraps a model in, and the model's."""
+_INSIDE = ("state_dict", "module", "model")
+"""Names under which a checkpoint keeps its tensors, beside the trainer's state."""
 
-def load_official_v1(model: PathFLIP, tensors: Mapping[str, Tensor]) -> None:
+
+def load_official_v1(model: PathFLIP, tensors: Mapping[str, Any]) -> list[str]:
     """Fill a model of preset ``pathflip/official_v1`` with published weights.
 
     Args:
         model: Model with the tokenizer of the published weights (BioBERT's with ``[DEC]`` added).
-        tensors: Published names and tensors; a leading ``model.`` or ``module.`` is dropped.
+        tensors: Published names and tensors, by themselves or under ``state_dict`` of a checkpoint;
+            ``pathflip_align.``, ``_forward_module.``, ``module.`` and ``model.`` before a name are
+            dropped.
+
+    Returns:
+        Names that were not needed, which are logged too: the language-model head of the Q-Former
+        and what softmax makes void.
 
     Raises:
-        CheckpointError: A tensor is missing, unknown or of another shape.
+        CheckpointError: A tensor is missing, unknown, given twice or of another shape; or the
+            weights are those of the published code's second stage.
     """
+    for inside in _INSIDE:
+        if isinstance(tensors.get(inside), Mapping):
+            tensors = tensors[inside]
     found: dict[str, Tensor] = {}
+    ignored: list[str] = []
+    unknown: list[str] = []
     for name, value in tensors.items():
-        plain = re.sub(r"^(?:module\.|model\.)+", "", name)
+        plain = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
+        if plain.startswith("pathflip_finetune."):
+            raise CheckpointError(
+                f"The published weights are of the second stage, tuning of the language model "
+                f"({name}), which has no attention of texts to regions.",
+                hint="Load the checkpoint of the alignment: its names begin with pathflip_align.",
+            )
         if _NOT_NEEDED.fullmatch(plain):
+            ignored.append(name)
             continue
         ours = next(
             (re.sub(old, new, plain) for old, new in NAMES if re.fullmatch(old, plain)), None
         )
-        if ours is None:
+        if ours is None or not isinstance(value, Tensor):
+            unknown.append(name)
+        elif ours in found:
             raise CheckpointError(
-                f"The published weights have {name}, which pathflip/official_v1 does not have.",
-                hint="Were they trained with other options?",
+                f"The published weights have {plain} twice, once as {name}.",
+                hint="Give the tensors of one model.",
             )
-        found[ours] = value.squeeze(0) if ours == "queries" and value.ndim == 3 else value
+        else:
+            found[ours] = value.squeeze(0) if ours == "queries" and value.ndim == 3 else value
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise CheckpointError(
+            f"The published weights have {', '.join(unknown[:5])}{more}, which "
+            "pathflip/official_v1 does not have.",
+            hint="Were they trained with other options?",
+        )
     wanted = model.state_dict()
     for name, value in wanted.items():
         shape = tuple(found[name].shape) if name in found else None
@@ -83,4 +122,13 @@ def load_official_v1(model: PathFLIP, tensors: Mapping[str, Tensor]) -> None:
                 f"In the published weights {name} is {what}.",
                 hint="Sizes, layers and tokenizer must be those the weights were trained with.",
             )
+    if surplus := sorted(set(found) - set(wanted)):
+        raise CheckpointError(
+            f"The published weights have {', '.join(surplus[:5])} (our names), which this model "
+            "does not have.",
+            hint="Build it with the number of layers the weights were trained with.",
+        )
     model.load_state_dict({name: found[name] for name in wanted})
+    if ignored:
+        logger.info("Of the published weights %s are not needed.", ", ".join(ignored))
+    return ignored

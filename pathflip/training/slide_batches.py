@@ -75,11 +75,11 @@ class SlideBatch:
         """Return the columns of ``negative_choice`` that count: all, or this worker's slides.
 
         Args:
-            negatives: ``gathered`` or ``local``, as in the model's settings.
+            negatives: ``gathered``, ``local`` or ``exchanged``, as in the model's settings.
         """
-        if negatives == "local":
-            return self.negative_choice[:, self.first : self.first + len(self.slides)]
-        return self.negative_choice
+        if negatives == "gathered":
+            return self.negative_choice
+        return self.negative_choice[:, self.first : self.first + len(self.slides)]
 
     def pin_memory(self) -> SlideBatch:
         """Return the batch in page-locked memory, from where copies to a GPU do not block."""

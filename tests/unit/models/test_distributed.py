@@ -1,4 +1,4 @@
-"""Two processes with gathered negatives are one process with the whole batch."""
+"""Two processes are one with the whole batch; of official_v1, two of the published code's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.unit.models import tree_workers
-from tests.unit.models.tiny import batch, tiny
+from pathflip.models.official import load_official_v1
+from tests.unit.models import published, tree_workers
+from tests.unit.models.tiny import CAPTIONS, SUBCAPTIONS, batch, tiny
 from tests.unit.models.tree_samples import patch_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -28,6 +29,14 @@ def part(given: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     size = len(given["captions"]) // world
     mine = slice(rank * size, (rank + 1) * size)
     return {name: value[mine] for name, value in given.items()}
+
+
+def of_process(rank: int) -> tuple[torch.Tensor, list[str], list[list[str]], torch.Tensor]:
+    """Patches, captions, sub-captions and choices of one of two published processes."""
+    torch.manual_seed(10 + rank)
+    path = torch.randn(2, published.N, published.M, published.E_IN)
+    mine = slice(2 * rank, 2 * rank + 2)
+    return path, CAPTIONS[mine], SUBCAPTIONS[mine], torch.randint(published.K, (2, 2))
 
 
 def work(rank: int, world: int, folder: str) -> None:
@@ -46,6 +55,17 @@ def work(rank: int, world: int, folder: str) -> None:
         found[f"{name}/losses"] = losses / world
         for parameter, value in model.module.named_parameters():
             found[f"{name}/{parameter}"] = value.grad.clone()
+    model = DistributedDataParallel(published.build()[0])
+    path, captions, pieces, choice = of_process(rank)
+    mask = torch.ones(path.shape[:3]).bool()
+    out = model(path, mask, captions, pieces, negative_choice=choice)
+    out.loss.backward()
+    mine = torch.stack([out.loss_slide, out.loss_region]).detach()
+    everyone = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(everyone, mine)
+    found["published/losses"] = torch.stack(everyone)
+    for parameter, value in model.module.named_parameters():
+        found[f"published/{parameter}"] = value.grad.clone()
     tree_workers.work_on_trees(rank, world, found)
     if rank == 0:
         save_file(found, Path(folder, "found.safetensors"))
@@ -71,6 +91,26 @@ def test_loss_and_gradients_are_those_of_one_process(
     assert torch.allclose(found[f"{name}/losses"], losses, atol=1e-5)
     for parameter, value in model.named_parameters():
         assert torch.allclose(found[f"{name}/{parameter}"], value.grad, atol=1e-5), parameter
+
+
+def test_official_v1_on_two_processes_is_the_published_formulation(
+    found: dict[str, torch.Tensor],
+) -> None:
+    model, tensors = published.build()
+    tensors = {
+        name: value.requires_grad_() if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
+    reference = published.Reference(tensors, heads=4)
+    losses = reference.losses_of_processes([of_process(rank) for rank in range(2)])
+    theirs = torch.stack([torch.stack(own) for own in losses])
+    theirs.sum().div(2).backward()  # DDP takes the mean
+    assert torch.allclose(found["published/losses"], theirs.detach(), atol=1e-5)
+    grads = {name: value.grad for name, value in tensors.items() if value.grad is not None}
+    load_official_v1(model, grads)  # the same names: what is loaded are the gradients
+    for name, value in model.named_parameters():
+        mine = found[f"published/{name}"]
+        assert torch.allclose(mine, value, rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize("name", tree_workers.SETTINGS)
