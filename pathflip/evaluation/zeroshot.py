@@ -175,7 +175,16 @@ def evaluate_task(
 
     Returns:
         {"auc", "ci", "n", …}; with one class only, auc and ci are None.
+
+    Raises:
+        ConfigError: No slide has the label at all.
     """
+    if not any(task.label in slide.labels for slide in slides):
+        raise ConfigError(
+            f"Task {task.name!r}: none of {len(slides)} slides has the label {task.label!r}.",
+            hint="Name a label of the slides: Task(label=…), or label: in the task file.",
+            code="no_labels",
+        )
     chosen = np.array([split in ("all", slide.split) for slide in slides])
     values = task_score(task, scores, suite)
     if task.kind == "multiclass":

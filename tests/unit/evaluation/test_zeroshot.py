@@ -15,6 +15,7 @@ from pathflip.evaluation.zeroshot import (
     TextScores,
     classify,
     evaluate_task,
+    suite_texts,
     summary,
     task_score,
     zeroshot,
@@ -201,6 +202,18 @@ def test_a_model_without_regions_is_scored_globally(archive, other_run) -> None:
     assert set(found["zeroshot"]["tumour"]["auc_by"]) == {
         f"global/{contrast}" for contrast in ("none", "neutral", "others", "negation")
     }
+
+
+def test_a_task_without_a_label_reads_the_one_of_its_name_or_is_refused() -> None:
+    slides = [row(i, patient=f"p{i}", split="test", y=str(i % 2)) for i in range(8)]
+    named, other = Task(name="y", prompts=("x",)), Task(name="other", prompts=("x",))
+    suite = Suite(tasks=(named,))
+    scores = random_scores(8, suite_texts(suite))
+    assert evaluate_task(named, scores, slides, suite, resamples=0)["n_pos"] == 4
+    classes = Task(name="organ", kind="multiclass", classes=ORGANS)
+    for task in (other, classes):
+        with pytest.raises(ConfigError, match=f"none of 8 slides has the label '{task.name}'"):
+            evaluate_task(task, scores, slides, suite, resamples=0)
 
 
 def test_labels_that_are_not_there(archive, run) -> None:  # type: ignore[no-untyped-def]
