@@ -169,7 +169,7 @@ def evaluate_retrieval(
     for way in ("itr", "tir"):
         for key, value in document[way].items():
             shuffled = document.get("shuffled", {}).get(way, {}).get(key, {})
-            low, high = document["ci"][way][key]
+            low, high = document["ci"][way][key] or (None, None)
             rows.append(
                 [way, key, value, low, high, shuffled.get("mean"), shuffled.get("sd"),
                  document["chance"][key]]

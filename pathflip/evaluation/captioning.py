@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import CheckpointError, ConfigError
-from pathflip.evaluation.bootstrap import interval, patient_weights
+from pathflip.evaluation.bootstrap import interval, patient_weights, support
 from pathflip.evaluation.encode import SlideRow, captions_of, list_slides
 from pathflip.progress import Progress, Report
 from pathflip.slide_qa import tuned_name
@@ -419,7 +419,8 @@ def finding_metrics(
             count = part.sum(1)
             with np.errstate(invalid="ignore", divide="ignore"):
                 drawn = (weights @ (told * part).sum(1)) / (weights @ count)
-            found["ci"][kind] = interval(drawn)
+            asked = [p for p, n in zip(patients, count, strict=True) for _ in range(int(n))]
+            found["ci"][kind] = interval(drawn, found[kind], support(asked))
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pathflip.evaluation.bootstrap import RESAMPLES, interval
+from pathflip.evaluation.bootstrap import RESAMPLES, interval, support
 
 METRICS = ("weighted_f1", "balanced_accuracy", "accuracy")
 _CHUNK = 1 << 22
@@ -135,7 +135,12 @@ def measure(
                 truth, predicted, classes=len(names), groups=groups, resamples=resamples, seed=seed
             )
         )
-        found["ci"] = {key: interval(values) for key, values in drawn.items()}
+        owners = [None] * len(truth) if groups is None else groups
+        whole, by_class = support(owners), support(owners, truth)
+        found["ci"] = {
+            key: interval(values, found[key], by_class if key == "balanced_accuracy" else whole)
+            for key, values in drawn.items()
+        }
     found["classes"] = {name: per_class(counts, i) for i, name in enumerate(names)}
     found["confusion"] = counts.tolist()
     return found

@@ -391,11 +391,15 @@ def _means(pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any
     }
     found |= {"n": len(pairs), "slides": len({pair.slide_id for pair in pairs}), "ci": None}
     if resamples:
-        weights = bootstrap.patient_weights(
-            [pair.patient_id or pair.slide_id for pair in pairs], resamples=resamples, seed=seed
-        )
+        patients = [pair.patient_id or pair.slide_id for pair in pairs]
+        weights = bootstrap.patient_weights(patients, resamples=resamples, seed=seed)
         found["ci"] = {
-            key: bootstrap.interval(bootstrap.weighted_mean(values[key], weights)) for key in keys
+            key: bootstrap.interval(
+                bootstrap.weighted_mean(values[key], weights),
+                found[key],
+                bootstrap.support(patients, graded=key == "patch_ap"),
+            )
+            for key in keys
         }
     return found
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pathflip.evaluation.bootstrap import interval, patient_weights
+from pathflip.evaluation.bootstrap import interval, patient_weights, support
 from pathflip.evaluation.encode import Encoded, captions_of, encode
 from pathflip.progress import Report
 
@@ -144,8 +144,12 @@ def retrieval(
     if resamples and patients is not None:
         weights = patient_weights(patients, resamples=resamples, seed=seed)
         weights = weights / weights.sum(axis=1, keepdims=True)
+        on = support(patients)
         found["ci"] = {
-            name: {f"r@{k}": interval(weights @ hits[:, i]) for i, k in enumerate(ks)}
+            name: {
+                f"r@{k}": interval(weights @ hits[:, i], float(hits[:, i].mean()), on)
+                for i, k in enumerate(ks)
+            }
             for name, hits in (("itr", itr), ("tir", tir))
         }
     if protocol == "batch64" and shuffles:

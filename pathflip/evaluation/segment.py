@@ -8,6 +8,7 @@ Shapes: n slides, C classes, [H, W] cells of the common grid.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,11 +130,18 @@ def measure(
             number = float(values[index])
             classes[name][key] = None if np.isnan(number) else number
     if drawn is not None:
-        document["ci"] = {key: bootstrap.interval(value) for key, value in means(drawn).items()}
+        on = bootstrap.support(patients, graded=True)
+        document["ci"] = {
+            key: bootstrap.interval(value, document[key], on) for key, value in means(drawn).items()
+        }
         resampled = overlap(drawn)
         for index, name in enumerate(names):
+            # Patients without a cell of the class say nothing about it.
+            there_in = grouped[:, index, :].any(axis=1) | grouped[:, :, index].any(axis=1)
+            own = bootstrap.Support(math.inf, float(np.count_nonzero(there_in)))
             classes[name]["ci"] = {
-                key: bootstrap.interval(values[:, index]) for key, values in resampled.items()
+                key: bootstrap.interval(values[:, index], classes[name][key], own)
+                for key, values in resampled.items()
             }
     return document | {"classes": classes}
 

@@ -302,7 +302,8 @@ def accuracy(
     if resamples:
         drawn = np.concatenate(list(resample(counts, resamples=resamples, seed=seed)))
         with np.errstate(invalid="ignore", divide="ignore"):
-            found["ci"] = bootstrap.interval(drawn[:, 0] / drawn[:, 1])
+            on = bootstrap.Support(float(total[1]), float(np.count_nonzero(counts[:, 1])))
+            found["ci"] = bootstrap.interval(drawn[:, 0] / drawn[:, 1], found["accuracy"], on)
     return found
 
 
@@ -323,7 +324,11 @@ def difference(
     if resamples:
         drawn = np.concatenate(list(resample(counts, resamples=resamples, seed=seed)))
         with np.errstate(invalid="ignore", divide="ignore"):
-            found["ci"] = bootstrap.interval((drawn[:, 0] - drawn[:, 2]) / drawn[:, 1])
+            found["ci"] = bootstrap.difference_interval(
+                (drawn[:, 0] - drawn[:, 2]) / drawn[:, 1],
+                found["difference"],
+                int(np.count_nonzero(counts[:, 1])),
+            )
     return found
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
-from pathflip.evaluation.bootstrap import interval, patient_weights, weighted_mean
+from pathflip.evaluation.bootstrap import interval, patient_weights, support, weighted_mean
 from pathflip.evaluation.encode import SlideRow, list_slides
 from pathflip.interop.questions import Question, stored_questions
 from pathflip.progress import Progress, Report
@@ -111,7 +111,7 @@ def vqa_metrics(
         owners = list(patients or [None] * len(questions))
         names = [own or f"slide {one.slide}" for own, one in zip(owners, questions, strict=True)]
         weights = patient_weights(names, resamples=resamples, seed=seed)
-        found["ci"] = interval(weighted_mean(right, weights))
+        found["ci"] = interval(weighted_mean(right, weights), float(right.mean()), support(names))
     if swapped is not None:
         wrong_slide = np.array([_picks(one)[0] for one in swapped]) == truth
         found["swapped"] = {

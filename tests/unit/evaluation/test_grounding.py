@@ -110,7 +110,8 @@ def test_random_heat_gives_chance() -> None:
 def test_planted_lesions_are_found_at_any_resolution(archive, run, planted_slides) -> None:  # type: ignore[no-untyped-def]
     found = grounding(archive, run, QUERIES, split="all", variants=("attn", "cosine"), resamples=50)
     assert found["pointing"] == found["patch_ap"] == 1
-    assert found["ci"] == {"pointing": [1, 1], "patch_ap": [1, 1]}
+    for low, high in found["ci"].values():
+        assert 0.3 < low < high == 1
     assert found["variants"]["cosine"]["pointing"] == 1
     assert found["smoothed"] == {"pointing": 1, "patch_ap": 1}  # a square stays the hottest
     # The share of patches in a lesion, counted on the patch grid instead of in pixels.

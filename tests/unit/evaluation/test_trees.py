@@ -81,11 +81,12 @@ def test_each_level_sees_one_cue_and_together_they_solve_the_joint_task(folder: 
         assert found["nuclei"]["levels"][level]["accuracy"] == 1
         assert found["architecture"]["levels"][level]["accuracy"] < 0.95
     assert found["joint"]["pooled"]["accuracy"] == 1
-    assert found["joint"]["pooled"]["ci"] == [1, 1]
+    low, high = found["joint"]["pooled"]["ci"]
+    assert low < 0.1 < high == 1  # all right, but of two patients only
     best = max(one["accuracy"] for one in found["joint"]["levels"].values())
     gain = found["joint"]["pooled_minus_best"]
     assert gain["difference"] == pytest.approx(1 - best)
-    assert gain["ci"][0] > 0
+    assert gain["ci"][0] < gain["difference"] < gain["ci"][1]
     assert found["joint"]["chance"] == pytest.approx(1 / 6)
     for kind in ("v", "z"):
         assert found["probe"][kind]["nuclei"]["20x"] == 1
@@ -198,7 +199,8 @@ def test_differences_are_paired_by_patient() -> None:
     options: dict[str, Any] = {"resamples": 200, "seed": 0}
     assert accuracy(other, patients, **options)["accuracy"] == 0
     same = difference(one, one, patients, **options)
-    assert (same["difference"], same["ci"]) == (0, [0, 0])
+    assert same["difference"] == 0
+    assert -1 <= same["ci"][0] == -same["ci"][1] < 0
     assert difference(one, np.zeros(6), patients, **options)["difference"] == pytest.approx(4 / 6)
 
 
@@ -261,7 +263,7 @@ def test_pairs_of_a_model_that_reads_captions_exactly_are_all_found(folder: Path
     found = evaluate_pairs(archive, word_reader(Oracle(WORDS)), resamples=20, shuffles=0)
     for one in [*found["levels"].values(), found["all"]]:
         assert one["itr"]["r@1"] == one["tir"]["r@1"] == 1
-        assert one["ci"]["itr"]["r@1"] == pytest.approx([1, 1])
+        assert 0 < one["ci"]["itr"]["r@1"][0] < one["ci"]["itr"]["r@1"][1] == 1
     blind = evaluate_pairs(
         archive, word_reader(WordModel(("nothing",) * 5)), resamples=0, shuffles=0, protocol="full"
     )
