@@ -215,7 +215,8 @@ def stored_vector(
         model: Trained model, instead.
 
     Raises:
-        ArchiveError: There is no such slide or region (``unknown_slide``), or no embedding of it.
+        ArchiveError: There is no such slide or region, or it is not ready (``unknown_slide``), or
+            it has no embedding (``not_indexed``).
     """
     space = vector_space(archive, encoder=encoder, model=model)
     slide, slash, _ = name.rpartition("/")
@@ -227,12 +228,16 @@ def stored_vector(
     with guarded(archive.uri, "read the embeddings", damaged=True):
         rows = archive.dataset(space.table).to_table(columns=["slide_id", "vector"], filter=where)
     if rows.num_rows == 0 or rows["slide_id"][0].as_py() not in archive.ready_ids(space.encoder):
+        slide = row_id.rpartition("/")[0] or row_id
+        there = slide in archive.ready_ids() and (
+            slide == row_id or row_id in archive.regions(slide)["region_id"].to_pylist()
+        )
         raise ArchiveError(
             f"The archive {archive.uri} has no embedding of {row_id} by {space.name}.",
             hint="See: pathflip slides list"
             if model is None
             else f"Run: pathflip index --archive {archive.uri} --run RUN",
-            code="unknown_slide",
+            code="not_indexed" if there else "unknown_slide",
         )
     vector: NDArray[np.float32] = vectors(rows["vector"])[0]
     return vector
