@@ -4,7 +4,7 @@ Every ingress replica has a file of its own in the folder. A line holds its numb
 of the line before and its own: changing, removing or inserting one breaks the chain. A file begins
 with the number and hash of the last lines of the files before it, so that cutting one of those
 short is seen as well. No folder can show that all of it was written anew: keep its heads
-(``pathflip audit verify`` prints them) elsewhere.
+(``pathflip audit verify`` prints them) elsewhere, and give them to it (``--head``).
 
 Lines hold ids and names of tokens; no question, answer or picture.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,7 @@ from pathflip.errors import ConfigError, PathFLIPError
 SYNC_S = 0.2
 """Seconds until a line, which the operating system has before its answer leaves, is on disk."""
 _START = "0" * 64
+_HASH = re.compile(r"[0-9a-f]{64}")
 _MAX_OTHERS = 32  # newest files whose heads a new file repeats
 
 
@@ -128,17 +130,24 @@ class Head:
     torn: bool
 
 
-def verify(path: str | Path) -> dict[str, Head]:
+def verify(path: str | Path, *, kept: Iterable[str] = ()) -> dict[str, Head]:
     """Verify the chain of a file, or of a folder's files and of the heads they hold of each other.
+
+    Args:
+        path: Folder of the log, or one of its files.
+        kept: Heads that were kept elsewhere: each must be the hash of a line that is still there.
 
     Returns:
         {file name: its head}.
 
     Raises:
         AuditError: If a line was changed, removed, inserted or cut off; the message names it.
-        ConfigError: If there is no log.
+        ConfigError: If there is no log, or what was kept is no head.
     """
-    path = Path(path)
+    path, kept = Path(path), list(kept)
+    for head in kept:
+        if not _HASH.fullmatch(head):
+            raise ConfigError(f"{head!r} is no head.", hint="It has 64 hex digits, in lower case.")
     files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
     if not files:
         raise ConfigError(f"{path} holds no audit log.", hint="Give its folder or a file of it.")
@@ -158,6 +167,12 @@ def verify(path: str | Path) -> dict[str, Head]:
                         f"{name} was changed: {holder} knows {lines_then} lines of it; "
                         f"{len(own)} are there, or they differ."
                     )
+    there = {digest for own in hashes.values() for digest in own}
+    for head in kept:
+        if head not in there:
+            raise AuditError(
+                f"{path} has no line of the kept head {head}: it was cut short or written anew."
+            )
     return heads
 
 

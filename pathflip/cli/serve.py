@@ -80,10 +80,16 @@ def serve(
 @audit_app.command("verify")
 def audit_verify(
     path: Annotated[str, typer.Argument(help="Folder of the log, or one of its files.")],
+    kept: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--head", metavar="HASH", help="Head that was kept elsewhere; may be given again."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check that no line was changed, removed, inserted or cut off; print the heads."""
-    heads = service("audit").verify(path)
+    heads = service("audit").verify(path, kept=kept or ())
     rows = [
         {"file": name, "lines": head.lines, "torn": head.torn, "head": head.hash}
         for name, head in heads.items()

@@ -90,6 +90,22 @@ def test_a_file_cut_short_is_told_of_by_the_next(tmp_path):
         verify(tmp_path)
 
 
+def test_a_head_that_was_kept_shows_what_was_cut_off(tmp_path):
+    """The newest file has no other to tell of it."""
+    filled(tmp_path)
+    path = filled(tmp_path)
+    early = json.loads(path.read_text().splitlines()[2])["hash"]
+    head = verify(tmp_path)[path.name].hash
+    assert len(verify(tmp_path, kept=[early, head])) == 2
+    tampered(path, 5, lambda line: [])
+    verify(tmp_path, kept=[early])
+    with pytest.raises(AuditError, match=f"{head}: it was cut short"):
+        verify(tmp_path, kept=[early, head])
+    for wrong in ("", head[:-1], head.upper()):
+        with pytest.raises(ConfigError, match="is no head"):
+            verify(tmp_path, kept=[wrong])
+
+
 def test_lines_from_many_threads_are_one_chain(tmp_path):
     log = AuditLog(tmp_path)
     threads = [
