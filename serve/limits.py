@@ -2,7 +2,8 @@
 
 Bodies are counted while they are read, whatever their Content-Length says, and have a deadline.
 JSON is parsed strictly: what two parsers may read differently (a duplicate name, NaN, a number too
-large for a float) is refused. Pictures are measured by their header before a pixel is decoded.
+large for a float) is refused, as is what has more names than any request. Pictures are measured by
+their header before a pixel is decoded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathflip.slides.resample import picture_pixels
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
+MAX_NAMES = 10_000
+"""Names of fields and entries of lists in one body; a valid one has fewer than 4,000."""
 _IMAGE_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
 
@@ -104,12 +107,28 @@ def strict_json(body: bytes) -> Any:
 
     Raises:
         RequestError: It is not UTF-8 or not JSON, is nested too deeply, names a field twice, or
-            holds a number that is not finite or has thousands of digits.
+            holds a number that is not finite or has thousands of digits, or more than
+            :data:`MAX_NAMES` names and entries, each of which could be an error of its own.
     """
+    left = MAX_NAMES
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal left
+        left -= len(pairs) + sum(len(value) for _, value in pairs if isinstance(value, list))
+        if left < 0:
+            raise RequestError(
+                f"The body has more than {MAX_NAMES:,} names and entries of lists.",
+                code="too_large",
+            )
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("duplicate name")
+        return found
+
     try:
         text = body.decode("utf-8")
         return json.loads(
-            text, parse_constant=_no_constant, parse_float=_float, object_pairs_hook=_once
+            text, parse_constant=_no_constant, parse_float=_float, object_pairs_hook=once
         )
     except (ValueError, RecursionError):
         raise RequestError("The body is not valid JSON.", code="bad_json") from None
@@ -124,13 +143,6 @@ def _float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError("not finite")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("duplicate name")
-    return found
 
 
 def read_image(data: str, *, pixels: int) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pathflip.image_query import ImageQuery, _read_picture
-from serve.limits import Limits, RequestError, read_body, read_image, strict_json
+from serve.limits import MAX_NAMES, Limits, RequestError, read_body, read_image, strict_json
 from tests.unit.serve.service_fixture import bearer, png
 
 PIXELS = 1 << 20
@@ -39,6 +39,21 @@ def test_json_read_in_more_than_one_way_is_refused(ask, body):
     answer = ask("POST", "/v1/search", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 422)
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("make", [
+    lambda n: {"text": "a"} | {f"x{i}": 0 for i in range(n - 1)},
+    lambda n: {"input": [0] * (n - 1)},
+    lambda n: {"text": {"a": [{"b": 0}] * ((n - 2) // 2)}},
+])  # fmt: skip
+def test_names_are_counted_while_they_are_read(ask, make):
+    """Each would be an error of its own, and all of them are made before one is shown."""
+    strict_json(json.dumps(make(MAX_NAMES)).encode())
+    with pytest.raises(RequestError, match="10,000 names") as caught:
+        strict_json(json.dumps(make(MAX_NAMES + 2)).encode())
+    assert caught.value.code == "too_large"
+    answer = ask("POST", "/v1/search", json=make(650_000))
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
 
 
 json_values = st.recursive(
@@ -100,6 +115,20 @@ def test_a_large_body_is_refused_without_keeping_it(ask):
     tracemalloc.stop()
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
     assert peak < 50 << 20
+
+
+@pytest.mark.parametrize(("path", "who"), [("/healthz", None), ("/v1/slides", None)])
+def test_nothing_is_read_for_who_shows_no_token(ask, path, who):
+    taken = []
+
+    async def endless():
+        for _ in range(100):
+            taken.append(b"x" * 1000)
+            yield taken[-1]
+
+    answer = ask("GET", path, who=who, content=endless())
+    assert answer.status_code == (200 if path == "/healthz" else 401)
+    assert not taken
 
 
 def test_one_request_too_many_is_told_to_come_back(serving, loop):
