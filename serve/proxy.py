@@ -29,6 +29,9 @@ from typing import NamedTuple
 DRAIN_S = 2
 """Seconds an ingress replica that is removed still answers; HAProxy hears of it in less."""
 
+MAX_MESSAGE = 2**31 - 1
+"""Bytes of a message between replicas, the most that gRPC can count."""
+
 SECRET = "PATHFLIP_PROXY_SECRET"
 """Environment variable with the secret of one service's HAProxy and ingress replicas."""
 ASKED_BY, ANSWERED_BY = "x-pathflip-proxy", "x-pathflip-ingress"
@@ -36,7 +39,7 @@ ASKED_BY, ANSWERED_BY = "x-pathflip-proxy", "x-pathflip-ingress"
 
 _DROPPED = re.compile(
     r"\s*(log\s|option httplog|option splice-request|http-request set-header x-forwarded-for"
-    rf"|server .* backup$|http-re\w+ .*({ASKED_BY}|{ANSWERED_BY}))"
+    rf"|server .* backup$|http-re\w+ .*({ASKED_BY}|{ANSWERED_BY}|res.hdr.request-id))"
 )
 _ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
 _NOTHING_UP = "    http-request deny deny_status 503"
@@ -45,6 +48,7 @@ _BUSY = {
     "title": "Service Unavailable",
     "status": 503,
     "detail": "No replica of the service is up.",
+    "message": "No replica of the service is up.",
     "code": "unavailable",
 }
 
@@ -96,6 +100,8 @@ def environment(folder: str | Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
         # One event loop in a replica, not three; between replicas gRPC, with Ray's token.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # gRPC's own 4 MiB are a picture of 1.4 megapixels; limits.image_pixels decides.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(MAX_MESSAGE),
     }
 
 
@@ -137,7 +143,8 @@ def harden(config: str, folder: Path) -> str:
         user; no log of requests; ``X-Forwarded-For`` is the client's real address; HAProxy's own
         error is a 503 with ``Retry-After``, also while no part is up; request bodies are not
         spliced, which would hide that a client has left; Serve's fallback is not asked; requests
-        carry :class:`Proofs`, and an answer without its proof is replaced by a 503.
+        carry :class:`Proofs`, and an answer without its proof is replaced by a 503; an answer has
+        one request id, the ingress's.
     """
     proofs = Proofs.of(_secret(folder / "secret"))
     lines, section = [], ""
@@ -160,6 +167,8 @@ def harden(config: str, folder: Path) -> str:
                 "    http-response deny deny_status 503 "
                 f"unless {{ res.hdr({ANSWERED_BY}) -m str {proofs.answers} }}",
                 f"    http-response del-header {ANSWERED_BY}",
+                # Serve adds an id of its own, or the client's; the audit log knows this one.
+                "    http-response set-header x-request-id %[res.hdr(request-id)]",
             ]
     return "\n".join(lines) + "\n"
 

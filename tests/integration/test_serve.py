@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -27,6 +29,8 @@ from pathflip.evaluation.patch_text import class_weights, patch_reader
 from pathflip.evaluation.segment_stored import segment_stored
 from pathflip.search import Query, embed_texts, run_query
 from serve.audit import verify
+from serve.embedder import Embedder
+from serve.limits import Limits
 from serve.proxy import SECRET
 from tests.faults import command_line, descendants, listening, resident_bytes, until
 from tests.serving import free_port
@@ -154,10 +158,14 @@ def test_every_route_over_http(served: Process, http: httpx.Client) -> None:
     for method, path in ROUTES:
         options: dict[str, Any] = {"json": BODIES[path]} if path in BODIES else {}
         answer = http.request(method, path, **options)
-        lacks = path == "/v1/chat/completions"  # this service has no language model
+        # This service has no language model, and no model of that name.
+        lacks = path in ("/v1/chat/completions", "/v1/models/m")
         assert answer.status_code == (404 if lacks else 200), answer.text
         for secret in (*SECRETS, TOKENS["all"][1]):
             assert secret not in answer.text + str(answer.headers)
+        own = answer.headers.get_list("x-request-id")
+        assert own == answer.headers.get_list("request-id")
+        assert len(own) == 1
         bare = httpx.request(method, served.ready["url"] + path, timeout=60, **options)
         assert bare.status_code == 401
     assert http.get("/v1/slides/slide009").json()["code"] == "unknown_slide"
@@ -166,6 +174,17 @@ def test_every_route_over_http(served: Process, http: httpx.Client) -> None:
         {"where": "body.k", "what": "Input should be greater than or equal to 1"}
     ]
     assert httpx.get(served.ready["url"] + "/healthz", timeout=60).status_code == 200
+
+
+def test_a_picture_of_the_largest_size_is_embedded(http: httpx.Client, world: World) -> None:
+    """Between replicas it travels as its pixels, a dozen times what gRPC lets through by itself."""
+    times = math.isqrt(Limits().image_pixels) // (SIDE * PX)
+    picture = np.tile(pixels(1, 1), (times, times, 1))
+    assert picture.nbytes > 12 * (4 << 20) - 1
+    answer = http.post("/v1/embeddings", json={"image": {"data": png(picture), "mpp": 0.5}})
+    assert answer.status_code == 200, answer.text
+    own = asyncio.run(Embedder(str(world.archive), str(world.run)).image(picture, mpp=0.5))
+    np.testing.assert_allclose(answer.json()["data"][0]["embedding"], own["vectors"][0], atol=1e-5)
 
 
 def test_patches_are_the_librarys(http: httpx.Client, served: Process, world: World) -> None:

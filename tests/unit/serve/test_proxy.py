@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from serve import proxy
+from serve.limits import Limits
 from tests.faults import listening, until
 from tests.serving import free_port
 
@@ -108,6 +109,8 @@ class Behind(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         told = str(self.headers.get_all("x-forwarded-for")).encode()
         self.send_response(200)
+        self.send_header("Request-Id", "the ingress's")
+        self.send_header("X-Request-ID", "Serve's")
         if self.proofs and self.headers.get_all(proxy.ASKED_BY) == [self.proofs.asks]:
             self.send_header(proxy.ANSWERED_BY, self.proofs.answers)
         self.send_header("Content-Length", str(len(told)))
@@ -147,6 +150,7 @@ def test_the_client_is_who_it_is(variables: dict[str, str], tmp_path: Path) -> N
             answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers=spoofed)
             assert answer.text == "['127.0.0.1']"
             assert proxy.ANSWERED_BY not in answer.headers
+            assert answer.headers.get_list("x-request-id") == ["the ingress's"]
 
 
 @pytest.mark.parametrize("says", ["nothing", "another's", "what it was asked with"])
@@ -198,6 +202,8 @@ def test_each_service_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert stat.S_IMODE((tmp_path / "a" / "secret").stat().st_mode) == 0o600
     ports = {each["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] for each in (first, second)}
     assert len(ports) == 2
+    largest = 3 * Limits().image_pixels + (1 << 20)  # a picture travels as its pixels
+    assert int(first["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"]) >= largest
     assert "8500" not in ports, "Ray's default, which every other Ray has"
     for variables, expected in ((first, True), ({}, False), (first | {ENABLED: "0"}, False)):
         with monkeypatch.context() as patch:
@@ -243,7 +249,7 @@ def test_twice_is_once(tmp_path: Path) -> None:
     assert not re.search(r"^\s*log ", once, re.MULTILINE), "paths hold ids of slides"
     assert "bind *:8000" in once, "the port of the service is not for this machine alone"
     assert once.count(proxy.ASKED_BY) == 1
-    assert once.count("http-response") == 2
+    assert once.count("http-response") == 3
     assert "status 404" not in once, "without any application, nothing is up"
 
 
