@@ -21,13 +21,16 @@ def to_engine_request(request: ChatRequest, limits: Limits) -> dict[str, Any]:
     return {
         "slide_id": request.slide_id,
         "region": None if request.region is None else request.region.model_dump(),
-        "messages": [{"role": m.role, "content": m.text()} for m in request.messages],
+        "messages": [
+            {"role": "system" if m.role == "developer" else m.role, "content": m.text()}
+            for m in request.messages
+        ],
         "max_tokens": min(wanted, limits.max_tokens),
         "temperature": request.temperature,
         "top_p": request.top_p,
         "stop": stop,
         "seed": request.seed,
-        "stream": request.stream,
+        "stream": bool(request.stream),
     }
 
 

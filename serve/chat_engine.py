@@ -104,7 +104,13 @@ class ChatEngine:
                 pass
 
     async def describe(self) -> dict[str, Any]:
-        """Describe the model: id, fingerprint, max_model_len, created (seconds since 1970)."""
+        """Describe the model: id, fingerprint, max_model_len, created (seconds since 1970).
+
+        Raises:
+            PathFLIPError: The engine is dead (``engine_dead``); readiness asks here.
+        """
+        if self.engine.errored:
+            raise _engine_dead()
         about = self._reader.about | {"max_model_len": self._limit}
         if self.config.backend == "fake":  # nobody shall take its answers for the model's
             about["id"] = f"fake-{about['id']}"
@@ -166,11 +172,7 @@ class ChatEngine:
         except Exception as error:
             if not self.engine.errored:
                 raise
-            raise PathFLIPError(
-                "The engine died while it answered.",
-                hint="Ask again in half a minute; a replica is being started.",
-                code="engine_dead",
-            ) from error
+            raise _engine_dead() from error
         yield {
             "text": "",
             "finish_reason": reason,
@@ -260,6 +262,14 @@ class PromptReader:
         while self.prefix_bytes > self._max_bytes:
             self.prefix_bytes -= self._prefixes.popitem(last=False)[1].nbytes
         return prefix
+
+
+def _engine_dead() -> PathFLIPError:
+    return PathFLIPError(
+        "The engine that answers has died.",
+        hint="Ask again in half a minute; a replica is being started.",
+        code="engine_dead",
+    )
 
 
 def _about(run: Run, model: Path) -> dict[str, Any]:

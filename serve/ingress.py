@@ -47,6 +47,7 @@ from serve.schemas import (
     GroundResponse,
     Health,
     Image,
+    ModelInfo,
     ModelList,
     Outlines,
     Problem,
@@ -188,6 +189,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     # -- health -----------------------------------------------------------------------------------
 
     @open_api.get("/healthz", response_model=Health, response_model_exclude_none=True)
+    @open_api.head("/healthz", include_in_schema=False)
     async def healthz() -> Any:
         """Report whether the ingress is up. Needs no token."""
         return {"status": "ok"}
@@ -341,6 +343,22 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     )  # fmt: skip
     async def models() -> Any:
         """List the models: for chat first, then for embeddings, then for patches."""
+        return {"data": await listed()}
+
+    @api.get(
+        "/v1/models/{model_id}", dependencies=[needs(None)], response_model=ModelInfo,
+        response_model_exclude_none=True,
+    )  # fmt: skip
+    async def model(model_id: Annotated[str, Path(max_length=MAX_ID)]) -> Any:
+        """One model."""
+        for found in await listed():
+            if found["id"] == model_id:
+                return found
+        raise RequestError(
+            "There is no model of this id; GET /v1/models lists them.", code="unknown_model"
+        )
+
+    async def listed() -> list[dict[str, Any]]:
         found = []
         if parts.instructor is not None:
             found.append({"capability": "chat"} | await about("instructor"))
@@ -349,7 +367,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         found.append({"capability": "embeddings"} | embedder)
         if patches is not None:
             found.append({"capability": "patches"} | patches)
-        return {"data": found}
+        return found
 
     @api.post(
         "/v1/chat/completions", dependencies=[needs("chat")], response_model=ChatResponse,
@@ -377,7 +395,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         # The first chunk is awaited here, so that an error still has a status of its own.
         first = await anext(stream)
         if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            usage = bool(asked.stream_options and asked.stream_options.include_usage)
             body = events(chunks, first, stream, usage=usage, metrics=metrics, public=parts.public)
             return StreamingResponse(body, media_type="text/event-stream")
         text, last = "", first
@@ -440,9 +458,10 @@ def _shape_errors(app: FastAPI, parts: Parts, limits: Limits) -> None:
     async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, PathFLIPError)
         status = status_of(error)
-        if status >= 500 and not isinstance(error, RequestError):
+        if status == 500:
             raise error  # the middleware logs it and shows nothing of it
-        return answer(request, status, parts.public(error.message), error.code)
+        message, hint = parts.public(error.message), parts.public(error.hint)
+        return answer(request, status, message, error.code, hint=hint)
 
     async def unfit(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

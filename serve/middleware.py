@@ -71,6 +71,7 @@ STATUS = {
     "scope": 403,
     "busy": 429,
     "unavailable": 503,
+    "engine_dead": 503,
     "audit": 503,
     "internal": 500,
     "deadline": 504,
@@ -80,6 +81,7 @@ STATUS = {
 _SERVER_FAULTS = (ArchiveError, AuditError)  # 500 unless STATUS has their code
 _RETRY = (429, 503, 504)
 
+_REQUEST_ID = (b"request-id", b"x-request-id")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -131,6 +133,7 @@ def problem(
     *,
     code: str,
     request_id: str,
+    hint: str = "",
     errors: Sequence[Mapping[str, str]] | None = None,
     headers: Mapping[str, str] | None = None,
     retry_s: int = 1,
@@ -141,11 +144,15 @@ def problem(
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
+        "message": f"{detail} {hint}".strip(),
         "code": code,
         "request_id": request_id,
     }
+    if hint:
+        body["hint"] = hint
     if errors:
         body["errors"] = list(errors)
+        body["message"] += f" {errors[0]['where']}: {errors[0]['what']}"
     sent = dict(headers or {})
     if status in _RETRY:
         sent["Retry-After"] = str(retry_s)
@@ -229,7 +236,9 @@ class Guard:
                     raise RequestError("The service is stopping.", code="unavailable")
                 if self.running > self.limits.concurrent:
                     raise RequestError("Too many concurrent requests.", code="busy")
-            body = await self._body(scope, headers, receive)
+            # Whoever needs no token has nothing read for it either.
+            unread = scope["path"] in OPEN
+            body = b"" if unread else await self._body(scope, headers, receive)
             if body is None:
                 return
             async with asyncio.timeout(self.limits.answer_s) as answer.deadline:
@@ -291,11 +300,12 @@ class _Answer:
             self._write_audit(message["status"])
             self.status = message["status"]
             self.guard.metrics.first.labels(self.route).observe(time.perf_counter() - self.begun)
-            own = {name for name, _ in _HEADERS} | {b"request-id"}
+            own = {name for name, _ in _HEADERS} | set(_REQUEST_ID)
             sent = [(k, v) for k, v in message.get("headers", ()) if k.lower() not in own]
             if not any(name.lower() == b"cache-control" for name, _ in sent):
                 sent.append((b"cache-control", b"no-store"))
-            sent += [*_HEADERS, (b"request-id", self.request_id.encode())]
+            # OpenAI's clients read the second name.
+            sent += [*_HEADERS, *((name, self.request_id.encode()) for name in _REQUEST_ID)]
             if self.proof is not None:
                 sent.append((ANSWERED_BY.encode(), self.proof))
             message = {**message, "headers": sent}
@@ -316,8 +326,9 @@ class _Answer:
         status = status_of(error)
         detail = "Internal server error." if status == 500 else error.message
         response = problem(
-            status, detail, code=error.code, request_id=self.request_id, retry_s=retry_s
-        )
+            status, detail, code=error.code, request_id=self.request_id, retry_s=retry_s,
+            hint="" if status == 500 else error.hint,
+        )  # fmt: skip
         try:
             await response(self.scope, _nothing, self)
         except AuditError as broken:

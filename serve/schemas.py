@@ -1,8 +1,9 @@
 """Request and response schemas of every route, validated strictly.
 
-Requests forbid unknown fields. A field of the OpenAI API that is not here (``logit_bias``,
-``tools``, ``response_format``, ``prompt_embeds``, ``chat_template`` and so on) is an error, never
-passed on. Numbers are finite; sizes are bounded here, the body as a whole in :mod:`serve.limits`.
+Requests forbid unknown fields. A field of the OpenAI API that is not here (``functions``,
+``prompt_embeds``, ``chat_template`` and so on) is an error, never passed on; some that clients send
+unasked (``tools``, ``logprobs``, ``response_format`` and so on) may have the value that changes
+nothing. Numbers are finite; sizes are bounded here, the body as a whole in :mod:`serve.limits`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Pixel = Annotated[int, Field(ge=0, le=2**40)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Nothing = Annotated[list[None], Field(max_length=0)]
+Zero = Annotated[float, Field(ge=0, le=0)]
 Variant = Literal["attn", "region_only", "cosine", "product"]
 
 
@@ -59,6 +62,11 @@ class Problem(_Out):
     title: str = Field(examples=["Not Found"])
     status: int = Field(examples=[404])
     detail: str = Field(examples=["There is no such slide."])
+    message: str = Field(
+        description="Detail, hint and first error in one; OpenAI's clients show it.",
+        examples=["There is no such slide."],
+    )
+    hint: str | None = Field(None, description="What to do about it.")
     code: str = Field(description="Short and stable, for machines.", examples=["unknown_slide"])
     request_id: str = Field(examples=["0b5e7c1c9f1e4b0f8c9a3f0e8f6f2a11"])
     errors: list[Fault] | None = None
@@ -266,7 +274,9 @@ class GroundRequest(_In):
     slide_id: Id
     text: Text
     variant: Variant = "attn"
-    contrast: Text | None = Field(None, description="Neutral text whose heat is subtracted.")
+    contrast: Annotated[Text, Field(pattern=r"\S")] | None = Field(
+        None, description="Neutral text whose heat is subtracted."
+    )
     sigma: float = Field(1.0, ge=0, le=8, allow_inf_nan=False, description="Smoothing, patches.")
     min_patches: int = Field(4, ge=1, le=10_000, description="Smallest box.")
     patches: bool = Field(False, description="Return the heat of every patch as well.")
@@ -367,7 +377,7 @@ class EmbeddingsRequest(_In):
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
     image: Image | None = None
     model: Id | None = Field(None, description="As /v1/models names it; may be left out.")
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = "float"
     user: Annotated[str, Field(max_length=MAX_ID)] | None = Field(None, description="Not used.")
 
     @model_validator(mode="after")
@@ -415,11 +425,17 @@ class TextPart(_In):
 class Message(_In):
     """A turn of the conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: (
         Annotated[str, Field(max_length=MAX_CONTENT)]
         | Annotated[list[TextPart], Field(min_length=1, max_length=16)]
     )
+    # An answer is sent back as a client's ``model_dump()`` writes it.
+    refusal: None = None
+    annotations: Nothing | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing | None = None
 
     def text(self) -> str:
         """Join the parts into one text."""
@@ -439,7 +455,13 @@ class RegionBox(_In):
 class StreamOptions(_In):
     """Stream options, as in OpenAI's API."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+
+
+class TextFormat(_In):
+    """Format of an answer; text is the only one there is."""
+
+    type: Literal["text"]
 
 
 class ChatRequest(_In):
@@ -463,9 +485,9 @@ class ChatRequest(_In):
     region: RegionBox | None = None
     max_tokens: int | None = Field(None, ge=1, le=8192)
     max_completion_tokens: int | None = Field(None, ge=1, le=8192)
-    temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    n: Literal[1] = 1
+    temperature: float | None = Field(0.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    n: Literal[1] | None = 1
     stop: (
         Annotated[str, Field(min_length=1, max_length=100)]
         | Annotated[
@@ -474,9 +496,19 @@ class ChatRequest(_In):
         | None
     ) = None
     seed: int | None = Field(None, ge=0, le=_BIG)
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=MAX_ID)] | None = Field(None, description="Not used.")
+    # Of these, only what changes nothing.
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    response_format: TextFormat | None = None
+    store: Literal[False] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none"] | None = None
 
     @model_validator(mode="after")
     def _ends_with_a_question(self) -> ChatRequest:

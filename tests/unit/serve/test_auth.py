@@ -15,6 +15,7 @@ ROUTES = {
     ("GET", "/readyz"): None,
     ("GET", "/openapi.json"): None,
     ("GET", "/v1/models"): None,
+    ("GET", "/v1/models/m"): None,
     ("GET", "/metrics"): "admin",
     ("GET", "/v1/slides"): "read",
     ("GET", "/v1/slides/slide001"): "read",

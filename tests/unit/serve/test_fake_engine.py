@@ -235,6 +235,9 @@ def test_a_dead_engine_is_said_to_be_dead(chat):
         with pytest.raises(PathFLIPError) as caught:
             await anext(stream)
         assert caught.value.code == "engine_dead"
+        with pytest.raises(PathFLIPError) as caught:  # readiness asks it
+            await chat.describe()
+        assert caught.value.code == "engine_dead"
         with pytest.raises(EngineDied):  # Serve replaces the replica
             await chat.check_health()
 

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from pathflip.archive import Archive
+from pathflip.archive.commit import Committer
 from pathflip.archive.search import search, stored_vector
 from pathflip.archive.textsearch import search_text
 from pathflip.evaluation.ground_slide import ground_slide
 from pathflip.evaluation.zeroshot import classify
+from serve.search import Search
+from tests.unit.archive import cohort, models
 from tests.unit.serve.service_fixture import REGIONS, SLIDES, pixels, png, rows_of, slide_id
 
 
@@ -120,8 +123,6 @@ def test_search_by_words(ask, world):
 def test_vectors_of_another_model_are_refused(serving, parts, world):
     from dataclasses import replace
 
-    from serve.search import Search
-
     # The embedder was redeployed with another run, the search was not, or the other way round.
     other = Search(str(world.archive), model=world.loaded.name, fingerprint="0" * 64)
     old = parts.search
@@ -135,6 +136,32 @@ def test_vectors_of_another_model_are_refused(serving, parts, world):
     finally:
         object.__setattr__(parts, "search", old)
     assert replace(parts).search is old
+
+
+def test_a_slide_without_vectors_is_not_an_unknown_one(serving, parts, tmp_path):
+    """Indexing mends the one, nothing the other."""
+    cohort.build(tmp_path / "archive", *range(3))
+    with Committer(tmp_path / "archive") as committer:
+        models.add(committer, 0, 1)
+    old = parts.search
+    partly = Search(str(tmp_path / "archive"), model=models.MODEL, fingerprint="f" * 64)
+    object.__setattr__(parts, "search", partly)
+    try:
+        ask = serving()
+        for asked, found in (
+            ({"slide_id": "slide001"}, (200, None)),
+            ({"region_id": "slide001/1_1"}, (200, None)),
+            ({"slide_id": "slide002"}, (409, "not_indexed")),
+            ({"region_id": "slide002/1_2"}, (409, "not_indexed")),
+            ({"slide_id": "slide003"}, (404, "unknown_slide")),
+            ({"region_id": "slide002/99_2"}, (404, "unknown_slide")),
+            ({"region_id": "slide001/99_1"}, (404, "unknown_slide")),
+        ):
+            answer = ask("POST", "/v1/search", json=asked)
+            assert (answer.status_code, answer.json().get("code")) == found, asked
+            assert str(tmp_path) not in answer.text
+    finally:
+        object.__setattr__(parts, "search", old)
 
 
 def test_ground_is_the_librarys(ask, world):
@@ -153,6 +180,13 @@ def test_ground_is_the_librarys(ask, world):
     from PIL import Image
 
     assert np.array_equal(np.asarray(Image.open(BytesIO(picture.content))), expected.picture())
+
+
+def test_a_blank_contrast_is_refused(ask):
+    for blank in ("", " ", "\t\n"):
+        asked = {"slide_id": "slide001", "text": "necrosis", "contrast": blank}
+        answer = ask("POST", "/v1/ground", json=asked)
+        assert (answer.status_code, answer.json()["errors"][0]["where"]) == (422, "body.contrast")
 
 
 def test_classify_is_the_librarys(ask, world):
@@ -221,6 +255,7 @@ def test_the_official_client_reads_embeddings_and_models(serving, world, loop):
 
 def test_health_and_metrics(ask):
     assert ask("GET", "/healthz", who=None).json() == {"status": "ok"}
+    assert ask("HEAD", "/healthz", who=None).status_code == 200
     up = ask("GET", "/readyz").json()
     assert up == {"status": "ok", "parts": dict.fromkeys(("embedder", "search", "grounding"), True)}
     ask("GET", "/v1/slides/slide001")
@@ -236,7 +271,8 @@ def test_openapi_names_every_route_and_its_errors(ask):
     assert set(schema["paths"]) == {
         "/healthz", "/readyz", "/metrics", "/v1/slides", "/v1/slides/{slide_id}",
         "/v1/slides/{slide_id}/thumbnail", "/v1/search", "/v1/classify", "/v1/ground",
-        "/v1/segment", "/v1/embeddings", "/v1/models", "/v1/chat/completions",
+        "/v1/segment", "/v1/embeddings", "/v1/models", "/v1/models/{model_id}",
+        "/v1/chat/completions",
     }  # fmt: skip
     for path, methods in schema["paths"].items():
         for method in methods.values():
