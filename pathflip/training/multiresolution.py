@@ -35,7 +35,7 @@ ALARMS = ("keyword_entropy", "cvta_floor", "cvta_skipped", "z_std", "match_accur
 """Signs of collapse that are logged; see :class:`pathflip.models.MRPLIPOutput`."""
 EVEN_KEYWORDS = 0.5
 """Entropy of the chosen keywords, as a share of an even choice's, below which few are hubs."""
-ABOVE_FLOOR = 0.15
+ABOVE_FLOOR = 0.25
 """CVTA above the least it can be: nearer, all patches have chosen the same keywords."""
 SPREAD = 0.3
 """Spread of unit projections, as a share of an even spread, below which they are one vector."""
