@@ -256,7 +256,7 @@ def ablations(
                 "seconds": _seconds(folders[name, seed]),
             }
         )
-    values = {name: _values(rows, name) for name in config.names(settings.family)}
+    values = {name: by_seed(rows, name) for name in config.names(settings.family)}
     result = {
         "run": str(Path(run)),
         "split": config.split,
@@ -433,7 +433,8 @@ def table(document: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return ["metric", *names, "chance"], rows
 
 
-def _values(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[float | None]]:
+def by_seed(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[float | None]]:
+    """Return {metric: its values by seed} of an ablation's runs."""
     mine = [row for row in rows if row["name"] == name]
     keys = dict.fromkeys(key for row in mine for key in row["metrics"])
     return {key: [row["metrics"].get(key) for row in mine] for key in keys}

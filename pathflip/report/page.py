@@ -6,12 +6,15 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pathflip.errors import ConfigError
 from pathflip.files import write_file
+
+if TYPE_CHECKING:
+    from pathflip.checkpoints import Run, TreeRun
 
 
 def write_page(template: str, path: Path, **values: Any) -> Path:
@@ -103,6 +106,18 @@ def duration(value: float | None) -> str:
     whole = round(value)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
+
+
+def about_run(run: Run | TreeRun) -> dict[str, Any]:
+    """Return what every report says of a run; ``parameters`` is None of a model without any."""
+    parameters = getattr(run.model, "parameters", None)
+    return {
+        "name": run.name,
+        "fingerprint": run.fingerprint,
+        "encoder": run.encoder,
+        "preset": run.config.get("preset", ""),
+        "parameters": None if parameters is None else sum(p.numel() for p in parameters()),
+    }
 
 
 def metric_row(

@@ -23,7 +23,7 @@ from pathflip.evaluation.tree_vectors import TreeVectors, encode_trees, keyword_
 from pathflip.evaluation.trees import CUES, TreeTruth, cue_scores, find_truth, read_truth, take
 from pathflip.geometry import LEVEL_OF, level_name
 from pathflip.interop.tree_images import tree_reader
-from pathflip.report.page import data_uri, metric_row, write_page
+from pathflip.report.page import about_run, data_uri, metric_row, write_page
 from pathflip.report.trees import SIDE_PX, node_texts, pyramid, tree_texts
 from pathflip.slides.reader import SlideReader
 from pathflip.slides.sources import check_ingested
@@ -81,13 +81,7 @@ def write_patches_report(
         Path(path),
         title=title,
         archive=archive.uri,
-        run={
-            "name": run.name,
-            "fingerprint": run.fingerprint,
-            "preset": run.config.get("preset", ""),
-            "encoder": run.encoder,
-            "parameters": sum(p.numel() for p in run.model.parameters()),
-        },
+        run=about_run(run),
         document=document,
         headline=_headline(document),
         groups=_groups(document),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pathflip.archive import Archive
 from pathflip.errors import ConfigError
-from pathflip.report.page import data_uri, metric_row, slide_view, write_page
+from pathflip.report.page import about_run, data_uri, metric_row, slide_view, write_page
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
@@ -70,15 +70,7 @@ def write_pretrain_report(
         Path(path),
         title=title,
         archive=archive.uri,
-        run={
-            "name": run.name,
-            "fingerprint": run.fingerprint,
-            "path": str(run.path),
-            "encoder": run.encoder,
-            "tiling": archive.tiling(),
-            "preset": run.config.get("preset", ""),
-            "parameters": _parameters(run),
-        },
+        run=about_run(run) | {"path": str(run.path), "tiling": archive.tiling()},
         result={key: result.get(key) for key in ("steps", "seconds", "best_step")},
         document=document,
         headline=_headline(document),
@@ -299,11 +291,6 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         else:
             rows.append((key, json.dumps(value) if not isinstance(value, str) else value))
     return rows
-
-
-def _parameters(run: Run) -> int | None:
-    count = getattr(run.model, "parameters", None)
-    return None if count is None else sum(p.numel() for p in count())
 
 
 def _three(value: float | None) -> str:

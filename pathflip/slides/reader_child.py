@@ -76,6 +76,7 @@ class ReaderChild:
         """Answer ``SlideReader.plan``."""
         from pathflip.geometry import plan_regions
         from pathflip.interop.qupath import read_tissue
+        from pathflip.slides.slide import EQUAL_SCALE
         from pathflip.slides.tissue import TissueConfig, find_tissue
 
         slide = self.slide(request)
@@ -108,7 +109,7 @@ class ReaderChild:
         )
         thumbnail, thumbnail_mpp = _thumbnail(slide, overview, config.mpp)
         info = _about(slide)
-        if slide.mpp > tiling.mpp * 1.01:
+        if slide.mpp > tiling.mpp * (1 + EQUAL_SCALE):
             share = slide.mpp / tiling.mpp - 1
             note = f"pixels of {slide.mpp:g} µm are enlarged by {share:.1%}"
             info["reader_note"] = "; ".join(filter(None, [info["reader_note"], note]))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +38,7 @@ from pathflip.slides.resample import on_white, resize_area, resize_exact
 from pathflip.slides.scale import Scale, resolve_scale
 from pathflip.slides.sources import dicom_files
 from pathflip.slides.structure import (
+    Doubt,
     compression_name,
     tag_doubts,
     trusted_levels,
@@ -47,6 +47,7 @@ from pathflip.slides.structure import (
 from pathflip.slides.tiff import (
     JpegLevel,
     TiffLayout,
+    by_level,
     check_limits,
     jpeg_levels,
     read_layout,
@@ -281,18 +282,17 @@ class Slide:
         Raises:
             SlideError: The first doubt that refuses the slide; see ``structure``.
         """
-        handle = self._handle
-        self.level_dimensions: Sequence[tuple[int, int]] = handle.level_dimensions
-        self.level_downsamples: Sequence[float] = handle.level_downsamples
-        self.levels, doubts = trusted_levels(
+        by_tags = tag_doubts(layout, vendor=self.vendor)
+        _refuse(by_tags)  # before pixels are read for the others
+        self.level_dimensions: Sequence[tuple[int, int]] = self._handle.level_dimensions
+        self.level_downsamples: Sequence[float] = self._handle.level_downsamples
+        self.levels, by_pixels = trusted_levels(
             layout, vendor=self.vendor, sizes=self.level_dimensions, read=self._level_pixels
         )
+        _refuse(by_pixels)
         self.level_dimensions = self.level_dimensions[: self.levels]
         self.level_downsamples = self.level_downsamples[: self.levels]
-        for doubt in (every := [*tag_doubts(layout, vendor=self.vendor), *doubts]):
-            if doubt.refused:
-                raise doubt.error()
-        return [doubt.message for doubt in every]
+        return [doubt.message for doubt in (*by_tags, *by_pixels)]
 
     def _level_pixels(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8] | None:
         """Read pixels of a level from a corner in that level; None where it is damaged."""
@@ -434,14 +434,7 @@ class Slide:
         if self.vendor not in _DIRECT_VENDORS:
             self.reader_note = f"{self.vendor} has no direct path"
             return {}
-        found = jpeg_levels(layout)
-        sizes = Counter((level.width, level.height) for level in found)
-        by_size = {(level.width, level.height): level for level in found}
-        levels = {
-            level: by_size[size]
-            for level, size in enumerate(self.level_dimensions)
-            if sizes[size] == 1
-        }
+        levels = by_level(self.level_dimensions, jpeg_levels(layout))
         if 0 not in levels:
             self.reader_note = "level 0 is no tiled 8-bit JPEG"
             return {}
@@ -504,6 +497,12 @@ class Slide:
         if downsample == 1 and not (rects[:, :2] & 1).any() and (rects[:, 2:] == 2 * px).all():
             return HalvedTiles(self._file, layout)
         return JpegTiles(self._file, layout)
+
+
+def _refuse(doubts: Sequence[Doubt]) -> None:
+    for doubt in doubts:
+        if doubt.refused:
+            raise doubt.error()
 
 
 def openable(path: Path) -> Path:

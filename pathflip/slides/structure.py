@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
 from pathflip.slides.resample import resize_exact
-from pathflip.slides.tiff import MAX_LEVELS, TiffLayout, TiffPage
+from pathflip.slides.tiff import MAX_LEVELS, TiffLayout, TiffPage, by_level
 
 GENERIC, APERIO = "generic-tiff", "aperio"
 _SIZES_SAY_SCALE = (GENERIC, APERIO, "dicom")
@@ -84,8 +84,7 @@ def tag_doubts(layout: TiffLayout, *, vendor: str) -> list[Doubt]:
     """
     if vendor not in (GENERIC, APERIO) or not layout.pages:
         return []
-    tiled = [page for page in layout.pages if page.tile_w]
-    found = [doubt for page in tiled[:1] for doubt in _page_doubts(layout.name, page)]
+    found = [doubt for page in layout.tiled[:1] for doubt in _page_doubts(layout.name, page)]
     if vendor == GENERIC:
         found += _unread(layout)
     return found
@@ -173,7 +172,7 @@ def unsupported_doubt(layout: TiffLayout) -> Doubt | None:
         return None
     if layout.big_endian:
         what = "stores its numbers most significant byte first, which OpenSlide does not read"
-    elif not any(page.tile_w for page in layout.pages):
+    elif not layout.tiled:
         what = "is stored in strips, not in tiles"
     else:
         return None
@@ -186,10 +185,10 @@ def unsupported_doubt(layout: TiffLayout) -> Doubt | None:
 
 def compression_name(layout: TiffLayout) -> str | None:
     """Return the name of level 0's compression; None of a file that is no TIFF."""
-    tiled = [page for page in layout.pages if page.tile_w] or layout.pages
-    if not tiled:
+    pages = layout.tiled or layout.pages
+    if not pages:
         return None
-    number = int(tiled[0].compression)
+    number = int(pages[0].compression)
     return _COMPRESSIONS.get(number, f"compression {number}")
 
 
@@ -220,13 +219,9 @@ def trusted_levels(
         what = f"{layout.name} declares {len(sizes)} levels; the limit is {MAX_LEVELS}."
         hint = "Such a file is damaged or hostile."
         return len(sizes), [Doubt(code="reader_limits", message=what, hint=hint)]
-    counts = Counter((page.width, page.height) for page in layout.pages if page.tile_w)
-    by_size = {(page.width, page.height): page for page in layout.pages if page.tile_w}
-    pages = {level: by_size[size] for level, size in enumerate(sizes) if counts[size] == 1}
+    pages = by_level(sizes, layout.tiled)
     for level in range(1, len(sizes)) if vendor in _SIZES_SAY_SCALE else ():
-        doubt = _level_doubt(
-            level, finer=level - 1, sizes=sizes, pages=pages, read=read, name=layout.name
-        )
+        doubt = _level_doubt(level, sizes=sizes, pages=pages, read=read, name=layout.name)
         if doubt is not None:
             return level, [doubt]
     return len(sizes), _depth_doubts(layout, vendor, sizes, read)
@@ -239,8 +234,7 @@ def _depth_doubts(
 
     Cameras of 10 to 14 bits store their numbers as they are: a white slide is then nearly black.
     """
-    first = next((page for page in layout.pages if page.tile_w), None)
-    if vendor != GENERIC or first is None or not _deeper(first.bits):
+    if vendor != GENERIC or not layout.tiled or not _deeper(layout.tiled[0].bits):
         return []
     level = len(sizes) - 1
     width, height = sizes[level]
@@ -268,7 +262,6 @@ def _deeper(bits: int | tuple[int, ...]) -> bool:
 def _level_doubt(
     level: int,
     *,
-    finer: int,
     sizes: Sequence[tuple[int, int]],
     pages: dict[int, TiffPage],
     read: ReadLevel,
@@ -278,11 +271,11 @@ def _level_doubt(
 
     A level's scale is known from its size alone, so a writer that padded it to whole tiles makes
     every place in it wrong. Its sides must agree, its own resolution where it states one, and its
-    pixels with those of a finer level, far from the origin where an error of scale shows.
+    pixels with those of the next finer level, which is trusted, far from the origin where an error
+    of scale shows.
 
     Args:
         level: Number of the level, from 1.
-        finer: A level that is trusted.
         sizes: (width, height) of all levels.
         pages: {level: its page}, as far as they are known.
         read: Reads pixels of a level.
@@ -310,7 +303,7 @@ def _level_doubt(
         if stated > 1.01 and abs(stated / downsample - 1) > _SIZES_AGREE + 2 * rounding:
             return doubt(f"states that it is {stated:.3f} times coarser, its size {downsample:.3f}")
     for x, y in _windows(level, sizes[level], page, read):
-        if (shift := _shift(level, finer, sizes, (x, y), read)) is not None:
+        if (shift := _shift(level, sizes, (x, y), read)) is not None:
             return doubt(shift)
     return None
 
@@ -341,12 +334,12 @@ def _windows(
 
 def _shift(
     level: int,
-    finer: int,
     sizes: Sequence[tuple[int, int]],
     corner: tuple[int, int],
     read: ReadLevel,
 ) -> str | None:
     """Compare a window of a level with the finer one; say what is wrong, None if nothing is."""
+    finer = level - 1
     side = min(_WINDOW, *sizes[level])
     scale = [sizes[finer][i] / sizes[level][i] for i in (0, 1)]
     if max(scale) > 32:  # a window would be sixteen megapixels

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import struct
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tifffile
@@ -84,6 +87,11 @@ class TiffLayout:
     big_endian: bool = False
 
     @property
+    def tiled(self) -> list[TiffPage]:
+        """Pages that are tiled; level 0 is the first."""
+        return [page for page in self.pages if page.tile_w]
+
+    @property
     def is_ome(self) -> bool:
         """True if the file describes itself in OME-XML."""
         return self.description.rstrip().endswith("OME>")
@@ -112,6 +120,9 @@ class JpegLevel:
     def across(self) -> int:
         """Tiles in a row."""
         return -(-self.width // self.tile_w)
+
+
+_Image = TypeVar("_Image", TiffPage, JpegLevel)
 
 
 def is_tiff(path: str | Path) -> bool:
@@ -226,13 +237,24 @@ def check_limits(layout: TiffLayout) -> None:
             code="unreadable",
         )
     # Scenes, planes and levels of one file; how many of them are levels, OpenSlide says.
-    tiled = sum(page.tile_w > 0 for page in layout.pages)
-    if tiled > MAX_TILED_PAGES:
+    if len(layout.tiled) > MAX_TILED_PAGES:
         raise SlideError(
             f"{name} declares more than {MAX_TILED_PAGES} tiled images.",
             hint="Such a file is damaged or hostile.",
             code="reader_limits",
         )
+
+
+def by_level(sizes: Sequence[tuple[int, int]], images: Sequence[_Image]) -> dict[int, _Image]:
+    """Return {level: its image} of the levels whose size one image alone has.
+
+    Args:
+        sizes: (width, height) of the levels.
+        images: Pages of the file, or JPEG levels.
+    """
+    counts = Counter((image.width, image.height) for image in images)
+    by_size = {(image.width, image.height): image for image in images}
+    return {level: by_size[size] for level, size in enumerate(sizes) if counts[size] == 1}
 
 
 def jpeg_levels(layout: TiffLayout) -> list[JpegLevel]:

@@ -18,7 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.ablations import KNOWN, AblationConfig, ablations, differences, pretrain_config, spread
+from jobs.ablations import (
+    KNOWN,
+    AblationConfig,
+    ablations,
+    by_seed,
+    differences,
+    pretrain_config,
+    spread,
+)
 from jobs.ingest import ingest
 from jobs.ingest.config import IngestConfig
 from jobs.trees import TreesConfig, trees
@@ -84,15 +92,7 @@ def measure(
         found = ablations(str(archive), archive.parent, config, settings=settings)
         rows += found["runs"]
         print(f"mention {mention}, seed {seed}: {len(found['runs'])} runs", file=sys.stderr)
-    values = {
-        name: {
-            key: [row["metrics"].get(key) for row in rows if row["name"] == name]
-            for key in dict.fromkeys(
-                key for row in rows if row["name"] == name for key in row["metrics"]
-            )
-        }
-        for name in dict.fromkeys(row["name"] for row in rows)
-    }
+    values = {name: by_seed(rows, name) for name in dict.fromkeys(row["name"] for row in rows)}
     chance: dict[str, float] = {}
     for row in rows:
         chance |= {key: value for key, value in row["chance"].items() if value is not None}
@@ -131,12 +131,13 @@ def main() -> None:
         return
     for name, mine in document["table"].items():
         print(name)
-        for key, cell in mine.items():
+        for key, own in mine.items():
             gain = document["difference"].get(name, {}).get(key)
-            print(f"  {key:36} {_cell(cell)}", f"  all minus it {_cell(gain)}" if gain else "")
+            print(f"  {key:36} {cell(own)}", f"  all minus it {cell(gain)}" if gain else "")
 
 
-def _cell(found: dict[str, Any]) -> str:
+def cell(found: dict[str, Any]) -> str:
+    """Return mean, interval and number of runs as text."""
     if found["mean"] is None:
         return "-"
     low, high = found["ci"] or (float("nan"), float("nan"))

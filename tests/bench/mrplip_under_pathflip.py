@@ -36,6 +36,7 @@ from pathflip.interop.tree_captions import (
 )
 from pathflip.slides.outlines import fill
 from pathflip.synth import make_cohort
+from tests.bench.mrplip_planted import cell
 
 SPEC = TreeSpec(parent_um=256, node_px=128)
 TILING = Tiling(region_um=256, patch_um=64)
@@ -212,14 +213,6 @@ def main() -> None:
     for key, gain in document["difference"].items():
         base, over = (document["table"][name][key] for name in ("base", "mrplip"))
         print(f"{key:32} {cell(base)}  {cell(over)}  {cell(gain)}  {document['chance'].get(key)}")
-
-
-def cell(found: dict[str, Any]) -> str:
-    """Return mean and interval as text."""
-    if found["mean"] is None:
-        return "-"
-    low, high = found["ci"] or (float("nan"), float("nan"))
-    return f"{found['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 if __name__ == "__main__":

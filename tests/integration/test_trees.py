@@ -157,7 +157,7 @@ def test_the_chosen_trees_are_there_once(made: Path) -> None:
 def test_driver_killed_between_the_tables_then_run_twice_at_once(
     clean: Clean, made: Path, cluster: str, tmp_path: Path
 ) -> None:
-    """Of the two one works and the other says who holds the archive; or both come to the end."""
+    """One of two runs works and the other says who holds the archive; or both come to the end."""
     uri = Path(shutil.copytree(clean.archive, tmp_path / "a"))
     settings = [word for each in (*SMALL, "per_slide=3", "commit_s=0") for word in ("-o", each)]
     words = ("trees", "--archive", str(uri), "--json", "--address", cluster, *settings)
