@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from serve import proxy
+from tests import s3
 from tests.faults import descendants, resident_bytes, without_compiler
 
 if TYPE_CHECKING:
@@ -129,10 +130,25 @@ def spilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(spilled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def store() -> Iterator[s3.Store]:
+    """The session's S3-compatible store; this process and those it starts find it by variables."""
+    with s3.running() as store, mock.patch.dict(os.environ, store.environment):
+        yield store
+
+
+@pytest.fixture
+def bucket(store: s3.Store) -> str:
+    """An empty bucket of its own for a test, as ``s3://<name>``."""
+    return store.new_bucket()
+
+
+@pytest.fixture(scope="session")
+def cluster(
+    spilled: Path, store: s3.Store, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The session's Ray on this machine; yields its address. Jobs in this process use it.
 
-    Its processes find no compiler, as in the image, nor what one made before.
+    Its processes find no compiler, as in the image, nor what one made before; and the object store.
     """
     import ray
 
