@@ -209,11 +209,13 @@ class Ingress:
             name: DeploymentClient(handle, streams=("chat",), retried=name != "instructor")
             for name, handle in parts.items()
         }
+        tokens = None if token_file is None else read_tokens(token_file)
+        proxy.admit(None if tokens is None else (digest for digest, _ in tokens.digests))
         self._audit, self._drain_s = AuditLog(audit), drain_s
         self._app = make_app(
             Parts(**clients, redactions=redactions),
             limits=limits,
-            tokens=None if token_file is None else read_tokens(token_file),
+            tokens=tokens,
             audit=self._audit,
             proofs=proxy.Proofs.here(),
         )

@@ -43,6 +43,8 @@ OPEN = ("/healthz",)
 UNCOUNTED = ("/healthz", "/readyz", "/metrics")
 """Paths that are answered whatever the load."""
 
+_WITH_BODY = ("POST", "PUT", "PATCH")
+
 STATUS = {
     "unknown_slide": 404,
     "unknown_region": 404,
@@ -236,9 +238,10 @@ class Guard:
                     raise RequestError("The service is stopping.", code="unavailable")
                 if self.running > self.limits.concurrent:
                     raise RequestError("Too many concurrent requests.", code="busy")
-            # Whoever needs no token has nothing read for it either.
-            unread = scope["path"] in OPEN
-            body = b"" if unread else await self._body(scope, headers, receive)
+            # What no route reads is not read here either: it would be held, and counted nowhere.
+            body: bytes | None = b""
+            if scope["method"] in _WITH_BODY:
+                body = await self._body(headers, receive)
             if body is None:
                 return
             async with asyncio.timeout(self.limits.answer_s) as answer.deadline:
@@ -269,12 +272,11 @@ class Guard:
             raise RequestError("Send a valid token: Authorization: Bearer TOKEN.", code="no_token")
         return client
 
-    async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes | None:
-        if scope["method"] in ("POST", "PUT", "PATCH"):
-            # Browsers do not send this type to another site without a preflight.
-            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise RequestError("Content-Type must be application/json.", code="media_type")
+    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+        # Browsers do not send this type to another site without a preflight.
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise RequestError("Content-Type must be application/json.", code="media_type")
         return await read_body(receive, headers, self.limits)
 
 

@@ -3,14 +3,15 @@
 Ray Serve's own proxy is a Python process that every chunk of every answer passes; HAProxy, which
 Ray brings along, takes a tenth of its time. As Ray starts it, HAProxy shows its statistics on every
 interface, takes commands from every user of the machine, writes paths to the system's log, hides
-the client's address, turns a 503 into a 500, and forwards requests to whoever listens where a
-replica did or at the port of Serve's fallback, which may be another service: :func:`harden` mends
-its configuration before HAProxy reads it. HAProxy and ingress then prove to each other, by
-:class:`Proofs` of one secret, that they belong together.
+the client's address, turns a 503 into a 500, waits an hour for what a client does not send, and
+forwards requests to whoever listens where a replica did or at the port of Serve's fallback, which
+may be another service: :func:`harden` mends its configuration before HAProxy reads it. HAProxy and
+ingress then prove to each other, by :class:`Proofs` of one secret, that they belong together.
+:mod:`serve.proxy_process` runs HAProxy and starts it again when it dies.
 
 ``python -m serve.proxy FOLDER`` prints the variables for the shell that starts a node of a cluster.
 
-Read in this order: :func:`environment`, :class:`Proofs`, :func:`harden`.
+Read in this order: :func:`environment`, :class:`Proofs`, :func:`admit`, :func:`harden`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shlex
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -32,25 +35,39 @@ DRAIN_S = 2
 MAX_MESSAGE = 2**31 - 1
 """Bytes of a message between replicas, the most that gRPC can count."""
 
+HEAD_S = 5
+"""Seconds a client has for the head of a request."""
+SILENT_S = 30
+"""Seconds a client may be silent in the middle of a body, or read nothing of an answer."""
+MAX_CONNECTIONS = 16_384
+"""Most connections of all clients: 16 kB each while a head is half sent."""
+ADDRESS_CONNECTIONS = 1024
+"""Most connections of one address, but not of this machine's, where a reverse proxy may be."""
+ADDRESS_OPEN_RATE = 100
+"""Most requests in a second that one address makes to paths that need no token."""
+
 SECRET = "PATHFLIP_PROXY_SECRET"
 """Environment variable with the secret of one service's HAProxy and ingress replicas."""
 ASKED_BY, ANSWERED_BY = "x-pathflip-proxy", "x-pathflip-ingress"
 """Headers with the proof of HAProxy in requests and of the ingress in responses."""
 
-_DROPPED = re.compile(
-    r"\s*(log\s|option httplog|option splice-request|http-request set-header x-forwarded-for"
-    rf"|server .* backup$|http-re\w+ .*({ASKED_BY}|{ANSWERED_BY}|res.hdr.request-id))"
-)
+OWN_SOCKET = ".own"
+"""Ending of the socket where HAProxy takes commands; Ray's is :mod:`serve.proxy_process`'s."""
+_DROPPED = re.compile(r"\s*(log\s|option httplog|option splice-request|server .* backup$)")
+_HARDENED = "# hardened"
 _ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
+_CONFIG = "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"
+_TOKENS = "tokens"  # name of the file of digests
 _NOTHING_UP = "    http-request deny deny_status 503"
-_BUSY = {
-    "type": "about:blank",
-    "title": "Service Unavailable",
-    "status": 503,
-    "detail": "No replica of the service is up.",
-    "message": "No replica of the service is up.",
-    "code": "unavailable",
+_ERRORS = {
+    400: ("Bad Request", "bad_request", "The request is not HTTP/1.1."),
+    401: ("Unauthorized", "no_token", "Send a valid token: Authorization: Bearer TOKEN."),
+    408: ("Request Timeout", "too_slow", "The request did not arrive in time."),
+    413: ("Content Too Large", "too_large", "Requests to this path have no body."),
+    429: ("Too Many Requests", "busy", "Too many requests from one address."),
+    503: ("Service Unavailable", "unavailable", "No replica of the service is up."),
 }
+_ERROR_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 def environment(folder: str | Path) -> dict[str, str]:
@@ -73,30 +90,25 @@ def environment(folder: str | Path) -> dict[str, str]:
     folder = Path(folder).absolute()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     secret = _secret(folder / "secret")
-    body = json.dumps(_BUSY)
-    (folder / "503.http").write_bytes(
-        "\r\n".join((
-            "HTTP/1.1 503 Service Unavailable", "Content-Type: application/problem+json",
-            f"Content-Length: {len(body)}", "Retry-After: 1", "Cache-Control: no-store",
-            "X-Content-Type-Options: nosniff", "", body,
-        )).encode()
-    )  # fmt: skip
-    command = [sys.executable, "-I", __file__, str(folder), get_haproxy_binary()]
-    binary = folder / "haproxy"
-    binary.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
-    binary.chmod(0o700)
+    for status in (400, 408, 503):
+        write_private(folder / f"{status}.http", _answer(status))
+    write_private(folder / "binary", get_haproxy_binary())
+    command = [sys.executable, "-I", str(Path(__file__).with_name("proxy_process.py")), str(folder)]
+    write_private(folder / "start", f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', mode=0o700)
     return {
         _ENABLED: "1",
         SECRET: secret,
         # Serve shares this port silently with whoever else listens there.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(binary),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "start"),
+        _CONFIG: str(folder / "proxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # the ingress has its own
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(_connections()),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENT_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
         # One event loop in a replica, not three; between replicas gRPC, with Ray's token.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -131,6 +143,17 @@ class Proofs(NamedTuple):
         return cls.of(secret) if secret and os.environ.get(_ENABLED) == "1" else None
 
 
+def admit(digests: Iterable[bytes] | None) -> None:
+    """Tell HAProxy of this machine which tokens there are, for its next start or reload.
+
+    Args:
+        digests: SHA-256 digests of all tokens; None where none is needed.
+    """
+    if Proofs.here() is not None:
+        lines = "".join(f"{digest.hex()}\n" for digest in digests or ())
+        write_private(Path(os.environ[_CONFIG]).with_name(_TOKENS), lines)
+
+
 def harden(config: str, folder: Path) -> str:
     """Harden HAProxy's configuration.
 
@@ -144,10 +167,13 @@ def harden(config: str, folder: Path) -> str:
         error is a 503 with ``Retry-After``, also while no part is up; request bodies are not
         spliced, which would hide that a client has left; Serve's fallback is not asked; requests
         carry :class:`Proofs`, and an answer without its proof is replaced by a 503; an answer has
-        one request id, the ingress's.
+        one request id, the ingress's. Heads have :data:`HEAD_S` seconds, addresses a number of
+        connections; what has none of the tokens of :func:`admit` ends here, and so does a body on
+        a path that needs none.
     """
-    proofs = Proofs.of(_secret(folder / "secret"))
-    lines, section = [], ""
+    if _HARDENED in config:
+        return config
+    lines, section = [_HARDENED], ""
     for line in config.splitlines():
         if _DROPPED.match(line):
             continue
@@ -155,22 +181,120 @@ def harden(config: str, folder: Path) -> str:
             section = line.strip()
         if section in ("frontend prometheus", "listen stats"):
             line = re.sub(r"(bind )\*?:(\d+)$", rf"\g<1>unix@{folder}/\g<2>.sock mode 600", line)
-        line = re.sub(r"(stats socket \S+ mode )\d+", r"\g<1>600", line)
+        line = re.sub(r"(stats socket )(\S+ mode )\d+", rf"\1{_own(line, folder)} mode 600", line)
         line = re.sub(r"(errorfile 50\d ).*", rf"\g<1>{folder}/503.http", line)
         if section == "backend default_backend" and line.lstrip().startswith("http-request return"):
             line = _NOTHING_UP
         lines.append(line)
-        if line == section == "frontend http_frontend":
+        if line == section == "defaults":
             lines += [
-                "    http-request set-header x-forwarded-for %[src]",
-                f"    http-request set-header {ASKED_BY} {proofs.asks}",
-                "    http-response deny deny_status 503 "
-                f"unless {{ res.hdr({ANSWERED_BY}) -m str {proofs.answers} }}",
-                f"    http-response del-header {ANSWERED_BY}",
-                # Serve adds an id of its own, or the client's; the audit log knows this one.
-                "    http-response set-header x-request-id %[res.hdr(request-id)]",
+                f"    timeout http-request {HEAD_S}s",
+                "    option disable-h2-upgrade",
+                *(f"    errorfile {status} {folder}/{status}.http" for status in (400, 408)),
             ]
-    return "\n".join(lines) + "\n"
+        if line == section == "frontend http_frontend":
+            lines += _frontend(folder)
+    return "\n".join([*lines, *_OPEN_TABLE, ""])
+
+
+_OPEN_TABLE = (
+    "backend pathflip_open",
+    "    stick-table type ipv6 size 100k expire 10s store http_req_rate(1s)",
+)
+
+
+def _frontend(folder: Path) -> list[str]:
+    """Rules for all requests, before Ray's."""
+    proofs = Proofs.of(_secret(folder / "secret"))
+    # HAProxy answers below /-/ itself: Kubernetes asks there whether it is up.
+    rules = [
+        "stick-table type ipv6 size 100k expire 10s store conn_cur",
+        "tcp-request connection track-sc0 src",
+        f"tcp-request connection reject if {{ sc0_conn_cur gt {ADDRESS_CONNECTIONS} }}"
+        " !{ src 127.0.0.0/8 ::1 }",
+        "acl pathflip_open path /healthz",
+        "acl pathflip_open path_beg /-/",
+        "acl pathflip_body req.hdr_val(content-length) gt 0",
+        "acl pathflip_body req.hdr(transfer-encoding) -m found",
+        "http-request set-var(txn.pathflip_id) uuid(),regsub(-,,g)",
+        "http-request track-sc1 src table pathflip_open if pathflip_open",
+        _refuse(413, "if pathflip_open pathflip_body"),
+        _refuse(429, f"if pathflip_open {{ sc1_http_req_rate gt {ADDRESS_OPEN_RATE} }}"),
+    ]
+    tokens = folder / _TOKENS
+    if tokens.exists() and tokens.stat().st_size:
+        rules += [
+            "acl pathflip_known req.fhdr(authorization),word(2,' '),sha2(256),hex,lower"
+            f" -m str -f {tokens}",
+            _refuse(401, "unless pathflip_open or pathflip_known"),
+        ]
+    rules += [
+        "http-request set-header x-forwarded-for %[src]",
+        f"http-request set-header {ASKED_BY} {proofs.asks}",
+        "http-response deny deny_status 503 "
+        f"unless {{ res.hdr({ANSWERED_BY}) -m str {proofs.answers} }}",
+        f"http-response del-header {ANSWERED_BY}",
+        # Serve adds an id of its own, or the client's; the audit log knows this one.
+        "http-response set-header x-request-id %[res.hdr(request-id)]",
+    ]
+    return [f"    {rule}" for rule in rules]
+
+
+def _refuse(status: int, condition: str) -> str:
+    """Rule that answers as the ingress refuses (:func:`serve.middleware.problem`)."""
+    request_id = "%[var(txn.pathflip_id)]"
+    headers = {"Request-Id": request_id, "X-Request-Id": request_id} | _error_headers(status)
+    added = " ".join(f'hdr {name} "{value}"' for name, value in headers.items())
+    body = _problem(status, request_id=request_id)
+    return (
+        f"http-request return status {status} content-type application/problem+json "
+        f"lf-string '{body}' {added} {condition}"
+    )
+
+
+def _problem(status: int, **more: str) -> str:
+    title, code, detail = _ERRORS[status]
+    about = {"type": "about:blank", "title": title, "status": status}
+    return json.dumps(about | {"detail": detail, "message": detail, "code": code} | more)
+
+
+def _error_headers(status: int) -> dict[str, str]:
+    more = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+    return _ERROR_HEADERS | (more | {503: more[429]}).get(status, {})
+
+
+def _answer(status: int) -> str:
+    """HAProxy's own error, whole."""
+    body = _problem(status)
+    headers = {"Content-Type": "application/problem+json", "Content-Length": str(len(body))}
+    headers |= _error_headers(status)
+    # After what HAProxy could not read, the connection is of no use.
+    headers |= {} if status == 503 else {"Connection": "close"}
+    named = (f"{name}: {value}" for name, value in headers.items())
+    return "\r\n".join([f"HTTP/1.1 {status} {_ERRORS[status][0]}", *named, "", body])
+
+
+def _own(line: str, folder: Path) -> str:
+    """Path of HAProxy's socket for commands, in place of the one in a line; short, as it must."""
+    found = re.search(r"stats socket (\S+)", line)
+    name = Path(found[1]).parent.name[:8] if found else ""
+    return f"{folder}/{name}{OWN_SOCKET}"
+
+
+def _connections() -> int:
+    """Connections for which there are file descriptors: two each, and two for a pipe of four."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, max(100, (most - 1000) * 2 // 5))
+
+
+def write_private(file: Path, text: str, *, mode: int = 0o600) -> None:
+    """Write a file, whole or not at all, that only this user can read."""
+    made = file.with_name(f"{file.name}.{os.getpid()}")
+    made.touch(mode=mode)
+    made.write_bytes(text.encode())
+    os.replace(made, file)
 
 
 def _secret(file: Path) -> str:
@@ -194,22 +318,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(folder: Path, binary: str, arguments: list[str]) -> None:
-    """Replace this process by HAProxy with the hardened configuration."""
-    if "-f" in arguments:
-        file = Path(arguments[arguments.index("-f") + 1])
-        whole = file.with_suffix(".ours")
-        whole.touch(mode=0o600)
-        whole.write_text(harden(file.read_text(), folder))
-        os.replace(whole, file)
-    os.execv(binary, [binary, *arguments])
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        _start(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
-    elif len(sys.argv) == 2:
-        for name, value in environment(sys.argv[1]).items():
-            print(f"export {name}={shlex.quote(value)}")
-    else:
+    if len(sys.argv) != 2:
         sys.exit("usage: python -m serve.proxy FOLDER")
+    for name, value in environment(sys.argv[1]).items():
+        print(f"export {name}={shlex.quote(value)}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import hashlib
+import os
 import re
+import signal
 import socket
 import stat
 import subprocess
@@ -12,14 +16,15 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import pytest
 
 from serve import proxy
 from serve.limits import Limits
-from tests.faults import listening, until
+from tests.attacks import HALF, ended, head, held
+from tests.faults import alive, descendants, listening, until
 from tests.serving import free_port
 
 ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -33,8 +38,10 @@ def variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
     return proxy.environment(tmp_path / "p")
 
 
-def of_ray(folder: Path, port: int, backend: int, fallback: int | None = None) -> str:
-    """A configuration by Ray's own template; with a port, it has a fallback there."""
+def ray_api(
+    folder: Path, port: int, backend: int | None, fallback: int | None = None, **options: Any
+) -> Any:
+    """Ray's interface to HAProxy, with one replica, and a fallback if it is given a port."""
     from ray.serve._private import haproxy as of_ray
     from ray.serve.config import HTTPOptions
 
@@ -45,34 +52,42 @@ def of_ray(folder: Path, port: int, backend: int, fallback: int | None = None) -
         server_state_file=str(folder / "state"),
         has_received_routes=True,
         has_received_servers=True,
+        **options,
     )
-    server = of_ray.ServerConfig(name="replica", host="127.0.0.1", port=backend)
+    server = backend and of_ray.ServerConfig(name="replica", host="127.0.0.1", port=backend)
     other = fallback and of_ray.ServerConfig(name="fallback", host="127.0.0.1", port=fallback)
     backends = {"app": of_ray.BackendConfig(
         name="app", app_name="app", path_prefix="/", servers=[server], fallback_server=other
     )}  # fmt: skip
-    api = of_ray.HAProxyApi(
-        cfg=config, backend_configs=backends, config_file_path=str(folder / "haproxy.cfg")
-    )
-    api._generate_config_file_internal()
-    return (folder / "haproxy.cfg").read_text()
+    return of_ray.HAProxyApi(
+        cfg=config, backend_configs=backends if backend else {},
+        config_file_path=str(folder / "proxy.cfg"),
+    )  # fmt: skip
+
+
+def of_ray(folder: Path, *ports: int | None, **options: Any) -> str:
+    """A configuration by Ray's own template."""
+    ray_api(folder, *ports, **options)._generate_config_file_internal()
+    return (folder / "proxy.cfg").read_text()
 
 
 @contextlib.contextmanager
 def started(folder: Path, binary: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """HAProxy on the configuration in a folder, listening at its one port."""
-    process = subprocess.Popen([binary, "-db", "-f", str(folder / "haproxy.cfg")])
+    process = subprocess.Popen([binary, "-db", "-f", str(folder / "proxy.cfg"), "-dR"])
     try:
 
         def listens() -> bool:
             assert process.poll() is None, "HAProxy ended at once; above it says why"
-            return listening([process.pid]) == {port}
+            return listening(descendants(process.pid)) == {port}
 
         until(listens, seconds=20, what="HAProxy listens")
         yield process
     finally:
+        below = descendants(process.pid)
         process.kill()
         process.wait()
+        until(lambda: not any(map(alive, below)), seconds=10, what="HAProxy ends with its parent")
 
 
 def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path) -> None:
@@ -87,8 +102,9 @@ def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path
         assert answer.json()["code"] == "unavailable"
         assert answer.headers["retry-after"] == "1"
         assert answer.headers["content-type"] == "application/problem+json"
-        assert listening([process.pid]) == {port}
-        for name in ("admin.sock", "8404.sock"):
+        assert listening(descendants(process.pid)) == {port}
+        until((folder / "admin.sock").exists, seconds=10, what="Ray's socket")
+        for name in ("admin.sock", "p.own", "8404.sock"):
             (made,) = [file for file in folder.iterdir() if file.name == name]
             assert stat.S_IMODE(made.stat().st_mode) == 0o600
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -122,10 +138,10 @@ class Behind(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def before(server: ThreadingHTTPServer, folder: Path, binary: str) -> Iterator[int]:
+def before(server: ThreadingHTTPServer, folder: Path, binary: str, **options: Any) -> Iterator[int]:
     """HAProxy in front of a server that runs in a thread of its own; yields its port."""
     port = free_port()
-    of_ray(folder, port, int(server.server_address[1]))
+    of_ray(folder, port, int(server.server_address[1]), **options)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with started(folder, binary, port):
@@ -257,3 +273,218 @@ def test_a_choice_of_the_operator_stays(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
     assert proxy.environment(tmp_path / "p") == {}
     assert not (tmp_path / "p").exists()
+
+
+# -- clients without a token --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def guarded(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, folder: Path, *, token: str = ""
+) -> Iterator[tuple[int, type[Behind]]]:
+    """HAProxy before an ingress; yields its port and what is behind. With a token, it is known."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    proxy.admit([hashlib.sha256(token.encode()).digest()] if token else None)
+    own = knowing(variables[proxy.SECRET])
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), own) as behind,
+        before(behind, folder, variables["RAY_SERVE_HAPROXY_BINARY_PATH"]) as port,
+    ):
+        yield port, own
+
+
+def test_half_sent_heads_stop_nobody(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than Ray lets HAProxy have: all others are answered, and they are ended."""
+    with (
+        guarded(variables, monkeypatch, tmp_path / "p") as (port, _),
+        held(port, HALF, 4_200) as every,
+    ):
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60).status_code == 200
+        assert ended(every) < len(every), "they were ended before anybody else asked"
+        until(lambda: ended(every) == len(every), seconds=60, what="they are ended")
+
+
+def test_a_token_is_asked_for_before_anything_is_read(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, path = "t" * 32, "/v1/models"
+    with guarded(variables, monkeypatch, tmp_path / "p", token=token) as (port, behind):
+        url = f"http://127.0.0.1:{port}"
+        for shown in (None, "Bearer", "Bearer wrong", f"Bearer {token}x", token, "Bearer ,"):
+            fields = {} if shown is None else {"Authorization": shown}
+            for asked in (path, "/", "/readyz", "/healthz/", "//healthz", "/HEALTHZ"):
+                answer = httpx.get(url + asked, headers=fields)
+                assert (answer.status_code, answer.json()["code"]) == (401, "no_token")
+                assert answer.headers["content-type"] == "application/problem+json"
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert answer.headers["request-id"] == answer.json()["request_id"]
+        assert set(behind.asked) <= {"/-/healthz"}, "it was asked"
+        # Bodies that never come are not waited for.
+        with held(port, head("POST", path, 10_000_000), 20, then=b"x" * 1_000_000) as every:
+            until(lambda: ended(every) == len(every), seconds=20, what="they are ended")
+        for good in (f"Bearer {token}", f"bearer  {token}"):
+            answer = httpx.get(url + path, headers={"Authorization": good})
+            assert answer.status_code == 200
+        assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_open_paths_have_no_body_and_a_rate(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with guarded(variables, monkeypatch, tmp_path / "p") as (port, behind):
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url) as client:
+            for path in ("/healthz", "/-/routes"):
+                for sent in (b"{}", iter([b"{}"])):
+                    answer = client.request("GET", path, content=sent)
+                    assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+            with held(port, head("GET", "/healthz", 10_000_000), 20) as every:
+                until(lambda: ended(every) == len(every), seconds=20, what="they are ended")
+            assert "/healthz" not in behind.asked
+            told = {}
+            for _ in range(50 * proxy.ADDRESS_OPEN_RATE):
+                answer = client.get("/healthz")
+                told[answer.status_code] = answer
+                if answer.status_code == 429:
+                    break
+            assert set(told) == {200, 429}
+            assert told[429].headers["retry-after"] == "1"
+            assert client.get("/v1/models").status_code == 200, "others are not meant"
+
+
+def test_connections_of_an_address(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another machine's; here it is this machine's, by its address in the network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        address = probe.getsockname()[0]
+    most = proxy.ADDRESS_CONNECTIONS
+    with (
+        guarded(variables, monkeypatch, tmp_path / "p") as (port, _),
+        held(port, b"", most + 50, address=address) as every,
+    ):
+        until(lambda: ended(every) >= 50, seconds=20, what="those above the limit are ended")
+        assert ended(every) == 50
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://{address}:{port}/v1/models", timeout=60)
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60).status_code == 200
+
+
+def test_whoever_waits_for_an_answer_may_be_silent(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
+    """A client's silence ends its connection only where it is the client's turn."""
+
+    class Late(knowing(variables[proxy.SECRET])):  # type: ignore[misc]
+        def do_GET(self) -> None:
+            if not self.path.startswith("/-/"):
+                time.sleep(2.5)
+            super().do_GET()
+
+    start = variables["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Late) as behind,
+        before(behind, tmp_path / "p", start, timeout_client_s=1) as port,
+    ):
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60).status_code == 200
+        with held(port, head("POST", "/v1/search", 10), 1) as every:
+            until(lambda: ended(every) == 1, seconds=20, what="who owes a body is ended")
+
+
+# -- HAProxy dies ---------------------------------------------------------------------------------
+
+
+def answers(port: int) -> bool:
+    """Return whether the ingress answers; else there must be no connection, or a 503."""
+    try:
+        answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60)
+    except httpx.TransportError:
+        return False
+    assert answer.status_code in (200, 503)
+    return answer.status_code == 200
+
+
+@pytest.fixture
+def ingress(variables: dict[str, str]) -> Iterator[int]:
+    """Port of what knows the secret."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), knowing(variables[proxy.SECRET])) as behind:
+        threading.Thread(target=behind.serve_forever, daemon=True).start()
+        yield int(behind.server_address[1])
+        behind.shutdown()
+
+
+def test_haproxy_dies(
+    variables: dict[str, str], tmp_path: Path, ingress: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there again, and to Ray's own code it never went: that reloads and stops it."""
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", variables["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    port = free_port()
+    api = ray_api(tmp_path / "p", port, ingress)
+
+    async def main() -> None:
+        await api.start()
+        known = api._proc.pid
+        until(lambda: answers(port), seconds=20, what="it answers")
+        for _ in range(3):
+            (child,) = descendants(known)
+            os.kill(child, signal.SIGKILL)
+            until(lambda: answers(port), seconds=20, what="it answers again")
+            assert descendants(known) != [child]
+            assert await api._get_running_pid() == known
+        await api.reload()
+        assert api._proc.pid != known
+        assert answers(port)
+        until(lambda: not alive(known), seconds=20, what="the one before the reload ends")
+        assert descendants(api._proc.pid)
+        below = [api._proc.pid, *descendants(api._proc.pid)]
+        await api.stop()
+        until(lambda: not any(map(alive, below)), seconds=20, what="all end when Ray stops it")
+
+    asyncio.run(main())
+
+
+def test_a_successor_takes_over(variables: dict[str, str], tmp_path: Path, ingress: int) -> None:
+    """A new actor of Ray starts it anew and knows no replica yet: nobody is refused meanwhile."""
+    folder, port = tmp_path / "p", free_port()
+    of_ray(folder, port, ingress)
+    with started(folder, variables["RAY_SERVE_HAPROXY_BINARY_PATH"], port) as first:
+        until((folder / "admin.sock").exists, seconds=10, what="Ray's socket")
+        of_ray(folder, port, None)
+        assert answers(port)
+        with subprocess.Popen(
+            [variables["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(folder / "proxy.cfg"),
+             "-dR"]
+        ) as second:  # fmt: skip
+            try:
+                while first.poll() is None:
+                    assert answers(port)
+                assert first.returncode == 0
+                assert answers(port)
+                assert second.poll() is None
+            finally:
+                second.kill()
+
+
+def test_it_ends_with_the_raylet(
+    variables: dict[str, str], tmp_path: Path, ingress: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, port = tmp_path / "p", free_port()
+    of_ray(folder, port, ingress)
+    with subprocess.Popen(["sleep", "600"]) as raylet:
+        monkeypatch.setenv("RAY_RAYLET_PID", str(raylet.pid))
+        try:
+            with started(folder, variables["RAY_SERVE_HAPROXY_BINARY_PATH"], port) as process:
+                (child,) = descendants(process.pid)
+                assert answers(port)
+                raylet.kill()
+                process.wait(20)
+                assert not alive(child)
+        finally:
+            raylet.kill()
