@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
 from pathflip.archive.fragments import write_fragment
+from pathflip.archive.settings import slots_of
 
 TILING = {
     "region_um": 256.0,
@@ -42,6 +44,7 @@ def make_archive(
     split: Any = lambda n: "train",
     captions: bool = True,
     dim: int = DIM,
+    tiling: Mapping[str, float] = TILING,
     seed: int = 0,
 ) -> Path:
     """Make an archive: slide n shows an organ all over and each of its findings in one region.
@@ -54,8 +57,11 @@ def make_archive(
         split: n -> split, or None.
         captions: Whether to write captions; slide 0 has none then as well.
         dim: Feature width.
+        tiling: Grid the slides are cut on.
         seed: Seed of the features.
     """
+    slots = slots_of(dict(tiling))
+    side = round(tiling["region_um"] / tiling["mpp"])
     rng = np.random.default_rng(seed)
     looks = {name: rng.standard_normal(dim) for name in (*ORGANS, *FINDINGS)}
     rows: dict[str, list[dict[str, Any]]] = {"slides": [], "regions": [], "features": [], "emb": []}
@@ -69,9 +75,9 @@ def make_archive(
         count = int(rng.integers(regions[0], regions[1] + 1))
         where = {name: int(rng.integers(count)) for name in found}
         for number in range(count):
-            mask = rng.random(SLOTS) < 0.9
+            mask = rng.random(slots) < 0.9
             mask[0] = True
-            features = looks[organ] + 0.3 * rng.standard_normal((SLOTS, dim))
+            features = looks[organ] + 0.3 * rng.standard_normal((slots, dim))
             for name, place in where.items():
                 if place == number:
                     features[:6] += 2 * looks[name]
@@ -79,10 +85,10 @@ def make_archive(
             key = {"slide_id": slide, "region_id": schema.region_id(slide, rx=number, ry=n)}
             rows["regions"].append(
                 key
-                | {"rx": number, "ry": n, "x0": 512 * number, "y0": 512 * n, "size0": 512}
+                | {"rx": number, "ry": n, "x0": side * number, "y0": side * n, "size0": side}
                 | {"mpp": 0.5, "tissue_fraction": 1.0, "n_patches": int(mask.sum()), "n_bad": 0}
                 | {"patch_mask": mask.astype(np.uint8)}
-                | {f"patch_{what}": np.zeros(SLOTS) for what in ("tissue", "blur", "pen")}
+                | {f"patch_{what}": np.zeros(slots) for what in ("tissue", "blur", "pen")}
             )
             rows["features"].append(key | {"features": features.astype(np.float16).ravel()})
             rows["emb"].append(
@@ -97,16 +103,16 @@ def make_archive(
             | {"fingerprint": f"f{n}", "encoders": ["tex"], "patient_id": f"P{n // per_patient}"}
             | {"split": split(n), "mpp": 0.5, "n_regions": count, "n_patches": 1}
         )
-    create_archive(uri, tiling=TILING)
+    create_archive(uri, tiling=dict(tiling))
     with Committer(uri) as committer:
         committer.ensure_encoder_table("tex", revision="1", dim=dim, mpp=0.5, licence="MIT")
         table = schema.features_table("tex")
         fragment = write_fragment(
-            committer.uri, table, filled(schema.features_schema(SLOTS, dim), rows["features"])
+            committer.uri, table, filled(schema.features_schema(slots, dim), rows["features"])
         )
         committer.commit(
             slides=filled(schema.slides_schema(), rows["slides"]),
-            regions=filled(schema.regions_schema(SLOTS), rows["regions"]),
+            regions=filled(schema.regions_schema(slots), rows["regions"]),
             embeddings={"tex": filled(schema.embeddings_schema(dim), rows["emb"])},
             fragments={"tex": [fragment]},
         )

@@ -78,8 +78,8 @@ def classify(
 ) -> None:
     """Choose for each slide the class whose words fit it best."""
     from pathflip import Archive
+    from pathflip.evaluation.classify import classify as classify_slides
     from pathflip.evaluation.prompts import read_classes
-    from pathflip.evaluation.zeroshot import classify as classify_slides
 
     named = read_classes(classes)
     with working() as progress:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
+from pathflip.evaluation.encoding_cache import EncodingCache
 from pathflip.evaluation.grounding import VARIANTS, check_variant
 from pathflip.geometry import Tiling
 from pathflip.heatmap import (
@@ -29,7 +29,6 @@ from pathflip.heatmap import (
     heatmap_grid,
     overlay,
     patch_list,
-    slide_rects,
     write_geojson,
     write_png,
 )
@@ -44,7 +43,7 @@ class GroundingResult:
     """Heat of one text on one slide.
 
     Attributes:
-        slide: The slide's row in the archive.
+        slide: The slide's row in the archive; its id and mpp alone where no picture is wanted.
         text: Text that was looked for.
         variant, contrast: Settings of the heat.
         score: cos(v_tc(t), t): how well the text fits anywhere.
@@ -64,10 +63,15 @@ class GroundingResult:
     grid: HeatmapGrid
     boxes: list[Box]
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the result for JSON, in level-0 px; boxes in µm too."""
+    def as_json(self, *, patches: bool = True) -> dict[str, Any]:
+        """Return the result for JSON, in level-0 px; boxes in µm too.
+
+        Args:
+            patches: Whether to return the heat of every patch.
+        """
         every = np.ones(len(self.heat), np.bool_)
-        return {
+        more = {"patches": patch_list(self.heat, every, self.rects)} if patches else {}
+        return more | {
             "slide_id": self.slide["slide_id"],
             "text": self.text,
             "variant": self.variant,
@@ -75,7 +79,6 @@ class GroundingResult:
             "score": self.score,
             "mpp": self.slide["mpp"],
             "boxes": [box.as_json() for box in self.boxes],
-            "patches": patch_list(self.heat, every, self.rects),
         }
 
     def picture(self, *, boxes: bool = True) -> NDArray[np.uint8]:
@@ -142,7 +145,7 @@ def check_ending(path: str | Path) -> None:
 
 def ground_slide(
     archive: Archive,
-    run: Run,
+    run: Run | EncodingCache,
     slide: str,
     text: str,
     *,
@@ -150,54 +153,48 @@ def ground_slide(
     contrast: str | None = None,
     sigma: float = SIGMA,
     min_patches: int = MIN_PATCHES,
+    images: bool = True,
 ) -> GroundingResult:
     """Compute heat and boxes of a text on a slide.
 
     Args:
         archive: Archive with the slide and its features.
-        run: Run of the model.
+        run: Run of the model, or a cache of what it encoded.
         slide: A ``slide_id`` or unique file name.
         text: Text to look for.
         variant: ``attn``, ``region_only``, ``cosine`` or ``product``.
         contrast: Neutral prompt whose heat is subtracted, such as "tissue".
         sigma: Standard deviation of the smoothing, patches.
         min_patches: Minimum number of patches of a box.
+        images: Whether to read the slide's whole row, which a picture or a file needs.
 
     Raises:
         ConfigError: The text is empty, the variant unknown, or the run does not fit the archive.
         ArchiveError: The slide is unknown or not ready.
     """
-    import torch
-
     if not text.strip():
         raise ConfigError("The text to look for is empty.", hint='Say it: "areas of necrosis".')
     how = check_variant(variant)
-    encoder = check_fits(archive, run)
-    row = archive.slide(slide)
-    features, mask, _ = archive.features_array(row["slide_id"], encoder)
-    regions = archive.regions(row["slide_id"], columns=["region_id", "rx", "ry"])
-    xy = np.stack([regions["rx"].to_numpy(), regions["ry"].to_numpy()], axis=1).astype(np.int64)
-    device = run.model.device
-    with torch.no_grad():
-        found = run.model.ground(
-            torch.from_numpy(np.array(features)).float()[None].to(device),
-            torch.from_numpy(np.array(mask))[None].to(device),
-            [text],
-            variant=how,
-            contrast=contrast,
-        )
-    heat = found.heat[0, 0].double().cpu().numpy()
+    cache = run if isinstance(run, EncodingCache) else EncodingCache(run)
+    seen = cache.slide(archive, slide)
+    found = cache.run.model.heat(
+        seen.sight, seen.mask, cache.texts([text] if contrast is None else [text, contrast]),
+        variant=how, contrast=contrast is not None,
+    )  # fmt: skip
+    heat, mask = found.heat[0, 0].double().cpu().numpy(), seen.mask[0].cpu().numpy()
     tiling = Tiling(**archive.tiling())
-    raw = heatmap_grid(heat, mask, xy, tiling, mpp=row["mpp"])
+    raw = heatmap_grid(heat, mask, seen.region_xy, tiling, mpp=seen.mpp)
     grid = heat_map(raw, sigma=sigma)
     return GroundingResult(
-        slide=row,
+        slide=archive.slide(seen.slide_id)
+        if images
+        else {"slide_id": seen.slide_id, "mpp": seen.mpp},
         text=text,
         variant=variant,
         contrast=contrast,
         score=float(found.score[0, 0]),
         heat=heat[mask],
-        rects=slide_rects(xy, tiling, mpp=row["mpp"])[mask],
+        rects=seen.rects,
         grid=grid,
         boxes=find_boxes(grid, heat=raw, min_patches=min_patches),
     )

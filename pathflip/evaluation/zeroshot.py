@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap
 from pathflip.evaluation.encode import Encoded, SlideRow, encode, list_slides
-from pathflip.evaluation.prompts import Source, Suite, Task, read_classes, templates_of
+from pathflip.evaluation.prompts import Source, Suite, Task
 from pathflip.progress import Report
 
 if TYPE_CHECKING:
@@ -286,64 +286,6 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if means:
             found[kind] = means | {"tasks": len(mine)}
     return found
-
-
-def classify(
-    archive: Archive,
-    run: Run,
-    classes: Mapping[str, Sequence[str]] | str,
-    *,
-    templates: str | Sequence[str] = "ensemble",
-    score: Source = "global",
-    split: str | None = None,
-    slides: Sequence[str] | None = None,
-    progress: Report | None = None,
-) -> list[dict[str, Any]]:
-    """Choose a class for each slide.
-
-    Args:
-        archive: Archive with the features.
-        run: Run of the model.
-        classes: {class: names}, or what :func:`pathflip.evaluation.prompts.read_classes` takes.
-        templates: ``single``, ``ensemble``, or templates with CLASSNAME.
-        score: ``global``, ``local`` or ``sum``.
-        split: Only slides of it; all by default.
-        slides: Only these, by id or unique file name.
-        progress: Called while slides are encoded.
-
-    Returns:
-        One {"slide_id", "scores": {class: cosine}, "label": best class} per slide, by slide_id.
-    """
-    named = read_classes(classes) if isinstance(classes, str) else classes
-    task = Task(
-        name="classify",
-        kind="multiclass",
-        classes={key: tuple(names) for key, names in named.items()},
-        templates=templates_of(templates),
-        score=score,
-    )
-    suite = Suite(tasks=(task,))
-    rows = list_slides(archive, run, splits=None if split is None else (split,))
-    if slides is not None:
-        wanted = {archive.resolve(slide) for slide in slides}
-        rows = [row for row in rows if row.slide_id in wanted]
-        if absent := sorted(wanted - {row.slide_id for row in rows}):
-            raise ConfigError(
-                f"Slide {absent[0]} is not ready, not of the split, or lacks features.",
-                hint=f"See: pathflip slides show {absent[0]} --archive {archive.uri}",
-                code="no_slides",
-            )
-    encoded = encode(archive, run, slides=rows, texts=suite_texts(suite), progress=progress)
-    values = task_score(task, text_scores(run, encoded), suite)
-    names = list(task.classes)
-    return [
-        {
-            "slide_id": slide.slide_id,
-            "scores": dict(zip(names, row.tolist(), strict=True)),
-            "label": names[int(np.argmax(row))],
-        }
-        for slide, row in zip(encoded.slides, values, strict=True)
-    ]
 
 
 def _others(task: Task, suite: Suite) -> list[Task]:

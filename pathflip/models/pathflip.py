@@ -376,9 +376,23 @@ class PathFLIP(nn.Module):
             features: [B, N, M, d_in].
             patch_mask: bool [B, N, M].
         """
+        return self.slide_embedding(self.encode_vision(features, patch_mask, attention=False))
+
+    @torch.no_grad()
+    def encode_vision(
+        self, features: Tensor, patch_mask: Tensor, *, attention: bool = True
+    ) -> VisionOutput:
+        """Encode slides for :meth:`slide_embedding` and, with attention, for :meth:`heat`.
+
+        The arguments are those of :meth:`encode_regions`.
+        """
         with evaluating(self):
             features, patch_mask = features.to(self.device), patch_mask.to(self.device)
-            sight = self.encode_regions(features, patch_mask, regions=True)
+            return self.encode_regions(features, patch_mask, regions=True, attention=attention)
+
+    @torch.no_grad()
+    def slide_embedding(self, sight: VisionOutput) -> SlideEmbedding:
+        """Return the vectors of slides that :meth:`encode_vision` encoded."""
         tokens, mask = sight.flat()
         region_mask = sight.region_mask
         regions = sight.slide.new_zeros((*region_mask.shape, self.config.d))
@@ -479,23 +493,48 @@ class PathFLIP(nn.Module):
             ConfigError: The model has no regions, or there is no such variant.
         """
         self._need_regions()
+        every = [*texts] if contrast is None else [*texts, contrast]
+        return self.heat(
+            self.encode_vision(features, patch_mask),
+            patch_mask,
+            self.encode_text(every, normalize=False),
+            variant=variant,
+            contrast=contrast is not None,
+        )
+
+    @torch.no_grad()
+    def heat(
+        self,
+        sight: VisionOutput,
+        patch_mask: Tensor,
+        text_raw: Tensor,
+        *,
+        variant: grounding.Variant = "attn",
+        contrast: bool = False,
+    ) -> Grounding:
+        """Compute heat as :meth:`ground` does, of slides and texts that are encoded already.
+
+        Args:
+            sight: Output of :meth:`encode_vision`, with attention.
+            patch_mask: bool [B, N, M].
+            text_raw: Text vectors that are not normalised [L, d].
+            variant: See :meth:`ground`.
+            contrast: Whether the last text is the neutral one.
+        """
+        self._need_regions()
         if variant not in grounding.VARIANTS:
             raise ConfigError(
                 f"There is no grounding variant {variant!r}.",
                 hint=f"Known: {', '.join(grounding.VARIANTS)}.",
             )
-        every = [*texts] if contrast is None else [*texts, contrast]
-        raw = self.encode_text(every, normalize=False)
         with evaluating(self):
-            features, patch_mask = features.to(self.device), patch_mask.to(self.device)
-            sight = self.encode_regions(features, patch_mask, regions=True, attention=True)
             return grounding.ground(
                 sight,
-                patch_mask,
-                raw.to(sight.slide.dtype),
+                patch_mask.to(self.device),
+                text_raw.to(sight.slide.dtype),
                 self.region_attention,
                 variant=variant,
-                contrast=contrast is not None,
+                contrast=contrast,
             )
 
     def _need_regions(self) -> None:

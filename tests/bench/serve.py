@@ -6,6 +6,7 @@ with the client. Both sides of a ratio run on the same prompts in one run, takin
 * ``throughput``: tokens a second at concurrency 16, through the service and from ``vllm.LLM``;
 * ``first_token``: time to the first token at concurrency 1, of the service and of the engine;
 * ``search``: ``/v1/search`` over a million regions, alone and 32 at once, beside LanceDB's query;
+* ``grounding``: ``/v1/classify`` and ``/v1/ground``, alone and 64 at once;
 * ``overload``: ten times as many clients as answers at once: statuses, memory, what comes after;
 * ``scale``: one replica to two under load, one of two killed, a new version under open streams;
 * ``startup``: what a start of the engine costs as vLLM does it and as it is done here.
@@ -36,8 +37,9 @@ import httpx
 
 from serve import proxy
 from tests.bench.ingest import rounded, say
+from tests.bench.serve_grounding import grounding, running
 from tests.faults import command_line, descendants, resident_bytes
-from tests.serving import SMALL, Service, Tuned, cpu_s, free_port, make_tuned, start_service
+from tests.serving import SMALL, Service, Tuned, cpu_s, make_tuned, start_service
 
 Report = dict[str, Any]
 
@@ -415,14 +417,11 @@ def search(folder: Path, rows: int, seconds: float, dim: int = 256) -> Report:
     """
     import lancedb
     import numpy as np
-    import ray
-    from ray import serve
 
     from pathflip.archive import Archive
     from pathflip.archive.indexes import refresh_indexes
     from pathflip.checkpoints import model_name, write_whole
     from pathflip.models.pathflip import PathFLIP
-    from serve.app import NAME, build
     from tests.bench.search import Data, make_archive, make_blocks
 
     words = ("necrosis", "mucin", "keratin", "fibrosis", "tumour", "lymphocytes", "glands", "fat")
@@ -459,13 +458,6 @@ def search(folder: Path, rows: int, seconds: float, dim: int = 256) -> Report:
         query = query.where("kind = 'region'", prefilter=True).nprobes(16).refine_factor(3)
         assert query.select(columns).to_arrow().num_rows == 10
 
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    port = free_port()
-    quiet = {"enable_access_log": False, "log_level": "WARNING"}
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
-    serve.run(build({"archive": uri, "run": str(folder / "run")}), name=NAME)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-
     def over_http(number: int) -> None:
         body = {"text": texts[number % len(texts)], "level": "region", "k": 10}
         answer = client.post("/v1/search", json=body).raise_for_status()
@@ -494,12 +486,9 @@ def search(folder: Path, rows: int, seconds: float, dim: int = 256) -> Report:
             thread.join()
         return sum(done) / seconds
 
-    try:
+    with running(uri, str(folder / "run")) as url, httpx.Client(base_url=url, timeout=60) as client:
         found = {"rows": rows, "bare_p50_ms": one_by_one(bare), "p50_ms": one_by_one(over_http)}
         found |= {"bare_per_s_at_32": together(bare), "per_s_at_32": together(over_http)}
-    finally:
-        serve.shutdown()
-        ray.shutdown()
     return found | {"added_ms": found["p50_ms"] - found["bare_p50_ms"]}
 
 
@@ -526,7 +515,9 @@ def rss_mb() -> float:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parts = ("throughput", "first_token", "search", "overload", "scale", "startup")
+    parts = (
+        "throughput", "first_token", "search", "grounding", "overload", "scale", "startup"
+    )  # fmt: skip
     parser.add_argument("--only", action="append", choices=parts, default=[])
     parser.add_argument("--rows", type=int, default=1_000_000, help="regions that are searched")
     parser.add_argument("--quick", action="store_true", help="once, a smaller model, 10 s of load")
@@ -563,6 +554,7 @@ def main() -> None:
             "throughput": lambda: throughput(larger(), rounds),
             "first_token": lambda: first_token(tuned, rounds),
             "search": lambda: search(Path(folder) / "search", args.rows, 3 if args.quick else 15),
+            "grounding": lambda: grounding(Path(folder) / "grounding", 3 if args.quick else 20),
             "overload": lambda: overload(tuned, 10 if args.quick else 60),
             "scale": lambda: scale(tuned),
         }

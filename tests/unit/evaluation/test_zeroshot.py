@@ -7,13 +7,13 @@ import pytest
 from sklearn import metrics
 
 from pathflip.errors import ConfigError
+from pathflip.evaluation.classify import classify
 from pathflip.evaluation.encode import SlideRow
 from pathflip.evaluation.grounding import grounding
 from pathflip.evaluation.prompts import Suite, Task
 from pathflip.evaluation.suite import evaluate_all
 from pathflip.evaluation.zeroshot import (
     TextScores,
-    classify,
     evaluate_task,
     suite_texts,
     summary,
