@@ -93,7 +93,8 @@ def check_variant(name: str) -> Variant:
 def inside(points: ArrayLike, polygons: Sequence[Polygon]) -> NDArray[np.bool_]:
     """Return the mask of points that lie in any of the polygons and in no hole of it.
 
-    Even-odd rule, exact in floating point; a point on an edge may fall either way.
+    A ring holds what it goes round (non-zero rule), as :func:`pathflip.slides.outlines.fill` has
+    it; exact in floating point, and a point on an edge may fall either way.
 
     Args:
         points: (x, y) [k, 2], in the polygons' frame.
@@ -405,7 +406,7 @@ def _means(pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any
 
 
 def _in_ring(points: NDArray[np.float64], ring: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Test points [k, 2] against one ring [e, 2] by the even-odd rule."""
+    """Test points [k, 2] against one ring [e, 2] by the non-zero rule."""
     lows, highs = ring.min(axis=0), ring.max(axis=0)
     found: NDArray[np.bool_] = ((points >= lows) & (points <= highs)).all(axis=1)
     near = np.flatnonzero(found)
@@ -415,5 +416,6 @@ def _in_ring(points: NDArray[np.float64], ring: NDArray[np.float64]) -> NDArray[
     crosses = (y1 > y) != (y2 > y)  # [k, e]; a vertex belongs to the edge above it
     with np.errstate(divide="ignore", invalid="ignore"):
         at = x1 + (y - y1) * (x2 - x1) / (y2 - y1)
-    found[near] = (crosses & (x < at)).sum(axis=1) % 2 == 1
+    turns = np.where(crosses & (x < at), np.sign(y2 - y1), 0)
+    found[near] = turns.sum(axis=1) != 0
     return found

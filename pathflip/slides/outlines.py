@@ -103,7 +103,10 @@ def _split(ring: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 
 
 def fill(polygons: Iterable[Polygon], *, scale: float, h: int, w: int) -> NDArray[np.bool_]:
-    """Rasterise the union of polygons, even-odd within each; a pixel is in if its centre is.
+    """Rasterise the union of polygons; a pixel is in if its centre is in the outer ring alone.
+
+    A ring holds what it goes round (non-zero rule), so where one drawn by hand overlaps itself, the
+    overlap counts.
 
     Args:
         polygons: In level-0 px.
@@ -116,25 +119,44 @@ def fill(polygons: Iterable[Polygon], *, scale: float, h: int, w: int) -> NDArra
     """
     mask = np.zeros((h, w), np.bool_)
     for outer, holes in polygons:
-        starts = [ring / scale for ring in (outer, *holes)]
-        a = np.concatenate(starts)
-        b = np.concatenate([np.roll(ring, -1, axis=0) for ring in starts])
-        upper = np.clip(np.ceil(np.minimum(a[:, 1], b[:, 1]) - 0.5), 0, h).astype(np.int64)
-        lower = np.clip(np.ceil(np.maximum(a[:, 1], b[:, 1]) - 0.5), 0, h).astype(np.int64)
-        crossed = lower - upper
-        if not crossed.any():
-            continue
-        # One entry for each pixel row whose centre line an edge crosses.
-        which = np.repeat(np.arange(len(a)), crossed)
-        row = np.arange(len(which)) - np.repeat(np.cumsum(crossed) - crossed, crossed)
-        row += upper[which]
-        slope = (b[which, 0] - a[which, 0]) / (b[which, 1] - a[which, 1])
-        x = a[which, 0] + (row + 0.5 - a[which, 1]) * slope
-        col = np.clip(np.ceil(x - 0.5), 0, w).astype(np.int64)
-        top, left, right = row.min(), col.min(), col.max()
-        inside = np.zeros((row.max() + 1 - top, right - left + 1), np.uint8)
-        np.add.at(inside, (row - top, col - left), np.uint8(1))
-        inside &= 1
-        np.bitwise_xor.accumulate(inside, axis=1, out=inside)
-        mask[top : row.max() + 1, left:right] |= inside[:, :-1].view(np.bool_)
+        (top, left), within = _fill_ring(outer / scale, h=h, w=w)
+        for hole in holes:
+            (y, x), cut = _fill_ring(hole / scale, h=h, w=w)
+            # Of the hole, what lies in the box of the outer ring.
+            y0, x0 = max(y, top), max(x, left)
+            y1 = min(y + cut.shape[0], top + within.shape[0])
+            x1 = min(x + cut.shape[1], left + within.shape[1])
+            if y0 < y1 and x0 < x1:
+                within[y0 - top : y1 - top, x0 - left : x1 - left] &= ~cut[
+                    y0 - y : y1 - y, x0 - x : x1 - x
+                ]
+        mask[top : top + within.shape[0], left : left + within.shape[1]] |= within
     return mask
+
+
+def _fill_ring(
+    ring: NDArray[np.float64], *, h: int, w: int
+) -> tuple[tuple[int, int], NDArray[np.bool_]]:
+    """Return (row, column) of the corner of a ring's box, and which of its pixels are in the ring.
+
+    Pixels off the grid of h x w are left out.
+    """
+    a, b = ring, np.roll(ring, -1, axis=0)
+    upper = np.clip(np.ceil(np.minimum(a[:, 1], b[:, 1]) - 0.5), 0, h).astype(np.int64)
+    lower = np.clip(np.ceil(np.maximum(a[:, 1], b[:, 1]) - 0.5), 0, h).astype(np.int64)
+    crossed = lower - upper
+    if not crossed.any():
+        return (0, 0), np.zeros((0, 0), np.bool_)
+    # One entry for each pixel row whose centre line an edge crosses.
+    which = np.repeat(np.arange(len(a)), crossed)
+    row = np.arange(len(which)) - np.repeat(np.cumsum(crossed) - crossed, crossed)
+    row += upper[which]
+    slope = (b[which, 0] - a[which, 0]) / (b[which, 1] - a[which, 1])
+    x = a[which, 0] + (row + 0.5 - a[which, 1]) * slope
+    col = np.clip(np.ceil(x - 0.5), 0, w).astype(np.int64)
+    top, left, right = int(row.min()), int(col.min()), int(col.max())
+    turns = np.zeros((int(row.max()) + 1 - top, right - left + 1), np.int32)
+    down = np.where(b[which, 1] > a[which, 1], 1, -1).astype(np.int32)
+    np.add.at(turns, (row - top, col - left), down)
+    np.cumsum(turns, axis=1, out=turns)  # how often the ring goes round each pixel
+    return (top, left), turns[:, :-1] != 0

@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
+from pathflip.evaluation.grounding import inside
 from pathflip.interop.qupath import read_tissue
 from pathflip.slides.tissue import TissueMask
 
@@ -110,7 +111,7 @@ def test_annotation_is_filled_where_pixel_centres_are_inside(tmp_path: Path) -> 
         st.tuples(st.floats(-300, 1300), st.floats(-300, 1300)), min_size=3, max_size=7
     )
 )
-def test_any_polygon_is_filled_by_the_even_odd_rule_at_centres(
+def test_any_polygon_holds_what_it_goes_round(
     tmp_path_factory: pytest.TempPathFactory, corners: list[tuple[float, float]]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.geojson"
@@ -120,16 +121,41 @@ def test_any_polygon_is_filled_by_the_even_odd_rule_at_centres(
     )
     mask = read_tissue(path, width=1000, height=800, slide_mpp=0.2738).mask
     for i, j in np.ndindex(mask.shape):
-        x, y, crossings = (j + 0.5) * 8 / 0.2738, (i + 0.5) * 8 / 0.2738, 0
+        x, y, turned = (j + 0.5) * 8 / 0.2738, (i + 0.5) * 8 / 0.2738, 0.0
         margin = math.inf
         for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1], strict=True):
             margin = min(margin, abs(y1 - y))
             if (y1 > y) != (y2 > y):
                 at = x1 + (y - y1) * (x2 - x1) / (y2 - y1)
-                crossings += at > x
                 margin = min(margin, abs(at - x))
+            # The angle under which the edge is seen; all of them are whole turns.
+            ax, ay, bx, by = x1 - x, y1 - y, x2 - x, y2 - y
+            turned += math.atan2(ax * by - ay * bx, ax * bx + ay * by)
         if margin > 1e-6:  # on the line either answer is right
-            assert mask[i, j] == crossings % 2
+            assert mask[i, j] == (abs(turned) > math.pi)
+
+
+def test_a_ring_that_overlaps_itself_keeps_the_overlap(tmp_path: Path) -> None:
+    """A second lap over the first, of the outer ring and of a hole: both are unions of boxes."""
+
+    def laps(x: int, y: int, unit: int) -> list[list[int]]:
+        corners = [(1, 1), (4, 1), (4, 4), (1, 4), (1, 0), (3, 0), (3, 3), (0, 3), (0, 0), (1, 0)]
+        return [[x + unit * a, y + unit * b] for a, b in [*corners, corners[0]]]
+
+    def boxes(x: int, y: int, unit: int) -> np.ndarray:
+        yy, xx = (np.mgrid[:100, :100] + 0.5) * 16
+        xx, yy = (xx - x) / unit, (yy - y) / unit
+        first = (xx > 1) & (xx < 4) & (yy > 1) & (yy < 4)
+        return first | ((xx > 0) & (xx < 3) & (yy > 0) & (yy < 3))
+
+    path = tmp_path / "a.geojson"
+    rings = [laps(160, 160, 320), laps(640, 640, 64)]
+    path.write_text(json.dumps({"type": "Polygon", "coordinates": rings}))
+    mask = read_tissue(path, width=1600, height=1600, slide_mpp=0.5).mask
+    assert np.array_equal(mask, boxes(160, 160, 320) & ~boxes(640, 640, 64))
+    outer, hole = (np.array(ring[:-1], np.float64) for ring in rings)
+    centres = (np.stack(np.mgrid[:100, :100][::-1], -1).reshape(-1, 2) + 0.5) * 16
+    assert np.array_equal(inside(centres, [(outer, [hole])]), mask.ravel())
 
 
 def _moved(source: Path, target: Path, *, dx: float, dy: float) -> Path:
