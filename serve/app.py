@@ -75,7 +75,7 @@ def bind_parts(config: ServeConfig, inputs: ServiceInputs) -> dict[str, Any]:
         ),
         "search": _deployment(Search, "search", config).bind(
             archive, model=inputs.model, fingerprint=inputs.fingerprint,
-            refresh_s=config.refresh_s, patients=config.patients,
+            refresh_s=config.refresh_s, patients=config.patients, labels=config.labels,
         ),
         "grounding": _deployment(Grounding, "grounding", config).bind(
             archive, run, device=config.device, refresh_s=config.refresh_s

@@ -117,6 +117,7 @@ class ServeConfig:
         device: Device of the slide model and the encoder: ``cpu``, ``cuda`` or ``auto``.
         refresh_s: Seconds after which a commit to the archive is noticed at the latest.
         patients: Whether clients may filter by patient and see patients' ids.
+        labels: Whether clients may filter by labels of slides; they never see one.
         drain_s: Seconds that running answers have when a replica or the service is stopped.
         limits: Limits of one ingress replica.
         ingress, embedder, search, grounding, instructor: Replicas of each deployment.
@@ -133,6 +134,7 @@ class ServeConfig:
     device: str = "cpu"
     refresh_s: float = 30.0
     patients: bool = False
+    labels: bool = True
     drain_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
     # The middleware counts running requests; Serve's own limit is a second wall behind it.
@@ -141,7 +143,10 @@ class ServeConfig:
     )
     embedder: Replicas = field(default_factory=lambda: Replicas(max_replicas=4))
     search: Replicas = field(default_factory=lambda: Replicas(max_replicas=4, target=8))
-    grounding: Replicas = field(default_factory=lambda: Replicas(max_replicas=4, target=1))
+    # Questions that wait in one replica are answered together; one more has to encode slides anew.
+    grounding: Replicas = field(
+        default_factory=lambda: Replicas(max_replicas=4, target=64, max_ongoing=128)
+    )
     instructor: Replicas = field(
         default_factory=lambda: Replicas(max_replicas=2, target=16, max_ongoing=64, cpus=0.75)
     )

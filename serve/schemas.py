@@ -90,10 +90,20 @@ class Image(_In):
 class Condition(_In):
     """A filter: a column, an operator, a value."""
 
-    field: Literal[
-        "slide_id", "patient_id", "x0", "y0", "size0", "mpp", "tissue_fraction", "n_patches",
-        "split", "vendor",
-    ]  # fmt: skip
+    field: (
+        Literal[
+            "slide_id", "patient_id", "x0", "y0", "size0", "mpp", "tissue_fraction", "n_patches",
+            "split", "vendor",
+        ]
+        | Annotated[
+            str,
+            Field(
+                pattern=r"^label\.[^=!<>]{0,198}[^=!<>\s]$",
+                description="`label.` and the name of a label of slides.",
+                examples=["label.grade"],
+            ),
+        ]
+    )  # fmt: skip
     op: Literal["=", "!=", "<", "<=", ">", ">="] = "="
     value: (
         Annotated[str, Field(max_length=MAX_ID)] | Annotated[int, Field(ge=-_BIG, le=_BIG)] | Finite

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
+from pathflip.errors import ConfigError
 from pathflip.heatmap import encode_png
 from serve.limits import RequestError
 
@@ -42,6 +43,7 @@ class Search:
         fingerprint: The model's; embeddings of another are refused.
         refresh_s: Seconds until new commits are looked for.
         patients: Whether clients may filter by patient and see patients' ids.
+        labels: Whether clients may filter by labels of slides.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class Search:
         fingerprint: str,
         refresh_s: float = 30.0,
         patients: bool = False,
+        labels: bool = True,
     ) -> None:
         self.snapshot = ArchiveSnapshot(archive, refresh_s=refresh_s)
-        self.model, self.fingerprint, self.patients = model, fingerprint, patients
+        self.model, self.fingerprint = model, fingerprint
+        self.patients, self.labels = patients, labels
         # Lance spreads a query over all processors: more threads only wait for each other.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="search")
         self._scans = ThreadPoolExecutor(SCANS, thread_name_prefix="patches")
@@ -129,7 +133,7 @@ class Search:
         Raises:
             ArchiveError: ``unknown_slide``; ``wrong_model``: the embedding is of another model;
                 ``not_indexed``; ``no_captions``.
-            RequestError: ``patients``, ``no_patient``.
+            RequestError: ``patients``, ``labels``, ``unknown_label``, ``no_patient``.
             ConfigError: A filter is wrong.
         """
         archive = await self.snapshot.newest_async()
@@ -140,12 +144,14 @@ class Search:
     def _search(
         self, archive: Archive, request: Mapping[str, Any], embedded: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        from pathflip.archive.filters import Filter
+        from pathflip.archive.filters import LABEL, Filter
         from pathflip.search import NoPatientError, Query, run_query
 
         filters = [Filter(**condition) for condition in request["filters"]]
         if not self.patients and any(one.field == "patient_id" for one in filters):
             raise RequestError("This service does not filter by patient.", code="patients")
+        if not self.labels and any(one.field.startswith(LABEL) for one in filters):
+            raise RequestError("This service does not filter by labels.", code="labels")
         slide, region = request["slide_id"], request["region_id"]
         if slide is not None or region is not None:
             ready_row(archive, slide or region.rpartition("/")[0])
@@ -169,6 +175,11 @@ class Search:
             raise RequestError(
                 "The archive knows no patient of this slide.", code="no_patient"
             ) from None
+        except ConfigError as error:
+            if error.code != "unknown_label":
+                raise
+            # The hint of the library names all labels there are.
+            raise RequestError("No slide has this label.", code="unknown_label") from None
         if patches:
             exhaustive = found.schema.metadata[b"exhaustive"] == b"true"
             told = {"model": query.encoder, "exhaustive": exhaustive}

@@ -243,6 +243,9 @@ def stored_vector(
     return vector
 
 
+_FILTERED = ("slide_id", *SLIDE_FIELDS, "labels")
+
+
 def allowed_slides(archive: Archive, encoder: str, filters: Sequence[Filter]) -> pa.Array:
     """Return the ids of ready slides that meet the conditions on slides, sorted."""
     ready = archive.cached(
@@ -251,21 +254,26 @@ def allowed_slides(archive: Archive, encoder: str, filters: Sequence[Filter]) ->
     conditions = [condition for condition in filters if condition.of_slide]
     if not conditions:
         return ready
-    labelled = any(condition.field.startswith(LABEL) for condition in conditions)
-    rows = archive.slides(columns=["slide_id", *SLIDE_FIELDS, *(["labels"] if labelled else [])])
-    labels = [json.loads(text or "{}") for text in rows["labels"].to_pylist()] if labelled else []
-    for name in {one.field for one in conditions if one.field.startswith(LABEL)}:
+    rows = archive.cached("slides/filtered", lambda: archive.slides(columns=_FILTERED))
+    names = {one.field for one in conditions if one.field.startswith(LABEL)}
+    labels = archive.cached("slides/labels", lambda: _labels(rows)) if names else []
+    for name in names:
         own = [held.get(name.removeprefix(LABEL)) for held in labels]
         if not any(own):
             known = sorted({label for held in labels for label in held})
             raise ConfigError(
                 f"No slide of {archive.uri} has the label {name.removeprefix(LABEL)!r}.",
                 hint=f"Its labels are: {', '.join(known) or 'none'}.",
+                code="unknown_label",
             )
         rows = rows.append_column(name, pa.array(own, pa.string()))
     for condition in conditions:
         rows = rows.filter(condition.expression())
     return ready.filter(pc.is_in(ready, rows["slide_id"].combine_chunks()))
+
+
+def _labels(rows: pa.Table) -> list[dict[str, str]]:
+    return [json.loads(text or "{}") for text in rows["labels"].to_pylist()]
 
 
 def normalised(archive: Archive, space: VectorSpace, queries: ArrayLike) -> NDArray[np.float64]:

@@ -183,7 +183,8 @@ def _make_archive(uri: Path, *, patches: str | None = None) -> None:
             | {"width": REGIONS * SIDE * PX, "height": SIDE * PX, "n_regions": REGIONS}
             | {"n_patches": REGIONS * SLOTS, "thumbnail_mpp": 2.0, "tissue_mm2": 0.1}
             | {"thumbnail": None if n == SLIDES - 1 else thumbnail}
-            | {"labels": json.dumps({"note": SECRETS[5]}), "reader_note": SECRETS[4]}
+            | {"labels": json.dumps({"note": SECRETS[5], "grade": str(1 + n % 2)})}
+            | {"reader_note": SECRETS[4]}
         )
     rows["slides"].append(
         {"slide_id": "broken", "uri": SECRETS[0], "aliases": [], "status": "quarantined"}

@@ -188,6 +188,9 @@ WRONG_FILTERS = [
     {"field": "x0", "op": "=", "value": True}, {"field": "slide_id", "value": "x" * 10_000},
     {"field": "slide_id", "value": "\0"}, {"field": "patient_id", "value": SECRETS[2]},
     {"field": "labels", "value": "x"}, {"field": "slide_id", "value": ["a"]},
+    {"field": "label.", "value": "x"}, {"field": "label.grade", "op": "<", "value": "2"},
+    {"field": "label.grade", "value": 2}, {"field": "label.a=b", "value": "x"},
+    {"field": "label." + "x" * 300, "value": "x"},
 ]  # fmt: skip
 
 

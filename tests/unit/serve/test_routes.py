@@ -12,8 +12,10 @@ from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.search import search, stored_vector
 from pathflip.archive.textsearch import search_text
+from pathflip.evaluation.classify import classify
 from pathflip.evaluation.ground_slide import ground_slide
-from pathflip.evaluation.zeroshot import classify
+from serve.limits import RequestError
+from serve.schemas import SearchRequest
 from serve.search import Search
 from tests.unit.archive import cohort, models
 from tests.unit.serve.service_fixture import REGIONS, SLIDES, pixels, png, rows_of, slide_id
@@ -180,6 +182,30 @@ def test_ground_is_the_librarys(ask, world):
     from PIL import Image
 
     assert np.array_equal(np.asarray(Image.open(BytesIO(picture.content))), expected.picture())
+
+
+def test_labels_filter_and_are_not_shown(ask, world):
+    grade = {"field": "label.grade", "value": "2"}
+    found = ask("POST", "/v1/search", json={"text": "a", "k": 50, "filters": [grade]})
+    assert {row["slide_id"] for row in found.json()["results"]} == {"slide001", "slide003"}
+    unknown = ask(
+        "POST", "/v1/search", json={"text": "a", "filters": [grade | {"field": "label.x"}]}
+    )
+    assert unknown.json()["code"] == "unknown_label"
+    assert "note" not in unknown.text
+    assert "grade" not in unknown.text
+
+
+def test_labels_can_be_kept_from_filters(world, together):
+    part = Search(
+        str(world.archive), model=world.loaded.name, fingerprint=world.loaded.fingerprint,
+        labels=False,
+    )  # fmt: skip
+    request = SearchRequest(
+        slide_id="slide001", filters=[{"field": "label.grade", "value": "2"}]
+    ).model_dump()
+    with pytest.raises(RequestError, match="does not filter by labels"):
+        together(part.search(request, None))
 
 
 def test_a_blank_contrast_is_refused(ask):

@@ -29,6 +29,7 @@ def shell(world: World, capsys: pytest.CaptureFixture[str]) -> Any:
 
 TEST = {"field": "split", "op": "=", "value": "test"}
 EAST = {"field": "x0", "op": ">=", "value": 128}
+GRADE = {"field": "label.grade", "op": "=", "value": "2"}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,11 @@ EAST = {"field": "x0", "op": ">=", "value": 128}
         (
             {"text": "mucin", "filters": [TEST, EAST]},
             ["mucin", "--where", "split=test", "--where", "x0>=128"],
+        ),
+        ({"text": "mucin", "filters": [GRADE]}, ["mucin", "--where", "label.grade=2"]),
+        (
+            {"text": "mucin", "mode": "hybrid", "filters": [GRADE | {"op": "!="}]},
+            ["mucin", "--mode", "hybrid", "--where", "label.grade!=2"],
         ),
     ],
 )
@@ -103,6 +109,12 @@ def test_a_picture(ask: Any, shell: Any, world: World, tmp_path: Path) -> None:
             ["a", "--where", "x0=a"],
             422,
             ("config", "config"),
+        ),
+        (
+            {"text": "a", "filters": [GRADE | {"field": "label.organ"}]},
+            ["a", "--where", "label.organ=2"],
+            422,
+            ("unknown_label", "unknown_label"),
         ),
         ({"text": "a", "mode": "text"}, ["a", "--mode", "text"], 422, ("invalid", "config")),
         (
