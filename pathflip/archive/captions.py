@@ -1,15 +1,18 @@
-"""Imports captions and questions, which survive when a slide is ingested again."""
+"""Writes and removes captions and questions, which survive when a slide is ingested again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pathflip.archive import transactions
 from pathflip.archive.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.schema import (
@@ -103,5 +106,51 @@ def changed_captions(
         else:
             counts["new" if old is None else "changed"] += 1
             write.append(row)
-    schema = pa.schema([item for item in captions_schema() if item.name != CHECKSUM])
-    return pa.Table.from_pylist(write, schema=schema), counts
+    return pa.Table.from_pylist(write, schema=_columns()), counts
+
+
+def remove_captions(
+    committer: Committer | None, archive: Archive, *, source: str, keep: Collection[str] = ()
+) -> list[str]:
+    """Remove the captions of one source; questions of the same rows stay.
+
+    Args:
+        committer: The open writer of the archive; None only says whose captions would go.
+        archive: The archive.
+        source: Name of the source.
+        keep: Slides whose caption stays.
+
+    Returns:
+        The slides that lose their caption, sorted.
+    """
+    if CAPTIONS not in archive.tables():
+        return []
+    with guarded(archive.uri, "read the captions", damaged=is_local(archive.uri)):
+        rows = archive.dataset(CAPTIONS).to_table(filter=pc.field("source") == source)
+    kept = set(keep)
+    gone = [
+        row
+        for row in rows.drop_columns([CHECKSUM]).to_pylist()
+        if row["text"] and row["slide_id"] not in kept
+    ]
+    if committer is not None:
+        emptied = [row | {"text": "", "sentences": [], "statements": [], "model": None}
+                   for row in gone if row["qa"]]  # fmt: skip
+        if emptied:
+            committer.upsert(CAPTIONS, pa.Table.from_pylist(emptied, schema=_columns()))
+        whole = [row["caption_id"] for row in gone if not row["qa"]]
+        transactions.delete_rows(committer.uri, CAPTIONS, "caption_id", whole)
+    return sorted(row["slide_id"] for row in gone)
+
+
+def caption_sources(archive: Archive) -> dict[str, int]:
+    """Return {source: number of captions} of an archive."""
+    if CAPTIONS not in archive.tables():
+        return {}
+    with guarded(archive.uri, "read the captions", damaged=is_local(archive.uri)):
+        rows = archive.dataset(CAPTIONS).to_table(columns=["source"], filter=pc.field("text") != "")
+    return dict(sorted(Counter(rows["source"].to_pylist()).items()))
+
+
+def _columns() -> pa.Schema:
+    return pa.schema([item for item in captions_schema() if item.name != CHECKSUM])

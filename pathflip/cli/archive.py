@@ -400,6 +400,9 @@ def archive_import(
     source: Annotated[
         str | None, typer.Option(help="Name of the texts' source; default: the file's.")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove captions the file no longer has.")
+    ] = False,
     slide_col: Annotated[str | None, typer.Option(help="Column of the slide in --labels.")] = None,
     case_col: Annotated[str | None, typer.Option(help="Column of the case in --labels.")] = None,
     label_col: Annotated[
@@ -422,6 +425,8 @@ def archive_import(
             "There is nothing to import.",
             hint="Give --captions, --questions, --labels, --manifest or --tree-captions.",
         )
+    if replace and captions is None:
+        raise ConfigError("--replace is of captions.", hint="Give --captions as well.")
     columns = {"slide_col": slide_col, "case_col": case_col, "label_cols": label_col or ()}
     # All files are read before anything is written.
     tables = {}
@@ -442,7 +447,9 @@ def archive_import(
         for what, (file, rows) in tables.items()
     }
     if captions is not None:
-        document["captions"] = import_captions(archive, captions, source=source, dry_run=dry_run)
+        document["captions"] = import_captions(
+            archive, captions, source=source, replace_source=replace, dry_run=dry_run
+        )
     if questions is not None:
         document["questions"] = import_questions(archive, questions, source=source, dry_run=dry_run)
     if nodes is not None and tree_captions is not None:
@@ -464,6 +471,21 @@ def _few(value: Any) -> Any:
         return value
     more = ", …" if len(value) > 5 else ""
     return f"{len(value)}: {', '.join(value[:5])}{more}" if value else 0
+
+
+@archive_app.command("remove-captions")
+def archive_remove_captions(
+    archive: ArchiveOption,
+    source: Annotated[str, typer.Option(help="Name of the captions' source.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove the captions of one source; questions of the same source stay."""
+    from pathflip.interop.captions import remove_source
+
+    document = remove_source(archive, source, dry_run=dry_run)
+    shown = document if as_json else {key: _few(value) for key, value in document.items()}
+    show_document(shown, "removed", as_json=as_json, dry_run=dry_run)
 
 
 @archive_app.command("export")

@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from pathflip.archive import CAPTIONS, Archive
-from pathflip.archive.captions import Caption, changed_captions, write_captions
+from pathflip.archive.captions import (
+    Caption,
+    caption_sources,
+    changed_captions,
+    remove_captions,
+    write_captions,
+)
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.slide_names import listed
@@ -94,6 +100,7 @@ def import_captions(
     path: str | Path,
     *,
     source: str | None = None,
+    replace_source: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Read captions and write those whose slides are in the archive; again, it changes nothing.
@@ -102,13 +109,15 @@ def import_captions(
         archive: The archive, or its open writer.
         path: A file or folder, see :func:`read_captions`.
         source: Name of the source; by default the file's without its ending.
+        replace_source: Whether captions of this source that the file does not have are removed.
         dry_run: Only say what would be done.
 
     Returns:
         {"source", "rows", "new", "changed", "unchanged": counts of captions, "unmatched": names
         that no slide has, "ambiguous": names that several slides have, "not_in_file": slides that
-        keep a caption of this source though the file has none for them, "other_sources": sources
-        of further captions of the file's slides, as a corrected file of another name makes one}.
+        keep a caption of this source though the file has none for them, "removed": slides that lose
+        it, "other_sources": sources of further captions of the file's slides, as a corrected file
+        of another name makes one}.
 
     Raises:
         ConfigError: If the file is wrong; nothing is written then.
@@ -117,11 +126,37 @@ def import_captions(
     rows = read_captions(path)
     name = source or source_name(path)
     if isinstance(archive, Committer):
-        return _import(archive, archive.archive, rows, path, name, dry_run)
+        return _import(archive, archive.archive, rows, path, name, dry_run, replace_source)
     if dry_run:
-        return _import(None, Archive(archive), rows, path, name, dry_run)
+        return _import(None, Archive(archive), rows, path, name, dry_run, replace_source)
     with Committer(archive) as committer:
-        return _import(committer, committer.archive, rows, path, name, dry_run)
+        return _import(committer, committer.archive, rows, path, name, dry_run, replace_source)
+
+
+def remove_source(archive: str, source: str, *, dry_run: bool = False) -> dict[str, Any]:
+    """Remove all captions of a source; its questions stay.
+
+    Returns:
+        {"source", "removed": the slides that lose their caption}.
+
+    Raises:
+        ConfigError: There are no captions of this source (``no_source``); names those there are.
+    """
+    opened = Archive(archive)
+    known = caption_sources(opened)
+    if source not in known:
+        there = ", ".join(f"{name} ({count})" for name, count in known.items())
+        raise ConfigError(
+            f"{opened.uri} has no captions of source {source}.",
+            hint=f"Its captions are of: {there or 'no source'}.",
+            code="no_source",
+        )
+    if dry_run:
+        return {"source": source, "removed": remove_captions(None, opened, source=source)}
+    with Committer(archive) as committer:
+        removed = remove_captions(committer, committer.archive, source=source)
+        refresh_indexes(committer.uri, CAPTIONS)
+    return {"source": source, "removed": removed}
 
 
 def source_name(path: str | Path) -> str:
@@ -136,6 +171,7 @@ def _import(
     path: str | Path,
     source: str,
     dry_run: bool,
+    replace_source: bool,
 ) -> dict[str, Any]:
     matches = archive.names().match(rows, lambda row: (row.slide, row.is_case))
     found: dict[str, CaptionRow] = {}
@@ -150,18 +186,28 @@ def _import(
         Caption(slide_id=slide, text=row.text, qa=row.qa or None, statements=row.statements)
         for slide, row in sorted(found.items())
     ]
-    if committer is None or dry_run:
+    if not found and replace_source:
+        raise ConfigError(
+            f"No caption of {path} belongs to a slide of {archive.uri}, so all captions of source "
+            f"{source} would go.",
+            hint=f"Mend the names, or: pathflip archive remove-captions --source {source}",
+            code="no_match",
+        )
+    writer = None if dry_run else committer
+    removed = remove_captions(writer, archive, source=source, keep=found) if replace_source else []
+    if writer is None:
         _, counts = changed_captions(archive, captions, source=source)
     else:
-        counts = write_captions(committer, captions, source=source)
-        if counts["new"] or counts["changed"]:
-            refresh_indexes(committer.uri, CAPTIONS)
+        counts = write_captions(writer, captions, source=source)
+        if counts["new"] or counts["changed"] or removed:
+            refresh_indexes(writer.uri, CAPTIONS)
     return {
         "source": source,
         "rows": len(rows),
         **counts,
         **matches.report(),
-        **_beside(archive, found, source),
+        "removed": removed,
+        **_beside(archive, {*found, *removed}, source),
     }
 
 
@@ -175,14 +221,16 @@ def _beside(archive: Archive, found: Collection[str], source: str) -> dict[str, 
             sources.append(row["source"])
     if kept:
         logger.warning(
-            "%d slides keep a caption of source %s that the file does not have, %s for one.",
+            "%d slides keep a caption of source %s that the file does not have, %s for one. "
+            "To remove those, import it with --replace.",
             len(kept), source, kept[0],
         )  # fmt: skip
     if sources:
         logger.warning(
             "%d captions of the file's slides are of other sources as well, such as %s. To correct "
-            "those, import the file with --source %s.",
-            len(sources), sources[0], sources[0],
+            "those, import the file with --source %s; to remove them: pathflip archive "
+            "remove-captions --source %s.",
+            len(sources), sources[0], sources[0], sources[0],
         )  # fmt: skip
     return {"not_in_file": listed(kept), "other_sources": listed(sources)}
 

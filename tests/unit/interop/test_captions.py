@@ -7,7 +7,13 @@ import pytest
 from pathflip.archive import Archive, schema
 from pathflip.archive.commit import Committer
 from pathflip.errors import ArchiveError, ConfigError
-from pathflip.interop.captions import import_captions, read_captions, source_name
+from pathflip.interop.captions import (
+    import_captions,
+    read_captions,
+    remove_source,
+    source_name,
+)
+from pathflip.interop.questions import import_questions
 from tests.unit.archive import cohort
 
 REAL = Path(__file__).parents[4] / "shared/data"
@@ -63,6 +69,7 @@ def test_csv_in_every_dress(uri, tmp_path, text):
     assert done == {
         "source": "my_captions", "rows": 4, "new": 2, "changed": 0, "unchanged": 0,
         "unmatched": ["nobody"], "ambiguous": ["same"], "not_in_file": [], "other_sources": [],
+        "removed": [],
     }  # fmt: skip
     rows = Archive(uri).captions().to_pylist()
     assert [(row["caption_id"], row["text"].replace("\r", "")) for row in rows] == [
@@ -104,7 +111,40 @@ def test_captions_that_a_corrected_file_leaves_are_told(uri, tmp_path, caplog):
     second = write(tmp_path / "c_corrected.csv", "slide,caption\nid0,Corrected.\nid2,New.\n")
     done = import_captions(uri, second)
     assert (done["not_in_file"], done["other_sources"]) == ([], ["c"])
-    assert "import the file with --source c." in caplog.text
+    assert "import the file with --source c;" in caplog.text
+
+
+def test_captions_a_file_dropped_are_removed_when_asked(uri, tmp_path):
+    file = write(tmp_path / "c.csv", PLAIN)
+    import_captions(uri, file)
+    import_captions(uri, file, source="second")
+    asked = write(tmp_path / "c.tsv", "slide\tquestion\tanswer\nsame.svs\tWhich?\tThis.\n")
+    import_questions(uri, asked, source="second")
+    write(file, "slide,caption\nid0,Corrected.\n")
+    dry = import_captions(uri, file, replace_source=True, dry_run=True)
+    assert (dry["changed"], dry["removed"], dry["not_in_file"]) == (1, ["id3"], [])
+    assert Archive(uri).captions("c")["slide_id"].to_pylist() == ["id0", "id3"]
+    assert import_captions(uri, file, replace_source=True) == dry
+    assert Archive(uri).captions("c")["slide_id"].to_pylist() == ["id0"]
+    assert Archive(uri).captions("second").num_rows == 2  # the other source is left alone
+    # All of a source; the questions of its rows stay.
+    assert remove_source(uri, "second", dry_run=True)["removed"] == ["id0", "id3"]
+    assert remove_source(uri, "second") == {"source": "second", "removed": ["id0", "id3"]}
+    left = Archive(uri).captions("second").to_pylist()
+    assert [(row["slide_id"], row["text"], row["sentences"]) for row in left] == [("id3", "", [])]
+    assert json.loads(left[0]["qa"])[0]["answer"] == "This."
+    with pytest.raises(ConfigError) as raised:
+        remove_source(uri, "second")
+    assert (raised.value.code, "c (1)" in raised.value.hint) == ("no_source", True)
+
+
+def test_a_file_of_other_slides_removes_nothing(uri, tmp_path):
+    file = write(tmp_path / "c.csv", PLAIN)
+    import_captions(uri, file)
+    write(file, "slide,caption\nnobody,x\n")
+    with pytest.raises(ConfigError, match="would go"):
+        import_captions(uri, file, replace_source=True)
+    assert Archive(uri).captions("c").num_rows == 2
 
 
 def turns(*values):
