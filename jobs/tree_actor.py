@@ -33,7 +33,7 @@ from pathflip.geometry import (
     tree_tissue,
 )
 from pathflip.slides.reader import SlideReader
-from pathflip.slides.sources import check_ingested
+from pathflip.slides.staging import Stage, opened
 from pathflip.slides.tissue import TissueMask
 
 NODES_AT_ONCE = 64
@@ -125,6 +125,7 @@ class TreeActor:
         cv2.setNumThreads(1)  # parallel work is Ray's
         self._spec, self._attempts, self._timeout_s = spec, attempts, timeout_s
         self._archive = Archive(archive)
+        self._stage = Stage()
         self._encoders: dict[str, Encoder] = {}
         for text, revision in encoders:
             encoder = load_encoder(text, device=device)
@@ -164,6 +165,13 @@ class TreeActor:
 
     def _do(self, task: SlideTask) -> tuple[dict[str, pa.Table], SlideOutcome]:
         slide = self._slide(task.slide_id)
+        with opened(slide, stage=self._stage) as path:
+            return self._do_opened(slide | {"path": path}, task)
+
+    def _do_opened(
+        self, slide: dict[str, Any], task: SlideTask
+    ) -> tuple[dict[str, pa.Table], SlideOutcome]:
+        """Do the task of a slide whose row has ``path``, that of the file to read."""
         attempts = Attempts(limit=self._attempts)
         read = self._new_trees(slide, task, attempts) if task.new else []
         trees = [tree for tree in read if tree.fault is None]
@@ -189,12 +197,11 @@ class TreeActor:
         )
 
     def _slide(self, slide_id: str) -> dict[str, Any]:
-        """Return a slide's row, whose file is there and the one that was ingested."""
         columns = [
-            "slide_id", "uri", "bytes", "mtime_ns", "mpp", "mpp_source", "tissue_png", "tissue_mpp",
+            "slide_id", "uri", "bytes", "mtime_ns", "sha256", "mpp", "mpp_source", "tissue_png",
+            "tissue_mpp",
         ]  # fmt: skip
         row: dict[str, Any] = self._rows("slides", slide_id, columns).to_pylist()[0]
-        check_ingested(row)
         return row
 
     def _new_trees(self, slide: dict[str, Any], task: SlideTask, attempts: Attempts) -> list[Tree]:
@@ -280,7 +287,7 @@ class TreeActor:
         blur = np.zeros(shape, np.float32)
         given = slide["mpp"] if slide["mpp_source"] == "override" else None
         file = SlideFile(
-            uri=slide["uri"], bytes=slide["bytes"], mtime_ns=slide["mtime_ns"], mpp=given
+            path=slide["path"], bytes=slide["bytes"], mtime_ns=slide["mtime_ns"], mpp=given
         )
         read = read_ahead(
             self._readers,

@@ -43,9 +43,9 @@ def _pipeline(
     planner = Planner(config, archive)
     embedder = Embedder(config, archive, tables, [info.revision for info in encoders], 1)
     for group in groups:
-        chunks = planner(pa.Table.from_pylist([group]))
-        for row in range(len(chunks)):
-            yield embedder(chunks.slice(row, 1))
+        for chunks in planner(pa.Table.from_pylist([group])):
+            for row in range(len(chunks)):
+                yield embedder(chunks.slice(row, 1))
 
 
 def _map_actors(

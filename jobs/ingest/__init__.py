@@ -24,6 +24,7 @@ a status, so that one bad slide costs one slide.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -51,9 +52,12 @@ from pathflip.errors import ArchiveError, ConfigError, SlideError
 from pathflip.geometry import patch_rects
 from pathflip.interop.captions import import_captions
 from pathflip.interop.questions import import_questions
+from pathflip.slides.objects import is_remote
 from pathflip.slides.reader import SlidePlan, SlideReader
+from pathflip.slides.staging import Stage
 
 GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
+STAGED_GROUPS = 8  # groups of slides of object stores that a planner gets at once
 PICTURE_BYTES = 256 << 10  # estimate of a thumbnail and a tissue mask
 
 
@@ -68,7 +72,7 @@ def ingest(
     """Ingest slides into an archive; the same call again does only what is missing.
 
     Args:
-        sources: Slide files and folders.
+        sources: Slide files and folders, also of object stores.
         archive: Archive URI; made if it does not exist.
         config: Settings.
         address: Ray cluster; see ``cluster.connect``.
@@ -127,7 +131,8 @@ class DryRun:
     """Result of a dry run: what an ingest would do.
 
     Attributes:
-        slides: Counts of slides: ready, quarantined, empty and skipped.
+        slides: Counts of slides: ready, quarantined, empty and skipped; and those of object stores,
+            which are not_opened, so that nothing below but bytes_to_read counts them.
         regions: Regions it would cut.
         patches: Patches it would embed.
         bytes_to_read: Bytes of the slides that are not done.
@@ -166,8 +171,8 @@ def dry_run(
     """Plan every slide as ``ingest`` would, time the encoder on real patches, write nothing.
 
     Reads every file that ``ingest`` would be given, opens every slide and finds its tissue; hashes
-    nothing. Time is estimated from patches of the first good slide read and embedded in this
-    process, over the CPUs there are.
+    nothing. Slides of object stores are listed and counted, not copied and opened. Time is estimated
+    from patches of the first good slide read and embedded in this process, over the CPUs there are.
     """
     config = config or IngestConfig()
     started = time.monotonic()
@@ -177,14 +182,16 @@ def dry_run(
     side.warn("ambiguous")
     _check(archive, config, encoders)
     todo = [c for c in candidates if not archived.is_done(c, config, encoders)]
+    here = [c for c in todo if not is_remote(c.source.uri)]
     counts = {"ready": 0, "quarantined": 0, "empty": 0, "skipped": len(candidates) - len(todo)}
+    counts["not_opened"] = len(todo) - len(here)
     regions = patches = bytes_done = 0
     total = sum(max(0, c.source.bytes) for c in todo)
     problems: dict[str, str] = {}
     per_patch_s: float | None = None
     tiling = config.tiling
     with SlideReader(patches=tiling.slots, px=tiling.patch_px, halving=config.halving) as reader:
-        for index, candidate in enumerate(todo):
+        for index, candidate in enumerate(here):
             source = candidate.source
             try:
                 plan = reader.plan(
@@ -208,7 +215,7 @@ def dry_run(
                 progress(
                     IngestProgress(
                         slides_done=index + 1,
-                        slides_total=len(todo),
+                        slides_total=len(here),
                         quarantined=counts["quarantined"],
                         regions=regions,
                         patches=patches,
@@ -226,13 +233,19 @@ def dry_run(
         patches=patches,
         bytes_to_read=total,
         archive_bytes=regions * (tiling.slots * (2 * width + 13) + 4 * width + 200)
-        + len(todo) * PICTURE_BYTES,
+        + len(here) * PICTURE_BYTES,
         estimated_seconds=round(
             (patches * (per_patch_s or 0.0) + time.monotonic() - started) / workers, 1
         ),
         problems=problems,
         side_files=side.report() | {name: one.report() for name, one in side.texts.items()},
     )
+
+
+def _first(group: dict[str, str]) -> dict[str, Any]:
+    """Return the first candidate of a planner's row."""
+    found: dict[str, Any] = json.loads(group["candidates"])[0]
+    return found
 
 
 def _time_patches(
@@ -290,14 +303,19 @@ def _pipeline(
     most = config.actors or (workers if private else None)
     readers = config.readers or (GPU_READERS if use_gpu else 1)
     revisions = [info.revision for info in encoders]
+    planners = max(1, workers // 4)
+    blocks = len(groups)
+    if any(is_remote(fields["source"]["uri"]) for fields in map(_first, groups)):
+        # A planner stages the next slides of the block that it works on.
+        blocks = max(min(planners, blocks), math.ceil(blocks / STAGED_GROUPS))
     # 0.9 + 0.1 so that planning always finds room, also on one core.
-    data = ray.data.from_items(groups, override_num_blocks=len(groups))
+    data = ray.data.from_items(groups, override_num_blocks=blocks)
     planned = data.map_batches(
         Planner,
         fn_constructor_args=(config, archive),
-        batch_size=1,
+        batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=max(1, workers // 4)),
+        compute=ActorPoolStrategy(min_size=1, max_size=planners),
         num_cpus=0.1,
     )
     embedded = planned.map_batches(
@@ -325,6 +343,7 @@ def _check(archive: str, config: IngestConfig, encoders: Sequence[EncoderInfo]) 
                 code="encoder_scale",
             )
     _check_writable(archive)
+    Stage(config.stage_dir, config.stage_gb)  # refuses what is no size
     try:
         existing = Archive(archive)
     except ArchiveError as error:

@@ -45,6 +45,10 @@ class IngestConfig:
     """Times a reader may die or hang on a slide before the slide is quarantined."""
     read_timeout_s: float = 60.0
     """Deadline for reading one region."""
+    stage_dir: str | None = None
+    """Folder of every node for copies of slides of object stores; PATHFLIP_STAGE_DIR by default."""
+    stage_gb: float | None = None
+    """Gigabytes that these copies may take on a node; PATHFLIP_STAGE_GB by default, or 50."""
     plan_timeout_s: float = 900.0
     """Deadline for hashing a slide, and for opening and planning it."""
     max_bad_tiles: float = 0.01

@@ -24,6 +24,8 @@ from pathflip.encoders import Encoder, load_encoder
 from pathflip.errors import ArchiveError, EncoderError, PathFLIPError, SlideError
 from pathflip.geometry import patch_rects
 from pathflip.slides.reader import SlideReader
+from pathflip.slides.sources import Source
+from pathflip.slides.staging import Stage
 
 
 class _ChunkFeatures:
@@ -109,6 +111,7 @@ class Embedder:
             SlideReader(patches=config.tiling.slots, px=px, halving=config.halving)
             for _ in range(readers)
         ]
+        self._stage = Stage(config.stage_dir, config.stage_gb)
         self._broken: set[str] = set()
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
@@ -126,7 +129,11 @@ class Embedder:
         started = time.perf_counter()
         attempts = Attempts(limit=self._config.attempts, made=record.attempts)
         try:
-            features = self._embed_patches(record, from_ipc(chunk.regions), attempts)
+            source = Source(uri=record.uri, bytes=record.bytes, mtime_ns=record.mtime_ns)
+            with self._stage.open(source, sha256=record.sha256) as staged:
+                features = self._embed_patches(
+                    record, from_ipc(chunk.regions), attempts, path=staged.path
+                )
             record = replace(
                 record,
                 tiles_ok=features.ok,
@@ -145,7 +152,7 @@ class Embedder:
         return replace(done, record=replace(record, seconds=time.perf_counter() - started))
 
     def _embed_patches(
-        self, record: SlideRecord, plan: pa.Table, attempts: Attempts
+        self, record: SlideRecord, plan: pa.Table, attempts: Attempts, *, path: Path
     ) -> _ChunkFeatures:
         """Read and embed every planned patch of a chunk."""
         assert record.mpp is not None  # a slide without a resolution is not planned
@@ -161,7 +168,7 @@ class Embedder:
             for i in range(len(plan))
         ]
         file = SlideFile(
-            uri=record.uri,
+            path=path,
             bytes=record.bytes,
             mtime_ns=record.mtime_ns,
             mpp=record.mpp_override,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from pathflip.archive.commit import Committer
 from pathflip.archive.schema import CHECKSUM, slides_schema
 from pathflip.encoders import EncoderInfo
 from pathflip.errors import from_dict
-from pathflip.slides.sources import Source, stat_source
+from pathflip.slides.sources import Source, is_there, stat_slide
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +112,7 @@ class Ledger:
         self._progress = progress
         self._side = side
         self._run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S") + "-" + uuid.uuid4().hex[:6]
+        self._sources = {one.source.uri: one.source for one in candidates}
         self._confirmed: dict[str, list[Source]] = {}  # sources seen to hold a slide's bytes
         self._outstanding: set[str] = set()
         self._archived = Archived(committer.uri)
@@ -242,7 +241,7 @@ class Ledger:
 
     def _confirm(self, record: SlideRecord) -> None:
         for uri in (record.uri, *record.aliases):
-            self._confirmed.setdefault(record.slide_id, []).append(stat_source(Path(uri)))
+            self._confirmed.setdefault(record.slide_id, []).append(self._sources[uri])
 
     def _settle(self) -> None:
         """Bring paths and people up to date and drop what a path no longer holds."""
@@ -263,9 +262,9 @@ class Ledger:
         heirs: dict[str, dict[str, Any]] = {}
         stale = stale_slides(list(rows.values()), confirmed=self._confirmed)
         for slide in stale:
-            copies = [uri for uri in rows[slide]["aliases"] or () if os.path.lexists(uri)]
+            copies = [uri for uri in rows[slide]["aliases"] or () if is_there(uri)]
             if copies:
-                home = stat_source(Path(copies[0]))
+                home = stat_slide(copies[0])
                 where = {"uri": home.uri, "bytes": home.bytes, "mtime_ns": home.mtime_ns}
                 heirs[slide] = where | {"aliases": copies[1:]}
         if heirs:
@@ -275,12 +274,9 @@ class Ledger:
 
     def _change(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the columns of a stored slide that this run found to be different."""
-        uri = row["uri"]
-        now = row | relocate(
-            row,
-            confirmed=self._confirmed.get(row["slide_id"], ()),
-            vacated=uri in self._outstanding or not os.path.lexists(uri),
-        )
+        uri, confirmed = row["uri"], self._confirmed.get(row["slide_id"], ())
+        vacated = bool(confirmed) and (uri in self._outstanding or not is_there(uri))
+        now = row | relocate(row, confirmed=confirmed, vacated=vacated)
         now |= self._side.people([now["uri"], *self._own_paths(now), *self._own_paths(row)])
         return {key: value for key, value in now.items() if (value or None) != (row[key] or None)}
 

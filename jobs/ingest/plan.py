@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +16,13 @@ import pyarrow as pa
 from jobs.ingest.candidates import Candidate
 from jobs.ingest.config import IngestConfig
 from jobs.ingest.decision import Attempts, identify, quarantine
-from jobs.ingest.reading import changed
 from jobs.ingest.rows import Chunk, Held, SlideRecord, fixed, to_table
 from jobs.ray_data import to_ipc
 from pathflip.archive import Archive
 from pathflip.errors import SlideError
 from pathflip.slides.reader import SlideReader
-from pathflip.slides.sources import stat_source
+from pathflip.slides.sources import Source, changed, stat_source
+from pathflip.slides.staging import Stage
 
 T = TypeVar("T")
 
@@ -42,7 +42,8 @@ class Planner:
     """Hashes, opens and cuts slides. A row in is a group of files of one size; rows out are chunks.
 
     Files of equal size are the only ones that can be copies of each other, so they come together
-    and a copy is recognised before anything of it is read twice.
+    and a copy is recognised before anything of it is read twice. Where slides lie in an object
+    store, several groups come in one block, and the next are staged while one is planned.
 
     Args:
         config: Settings.
@@ -53,10 +54,17 @@ class Planner:
         self._config = config
         self._archive = archive
         self._reader = SlideReader(patches=1, px=16, halving=config.halving)
+        self._stage = Stage(config.stage_dir, config.stage_gb)
+        self._coming: list[Source] = []
 
-    def __call__(self, groups: pa.Table) -> pa.Table:
-        """Plan every distinct slide of the groups."""
-        return to_table([chunk for group in groups.to_pylist() for chunk in self._group(group)])
+    def __call__(self, groups: pa.Table) -> Iterator[pa.Table]:
+        """Plan every distinct slide of the groups, one table for each group."""
+        rows = groups.to_pylist()
+        self._coming = [
+            Source(**fields["source"]) for row in rows for fields in json.loads(row["candidates"])
+        ]
+        for row in rows:
+            yield to_table(self._group(row))
 
     def _group(self, row: dict[str, Any]) -> list[Chunk]:
         held = {sha: Held(**fields) for sha, fields in json.loads(row["held"]).items()}
@@ -68,6 +76,8 @@ class Planner:
             record = SlideRecord.of(candidate.source)
             attempts = Attempts(limit=self._config.attempts)
             started = time.perf_counter()
+            self._coming.remove(candidate.source)
+            self._stage.prefetch(self._coming)
             try:
                 sha = self._hash(candidate, attempts)
             except SlideError as error:
@@ -96,6 +106,9 @@ class Planner:
                 hint="Rename the file.",
                 code="unsupported",
             )
+        with self._stage.open(source) as staged:
+            if staged.sha256 is not None:
+                return staged.sha256
         timeout_s = self._config.plan_timeout_s
         sha = _with_retries(attempts, lambda: self._reader.digest(source.uri, timeout_s=timeout_s))
         if stat_source(Path(source.uri)) != source:
@@ -108,17 +121,18 @@ class Planner:
         if record.extends:
             return self._plan_as_stored(record)
         try:
-            plan = _with_retries(
-                attempts,
-                lambda: self._reader.plan(
-                    record.uri,
-                    tiling=self._config.tiling,
-                    mpp=candidate.mpp,
-                    tissue_geojson=candidate.geojson,
-                    tissue_classes=self._config.tissue_classes,
-                    timeout_s=self._config.plan_timeout_s,
-                ),
-            )
+            with self._stage.open(candidate.source, sha256=record.sha256) as staged:
+                plan = _with_retries(
+                    attempts,
+                    lambda: self._reader.plan(
+                        str(staged.path),
+                        tiling=self._config.tiling,
+                        mpp=candidate.mpp,
+                        tissue_geojson=candidate.geojson,
+                        tissue_classes=self._config.tissue_classes,
+                        timeout_s=self._config.plan_timeout_s,
+                    ),
+                )
         except SlideError as error:
             record = replace(record, attempts=attempts.made)
             return [Chunk(record=quarantine(record, error, stage="plan"))]

@@ -17,7 +17,7 @@ from jobs.ingest.decision import Attempts
 from pathflip.encoders import Encoder
 from pathflip.errors import EncoderError, SlideError
 from pathflip.slides.reader import Patches, SlideReader
-from pathflip.slides.sources import stat_source
+from pathflip.slides.sources import changed, stat_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,13 @@ class SlideFile:
     """File of a slide as the archive knows it.
 
     Attributes:
-        uri: Its path.
+        path: Its path, that of a local copy where it lies in an object store.
         bytes: Its size.
         mtime_ns: Its modification time.
         mpp: µm per level-0 px given by the user, if any.
     """
 
-    uri: str
+    path: Path
     bytes: int
     mtime_ns: int
     mpp: float | None = None
@@ -76,7 +76,7 @@ def read_ahead(
     def start(at: int) -> None:
         check_source(file)
         readers[at % len(readers)].start_read(
-            file.uri, requests[at].rects, mpp=requests[at].mpp, px=px, slide_mpp=file.mpp,
+            str(file.path), requests[at].rects, mpp=requests[at].mpp, px=px, slide_mpp=file.mpp,
             timeout_s=timeout_s,
         )  # fmt: skip
 
@@ -100,18 +100,9 @@ def read_ahead(
 
 def check_source(file: SlideFile) -> None:
     """Refuse a file that is not the one the archive knows any more (``source_changed``)."""
-    source = stat_source(Path(file.uri))
+    source = stat_source(file.path)
     if (source.bytes, source.mtime_ns) != (file.bytes, file.mtime_ns):
-        raise changed(file.uri)
-
-
-def changed(uri: str) -> SlideError:
-    """Return the error of a file that is not the one that was hashed any more."""
-    return SlideError(
-        f"{Path(uri).name} changed while it was being read.",
-        hint="Run the same command again once the file is at rest.",
-        code="source_changed",
-    )
+        raise changed(str(file.path))
 
 
 def check_revision(encoder: Encoder, revision: str) -> None:

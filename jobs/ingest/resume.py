@@ -15,6 +15,11 @@ from pathflip.encoders import EncoderInfo
 from pathflip.errors import ArchiveError
 from pathflip.slides.scale import SCALE_REASONS
 
+PASSING_REASONS = (
+    "damaged_rows", "bad_outline", "access_denied", "store_failed", "stage_failed"
+)  # fmt: skip
+"""Reasons for which the next run tries a slide again although its file is the same."""
+
 
 class Archived:
     """Slides an archive already knows, by id, path and content; none if there is no archive."""
@@ -65,8 +70,8 @@ class Archived:
         elif row["mtime_ns"] != source.mtime_ns:
             return False
         if row["status"] == "quarantined":
-            # Damage of the archive, not of the source; and what the user may have mended since.
-            if row["reason"] in ("damaged_rows", "bad_outline") or config.retry:
+            # Says nothing about the source, or what the user may have mended since.
+            if row["reason"] in PASSING_REASONS or config.retry:
                 return False
             mendable = row["reason"] in SCALE_REASONS
             return not (mendable and candidate.mpp is not None)

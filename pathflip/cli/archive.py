@@ -206,12 +206,15 @@ def slides_check(
     from pathflip.errors import SlideError
     from pathflip.slides.reader import SlideReader
     from pathflip.slides.sources import discover
+    from pathflip.slides.staging import Stage
 
+    stage = Stage()
     rows: list[dict[str, Any]] = []
     with SlideReader(patches=1, px=16) as reader:
         for source in discover(sources):
             try:
-                about = reader.check(source.uri, mpp=mpp, timeout_s=CHECK_TIMEOUT_S)
+                with stage.open(source) as staged:
+                    about = reader.check(str(staged.path), mpp=mpp, timeout_s=CHECK_TIMEOUT_S)
                 rows.append({"slide": source.uri, "reason": None, **about})
             except SlideError as error:
                 rows.append({"slide": source.uri, "reason": error.code, "message": str(error)})
@@ -260,11 +263,10 @@ def slides_retry(
     as_json: JsonOption = False,
 ) -> None:
     """Ingest quarantined slides again, as the archive was made."""
-    import os
-
     from pathflip import Archive
     from pathflip.config import load_config
     from pathflip.geometry import Tiling
+    from pathflip.slides.sources import is_there
 
     jobs_ingest = job("ingest")
     opened = Archive(archive)
@@ -275,7 +277,7 @@ def slides_retry(
         for row in rows
         if (not wanted or row["slide_id"] in wanted) and reason in (None, row["reason"])
     ]
-    gone = [row["uri"] for row in chosen if not os.path.lexists(row["uri"])]
+    gone = [row["uri"] for row in chosen if not is_there(row["uri"])]
     sources = [row["uri"] for row in chosen if row["uri"] not in gone]
     for uri in gone:
         print(f"{uri} is no longer there; its row stays.", file=sys.stderr)

@@ -27,6 +27,7 @@ from pathflip.evaluation.sliding import GRID_UM, NONE, STEPS, draw, segment_slid
 from pathflip.geometry import level_name
 from pathflip.progress import Progress, Report
 from pathflip.slides.outlines import Polygon, fill
+from pathflip.slides.staging import opened_uri
 from pathflip.slides.tissue import TissueMask
 
 if TYPE_CHECKING:
@@ -213,10 +214,11 @@ def evaluate_segment(
                 about["tissue_png"], mpp=about["tissue_mpp"], slide_mpp=row.mpp
             )
             try:
-                found = segment_slide(
-                    row.uri, reader, weights, tissue=mask, width=about["width"],
-                    height=about["height"], slides=pixels, steps=steps,
-                )  # fmt: skip
+                with opened_uri(row.uri) as path:
+                    found = segment_slide(
+                        str(path), reader, weights, tissue=mask, width=about["width"],
+                        height=about["height"], slides=pixels, steps=steps,
+                    )  # fmt: skip
             except SlideError as error:
                 failed.append({"slide": row.slide_id, "code": error.code, "why": str(error)})
                 continue

@@ -18,7 +18,7 @@ from pathflip.geometry import TREE_OFFSETS, TreeSpec, patch_tree
 from pathflip.interop.tree_captions import tree_image_name
 from pathflip.progress import Progress, Report
 from pathflip.slides.reader import SlideReader
-from pathflip.slides.sources import check_ingested
+from pathflip.slides.staging import opened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,15 +79,28 @@ def read_nodes(
         SlideError: The slide cannot be read: ``not_a_file``, ``source_changed`` where its file is
             another one than was ingested, ``bad_tile`` where a node is damaged.
     """
-    check_ingested(slide)
-    shape = patch_tree(tree["tx"], tree["ty"], mpp=tree["mpp"], spec=spec)
     wanted = np.flatnonzero(tree["node_mask"]) if nodes is None else np.asarray(nodes, np.int64)
+    if len(wanted):
+        with opened(slide) as path:
+            yield from _read_opened(reader, path, slide, tree, spec=spec, wanted=wanted)
+
+
+def _read_opened(
+    reader: SlideReader,
+    path: Path,
+    slide: Mapping[str, Any],
+    tree: Mapping[str, Any],
+    *,
+    spec: TreeSpec,
+    wanted: NDArray[np.int64],
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    shape = patch_tree(tree["tx"], tree["ty"], mpp=tree["mpp"], spec=spec)
     for level in range(len(TREE_OFFSETS)):
         group = wanted[shape.level[wanted] == level]
         if not len(group):
             continue
         reader.start_read(
-            slide["uri"],
+            str(path),
             shape.rects[0, group],
             mpp=float(shape.mpp[group[0]]),
             px=spec.node_px,

@@ -281,18 +281,17 @@ def _hits(archive: Archive, results: pa.Table) -> list[dict[str, Any]]:
 
 def _slide_of(archive: Archive, slide_id: str) -> dict[str, Any]:
     """Return a slide's row with its small map and, if its file is faulty, ``fault``."""
-    from pathflip.slides.sources import stat_source
+    from pathflip.slides.sources import check_ingested
 
     try:
         row = archive.slide(slide_id)
     except ArchiveError as error:
         return {"uri": "", "map": None, "fault": error.message}
-    source = stat_source(Path(row["uri"]))
     fault = ""
-    if source.bytes < 0:
-        fault = f"The slide file is not at {row['uri']} any more."
-    elif (source.bytes, source.mtime_ns) != (row["bytes"], row["mtime_ns"]):
-        fault = "The slide file has changed since it was ingested."
+    try:
+        check_ingested(row)
+    except SlideError as error:
+        fault = error.message
     return {**row, "map": slide_view(row, MAP_PX), "fault": fault}
 
 
@@ -324,21 +323,23 @@ def _read_pictures(
     patch: tuple[int, int, int] | None,
 ) -> None:
     """Fill a hit's pictures; a slide that failed once is not read again."""
+    from pathflip.slides.staging import opened
+
     if not row["fault"]:
         override = row["mpp"] if row["mpp_source"] == "override" else None
         try:
-            hit["picture"] = data_uri(
-                reader.view(
-                    row["uri"], x0=hit["x0"], y0=hit["y0"], size0=hit["size0"], px=REGION_PX,
-                    slide_mpp=override,
-                )
-            )  # fmt: skip
-            if patch is not None:
-                x0, y0, size0 = patch
+            with opened(row) as path:
                 data = reader.view(
-                    row["uri"], x0=x0, y0=y0, size0=size0, px=PATCH_PX, slide_mpp=override
-                )
-                hit["patch"] = {"uri": data_uri(data), "um": size0 * hit["mpp"]}
+                    str(path), x0=hit["x0"], y0=hit["y0"], size0=hit["size0"], px=REGION_PX,
+                    slide_mpp=override,
+                )  # fmt: skip
+                hit["picture"] = data_uri(data)
+                if patch is not None:
+                    x0, y0, size0 = patch
+                    data = reader.view(
+                        str(path), x0=x0, y0=y0, size0=size0, px=PATCH_PX, slide_mpp=override
+                    )
+                    hit["patch"] = {"uri": data_uri(data), "um": size0 * hit["mpp"]}
         except SlideError as error:
             row["fault"] = error.message
     hit["fault"] = row["fault"]

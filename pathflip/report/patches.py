@@ -26,7 +26,7 @@ from pathflip.interop.tree_images import tree_reader
 from pathflip.report.page import about_run, data_uri, metric_row, write_page
 from pathflip.report.trees import SIDE_PX, node_texts, pyramid, tree_texts
 from pathflip.slides.reader import SlideReader
-from pathflip.slides.sources import check_ingested
+from pathflip.slides.staging import opened
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import TreeRun
@@ -362,11 +362,11 @@ def _nuclei_at(
 
 def _view(archive: Archive, reader: SlideReader, row: Mapping[str, Any]) -> str:
     slide = archive.slide(row["slide_id"])
-    check_ingested(slide)
     override = slide["mpp"] if slide["mpp_source"] == "override" else None
-    return data_uri(
-        reader.view(
-            slide["uri"], x0=row["x0"], y0=row["y0"], size0=row["size0"], px=HIT_PX,
-            slide_mpp=override,
-        )
-    )  # fmt: skip
+    with opened(slide) as path:
+        return data_uri(
+            reader.view(
+                str(path), x0=row["x0"], y0=row["y0"], size0=row["size0"], px=HIT_PX,
+                slide_mpp=override,
+            )
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Finds slide files and identifies them by their content."""
+"""Finds slide files, also in object stores, and identifies them by their content."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pathflip.errors import ConfigError, SlideError
+from pathflip.slides.objects import (
+    ObjectReader,
+    StoredObject,
+    check_address,
+    find_object,
+    is_remote,
+    list_objects,
+)
 
 SUFFIXES = (
     ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".czi", ".bif",
@@ -23,15 +32,18 @@ FOREIGN_SUFFIXES = (
 )  # fmt: skip
 """Whole-slide formats that OpenSlide does not read."""
 _DICOM_MAGIC = b"DICM"
+_DICOM_HEADER = 132  # bytes, of which the last four are the magic
 _BLOCK = 1 << 20
+_LOOKS = 16  # objects whose first bytes are read at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A slide on disk as found, before anything of it is read.
+    """A slide as found, before anything of it is read.
 
     Attributes:
-        uri: Absolute path of the file, or of the folder of one DICOM series.
+        uri: Absolute path of the file, or of the folder of one DICOM series; their address in an
+            object store.
         bytes: Size of all its files; -1 if it is not accessible.
         mtime_ns: Newest modification time of its files.
     """
@@ -40,6 +52,15 @@ class Source:
     bytes: int
     mtime_ns: int
 
+    @classmethod
+    def of_objects(cls, uri: str, *, files: Sequence[StoredObject]) -> Source:
+        """Return the slide that objects of a store are together."""
+        return cls(
+            uri=uri,
+            bytes=sum(one.bytes for one in files) if files else -1,
+            mtime_ns=max((one.mtime_ns for one in files), default=0),
+        )
+
 
 def discover(sources: Sequence[str], *, skipped: list[str] | None = None) -> list[Source]:
     """Find every slide under the given files and folders, sorted by path.
@@ -47,35 +68,31 @@ def discover(sources: Sequence[str], *, skipped: list[str] | None = None) -> lis
     A folder that holds DICOM files is one slide, and so are its files named one by one; MRXS side
     folders belong to their .mrxs file. Links are followed once; of files without a suffix the first
     bytes are read, as DICOM often has none, and no other is opened. A file named outright is taken
-    whatever its suffix.
+    whatever its suffix. Addresses of object stores (``s3://bucket/prefix``) are listed by the same
+    rules, except that there are no links.
 
     Args:
-        sources: Files and folders.
+        sources: Files, folders, objects and prefixes of object stores.
         skipped: List to which the other files of the folders are added.
 
     Raises:
-        ConfigError: A source does not exist, or a folder holds no slide at all.
+        ConfigError: A source does not exist, or a folder holds no slide at all; an object store
+            cannot be listed (``access_denied``, ``store_failed``).
     """
     found: dict[str, Source] = {}
+    skipped = skipped if skipped is not None else []
     for source in sources:
-        if "://" in source:
-            raise ConfigError(
-                f"{source} is not a path.",
-                hint="Slides are read from file systems: mount the bucket on every node.",
-                code="missing_source",
-            )
+        if is_remote(source):
+            for slide in _discover_stored(check_address(source), skipped):
+                found[slide.uri] = slide
+            continue
         path = Path(os.path.abspath(source))
         if path.is_dir():
-            inside = list(_walk(path, skipped if skipped is not None else []))
+            inside = list(_walk(path, skipped))
             if not inside and path.suffix.lower() in SUFFIXES:
                 inside = [path]  # reported as what it is
             if not inside:
-                raise ConfigError(
-                    f"{source} holds no slides.",
-                    hint=f"pathflip looks for {' '.join(SUFFIXES)} and folders of "
-                    f"*{DICOM_SUFFIX}, at any depth.",
-                    code="no_slides",
-                )
+                raise _no_slides(source)
         elif os.path.lexists(path):
             inside = [path.parent if is_dicom(path) else path]
         else:
@@ -87,23 +104,37 @@ def discover(sources: Sequence[str], *, skipped: list[str] | None = None) -> lis
     return [found[uri] for uri in sorted(found)]
 
 
+def _no_slides(source: str) -> ConfigError:
+    return ConfigError(
+        f"{source} holds no slides.",
+        hint=f"pathflip looks for {' '.join(SUFFIXES)} and folders of *{DICOM_SUFFIX}, at any "
+        "depth.",
+        code="no_slides",
+    )
+
+
 def is_dicom(path: Path) -> bool:
     """Return whether a file is DICOM: by its suffix, or by its first bytes if it has none.
 
     Archives export files named by UIDs or as DCM_0, whose last digits look like a suffix.
     """
-    suffix = path.suffix.lower()
-    if suffix == DICOM_SUFFIX:
-        return True
-    if suffix and not suffix[1:].isdigit():
-        return False
+    if (known := _is_dicom_by_name(path.name)) is not None:
+        return known
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return False
         with open(path, "rb") as file:
-            return file.read(132)[128:] == _DICOM_MAGIC
+            return file.read(_DICOM_HEADER).endswith(_DICOM_MAGIC)
     except OSError:
         return False
+
+
+def _is_dicom_by_name(name: str) -> bool | None:
+    """Return whether a file is DICOM; None if its first bytes must say so."""
+    suffix = Path(name).suffix.lower()
+    if suffix == DICOM_SUFFIX:
+        return True
+    return False if suffix and not suffix[1:].isdigit() else None
 
 
 def dicom_files(folder: Path) -> list[Path]:
@@ -119,22 +150,128 @@ def _walk(root: Path, skipped: list[str]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders.sort()
         here = Path(folder)
-        dicom = {name for name in files if is_dicom(here / name)}
-        if dicom:
-            yield here
-        sides = {name[: -len(".mrxs")] for name in files if name.lower().endswith(".mrxs")}
-        folders[:] = [name for name in folders if name not in sides]
-        for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield here / name
-            elif name not in dicom and not name.startswith("."):
-                skipped.append(str(here / name))
-        for name in list(folders):  # a folder named like a slide is reported, not entered
-            if name.lower().endswith(SUFFIXES):
-                folders.remove(name)
-                yield here / name
+        slides, others = _pick(folders, files, {name for name in files if is_dicom(here / name)})
+        yield from (here / name for name in slides)
+        skipped += [str(here / name) for name in others]
+
+
+def _pick(
+    folders: list[str], files: Sequence[str], dicom: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Choose what of a folder is a slide.
+
+    Args:
+        folders: Names of the folders in it; those not to be entered are taken out.
+        files: Names of its files.
+        dicom: Those that are DICOM.
+
+    Returns:
+        Names of slides, "" for the folder itself, and of the files that are none.
+    """
+    slides, others = [""] if dicom else [], []
+    folders.sort()
+    sides = {name[: -len(".mrxs")] for name in files if name.lower().endswith(".mrxs")}
+    folders[:] = [name for name in folders if name not in sides]
+    for name in sorted(files):
+        if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            slides.append(name)
+        elif name not in dicom and not name.startswith("."):
+            others.append(name)
+    for name in list(folders):  # a folder named like a slide is reported, not entered
+        if name.lower().endswith(SUFFIXES):
+            folders.remove(name)
+            slides.append(name)
+    return slides, others
+
+
+def _discover_stored(uri: str, skipped: list[str]) -> list[Source]:
+    """Find the slides at, or below, an address of an object store."""
+    try:
+        named = find_object(uri)
+        if named is not None:
+            whole = uri.rpartition("/")[0] if _dicom_objects([named]) else uri
+            return [stat_slide(whole)]
+        listed = list_objects(uri, recursive=True)
+        if not listed:
+            raise ConfigError(
+                f"There is nothing at {uri}.",
+                hint="Check the bucket and the prefix.",
+                code="missing_source",
+            )
+        found = list(_walk_objects(uri, listed, skipped))
+    except SlideError as error:
+        code = "missing_source" if error.code == "not_a_file" else error.code
+        raise ConfigError(error.message, hint=error.hint, code=code) from error
+    if not found and uri.lower().endswith(SUFFIXES):
+        return [Source.of_objects(uri, files=[])]  # reported as what it is
+    if not found:
+        raise _no_slides(uri)
+    return found
+
+
+def _walk_objects(
+    root: str, listed: Sequence[StoredObject], skipped: list[str]
+) -> Iterator[Source]:
+    """Yield the slides among listed objects, as :func:`_walk` does of a folder."""
+    files: dict[str, dict[str, StoredObject]] = {}
+    folders: dict[str, set[str]] = {}
+    for one in listed:
+        here, _, name = one.uri.rpartition("/")
+        files.setdefault(here, {})[name] = one
+        while here != root and here not in folders.setdefault(here.rpartition("/")[0], set()):
+            folders[here.rpartition("/")[0]].add(here)
+            here = here.rpartition("/")[0]
+    dicom = {one.uri for one in _dicom_objects(listed)}
+    stack = [root]
+    while stack:
+        here = stack.pop()
+        own = files.get(here, {})
+        series = {name: one for name, one in own.items() if one.uri in dicom}
+        inside = [path.rpartition("/")[2] for path in folders.get(here, ())]
+        slides, others = _pick(inside, list(own), series)
+        stack += [f"{here}/{name}" for name in inside]
+        skipped += [f"{here}/{name}" for name in others]
+        for name in slides:
+            if not name:
+                yield Source.of_objects(here, files=list(series.values()))
+            elif name not in own:
+                yield Source.of_objects(f"{here}/{name}", files=[])
+            else:
+                parts = [own[name]]
+                sides = [f"{here}/{Path(name).stem}"] if name.lower().endswith(".mrxs") else []
+                while sides:
+                    side = sides.pop()
+                    parts += files.get(side, {}).values()
+                    sides += folders.get(side, ())
+                yield Source.of_objects(f"{here}/{name}", files=parts)
+
+
+def _dicom_objects(objects: Sequence[StoredObject]) -> list[StoredObject]:
+    """Return those objects that are DICOM, by their names or by their first bytes."""
+
+    def is_one(stored: StoredObject) -> bool:
+        known = _is_dicom_by_name(stored.uri.rpartition("/")[2])
+        if known is None and stored.bytes >= _DICOM_HEADER:
+            return ObjectReader(stored.uri).read(0, _DICOM_HEADER).endswith(_DICOM_MAGIC)
+        return bool(known)
+
+    with ThreadPoolExecutor(_LOOKS, "dicom") as threads:
+        return [one for one, yes in zip(objects, threads.map(is_one, objects), strict=True) if yes]
+
+
+def stored_files(uri: str) -> list[StoredObject]:
+    """Return every object of a slide in an object store, the named one first; none if it is gone.
+
+    Raises:
+        SlideError: ``access_denied``, ``store_failed``.
+    """
+    named = find_object(uri)
+    if named is None:
+        return _dicom_objects(list_objects(uri, recursive=False))
+    if uri.lower().endswith(".mrxs"):
+        return [named, *list_objects(uri[: -len(".mrxs")], recursive=True)]
+    return [named]
 
 
 def by_suffix(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -169,6 +306,27 @@ def stat_source(path: Path) -> Source:
     )
 
 
+def stat_slide(uri: str) -> Source:
+    """Return size and time of a slide by its uri, a path or an address in an object store.
+
+    Raises:
+        SlideError: The object store cannot be asked (``access_denied``, ``store_failed``).
+    """
+    if is_remote(uri):
+        return Source.of_objects(uri, files=stored_files(uri))
+    return stat_source(Path(uri))
+
+
+def is_there(uri: str) -> bool:
+    """Return whether something lies at a slide's uri, or that cannot be told."""
+    if not is_remote(uri):
+        return os.path.lexists(uri)
+    try:
+        return stat_slide(uri).bytes >= 0
+    except SlideError as error:
+        return error.code != "not_a_file"
+
+
 def check_ingested(slide: Mapping[str, Any]) -> None:
     """Refuse a slide whose file is gone, or is another one than was ingested.
 
@@ -176,13 +334,13 @@ def check_ingested(slide: Mapping[str, Any]) -> None:
         slide: Its row in an archive.
 
     Raises:
-        SlideError: ``not_a_file``, ``source_changed``.
+        SlideError: ``not_a_file``, ``source_changed``; see also :func:`stat_slide`.
     """
     path = Path(slide["uri"])
-    source = stat_source(path)
+    source = stat_slide(slide["uri"])
     if source.bytes < 0:
         raise SlideError(
-            f"{path.name} is not at {path} any more.",
+            f"{path.name} is not at {slide['uri']} any more.",
             hint="Put it back, or ingest it from where it is now.",
             code="not_a_file",
         )
@@ -194,26 +352,42 @@ def check_ingested(slide: Mapping[str, Any]) -> None:
         )
 
 
+def changed(uri: str) -> SlideError:
+    """Return the error of a slide that is not the one that was found any more."""
+    return SlideError(
+        f"{Path(uri).name} changed while it was being read.",
+        hint="Run the same command again once the file is at rest.",
+        code="source_changed",
+    )
+
+
 def digest_source(path: Path) -> str:
-    """Return the sha256 of a slide: of its file, or of its files' names and digests in order.
+    """Return the sha256 of a slide, see :func:`digest_of`.
 
     Raises:
         SlideError: ``not_a_file`` when a file cannot be read.
     """
-    files = source_files(path)
     try:
-        if len(files) == 1:
-            return _digest_file(files[0])
-        whole = hashlib.sha256()
-        for file in files:
-            whole.update(f"{file.relative_to(path.parent)}\0{_digest_file(file)}\n".encode())
-        return whole.hexdigest()
+        files = source_files(path)
+        return digest_of({str(one.relative_to(path.parent)): _digest_file(one) for one in files})
     except OSError as error:
         raise SlideError(
             f"{path.name} cannot be read: {error.strerror}.",
             hint="Check the path, the link and the permissions.",
             code="not_a_file",
         ) from error
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """Return the sha256 of a slide: of its file, or of its files' names and digests in order.
+
+    Args:
+        files: {path from the folder that the slide lies in: sha256}.
+    """
+    if len(files) == 1:
+        return next(iter(files.values()))
+    lines = "".join(f"{name}\0{sha256}\n" for name, sha256 in files.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _digest_file(path: Path) -> str:
