@@ -27,6 +27,7 @@ SETTINGS = ("tiling.region_um=512", "chunk_regions=2", "commit_s=1")
 WITHOUT_CLUSTER = (
     "tests/unit/", "tests/integration/test_training", "tests/integration/test_tuning",
     "tests/integration/test_serve.py", "tests/integration/test_ledger.py",
+    "tests/integration/test_staged_slides.py",
 )  # fmt: skip
 """Where no test uses the session's Ray: the process that hands out tests knows no fixtures."""
 SAME = (

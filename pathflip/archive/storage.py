@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,8 +118,10 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return fs.LocalFileSystem(), uri
     if uri.startswith(OBJECT_STORE_ON_DISK):
         return fs.LocalFileSystem(), uri.removeprefix(OBJECT_STORE_ON_DISK)
-    # Arrow knows Azure as abfs.
-    system, root = fs.FileSystem.from_uri(uri.replace("az://", "abfs://", 1))
+    if uri.startswith("az://"):  # Arrow takes an account from addresses alone, Lance from here
+        account, key = (os.environ.get(f"AZURE_STORAGE_ACCOUNT_{what}") for what in ("NAME", "KEY"))
+        return fs.AzureFileSystem(account or "", account_key=key), uri.removeprefix("az://")
+    system, root = fs.FileSystem.from_uri(uri)
     return system, root
 
 

@@ -36,7 +36,9 @@ app.add_typer(archive_app, name="archive")
 
 @app.command()
 def ingest(
-    sources: Annotated[list[str], typer.Argument(help="Slide files and folders.", metavar="SRC…")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Slide files, folders, s3://… prefixes.", metavar="SRC…")
+    ],
     archive: ArchiveOption,
     encoder: Annotated[
         str | None,
@@ -193,7 +195,9 @@ def slides_list(
 
 @slides_app.command("check")
 def slides_check(
-    sources: Annotated[list[str], typer.Argument(help="Slide files and folders.", metavar="SRC…")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Slide files, folders, s3://… prefixes.", metavar="SRC…")
+    ],
     mpp: Annotated[
         float | None, typer.Option(help="µm per level-0 pixel, where the files are wrong.")
     ] = None,

@@ -3,5 +3,6 @@
 Read in this order: ``slide`` (one open slide), ``scale`` (its µm per pixel), ``resample`` (area
 averages), ``tiff`` (layout and limits of TIFF files), ``direct`` (their tiles), ``tissue``,
 ``outlines`` and ``quality`` (which patches to embed), ``reader`` (the same in a process of its own,
-``reader_child``), ``sources`` (which files are slides).
+``reader_child``), ``sources`` (which files are slides), ``objects``, ``stage_cache`` and ``staging``
+(slides of object stores as local files).
 """

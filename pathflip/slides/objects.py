@@ -21,8 +21,8 @@ from pathflip.errors import ConfigError, SlideError
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az")
-BACKOFF_S = (0.5, 2.0)
-"""Waits between attempts at a request; Arrow's own client has tried several times before each."""
+BACKOFF_S = (2.0, 10.0)
+"""Waits between attempts at a request; Arrow itself goes on trying for 6 s in each of them."""
 _DENIED = re.compile(
     r"ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|EXPIRED_TOKEN|"
     r"INVALID_CLIENT_TOKEN|PERMISSION_DENIED|UNAUTHENTICATED|Authentication|Authorization|"

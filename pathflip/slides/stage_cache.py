@@ -3,7 +3,9 @@
 Each entry is a folder of files with a lock beside it::
 
     <name>.lock               held shared by everyone who reads, exclusive by the one who fills it
-    <name>.<bytes>/           the files, and entry.json with their digests
+    <name>.<bytes>/           entry.json with the digests of the files, and a folder with these,
+                              which has another name each time: a reader that still has the file
+                              of an earlier time open cannot take it for this one
     <name>.<bytes>.partial/   the same while it is being filled; its size is taken from the start
 
 The kernel drops the locks of a process that dies, so what it held can be evicted, and what it was
@@ -21,6 +23,7 @@ import os
 import shutil
 import stat
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -111,7 +114,8 @@ class StageCache:
             lock = self._lock(name, fcntl.LOCK_SH)
             entry = _checked(folder)
             if lock is not None and entry is not None:
-                os.utime(lock)  # the time it was last held
+                now = time.time_ns()  # the file system's own clock is too coarse for an order
+                os.utime(lock, ns=(now, now))
                 return lock, entry
             _close(lock)
             lock = self._lock(name, fcntl.LOCK_EX)
@@ -131,13 +135,13 @@ class StageCache:
         part = self._folder / f"{name}.{size}{_PARTIAL}"
         try:
             self._reserve(part, name, size, wait_s)
-            _write_note(
-                part,
-                {
-                    path: {"sha256": digest, "stamp": _stamp(part / path)}
-                    for path, digest in fill(part).items()
-                },
-            )
+            inner = part / uuid.uuid4().hex[:8]
+            inner.mkdir()
+            files = {
+                f"{inner.name}/{path}": {"sha256": digest, "stamp": _stamp(inner / path)}
+                for path, digest in fill(inner).items()
+            }
+            _write_note(part, files)
             part.rename(part.with_name(f"{name}.{size}"))
         except BaseException:
             _remove(part)
@@ -296,7 +300,9 @@ def _checked(folder: Path) -> Entry | None:
             _write_note(folder, now)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Entry(folder=folder, sha256={path: about["sha256"] for path, about in now.items()})
+    inner = next(iter(now)).partition("/")[0]
+    digests = {path.removeprefix(f"{inner}/"): about["sha256"] for path, about in now.items()}
+    return Entry(folder=folder / inner, sha256=digests)
 
 
 def _write_note(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import SETTINGS, Clean, content, listing
+from tests.s3 import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -159,6 +160,33 @@ def test_again_does_nothing_and_more_adds_only_itself(
     assert newer != new
     assert final[new]["row"]["uri"] == str(more / "same content.svs")  # the copy keeps the old one
     assert final[newer]["row"]["sha256"] != row["sha256"]
+
+
+def test_slides_of_an_object_store_become_what_files_become(
+    slides: Path, clean: Clean, job: Callable[..., Any], store: Store, bucket: str, tmp_path: Path
+) -> None:
+    """All of it through Ray, in room for the largest of the slides alone."""
+    names = ("a.svs", "c.tif", "g.tif")
+    for name in names:
+        store.request(
+            "PUT", f"{bucket.removeprefix('s3:/')}/x/{name}", (slides / name).read_bytes()
+        )
+    largest = max((slides / name).stat().st_size for name in names)
+    settings = (f"stage_dir={tmp_path}", f"stage_gb={largest / 1e9}")
+    done = job([f"{bucket}/x"], tmp_path / "archive", *settings)
+    assert done.slides == {"ready": 3, "quarantined": 0, "empty": 0, "skipped": 0}
+    found = content(tmp_path / "archive")
+    known = {s: e for s, e in clean.content.items() if Path(e["row"]["uri"]).name in names}
+    assert set(found) == set(known)
+    for slide, entry in known.items():
+        row = found[slide]["row"]
+        name = Path(entry["row"]["uri"]).name
+        assert row == entry["row"] | {"uri": f"{bucket}/x/{name}", "mtime_ns": row["mtime_ns"]}
+        assert found[slide] | {"row": None} == entry | {"row": None}
+    staged = list(tmp_path.glob("pathflip-stage-*/*/*/*"))
+    assert sum(path.stat().st_size for path in staged) <= largest
+    again = job([f"{bucket}/x"], tmp_path / "archive", *settings)
+    assert (again.slides["skipped"], again.patches) == (3, 0)
 
 
 # -- the command line -----------------------------------------------------------------------------
