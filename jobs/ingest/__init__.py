@@ -171,8 +171,8 @@ def dry_run(
     """Plan every slide as ``ingest`` would, time the encoder on real patches, write nothing.
 
     Reads every file that ``ingest`` would be given, opens every slide and finds its tissue; hashes
-    nothing. Slides of object stores are listed and counted, not copied and opened. Time is estimated
-    from patches of the first good slide read and embedded in this process, over the CPUs there are.
+    nothing. Slides of object stores are counted, not copied and opened. Time is estimated from
+    patches of the first good slide read and embedded in this process, over the CPUs there are.
     """
     config = config or IngestConfig()
     started = time.monotonic()

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pathflip.errors import ArchiveError, PathFLIPError
+from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
 
 OBJECT_STORE_ON_DISK = "file-object-store://"
 """Lance's scheme for a folder treated as an object store; used to test remote access."""
@@ -120,7 +120,14 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return fs.LocalFileSystem(), uri.removeprefix(OBJECT_STORE_ON_DISK)
     if uri.startswith("az://"):  # Arrow takes an account from addresses alone, Lance from here
         account, key = (os.environ.get(f"AZURE_STORAGE_ACCOUNT_{what}") for what in ("NAME", "KEY"))
-        return fs.AzureFileSystem(account or "", account_key=key), uri.removeprefix("az://")
+        if not account:
+            raise ConfigError(
+                "No Azure account is named.",
+                hint="Set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY unless the "
+                "machine has an identity.",
+                code="azure_account",
+            )
+        return fs.AzureFileSystem(account, account_key=key), uri.removeprefix("az://")
     system, root = fs.FileSystem.from_uri(uri)
     return system, root
 

@@ -3,6 +3,6 @@
 Read in this order: ``slide`` (one open slide), ``scale`` (its µm per pixel), ``resample`` (area
 averages), ``tiff`` (layout and limits of TIFF files), ``direct`` (their tiles), ``tissue``,
 ``outlines`` and ``quality`` (which patches to embed), ``reader`` (the same in a process of its own,
-``reader_child``), ``sources`` (which files are slides), ``objects``, ``stage_cache`` and ``staging``
-(slides of object stores as local files).
+``reader_child``), ``sources`` (which files are slides), and for slides of object stores
+``objects``, ``stage_cache`` and ``staging`` (copies of them as files).
 """

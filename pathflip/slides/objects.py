@@ -162,7 +162,10 @@ def _located(uri: str) -> tuple[Any, str]:
 def _filesystem(bucket: str) -> Any:
     from pathflip.archive.storage import filesystem  # the archive itself imports this package
 
-    return _patiently(bucket, lambda: filesystem(bucket)[0])
+    try:
+        return _patiently(bucket, lambda: filesystem(bucket)[0])
+    except ConfigError as error:
+        raise SlideError(error.message, hint=error.hint, code="access_denied") from error
 
 
 def _patiently(uri: str, call: Callable[[], T]) -> T:

@@ -124,6 +124,8 @@ def test_what_is_not_there_is_refused(store: Store, bucket: str) -> None:
         with pytest.raises(ConfigError) as caught:
             discover([address])
         assert caught.value.code == code, address
+    with pytest.raises(ConfigError, match="AZURE_STORAGE_ACCOUNT_NAME"):
+        discover(["az://container/a.svs"])
     with pytest.raises(ConfigError) as caught:
         discover(["s3://AKIAKEY:very-secret@bucket/a.svs"])
     assert "secret" not in str(caught.value)
