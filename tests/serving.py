@@ -22,7 +22,7 @@ from pathflip.checkpoints import write_whole
 from pathflip.models.instruct import PathFLIPInstruct
 from pathflip.models.pathflip import PathFLIP
 from pathflip.models.prompt_encoder import InstructConfig
-from tests.archives import DIM, FINDINGS, ORGANS, make_archive
+from tests.archives import FINDINGS, ORGANS, make_archive
 
 CONTEXT = 1024
 """Positions of the language model."""
@@ -115,26 +115,30 @@ def make_base(folder: Path, texts: Sequence[str], *, width: int = 64, layers: in
     return folder
 
 
-def make_run(folder: Path, archive: Path, base: Path, **config: Any) -> Path:
+def make_run(
+    folder: Path, archive: Path, base: Path, *, encoder: str = "tex", **config: Any
+) -> Path:
     """A run as ``pathflip tune`` leaves it, untrained: vision, projector and adapter are drawn."""
     opened = Archive(archive)
+    entry = opened.encoders()[encoder]
     texts = [f"Sections show {name}." for name in (*ORGANS, *FINDINGS)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vision = PathFLIP.from_preset("pathflip/mini", feature_dim=DIM, texts=texts, **SMALL)
+        vision = PathFLIP.from_preset(
+            "pathflip/mini", feature_dim=entry["dim"], texts=texts, **SMALL
+        )
         model = PathFLIPInstruct.from_parts(vision.eval(), base, InstructConfig(**config), seed=1)
         with torch.no_grad():
             for name, weight in model.llm.named_parameters():
                 if "lora_B" in name:
                     weight.normal_(std=0.02)  # an adapter that does something
             model.projector.weight.mul_(4)
-    entry = opened.encoders()["tex"]
     about = {
         "kind": "instruct",
         "run": folder.name,
         "fingerprint": vision.fingerprint(),
         "instruct_fingerprint": model.fingerprint(),
-        "encoder": {"name": "tex", "revision": entry["revision"], "dim": entry["dim"]},
+        "encoder": {"name": encoder, "revision": entry["revision"], "dim": entry["dim"]},
         "tiling": opened.tiling(),
     }
 
