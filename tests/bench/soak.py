@@ -366,28 +366,28 @@ def sample(
 def slope(minutes: np.ndarray, values: np.ndarray) -> Report:
     """A line through minute means: slope an hour with its 95 % interval, and whether it is flat.
 
-    Neighbouring minutes are alike, so the interval is from the Newey-West covariance (Bartlett
-    weights over five minutes) rather than from independent residuals.
+    Neighbouring minutes are alike, so the residuals count as fewer than they are: by their
+    correlation at one minute, corrected for the bias that a fitted line leaves in it
+    (tests/unit/test_bench_soak.py has the coverage).
     """
     from scipy import stats
 
     cells = np.floor(minutes).astype(int)
     at = np.unique(cells)
     y = np.array([values[cells == cell].mean() for cell in at])
-    t = at / 60.0
-    x = np.column_stack([np.ones(len(t)), t - t.mean()])
+    t, count = at / 60.0, len(at)
+    x = np.column_stack([np.ones(count), t - t.mean()])
     inverse = np.linalg.inv(x.T @ x)
     beta = inverse @ x.T @ y
-    scores = x * (y - x @ beta)[:, None]
-    middle = scores.T @ scores
-    for lag in range(1, min(5, len(y) - 1) + 1):
-        cross = scores[lag:].T @ scores[:-lag]
-        middle += (1 - lag / 6) * (cross + cross.T)
-    error = float(np.sqrt(max(0.0, (inverse @ middle @ inverse)[1, 1])))
-    error *= np.sqrt(len(y) / (len(y) - 2))
-    half = float(stats.t.ppf(0.975, len(y) - 2)) * error
+    rest = y - x @ beta
+    power = float(rest @ rest)
+    alike = float(rest[1:] @ rest[:-1]) / power if power > 0 else 0.0
+    alike = min(0.95, max(0.0, alike + (1 + 4 * alike) / count))
+    error = float(np.sqrt(power / (count - 2) * inverse[1, 1] * (1 + alike) / (1 - alike)))
+    free = max(3.0, count * (1 - alike) / (1 + alike) - 2)
+    half = float(stats.t.ppf(0.975, free)) * error
     low, high = float(beta[1]) - half, float(beta[1]) + half
-    fifth = max(1, len(y) // 5)
+    fifth = max(1, count // 5)
     return {
         "mean": float(y.mean()),
         "first": float(y[:fifth].mean()),
@@ -541,11 +541,15 @@ def main() -> None:
     parser.add_argument("--engine", choices=("vllm", "fake"), default="vllm")
     parser.add_argument("--json", action="store_true", help="accepted for symmetry; always JSON")
     parser.add_argument("--folder", type=Path, help="a new folder that is kept")
+    parser.add_argument("--fit", type=Path, help="only fit what a run left in its folder")
     parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.write:
         write(args.folder)
+        return
+    if args.fit:
+        print(json.dumps(fits(args.fit, args.warm_up), indent=1))
         return
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made,
