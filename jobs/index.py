@@ -24,7 +24,7 @@ from jobs.ingest.rows import fixed
 from jobs.ray_data import available, map_actors, spread, wrong_model
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
-from pathflip.archive.indexes import refresh_indexes
+from pathflip.archive.indexes import Refreshed, refresh_indexes
 from pathflip.archive.model_vectors import ensure_model, indexed_slides
 from pathflip.compat import check_fits
 from pathflip.config import check_positive
@@ -71,7 +71,9 @@ class IndexResult:
         slides: Slides indexed by this run.
         regions: Their regions.
         skipped: Slides that were indexed before.
-        indexes: Search indexes made or brought up to date, ``table.column``.
+        indexes: Search indexes made, ``table.column``.
+        refused: {``table.column``: recall} of vector indexes that are not used; see
+            :class:`pathflip.archive.indexes.Refreshed`.
         seconds: Wall time.
     """
 
@@ -81,6 +83,7 @@ class IndexResult:
     regions: int
     skipped: int
     indexes: list[str]
+    refused: dict[str, float]
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
@@ -130,6 +133,7 @@ def index(
             regions=sum(opened.ledger()[slide]["n_regions"] for slide in todo),
             skipped=total - len(todo),
             indexes=[],
+            refused={},
             seconds=time.monotonic() - started,
         )
     private = connect(address)
@@ -170,7 +174,7 @@ def index(
             committer.replace_rows(table, pa.concat_tables(waiting))
         if done != len(todo):  # cannot happen while every actor returns every row it was given
             raise RuntimeError(f"{len(todo) - done} slides never came back")
-        indexes = refresh_indexes(committer.uri, table) if todo else []
+        refreshed = refresh_indexes(committer.uri, table) if todo else Refreshed()
         report("done")
     return IndexResult(
         model=loaded.name,
@@ -178,7 +182,8 @@ def index(
         slides=done,
         regions=regions,
         skipped=total - done,
-        indexes=indexes,
+        indexes=refreshed.made,
+        refused=refreshed.refused,
         seconds=time.monotonic() - started,
     )
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from pathflip.archive import Archive, vectors
 from pathflip.archive.filters import Filter, row_mask
-from pathflip.archive.indexes import partitions_of
 
 MEMORY_BYTES = 256 << 20
 """Per-table memory budget for cached vectors and region locations; where they are larger, they are
@@ -38,7 +37,8 @@ _QUERIES_UNTIL_CACHED = 8
 _CACHED_SELECTIONS = 16
 """Sets of conditions whose selection is kept in a snapshot."""
 
-_MIN_CANDIDATES = 32
+MIN_CANDIDATES = 32
+"""Candidates of the index whose full vectors are compared, at least."""
 _LOCATION_BYTES = 120
 _FLOAT32_ERROR = 1e-5  # bound on float32 products of unit vectors, with room
 
@@ -62,6 +62,11 @@ class SearchParams:
 
 
 DEFAULT_PARAMS = SearchParams()
+
+
+def partitions_of(rows: int) -> int:
+    """Return the number of partitions of a vector index over so many rows."""
+    return max(16, min(4096, math.isqrt(rows) // 4))
 
 
 class Block(NamedTuple):
@@ -163,7 +168,7 @@ def search_index(
             rows = dataset.scanner(columns=columns, with_row_id=True, **selection.scan).to_table()
             selection.block.append(located(rows.combine_chunks()))
         return [top_k(selection.block[0], query, k) for query in queries]
-    candidates = max(k * params.refine, _MIN_CANDIDATES)
+    candidates = max(k * params.refine, MIN_CANDIDATES)
     enough = max(k, candidates // 2)
     while True:
         nearest = {

@@ -6,11 +6,16 @@ searched without it, so results never lag behind.
 
 from __future__ import annotations
 
-import math
+import logging
+from dataclasses import dataclass, field
 from typing import Any
 
+from pathflip.archive.ann import partitions_of
+from pathflip.archive.recall import MIN_RECALL, index_recall
 from pathflip.archive.storage import guarded, open_table
 from pathflip.archive.tables import spec_of
+
+logger = logging.getLogger(__name__)
 
 VECTOR_INDEX_ROWS = 50_000
 """Rows from which an embeddings table gets a vector index; below that, a scan is fast."""
@@ -25,22 +30,37 @@ _SCALAR = {"slide_id": "BTREE", "kind": "BITMAP", "patient_id": "BTREE"}
 """Without an index on ``kind``, every query would read that column of all rows."""
 
 
-def refresh_indexes(uri: str, table: str) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Refreshed:
+    """What became of a table's indexes.
+
+    Attributes:
+        made: Indexes built, as ``table.column``.
+        refused: {``table.column``: recall} of vector indexes that lose too many of the nearest rows
+            to be used; see :data:`pathflip.archive.recall.MIN_RECALL`.
+    """
+
+    made: list[str] = field(default_factory=list)
+    refused: dict[str, float] = field(default_factory=dict)
+
+
+def refresh_indexes(uri: str, table: str) -> Refreshed:
     """Build the indexes a table is large enough for and updates those it has.
 
-    Only for the process that holds the archive's lock.
+    A vector index is measured after each of these. One that finds too few of the nearest rows is
+    built again; a new one that does is taken back, for that before it if it was good, else searches
+    compare every row.
 
-    Returns:
-        The indexes built now, as ``table.column``.
+    Only for the process that holds the archive's lock.
     """
+    done = Refreshed()
     spec = spec_of(table)
     if spec is None or not spec.per_slide:
-        return []
+        return done
     with guarded(uri, f"index the table {table}"):
         dataset = open_table(uri, table)
         rows = dataset.count_rows()
         have = indexed_columns(dataset)
-        made: list[str] = []
         segments = _segments(dataset)
         if have:
             dataset.optimize.optimize_indices()
@@ -48,16 +68,41 @@ def refresh_indexes(uri: str, table: str) -> list[str]:
             for column, kind in _SCALAR.items():
                 if column in dataset.schema.names and column not in have:
                     dataset.create_scalar_index(column, kind)
-                    made.append(f"{table}.{column}")
+                    done.made.append(f"{table}.{column}")
         for column, kind in spec.indexes.items():
             if kind != "VECTOR" and rows and column not in have:
                 dataset.create_scalar_index(column, kind)
-                made.append(f"{table}.{column}")
-        wanted = "vector" in spec.indexes and rows >= VECTOR_INDEX_ROWS
-        if (wanted and "vector" not in have) or segments >= _MAX_SEGMENTS:
-            _index_vectors(dataset, rows)
-            made.append(f"{table}.vector")
-    return made
+                done.made.append(f"{table}.{column}")
+        if "vector" in have or ("vector" in spec.indexes and rows >= VECTOR_INDEX_ROWS):
+            _refresh_vectors(uri, table, rebuild="vector" not in have or segments >= _MAX_SEGMENTS,
+                             done=done)  # fmt: skip
+    return done
+
+
+def _refresh_vectors(uri: str, table: str, *, rebuild: bool, done: Refreshed) -> None:
+    """Measure the vector index a table has, and build another where that is due or better."""
+    dataset, name = open_table(uri, table), f"{table}.vector"
+    before = index_recall(dataset) if _segments(dataset) else 0.0
+    if before >= MIN_RECALL and not rebuild:
+        return
+    version = dataset.version
+    _index_vectors(dataset, dataset.count_rows())
+    recall = index_recall(dataset)
+    if recall >= MIN_RECALL:
+        done.made.append(name)
+        return
+    # Between the two commits a search may have met it: for seconds, and with fewer of the nearest.
+    dataset.checkout_version(version).restore()
+    done.refused[name] = recall
+    kept = before >= MIN_RECALL
+    if not kept:
+        _drop_vector_index(open_table(uri, table))
+    logger.warning(
+        "A new vector index of %s in %s finds %.0f %% of the nearest rows, fewer than %.0f %%, and "
+        "is not used: %s.",
+        table, uri, 100 * recall, 100 * MIN_RECALL,
+        "the one before it is kept" if kept else "searches compare every row",
+    )  # fmt: skip
 
 
 def indexed_columns(dataset: Any) -> set[str]:
@@ -71,11 +116,6 @@ def _segments(dataset: Any) -> int:
     return max((len(i.segments) for i in indexes if "vector" in i.field_names), default=0)
 
 
-def partitions_of(rows: int) -> int:
-    """Return the number of partitions of a vector index over so many rows."""
-    return max(16, min(4096, math.isqrt(rows) // 4))
-
-
 def _index_vectors(dataset: Any, rows: int) -> None:
     # RQ packs bits by bytes; without it, full vectors in partitions.
     width = dataset.schema.field("vector").type.list_size
@@ -83,3 +123,9 @@ def _index_vectors(dataset: Any, rows: int) -> None:
     dataset.create_index(
         "vector", kind, metric="cosine", num_partitions=partitions_of(rows), replace=True
     )
+
+
+def _drop_vector_index(dataset: Any) -> None:
+    for index in dataset.describe_indices():
+        if "vector" in index.field_names:
+            dataset.drop_index(index.name)

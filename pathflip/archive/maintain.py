@@ -27,7 +27,8 @@ def maintain(uri: str | Path) -> dict[str, Any]:
     keep their snapshot for that long.
 
     Returns:
-        {"fragments": {table: n}, "indexed": [table.column], "bytes_removed": n}.
+        {"fragments": {table: n}, "indexed": [table.column], "refused": {table.column: recall},
+        "bytes_removed": n}; see :class:`pathflip.archive.indexes.Refreshed`.
 
     Raises:
         ArchiveError: If the archive is being written (``locked``), missing or damaged.
@@ -36,8 +37,11 @@ def maintain(uri: str | Path) -> dict[str, Any]:
     with Committer(where) as committer:
         fragments = committer.compact()
         indexed: list[str] = []
+        refused: dict[str, float] = {}
         for table in committer.archive.tables():
-            indexed += refresh_indexes(where, table)
+            refreshed = refresh_indexes(where, table)
+            indexed += refreshed.made
+            refused |= refreshed.refused
         removed = 0
         for table in fragments:
             with guarded(where, f"clean the table {table}"):
@@ -50,7 +54,9 @@ def maintain(uri: str | Path) -> dict[str, Any]:
         infos = system.get_file_info([f"{root}/{path}" for path in known])
         gone = [path for path, info in zip(known, infos, strict=True) if info.size is None]
         committer.forget_files(gone)
-    return {"fragments": fragments, "indexed": indexed, "bytes_removed": removed}
+    return {
+        "fragments": fragments, "indexed": indexed, "refused": refused, "bytes_removed": removed,
+    }  # fmt: skip
 
 
 def _remove_orphans(uri: str, table: str) -> int:

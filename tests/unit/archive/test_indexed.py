@@ -67,10 +67,11 @@ def large(tmp_path_factory):
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(indexes, "VECTOR_INDEX_ROWS", 1000)
                     patch.setattr(indexes, "SCALAR_INDEX_ROWS", 1000)
-                    made = indexes.refresh_indexes(str(uri), table)
-                assert made == [
+                    done = indexes.refresh_indexes(str(uri), table)
+                assert done.made == [
                     f"{table}.{c}" for c in ("slide_id", "kind", "patient_id", "vector")
                 ]
+                assert not done.refused
         found.append(uri)
     return found
 
@@ -219,3 +220,107 @@ def test_five_hundred_small_writes_become_few_fragments(tmp_path):
     query = stored_vector(Archive(uri), "slide003/1_3", model=models.MODEL)
     (best,) = search(Archive(uri), query, model=models.MODEL, k=1).to_pylist()
     assert (best["region_id"], best["score"]) == ("slide003/1_3", pytest.approx(1))
+
+
+# -- recall ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grown(tmp_path, monkeypatch):
+    """A table with a vector index; ``grown(n)`` adds clustered slides from n on, and refreshes."""
+    uri, at = tmp_path / "a", [0]
+    cohort.build(uri)
+    for name in ("VECTOR_INDEX_ROWS", "SCALAR_INDEX_ROWS"):
+        monkeypatch.setattr(indexes, name, 500)
+
+    def grow(slides: int) -> indexes.Refreshed:
+        new = range(at[0], at[0] + slides)
+        at[0] += slides
+        with Committer(uri) as committer:
+            cohort.commit(committer, *new)
+            table = models.ensure_model(
+                committer, "m", dim=DIM, fingerprint="m", encoder=models.ENCODER, run="m"
+            )
+            committer.replace_rows(table, pa.concat_tables([clustered(n) for n in new]))
+            return indexes.refresh_indexes(committer.uri, table)
+
+    return uri, grow
+
+
+TABLE = "embeddings_m"
+
+
+def exact(uri, query):
+    """The ten nearest regions by NumPy alone."""
+    rows = lance.dataset(str(uri / f"{TABLE}.lance")).to_table(columns=["id", "kind", "vector"])
+    rows = rows.filter(pa.compute.equal(rows["kind"], "region"))
+    matrix = np.stack(rows["vector"].to_numpy())
+    scores = matrix @ query / np.linalg.norm(matrix, axis=1)
+    return {rows["id"][int(i)].as_py() for i in np.argsort(-scores)[:10]}
+
+
+def ids(uri, query):
+    return set(search(Archive(uri), query, model="m")["region_id"].to_pylist())
+
+
+def coarse(dataset, rows):
+    """Make an index of 8 bits a vector, as good as none."""
+    dataset.create_index("vector", "IVF_PQ", metric="cosine", num_partitions=2, num_sub_vectors=2,
+                         num_bits=4, replace=True)  # fmt: skip
+
+
+def test_an_index_that_loses_the_nearest_rows_is_refused(grown, monkeypatch, caplog):
+    uri, grow = grown
+    good = indexes._index_vectors
+    monkeypatch.setattr(indexes, "_index_vectors", coarse)
+    done = grow(4)
+    (name,), (recall,) = done.refused, done.refused.values()
+    assert name == f"{TABLE}.vector"
+    assert name not in done.made
+    assert recall < 0.8
+    assert "searches compare every row" in caplog.text
+    assert "vector" not in indexes.indexed_columns(Archive(uri).dataset(TABLE))
+    assert all(ids(uri, query) == exact(uri, query) for query in QUERIES)
+    assert name in maintain(uri)["refused"]  # tried again until it is mended
+    monkeypatch.setattr(indexes, "_index_vectors", good)
+    assert name in maintain(uri)["indexed"]
+
+
+def test_a_good_index_outlives_a_bad_one_that_would_replace_it(grown, monkeypatch, caplog):
+    uri, grow = grown
+    assert f"{TABLE}.vector" in grow(4).made
+    monkeypatch.setattr(indexes, "_MAX_SEGMENTS", 1)  # rebuilt at every update
+    monkeypatch.setattr(indexes, "_index_vectors", coarse)
+    assert grow(1).refused[f"{TABLE}.vector"] < 0.8
+    assert "the one before it is kept" in caplog.text
+    held = Archive(uri).dataset(TABLE)
+    (index,) = (i for i in held.describe_indices() if "vector" in i.field_names)
+    assert index.index_type == "IVF_RQ"
+    assert index.num_rows_indexed == held.count_rows()
+    found = [len(ids(uri, query) & exact(uri, query)) for query in QUERIES]
+    assert np.mean(found) >= 9.5
+
+
+def test_an_index_that_has_become_bad_is_built_again(grown):
+    """An archive may come with one that was never measured."""
+    uri, grow = grown
+    grow(4)
+    with Committer(uri):
+        coarse(Archive(uri).dataset(TABLE), 0)
+    assert maintain(uri)["indexed"] == [f"{TABLE}.vector"]
+    found = [len(ids(uri, query) & exact(uri, query)) for query in QUERIES]
+    assert np.mean(found) >= 9.5
+
+
+def test_recall_is_that_of_numpy_and_survives_every_update(grown):
+    """Eight updates with rebuilds between; before each, rows without index and with."""
+    from pathflip.archive.recall import index_recall
+
+    uri, grow = grown
+    grow(4)
+    for _ in range(8):
+        assert not grow(1).refused
+        dataset = Archive(uri).dataset(TABLE)
+        assert index_recall(dataset) >= 0.97
+        found = [len(ids(uri, query) & exact(uri, query)) for query in QUERIES[:4]]
+        assert np.mean(found) >= 9.5
