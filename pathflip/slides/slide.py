@@ -36,7 +36,7 @@ from pathflip.slides.direct import (
 from pathflip.slides.direct import read_patches as read_direct
 from pathflip.slides.resample import on_white, resize_area, resize_exact
 from pathflip.slides.scale import Scale, resolve_scale
-from pathflip.slides.sources import dicom_files
+from pathflip.slides.sources import dicom_files, is_other_dicom
 from pathflip.slides.structure import (
     Doubt,
     compression_name,
@@ -303,10 +303,25 @@ class Slide:
             return None
 
     def _check_one_series(self) -> None:
+        """Refuse several series, and one of which OpenSlide would leave a level out.
+
+        Raises:
+            SlideError: ``several_series``, ``unreadable``.
+        """
         series = set()
         for file in dicom_files(self.path):
-            with suppress(openslide.OpenSlideError), openslide.OpenSlide(str(file)) as opened:
-                series.add(opened.properties.get("dicom.SeriesInstanceUID"))
+            try:
+                with openslide.OpenSlide(str(file)) as opened:
+                    series.add(opened.properties.get("dicom.SeriesInstanceUID"))
+            except openslide.OpenSlideError as error:
+                if is_other_dicom(file):
+                    continue
+                raise SlideError(
+                    f"{file.name}, one of the files of {self.path.name}, is cut off or damaged: "
+                    f"{error}.",
+                    hint="Copy it again from its source; without it the slide lacks a level.",
+                    code="unreadable",
+                ) from error
         if len(series) > 1:
             raise SlideError(
                 f"{self.path.name} holds {len(series)} DICOM series.",

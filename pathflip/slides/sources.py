@@ -33,6 +33,8 @@ FOREIGN_SUFFIXES = (
 """Whole-slide formats that OpenSlide does not read."""
 _DICOM_MAGIC = b"DICM"
 _DICOM_HEADER = 132  # bytes, of which the last four are the magic
+_DICOM_KIND = b"\x02\x00\x02\x00UI"
+_DICOM_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _BLOCK = 1 << 20
 _LOOKS = 16  # objects whose first bytes are read at once
 
@@ -135,6 +137,22 @@ def _is_dicom_by_name(name: str) -> bool | None:
     if suffix == DICOM_SUFFIX:
         return True
     return False if suffix and not suffix[1:].isdigit() else None
+
+
+def is_other_dicom(path: Path) -> bool:
+    """Return whether a DICOM file says that it is no whole-slide image: a report, a label map.
+
+    Its kind (SOP class) stands in the first bytes, so a file that was cut off says it, too.
+    """
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    at = head.find(_DICOM_KIND)
+    if head[128:132] != _DICOM_MAGIC or at < 0:
+        return False
+    start = at + len(_DICOM_KIND) + 2
+    length = int.from_bytes(head[start - 2 : start], "little")
+    kind = head[start : start + length].rstrip(b"\0 ")
+    return len(head) >= start + length and kind != _DICOM_SLIDE.encode()
 
 
 def dicom_files(folder: Path) -> list[Path]:

@@ -227,6 +227,13 @@ def check_limits(layout: TiffLayout) -> None:
                 hint="Such a file is damaged or hostile.",
                 code="reader_limits",
             )
+        if page.tile_w and not 0 < len(page.offsets) == len(page.counts):
+            # OpenSlide would leave the level out, without a word.
+            raise SlideError(
+                f"{name} is cut off: the list of tiles of a level is not in the file.",
+                hint="Copy it again from its source.",
+                code="unreadable",
+            )
     beyond = sum(
         int((page.offsets + page.counts > layout.file_bytes).sum()) for page in layout.pages
     )

@@ -12,6 +12,7 @@ from pathflip.slides.sources import (
     dicom_files,
     digest_source,
     discover,
+    is_other_dicom,
     slide_id,
     stat_source,
 )
@@ -153,3 +154,20 @@ def test_slide_ids():
     assert "\n" not in odd
     assert "'" not in odd
     assert len(slide_id("/a/" + "n" * 250 + ".svs", sha)) <= 130
+
+
+def test_a_dicom_file_says_that_it_is_no_slide(tmp_path):
+    def meta(kind: bytes) -> bytes:
+        length = b"\x02\x00\x00\x00UL\x04\x00\x50\x00\x00\x00"
+        return DICOM + length + b"\x02\x00\x02\x00UI" + bytes([len(kind), 0]) + kind
+
+    report, slide = b"1.2.840.10008.5.1.4.1.1.88.11\0", b"1.2.840.10008.5.1.4.1.1.77.1.6"
+    for data, other in (
+        (meta(report), True),
+        (meta(slide), False),
+        (meta(report)[:-9], False),  # cut off: who knows what it was
+        (DICOM, False),
+        (b"", False),
+    ):
+        (tmp_path / "a.dcm").write_bytes(data)
+        assert is_other_dicom(tmp_path / "a.dcm") is other
