@@ -32,7 +32,7 @@ _SCALAR = {"slide_id": "BTREE", "kind": "BITMAP", "patient_id": "BTREE"}
 
 @dataclass(frozen=True, kw_only=True)
 class Refreshed:
-    """What became of a table's indexes.
+    """Result of :func:`refresh_indexes`.
 
     Attributes:
         made: Indexes built, as ``table.column``.

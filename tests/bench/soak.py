@@ -177,7 +177,7 @@ class Clients:
 
     Attributes:
         took: (time, kind, ms) of answers that came whole.
-        failed: What came instead of the others, counted.
+        failed: Answers that were refused or wrong, counted.
         asked: Requests sent.
     """
 
