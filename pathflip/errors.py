@@ -131,6 +131,7 @@ REASONS: dict[str, str] = {
     "several_images": "The file holds several images, of which one would be read.",
     "reader_limits": "The file declares a geometry beyond the reader's safety limits.",
     "reader_crash": "The reader process died on this slide three times.",
+    "worker_crash": "Worker processes died on this slide three times, out of memory or killed.",
     "timeout": "Reading took longer than the deadline allows.",
     "several_series": "The folder holds more than one DICOM series.",
     "bad_outline": "The tissue outline given for the slide cannot be used.",

@@ -9,6 +9,7 @@ This module is the pipeline; its parts, in the order of the data::
     plan.py        Planner: hash, open, find tissue, cut into chunks of regions
     reading.py     patches of a slide, read ahead by reader processes
     embed.py       Embedder: read, embed, write fragments
+    deaths.py      workers that a slide kills, counted
     rows.py        the rows between them and the driver: a slide's record, a chunk
     decision.py    what becomes of a slide
     ledger.py      on the driver: one committer, slides become visible whole
@@ -37,6 +38,7 @@ import pyarrow as pa
 
 from jobs.ingest.candidates import Candidate, find_candidates
 from jobs.ingest.config import IngestConfig as IngestConfig
+from jobs.ingest.deaths import Deaths
 from jobs.ingest.embed import Embedder
 from jobs.ingest.ledger import Ledger
 from jobs.ingest.plan import Planner
@@ -308,6 +310,7 @@ def _pipeline(
     if any(is_remote(fields["source"]["uri"]) for fields in map(_first, groups)):
         # A planner stages the next slides of the block that it works on.
         blocks = max(min(planners, blocks), math.ceil(blocks / STAGED_GROUPS))
+    deaths = ray.remote(Deaths).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     # 0.9 + 0.1 so that planning always finds room, also on one core.
     data = ray.data.from_items(groups, override_num_blocks=blocks)
     planned = data.map_batches(
@@ -320,7 +323,7 @@ def _pipeline(
     )
     embedded = planned.map_batches(
         Embedder,
-        fn_constructor_args=(config, archive, list(tables), revisions, readers),
+        fn_constructor_args=(config, archive, list(tables), revisions, readers, deaths),
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(

@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from jobs.ingest.config import IngestConfig
+from jobs.ingest.deaths import DeathCount
 from jobs.ingest.decision import Attempts, quarantine
 from jobs.ingest.reading import Request, SlideFile, check_revision, encode, read_ahead
 from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, matrix, to_table, unit
@@ -83,6 +84,7 @@ class Embedder:
         tables: Table of features of each encoder.
         revisions: Revision of each encoder on the driver.
         readers: Reader processes to own.
+        deaths: Actor that counts the workers a slide kills, see :mod:`jobs.ingest.deaths`.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Embedder:
         tables: Sequence[str],
         revisions: Sequence[str],
         readers: int,
+        deaths: Any = None,
     ) -> None:
         self._config = config
         self._archive = archive
@@ -113,6 +116,7 @@ class Embedder:
         ]
         self._stage = Stage(config.stage_dir, config.stage_gb)
         self._broken: set[str] = set()
+        self._deaths = DeathCount(deaths, limit=config.attempts)
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
         """Embed chunks; those without regions pass through."""
@@ -129,6 +133,7 @@ class Embedder:
         started = time.perf_counter()
         attempts = Attempts(limit=self._config.attempts, made=record.attempts)
         try:
+            self._deaths.begin(record.slide_id, chunk.chunk, name=Path(record.uri).name)
             source = Source(uri=record.uri, bytes=record.bytes, mtime_ns=record.mtime_ns)
             with self._stage.open(source, sha256=record.sha256) as staged:
                 features = self._embed_patches(
@@ -149,6 +154,8 @@ class Embedder:
             return _without_data(chunk, quarantine(record, error, stage="read"))
         except (ArchiveError, EncoderError) as error:  # nothing about this slide: the run must end
             return _without_data(chunk, _fatal(record, error))
+        finally:
+            self._deaths.end(record.slide_id, chunk.chunk)
         return replace(done, record=replace(record, seconds=time.perf_counter() - started))
 
     def _embed_patches(

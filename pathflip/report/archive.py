@@ -225,6 +225,7 @@ _STEPS = {
     "too_many_bad_tiles": f"Copy the file again from where it was made, {_AGAIN}",
     "reader_limits": f"Check that it is a slide; convert it if it is one, {_AGAIN}",
     "reader_crash": f"Copy the file again or convert it to a tiled TIFF, {_AGAIN}",
+    "worker_crash": f"Use a machine with more memory or a smaller encoder, {_AGAIN}",
     "not_a_file": f"Check the path, the link and the permissions, {_AGAIN}",
     "timeout": f"Check the storage it lies on, {_AGAIN}",
     "out_of_memory": f"Use a machine with more memory or a smaller encoder, {_AGAIN}",

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from jobs import ingest
+from pathflip import Archive
 from tests import failing_reader, faults
 from tests.conftest import SETTINGS, Clean, content
 from tests.failing_ingest import FAILURES, FailingEmbedder
@@ -142,6 +143,31 @@ def test_worker_killed_three_times(
         seconds=10,
         what="readers end",
     )
+
+
+def test_slide_that_always_kills_its_worker(
+    some: list[str],
+    expected: dict[str, Any],
+    job: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGKILL is what a worker gets when memory runs out: bounded attempts, the others complete."""
+    monkeypatch.setattr(ingest, "Embedder", FailingEmbedder)
+    failures = tmp_path / FAILURES
+    victim = SLIDES[1]
+    with failing_reader.failing(failures, {victim: ("read", "kill_actor")}):
+        result = job(some, tmp_path / "archive", "actors=1", "attempts=2")
+    # Each of its two chunks may have been begun before a death is seen.
+    died = len(failing_reader.failed(failures)[victim])
+    assert 2 <= died <= 4
+    assert result.exit_code == 3
+    assert result.slides == {"ready": 2, "quarantined": 1, "empty": 0, "skipped": 0}
+    (row,) = Archive(tmp_path / "archive").slides("quarantined").to_pylist()
+    assert (Path(row["uri"]).name, row["reason"]) == (victim, "worker_crash")
+    assert "2 worker processes died" in row["message"]
+    others = {s: e for s, e in expected.items() if Path(e["row"]["uri"]).name != victim}
+    assert content(tmp_path / "archive") == others
 
 
 NODES = """
