@@ -6,6 +6,7 @@ as one of that slide however busy the machine is. What fails, and how, stands in
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -70,6 +71,31 @@ def swap(path: Path) -> None:
 def delete(path: Path) -> None:
     """Take the slide away."""
     path.unlink()
+
+
+def slow(_: Path) -> None:
+    """Answer late, but in time."""
+    time.sleep(1)
+
+
+def stall(_: Path) -> None:
+    """Answer after the deadline: the process is ended meanwhile."""
+    time.sleep(3600)
+
+
+def fail_reads(_: Path) -> None:
+    """Let every read of the file system fail from here on, as a share that lost its server."""
+
+    def failing(*_: Any) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    os.pread = failing  # type: ignore[assignment]
+
+
+def unmount(path: Path) -> None:
+    """Leave an empty folder in the place of the slide's."""
+    path.parent.rename(path.parent.with_name("away"))
+    path.parent.mkdir()
 
 
 def kill_actor(_: Path) -> None:
