@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-OPENSLIDE_FLOOR = (4, 0, 1)  # older versions write out of bounds on crafted files (CVE-2026-48977)
+from pathflip.slides.sources import OPENSLIDE_FLOOR, version_numbers
+
 FLOORS = {"ray": (2, 54), "torch": (2, 6), "lancedb": (0, 40), "pylance": (14, 0)}
 OPTIONAL = {"ray": "jobs and services", "transformers": "hub encoders", "timm": "hub encoders"}
 
@@ -54,7 +55,7 @@ def _openslide() -> Check:
             name="openslide", status="fail", detail=str(error), fix="pip install openslide-bin"
         )
     version = openslide.__library_version__
-    good = _numbers(version) >= OPENSLIDE_FLOOR
+    good = version_numbers(version) >= OPENSLIDE_FLOOR
     return Check(
         name="openslide",
         status="pass" if good else "fail",
@@ -87,7 +88,7 @@ def _packages() -> list[Check]:
                 )
             )
             continue
-        good = _numbers(version) >= floor
+        good = version_numbers(version) >= floor
         checks.append(
             Check(
                 name=name,
@@ -174,11 +175,3 @@ def _installed(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = []
-    for part in version.split("+")[0].split("."):
-        digits = "".join(c for c in part if c.isdigit())
-        parts.append(int(digits or 0))
-    return tuple(parts)

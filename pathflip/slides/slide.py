@@ -36,7 +36,12 @@ from pathflip.slides.direct import (
 from pathflip.slides.direct import read_patches as read_direct
 from pathflip.slides.resample import on_white, resize_area, resize_exact
 from pathflip.slides.scale import Scale, resolve_scale
-from pathflip.slides.sources import dicom_files, is_other_dicom
+from pathflip.slides.sources import (
+    OPENSLIDE_FLOOR,
+    dicom_files,
+    is_other_dicom,
+    version_numbers,
+)
 from pathflip.slides.structure import (
     Doubt,
     compression_name,
@@ -252,6 +257,14 @@ class Slide:
     # -- OpenSlide -------------------------------------------------------------------------------
 
     def _open(self, layout: TiffLayout | None = None) -> openslide.OpenSlide:
+        version = openslide.__library_version__
+        if version_numbers(version) < OPENSLIDE_FLOOR:
+            raise SlideError(
+                f"{self.path.name} is not opened by OpenSlide {version}, which crafted files make "
+                "write out of bounds (CVE-2026-48977, CVE-2026-54604).",
+                hint="pip install openslide-bin==4.0.1.2 (distribution packages are old).",
+                code="unsupported",
+            )
         try:
             return openslide.OpenSlide(str(self._source))
         except openslide.OpenSlideUnsupportedFormatError as error:

@@ -31,6 +31,10 @@ FOREIGN_SUFFIXES = (
     ".lif", ".nd2", ".oir", ".jp2", ".jpx", ".eslide", ".dzi",
 )  # fmt: skip
 """Whole-slide formats that OpenSlide does not read."""
+OPENSLIDE_FLOOR = (4, 0, 1)
+"""Least version of the OpenSlide library that opens slides: an earlier one writes out of bounds on
+crafted Ventana files (CVE-2026-48977) and shows uninitialised memory as pixels with libtiff 4.7.1
+(CVE-2026-54604)."""
 _DICOM_MAGIC = b"DICM"
 _DICOM_HEADER = 132  # bytes, of which the last four are the magic
 _DICOM_KIND = b"\x02\x00\x02\x00UI"
@@ -113,6 +117,12 @@ def _no_slides(source: str) -> ConfigError:
         "depth.",
         code="no_slides",
     )
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version, as in (4, 0, 1)."""
+    parts = version.split("+")[0].split(".")
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
 
 
 def is_dicom(path: Path) -> bool:

@@ -136,7 +136,7 @@ def drivers(three: Path) -> Iterator[Drivers]:
 def test_ten_drivers_killed_at_random_moments(
     drivers: Drivers, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    """What is visible after each is whole and right; the same command again comes to the end."""
+    """After each, visible slides are whole and right; the same command again comes to the end."""
     killed, runs, moments = 0, 0, random.Random(4)
     archive = tmp_path / "0"
     _, whole_s = drivers.run(tmp_path / "whole")

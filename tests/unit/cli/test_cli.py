@@ -86,6 +86,28 @@ def test_doctor(capsys):
     assert {check["name"] for check in document["checks"]} >= {"openslide", "ray", "disk", "gpu"}
 
 
+@pytest.mark.parametrize(("version", "good"), [("3.4.1", False), ("4.0.0", False), ("4.0.1", True)])
+def test_openslide_of_known_faults_is_refused(capsys, monkeypatch, tmp_path, version, good):
+    """By doctor, and by whatever opens a slide."""
+    import openslide
+
+    from pathflip import Slide
+    from pathflip.errors import SlideError
+    from pathflip.synth import make_slide
+
+    path = make_slide(tmp_path / "a.tif", width=256, height=256, mpp=0.5)
+    monkeypatch.setattr(openslide, "__library_version__", version)
+    _, out, _ = run(capsys, "doctor", "--json")
+    (check,) = (one for one in json.loads(out)["checks"] if one["name"] == "openslide")
+    assert check["status"] == ("pass" if good else "fail")
+    if good:
+        Slide(path).close()
+    else:
+        with pytest.raises(SlideError, match="CVE-2026-48977") as caught:
+            Slide(path)
+        assert caught.value.code == "unsupported"
+
+
 def test_unknown_command_is_usage(capsys):
     assert run(capsys, "ingset")[0] == 2
 

@@ -59,8 +59,9 @@ def _jpeg(path: Path, **options: Any) -> None:
     _write(path, compression="jpeg", compressionargs={"level": 90}, **options)
 
 
-def _aperio(path: Path, compression: str, **options: Any) -> None:
-    description = f"Aperio Image Library v1\n{WIDTH}x{HEIGHT} |AppMag = 20|MPP = {MPP}"
+def aperio(path: Path, compression: str, *, more: str = "", **options: Any) -> None:
+    """Write Aperio's format; ``more`` is appended to its description."""
+    description = f"Aperio Image Library v1\n{WIDTH}x{HEIGHT} |AppMag = 20|MPP = {MPP}{more}"
     _write(path, compression=compression, description=description, subfiletype=0, **options)
 
 
@@ -75,7 +76,8 @@ def _ome(path: Path) -> None:
         file.write(base, metadata=about, **shared)
 
 
-def _leica(path: Path) -> None:
+def leica(path: Path, *, barcode: str = "bm9uZQ==") -> None:
+    """Write Leica's format; the barcode is text in base64."""
     sizes = [(WIDTH, HEIGHT), (WIDTH // 2, HEIGHT // 2)]
     dims = "".join(
         f'<dimension sizeX="{w}" sizeY="{h}" r="{n}" ifd="{n}"/>' for n, (w, h) in enumerate(sizes)
@@ -85,7 +87,7 @@ def _leica(path: Path) -> None:
     xml = (
         '<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">'
         f'<collection name="c" sizeX="{2 * WIDTH * _NM}" sizeY="{2 * HEIGHT * _NM}">'
-        '<barcode>none</barcode><image name="s">'
+        f'<barcode>{barcode}</barcode><image name="s">'
         '<creationDate>2020-01-01T00:00:00Z</creationDate><device model="SCN400" version="1"/>'
         f'<pixels sizeX="{WIDTH}" sizeY="{HEIGHT}">{dims}</pixels>'
         f'<view {view} offsetX="0" offsetY="0"/><scanSettings><objectiveSettings>'
@@ -96,7 +98,9 @@ def _leica(path: Path) -> None:
     _jpeg(path, big=True, description=xml)
 
 
-def _philips(path: Path) -> None:
+def philips(path: Path, *, barcode: str = "bm9uZQ==") -> None:
+    """Write Philips' format; the barcode is text in base64."""
+
     def attribute(name: str, kind: str, value: str) -> str:
         return f'<Attribute Name="{name}" Group="0x0028" Element="0x0030" PMSVR="{kind}">{value}' \
                "</Attribute>"  # fmt: skip
@@ -116,6 +120,7 @@ def _philips(path: Path) -> None:
     )  # fmt: skip
     xml = (
         '<?xml version="1.0" encoding="UTF-8" ?><DataObject ObjectType="DPUfsImport">'
+        + attribute("PIM_DP_UFS_BARCODE", "IString", barcode)
         + attribute("PIM_DP_SCANNED_IMAGES", "IDataObjectArray", f"<Array>{image}</Array>")
         + "</DataObject>"
     )
@@ -173,11 +178,11 @@ FORMATS: dict[str, Callable[[Path], None]] = {
     "zstd.tif": _of(compression="zstd"),
     "none.tif": _of(compression=None),
     "planar.tif": lambda path: _planar(path),
-    "aperio-jpeg.svs": lambda path: _aperio(path, "jpeg"),
-    "aperio-jpeg2000.svs": lambda path: _aperio(path, "APERIO_JP2000_RGB"),
+    "aperio-jpeg.svs": lambda path: aperio(path, "jpeg"),
+    "aperio-jpeg2000.svs": lambda path: aperio(path, "APERIO_JP2000_RGB"),
     "ome.tif": _ome,
-    "leica.scn": _leica,
-    "philips.tiff": _philips,
+    "leica.scn": leica,
+    "philips.tiff": philips,
     "hamamatsu.ndpi": _ndpi,
 }
 """{name of the file: what writes it}."""
