@@ -359,6 +359,8 @@ def test_files_and_objects_that_a_page_names_exist(page: str) -> None:
         elif page.startswith("docs") and re.fullmatch(r"[\w-]+/[\w/-]+\.py", word):
             found = [*ROOT.glob(f"pathflip/{word}"), *ROOT.glob(word)]
             assert found, f"{page} names {word}"
+        elif test := re.fullmatch(r"(tests/[\w/]+\.py)::(\w+)", word):
+            assert f"def {test[2]}(" in (ROOT / test[1]).read_text(), f"{page} names {word}"
 
 
 def importable(name: str) -> bool:
