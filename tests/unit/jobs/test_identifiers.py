@@ -1,4 +1,4 @@
-"""What a file says of a patient or of staff is not in the archive: not as bytes, not in a table."""
+"""Planted identifiers of patients and staff are not in an archive: not as bytes, not in a table."""
 
 from __future__ import annotations
 
