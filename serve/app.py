@@ -17,7 +17,9 @@ deployment      serves
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from pathflip.errors import PathFLIPError
@@ -28,6 +30,8 @@ from serve.limits import Limits, RequestError
 
 NAME = "pathflip"
 """Name of the Ray Serve application."""
+ASK_S = 1.0
+"""Seconds after which a call that is not answered asks whether anybody is there to answer it."""
 
 
 def build(args: Mapping[str, Any]) -> Any:
@@ -118,19 +122,81 @@ def _deployment(part: Any, name: str, config: ServeConfig) -> Any:
     return serve.deployment(name=name, **replicas.options(config.drain_s))(part)
 
 
+class Failures:
+    """Deployments without a replica, as Serve's controller knows them.
+
+    Args:
+        statuses: Asks the controller: {deployment: its status}.
+    """
+
+    def __init__(self, statuses: Callable[[], Mapping[str, Any]]) -> None:
+        self._statuses = statuses
+        self._failed: frozenset[str] = frozenset()
+        self._at, self._lock = -ASK_S, asyncio.Lock()
+
+    async def has(self, name: str, *, ask: bool = True) -> bool:
+        """Return whether a deployment has failed and no replica of it is there to answer.
+
+        Args:
+            name: Name of the deployment.
+            ask: Whether to ask the controller even where all was well when it was last asked.
+        """
+        if ask or name in self._failed:
+            async with self._lock:
+                if time.monotonic() - self._at >= ASK_S:
+                    await self._ask()
+        return name in self._failed
+
+    async def _ask(self) -> None:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            async with asyncio.timeout(2 * ASK_S):
+                found = await asyncio.to_thread(self._statuses)
+        except (RayError, RayServeException, TimeoutError, KeyError):
+            # The controller is restarting, or it is not there yet: calls wait as Serve lets them.
+            self._failed = frozenset()
+        else:
+            self._failed = frozenset(name for name, about in found.items() if _has_failed(about))
+        self._at = time.monotonic()
+
+
+def _has_failed(status: Any) -> bool:
+    there = {state for state, count in status.replica_states.items() if count} - {"STARTING"}
+    return not there and status.status in ("UNHEALTHY", "DEPLOY_FAILED")
+
+
+def _statuses() -> Mapping[str, Any]:
+    from ray import serve
+
+    return serve.status().applications[NAME].deployments
+
+
 class DeploymentClient:
     """Asynchronous client of a deployment; maps Ray's errors to :class:`PathFLIPError`.
 
-    Its attributes are the deployment's methods.
+    Its attributes are the deployment's methods. Serve lets a call wait until there is a replica;
+    here one that would wait for a failed deployment is refused, so that it takes no place of calls
+    to others.
 
     Args:
         handle: Handle of the deployment.
         streams: Names of methods that are asynchronous generators.
         retried: Whether a call is repeated once if its replica died under it.
+        failures: Deployments without a replica; None refuses no call.
     """
 
-    def __init__(self, handle: Any, *, streams: tuple[str, ...] = (), retried: bool = True) -> None:
+    def __init__(
+        self,
+        handle: Any,
+        *,
+        streams: tuple[str, ...] = (),
+        retried: bool = True,
+        failures: Failures | None = None,
+    ) -> None:
         self._handle, self._streams, self._tries = handle, streams, 2 if retried else 1
+        self._failures = failures
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
@@ -142,7 +208,9 @@ class DeploymentClient:
         async def call(*args: Any, **kwargs: Any) -> Any:
             for left in reversed(range(self._tries)):
                 try:
-                    return await handle.remote(*args, **kwargs)
+                    await self._check(ask=False)
+                    response = handle.remote(*args, **kwargs)
+                    return await self._answer(response, response)
                 except Exception as error:
                     mapped = _map_error(error)
                     if left and mapped.code == "unavailable":
@@ -151,9 +219,14 @@ class DeploymentClient:
             raise AssertionError("at least one attempt")
 
         async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            await self._check(ask=False)
             found = handle.remote(*args, **kwargs)
             try:
-                async for item in found:
+                items = aiter(found)
+                first = await self._answer(anext(items, _NOTHING), found)
+                if first is not _NOTHING:
+                    yield first
+                async for item in items:
                     yield item
             except Exception as error:
                 raise _map_error(error) from None
@@ -163,6 +236,29 @@ class DeploymentClient:
         made = stream if streams else call
         setattr(self, method, made)
         return made
+
+    async def _check(self, *, ask: bool) -> None:
+        if self._failures and await self._failures.has(self._handle.deployment_name, ask=ask):
+            raise RequestError("This part of the service is restarting.", code="unavailable")
+
+    async def _answer(self, awaited: Awaitable[Any], response: Any) -> Any:
+        """Await what a response brings, as long as there is anybody to bring it."""
+        if self._failures is None:
+            return await awaited
+        answer = asyncio.ensure_future(awaited)
+        try:
+            while not (await asyncio.wait((answer,), timeout=ASK_S))[0]:
+                try:
+                    await self._check(ask=True)
+                except RequestError:
+                    response.cancel()
+                    raise
+            return answer.result()
+        finally:
+            answer.cancel()
+
+
+_NOTHING = object()
 
 
 def _map_error(error: Exception) -> PathFLIPError:
@@ -205,8 +301,11 @@ class Ingress:
         from serve.audit import AuditLog
         from serve.ingress import Parts, make_app
 
+        failures = Failures(_statuses)
         clients = {
-            name: DeploymentClient(handle, streams=("chat",), retried=name != "instructor")
+            name: DeploymentClient(
+                handle, streams=("chat",), retried=name != "instructor", failures=failures
+            )
             for name, handle in parts.items()
         }
         tokens = None if token_file is None else read_tokens(token_file)

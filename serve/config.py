@@ -70,7 +70,7 @@ class Replicas:
             "backpressure_config": {"status_code": 429, "retry_after_s": 1},
             "graceful_shutdown_timeout_s": drain_s,
             "graceful_shutdown_wait_loop_s": 0.2,
-            "health_check_period_s": 5,
+            "health_check_period_s": 1,
             "health_check_timeout_s": 20,
             # Paths contain slide ids, which belong in the audit log and in no other.
             "logging_config": {"enable_access_log": False, "log_level": "WARNING"},

@@ -109,6 +109,9 @@ def environment(folder: str | Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_MAXCONN": str(_connections()),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENT_S),
+        # A request whose replica dies before it answers goes to another, or there is a 503: by
+        # itself HAProxy closes the connection, for the client to find out.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
         # One event loop in a replica, not three; between replicas gRPC, with Ray's token.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",

@@ -5,9 +5,11 @@ import asyncio
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.schema import DeploymentStatusOverview
 
 from pathflip.errors import ArchiveError
-from serve.app import NAME, DeploymentClient, build
+from serve import app
+from serve.app import NAME, DeploymentClient, Failures, build
 from serve.config import DEPLOYMENTS
 from serve.limits import RequestError
 
@@ -29,6 +31,7 @@ class Handle:
 
     def __init__(self, *errors):
         self.errors, self.calls, self.cancelled = list(errors), [], 0
+        self.deployment_name, self.gate = "grounding", None
 
     def options(self, *, stream):
         assert stream
@@ -42,14 +45,27 @@ class Handle:
         class Method:
             def remote(self, *args):
                 handle.calls.append(args)
-                return Stream(handle) if method == "chat" else handle.answer()
+                return Stream(handle) if method == "chat" else Call(handle)
 
         return Method()
 
     async def answer(self):
+        if self.gate is not None:
+            await self.gate.wait()
         if self.errors:
             raise self.errors.pop(0)
         return "answer"
+
+
+class Call:
+    def __init__(self, handle):
+        self.handle = handle
+
+    def __await__(self):
+        return self.handle.answer().__await__()
+
+    def cancel(self):
+        pass
 
 
 class Stream:
@@ -57,7 +73,8 @@ class Stream:
         self.handle = handle
 
     async def __aiter__(self):
-        yield "first"
+        if self.handle.gate is None:
+            yield "first"
         yield await self.handle.answer()
 
     def cancel(self):
@@ -99,6 +116,76 @@ def test_a_call_whose_replica_died_is_made_again_once():
     with pytest.raises(RequestError):
         asyncio.run(DeploymentClient(handle, retried=False).slide("a"))
     assert len(handle.calls) == 1
+
+
+def status(state, replicas):
+    return DeploymentStatusOverview(
+        status=state, status_trigger="UNSPECIFIED", replica_states=replicas, message=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "replicas", "failed"),
+    [
+        ("UNHEALTHY", {"STARTING": 1}, True),
+        ("UNHEALTHY", {"RUNNING": 0}, True),
+        ("DEPLOY_FAILED", {}, True),
+        ("UNHEALTHY", {"STARTING": 1, "RUNNING": 1}, False),  # another answers
+        ("UNHEALTHY", {"STOPPING": 1}, False),  # what it was asked it still answers
+        ("UPSCALING", {"STARTING": 1}, False),  # from none, as it was told
+        ("HEALTHY", {}, False),
+    ],
+)
+def test_a_call_waits_for_a_replica_unless_its_deployment_has_failed(
+    state, replicas, failed, monkeypatch
+):
+    monkeypatch.setattr(app, "ASK_S", 0.05)
+    known = {"grounding": status(state, replicas)}
+    handle = Handle()
+    gate = handle.gate = asyncio.Event()
+    client = DeploymentClient(handle, streams=("chat",), failures=Failures(lambda: known))
+
+    async def main():
+        call = asyncio.create_task(client.slide("a"))
+        stream = asyncio.create_task(anext(client.chat({})))
+        done, _ = await asyncio.wait((call, stream), timeout=1)
+        assert bool(done) == failed
+        if failed:
+            for refused in (call, stream):
+                with pytest.raises(RequestError) as caught:
+                    await refused
+                assert caught.value.code == "unavailable"
+            asked = len(handle.calls)
+            with pytest.raises(RequestError):
+                await client.slide("b")
+            assert len(handle.calls) == asked, "what is known to be down was asked"
+            known["grounding"] = status("HEALTHY", {"RUNNING": 1})
+            await asyncio.sleep(0.1)
+        gate.set()
+        if not failed:
+            assert await asyncio.gather(call, stream) == ["answer", "answer"]
+        assert await client.slide("c") == "answer"
+
+    asyncio.run(main())
+
+
+def test_where_the_controller_does_not_answer_calls_wait(monkeypatch):
+    monkeypatch.setattr(app, "ASK_S", 0.05)
+    handle = Handle()
+    gate = handle.gate = asyncio.Event()
+
+    def dead():
+        raise died()
+
+    client = DeploymentClient(handle, failures=Failures(dead))
+
+    async def main():
+        call = asyncio.create_task(client.slide("a"))
+        assert not (await asyncio.wait((call,), timeout=0.5))[0]
+        gate.set()
+        assert await call == "answer"
+
+    asyncio.run(main())
 
 
 def test_other_errors_are_not_dressed_up():
