@@ -109,9 +109,10 @@ def environment(folder: str | Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_MAXCONN": str(_connections()),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENT_S),
-        # A request whose replica dies before it answers goes to another, or there is a 503: by
-        # itself HAProxy closes the connection, for the client to find out.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        # What supervises HAProxy is supervised by Ray, which starts another after three checks.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # Serve gives up a proxy that starts on a busy machine after 15 s, and with it the service.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
         # One event loop in a replica, not three; between replicas gRPC, with Ray's token.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",

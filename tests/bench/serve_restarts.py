@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ VICTIMS = {
     "raylet": "raylet/raylet",
 }
 """{process: words of its command line}."""
+WATCHED_S = {"GCS": 90.0}
+"""Seconds for which a process's absence may not show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +90,10 @@ def seen(answer: httpx.Response) -> str:
     return f"{answer.status_code} {answer.text[:80]}"
 
 
-async def strike(url: str, pids: list[int], *, most_s: float) -> list[Asked]:
-    """Ask, kill the processes, and ask until all is well for five seconds again."""
+async def strike(
+    url: str, pids: list[int], *, least_s: float, most_s: float, over: Callable[[], bool]
+) -> list[Asked]:
+    """Ask, kill the processes, and ask until all is well for five seconds again, or over."""
     found: list[Asked] = []
     limits = httpx.Limits(max_connections=None)
     headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -114,7 +119,7 @@ async def strike(url: str, pids: list[int], *, most_s: float) -> list[Asked]:
                     os.kill(pid, signal.SIGKILL)
                 killed = True
             bad = max((each.ended for each in found if each.seen != "200"), default=0.0)
-            if now > most_s or now > max(10.0, bad + 5):
+            if over() or now > most_s or now > max(least_s, bad + 5):
                 break
             tasks += [
                 asyncio.create_task(ask(kind, *how)) for kind, how in questions(model).items()
@@ -173,7 +178,12 @@ def main() -> None:
                     service = start(folder, port)
                 words = VICTIMS[victim]
                 pids = [p for p in descendants(service.pid) if words in command_line(p)]
-                work = strike(f"http://127.0.0.1:{port}", pids, most_s=arguments.seconds)
+                running = service
+                work = strike(
+                    f"http://127.0.0.1:{port}", pids,
+                    least_s=WATCHED_S.get(victim, 10.0), most_s=arguments.seconds,
+                    over=lambda running=running: running.poll() is not None,
+                )  # fmt: skip
                 found = asyncio.run(work)
                 rows.append(summary(victim, found, service.poll()) | {"load": os.getloadavg()[0]})
                 if not arguments.json:

@@ -166,6 +166,72 @@ def test_nobody_else_answers_for_a_dead_ingress(service: Service) -> None:
     assert "/v1/slides" not in stranger.asked  # the checks of another Ray may be
 
 
+def test_a_part_dies_alone(service: Service) -> None:
+    """Its clients are told to come back, soon; the others' notice nothing."""
+    struck = processes("ServeReplica:pathflip:grounding")
+    assert struck
+    told: dict[str, Counter[int]] = {"grounding": Counter(), "others": Counter()}
+    over = threading.Event()
+
+    async def main() -> None:
+        async with connect(service) as client:
+
+            async def ground() -> None:
+                answer = await client.post(
+                    "/v1/ground", json={"slide_id": "slide000", "text": "necrosis"}
+                )
+                told["grounding"][answer.status_code] += 1
+                if answer.status_code != 200:
+                    assert answer.json()["code"] == "unavailable"
+                    assert int(answer.headers["retry-after"]) >= 1
+                elif told["grounding"][503] and not any(map(alive, struck)):
+                    over.set()
+
+            async def other() -> None:
+                told["others"][(await client.get("/v1/slides")).status_code] += 1
+
+            await ground()
+            for pid in struck:
+                os.kill(pid, signal.SIGKILL)
+            tasks = []
+            while not over.is_set():
+                # So many that they would fill the service if they waited.
+                tasks += [asyncio.create_task(ground()) for _ in range(2)]
+                tasks.append(asyncio.create_task(other()))
+                await asyncio.sleep(0.1)
+            await asyncio.gather(*tasks)
+
+    run(main())
+    assert set(told["grounding"]) == {200, 503}
+    assert set(told["others"]) == {200}
+
+
+@pytest.mark.parametrize("words", ["bin/haproxy", "HAProxyManager", "ServeController"])
+def test_what_stands_before_the_parts_dies(service: Service, words: str) -> None:
+    """It is there again; of HAProxy connections that it had are lost, of the others nothing."""
+    struck = processes(words)
+    assert struck
+
+    def ask() -> bool:
+        try:
+            assert httpx.get(f"{service.url}/v1/slides", timeout=60).status_code == 200
+        except httpx.TransportError:
+            assert words == "bin/haproxy"
+            return False
+        return True
+
+    assert ask()
+    for pid in struck:
+        os.kill(pid, signal.SIGKILL)
+
+    def back() -> bool:
+        return ask() and bool(set(processes(words)) - set(struck))
+
+    until(back, seconds=120, what="another to be there")
+    for _ in range(20):
+        assert ask()
+
+
 def test_drain(service: Service) -> None:
     """The service is taken down with 20 open streams; all of them end as they should."""
     from ray import serve

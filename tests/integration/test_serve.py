@@ -12,7 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from serve.audit import verify
 from serve.embedder import Embedder
 from serve.limits import Limits
 from serve.proxy import SECRET
+from tests.attacks import HALF, head, held
 from tests.faults import command_line, descendants, listening, resident_bytes, until
 from tests.serving import free_port
 from tests.unit.serve.service_fixture import (
@@ -79,16 +82,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("served"), patches=True)
 
 
-def start(world: World, folder: Path) -> Process:
-    """Start the command and wait for its line."""
+def start(world: World, folder: Path, *, tokens: bool = True) -> Process:
+    """Start the command and wait for its line; without tokens, also without a patch model."""
     port = free_port()
     assert world.patches is not None
     command = [
         *COMMAND, "--archive", world.archive, "--run", world.run, "--port", port, "--json",
-        "--patches", world.patches.removeprefix("mrplip:"),
-        "--token-file", world.token_file, "-o", f"audit={folder / 'audit'}",
-        "-o", "limits.body_s=10", "-o", "limits.concurrent=8",
+        "-o", f"audit={folder / 'audit'}", "-o", "limits.body_s=10", "-o", "limits.concurrent=8",
     ]  # fmt: skip
+    if tokens:
+        command += ["--patches", world.patches.removeprefix("mrplip:")]
+        command += ["--token-file", world.token_file]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     errors = folder / "stderr"
     with errors.open("w") as stderr:
@@ -310,6 +314,88 @@ def raw(served: Process, *lines: str) -> socket.socket:
     head += [f"Authorization: {bearer('all')['Authorization']}", *lines]
     connection.sendall(("\r\n".join(head) + "\r\n\r\n").encode())
     return connection
+
+
+def test_nobody_without_a_token_is_felt(served: Process, http: httpx.Client) -> None:
+    """All at once they hold heads, bodies and connections, and ask as fast as they can."""
+    search = f"{served.ready['url']}/v1/search"
+    over = threading.Event()
+    refused: list[int] = []
+
+    def flood() -> None:
+        with httpx.Client(headers={"Authorization": f"Bearer {'x' * 32}"}, timeout=60) as client:
+            while not over.is_set():
+                refused.append(client.post(search, json={"text": "x"}).status_code)
+
+    before = resident_bytes(descendants(served.process.pid))
+    with contextlib.ExitStack() as attacks:
+        for sent, count, then in (
+            (HALF, 4_200, b""),
+            (b"", 300, b""),
+            (head("GET", "/healthz", 9_900_001), 100, b"x" * 9_900_000),
+            (head("POST", "/v1/search", 9_900_001), 100, b"x" * 9_900_000),
+            (head("POST", "/v1/search", 1024), 300, b"x" * 1000),
+        ):
+            attacks.enter_context(held(served.port, sent, count, then=then))
+        for _ in range(2):
+            thread = threading.Thread(target=flood)
+            thread.start()
+            attacks.callback(thread.join)
+        attacks.callback(over.set)
+        for _ in range(5):
+            for method, path in (("GET", "/v1/slides"), ("POST", "/v1/search")):
+                options = {"json": BODIES[path]} if path in BODIES else {}
+                assert http.request(method, path, **options).status_code == 200
+        after = resident_bytes(descendants(served.process.pid))
+    assert set(refused) == {401}
+    assert after - before < 300 << 20, "what was sent is kept"
+
+
+def test_two_services_side_by_side(
+    served: Process, http: httpx.Client, world: World, tmp_path: Path
+) -> None:
+    """Each one's ingress is killed: nobody is answered by the other, who goes on."""
+    other = start(world, tmp_path, tokens=False)
+    told: dict[tuple[int, bool], Counter[str]] = {}
+
+    def ask(service: Process, *, token: bool) -> str:
+        headers = bearer("all") if token else {}
+        try:
+            answer = httpx.get(service.ready["url"] + "/v1/models", headers=headers, timeout=60)
+        except httpx.TransportError:
+            said = "none"
+        else:
+            said = str(answer.json().get("code", "answered"))
+            if said == "answered":
+                assert answer.status_code == 200
+                capabilities = {entry["capability"] for entry in answer.json()["data"]}
+                assert ("patches" in capabilities) == (service is served), "the other answered"
+        told.setdefault((service.port, token), Counter())[said] += 1
+        return said
+
+    def ingresses(service: Process) -> set[int]:
+        words = "ServeReplica:pathflip:ingress"
+        return {p for p in descendants(service.process.pid) if words in command_line(p)}
+
+    try:
+        for struck, stands in ((served, other), (other, served)):
+            told.clear()
+            old = ingresses(struck)
+            assert old
+            for pid in old:
+                os.kill(pid, signal.SIGKILL)
+
+            def back(struck: Process = struck, stands: Process = stands) -> bool:
+                assert ask(stands, token=stands is served) == "answered"
+                assert ask(struck, token=False) != "answered" or struck is other
+                return ask(struck, token=True) == "answered"
+
+            until(back, seconds=120, what="the struck one's own ingress to answer")
+            assert told[struck.port, True]["unavailable"], "nothing was asked while it was down"
+            for said in told.values():
+                assert set(said) <= {"answered", "unavailable", "no_token", "none"}
+    finally:
+        end(other)
 
 
 def answered(connection: socket.socket) -> bytes:
