@@ -233,6 +233,37 @@ def slides_check(
     raise typer.Exit(3 if any(row["reason"] for row in rows) else 0)
 
 
+@slides_app.command("split")
+def slides_split(
+    path: Annotated[str, typer.Argument(help="TIFF file that holds several images.")],
+    out: Annotated[str, typer.Option(help="Folder to write into.")],
+    image: Annotated[
+        list[int] | None, typer.Option(help="Numbers of images, from 0; default: all.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write each image of a file (scenes, planes) to a file of its own; pixels are copied."""
+    from dataclasses import asdict
+
+    from pathflip.slides.split import list_images, split_images
+
+    if dry_run:
+        wanted = [one for one in list_images(path) if not image or one.number in image]
+        written: list[tuple[Any, Any]] = [(one, None) for one in wanted]
+    else:
+        written = [*split_images(path, out, images=image or ())]
+    rows = [
+        {"image": one.number, **asdict(one), "file": file and str(file)} for one, file in written
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    shown = ("image", "width", "height", "levels", "mpp", "file")
+    title = "dry run: nothing was written" if dry_run else ""
+    show_table(title, shown, [[row[key] for key in shown] for row in rows])
+
+
 @slides_app.command("show")
 def slides_show(
     slide: Annotated[str, typer.Argument(help="Slide id, or its file name where unique.")],
