@@ -44,9 +44,10 @@ from pathflip.slides.sources import (
 )
 from pathflip.slides.structure import (
     Doubt,
+    LevelTrust,
     compression_name,
+    pixel_doubts,
     tag_doubts,
-    trusted_levels,
     unsupported_doubt,
 )
 from pathflip.slides.tiff import (
@@ -81,11 +82,8 @@ class Slide:
         path: Path of the file, as given.
         width, height: Level-0 pixels.
         vendor: OpenSlide's name of the format.
-        level_mpps: µm per pixel of each stored level.
         bounds_x0, bounds_y0: Offset of the scanned area in level 0 (MRXS and others), or 0.
-        levels: Number of stored levels that are used.
-        reader: "direct" or "openslide"; ``reader_note`` says why not direct, and what of the file
-            is read around.
+        reader: "direct" or "openslide"; ``reader_note`` says why not direct.
 
     Raises:
         SlideError: With the reason code to store (``unreadable``, ``reader_limits``,
@@ -114,10 +112,9 @@ class Slide:
         self._scale: Scale | None = None
         self._description = layout.description
         self._jpeg: dict[int, JpegLevel] = {}
-        self.reader_note = ""
-        doubts = self._trust(layout)
+        self._notes = self._trust(layout)
+        self._direct_note = ""
         self._jpeg = self._find_direct(layout)
-        self.reader_note = "; ".join(filter(None, [self.reader_note, *doubts]))
         self.reader: Literal["direct", "openslide"] = "direct" if self._jpeg else "openslide"
 
     # -- what it is ------------------------------------------------------------------------------
@@ -138,6 +135,27 @@ class Slide:
     def mpp(self) -> float:
         """µm per level-0 pixel."""
         return self.scale.mpp
+
+    @property
+    def levels(self) -> int:
+        """Number of stored levels that are used; looks at every one."""
+        return self._trusted.all()
+
+    @property
+    def level_dimensions(self) -> Sequence[tuple[int, int]]:
+        """(width, height) of each level that is used."""
+        return self._sizes[: self.levels]
+
+    @property
+    def level_downsamples(self) -> Sequence[float]:
+        """Level-0 pixels per pixel of each level that is used."""
+        return self._downsamples[: self.levels]
+
+    @property
+    def reader_note(self) -> str:
+        """Reason why the reader is not direct, and what of the file is read around."""
+        levels = self._trusted.doubt.message if self.levels and self._trusted.doubt else ""
+        return "; ".join(filter(None, [self._direct_note, *self._notes, levels]))
 
     @property
     def level_mpps(self) -> list[float]:
@@ -210,8 +228,8 @@ class Slide:
         """
         ratio = mpp / self.mpp
         level = self.level_for(ratio)
-        downsample = self.level_downsamples[level]
-        width, height = self.level_dimensions[level]
+        downsample = self._downsamples[level]
+        width, height = self._sizes[level]
         tiles = self._tiles(level, ratio, rects, out.shape[1]) if self._jpeg else None
         if tiles is not None:
             downsample, width, height = downsample * tiles.shrink, tiles.width, tiles.height
@@ -249,10 +267,11 @@ class Slide:
         """Return the coarsest level at or finer than ``ratio`` level-0 px per pixel, within 1 %."""
         fitting = [
             level
-            for level, downsample in enumerate(self.level_downsamples)
+            for level, downsample in enumerate(self._downsamples)
             if downsample <= ratio * (1 + EQUAL_SCALE)
         ]
-        return fitting[-1] if fitting else 0
+        usable = self._trusted.up_to(fitting[-1]) if fitting else 1
+        return max((level for level in fitting if level < usable), default=0)
 
     # -- OpenSlide -------------------------------------------------------------------------------
 
@@ -297,19 +316,27 @@ class Slide:
         """
         by_tags = tag_doubts(layout, vendor=self.vendor)
         _refuse(by_tags)  # before pixels are read for the others
-        self.level_dimensions: Sequence[tuple[int, int]] = self._handle.level_dimensions
-        self.level_downsamples: Sequence[float] = self._handle.level_downsamples
-        self.levels, by_pixels = trusted_levels(
-            layout, vendor=self.vendor, sizes=self.level_dimensions, read=self._level_pixels
-        )
-        _refuse(by_pixels)
-        self.level_dimensions = self.level_dimensions[: self.levels]
-        self.level_downsamples = self.level_downsamples[: self.levels]
-        return [doubt.message for doubt in (*by_tags, *by_pixels)]
+        # All levels of the file: only those that ``level_for`` and ``levels`` name may be read.
+        self._sizes: Sequence[tuple[int, int]] = self._handle.level_dimensions
+        self._downsamples: Sequence[float] = self._handle.level_downsamples
+        sizes, read = self._sizes, self._stored_pixels
+        _refuse(pixel_doubts(layout, vendor=self.vendor, sizes=sizes, read=read))
+        self._trusted = LevelTrust(layout, vendor=self.vendor, sizes=sizes, read=read)
+        return [doubt.message for doubt in by_tags]
+
+    def _stored_pixels(
+        self, level: int, x: int, y: int, w: int, h: int
+    ) -> NDArray[np.uint8] | None:
+        """Read pixels of a level as OpenSlide does; None where it is damaged."""
+        downsample = self._downsamples[level]
+        try:
+            return self._openslide_rect(level, round(x * downsample), round(y * downsample), w, h)
+        except SlideError:
+            return None
 
     def _level_pixels(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8] | None:
         """Read pixels of a level from a corner in that level; None where it is damaged."""
-        downsample = self.level_downsamples[level]
+        downsample = self._downsamples[level]
         try:
             return self._level_rect(level, round(x * downsample), round(y * downsample), w, h)
         except SlideError:
@@ -346,8 +373,11 @@ class Slide:
         """Read ``w`` x ``h`` pixels of a level from a level-0 corner: RGB, white outside."""
         if self._jpeg and level in self._jpeg:
             tiles = JpegTiles(self._file, self._jpeg[level])
-            downsample = self.level_downsamples[level]
+            downsample = self._downsamples[level]
             return read_rect(tiles, round(x0 / downsample), round(y0 / downsample), w, h)
+        return self._openslide_rect(level, x0, y0, w, h)
+
+    def _openslide_rect(self, level: int, x0: int, y0: int, w: int, h: int) -> NDArray[np.uint8]:
         try:
             rgba = np.asarray(self._handle.read_region((int(x0), int(y0)), level, (w, h)))
         except openslide.OpenSlideError as error:
@@ -378,7 +408,7 @@ class Slide:
         """
         ratio = min(w0 / out_w, h0 / out_h)
         level = self.level_for(ratio)
-        downsample = self.level_downsamples[level]
+        downsample = self._downsamples[level]
         tiles = None
         if self._jpeg and level in self._jpeg:
             layout = self._jpeg[level]
@@ -420,7 +450,7 @@ class Slide:
         except SlideError:
             if max(w, h) <= _DAMAGE_PX:
                 return np.full((h, w, 3), DAMAGED_RGB, np.uint8)
-        downsample = self.level_downsamples[level]
+        downsample = self._downsamples[level]
         out = np.empty((h, w, 3), np.uint8)
         for y in range(0, h, _DAMAGE_PX):
             for x in range(0, w, _DAMAGE_PX):
@@ -460,15 +490,15 @@ class Slide:
     def _find_direct(self, layout: TiffLayout) -> dict[int, JpegLevel]:
         """Choose the levels the direct path may read: level number -> its tiles; none if unsure."""
         if self.vendor not in _DIRECT_VENDORS:
-            self.reader_note = f"{self.vendor} has no direct path"
+            self._direct_note = f"{self.vendor} has no direct path"
             return {}
-        levels = by_level(self.level_dimensions, jpeg_levels(layout))
+        levels = by_level(self._sizes, jpeg_levels(layout))
         if 0 not in levels:
-            self.reader_note = "level 0 is no tiled 8-bit JPEG"
+            self._direct_note = "level 0 is no tiled 8-bit JPEG"
             return {}
         self._file = os.open(self._source, os.O_RDONLY | os.O_CLOEXEC)
         if note := self._disagreement(levels):
-            self.reader_note = note
+            self._direct_note = note
             return {}
         return levels
 
@@ -485,7 +515,7 @@ class Slide:
                 x = max(0, min(column * layout.tile_w, layout.width - _CHECK_PX))
                 y = max(0, min(row * layout.tile_h, layout.height - _CHECK_PX))
                 w, h = min(_CHECK_PX, layout.width), min(_CHECK_PX, layout.height)
-                downsample = self.level_downsamples[level]
+                downsample = self._downsamples[level]
                 corner = (round(x * downsample), round(y * downsample))
                 if max(abs(corner[0] / downsample - x), abs(corner[1] / downsample - y)) > 0.01:
                     continue  # OpenSlide would interpolate: nothing to compare
@@ -513,7 +543,7 @@ class Slide:
         layout = self._jpeg.get(level)
         if layout is None:
             return None
-        downsample = self.level_downsamples[level]
+        downsample = self._downsamples[level]
         if ratio / downsample < 2 * (1 - EQUAL_SCALE) or not can_shrink(layout, 2):
             return JpegTiles(self._file, layout)
         if self._halving == "dct":

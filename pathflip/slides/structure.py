@@ -149,8 +149,8 @@ def _unread(layout: TiffLayout) -> list[Doubt]:
                 code="several_images",
                 message=f"{layout.name} holds {len(images) + 1} images: one of {first.width} x "
                 f"{first.height} px, and {shown}{more} that would not be read.",
-                hint="Write the one that is meant to a file of its own: bfconvert -series N, or "
-                "vips copy 'in.tif[page=N]'.",
+                hint="Write each to a file of its own, and ingest those that are meant: pathflip "
+                f"slides split {layout.name} --out FOLDER",
             )
         ]
     if levels:
@@ -204,10 +204,50 @@ def sizes_meet(whole: tuple[int, int], level: tuple[int, int]) -> bool:
 # -- levels ----------------------------------------------------------------------------------------
 
 
-def trusted_levels(
+class LevelTrust:
+    """How many levels of a slide can be used, from the finest.
+
+    A level is compared with the finer one when it is about to be used and not before, since that
+    reads pixels of both: who reads level 0 alone does not pay for five others. From the first
+    doubtful one on, none is used.
+
+    Args:
+        layout: Tags of the file.
+        vendor: OpenSlide's name of the format.
+        sizes: (width, height) of the levels.
+        read: Reads pixels of a level.
+
+    Attributes:
+        doubt: Doubt about the first level that cannot be used; None while there is none.
+    """
+
+    def __init__(
+        self, layout: TiffLayout, *, vendor: str, sizes: Sequence[tuple[int, int]], read: ReadLevel
+    ) -> None:
+        self.doubt: Doubt | None = None
+        self._name, self._sizes, self._read = layout.name, sizes, read
+        self._pages = by_level(sizes, layout.tiled)
+        self._usable = 1 if vendor in _SIZES_SAY_SCALE else len(sizes)
+
+    def up_to(self, level: int) -> int:
+        """Return the number of usable levels, after looking at those up to ``level``."""
+        while self.doubt is None and self._usable <= min(level, len(self._sizes) - 1):
+            self.doubt = _level_doubt(
+                self._usable, sizes=self._sizes, pages=self._pages, read=self._read,
+                name=self._name,
+            )  # fmt: skip
+            self._usable += self.doubt is None
+        return self._usable
+
+    def all(self) -> int:
+        """Return the number of usable levels, after looking at every one."""
+        return self.up_to(len(self._sizes) - 1)
+
+
+def pixel_doubts(
     layout: TiffLayout, *, vendor: str, sizes: Sequence[tuple[int, int]], read: ReadLevel
-) -> tuple[int, list[Doubt]]:
-    """Return how many levels, from the finest, can be used, and the doubts about the pixels.
+) -> list[Doubt]:
+    """Return what number of levels and depth of samples make doubtful.
 
     Args:
         layout: Tags of the file.
@@ -218,13 +258,8 @@ def trusted_levels(
     if len(sizes) > MAX_LEVELS:
         what = f"{layout.name} declares {len(sizes)} levels; the limit is {MAX_LEVELS}."
         hint = "Such a file is damaged or hostile."
-        return len(sizes), [Doubt(code="reader_limits", message=what, hint=hint)]
-    pages = by_level(sizes, layout.tiled)
-    for level in range(1, len(sizes)) if vendor in _SIZES_SAY_SCALE else ():
-        doubt = _level_doubt(level, sizes=sizes, pages=pages, read=read, name=layout.name)
-        if doubt is not None:
-            return level, [doubt]
-    return len(sizes), _depth_doubts(layout, vendor, sizes, read)
+        return [Doubt(code="reader_limits", message=what, hint=hint)]
+    return _depth_doubts(layout, vendor, sizes, read)
 
 
 def _depth_doubts(
