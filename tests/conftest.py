@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
+from hypothesis import settings
 
 from serve import proxy
 from tests import s3
@@ -37,6 +38,9 @@ SAME = (
     "tiles_bad", "fingerprint", "encoders", "tissue_png", "tissue_mpp", "tissue_mm2", "thumbnail",
 )  # fmt: skip
 """Columns of a slide's row that any run over the same slides must agree on."""
+
+
+settings.register_profile("nightly", max_examples=600)
 
 
 def pytest_configure(config: pytest.Config) -> None:

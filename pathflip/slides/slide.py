@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +39,7 @@ from pathflip.slides.sources import (
     OPENSLIDE_FLOOR,
     dicom_files,
     is_other_dicom,
+    openable,
     version_numbers,
 )
 from pathflip.slides.structure import (
@@ -561,43 +561,3 @@ def _refuse(doubts: Sequence[Doubt]) -> None:
     for doubt in doubts:
         if doubt.refused:
             raise doubt.error()
-
-
-def openable(path: Path) -> Path:
-    """Return the file to hand to OpenSlide: the path itself, or one DICOM file of a folder.
-
-    Raises:
-        SlideError: ``not_a_file`` for what is missing, unreadable, empty or neither.
-    """
-    try:
-        if path.is_dir():
-            files = dicom_files(path)
-            if not files:
-                raise SlideError(
-                    f"{path.name} is a folder without DICOM files.",
-                    hint="Name a slide file, or the folder of one DICOM series.",
-                    code="not_a_file",
-                )
-            # Reports and label maps lie beside the levels; OpenSlide knows which is a picture.
-            images = (file for file in files if openslide.OpenSlide.detect_format(str(file)))
-            return next(images, files[0])
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make its reader wait for ever
-            raise SlideError(
-                f"{path.name} is neither a file nor a folder.",
-                hint="Check the path.",
-                code="not_a_file",
-            )
-        with open(path, "rb") as file:
-            if not file.read(1):
-                raise SlideError(
-                    f"{path.name} is empty (0 bytes).",
-                    hint="Copy it again from its source.",
-                    code="not_a_file",
-                )
-    except OSError as error:
-        raise SlideError(
-            f"{path.name} cannot be read: {error.strerror}.",
-            hint="Check the path, the link and the permissions.",
-            code="not_a_file",
-        ) from error
-    return path

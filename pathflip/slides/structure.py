@@ -85,6 +85,15 @@ def tag_doubts(layout: TiffLayout, *, vendor: str) -> list[Doubt]:
     if vendor not in (GENERIC, APERIO) or not layout.pages:
         return []
     found = [doubt for page in layout.tiled[:1] for doubt in _page_doubts(layout.name, page)]
+    if any(_skewed(page) for page in layout.tiled):
+        found.append(
+            Doubt(
+                code="unsupported",
+                message=f"{layout.name} holds 16-bit grey values in tiles that reach beyond its "
+                "right edge, whose rows are read from the wrong places.",
+                hint="Scale it to 8 bits: vips cast, for example.",
+            )
+        )
     if vendor == GENERIC:
         found += _unread(layout)
     return found
@@ -126,6 +135,15 @@ def _page_doubts(name: str, page: TiffPage) -> list[Doubt]:
             )
         )
     return found
+
+
+def _skewed(page: TiffPage) -> bool:
+    """Return whether OpenSlide shows a page skewed at its right edge.
+
+    So it was seen with 4.0.1: rows of 16-bit grey tiles that reach beyond the edge are taken from
+    the wrong places; tiles that end at the edge, and 16-bit RGB, are right.
+    """
+    return page.samples == 1 and _deeper(page.bits) and page.width % page.tile_w > 0
 
 
 def _unread(layout: TiffLayout) -> list[Doubt]:
@@ -205,7 +223,7 @@ def sizes_meet(whole: tuple[int, int], level: tuple[int, int]) -> bool:
 
 
 class LevelTrust:
-    """How many levels of a slide can be used, from the finest.
+    """Count of the levels of a slide that can be used, from the finest.
 
     A level is compared with the finer one when it is about to be used and not before, since that
     reads pixels of both: who reads level 0 alone does not pay for five others. From the first
