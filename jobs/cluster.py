@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 
-import ray
-
+from pathflip import private_ray
 from pathflip.errors import ConfigError
+from pathflip.files import PrivateFolder
 
 START_ATTEMPTS = 3
-LOCAL_OBJECT_STORE_BYTES = 256 << 20  # rows hold metadata, never pixels: this is plenty
 
 
 def connect(address: str | None = None) -> bool:
@@ -26,9 +27,14 @@ def connect(address: str | None = None) -> bool:
     Raises:
         ConfigError: The named cluster does not answer.
     """
+    named = address or os.environ.get("RAY_ADDRESS")
+    if not named and "ray" not in sys.modules:  # which reads the environment when it is imported
+        private_ray.set_environment()
+    import ray
+
     if ray.is_initialized():
         return not os.environ.get("RAY_ADDRESS")
-    if address or os.environ.get("RAY_ADDRESS"):
+    if named:
         try:
             ray.init(address=address or "auto", logging_level=logging.WARNING)
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
@@ -39,11 +45,6 @@ def connect(address: str | None = None) -> bool:
                 code="no_cluster",
             ) from error
         return False
-    # Logs of Ray and Lance do not help whoever reads a terminal.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("LANCE_LOG", "error")
-    # Ray starts workers at niceness 15: right beside a service, wrong for a job alone.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     for attempt in range(START_ATTEMPTS):
         try:
             _start_local()
@@ -52,16 +53,25 @@ def connect(address: str | None = None) -> bool:
             # Ray waits a fixed 30 s for its own processes, too little on a busy machine.
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
                 raise
-            ray.shutdown()
     raise AssertionError("at least one attempt")
 
 
 def _start_local() -> None:
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        configure_logging=False,
-    )
+    import ray
+
+    folder = PrivateFolder()
+    try:
+        private_ray.start(ray, folder.path)
+    except BaseException:
+        ray.shutdown()
+        folder.remove()
+        raise
+    atexit.register(_end, folder)
+
+
+def _end(folder: PrivateFolder) -> None:
+    """Stop Ray, then remove its folder: what Ray registered for the end comes after this."""
+    import ray
+
+    ray.shutdown()
+    folder.remove()

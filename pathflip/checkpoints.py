@@ -407,28 +407,10 @@ def load_run(
         CheckpointError: If there is no finished model (``missing``, ``incomplete``), a file of it
             is not what was written (``damaged``), or it is of another family (``other_kind``).
     """
-    path = Path(run).absolute()
-    folder = path if (path / "pathflip.json").exists() else path / "model"
-    if not folder.is_dir():
-        begun = (path / "checkpoints").is_dir()
-        settings = path / "config.yaml"
-        tuned = settings.exists() and "instruct" in _read_yaml(settings)
-        command = "tune" if tuned else "pretrain"
-        raise CheckpointError(
-            f"{run} holds no finished model." if begun else f"There is no run at {run}.",
-            hint=f"Its training was not finished: run the same pathflip {command} command again."
-            if begun
-            else "Make one: pathflip pretrain --archive URI --run DIR",
-            code="incomplete" if begun else "missing",
-        )
-    verify_whole(folder)
+    path, folder, about = _open_run(run, family)
     from pathflip.models import MRPLIP, PathFLIP
 
-    about = json.loads((folder / "pathflip.json").read_bytes())
     kind = about.get("kind", "contrastive")
-    if about.get("family", "pathflip") != family:
-        patches = "A run of patches is an encoder: --encoder mrplip:RUN."
-        raise other_kind(run, kind, hint=patches if family == "pathflip" else None)
     inner = folder / "vision" if kind == "instruct" else folder
     model: Any = (PathFLIP if family == "pathflip" else MRPLIP).from_pretrained(str(inner))
     fingerprint = model.fingerprint()
@@ -452,6 +434,63 @@ def load_run(
     if family == "mrplip":
         return TreeRun(**found, trees=about["trees"])
     return Run(**found, tiling=about["tiling"], max_regions=about.get("max_regions"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunAbout:
+    """Name, fingerprint, encoder and tiling of a run's model, as in :class:`Run`."""
+
+    name: str
+    fingerprint: str
+    encoder: dict[str, Any]
+    tiling: dict[str, Any]
+
+
+def describe_run(run: str | Path) -> RunAbout:
+    """Describe the slide model of a run without loading it: no weights, no torch.
+
+    Raises:
+        CheckpointError: See :func:`load_run`, which alone finds weights of another version.
+    """
+    path, folder, about = _open_run(run, "pathflip")
+    if "fingerprint" not in about:  # nothing but the weights tells it
+        found = load_run(run)
+        return RunAbout(
+            name=found.name, fingerprint=found.fingerprint, encoder=found.encoder,
+            tiling=found.tiling,
+        )  # fmt: skip
+    own = path if folder != path else path.parent
+    return RunAbout(
+        name=model_name(about.get("run", own.name), about["fingerprint"]),
+        fingerprint=about["fingerprint"],
+        encoder=about["encoder"],
+        tiling=about["tiling"],
+    )
+
+
+def _open_run(run: str | Path, family: str) -> tuple[Path, Path, dict[str, Any]]:
+    """Verify a run's model folder; return the run's path, that folder and ``pathflip.json``."""
+    path = Path(run).absolute()
+    folder = path if (path / "pathflip.json").exists() else path / "model"
+    if not folder.is_dir():
+        begun = (path / "checkpoints").is_dir()
+        settings = path / "config.yaml"
+        tuned = settings.exists() and "instruct" in _read_yaml(settings)
+        command = "tune" if tuned else "pretrain"
+        raise CheckpointError(
+            f"{run} holds no finished model." if begun else f"There is no run at {run}.",
+            hint=f"Its training was not finished: run the same pathflip {command} command again."
+            if begun
+            else "Make one: pathflip pretrain --archive URI --run DIR",
+            code="incomplete" if begun else "missing",
+        )
+    verify_whole(folder)
+    about = json.loads((folder / "pathflip.json").read_bytes())
+    kind = about.get("kind", "contrastive")
+    if about.get("family", "pathflip") != family:
+        patches = "A run of patches is an encoder: --encoder mrplip:RUN."
+        raise other_kind(run, kind, hint=patches if family == "pathflip" else None)
+    return path, folder, about
 
 
 def other_kind(run: str | Path, kind: str, *, hint: str | None = None) -> CheckpointError:

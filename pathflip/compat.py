@@ -15,7 +15,7 @@ from pathflip.errors import ArchiveError, ConfigError
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
-    from pathflip.checkpoints import Run
+    from pathflip.checkpoints import Run, RunAbout
     from pathflip.encoders import Encoder, EncoderInfo
 
 SCALE = ("region_um", "patch_um", "mpp")
@@ -27,7 +27,7 @@ keep more or fewer.
 """
 
 
-def check_fits(archive: Archive, run: Run) -> str:
+def check_fits(archive: Archive, run: Run | RunAbout) -> str:
     """Refuse an archive whose features are not of the kind a run's model was trained on.
 
     The encoder's name, revision and dimension have to agree, and the tiling in :data:`SCALE`.

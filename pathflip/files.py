@@ -1,20 +1,26 @@
-"""Atomic writes and file locks."""
+"""Atomic writes, file locks, and folders that are gone when their process is."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
 PARTIAL = ".partial"
+PRIVATE = "pathflip-"
+"""Beginning of the names of private folders."""
+_LOCK = "lock"
+_MAX_BASE = 20
 
 
 def partial(path: Path, *, one_writer: bool = False) -> Path:
@@ -138,3 +144,61 @@ def _holder(note: bytes) -> str:
         return f"process {held['pid']} on {held['host']} since {held['started']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
+
+
+class PrivateFolder:
+    """A new temporary folder that only this user can enter, as a context manager.
+
+    It is below ``$TMPDIR``, or below ``/tmp`` where that path is long: the path of a socket has 107
+    characters at most, and Ray needs 70 of them. Folders of processes that were killed before they
+    could remove them are removed by the next that makes one.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self) -> None:
+        base = Path(tempfile.gettempdir())
+        if len(str(base)) > _MAX_BASE:
+            base = Path("/tmp")
+        _sweep(base)
+        self.path = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=base))
+        # The lock has its name only when it is held: nobody takes a new folder for an old one.
+        fresh = self.path / f"{_LOCK}.new"
+        self._handle = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        claim(self._handle)
+        fresh.rename(self.path / _LOCK)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder, also while processes that end still write to it."""
+        remove_tree(self.path)
+        os.close(self._handle)
+
+
+def remove_tree(folder: Path, *, attempts: int = 20) -> None:
+    """Remove a folder to which processes that end may still write for a moment."""
+    for _ in range(attempts):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+
+
+def _sweep(base: Path) -> None:
+    """Remove the private folders of this user whose process is gone."""
+    for lock in base.glob(f"{PRIVATE}*/{_LOCK}"):
+        with suppress(OSError):
+            if lock.lstat().st_uid != os.getuid():
+                continue
+            handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if claim(handle):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+            finally:
+                os.close(handle)

@@ -119,7 +119,12 @@ def _deployment(part: Any, name: str, config: ServeConfig) -> Any:
     from ray import serve
 
     replicas: Replicas = getattr(config, name)
-    return serve.deployment(name=name, **replicas.options(config.drain_s))(part)
+    options = replicas.options(config.drain_s)
+    # Paths contain slide ids, which belong in the audit log and in no other. Errors of a part name
+    # slides, too: the ingress answers them, and writes those to the log that are not the client's.
+    level = "WARNING" if name == "ingress" else "CRITICAL"
+    options["logging_config"] = {"enable_access_log": False, "log_level": level}
+    return serve.deployment(name=name, **options)(part)
 
 
 class Failures:
@@ -298,9 +303,11 @@ class Ingress:
         redactions: Mapping[str, str],
         drain_s: float,
     ) -> None:
+        from serve import logs
         from serve.audit import AuditLog
         from serve.ingress import Parts, make_app
 
+        logs.set_up()
         failures = Failures(_statuses)
         clients = {
             name: DeploymentClient(

@@ -72,8 +72,6 @@ class Replicas:
             "graceful_shutdown_wait_loop_s": 0.2,
             "health_check_period_s": 1,
             "health_check_timeout_s": 20,
-            # Paths contain slide ids, which belong in the audit log and in no other.
-            "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
             "ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus},
         }
 
@@ -207,7 +205,7 @@ def check_inputs(config: ServeConfig) -> ServiceInputs:
     """
     from pathflip.archive import Archive
     from pathflip.archive.storage import normalise
-    from pathflip.checkpoints import is_tuned, load_run
+    from pathflip.checkpoints import describe_run, is_tuned
     from pathflip.compat import check_fits
 
     _check_numbers(config)
@@ -215,7 +213,7 @@ def check_inputs(config: ServeConfig) -> ServiceInputs:
     run = str(_absolute(config.run))
     if token_file is not None:
         read_tokens(token_file)
-    archive, loaded = Archive(normalise(config.archive)), load_run(run)
+    archive, loaded = Archive(normalise(config.archive)), describe_run(run)
     check_fits(archive, loaded)
     if loaded.name not in archive.models():
         logger.warning(

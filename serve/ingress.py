@@ -459,7 +459,7 @@ def _shape_errors(app: FastAPI, parts: Parts, limits: Limits) -> None:
         assert isinstance(error, PathFLIPError)
         status = status_of(error)
         if status == 500:
-            raise error  # the middleware logs it and shows nothing of it
+            raise error
         message, hint = parts.public(error.message), parts.public(error.hint)
         return answer(request, status, message, error.code, hint=hint)
 
@@ -487,8 +487,10 @@ def _shape_errors(app: FastAPI, parts: Parts, limits: Limits) -> None:
         )  # fmt: skip
 
     async def broken(request: Request, error: Exception) -> Response:
-        return answer(request, 500, "Internal server error.", "internal")
+        code = error.code if isinstance(error, PathFLIPError) else "internal"
+        return answer(request, 500, "Internal server error.", code)
 
+    # Answers; the error then goes on to the middleware, which writes it to the log.
     app.add_exception_handler(Exception, broken)
     app.add_exception_handler(PathFLIPError, ours)
     app.add_exception_handler(RequestValidationError, unfit)

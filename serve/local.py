@@ -1,33 +1,37 @@
-"""The service on this machine, in a private Ray: start, signals, drain, stop.
+"""The service on this machine: ``pathflip serve``.
 
-Read in this order: :func:`run`, :func:`_start`, :func:`_stop`.
+This process is small: it takes the signals and supervises another (:mod:`serve.session`), in which
+Ray, with handlers of its own, and everything Ray starts live. Until the service is ready there is
+nothing to lose, and a signal kills all of it; then running answers have ``drain_s``. Nothing that
+was started outlives this process, however it ends.
+
+Read in this order: :func:`run`, :class:`_Session`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
+import json
 import os
-import secrets
+import selectors
 import signal
-import tempfile
-import threading
-import warnings
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from pathflip.errors import ConfigError
-from serve import proxy
-from serve.app import NAME, application
+from pathflip.errors import ConfigError, PathFLIPError, from_dict
+from pathflip.files import PRIVATE, PrivateFolder
+from serve import processes
 from serve.auth import is_loopback
-from serve.config import ServeConfig, ServiceInputs, check_inputs
+from serve.config import ServeConfig
 
-logger = logging.getLogger(__name__)
-
-
-class _Stopped(BaseException):
-    """SIGTERM or SIGINT arrived."""
+GRACE_S = 20.0
+"""Seconds beyond ``drain_s`` after which a service that was told to stop is killed."""
 
 
 def run(
@@ -38,6 +42,8 @@ def run(
     ready: Callable[[dict[str, Any]], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running answers finish.
+
+    A signal before the service is ready, or a second one, ends it at once.
 
     Args:
         config: Settings.
@@ -50,134 +56,157 @@ def run(
         ConfigError: ``no_tokens``, ``port``, ``start``, or what
             :func:`serve.config.check_inputs` raises.
         ArchiveError, CheckpointError: See :func:`serve.config.check_inputs`.
+        PathFLIPError: ``service_died``: a process died without which the service cannot go on.
     """
-    if config.token_file is None and not is_loopback(host):
-        raise ConfigError(
-            f"Without tokens the service listens on this machine only, not on {host}.",
-            hint="Give --token-file; docs/howto/serve.md shows one.",
-            code="no_tokens",
-        )
-    _check_port(host, port)
-    inputs = check_inputs(config)
-    stopped = threading.Event()
+    with _Signals() as signals:
+        if config.token_file is None and not is_loopback(host):
+            raise ConfigError(
+                f"Without tokens the service listens on this machine only, not on {host}.",
+                hint="Give --token-file; docs/howto/serve.md shows one.",
+                code="no_tokens",
+            )
+        _check_port(host, port)
+        with PrivateFolder() as folder, _Session(config, host, port, folder) as session:
+            started = session.next(signals)
+            if started is None:
+                return
+            bracketed = f"[{host}]" if ":" in host else host
+            url = f"http://{bracketed}:{port}"
+            ready({"url": url, "pid": os.getpid()} | started["ready"])
+            if session.next(signals) is None:
+                session.stop()
+                session.next(signals, seconds=config.drain_s + GRACE_S)
 
-    def stop(*_: Any) -> None:
-        if not stopped.is_set():
-            stopped.set()
-            raise _Stopped
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    folder = tempfile.TemporaryDirectory(prefix="pathflip-", ignore_cleanup_errors=True)
-    try:
-        _start(config, inputs, host, port, folder.name)
-        for number in before:  # Ray has installed its own, which abort the process
-            signal.signal(number, stop)
-        bracketed = f"[{host}]" if ":" in host else host
-        url = f"http://{bracketed}:{port}"
-        about = {"archive": config.archive, "chat": inputs.chat, "patches": inputs.patch_model}
-        ready({"url": url, "pid": os.getpid()} | about | {"audit": inputs.audit})
-        threading.Event().wait()
-    except _Stopped:
-        pass
-    finally:
-        stopped.set()
-        _stop(config.drain_s)
-        folder.cleanup()
-        for number, handler in before.items():
+class _Signals:
+    """Receives SIGTERM and SIGINT, and makes them readable beside other events."""
+
+    def __enter__(self) -> _Signals:
+        self.read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self.read)
+        os.close(self._write)
+
+    def _note(self, *_: object) -> None:
+        with suppress(BlockingIOError):
+            os.write(self._write, b".")
 
 
-def _start(config: ServeConfig, inputs: ServiceInputs, host: str, port: int, folder: str) -> None:
-    _set_environment(folder)
-    import ray
-    from ray import serve
+class _Session:
+    """The process of :mod:`serve.session` and all below it, as a context manager.
 
-    # Ray's news is not the user's, and whatever Ray forks becomes another program at once.
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="lance(db)? (is not fork-safe|fork support)")
+    When it is left, every one of them is gone.
+    """
 
-    app = application(config, inputs)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-        object_store_memory=256 << 20,
+    def __init__(self, config: ServeConfig, host: str, port: int, folder: Path) -> None:
+        self._order = {
+            "config": asdict(config), "host": host, "port": port, "folder": str(folder),
+        }  # fmt: skip
+        self._folder, self._rest = folder, b""
+
+    def __enter__(self) -> _Session:
+        self._others = processes.children(os.getpid())
+        processes.adopt_orphans()
+        self._reports, reports = os.pipe()
+        root = str(Path(__file__).resolve().parents[1])
+        paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        # What it starts keeps its temporary files in the folder, too.
+        environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(self._folder)}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "serve.session", str(reports)],
+                stdin=subprocess.PIPE, stdout=2, pass_fds=(reports,), env=environment,
+                start_new_session=True,  # a terminal's Ctrl-C is for this process alone
+            )  # fmt: skip
+        finally:
+            os.close(reports)
+        self._tell(json.dumps(self._order))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGSTOP)  # so that it starts nothing, says nothing
+        processes.kill_below(self._process.pid)
+        self._process.kill()
+        self._process.wait()
+        # Where it died first, what it had started is here now.
+        while orphans := processes.children(os.getpid()) - self._others:
+            for pid in orphans:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            processes.reap(orphans)
+            time.sleep(0.01)
+        processes.adopt_orphans(on=False)
+        os.close(self._reports)
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+
+    def stop(self) -> None:
+        """Let running answers finish, then end."""
+        self._tell("stop")
+
+    def next(self, signals: _Signals, *, seconds: float | None = None) -> dict[str, Any] | None:
+        """Wait for what the process reports next.
+
+        Returns:
+            The report; None where a signal comes first, or the time is over.
+
+        Raises:
+            PathFLIPError: The error that it reports, or ``service_died``.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(signals.read, selectors.EVENT_READ)
+            selector.register(self._reports, selectors.EVENT_READ)
+            while b"\n" not in self._rest:
+                found = [key.fileobj for key, _ in selector.select(seconds)]
+                if signals.read in found or not found:
+                    os.read(signals.read, 1 if found else 0)
+                    return None
+                part = os.read(self._reports, 1 << 16)
+                if not part:
+                    raise _died(self._process.wait())
+                self._rest += part
+        line, _, self._rest = self._rest.partition(b"\n")
+        report: dict[str, Any] = json.loads(line)
+        if "error" in report:
+            raise from_dict(report["error"])
+        return report
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # next() finds that it has died
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+
+
+def _died(code: int) -> PathFLIPError:
+    ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    return PathFLIPError(
+        f"The service has ended: its main process {ended}.",
+        hint="Start it again; the system's log may say what killed the process.",
+        code="service_died",
     )
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={
-            "host": host,
-            "port": port,
-            "request_timeout_s": config.limits.stream_s + config.drain_s,
-            "keep_alive_timeout_s": 75,
-        },
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    )
-    try:
-        serve.run(app, name=NAME, route_prefix="/")
-    except RuntimeError as error:
-        # Ray wraps what a part raised, with its trace.
-        last = str(error).strip().splitlines()[-1][:500]
-        raise ConfigError(
-            f"The service did not start: {last}",
-            hint="Mend that, or see the log of the part that failed below /tmp/ray.",
-            code="start",
-        ) from error
-
-
-def _set_environment(folder: str) -> None:
-    """Set what Ray reads when it is imported: a token known to this process and its children."""
-    os.environ.update(proxy.environment(folder))
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Ray's metrics exporter would listen to everybody, without a token.
-    os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("LANCE_LOG", "error")
-    os.environ.setdefault("RAY_worker_niceness", "0")
-
-
-def _stop(drain_s: float) -> None:
-    import ray
-
-    if not ray.is_initialized():
-        return
-    try:
-        asyncio.run(_drain_and_delete(drain_s))
-    except Exception as error:  # Ray raises no narrower type; nothing may keep the process
-        logger.warning("Serve did not stop in order: %s", error)
-
-
-async def _drain_and_delete(drain_s: float) -> None:
-    """Drain, delete the application and stop Ray, all in the event loop of Serve's handle."""
-    import ray
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    try:
-        # Serve would stop all parts at once, also those that running answers still need.
-        with suppress(RayServeException):
-            handle = serve.get_app_handle(NAME)
-            await handle.broadcast("drain").results_async(timeout_s=drain_s + 5)
-        await asyncio.to_thread(serve.delete, NAME)
-    finally:
-        await asyncio.to_thread(ray.shutdown)
 
 
 def _check_port(host: str, port: int) -> None:
-    import socket
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
+            hint = "Choose another --port or --host."
+            pid = processes.listener(port)
+            if pid is not None and PRIVATE in " ".join(processes.command_line(pid)):
+                hint = f"A service of yours listens there (process {pid}); end it: kill {pid}"
             raise ConfigError(
                 f"The service cannot listen on {host}, port {port}: {error}.",
-                hint="Choose another --port or --host.",
+                hint=hint,
                 code="port",
             ) from error

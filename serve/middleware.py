@@ -249,15 +249,12 @@ class Guard:
         except TimeoutError:
             late = RequestError("No answer began in time.", code="deadline")
             await answer.refuse(late, retry_s=self.limits.retry_s)
-        except PathFLIPError as error:
-            await answer.refuse(error, retry_s=self.limits.retry_s)
         except Exception as error:  # the outermost line of a request
-            # ASCII: what a client sent may be in the message, and must not begin a line of its own.
-            trace = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("request %s: %s\n%s", answer.request_id, ascii(error), trace)
+            ours = error if isinstance(error, PathFLIPError) else RequestError("", code="internal")
+            if status_of(ours) == 500:
+                logger.error("request %s: %s", answer.request_id, _on_one_line(error))
             if not answer.complete:
-                broken = RequestError("", code="internal")
-                await answer.refuse(broken, retry_s=self.limits.retry_s)
+                await answer.refuse(ours, retry_s=self.limits.retry_s)
 
     def _client(self, scope: Scope, headers: Headers) -> Client:
         if self.tokens is None:
@@ -365,6 +362,18 @@ class _Answer:
         method = self.scope["method"] if self.route != "none" else "none"
         metrics.requests.labels(self.route, method, status).inc()
         metrics.seconds.labels(self.route).observe(time.perf_counter() - self.begun)
+
+
+def _on_one_line(error: Exception) -> str:
+    """Describe an error with the places it passed, innermost first.
+
+    In ASCII: what a client sent may be in the message, and must not begin a line of its own.
+    """
+    places = [
+        f"{frame.filename}:{frame.lineno} {frame.name}"
+        for frame in reversed(traceback.extract_tb(error.__traceback__))
+    ]
+    return " < ".join((ascii(error), *places))
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -27,8 +27,8 @@ SETTINGS = ("tiling.region_um=512", "chunk_regions=2", "commit_s=1")
 """Small regions and chunks, so that small slides are many units of work."""
 WITHOUT_CLUSTER = (
     "tests/unit/", "tests/integration/test_training", "tests/integration/test_tuning",
-    "tests/integration/test_serve.py", "tests/integration/test_ledger.py",
-    "tests/integration/test_staged_slides.py",
+    "tests/integration/test_serve.py", "tests/integration/test_serve_life.py",
+    "tests/integration/test_ledger.py", "tests/integration/test_staged_slides.py",
     "tests/integration/test_interruptions.py",
 )  # fmt: skip
 """Where no test uses the session's Ray: the process that hands out tests knows no fixtures."""
