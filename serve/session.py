@@ -32,7 +32,7 @@ from serve.config import ServeConfig, check_inputs, from_arguments
 
 logger = logging.getLogger(__name__)
 
-WATCH_S = 0.5
+WATCH_S = 1.0
 """Seconds between two looks at Ray's own processes."""
 
 
@@ -57,11 +57,13 @@ def main() -> None:
             raise died
         _drain(config.drain_s)
         report(stopped=True)
-    except PathFLIPError as error:
-        report(error=error.to_dict())
     except BaseException as error:  # the outermost line of the service
-        traceback.print_exc()
-        broken = PathFLIPError(f"The service broke: {error!r}.", code="start")
+        broken = _ray_died()
+        if broken is None and isinstance(error, PathFLIPError):
+            broken = error
+        if broken is None:
+            traceback.print_exc()
+            broken = PathFLIPError(f"The service did not start: {error!r}.", code="start")
         report(error=broken.to_dict())
     sys.stderr.flush()
     os._exit(0)  # the parent ends what is left: nothing here can hold it up
@@ -115,10 +117,11 @@ def _serve(
         serve.run(app, name=NAME, route_prefix="/")
     except RuntimeError as error:
         # Ray wraps what a part raised, with its trace.
+        print(error, file=sys.stderr)
         last = str(error).strip().splitlines()[-1][:500]
         raise ConfigError(
             f"The service did not start: {last}",
-            hint="Mend that; above it stands what the part that failed has written.",
+            hint="Mend that; where the part failed stands above, on standard error.",
             code="start",
         ) from error
     return {
@@ -134,31 +137,35 @@ def _watch(folder: Path, events: queue.SimpleQueue[PathFLIPError | None]) -> Non
 
     Beside that, pass the log on and let nothing that has ended below this process stay.
     """
-    from ray._private import ray_constants, worker
-
-    node: Any = worker._global_node
-    own = node.all_processes
-    named = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
-    watched = {kind: own[kind][0].process for kind in named}
     shown = 0
-    while True:
-        for kind, process in watched.items():
-            if process.poll() is not None:
-                events.put(ray_died(kind))
-                return
-        rays = {info.process.pid for kind in list(own) for info in own[kind]}
+    while (died := _ray_died()) is None:
+        rays = {info.process.pid for info in _ray_processes().values()}
         processes.reap(processes.children(os.getpid()) - rays)
         shown = logs.pass_on(folder / "log", shown)
         time.sleep(WATCH_S)
+    events.put(died)
 
 
-def ray_died(process: str) -> PathFLIPError:
-    """Return the error of a service whose Ray has lost a process."""
-    return PathFLIPError(
-        f"The service has ended: Ray's {process} died, without which no part can be restarted.",
-        hint="Start it again; the system's log may say what killed the process.",
-        code="service_died",
-    )
+def _ray_processes() -> dict[str, Any]:
+    """Processes of Ray that this one started: {``gcs_server`` or ``raylet``: Ray's note of it}."""
+    if "ray" not in sys.modules:
+        return {}
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    return {} if node is None else {kind: own[0] for kind, own in node.all_processes.items()}
+
+
+def _ray_died() -> PathFLIPError | None:
+    """Return the error of a service whose Ray has lost a process, if it has."""
+    for kind, info in _ray_processes().items():
+        if info.process.poll() is not None:
+            return PathFLIPError(
+                f"The service has ended: Ray's {kind} died, without which no part is restarted.",
+                hint="Start it again; the system's log may say what killed the process.",
+                code="service_died",
+            )
+    return None
 
 
 def _drain(drain_s: float) -> None:

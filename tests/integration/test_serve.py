@@ -35,7 +35,14 @@ from serve.embedder import Embedder
 from serve.limits import Limits
 from serve.proxy import SECRET
 from tests.attacks import HALF, head, held
-from tests.faults import command_line, descendants, listening, resident_bytes, until
+from tests.faults import (
+    command_line,
+    descendants,
+    listening,
+    resident_bytes,
+    until,
+    without_compiler,
+)
 from tests.serving import free_port
 from tests.unit.serve.service_fixture import (
     PX,
@@ -93,7 +100,10 @@ def start(world: World, folder: Path, *, tokens: bool = True) -> Process:
     if tokens:
         command += ["--patches", world.patches.removeprefix("mrplip:")]
         command += ["--token-file", world.token_file]
+    compilers = folder / "without-compiler"
+    compilers.mkdir()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= without_compiler(compilers)  # as in the image
     errors = folder / "stderr"
     with errors.open("w") as stderr:
         process = subprocess.Popen(
@@ -178,6 +188,29 @@ def test_every_route_over_http(served: Process, http: httpx.Client) -> None:
         {"where": "body.k", "what": "Input should be greater than or equal to 1"}
     ]
     assert httpx.get(served.ready["url"] + "/healthz", timeout=60).status_code == 200
+
+
+def test_what_clients_get_wrong_is_in_no_log(served: Process, http: httpx.Client) -> None:
+    """Parts that refuse a request name the slide; Ray and Serve keep what they print in files."""
+    wrong = "slide-nobody-has"
+    for path, more in (
+        ("/v1/ground", {"slide_id": wrong}),
+        ("/v1/segment", {"slide_id": wrong}),
+        ("/v1/classify", {"slide_ids": [wrong]}),
+    ):
+        assert http.post(path, json=BODIES[path] | more).json()["code"] == "unknown_slide"
+    assert http.post("/v1/search", json={"slide_id": wrong}).json()["code"] == "unknown_slide"
+    assert http.get(f"/v1/slides/{wrong}").status_code == 404
+    (session,) = (
+        pid for pid in descendants(served.process.pid) if "-m serve.session" in command_line(pid)
+    )
+    variables = Path(f"/proc/{session}/environ").read_bytes().split(b"\0")
+    (folder,) = (Path(v[7:].decode()) for v in variables if v.startswith(b"TMPDIR="))
+    assert folder.stat().st_mode & 0o777 == 0o700
+    logs = [path for path in folder.rglob("*") if path.is_file()]
+    assert any("replica_pathflip_search" in path.name for path in logs)
+    for path in [*logs, served.errors]:
+        assert wrong.encode() not in path.read_bytes(), path
 
 
 def test_a_picture_of_the_largest_size_is_embedded(http: httpx.Client, world: World) -> None:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from pathflip.files import FileLock, claim, partial, replacing, write_file
+from pathflip.files import FileLock, PrivateFolder, claim, partial, replacing, write_file
 
 
 def held(who: str) -> RuntimeError:
@@ -77,3 +79,41 @@ def test_a_lock_without_a_readable_note_is_still_a_lock(tmp_path):
             assert not claim(other.fileno(), wait_s=0.2)
     with FileLock(path, refusal=held):
         pass
+
+
+def test_private_folders_go_with_their_process(tmp_path, monkeypatch):
+    """One that is held stays; one whose process was killed is removed by the next."""
+    short = Path(tempfile.mkdtemp(dir="/tmp", prefix="t"))
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    code = (
+        "import os, sys, tempfile\nfrom pathflip.files import PrivateFolder\n"
+        f"tempfile.tempdir = {str(short)!r}\n"
+        "with PrivateFolder() as folder:\n    (folder / 'ray').mkdir()\n"
+        "    print(folder, flush=True)\n    sys.stdin.readline()\n"
+    )
+    try:
+        with (
+            PrivateFolder() as own,
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as other,
+        ):
+            assert other.stdout is not None
+            theirs = Path(other.stdout.readline().strip())
+            assert own.parent == theirs.parent == short
+            assert own.stat().st_mode & 0o777 == theirs.stat().st_mode & 0o777 == 0o700
+            with PrivateFolder() as third:
+                assert {own, theirs, third} == set(short.iterdir())
+            other.kill()
+            other.wait()
+            with PrivateFolder() as third:
+                assert {own, third} == set(short.iterdir())
+        assert not list(short.iterdir())
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # too long for a socket's path
+        with PrivateFolder() as far:
+            assert far.parent == Path("/tmp")
+    finally:
+        shutil.rmtree(short)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pathflip.errors import ArchiveError
 from serve.middleware import STATUS
 from tests.unit.serve.service_fixture import SECRETS, SLIDES, png, slide_id
 from tests.unit.serve.test_auth import BODIES, ROUTES
@@ -294,6 +295,40 @@ def test_an_error_inside_tells_nothing(serving, parts, caplog):
         assert (ready.status_code, ready.json()["parts"]["search"]) == (503, False)
     finally:
         object.__setattr__(parts, "search", whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "lines"),
+    [
+        (ArchiveError("/secret/place is damaged.", code="damaged"), 500, 1),
+        (ArchiveError("Slide slide001 is not there.", code="unknown_slide"), 404, 0),
+        (KeyError("slide001"), 500, 1),
+    ],
+)
+def test_what_a_part_fails_with_is_answered_once(serving, parts, caplog, error, status, lines):
+    """A 500 is one line of the log, with its request id; what a client got wrong is none."""
+
+    class Broken:
+        async def slide(self, slide_id):
+            raise error
+
+    whole = parts.search
+    object.__setattr__(parts, "search", Broken())
+    try:
+        answer = serving()("GET", "/v1/slides/slide001")
+    finally:
+        object.__setattr__(parts, "search", whole)
+    assert (answer.status_code, answer.json()["code"]) == (
+        status, getattr(error, "code", "internal"),
+    )  # fmt: skip
+    written = [record for record in caplog.records if record.name.startswith("serve")]
+    assert len(written) == lines
+    for record in written:
+        text = record.getMessage()
+        assert answer.json()["request_id"] in text
+        assert type(error).__name__ in text
+        assert "\n" not in text
+    assert "secret" not in answer.text
 
 
 def test_answers_carry_the_headers_of_a_closed_door(ask):
