@@ -30,6 +30,7 @@ from serve import processes
 from serve.auth import is_loopback
 from serve.config import ServeConfig
 
+_SESSION = "serve.session"
 GRACE_S = 20.0
 """Seconds beyond ``drain_s`` after which a service that was told to stop is killed."""
 
@@ -121,7 +122,7 @@ class _Session:
         environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(self._folder)}
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "serve.session", str(reports)],
+                [sys.executable, "-m", _SESSION, str(reports)],
                 stdin=subprocess.PIPE, stdout=2, pass_fds=(reports,), env=environment,
                 start_new_session=True,  # a terminal's Ctrl-C is for this process alone
             )  # fmt: skip
@@ -204,6 +205,10 @@ def _check_port(host: str, port: int) -> None:
             hint = "Choose another --port or --host."
             pid = processes.listener(port)
             if pid is not None and PRIVATE in " ".join(processes.command_line(pid)):
+                own = processes.above(pid)
+                sessions = [at for at in own[:-1] if _SESSION in processes.command_line(at)]
+                if sessions:  # the command is above it
+                    pid = own[own.index(sessions[-1]) + 1]
                 hint = f"A service of yours listens there (process {pid}); end it: kill {pid}"
             raise ConfigError(
                 f"The service cannot listen on {host}, port {port}: {error}.",

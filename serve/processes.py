@@ -45,6 +45,14 @@ def below(pid: int) -> list[int]:
     return found
 
 
+def above(pid: int) -> list[int]:
+    """The process itself, its parent, and so on."""
+    every, found = _processes(), [pid]
+    while found[-1] in every:
+        found.append(every[found[-1]][0])
+    return found[:-1]
+
+
 def kill_below(pid: int) -> None:
     """Kill all processes below one, and what these start meanwhile."""
     deadline = time.monotonic() + _KILLING_S
