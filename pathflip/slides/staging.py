@@ -9,6 +9,7 @@ holds it. Whoever reads the pixels of a slide goes through :meth:`Stage.open`, o
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections import deque
@@ -65,14 +66,14 @@ class Stage:
     """
 
     def __init__(self, folder: str | None = None, gb: float | None = None) -> None:
-        given = os.environ.get("PATHFLIP_STAGE_GB")
+        given = gb if gb is not None else os.environ.get("PATHFLIP_STAGE_GB") or STAGE_GB
         try:
-            size = float(given) if gb is None and given else gb or (STAGE_GB if gb is None else 0)
+            size = float(given)
         except ValueError:
-            size = 0.0
-        if not 0 < size < float("inf"):
+            size = math.nan
+        if not 0 < size < math.inf:
             raise ConfigError(
-                f"stage_gb is {given if gb is None else gb}.",
+                f"stage_gb is {given}.",
                 hint="Give the gigabytes that slides of object stores may take on a machine.",
             )
         below = folder or os.environ.get("PATHFLIP_STAGE_DIR") or tempfile.gettempdir()
@@ -101,7 +102,7 @@ class Stage:
             return
         files = stored_files(source.uri)
         if not files:
-            raise missing(source.uri)
+            raise _missing(source.uri)
         if Source.of_objects(source.uri, files=files) != source:
             raise changed(source.uri)
         names = {_inside(source.uri, one): one for one in files}
@@ -162,8 +163,7 @@ def opened_uri(uri: str, *, stage: Stage | None = None) -> Iterator[Path]:
         yield staged.path
 
 
-def missing(uri: str) -> SlideError:
-    """Return the error of a slide of an object store that is not there."""
+def _missing(uri: str) -> SlideError:
     return SlideError(
         f"{Path(uri).name} is not at {uri}.",
         hint="Check the bucket and the key.",
