@@ -64,8 +64,8 @@ def main(folder: Path, arguments: list[str]) -> int:
     first = [word for word in ("-sf", "-x") if word not in arguments] == ["-sf", "-x"]
     before = running_pid(public) if first else None
     last = config.with_suffix(".last")
-    if before is not None and not _SERVER.search(hardened) and last.exists():
-        # A new actor of Ray knows no replica for its first second; its predecessor's HAProxy did.
+    if first and not _SERVER.search(hardened) and last.exists():
+        # A new actor of Ray knows no replica for its first second; its predecessor did.
         hardened = last.read_text()
     elif _SERVER.search(hardened):
         write_private(last, hardened)

@@ -472,6 +472,19 @@ def test_a_successor_takes_over(variables: dict[str, str], tmp_path: Path, ingre
                 second.kill()
 
 
+def test_one_after_both_have_died_knows_the_replicas(
+    variables: dict[str, str], tmp_path: Path, ingress: int
+) -> None:
+    """HAProxy and what is above it are killed; Ray's new actor knows no replica at first."""
+    folder, port, start = tmp_path / "p", free_port(), variables["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    of_ray(folder, port, ingress)
+    with started(folder, start, port):
+        assert answers(port)
+    of_ray(folder, port, None)
+    with started(folder, start, port):
+        assert answers(port)
+
+
 def test_it_ends_with_the_raylet(
     variables: dict[str, str], tmp_path: Path, ingress: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
