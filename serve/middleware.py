@@ -43,6 +43,8 @@ OPEN = ("/healthz",)
 UNCOUNTED = ("/healthz", "/readyz", "/metrics")
 """Paths that are answered whatever the load."""
 
+_PLACES = 8
+"""Places of a program that a line of the log names at most."""
 _WITH_BODY = ("POST", "PUT", "PATCH")
 
 STATUS = {
@@ -365,14 +367,14 @@ class _Answer:
 
 
 def _on_one_line(error: Exception) -> str:
-    """Describe an error with the places it passed, innermost first.
+    """Describe an error; one that is not ours with the innermost places it passed.
 
     In ASCII: what a client sent may be in the message, and must not begin a line of its own.
     """
-    places = [
-        f"{frame.filename}:{frame.lineno} {frame.name}"
-        for frame in reversed(traceback.extract_tb(error.__traceback__))
-    ]
+    if isinstance(error, PathFLIPError):
+        return f"{type(error).__name__} {error.code}: {error.message!a}"
+    passed = traceback.extract_tb(error.__traceback__)[-_PLACES:]
+    places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(passed)]
     return " < ".join((ascii(error), *places))
 
 
