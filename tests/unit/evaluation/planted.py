@@ -63,16 +63,28 @@ class PlantedModel:
         agree = torch.einsum("bnmd,ld->blnm", seen.features, raw) / 4
         return agree.masked_fill(~seen.mask[:, None], -torch.inf).amax((2, 3))
 
-    def ground(self, features, mask, texts, *, variant="attn", contrast=None):  # type: ignore[no-untyped-def]
-        def heat(names: list[str]) -> torch.Tensor:
-            agree = torch.einsum("bnmd,ld->blnm", features, self.encode_text(names))
-            if variant == "cosine":
-                return agree * mask[:, None]
-            flat = (8 * agree).masked_fill(~mask[:, None], -torch.inf).flatten(2)
-            return flat.softmax(-1).reshape(agree.shape)
+    def encode_vision(self, features: torch.Tensor, mask: torch.Tensor) -> SimpleNamespace:
+        seen = self.encode_slide(features, mask)
+        return SimpleNamespace(
+            slide=seen.slide, tokens=features, attention=None, region_mask=mask.any(2)
+        )
 
-        found = heat(texts) - (heat([contrast]) if contrast else 0)
+    def heat(self, sight, mask, text_raw, *, variant="attn", contrast=False):  # type: ignore[no-untyped-def]
+        unit = torch.nn.functional.normalize(text_raw, dim=-1)
+        agree = torch.einsum("bnmd,ld->blnm", sight.tokens, unit)
+        if variant == "cosine":
+            found = agree * mask[:, None]
+        else:
+            flat = (8 * agree).masked_fill(~mask[:, None], -torch.inf).flatten(2)
+            found = flat.softmax(-1).reshape(agree.shape)
+        if contrast:  # the last text
+            found = found[:, :-1] - found[:, -1:]
         return SimpleNamespace(heat=found, region=found.sum(-1), score=found.amax((2, 3)))
+
+    def ground(self, features, mask, texts, *, variant="attn", contrast=None):  # type: ignore[no-untyped-def]
+        every = self.encode_text([*texts, *([contrast] if contrast else [])], normalize=False)
+        sight = self.encode_vision(features, mask)
+        return self.heat(sight, mask, every, variant=variant, contrast=contrast is not None)
 
     def fingerprint(self) -> str:
         return "0" * 64
