@@ -175,7 +175,7 @@ def decompose(
                             unit="captions",
                         )
                     )  # fmt: skip
-            refresh_indexes(committer.uri, CAPTIONS)
+            refresh_indexes(committer.lock, CAPTIONS)
     return DecomposeResult(
         model=model,
         captions=sum(map(len, todo.values())) if dry_run else done,

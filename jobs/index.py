@@ -174,7 +174,7 @@ def index(
             committer.replace_rows(table, pa.concat_tables(waiting))
         if done != len(todo):  # cannot happen while every actor returns every row it was given
             raise RuntimeError(f"{len(todo) - done} slides never came back")
-        refreshed = refresh_indexes(committer.uri, table) if todo else Refreshed()
+        refreshed = refresh_indexes(committer.lock, table) if todo else Refreshed()
         report("done")
     return IndexResult(
         model=loaded.name,

@@ -202,13 +202,13 @@ def wait(written):
             print("waiting", file=said, flush=True)
             os.kill(os.getpid(), signal.SIGSTOP)
 
-def waiting_append(uri, shard):
+def waiting_append(lock, shard):
     wait(shard.table)
-    append(uri, shard)
+    append(lock, shard)
 
-def waiting_upsert(uri, table, rows):
+def waiting_upsert(lock, table, rows):
     wait(table)
-    upsert(uri, table, rows)
+    upsert(lock, table, rows)
 
 transactions.append, transactions.upsert = waiting_append, waiting_upsert
 main()

@@ -139,7 +139,7 @@ def remove_captions(
         if emptied:
             committer.upsert(CAPTIONS, pa.Table.from_pylist(emptied, schema=_columns()))
         whole = [row["caption_id"] for row in gone if not row["qa"]]
-        transactions.delete_rows(committer.uri, CAPTIONS, "caption_id", whole)
+        transactions.delete_rows(committer.lock, CAPTIONS, "caption_id", whole)
     return sorted(row["slide_id"] for row in gone)
 
 

@@ -37,7 +37,6 @@ from pathflip.archive.settings import meta_rows, read_meta
 from pathflip.archive.storage import (
     guarded,
     is_local,
-    normalise,
     open_table,
     rows_per_batch,
     sql_in,
@@ -86,14 +85,14 @@ class Committer:
     """
 
     def __init__(self, uri: str | Path) -> None:
-        self.uri = normalise(uri)
+        self.lock = ArchiveLock(uri)
+        self.uri = self.lock.uri
         self._stack = ExitStack()
 
     def __enter__(self) -> Committer:
-        if is_local(self.uri):
-            read_meta(self.uri)  # do not leave a lock file where there is no archive
+        read_meta(self.uri)  # do not leave a lock where there is no archive
         with self._stack:
-            self._stack.enter_context(ArchiveLock(self.uri))
+            self._stack.enter_context(self.lock)
             self._refresh()
             self.recovered = self.recover()
             self._stack = self._stack.pop_all()
@@ -105,7 +104,7 @@ class Committer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     @property
     def archive(self) -> Archive:
@@ -186,10 +185,10 @@ class Committer:
             rows: All rows of those slides; their old rows are deleted first.
         """
         slides = sorted(set(rows["slide_id"].to_pylist()))
-        transactions.delete_rows(self.uri, table, "slide_id", slides)
+        transactions.delete_rows(self.lock, table, "slide_id", slides)
         if shard := self._shard(table, rows, slides):
-            transactions.register(self.uri, shard.files)
-            transactions.append(self.uri, shard)
+            transactions.register(self.lock, shard.files)
+            transactions.append(self.lock, shard)
         self._refresh()
 
     def commit(
@@ -306,11 +305,11 @@ class Committer:
         }
         rows = pa.concat_tables([rows.select(_SLIDE_COLUMNS), self._changed(extended)])
         transactions.register(
-            self.uri, {path: d for shard in new for path, d in shard.files.items()}
+            self.lock, {path: d for shard in new for path, d in shard.files.items()}
         )
         for table in dict.fromkeys(shard.table for shard in new):
             transactions.append(
-                self.uri, Shard.joined([shard for shard in new if shard.table == table])
+                self.lock, Shard.joined([shard for shard in new if shard.table == table])
             )
         self.upsert("slides", rows)
         self._refresh()
@@ -331,8 +330,8 @@ class Committer:
             with guarded(self.uri, f"read the table {table}", damaged=is_local(self.uri)):
                 there = pc.unique(dataset.to_table(columns=["slide_id"])["slide_id"]).to_pylist()
             if stray := [slide for slide in there if slide not in allowed]:
-                removed[table] = transactions.delete_rows(self.uri, table, "slide_id", stray)
-        transactions.register_missing(self.uri, ["meta", *self._archive.tables()])
+                removed[table] = transactions.delete_rows(self.lock, table, "slide_id", stray)
+        transactions.register_missing(self.lock, ["meta", *self._archive.tables()])
         self._refresh()
         return removed
 
@@ -347,14 +346,14 @@ class Committer:
         self._delete_rows(slide_ids)
         for table in self._archive.tables():
             if self._archive.table(table).spec.imported and not keep_imported:
-                transactions.delete_rows(self.uri, table, "slide_id", list(slide_ids))
+                transactions.delete_rows(self.lock, table, "slide_id", list(slide_ids))
         self._refresh()
 
     def drop_rows(self, table: str, slide_ids: Collection[str]) -> None:
         """Remove rows of slides from a table, and from the tables computed from it."""
         tables = {name: self._archive.table(name) for name in self._archive.tables()}
         for name in (*dependents_of(table, tables), table):
-            transactions.delete_rows(self.uri, name, "slide_id", list(slide_ids))
+            transactions.delete_rows(self.lock, name, "slide_id", list(slide_ids))
         self._refresh()
 
     def update_slides(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -387,7 +386,7 @@ class Committer:
         Slides with rows in other tables go through :meth:`commit`. In ``slides`` this only serves
         to change columns that no other table depends on (aliases, labels, attempts).
         """
-        transactions.upsert(self.uri, table, rows)
+        transactions.upsert(self.lock, table, rows)
 
     def compact(self) -> dict[str, int]:
         """Merge small fragments and drop deleted rows from the files; digest the new files.
@@ -397,7 +396,7 @@ class Committer:
         """
         fragments: dict[str, int] = {}
         for table in ("meta", *self._archive.tables()):
-            dataset = open_table(self.uri, table)
+            dataset = self.lock.open(table)
             rows = dataset.count_rows()
             target = 1 << 20
             spec = spec_of(table)
@@ -412,13 +411,13 @@ class Committer:
             dataset = open_table(self.uri, table)
             transactions.check_count(self.uri, table, dataset.count_rows(), rows)
             fragments[table] = len(dataset.get_fragments())
-        transactions.register_missing(self.uri, ["meta", *self._archive.tables()])
+        transactions.register_missing(self.lock, ["meta", *self._archive.tables()])
         self._refresh()
         return fragments
 
     def forget_files(self, paths: Collection[str]) -> None:
         """Drop the digests of files that no longer exist."""
-        transactions.forget_files(self.uri, paths)
+        transactions.forget_files(self.lock, paths)
 
     # ---- pieces ----------------------------------------------------------------------------
 
@@ -498,7 +497,7 @@ class Committer:
         return pa.Table.from_pylist(rows, schema=schema).select(_SLIDE_COLUMNS)
 
     def _hide(self, slide_ids: Collection[str]) -> None:
-        transactions.delete_rows(self.uri, "slides", "slide_id", list(slide_ids))
+        transactions.delete_rows(self.lock, "slides", "slide_id", list(slide_ids))
 
     def _delete_rows(
         self, slide_ids: Collection[str], *, encoders: Collection[str] | None = None
@@ -511,10 +510,10 @@ class Committer:
             if self._archive.table(table).spec.derived_from is None:
                 continue
             if encoders is None or self._archive.encoder_of(table) in encoders:
-                transactions.delete_rows(self.uri, table, "slide_id", list(slide_ids))
+                transactions.delete_rows(self.lock, table, "slide_id", list(slide_ids))
 
     def _delete_places(self, slide_ids: Sequence[str]) -> None:
         """Delete imported rows of slides that belong to places on the grid of their old mpp."""
         for table in self._archive.tables() if slide_ids else ():
             if self._archive.table(table).spec.on_grid:
-                transactions.delete_rows(self.uri, table, "slide_id", list(slide_ids))
+                transactions.delete_rows(self.lock, table, "slide_id", list(slide_ids))

@@ -14,7 +14,7 @@ from pathflip.archive.fragments import create_table, not_empty
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.schema import SCHEMA_VERSION
 from pathflip.archive.settings import meta_rows
-from pathflip.archive.storage import guarded, is_local, local_tables, normalise
+from pathflip.archive.storage import guarded, is_local, local_tables, normalise, open_table
 from pathflip.archive.tables import META, tables_of
 from pathflip.errors import ArchiveError
 
@@ -61,13 +61,25 @@ def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
     }
     with ArchiveLock(where), guarded(where, "create the archive"):
         # Another process may have created it while this one waited for its turn.
-        if not is_local(where) or "meta" not in local_tables(where):
+        if not _made(where):
             tables = tables_of(settings)
             for table in sorted(tables.values(), key=lambda table: table.name == META):
                 rows = meta_rows(settings) if table.name == META else None
                 create_table(where, table.name, table.schema(settings), rows)
     with Committer(where):  # registers the first files
         return _with_tiling(Archive(where), wanted)
+
+
+def _made(uri: str) -> bool:
+    if is_local(uri):
+        return META in local_tables(uri)
+    try:
+        open_table(uri, META)
+    except ArchiveError as error:
+        if error.code != "missing_table":
+            raise
+        return False
+    return True
 
 
 def _with_tiling(archive: Archive, wanted: Mapping[str, Any]) -> Archive:

@@ -120,14 +120,42 @@ def create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None 
     import lance
 
     where = table_uri(uri, table)
-    mode = "create"
-    if is_local(uri) and table in local_tables(uri):
+    mode, left = "create", _left_behind(uri, table)
+    if left is not None:
         # A creation that was killed left it, empty; nothing refers to it yet.
-        if lance.dataset(where).count_rows():
+        if left.count_rows():
             raise not_empty(uri, f"{table}.lance")
+        if not is_local(uri):
+            # Whoever has lost the lease could overwrite what another has filled since: no commit
+            # stands in the way of an overwriting one.
+            if _described(left.schema) != _described(schema):
+                raise not_empty(uri, f"{table}.lance")
+            return
         mode = "overwrite"
     data = schema.empty_table() if rows is None else rows
     lance.write_dataset(data, where, schema=schema, mode=mode)
+
+
+def _left_behind(uri: str, table: str) -> Any:
+    """Return the dataset at the place of a table, None if there is none."""
+    import lance
+
+    if is_local(uri):
+        return lance.dataset(table_uri(uri, table)) if table in local_tables(uri) else None
+    try:
+        return open_table(uri, table)
+    except ArchiveError as error:
+        if error.code != "missing_table":
+            raise
+        return None
+
+
+def _described(schema: pa.Schema) -> tuple[pa.Schema, dict[bytes, bytes]]:
+    """Return fields and metadata of a schema, but for when and by which version it was made."""
+    noted = dict(schema.metadata or {})
+    for key in (b"created_at", b"package_version"):
+        noted.pop(key, None)
+    return schema.remove_metadata(), noted
 
 
 def not_empty(uri: str, name: str) -> ArchiveError:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pathflip.archive.ann import partitions_of
+from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.recall import MIN_RECALL, index_recall
-from pathflip.archive.storage import guarded, open_table
+from pathflip.archive.storage import guarded
 from pathflip.archive.tables import spec_of
 
 logger = logging.getLogger(__name__)
@@ -44,21 +45,23 @@ class Refreshed:
     refused: dict[str, float] = field(default_factory=dict)
 
 
-def refresh_indexes(uri: str, table: str) -> Refreshed:
+def refresh_indexes(lock: ArchiveLock, table: str) -> Refreshed:
     """Build the indexes a table is large enough for and updates those it has.
 
     A vector index is measured after each of these. One that finds too few of the nearest rows is
     built again; a new one that does is taken back, for that before it if it was good, else searches
     compare every row.
 
-    Only for the process that holds the archive's lock.
+    Args:
+        lock: The archive's lock, which the caller holds.
+        table: The table.
     """
     done = Refreshed()
     spec = spec_of(table)
     if spec is None or not spec.per_slide:
         return done
-    with guarded(uri, f"index the table {table}"):
-        dataset = open_table(uri, table)
+    with guarded(lock.uri, f"index the table {table}"):
+        dataset = lock.open(table)
         rows = dataset.count_rows()
         have = indexed_columns(dataset)
         segments = _segments(dataset)
@@ -74,14 +77,14 @@ def refresh_indexes(uri: str, table: str) -> Refreshed:
                 dataset.create_scalar_index(column, kind)
                 done.made.append(f"{table}.{column}")
         if "vector" in have or ("vector" in spec.indexes and rows >= VECTOR_INDEX_ROWS):
-            _refresh_vectors(uri, table, rebuild="vector" not in have or segments >= _MAX_SEGMENTS,
+            _refresh_vectors(lock, table, rebuild="vector" not in have or segments >= _MAX_SEGMENTS,
                              done=done)  # fmt: skip
     return done
 
 
-def _refresh_vectors(uri: str, table: str, *, rebuild: bool, done: Refreshed) -> None:
+def _refresh_vectors(lock: ArchiveLock, table: str, *, rebuild: bool, done: Refreshed) -> None:
     """Measure the vector index a table has, and build another where that is due or better."""
-    dataset, name = open_table(uri, table), f"{table}.vector"
+    dataset, name = lock.open(table), f"{table}.vector"
     before = index_recall(dataset) if _segments(dataset) else 0.0
     if before >= MIN_RECALL and not rebuild:
         return
@@ -92,15 +95,16 @@ def _refresh_vectors(uri: str, table: str, *, rebuild: bool, done: Refreshed) ->
         done.made.append(name)
         return
     # Between the two commits a search may have met it: for seconds, and with fewer of the nearest.
-    dataset.checkout_version(version).restore()
     done.refused[name] = recall
-    kept = before >= MIN_RECALL
+    kept = before >= MIN_RECALL and not lock.leased
+    if not lock.leased:  # nothing would stop it where the lease was lost meanwhile
+        dataset.checkout_version(version).restore()
     if not kept:
-        _drop_vector_index(open_table(uri, table))
+        _drop_vector_index(lock.open(table))
     logger.warning(
         "A new vector index of %s in %s finds %.0f %% of the nearest rows, fewer than %.0f %%, and "
         "is not used: %s.",
-        table, uri, 100 * recall, 100 * MIN_RECALL,
+        table, lock.uri, 100 * recall, 100 * MIN_RECALL,
         "the one before it is kept" if kept else "searches compare every row",
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ def maintain(uri: str | Path) -> dict[str, Any]:
         indexed: list[str] = []
         refused: dict[str, float] = {}
         for table in committer.archive.tables():
-            refreshed = refresh_indexes(where, table)
+            refreshed = refresh_indexes(committer.lock, table)
             indexed += refreshed.made
             refused |= refreshed.refused
         removed = 0

@@ -1,8 +1,8 @@
 """Paths, opening and error messages of an archive's tables.
 
 Local paths and object stores (s3://, gs://, az://) share one code path; Lance and Arrow read
-credentials and endpoints from their usual environment variables. The lock, manifest repair and
-free-space messages exist for local paths only, see :func:`is_local`.
+credentials and endpoints from their usual environment variables. Repair and free-space messages
+exist for local paths only, see :func:`is_local`.
 """
 
 from __future__ import annotations

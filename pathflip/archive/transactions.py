@@ -1,6 +1,7 @@
 """Commits to one table, with digests of the new files before and row counts checked after.
 
-Only for the process that holds the archive's lock; see :class:`pathflip.archive.commit.Committer`.
+Each takes the archive's lock, which the caller holds, and commits to a version that it opened; see
+:meth:`pathflip.archive.lock.ArchiveLock.open`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import pyarrow as pa
 
 from pathflip.archive.fragments import Shard, write_shard
+from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.schema import conform, files_schema
 from pathflip.archive.storage import (
     SELF_DIGEST,
@@ -28,12 +30,12 @@ from pathflip.errors import ArchiveError
 _IDS_PER_STATEMENT = 500
 
 
-def append(uri: str, shard: Shard) -> None:
+def append(lock: ArchiveLock, shard: Shard) -> None:
     """Commit fragments that lie in the archive already; their files must be registered first."""
     import lance
     from lance.fragment import FragmentMetadata
 
-    dataset = open_table(uri, shard.table)
+    uri, dataset = lock.uri, lock.open(shard.table)
     if twice := set(shard.files) & set(data_paths(dataset, shard.table)):
         raise ValueError(f"the archive already holds {min(twice)}")
     with guarded(uri, f"commit rows of table {shard.table}"):
@@ -46,14 +48,14 @@ def append(uri: str, shard: Shard) -> None:
         check_count(uri, shard.table, done.count_rows(), expected)
 
 
-def upsert(uri: str, table: str, rows: pa.Table) -> None:
+def upsert(lock: ArchiveLock, table: str, rows: pa.Table) -> None:
     """Insert or replace rows by key in one commit; new files are registered before it."""
     import lance
 
     if rows.num_rows == 0:
         return
     key = key_of(table)
-    dataset = open_table(uri, table)
+    uri, dataset = lock.uri, lock.open(table)
     rows = conform(rows, dataset.schema)
     if len(set(rows[key].to_pylist())) != rows.num_rows:
         raise ValueError(f"keys of table {table} are there twice")
@@ -69,17 +71,17 @@ def upsert(uri: str, table: str, rows: pa.Table) -> None:
             for item in transaction.operation.new_fragments
             for file in item.files
         ]
-        register(uri, {path: digest_file(uri, path) for path in paths})
+        register(lock, {path: digest_file(uri, path) for path in paths})
         done = lance.LanceDataset.commit(dataset, transaction)
         there = sum(done.count_rows(sql_in(key, ids)) for ids in chunks(rows[key].to_pylist()))
     check_count(uri, table, there, rows.num_rows)
 
 
-def delete_rows(uri: str, table: str, column: str, values: Sequence[str]) -> int:
+def delete_rows(lock: ArchiveLock, table: str, column: str, values: Sequence[str]) -> int:
     """Delete the rows with one of these values in a column and return their number."""
-    deleted = 0
+    uri, deleted = lock.uri, 0
     with guarded(uri, f"delete rows of table {table}"):
-        dataset = open_table(uri, table)
+        dataset = lock.open(table)
         for ids in chunks(values):
             where = sql_in(column, ids)
             count = dataset.count_rows(where)
@@ -90,7 +92,7 @@ def delete_rows(uri: str, table: str, column: str, values: Sequence[str]) -> int
     return deleted
 
 
-def register(uri: str, files: Mapping[str, tuple[str, int]]) -> None:
+def register(lock: ArchiveLock, files: Mapping[str, tuple[str, int]]) -> None:
     """Write digests to ``files``; those of its own data files go into its configuration."""
     if not files:
         return
@@ -102,20 +104,20 @@ def register(uri: str, files: Mapping[str, tuple[str, int]]) -> None:
             "bytes": pa.array([size for _, size in files.values()], pa.int64()),
         }
     )
-    shard = write_shard(uri, "files", rows, files_schema())
-    append(uri, shard)
-    _note_own_digests(uri, shard.files)
+    shard = write_shard(lock.uri, "files", rows, files_schema())
+    append(lock, shard)
+    _note_own_digests(lock, shard.files)
 
 
-def _note_own_digests(uri: str, files: Mapping[str, tuple[str, int]]) -> None:
-    with guarded(uri, "write the digests"):
-        dataset = open_table(uri, "files")
+def _note_own_digests(lock: ArchiveLock, files: Mapping[str, tuple[str, int]]) -> None:
+    with guarded(lock.uri, "write the digests"):
+        dataset = lock.open("files")
         dataset.update_config({SELF_DIGEST + path: d for path, (d, _) in files.items()})
 
 
-def register_missing(uri: str, tables: Sequence[str]) -> None:
+def register_missing(lock: ArchiveLock, tables: Sequence[str]) -> None:
     """Digest the data files of tables that have no digest yet."""
-    known = known_digests(uri)
+    uri, known = lock.uri, known_digests(lock.uri)
     missing = [
         path
         for table in tables
@@ -126,16 +128,16 @@ def register_missing(uri: str, tables: Sequence[str]) -> None:
         found = {path: digest_file(uri, path) for path in missing}
     own = {path: d for path, d in found.items() if path.startswith("files.lance/")}
     if own:
-        _note_own_digests(uri, own)
-    register(uri, {path: d for path, d in found.items() if path not in own})
+        _note_own_digests(lock, own)
+    register(lock, {path: d for path, d in found.items() if path not in own})
 
 
-def forget_files(uri: str, paths: Collection[str]) -> None:
+def forget_files(lock: ArchiveLock, paths: Collection[str]) -> None:
     """Drop the digests of files that no longer exist."""
-    delete_rows(uri, "files", "path", list(paths))
+    delete_rows(lock, "files", "path", list(paths))
     if own := [SELF_DIGEST + path for path in paths if path.startswith("files.lance/")]:
-        with guarded(uri, "drop digests"):
-            open_table(uri, "files").delete_config_keys(own)
+        with guarded(lock.uri, "drop digests"):
+            lock.open("files").delete_config_keys(own)
 
 
 def check_count(uri: str, table: str, found: int, expected: int) -> None:

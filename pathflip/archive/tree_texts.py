@@ -173,7 +173,7 @@ def write_tree_texts(
         committer.upsert(TREE_TEXTS, pa.Table.from_pylist(rows, schema=_BODY))
     made = counts()
     if made.new or made.changed:
-        refresh_indexes(committer.uri, TREE_TEXTS)
+        refresh_indexes(committer.lock, TREE_TEXTS)
     return made
 
 

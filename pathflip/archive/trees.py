@@ -234,8 +234,8 @@ def append_trees(committer: Committer, trees: pa.Table, features: Mapping[str, p
         new = rows.filter(pc.invert(_is_in(rows, there)))
         if new.num_rows:
             shard = write_shard(committer.uri, table, new, committer.archive.dataset(table).schema)
-            transactions.register(committer.uri, shard.files)
-            transactions.append(committer.uri, shard)
+            transactions.register(committer.lock, shard.files)
+            transactions.append(committer.lock, shard)
         if table == TREES and new.num_rows < rows.num_rows:
             bad = set(there) - set(_keys(committer.archive, TREES, good=True))
             committer.upsert(TREES, rows.filter(_is_in(rows, sorted(bad))))
@@ -247,7 +247,7 @@ def delete_strays(committer: Committer) -> int:
     trees = set(_keys(archive, TREES, good=True)) if TREES in archive.tables() else set()
     for entry in tree_encoders(archive).values():
         stray = sorted(set(_keys(archive, entry["table"])) - trees)
-        deleted += transactions.delete_rows(committer.uri, entry["table"], "tree_id", stray)
+        deleted += transactions.delete_rows(committer.lock, entry["table"], "tree_id", stray)
     return deleted
 
 

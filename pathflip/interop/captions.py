@@ -200,7 +200,7 @@ def _import(
     else:
         counts = write_captions(writer, captions, source=source)
         if counts["new"] or counts["changed"] or removed:
-            refresh_indexes(writer.uri, CAPTIONS)
+            refresh_indexes(writer.lock, CAPTIONS)
     return {
         "source": source,
         "rows": len(rows),

@@ -188,7 +188,7 @@ def _import(
     else:
         counts = write_captions(committer, captions, source=source)
         if counts["new"] or counts["changed"]:
-            refresh_indexes(committer.uri, CAPTIONS)
+            refresh_indexes(committer.lock, CAPTIONS)
     return {
         "source": source,
         "rows": len(rows),

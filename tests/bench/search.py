@@ -221,12 +221,13 @@ def bench_ours(folder: Path, data: Data, *, quick: bool) -> dict[str, Any]:
     from pathflip.archive.ann import DEFAULT_PARAMS, SearchParams
     from pathflip.archive.filters import Filter
     from pathflip.archive.indexes import refresh_indexes
+    from pathflip.archive.lock import ArchiveLock
     from pathflip.archive.search import search_many
 
     uri, writing = built(lambda: make_archive(folder, data))
     table = "embeddings_bench"
     home = Path(uri, f"{table}.lance")
-    indexes, building = built(lambda: refresh_indexes(uri, table))
+    indexes, building = built(lambda: refresh_indexes(ArchiveLock(uri), table))
     tight = [Filter(field="tissue_fraction", op=">=", value=1 - FILTERED)]
     archive = Archive(uri)
 

@@ -420,6 +420,7 @@ def search(folder: Path, rows: int, seconds: float, dim: int = 256) -> Report:
 
     from pathflip.archive import Archive
     from pathflip.archive.indexes import refresh_indexes
+    from pathflip.archive.lock import ArchiveLock
     from pathflip.checkpoints import model_name, write_whole
     from pathflip.models.pathflip import PathFLIP
     from tests.bench.search import Data, make_archive, make_blocks
@@ -436,7 +437,7 @@ def search(folder: Path, rows: int, seconds: float, dim: int = 256) -> Report:
     folder.mkdir()
     uri = make_archive(folder, data, model=name, fingerprint=fingerprint)
     table = Archive(uri).models()[name]["embeddings_table"]
-    refresh_indexes(uri, table)
+    refresh_indexes(ArchiveLock(uri), table)
     about = {
         "run": "bench",
         "fingerprint": fingerprint,

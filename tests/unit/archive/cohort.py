@@ -1,16 +1,19 @@
 """A small made-up cohort for the archive tests, and a writer to be killed.
 
 As a script: python cohort.py URI FIRST LAST: commits slides one by one, and prints the id of each
-slide whose commit has returned.
+slide whose commit has returned. With LEASE_S its lease expires after that many seconds; with
+STOP_AT=TABLE it stops itself (SIGSTOP) before Lance commits rows of that table for the second time.
 """
 
+import os
+import signal
 import sys
 import time
 
 import numpy as np
 import pyarrow as pa
 
-from pathflip.archive import schema
+from pathflip.archive import lease, schema
 from pathflip.archive.commit import Committed, Committer
 from pathflip.archive.create import create_archive
 from pathflip.archive.fragments import write_fragment
@@ -148,11 +151,30 @@ def build(uri, *numbers: int) -> None:
             commit(committer, n)
 
 
+def stop_at(table: str) -> None:
+    """Stop this process when a commit to a table is prepared for the second time, checks done."""
+    import lance
+
+    commit, seen = lance.LanceDataset.commit, []
+
+    def stopping(dataset, *args, **kwargs):
+        if dataset.uri.endswith(f"{table}.lance"):
+            seen.append(table)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return commit(dataset, *args, **kwargs)
+
+    lance.LanceDataset.commit = stopping
+
+
 if __name__ == "__main__":
+    lease.EXPIRES_S = float(os.environ.get("LEASE_S", lease.EXPIRES_S))
     create_archive(sys.argv[1], tiling=TILING)
     with Committer(sys.argv[1]) as writer:
         encoder(writer)
         print("open", flush=True)
+        if "STOP_AT" in os.environ:
+            stop_at(os.environ["STOP_AT"])
         for number in range(int(sys.argv[2]), int(sys.argv[3])):
             commit(writer, number)
             print(f"slide{number:03d}", flush=True)

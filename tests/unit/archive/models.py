@@ -55,7 +55,7 @@ def tell(committer: Committer, *numbers: int, source: str = "report") -> None:
     """Write captions of slides and the index of their words."""
     captions = [Caption(slide_id=f"slide{n:03d}", text=caption(n)) for n in numbers]
     write_captions(committer, captions, source=source)
-    refresh_indexes(committer.uri, "captions")
+    refresh_indexes(committer.lock, "captions")
 
 
 def make_run(folder, *, seed: int = 0, tiling=None, encoder=None):

@@ -85,7 +85,7 @@ def test_stale_fragments_are_not_appended_again(tmp_path):
         assert committer.commit(**parts, fragments={"tex": [shard, shard]}).written == ["slide000"]
         assert committer.commit(**parts, fragments={"tex": [shard]}).skipped == ["slide000"]
         with pytest.raises(ValueError, match="already holds"):
-            transactions.append(committer.uri, Shard.from_json(shard))
+            transactions.append(committer.lock, Shard.from_json(shard))
     assert_whole(uri, [0])
 
 
@@ -270,7 +270,7 @@ def test_rows_of_slides_that_are_not_ready_are_hidden_then_deleted(tmp_path):
             ("regions", cohort.region_rows(1)),
             ("features_tex", cohort.feature_rows(1)),
         ):
-            transactions.append(committer.uri, Shard.from_json(write_fragment(uri, table, rows)))
+            transactions.append(committer.lock, Shard.from_json(write_fragment(uri, table, rows)))
     archive = Archive(uri)
     assert archive.regions()["slide_id"].unique().to_pylist() == ["slide000"]
     assert archive.stats()["regions"] == cohort.REGIONS

@@ -16,7 +16,7 @@ def archive(tmp_path):
     with Committer(uri) as committer:
         committer.commit(slides=cohort.slide_rows(2, status="quarantined"))
         shard = write_fragment(uri, "regions", cohort.region_rows(3))
-        transactions.append(committer.uri, Shard.from_json(shard))
+        transactions.append(committer.lock, Shard.from_json(shard))
     return Archive(uri)
 
 

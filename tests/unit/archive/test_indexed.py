@@ -62,12 +62,14 @@ def large(tmp_path_factory):
             )
             committer.replace_rows(table, pa.concat_tables([clustered(n) for n in range(SLIDES)]))
             # Rows of a slide that is not ready take places among the candidates.
-            transactions.append(committer.uri, committer._shard(table, clustered(77), ["slide077"]))
+            transactions.append(
+                committer.lock, committer._shard(table, clustered(77), ["slide077"])
+            )
             if name == "indexed":
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(indexes, "VECTOR_INDEX_ROWS", 1000)
                     patch.setattr(indexes, "SCALAR_INDEX_ROWS", 1000)
-                    done = indexes.refresh_indexes(str(uri), table)
+                    done = indexes.refresh_indexes(committer.lock, table)
                 assert done.made == [
                     f"{table}.{c}" for c in ("slide_id", "kind", "patient_id", "vector")
                 ]
@@ -242,7 +244,7 @@ def grown(tmp_path, monkeypatch):
                 committer, "m", dim=DIM, fingerprint="m", encoder=models.ENCODER, run="m"
             )
             committer.replace_rows(table, pa.concat_tables([clustered(n) for n in new]))
-            return indexes.refresh_indexes(committer.uri, table)
+            return indexes.refresh_indexes(committer.lock, table)
 
     return uri, grow
 

@@ -168,7 +168,7 @@ def test_a_slide_that_lost_a_vector_is_indexed_again_not_ingested(uri):
 
 def test_rows_of_slides_that_are_gone_are_deleted_by_the_next_writer(uri):
     with Committer(uri) as committer:
-        transactions.append(committer.uri, committer._shard(TABLE, models.rows(9), ["slide009"]))
+        transactions.append(committer.lock, committer._shard(TABLE, models.rows(9), ["slide009"]))
     with Committer(uri) as committer:
         assert committer.recovered == {TABLE: cohort.REGIONS + 1}
     assert_whole(uri)

@@ -26,7 +26,7 @@ def archive(tmp_path_factory):
         cohort.commit(committer, *SLIDES)
         # Rows of a slide that is not ready must never be found.
         shard = committer._shard("embeddings_tex", cohort.embedding_rows(99), ["slide099"])
-        transactions.append(committer.uri, shard)
+        transactions.append(committer.lock, shard)
     return Archive(uri)
 
 
@@ -225,7 +225,7 @@ def test_vector_index_finds_what_the_scan_finds(tmp_path, monkeypatch, dim):
         cohort.encoder(committer, dim=dim)
         cohort.commit(committer, 0, dims={"tex": dim})
         table = cohort.filled(schema.embeddings_schema(dim), rows)
-        transactions.append(committer.uri, committer._shard("embeddings_tex", table, ["slide000"]))
+        transactions.append(committer.lock, committer._shard("embeddings_tex", table, ["slide000"]))
     queries = rng.standard_normal((10, dim))
     plain = [search(Archive(uri), q, k=10)["region_id"].to_pylist() for q in queries]
     monkeypatch.setattr(indexes, "VECTOR_INDEX_ROWS", 1000)

@@ -287,7 +287,7 @@ def test_rows_of_slides_that_are_gone_are_deleted_by_the_next_writer(uri):
     with Committer(uri) as committer:
         for table in TABLES:
             transactions.append(
-                committer.uri, committer._shard(table, rows(table, 9), ["slide009"])
+                committer.lock, committer._shard(table, rows(table, 9), ["slide009"])
             )
     with Committer(uri) as committer:
         assert committer.recovered == {

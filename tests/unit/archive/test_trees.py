@@ -12,6 +12,7 @@ import pytest
 from pathflip.archive import Archive, transactions
 from pathflip.archive.commit import Committer
 from pathflip.archive.export import export_parquet
+from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.maintain import maintain
 from pathflip.archive.repair import repair
 from pathflip.archive.schema import intact_rows, tree_text_id
@@ -321,7 +322,7 @@ def test_a_row_that_was_changed_is_refused(uri):
     rows = data.to_table(filter="tree_id = 'slide000/1_0'")
     wrong = rows.set_column(3, "checksum", pa.array(["0" * 64]))
     assert intact_rows(rows).all()
-    transactions.delete_rows(str(uri), "trees_tex", "tree_id", ["slide000/1_0"])
+    transactions.delete_rows(ArchiveLock(uri), "trees_tex", "tree_id", ["slide000/1_0"])
     lance.write_dataset(wrong, str(uri / "trees_tex.lance"), mode="append")
     archive = Archive(uri)
     with pytest.raises(ArchiveError, match="not what was written"):

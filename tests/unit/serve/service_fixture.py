@@ -209,7 +209,7 @@ def _make_archive(uri: Path, *, patches: str | None = None) -> None:
         )
         captions = [Caption(slide_id=slide_id(n), text=caption(n)) for n in range(SLIDES)]
         write_captions(committer, captions, source="report")
-        refresh_indexes(committer.uri, "captions")
+        refresh_indexes(committer.lock, "captions")
 
 
 def caption(slide: int) -> str:
