@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
 
 OBJECT_STORE_ON_DISK = "file-object-store://"
 """Lance's scheme for a folder treated as an object store; used to test remote access."""
+_END = b"LANC"
+"""End of every data file. Arrow takes an answer that is cut off before it says how long the file is
+for that of an empty file, without an error."""
+_TRIES = 3
 SELF_DIGEST = "sha256:"  # prefix of config keys in ``files``: digests of its own data files
 
 
@@ -133,18 +138,22 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 
 def digest_file(uri: str, path: str) -> tuple[str, int]:
-    """Return the sha256 (hex) and the size of one file of the archive, read as a stream.
+    """Return the sha256 (hex) and the size of one data file of the archive, read as a stream.
 
     Raises:
         OSError: If the file is missing or cannot be read.
     """
     system, root = filesystem(uri)
-    digest, size = hashlib.sha256(), 0
-    with system.open_input_stream(f"{root}/{path}") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return digest.hexdigest(), size
+    for _ in range(1 if is_local(uri) else _TRIES):
+        digest, size, end = hashlib.sha256(), 0, b""
+        with system.open_input_stream(f"{root}/{path}") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+                size += len(block)
+                end = (end + block[-len(_END) :])[-len(_END) :]
+        if is_local(uri) or end == _END:
+            return digest.hexdigest(), size
+    raise OSError("the store's answer ends before the file does")
 
 
 def known_digests(uri: str) -> dict[str, tuple[str, int]]:
@@ -241,9 +250,38 @@ def _explained(uri: str, doing: str, error: BaseException, *, damaged: bool) -> 
             hint="Check the owner and the permissions of the archive.",
             code="not_permitted",
         )
+    if not is_local(uri):
+        for code, (signs, what, hint) in _STORE_FAULTS.items():
+            if any(sign in low for sign in signs):
+                said = re.search(r"(?:status code|HTTP error): ([^:<,]+)|(AWS Error [^:.]+)", text)
+                reason = f" ({said[1] or said[2]})" if said else ""
+                what = f"Cannot {doing}: {what.format(uri)}{reason}."
+                return ArchiveError(what, hint=hint, code=code)
     if damaged:
         return damaged_error(uri, f"cannot {doing} ({text[:200]})")
     return ArchiveError(f"Cannot {doing} in {uri}: {text[:300]}", code="io")
+
+
+_STORE_FAULTS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "not_permitted": (
+        ("403 forbidden", "401 unauthorized", "access_denied", "access denied", "credential"),
+        "the store of {} does not permit it",
+        "Check the credentials in the environment (AWS_ACCESS_KEY_ID and the like) and what they "
+        "permit.",
+    ),
+    "missing_bucket": (
+        ("nosuchbucket", "no_such_bucket"),
+        "the bucket of {} does not exist",
+        "Make the bucket, or check its name, the region and the endpoint (AWS_ENDPOINT_URL).",
+    ),
+    "unreachable": (
+        ("sending request", "response body", "status code: 5", "timed out", "timeout",
+         "network_connection", "slow_down", "http status 5", "curlcode", "before the file does"),
+        "the store of {} does not answer as it should, after many tries",
+        "Run the same command again when the store is well; it continues where it stopped.",
+    ),
+}  # fmt: skip
+"""{code: (signs in the text of an error, what is wrong, hint)}."""
 
 
 def _existing(uri: str) -> Path:

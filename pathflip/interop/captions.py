@@ -155,7 +155,7 @@ def remove_source(archive: str, source: str, *, dry_run: bool = False) -> dict[s
         return {"source": source, "removed": remove_captions(None, opened, source=source)}
     with Committer(archive) as committer:
         removed = remove_captions(committer, committer.archive, source=source)
-        refresh_indexes(committer.uri, CAPTIONS)
+        refresh_indexes(committer.lock, CAPTIONS)
     return {"source": source, "removed": removed}
 
 
