@@ -26,7 +26,7 @@ def no_fault(method: str, path: str) -> None:
 
 @dataclass
 class Traffic:
-    """What has passed.
+    """Traffic through the proxy.
 
     Attributes:
         requests: Method and path of every request, in order.
@@ -44,7 +44,7 @@ class Proxy:
 
     Attributes:
         port: Port it listens on.
-        traffic: What has passed since this was last set.
+        traffic: Requests and bytes since this was last set.
         fault: ``fault(method, path)`` names the fault of a request, None if it may pass.
     """
 

@@ -65,7 +65,7 @@ class Holder:
         pid: Its process id there.
         since: Time it took the lease, by its own clock.
         expires_s: Seconds without renewal after which the lease may be taken.
-        renewals: How often it was renewed.
+        renewals: Number of its renewals.
     """
 
     id: str

@@ -129,7 +129,7 @@ def test_a_suspended_writer_can_write_no_more(bucket: str) -> None:
 
 
 def test_commits_of_every_kind_are_fenced(on_disk: str) -> None:
-    """What was prepared before the lease was lost fails, and what comes after as well."""
+    """Commits that were prepared before the lease was lost fail, and so do later ones."""
     with ExitStack() as stack:
         slow = suspended(on_disk, stack)
         shard = Shard.from_json(write_fragment(on_disk, "regions", cohort.region_rows(5)))
