@@ -19,16 +19,23 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.ray_data import available, map_actors
+from pathflip.calibration import tempered
 from pathflip.config import check_positive
 from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
 from pathflip.slide_qa import (
     CAPTION_TOKENS,
+    ChoiceQuestion,
     as_given,
+    by_text,
     chosen,
+    in_order,
+    mode_of,
     model_folder,
-    rotations,
+    offers_abstention,
+    orders_of,
     slide_input,
     softmax,
+    temperature_of,
 )
 from pathflip.vllm_engine import EngineConfig, context_length, offline, uses_gpu
 
@@ -57,6 +64,8 @@ class AnswerConfig:
     max_new_tokens: int = CAPTION_TOKENS
     permute: int = 1
     """Cyclic orders that options are shown in; probabilities are averaged."""
+    abstain: bool | None = None
+    """Whether the model may say that a slide cannot tell; None means as it was tuned."""
 
     def __post_init__(self) -> None:
         check_positive(self, "actors", "slides_at_once", "max_new_tokens", "permute")
@@ -72,6 +81,8 @@ class _Request:
     order: tuple[int, ...] = ()
     token: tuple[int, int] | None = None
     """Position of the option whose token is scored as the next one, and that token."""
+    entries: tuple[str, ...] = ()
+    """The options and, where the model may abstain, that."""
 
 
 def map_engines(
@@ -219,7 +230,7 @@ class BatchSlideQA:
         return prefix
 
     def _requests(self, slide: str, item: Item, prefix: torch.Tensor) -> Iterator[_Request]:
-        from pathflip.models.chat_template import CAPTION_INSTRUCTION, multiple_choice
+        from pathflip.models.chat_template import CAPTION_INSTRUCTION
 
         if not item:
             prompt = self.front.embed_prompt(prefix, CAPTION_INSTRUCTION, kind="caption")
@@ -228,18 +239,25 @@ class BatchSlideQA:
         choices = item["choices"]
         if not choices:
             yield _Request(slide, item, self.front.embed_prompt(prefix, item["question"]))
-        if choices and self.front.config.choice_answer == "text":
+            return
+        asked = ChoiceQuestion(
+            prefix=prefix,
+            question=item["question"],
+            choices=tuple(choices),
+            abstain=offers_abstention(self.front, choices, self._config.abstain),
+        )
+        if self.front.config.choice_answer == "text":
             # vLLM scores no prompt that is embedded: each token of an option is scored as the next.
             before, after = self.front.prompt_ids(item["question"])
-            for option, text in enumerate(choices):
+            for option, text in enumerate(asked.shown):
                 ids = self.front.prompter.text_ids(text)
                 for at, token in enumerate(ids):
                     prompt = self.front.embed_ids(prefix, before, after + ids[:at])
-                    yield _Request(slide, item, prompt, token=(option, token))
+                    yield _Request(slide, item, prompt, token=(option, token), entries=asked.shown)
             return
-        for order in rotations(len(choices), self._config.permute) if choices else ():
-            text = multiple_choice(item["question"], [choices[i] for i in order])
-            yield _Request(slide, item, self.front.embed_prompt(prefix, text), order)
+        for order in orders_of(asked, self._config.permute):
+            prompt = self.front.embed_prompt(prefix, in_order(asked, order))
+            yield _Request(slide, item, prompt, order, entries=asked.shown)
 
     def _run(self, waiting: Sequence[_Request], answers: dict[tuple[Any, ...], Item]) -> None:
         from vllm import SamplingParams
@@ -265,24 +283,28 @@ class BatchSlideQA:
         outputs = self.engine.generate(prompts, params, use_tqdm=False) if prompts else []
         scores: dict[tuple[Any, ...], list[np.ndarray[Any, Any]]] = {}
         tokens: dict[tuple[Any, ...], list[list[float]]] = {}
+        heat = temperature_of(self.front, mode_of(self.front))
         for request, output in zip(waiting, outputs, strict=True):
             key = key_of(request.slide, request.item)
             first = output.outputs[0]
             if request.token:
                 option, token = request.token
-                lists = tokens.setdefault(key, [[] for _ in request.item["choices"]])
+                lists = tokens.setdefault(key, [[] for _ in request.entries])
                 lists[option].append(first.logprobs[0][token].logprob)
                 if all(lists) and option == len(lists) - 1:
-                    means = np.array([sum(own) / len(own) for own in lists])
-                    answers[key] = _choice(request, softmax(means)[None])
+                    logs = [(sum(own), len(own)) for own in lists]
+                    abstain = len(lists) > len(request.item["choices"])
+                    answers[key] = _choice(request, by_text(logs, heat, abstain=abstain)[None])
             elif request.order:
-                logs = np.array(
-                    [first.logprobs[0][i].logprob for i in letters[: len(request.order)]]
+                row = softmax(
+                    np.array([first.logprobs[0][i].logprob for i in letters[: len(request.order)]])
                 )
-                scores.setdefault(key, []).append(as_given(softmax(logs), request.order))
+                scores.setdefault(key, []).append(as_given(tempered(row, heat), request.order))
                 answers[key] = _choice(request, np.array(scores[key]))
             elif request.item:
-                text = {"answer": first.text.strip(), "choice": None, "scores": {}}
+                text = {
+                    "answer": first.text.strip(), "choice": None, "scores": {}, "abstain": None,
+                }  # fmt: skip
                 answers[key] = {**request.item, **text}
             else:
                 answers[key] = {"caption": first.text.strip()}
@@ -295,6 +317,7 @@ def _choice(request: _Request, scores: np.ndarray[Any, Any]) -> Item:
         "answer": answer.answer,
         "choice": answer.choice,
         "scores": answer.scores,
+        "abstain": answer.abstain,
     }
 
 

@@ -33,6 +33,7 @@ from pathflip.errors import ArchiveError, ConfigError, PathFLIPError, SlideError
 from pathflip.evaluation.prompts import read_tasks
 from pathflip.files import replacing
 from pathflip.geometry import Tiling
+from pathflip.interop.questions import import_questions
 
 if TYPE_CHECKING:
     from jobs.ingest.result import IngestResult
@@ -116,6 +117,7 @@ def demo(
         questions=str(out / "vqa.jsonl"),
     )
     archive, result = _ingested(out, source, settings, stages)
+    import_questions(archive.uri, out / "abstain.jsonl")
     run, document = _trained(archive.uri, out / "run", training, stages)
     answerer, vqa, captions = _tuned(archive.uri, out, language, tuning, stages)
     found = patches(out, stages, slides=tree_slides, training=tree_training) if full else None
@@ -550,6 +552,11 @@ def _print_results(document: dict[str, Any], vqa: dict[str, Any], captions: dict
     if findings := captions.get("findings"):
         rows["findings named"] = (findings["named"], plain["findings"]["named"])
         rows["absent findings named"] = (findings["invented"], plain["findings"]["invented"])
+    rows["sentences no image supports"] = (captions["unsupported"]["share"], None)
+    if calibration := vqa.get("calibration"):
+        rows["calibration error of choices"] = (calibration["ece"], None)
+    if silent := vqa.get("abstaining"):
+        rows["unanswerable questions abstained from"] = (silent["recall"], None)
     rows["bleu-1"] = (captions["bleu1"], plain["bleu1"])
     rows["rouge-l"] = (captions["rouge_l"], plain["rouge_l"])
     for name, values in rows.items():

@@ -5,8 +5,12 @@ nor vLLM: notebooks, ``pathflip caption`` and ``pathflip ask`` use it. Batches o
 jobs/answer.py, requests of users through serve/. All of them read a slide with :func:`slide_input`
 and show the options of a question in the orders of :func:`rotations`.
 
+A model that was tuned on questions which a slide cannot answer abstains where that is likeliest:
+its answer is ``CANNOT_TELL`` then, and no option is chosen (:func:`offers_abstention`).
+
 Shapes: N regions, M patch slots, d_in feature width, P visual tokens, D width of the language
-model, C options of a question, R orders they are shown in.
+model, C options of a question, E entries (C, and one more where abstaining is possible), R orders
+they are shown in.
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pathflip.calibration import tempered
 from pathflip.compat import check_fits
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models.chat_template import CAPTION_INSTRUCTION, multiple_choice
-from pathflip.text import LETTERS
+from pathflip.text import CANNOT_TELL, LETTERS, says_cannot_tell
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from pathflip.archive import Archive
     from pathflip.checkpoints import Run
     from pathflip.models.instruct import PathFLIPInstruct
+    from pathflip.models.prompt_encoder import PromptEncoder
 
 Mode = Literal["letter_logit", "option_ll", "generate"]
 MODES: tuple[Mode, ...] = ("letter_logit", "option_ll", "generate")
@@ -52,16 +58,20 @@ class Answer:
 
     Attributes:
         slide_id: Id of the slide.
-        answer: The answer; of a question with options the text of the chosen one.
+        answer: The answer; of a question with options the text of the chosen one, or
+            ``CANNOT_TELL``.
         choice: Letter of the chosen option; None for an open question, and where the model named
-            no option.
-        scores: {letter: probability among the options}; empty for an open question.
+            no option or abstains.
+        scores: {letter: probability of the option}; empty for an open question.
+        abstain: Probability that the slide cannot tell, which adds up to 1 with ``scores``; None
+            where the model was not offered to abstain.
     """
 
     slide_id: str
     answer: str
     choice: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    abstain: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +82,19 @@ class ChoiceQuestion:
         prefix: Visual tokens of the slide [P, D].
         question: The question, without its options.
         choices: The options.
+        abstain: Whether the model may say that the slide cannot tell; see
+            :func:`offers_abstention`.
     """
 
     prefix: torch.Tensor
     question: str
     choices: tuple[str, ...]
+    abstain: bool = False
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The options and, where the model may abstain, that [E]."""
+        return (*self.choices, CANNOT_TELL) if self.abstain else self.choices
 
 
 class SlideQA:
@@ -159,6 +177,7 @@ class SlideQA:
         *,
         mode: Mode | None = None,
         permute: int = 1,
+        abstain: bool | None = None,
         region: Region | None = None,
         max_new_tokens: int = CAPTION_TOKENS,
     ) -> Answer:
@@ -171,6 +190,7 @@ class SlideQA:
             choices: The options.
             mode: Way an option is chosen, see ``MODES``; None: as the model was tuned.
             permute: Cyclic orders the options are shown in; probabilities are averaged.
+            abstain: Whether the model may say that the slide cannot tell; None: as it was tuned.
             region: Only the regions that overlap this square.
             max_new_tokens: Most tokens of a written answer.
 
@@ -187,7 +207,12 @@ class SlideQA:
                 slide_id=slide,
                 answer=self.model.generate([prompt], max_new_tokens=max_new_tokens)[0],
             )
-        asked = ChoiceQuestion(prefix=prefix, question=question, choices=tuple(choices))
+        asked = ChoiceQuestion(
+            prefix=prefix,
+            question=question,
+            choices=tuple(choices),
+            abstain=offers_abstention(self.model, choices, abstain),
+        )
         scores = score_choices(self.model, [asked], mode=mode, permute=permute)[0]
         return chosen(slide, choices, scores)
 
@@ -330,9 +355,31 @@ def rotations(count: int, permute: int) -> list[tuple[int, ...]]:
     ]
 
 
-def mode_of(model: PathFLIPInstruct) -> Mode:
+def mode_of(model: PromptEncoder) -> Mode:
     """Return how a model chooses: by letter or by the option's text, as it was tuned to answer."""
     return "letter_logit" if model.config.choice_answer == "letter" else "option_ll"
+
+
+def offers_abstention(
+    model: PromptEncoder, choices: Sequence[str], asked: bool | None = None
+) -> bool:
+    """Return whether "cannot be told from this slide" is scored beside the options.
+
+    It never is where one of them says so itself, or where all letters are taken.
+
+    Args:
+        model: A tuned model.
+        choices: The options.
+        asked: Wish of the caller; None: whether the model was tuned to abstain.
+    """
+    wished = model.abstains if asked is None else asked
+    return wished and len(choices) < len(LETTERS) and not any(map(says_cannot_tell, choices))
+
+
+def temperature_of(model: PromptEncoder, mode: Mode) -> float:
+    """Return the divisor of the options' logits; 1 where none was fitted for this mode."""
+    own = model.calibration
+    return own.temperature if own is not None and own.mode == mode else 1.0
 
 
 def score_choices(
@@ -344,6 +391,8 @@ def score_choices(
 ) -> list[NDArray[np.float64]]:
     """Return the probabilities of the options of questions, in each order they are shown in.
 
+    They are calibrated with the model's temperature, where it has one for the mode.
+
     Args:
         model: A tuned model.
         asked: The questions.
@@ -351,47 +400,75 @@ def score_choices(
         permute: Most orders; ``option_ll`` shows no options, so its rows are all equal.
 
     Returns:
-        An array [R, C] for each question, options in their given order; a row of zeros where
-        ``generate`` named no option.
+        An array [R, E] for each question, options in their given order, then abstaining; a row of
+        zeros where ``generate`` named no option.
     """
     mode = mode or mode_of(model)
+    heat = temperature_of(model, mode)
     found: list[NDArray[np.float64]] = []
     if mode == "option_ll":
         for part in _parts(asked):
             prompts = [model.embed_prompt(one.prefix, one.question) for one in part]
-            rows = model.continuation_log_probs(prompts, [one.choices for one in part])
+            rows = model.continuation_log_probs(prompts, [one.shown for one in part])
             for one, logs in zip(part, rows, strict=True):
-                likely = softmax(np.array([[total / tokens for total, tokens in logs]]))
+                likely = by_text(logs, heat, abstain=one.abstain)[None]
                 found.append(likely.repeat(len(rotations(len(one.choices), permute)), axis=0))
         return found
     shown = [
-        (number, order)
-        for number, one in enumerate(asked)
-        for order in rotations(len(one.choices), permute)
+        (number, order) for number, one in enumerate(asked) for order in orders_of(one, permute)
     ]
-    found = [np.zeros((0, len(one.choices))) for one in asked]
+    found = [np.zeros((0, len(one.shown))) for one in asked]
     for items in _parts(shown):
         prompts = [
             model.embed_prompt(asked[number].prefix, in_order(asked[number], order))
             for number, order in items
         ]
         rows_of = _by_letter if mode == "letter_logit" else _by_writing
-        texts = [[asked[number].choices[i] for i in order] for number, order in items]
+        texts = [[asked[number].shown[i] for i in order] for number, order in items]
         for (number, order), row in zip(items, rows_of(model, prompts, texts), strict=True):
-            found[number] = np.vstack([found[number], as_given(row, order)])
+            row = as_given(tempered(row, heat), order)
+            found[number] = np.vstack([found[number], row])
     return found
 
 
+def orders_of(asked: ChoiceQuestion, permute: int) -> list[tuple[int, ...]]:
+    """Return the orders a question's entries are shown in; abstaining always comes last."""
+    last = (len(asked.choices),) if asked.abstain else ()
+    return [(*order, *last) for order in rotations(len(asked.choices), permute)]
+
+
 def in_order(asked: ChoiceQuestion, order: Sequence[int]) -> str:
-    """Return the instruction that shows a question's options in an order."""
-    return multiple_choice(asked.question, [asked.choices[i] for i in order])
+    """Return the instruction that shows a question's entries in an order."""
+    return multiple_choice(asked.question, [asked.shown[i] for i in order])
 
 
 def as_given(row: NDArray[np.float64], order: Sequence[int]) -> NDArray[np.float64]:
-    """Return values of options in the order they were shown [C] in the order they were given."""
+    """Return values of options in the order they were shown [E] in the order they were given."""
     back = np.empty(len(order))
     back[list(order)] = row
     return back
+
+
+def by_text(
+    logs: Sequence[tuple[float, int]], temperature: float, *, abstain: bool
+) -> NDArray[np.float64]:
+    """Return the probabilities of texts as the answer to a question that shows none [E].
+
+    Options compare by their mean log-probability of a token, as some are longer than others.
+    Abstaining is one fixed text, which the model writes or does not: it has the probability of the
+    whole text, and the options share the rest.
+
+    Args:
+        logs: (sum of log-probabilities, tokens) of each option and, with ``abstain``, of that.
+        temperature: Divisor of the options' logits.
+        abstain: Whether the last entry is abstaining.
+    """
+    options = logs[:-1] if abstain else logs
+    likely = tempered(softmax(np.array([total / tokens for total, tokens in options])), temperature)
+    if not abstain:
+        return likely
+    silent = min(1.0, float(np.exp(logs[-1][0])))
+    return np.append(likely * (1 - silent), silent)
 
 
 def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -401,13 +478,22 @@ def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def chosen(slide_id: str, choices: Sequence[str], scores: NDArray[np.float64]) -> Answer:
-    """Return the answer that scores [R, C] choose: the most probable option, mean over orders."""
+    """Return the answer that scores [R, E] choose: the most probable entry, mean over orders."""
     mean = scores.mean(axis=0)
-    named = dict(zip(LETTERS, map(float, mean), strict=False))
+    abstain = float(mean[-1]) if len(mean) > len(choices) else None
+    named = dict(zip(LETTERS, map(float, mean[: len(choices)]), strict=False))
     if not mean.any():
-        return Answer(slide_id=slide_id, answer="", scores=named)
+        return Answer(slide_id=slide_id, answer="", scores=named, abstain=abstain)
     best = int(mean.argmax())
-    return Answer(slide_id=slide_id, answer=choices[best], choice=LETTERS[best], scores=named)
+    if best == len(choices):
+        return Answer(slide_id=slide_id, answer=CANNOT_TELL, scores=named, abstain=abstain)
+    return Answer(
+        slide_id=slide_id,
+        answer=choices[best],
+        choice=LETTERS[best],
+        scores=named,
+        abstain=abstain,
+    )
 
 
 def read_choice(text: str, choices: Sequence[str]) -> int | None:

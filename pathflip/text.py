@@ -21,6 +21,21 @@ import numpy as np
 LETTERS = "ABCDEFGH"
 """Letters of a question's options; no question has more."""
 
+CANNOT_TELL = "cannot be told from this slide"
+"""Answer to a question that a slide cannot answer."""
+_NO_ANSWER = re.compile(
+    r"\b(can ?not|can't|unable to|impossible to|not possible to)\b.*"
+    r"\b(tell|told|determined?|assess(ed)?|answer(ed)?|say|said|know|known|inferred)\b"
+    r"|\b(not enough|insufficient) (information|evidence|data)\b",
+    re.IGNORECASE,
+)
+
+
+def says_cannot_tell(text: str) -> bool:
+    """Return whether an option or an answer says that the question cannot be answered."""
+    return _NO_ANSWER.search(text) is not None
+
+
 # -- sentences ------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from pathflip.cli.options import (
     working,
 )
 from pathflip.errors import ConfigError
+from pathflip.text import CANNOT_TELL
 
 app = typer.Typer()
 
@@ -127,6 +128,13 @@ def ask(
         int | None,
         typer.Option(help="Show options in this many cyclic orders; default: 1.", min=1, max=8),
     ] = None,
+    abstain: Annotated[
+        bool | None,
+        typer.Option(
+            "--abstain/--no-abstain",
+            help="Whether it may say that the slide cannot tell; default: as it was tuned.",
+        ),
+    ] = None,
     questions: Annotated[
         str | None, typer.Option(help="Batch: a file of questions.", metavar="FILE")
     ] = None,
@@ -158,8 +166,9 @@ def ask(
             )
         jobs_answer = job("answer")
         settings = _settings(
-            config, overrides, device, max_new_tokens=max_new_tokens, permute=permute
-        )
+            config, overrides, device, max_new_tokens=max_new_tokens, permute=permute,
+            abstain=abstain,
+        )  # fmt: skip
         with working() as progress:
             result = jobs_answer.ask_all(
                 archive, run, questions, out, config=settings, address=address,
@@ -181,24 +190,27 @@ def ask(
         opened = Archive(archive)
         name = opened.resolve(slide)
         answer = open_slide_qa(run, llm=llm, device=device).ask(
-            opened, name, question, options, mode=mode, permute=permute or 1, region=square,
-            max_new_tokens=max_new_tokens or CAPTION_TOKENS,
+            opened, name, question, options, mode=mode, permute=permute or 1, abstain=abstain,
+            region=square, max_new_tokens=max_new_tokens or CAPTION_TOKENS,
         )  # fmt: skip
     document = {
         "slide_id": answer.slide_id,
         "answer": answer.answer,
         "choice": answer.choice,
         "scores": answer.scores,
+        "abstain": answer.abstain,
     }
     if as_json:
         print_json(document)
         return
     print(answer.answer if answer.choice is None else f"{answer.choice}. {answer.answer}")
     if answer.scores:
-        rows = [
+        rows: list[list[Any]] = [
             [letter, text, score]
             for (letter, score), text in zip(answer.scores.items(), options, strict=True)
         ]
+        if answer.abstain is not None:
+            rows.append(["", CANNOT_TELL, answer.abstain])
         show_table("", ("", "option", "probability"), rows)
 
 
@@ -253,7 +265,7 @@ def _engine(device: str | None) -> dict[str, Any] | None:
 
 
 def _settings(
-    config: str | None, overrides: list[str] | None, device: str | None, **flags: int | None
+    config: str | None, overrides: list[str] | None, device: str | None, **flags: int | bool | None
 ) -> Any:
     """Settings of a batch."""
     from pathflip.config import load_config

@@ -302,7 +302,7 @@ def evaluate_vqa(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy on questions with options, beside baselines that see no slide."""
+    """Measure accuracy on questions with options, calibration, and abstaining."""
     from pathflip import Archive
     from pathflip.evaluation.vqa import evaluate_vqa as measure
 
@@ -330,7 +330,15 @@ def evaluate_vqa(
     names = ("macro", "accuracy_permuted", "consistency", "unanswered", "chance", "open")
     low, high = document.get("ci") or (None, None)
     what = [(name, document[name]) for name in names]
-    show_table("", ("what", "value"), [*what, ("95 % from", low), ("95 % to", high)])
+    what += [("95 % from", low), ("95 % to", high)]
+    calibration = document["calibration"] or {}
+    for name in ("ece", "floor", "ece_uncalibrated", "temperature", "confidence"):
+        what.append((f"calibration {name}", calibration.get(name)))
+    silent = document.get("abstaining", {})
+    for name in ("unanswerable", "abstained", "precision", "recall", "wrongly"):
+        if name in silent:
+            what.append((f"abstaining {name}", silent[name]))
+    show_table("", ("what", "value"), what)
 
 
 @evaluate_app.command("caption")
@@ -356,7 +364,7 @@ def evaluate_caption(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure BLEU, ROUGE-L and similarity of captions, and findings named or invented."""
+    """Measure BLEU, ROUGE-L, similarity, findings named or invented, and unsupported sentences."""
     from pathflip import Archive
     from pathflip.evaluation.captioning import (
         evaluate_captions,
@@ -387,6 +395,9 @@ def evaluate_caption(
     ]
     for name in ("named", "invented") if "findings" in document else ():
         rows.append([f"findings {name}", document["findings"][name], baseline["findings"][name]])
+    claims = document["unsupported"]
+    estimate = "" if claims["by"] == "planted" else f", estimated by {claims['by']}"
+    rows.append([f"sentences that no image supports{estimate}", claims["share"], None])
     title = f"{document['model']} on {split}: {document['n']} captions"
     show_table(title, ("metric", "value", "one caption for all"), rows)
 

@@ -9,7 +9,9 @@ as in sacrebleu's ``zh``; in all others words are, with their accents. English i
 
 Overlap of words says little of whether a finding is right. Where the truth is known, as in the
 synthetic cohort, ``named`` and ``invented`` count findings instead: of those that are there, the
-share a caption names; of those that are not, the share it names all the same.
+share a caption names; of those that are not, the share it names all the same. ``unsupported`` is
+the share of sentences that no image could support: by the planted truth there, elsewhere estimated
+by the rules that tuning leaves sentences out by (:mod:`pathflip.groundable`).
 
 Shapes: n captions, d width of an embedding.
 """
@@ -20,6 +22,7 @@ import json
 import re
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -158,7 +161,8 @@ def evaluate_captions(
     Returns:
         As :func:`caption_metrics`, with "split", "model", "captions" {slide_id: text}, "baseline":
         the same metrics of one caption for all slides, the reference that is most like the others;
-        and where the truth is known "findings", see :func:`finding_metrics`.
+        "unsupported", see :func:`unsupported_sentences`; and where the truth is known "findings",
+        see :func:`finding_metrics`.
 
     Raises:
         ConfigError: No slide of the split has a caption, or one has none among ``predictions``.
@@ -183,14 +187,71 @@ def evaluate_captions(
     found = caption_metrics(predicted, reference, embed=embed)
     typical = [_most_typical(reference)] * len(reference)
     found["baseline"] = caption_metrics(typical, reference, embed=embed)
-    if (truth := planted(slides)) is not None:
-        patients = [slide.patient_id or f"slide {slide.slide_id}" for slide in slides]
+    patients = [slide.patient_id or f"slide {slide.slide_id}" for slide in slides]
+    truth = planted(slides)
+    found["unsupported"] = unsupported_sentences(
+        predicted, planted=truth is not None, patients=patients, resamples=resamples, seed=seed
+    )
+    if truth is not None:
         found["findings"] = finding_metrics(
             predicted, truth, patients=patients, resamples=resamples, seed=seed
         )
         found["baseline"]["findings"] = finding_metrics(typical, truth, resamples=0)
     said = {slide.slide_id: text for slide, text in zip(slides, predicted, strict=True)}
     return found | {"split": split, "model": tuned_name(run), "captions": said}
+
+
+def unsupported_sentences(
+    captions: Sequence[str],
+    *,
+    planted: bool,
+    patients: Sequence[str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure the share of sentences that no image could support.
+
+    Args:
+        captions: Captions to measure [n].
+        planted: Whether they are of the synthetic cohort, where it is known; otherwise it is an
+            estimate by the wording, which sees no claim that sounds like a finding.
+        patients: Patient of each caption [n], for an interval by resampling patients.
+        resamples: Number of resamples; 0 for no interval.
+        seed: Seed of the resamples.
+
+    Returns:
+        {"share", "sentences": number, "by": "planted" or "rules VERSION", "what": {reason:
+        sentences}, "examples", "ci"}; the share is None without a sentence.
+    """
+    from pathflip import groundable
+    from pathflip.synth.claims import unsupported_kind
+    from pathflip.text import split_sentences
+
+    reason = unsupported_kind if planted else groundable.unsupported
+    sentences = [split_sentences(caption) for caption in captions]
+    reasons = [[reason(text) for text in own] for own in sentences]
+    counts = np.array([[sum(why is not None for why in own), len(own)] for own in reasons])
+    said, of = counts.sum(axis=0).tolist()
+    bad = [
+        (why, text)
+        for own, its in zip(reasons, sentences, strict=True)
+        for why, text in zip(own, its, strict=True)
+        if why is not None
+    ]
+    found: dict[str, Any] = {
+        "share": said / of if of else None,
+        "sentences": of,
+        "by": "planted" if planted else f"rules {groundable.VERSION}",
+        "what": dict(Counter(why for why, _ in bad).most_common()),
+        "examples": [text for text, _ in Counter(text for _, text in bad).most_common(5)],
+    }
+    if resamples and patients is not None and of:
+        weights = patient_weights(patients, resamples=resamples, seed=seed)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            drawn = (weights @ counts[:, 0]) / (weights @ counts[:, 1])
+        owners = [p for p, n in zip(patients, counts[:, 1], strict=True) for _ in range(int(n))]
+        found["ci"] = interval(drawn, found["share"], support(owners))
+    return found
 
 
 def _by_slide(archive: Archive, predictions: Mapping[str, str]) -> dict[str, str]:

@@ -8,8 +8,11 @@
   that always takes the same letter.
 * ``swapped``: the same questions with another slide before the model; what stays of the accuracy
   was not seen.
+* ``calibration``: how far confidence is from accuracy; :mod:`pathflip.calibration`.
+* ``abstaining``: of questions that no option answers, beside all others, those of which the model
+  says that the slide cannot tell.
 
-Shapes: n questions, C options of one, R orders, S resamples.
+Shapes: n questions, C options of one, E entries (C + 1 with abstaining), R orders, S resamples.
 """
 
 from __future__ import annotations
@@ -23,12 +26,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathflip.calibration import chance_error, expected_error, reliability, tempered, weighted_error
 from pathflip.errors import ConfigError
 from pathflip.evaluation.bootstrap import interval, patient_weights, support, weighted_mean
 from pathflip.evaluation.encode import SlideRow, list_slides
 from pathflip.interop.questions import Question, stored_questions
 from pathflip.progress import Progress, Report
-from pathflip.slide_qa import MODES, ChoiceQuestion, Mode, mode_of, score_choices, tuned_name
+from pathflip.slide_qa import (
+    MODES,
+    ChoiceQuestion,
+    Mode,
+    mode_of,
+    offers_abstention,
+    score_choices,
+    temperature_of,
+    tuned_name,
+)
+from pathflip.text import CANNOT_TELL
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +61,7 @@ def vqa_metrics(
     training: Sequence[Question] = (),
     patients: Sequence[str | None] | None = None,
     swapped: Sequence[NDArray[np.float64]] | None = None,
+    temperature: float = 1.0,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -61,6 +76,7 @@ def vqa_metrics(
         patients: Patient of each question [n], for 95 % intervals by resampling patients; one of
             no known patient counts by its slide.
         swapped: Scores of the same questions asked about other slides; only first rows count.
+        temperature: Temperature that is in the scores.
         resamples: Number of bootstrap resamples, 0 for no interval.
         seed: Seed of the resamples.
 
@@ -68,7 +84,8 @@ def vqa_metrics(
         {"n", "accuracy": options as given, "accuracy_permuted": probabilities averaged over the
         orders, "ci", "macro": mean over categories, "consistency", "unanswered": share that names
         no option, "majority_baseline", "baselines": {"text", "letter"}, "chance", "by_category":
-        {name: {"n", "accuracy", "majority_baseline"}}, "swapped": {"accuracy", "by_category"}}.
+        {name: {"n", "accuracy", "majority_baseline"}}, "swapped": {"accuracy", "by_category"},
+        "calibration": see :func:`calibration_of`}.
         Where one order is shown, ``accuracy_permuted`` and ``consistency`` are None.
 
     Raises:
@@ -107,17 +124,129 @@ def vqa_metrics(
             for name, rows in groups.items()
         },
     }
-    if resamples:
-        owners = list(patients or [None] * len(questions))
-        names = [own or f"slide {one.slide}" for own, one in zip(owners, questions, strict=True)]
-        weights = patient_weights(names, resamples=resamples, seed=seed)
+    names = _owners(questions, patients)
+    weights = patient_weights(names, resamples=resamples, seed=seed) if resamples else None
+    if weights is not None:
         found["ci"] = interval(weighted_mean(right, weights), float(right.mean()), support(names))
+    found["calibration"] = calibration_of(
+        [one[0] for one in scores], truth, temperature=temperature, names=names, weights=weights
+    )
     if swapped is not None:
         wrong_slide = np.array([_picks(one)[0] for one in swapped]) == truth
         found["swapped"] = {
             "accuracy": float(wrong_slide.mean()),
             "by_category": {name: float(wrong_slide[rows].mean()) for name, rows in groups.items()},
         }
+    return found
+
+
+def calibration_of(
+    scores: Sequence[NDArray[np.float64]],
+    truth: NDArray[np.int64],
+    *,
+    temperature: float,
+    names: Sequence[str],
+    weights: NDArray[np.float64] | None,
+) -> dict[str, Any] | None:
+    """Measure how far the confidence of choices is from their accuracy.
+
+    Args:
+        scores: Probabilities of each question's options [n][C]; rows of zeros are left out.
+        truth: Right option of each [n].
+        temperature: Temperature that is in the scores.
+        names: Patient of each [n].
+        weights: Resamples of patients [S, n]; None for no interval.
+
+    Returns:
+        {"n", "ece", "ci", "floor": ECE that a perfectly calibrated model of this confidence has by
+        chance, "ece_uncalibrated": without the temperature, "temperature", "confidence": mean,
+        "bins": of equal mass, see :func:`pathflip.calibration.reliability`}; None where no option
+        was named.
+    """
+    kept = np.flatnonzero([row.any() for row in scores])
+    if not len(kept):
+        return None
+    sure = np.array([scores[i].max() for i in kept])
+    right = np.array([scores[i].argmax() for i in kept]) == truth[kept]
+    raw = np.array([tempered(scores[i], 1 / temperature).max() for i in kept])
+    ece = expected_error(sure, right)
+    found: dict[str, Any] = {
+        "n": len(kept),
+        "ece": ece,
+        "floor": chance_error(sure),
+        "ece_uncalibrated": expected_error(raw, right),
+        "temperature": temperature,
+        "confidence": float(sure.mean()),
+        "bins": reliability(sure, right),
+    }
+    if weights is not None:
+        drawn = weighted_error(sure, right, weights[:, kept])
+        found["ci"] = interval(drawn, ece, support([names[i] for i in kept], graded=True))
+    return found
+
+
+def abstaining(
+    questions: Sequence[Question],
+    scores: Sequence[NDArray[np.float64]],
+    *,
+    patients: Sequence[str | None] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure when a model says that a slide cannot tell.
+
+    Args:
+        questions: Questions about the slides evaluated, each with options [n]; of some the answer
+            is ``CANNOT_TELL``.
+        scores: Probabilities of each one's options and, last, of abstaining [R, C + 1].
+        patients: Patient of each [n], see :func:`vqa_metrics`.
+        resamples: Number of bootstrap resamples, 0 for no intervals.
+        seed: Seed of the resamples.
+
+    Returns:
+        {"n", "unanswerable": questions that the slide cannot answer, "abstained", "precision":
+        share of the abstentions that are about those, "recall": share of those that it abstains
+        from, "wrongly": share of the others that it abstains from, "accuracy_answered": of the
+        others that it answers, "ci": {"precision", "recall"}, "by_category": {name: {"n",
+        "unanswerable", "recall", "wrongly"}}}; None where nothing of the kind was asked.
+    """
+    without = np.array([one.answer == CANNOT_TELL for one in questions])
+    picks = np.array([int(_picks(own.mean(axis=0)[None])[0]) for own in scores])
+    silent = picks == np.array([len(one.choices) for one in questions])
+    right = np.array(
+        [not w and one.choices[p : p + 1] == (one.answer,)
+         for one, p, w in zip(questions, picks.tolist(), without, strict=True)]
+    )  # fmt: skip
+
+    def share(what: NDArray[np.bool_], among: NDArray[np.bool_]) -> float | None:
+        return float(what[among].mean()) if among.any() else None
+
+    found: dict[str, Any] = {
+        "n": len(questions),
+        "unanswerable": int(without.sum()),
+        "abstained": int(silent.sum()),
+        "precision": share(without, silent),
+        "recall": share(silent, without),
+        "wrongly": share(silent, ~without),
+        "accuracy_answered": share(right, ~without & ~silent),
+        "by_category": {
+            name: {
+                "n": len(rows),
+                "unanswerable": int(without[rows].sum()),
+                "recall": share(silent[rows], without[rows]),
+                "wrongly": share(silent[rows], ~without[rows]),
+            }
+            for name, rows in _categories(questions).items()
+        },
+    }
+    if resamples:
+        names = _owners(questions, patients)
+        weights = patient_weights(names, resamples=resamples, seed=seed)
+        found["ci"] = {}
+        for key, what, among in (("precision", without, silent), ("recall", silent, without)):
+            kept = np.flatnonzero(among)
+            drawn = weighted_mean(what[kept], weights[:, kept])
+            found["ci"][key] = interval(drawn, found[key], support([names[i] for i in kept]))
     return found
 
 
@@ -150,8 +279,10 @@ def evaluate_vqa(
         progress: Called after each slide.
 
     Returns:
-        As :func:`vqa_metrics`, with "mode", "split", "model" and "open", the questions
-        without options that are left out.
+        As :func:`vqa_metrics`, of the questions that one of their options answers, with "mode",
+        "split", "model" and "open", the questions without options that are left out. Where the
+        model was tuned to abstain, "abstaining" of all questions whose options leave it to the
+        model: see :func:`abstaining`.
 
     Raises:
         ConfigError: The split has no question with options, or the run does not fit the archive.
@@ -164,7 +295,8 @@ def evaluate_vqa(
     train = {row.slide_id for row in every if row.split == "train"}
     stored = stored_questions(archive, source=source)
     asked = [one for one in stored if one.slide in chosen]
-    questions = [one for one in asked if one.choices]
+    every_question = [one for one in asked if one.choices]
+    questions = [one for one in every_question if one.answer in one.choices]
     if not questions:
         of = "" if source is None else f" of source {source}"
         raise ConfigError(
@@ -172,46 +304,82 @@ def evaluate_vqa(
             hint=f"Add them: pathflip archive import --archive {archive.uri} --questions FILE",
             code="no_questions",
         )
-    own: dict[int, NDArray[np.float64]] = {}
-    other: dict[int, NDArray[np.float64]] = {}
-    slides = [chosen[name] for name in dict.fromkeys(one.slide for one in questions)]
-    waiting: list[tuple[bool, int, ChoiceQuestion]] = []  # whether of its own slide, which question
+    model = answerer.model
+    leaving = [
+        one for one in every_question if model.abstains and offers_abstention(model, one.choices)
+    ]
+    # Asked of the slide itself, of another one, and with abstaining among the options.
+    kinds = {"own": questions, "other": questions, "abstaining": leaving}
+    scores: dict[str, dict[int, NDArray[np.float64]]] = {kind: {} for kind in kinds}
+    slides = [chosen[name] for name in dict.fromkeys(one.slide for one in every_question)]
+    waiting: list[tuple[str, int, ChoiceQuestion]] = []
 
     def put(*, everything: bool) -> None:
         while len(waiting) >= QUESTIONS_AT_ONCE or (everything and waiting):
             part = waiting[:QUESTIONS_AT_ONCE]
             del waiting[:QUESTIONS_AT_ONCE]
-            for kind, orders, into in ((True, permute_options, own), (False, 1, other)):
-                mine = [(number, one) for is_own, number, one in part if is_own is kind]
-                scores = score_choices(
-                    answerer.model, [one for _, one in mine], mode=mode, permute=orders
-                )
-                into.update(zip((number for number, _ in mine), scores, strict=True))
+            for kind, into in scores.items():
+                mine = [(number, one) for of_kind, number, one in part if of_kind == kind]
+                orders = permute_options if kind == "own" else 1
+                own = score_choices(model, [one for _, one in mine], mode=mode, permute=orders)
+                into.update(zip((number for number, _ in mine), own, strict=True))
 
-    of_slide: dict[str, list[int]] = {}
-    for number, question in enumerate(questions):
-        of_slide.setdefault(question.slide, []).append(number)
+    of_slide = {kind: _numbers(asked_of) for kind, asked_of in kinds.items()}
     for slide, prefix, is_own in _prefixes(archive, answerer, slides, swap, seed, progress):
-        for number in of_slide[slide.slide_id]:
-            one = questions[number]
-            item = ChoiceQuestion(prefix=prefix, question=one.question, choices=one.choices)
-            waiting.append((is_own, number, item))
+        for kind in ("own", "abstaining") if is_own else ("other",):
+            for number in of_slide[kind].get(slide.slide_id, ()):
+                one = kinds[kind][number]
+                item = ChoiceQuestion(
+                    prefix=prefix,
+                    question=one.question,
+                    choices=one.choices,
+                    abstain=kind == "abstaining",
+                )
+                waiting.append((kind, number, item))
         put(everything=False)
     put(everything=True)
-    return vqa_metrics(
+
+    def ordered(kind: str) -> list[NDArray[np.float64]]:
+        return [scores[kind][number] for number in range(len(kinds[kind]))]
+
+    found = vqa_metrics(
         questions,
-        [own[number] for number in range(len(questions))],
-        training=[one for one in stored if one.slide in train and one.choices],
+        ordered("own"),
+        training=[one for one in stored if one.slide in train and one.answer in one.choices],
         patients=[chosen[one.slide].patient_id for one in questions],
-        swapped=[other[number] for number in range(len(questions))] if other else None,
+        swapped=ordered("other") if scores["other"] else None,
+        temperature=temperature_of(model, mode),
         resamples=resamples,
         seed=seed,
-    ) | {
+    )
+    if leaving:
+        found["abstaining"] = abstaining(
+            leaving,
+            ordered("abstaining"),
+            patients=[chosen[one.slide].patient_id for one in leaving],
+            resamples=resamples,
+            seed=seed,
+        )
+    return found | {
         "mode": mode,
         "split": split,
         "model": tuned_name(answerer.run),
-        "open": len(asked) - len(questions),
+        "open": len(asked) - len(every_question),
     }
+
+
+def _numbers(questions: Sequence[Question]) -> dict[str, list[int]]:
+    """Return the positions of the questions about each slide."""
+    found: dict[str, list[int]] = {}
+    for number, one in enumerate(questions):
+        found.setdefault(one.slide, []).append(number)
+    return found
+
+
+def _owners(questions: Sequence[Question], patients: Sequence[str | None] | None) -> list[str]:
+    """Return the patient of each question; one of no known patient counts by its slide."""
+    known = list(patients or [None] * len(questions))
+    return [own or f"slide {one.slide}" for own, one in zip(known, questions, strict=True)]
 
 
 def exchange(slides: Sequence[SlideRow], *, seed: int = 0) -> tuple[list[int], int]:

@@ -12,7 +12,8 @@ JSON lines             {slide, question, options, answer, kind, split}, as ``pat
 =====================  ==========================================================================
 
 An answer to a question with options may be an option's text or its letter (``B``, ``b``,
-``B) no``, ``Option B``); what is kept is the text, so that options can be shuffled. A letter as the
+``B) no``, ``Option B``), or ``cannot be told from this slide``, which need be none of them: then no
+option is right; what is kept is the text, so that options can be shuffled. A letter as the
 answer to a question without options is refused: they are somewhere this module does not look.
 """
 
@@ -46,7 +47,7 @@ from pathflip.interop.tables import (
     slide_or_case_column,
 )
 from pathflip.splits import canonical_split, requested_split
-from pathflip.text import LETTERS, plain_text
+from pathflip.text import CANNOT_TELL, LETTERS, plain_text
 
 _CHOICES = ("choices", "options", "choice")
 _CATEGORIES = ("broad category", "category", "task", "kind")
@@ -67,7 +68,7 @@ class Question:
         slide: Name of the slide in the file, of the case where ``is_case``; the id of the slide for
             a stored question.
         question: The question, without its options.
-        answer: The answer; with options the text of the right one.
+        answer: The answer; with options the text of the right one, or ``CANNOT_TELL``.
         choices: The options; empty for an open question.
         category: Topic of the question, where the file has one.
         split: Split that the file names; for a stored question the split of its slide.
@@ -387,7 +388,7 @@ def _made(
 
 def _right(answer: str, choices: Sequence[str]) -> str | None:
     """Return the text of the right option: by its text, else by its letter; None if it is none."""
-    if not choices or answer in choices:
+    if answer in choices:
         return answer
 
     def plain(text: str) -> str:
@@ -396,6 +397,10 @@ def _right(answer: str, choices: Sequence[str]) -> str | None:
     same = [choice for choice in choices if plain(choice) == plain(answer)]
     if same:
         return same[0]
+    if plain(answer) == CANNOT_TELL:
+        return CANNOT_TELL
+    if not choices:
+        return answer
     lone, first = _LONE_LETTER.fullmatch(answer), _LETTER_FIRST.fullmatch(answer)
     match = lone or first
     if match is None or LETTERS.index(match[1].upper()) >= len(choices):

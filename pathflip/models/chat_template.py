@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pathflip.errors import ConfigError
-from pathflip.text import LETTERS, denies, split_sentences
+from pathflip.text import CANNOT_TELL, LETTERS, denies, split_sentences
 
 IMAGE = "<image>"
 """Where a slide stands in data of other projects; never a token, removed from what is asked."""
@@ -69,13 +69,15 @@ def question_example(
     Args:
         question: The question alone.
         choices: Its options, in the order they are shown.
-        answer: The text of the right one.
+        answer: The text of the right one; or ``CANNOT_TELL``, then no option need be right.
         letter: Whether an option is answered by its letter and text (``B. text``), or by its text.
 
     Raises:
         ConfigError: The answer is none of the options.
     """
     instruction = multiple_choice(question, choices)
+    if choices and answer == CANNOT_TELL and answer not in choices:
+        return Example(instruction=instruction, answer=answer)
     if choices and answer not in choices:
         raise ConfigError(
             f"The answer {answer!r} is not among the options of {question!r}.",

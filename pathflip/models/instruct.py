@@ -181,6 +181,7 @@ class PathFLIPInstruct(PromptEncoder):
                 hint="Its files are of different models; copy it again.",
                 code="damaged",
             )
+        model.answers_as(about)
         model.trainable("all")
         return model.to(device).eval()
 
@@ -205,6 +206,8 @@ class PathFLIPInstruct(PromptEncoder):
             "config": asdict(self.config),
             "base": self.base,
             "fingerprint": self.fingerprint(),
+            "abstains": self.abstains,
+            "calibration": None if self.calibration is None else self.calibration.as_json(),
         }
         (folder / parts.ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 

@@ -10,6 +10,7 @@ of a region, d joint width, D width of the language model, P vectors of a slide'
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pathflip.calibration import Calibration
 from pathflip.config import load_config
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import hub
@@ -84,6 +86,10 @@ class PromptEncoder(nn.Module):
         embedding: Embedding table of the language model.
         config: Settings of the instruction model.
 
+    Attributes:
+        calibration: Temperature of its choices; None where none was fitted.
+        abstains: Whether it was tuned on questions that a slide cannot answer.
+
     Raises:
         ConfigError: The vision model has no such prefix, or the tokenizer no such template.
     """
@@ -102,6 +108,8 @@ class PromptEncoder(nn.Module):
         self._embedding = [embedding]  # in a list: not a second time among the parameters
         self.width = embedding.embedding_dim
         self.projector = nn.Linear(prefix_width(vision, config), self.width)
+        self.calibration: Calibration | None = None
+        self.abstains = False
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, llm: str | Path) -> PromptEncoder:
@@ -132,7 +140,14 @@ class PromptEncoder(nn.Module):
         )  # fmt: skip
         front._own_embedding()
         read_projector(front.projector, folder)
+        front.answers_as(read_about(folder))
         return front.eval()
+
+    def answers_as(self, about: Mapping[str, Any]) -> None:
+        """Take the temperature, and whether it abstains, from an instruct.json."""
+        self.abstains = bool(about.get("abstains", False))
+        if (own := about.get("calibration")) is not None:
+            self.calibration = Calibration(**own)
 
     def _own_embedding(self) -> None:
         """Register the embedding table with this module, where no language model holds it."""

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from pathflip.archive import Archive
 from pathflip.report.page import metric_row, slide_view, write_page
+from pathflip.text import CANNOT_TELL
 
 if TYPE_CHECKING:
     from pathflip.evaluation.encode import SlideRow
     from pathflip.slide_qa import SlideQA
 
 EXAMPLES = 6
-QUESTIONS = 5
+QUESTIONS = 8
 """Asked of each example, at most."""
 PICTURE_PX = 320
 
@@ -83,6 +84,16 @@ def _headline(vqa: Mapping[str, Any], captions: Mapping[str, Any]) -> list[tuple
             if findings[key] is not None:
                 note = f"one caption for all {base[key]:.3f}"
                 tiles.append((f"{findings[key]:.3f}", name, note))
+    claims = captions["unsupported"]
+    if claims["share"] is not None:
+        note = "by the planted truth" if claims["by"] == "planted" else f"estimate, {claims['by']}"
+        tiles.append((f"{claims['share']:.3f}", "of sentences no image supports", note))
+    if calibration := vqa.get("calibration"):
+        note = f"uncalibrated {calibration['ece_uncalibrated']:.3f}"
+        tiles.append((f"{calibration['ece']:.3f}", "calibration error", note))
+    if (silent := vqa.get("abstaining")) and silent["recall"] is not None:
+        note = f"precision {silent['precision'] or 0:.3f}"
+        tiles.append((f"{silent['recall']:.3f}", "of the unanswerable abstained from", note))
     bleu, base = captions["bleu1"], captions["baseline"]["bleu1"]
     return [*tiles, (f"{bleu:.3f}", "BLEU-1", f"one caption for all {base:.3f}")]
 
@@ -193,4 +204,14 @@ def _asked(answerer: SlideQA, archive: Archive, slide: str, one: Any) -> dict[st
         }
         for (letter, score), text in zip(answer.scores.items(), one.choices, strict=True)
     ]
+    if answer.abstain is not None:
+        options.append(
+            {
+                "letter": "–",
+                "text": CANNOT_TELL,
+                "score": answer.abstain,
+                "chosen": answer.answer == CANNOT_TELL,
+                "true": one.answer == CANNOT_TELL,
+            }
+        )
     return {"question": one.question, "options": options}

@@ -82,8 +82,8 @@ def make_cohort(
 
     Running it again draws only the slides that are missing, and a larger ``slides`` extends the
     cohort. Files: ``slides/*.svs|tif``, ``lesions/<slide>.geojson``, ``captions.csv``,
-    ``sentences.json``, ``labels.csv``, ``patients.csv``, ``vqa.jsonl``, ``tasks.yaml``,
-    ``cohort.json``.
+    ``sentences.json``, ``labels.csv``, ``patients.csv``, ``vqa.jsonl``, ``abstain.jsonl``,
+    ``tasks.yaml``, ``cohort.json``.
 
     Args:
         directory: Output folder; made when missing.
@@ -246,20 +246,24 @@ def _write_tables(root: Path, scenes: Sequence[Scene], items: Sequence[text.Ques
     }
     write_json(root / "sentences.json", sentences)
     write_file(root / "tasks.yaml", yaml.safe_dump(tasks(), sort_keys=False, width=100))
-    lines = [
-        json.dumps(
-            {
-                "slide": q.slide,
-                "split": q.split,
-                "kind": q.kind,
-                "question": q.question,
-                "options": q.options,
-                "answer": q.answer,
-            }
-        )
+    write_file(root / "vqa.jsonl", _lines(items))
+    abstain = [item for scene in scenes for item in text.abstain_questions(scene)]
+    write_file(root / "abstain.jsonl", _lines(abstain))
+
+
+def _lines(items: Iterable[text.Question]) -> str:
+    rows = (
+        {
+            "slide": q.slide,
+            "split": q.split,
+            "kind": q.kind,
+            "question": q.question,
+            "options": q.options,
+            "answer": q.answer,
+        }
         for q in items
-    ]
-    write_file(root / "vqa.jsonl", "\n".join(lines) + "\n")
+    )
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def tasks() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pathflip.synth.scene import FINDINGS, Scene
+from pathflip.text import CANNOT_TELL
 
 FORMS: dict[str, tuple[str, str, str, str]] = {
     "tumour": (
@@ -222,7 +223,7 @@ class Sentence:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One multiple-choice item; ``answer`` is the letter of the right option."""
+    """One multiple-choice item; ``answer`` is the letter of the right option, or CANNOT_TELL."""
 
     slide: str
     split: str
@@ -234,7 +235,9 @@ class Question:
     @property
     def answer_text(self) -> str:
         """Text of the right option."""
-        return self.options["ABCD".index(self.answer)]
+        return (
+            self.answer if self.answer == CANNOT_TELL else self.options["ABCD".index(self.answer)]
+        )
 
 
 def sentences(scene: Scene) -> list[Sentence]:
@@ -326,6 +329,70 @@ def questions(scene: Scene) -> list[Question]:
     counts = {0: "none", 1: "one", 4: "four", 5: "five"}
     question = "How many foci of necrosis are there?"
     ask_among("necrotic_foci", question, counts[scene.necrotic_foci], counts.values())
+    return items
+
+
+OUTSIDE: dict[str, tuple[str, ...]] = {
+    "Does the patient have a history of hypertension?": ("yes", "no"),
+    "How many lymph nodes were examined?": ("four", "nine", "fifteen"),
+    "What is the pathologic stage?": ("pT1a N0", "pT2a N0", "pT3a N1"),
+    "Who compared the slides with the prior biopsy?": ("Dr. Lee", "Dr. Moreau", "Dr. Okafor"),
+    "By how much are the surgical margins clear?": ("0.2 cm", "0.6 cm", "1.2 cm"),
+    "How large is the specimen?": ("2 cm", "4 cm", "6 cm"),
+}
+"""Questions that no slide answers, with options; DISTRACTORS are about the same things."""
+UNSEEN: dict[str, tuple[str, ...]] = {
+    "How old is the patient?": ("45 years", "60 years", "75 years"),
+    "Which medication does the patient take?": ("aspirin", "insulin", "none"),
+    "What did the radiologist see?": ("a mass", "a cyst", "nothing"),
+}
+"""Further ones, which are asked of test slides only."""
+_PREMISE: dict[str, tuple[str, dict[str, str]]] = {
+    "pattern": (
+        "How does the tumour grow?",
+        {"trabecular": "in trabeculae", "nested": "in rounded nests",
+         "cribriform": "in cribriform sheets", "solid": "in solid islands"},
+    ),
+    "nuclei": (
+        "What do the nuclei of the tumour look like?",
+        {"nucleolus": "prominent nucleoli", "groove": "nuclear grooves",
+         "plain": "inconspicuous nucleoli"},
+    ),
+    "extent": (
+        "How far does the necrosis extend?",
+        {"extensive": "several separate foci", "focal": "a single focus"},
+    ),
+}  # fmt: skip
+"""Questions by label column that suppose something: only slides that have it answer them."""
+
+
+def abstain_questions(scene: Scene) -> list[Question]:
+    """Write items that a slide cannot answer, beside some of the like that it can.
+
+    The answer of those it cannot is ``CANNOT_TELL``, which is none of their options: one of
+    ``OUTSIDE`` (in the test split also one of ``UNSEEN``), and of two that suppose a tumour or
+    necrosis those about a slide without.
+    """
+    rng = np.random.default_rng([scene.seed, 3])
+
+    def item(kind: str, question: str, options: Iterable[str], right: str | None) -> Question:
+        mixed = list(options)
+        mixed = [mixed[i] for i in rng.permutation(len(mixed))]
+        answer = CANNOT_TELL if right is None else "ABCD"[mixed.index(right)]
+        return Question(
+            slide=scene.slide, split=scene.split, kind=kind, question=question,
+            options=tuple(mixed), answer=answer,
+        )  # fmt: skip
+
+    items = []
+    for kind, pool in (("outside", OUTSIDE), ("unseen", UNSEEN)):
+        question = list(pool)[rng.integers(len(pool))]
+        if kind == "outside" or scene.split == "test":
+            items.append(item(kind, question, pool[question], None))
+    for i in rng.permutation(len(_PREMISE))[:2]:
+        kind, (question, texts) = list(_PREMISE.items())[i]
+        value = getattr(scene, kind)
+        items.append(item(kind, question, texts.values(), texts[value] if value else None))
     return items
 
 

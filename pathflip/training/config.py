@@ -149,6 +149,11 @@ class TuneConfig(TrainConfig):
         caption_share: Probability that a slide with questions shows its caption, too.
         drop_options_prob: Probability that a question with options is asked without them
             (formerly ``open_share``).
+        abstain_share: Probability that a question with options shows that the slide cannot tell as
+            a further one, where training slides are asked what they cannot answer.
+        groundable: Whether caption targets are the sentences that a slide can show, see
+            :mod:`pathflip.training.targets`; otherwise whole reports. Statements instead of
+            sentences where ``subcaption_source`` names them.
         captions: Style of caption targets: ``whole``, unchanged; ``shuffled``, their sentences in
             a random order, for reports whose order means nothing; ``affirmed``, what they affirm,
             in the order of the alphabet.
@@ -172,6 +177,8 @@ class TuneConfig(TrainConfig):
     examples_per_slide: int = 4
     caption_share: float = 0.5
     drop_options_prob: float = field(default=0.25, metadata={"formerly": "open_share"})
+    abstain_share: float = 0.5
+    groundable: bool = True
     captions: Literal["whole", "shuffled", "affirmed"] = "whole"
     align: float = 0.0
     best: Literal["loss", "last"] = "loss"
@@ -181,7 +188,8 @@ class TuneConfig(TrainConfig):
         check_positive(self, "examples_per_slide")
         self._check_within(
             projector_epochs=math.inf, projector_lr=math.inf, projector_rate=math.inf,
-            vision_rate=math.inf, caption_share=1.0, drop_options_prob=1.0, align=math.inf,
+            vision_rate=math.inf, caption_share=1.0, drop_options_prob=1.0, abstain_share=1.0,
+            align=math.inf,
         )  # fmt: skip
         if self.align and not self.instruct.train_vision:
             raise ConfigError(
@@ -205,6 +213,7 @@ class TuneConfig(TrainConfig):
                 caption_epochs=self.projector_epochs,
                 captions=self.captions,
                 letters=self.instruct.choice_answer == "letter",
+                abstain_share=self.abstain_share,
             ),
         )
 

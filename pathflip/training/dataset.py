@@ -39,6 +39,8 @@ class Corpus:
         patients: Their patients; a slide without one is its own.
         splits: ``train`` or ``val``; test slides are not in a corpus.
         captions: Their texts; empty for a slide that has questions only.
+        targets: In tuning what their captions are learned to be, empty where nothing is left of a
+            text; None for the texts themselves.
         pieces: Sentences (or statements) of each caption, at least one unless it is empty.
         num_regions: Regions of each.
         fingerprints: Content and cut of each, as in ``slides.fingerprint``.
@@ -55,6 +57,7 @@ class Corpus:
     num_regions: list[int]
     fingerprints: list[str]
     questions: list[str] | None = None
+    targets: list[str] | None = None
     about: dict[str, Any] = field(repr=False)
 
     unit: ClassVar[str] = "slides"
@@ -70,6 +73,10 @@ class Corpus:
         """Return the text by which slides count as equal: the caption, else the slide id."""
         return self.captions[slide] or self.slide_ids[slide]
 
+    def target_of(self, slide: int) -> str:
+        """Return the text that a slide's caption is learned to be, by its position."""
+        return (self.captions if self.targets is None else self.targets)[slide]
+
     def questions_of(self, slide: int) -> list[dict[str, Any]]:
         """Return the questions about a slide, by its position."""
         return json.loads(self.questions[slide]) if self.questions else []
@@ -83,7 +90,7 @@ class Corpus:
             found[f"{split}_patients"] = len({self.patients[i] for i in mine})
             found[f"{split}_regions"] = sum(self.num_regions[i] for i in mine)
             if self.questions is not None:
-                found[f"{split}_captions"] = sum(bool(self.captions[i]) for i in mine)
+                found[f"{split}_captions"] = sum(bool(self.target_of(i)) for i in mine)
                 found[f"{split}_questions"] = sum(len(self.questions_of(i)) for i in mine)
         return found
 

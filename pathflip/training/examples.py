@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pathflip.models.chat_template import CaptionStyle, Example, caption_example, question_example
+from pathflip.text import CANNOT_TELL, LETTERS, says_cannot_tell
 from pathflip.training.dataset import rng_for
 
 
@@ -22,6 +23,8 @@ class Examples:
         captions: Style of caption targets, see
             :func:`pathflip.models.chat_template.caption_example`.
         letters: Whether options are answered by their letter.
+        abstain_share: Probability that a question with options shows that the slide cannot tell as
+            a further, last one; of those whose answer it is all do.
     """
 
     most: int
@@ -30,6 +33,7 @@ class Examples:
     caption_epochs: int
     captions: CaptionStyle = "whole"
     letters: bool = True
+    abstain_share: float = 0.0
 
 
 def draw_examples(
@@ -66,6 +70,9 @@ def draw_examples(
         ordered = [choices[j] for j in rng.permutation(len(choices))]
         if rng.random() < sampling.drop_options_prob:
             ordered = []
+        elif sampling.abstain_share:
+            offered = rng.random() < sampling.abstain_share
+            ordered = _with_abstaining(ordered, questions[i]["answer"], offered)
         shown.append(_asked(questions[i], ordered, sampling))
     return shown
 
@@ -76,10 +83,18 @@ def all_examples(
     """Return the examples of a slide in validation: its caption and its first questions."""
     shown = [caption_example(caption, sampling.captions)] if caption else []
     for entry in questions[: sampling.most]:
-        choices = entry.get("choices", ()) if sampling.drop_options_prob < 1 else ()
+        choices = list(entry.get("choices", ())) if sampling.drop_options_prob < 1 else []
+        choices = _with_abstaining(choices, entry["answer"], bool(sampling.abstain_share))
         shown.append(_asked(entry, choices, sampling))
     return shown
 
 
 def _asked(entry: Mapping[str, Any], choices: Sequence[str], sampling: Examples) -> Example:
     return question_example(entry["question"], choices, entry["answer"], letter=sampling.letters)
+
+
+def _with_abstaining(choices: list[str], answer: str, offered: bool) -> list[str]:
+    """Return options with ``CANNOT_TELL`` behind them, where it is offered or the answer."""
+    if not choices or len(choices) == len(LETTERS) or any(map(says_cannot_tell, choices)):
+        return choices
+    return [*choices, CANNOT_TELL] if offered or answer == CANNOT_TELL else choices

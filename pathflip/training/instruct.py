@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pathflip.archive import Archive
+from pathflip.calibration import FEWEST, Calibration, fit_temperature
 from pathflip.checkpoints import Checkpoint, load_run, write_whole
 from pathflip.compat import check_fits
 from pathflip.errors import CheckpointError, ConfigError
@@ -22,14 +24,20 @@ from pathflip.models import PathFLIP, PathFLIPInstruct, hub
 from pathflip.models.data_init import start_projector
 from pathflip.models.instruct import InstructOutput, fingerprint_of
 from pathflip.models.small_llm import made_to_read
+from pathflip.slide_qa import ChoiceQuestion, mode_of, score_choices
+from pathflip.text import CANNOT_TELL
 from pathflip.training.config import TuneConfig
 from pathflip.training.dataset import Corpus, make_corpus
 from pathflip.training.model_card import about_model, tuned_card
 from pathflip.training.objective import Loss, Objective, Stage, Worker
 from pathflip.training.run_dir import load_tensors, write_model
 from pathflip.training.slide_batches import VAL_SLIDES, SlideBatch, SlideDataset, named_means
+from pathflip.training.targets import with_targets
 
 logger = logging.getLogger(__name__)
+
+CALIBRATE_ON = 500
+"""Validation questions that a temperature is fitted on, at most."""
 
 
 class Instruct(Objective[SlideDataset, TuneConfig]):
@@ -83,6 +91,9 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
             "fingerprint": run.fingerprint,
         }
         corpus.about["base"] = {"name": config.llm, "fingerprint": fingerprint_of(base)}
+        if config.groundable and any(corpus.captions):
+            statements = config.subcaption_source == "statements"
+            corpus = with_targets(corpus, opened, run, statements=statements)
         return self._dataset(corpus)
 
     def load(self, path: Path) -> SlideDataset:
@@ -90,7 +101,10 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
         return self._dataset(Corpus.load(path))
 
     def _dataset(self, corpus: Corpus) -> SlideDataset:
-        return SlideDataset(corpus, self.config.sampling(), cache_bytes=self.config.cache_mb << 20)
+        sampling = self.config.sampling()
+        if sampling.examples is not None and not _abstains(corpus):
+            sampling = replace(sampling, examples=replace(sampling.examples, abstain_share=0.0))
+        return SlideDataset(corpus, sampling, cache_bytes=self.config.cache_mb << 20)
 
     def initial(self, dataset: SlideDataset) -> PathFLIP:
         """Return the pretrained slide model."""
@@ -233,7 +247,10 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
         load_tensors(model, best.tensors("model"), self.saved(model))
         model.eval()
         write_whole(run / "llm", model.save_merged, step=best.step)
-        vision, card = corpus.about["vision"], tuned_card(run.name, self.config, corpus, result)
+        model.abstains = _abstains(corpus)
+        model.calibration = self._calibrated(model, dataset)
+        vision = corpus.about["vision"]
+        card = tuned_card(run.name, self.config, corpus, result, model.calibration)
         fingerprint = model.vision.fingerprint()
         # A slide model that did not change keeps its name, and with it the vectors made with it.
         name = vision["run"] if fingerprint == vision["fingerprint"] else run.name
@@ -241,6 +258,58 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
             "instruct_fingerprint": model.fingerprint(),
             "base": corpus.about["base"],
             "max_regions": self.config.max_regions,
+            "calibration": None if model.calibration is None else model.calibration.as_json(),
         }
         write_model(run, model, about=about, card=card, step=best.step)
         return card
+
+    def _calibrated(self, model: PathFLIPInstruct, dataset: SlideDataset) -> Calibration | None:
+        """Fit the temperature of choices on the validation slides' questions with options.
+
+        Returns:
+            None where there are fewer than ``FEWEST``.
+        """
+        corpus, mode = dataset.corpus, mode_of(model)
+        asked = [
+            (slide, entry)
+            for slide in corpus.members("val").tolist()
+            for entry in corpus.questions_of(slide)
+            if entry["answer"] in entry.get("choices", ())
+        ]
+        if len(asked) < FEWEST:
+            logger.warning(
+                "Choices are not calibrated: the validation slides have %s questions with options, "
+                "and %s are needed.", len(asked), FEWEST,
+            )  # fmt: skip
+            return None
+        step = -(-len(asked) // CALIBRATE_ON)
+        rows: list[Any] = []
+        truth: list[int] = []
+        by_slide: dict[int, list[dict[str, Any]]] = {}
+        if torch.cuda.is_available() and self.config.device != "cpu":
+            model.to("cuda")
+        for slide, entry in asked[::step]:
+            by_slide.setdefault(slide, []).append(entry)
+        for slide, entries in by_slide.items():
+            batch = dataset.batch([slide], epoch=0, validating=True).to(model.device)
+            with torch.no_grad():
+                prefix = model.visual_prefix(batch.features, batch.patch_mask)[0]
+            questions = [
+                ChoiceQuestion(
+                    prefix=prefix, question=entry["question"], choices=tuple(entry["choices"])
+                )
+                for entry in entries
+            ]
+            rows += [own[0] for own in score_choices(model, questions, mode=mode)]
+            truth += [entry["choices"].index(entry["answer"]) for entry in entries]
+        model.to("cpu")
+        return fit_temperature(rows, truth, mode=mode)
+
+
+def _abstains(corpus: Corpus) -> bool:
+    """Return whether training slides are asked what they cannot answer."""
+    return any(
+        entry["answer"] == CANNOT_TELL
+        for slide in corpus.members("train").tolist()
+        for entry in corpus.questions_of(slide)
+    )

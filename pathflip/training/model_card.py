@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pathflip.calibration import Calibration
 from pathflip.geometry import TreeSpec
 from pathflip.training.config import AnyConfig, PretrainConfig, TuneConfig
 from pathflip.training.dataset import Corpus
@@ -59,7 +60,13 @@ def pretrained_card(
     return "\n".join(lines)
 
 
-def tuned_card(name: str, config: TuneConfig, corpus: Corpus, result: dict[str, Any]) -> str:
+def tuned_card(
+    name: str,
+    config: TuneConfig,
+    corpus: Corpus,
+    result: dict[str, Any],
+    calibration: Calibration | None,
+) -> str:
     """Return the model card of a tuned run."""
     counts, about, val = corpus.counts(), corpus.about, result["val"]
     trained = ["the projector"]
@@ -81,6 +88,7 @@ def tuned_card(name: str, config: TuneConfig, corpus: Corpus, result: dict[str, 
         f"Of these, {counts['train_captions']:,} training slides have a caption; "
         f"{counts['train_questions']:,} questions are about them. Validation: "
         f"{counts['val_captions']:,} and {counts['val_questions']:,}.", "",
+        *_targets(corpus.about.get("targets")),
         "## Results", "",
     ]  # fmt: skip
     if val:
@@ -92,6 +100,14 @@ def tuned_card(name: str, config: TuneConfig, corpus: Corpus, result: dict[str, 
         ]  # fmt: skip
     else:
         lines += ["No slide was held out to validate; the last weights were exported."]
+    if calibration is not None:
+        lines += [
+            "", f"Choices are calibrated on {calibration.questions:,} questions about these slides "
+            f"(temperature {calibration.temperature:.3g}): expected calibration error "
+            f"{calibration.ece_before:.3f} before, {calibration.ece:.3f} after.",
+        ]  # fmt: skip
+    else:
+        lines += ["", "Choices are not calibrated: too few validation questions have options."]
     lines += [
         "", *_training(config, result),
         "* What it says is generated text: it can be wrong, and sound sure of it.",
@@ -102,6 +118,24 @@ def tuned_card(name: str, config: TuneConfig, corpus: Corpus, result: dict[str, 
         "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _targets(found: dict[str, Any] | None) -> list[str]:
+    """Return what caption targets leave out; ``found`` is a report of ``training.targets``."""
+    if found is None:
+        return ["Captions were learned from whole reports.", ""]
+    lines = [
+        f"Captions were learned from {found['kept']:,} of {found['sentences']:,} sentences: those "
+        f"that a slide can show (rules {found['rules']}, {found['measured']}).", "",
+    ]  # fmt: skip
+    if found["left_out"]:
+        lines += ["| left out as | sentences | for example |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {own['sentences']:,} | {own['examples'][0]} |"
+            for name, own in found["left_out"].items()
+        ]
+        lines += [""]
+    return lines
 
 
 def patch_card(

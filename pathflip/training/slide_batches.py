@@ -156,6 +156,7 @@ class SlideDataset:
             "encoder": corpus.about["encoder"]["name"],
             **corpus.counts(),
             "left_out": corpus.about["left_out"],
+            **({"targets": corpus.about["targets"]} if "targets" in corpus.about else {}),
         }
 
     def memory_mb(self, num_slides: int, *, read_ahead: int) -> dict[str, float]:
@@ -316,7 +317,7 @@ class SlideDataset:
     def _examples(self, slide: int, *, epoch: int, validating: bool) -> list[Example]:
         examples, corpus = self.sampling.examples, self.corpus
         assert examples is not None
-        caption, questions = corpus.captions[slide], corpus.questions_of(slide)
+        caption, questions = corpus.target_of(slide), corpus.questions_of(slide)
         if validating:
             return all_examples(caption, questions, examples)
         return draw_examples(
