@@ -262,7 +262,7 @@ def _tuned(
     ):
         wanted = load_config(SmallLLMConfig, overrides=language)
         vision = load_run(out / "run").model
-        make_from_archive(opened, base, wanted, vision=vision, progress=progress)
+        make_from_archive(opened, base, wanted, vision=vision, source="vqa", progress=progress)
     given = {"run": str(out / "run"), "llm": str(base)}
     config = resolve(TUNE_PRESET, overrides=[_WORKERS, *settings], given=given)
     with (

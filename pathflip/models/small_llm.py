@@ -253,10 +253,16 @@ def made_to_read(folder: str | Path) -> str | None:
         return None
 
 
-def gather(archive: Archive) -> tuple[list[str], list[list[Question]]]:
+def gather(
+    archive: Archive, *, source: str | None = None
+) -> tuple[list[str], list[list[Question]]]:
     """Return the captions of an archive's training slides, and the questions about each.
 
     Slides of split ``train`` and those of no split; of several captions the first source's.
+
+    Args:
+        archive: Archive to read.
+        source: Only questions of this source.
 
     Raises:
         ArchiveError: No training slide has a caption.
@@ -276,7 +282,7 @@ def gather(archive: Archive) -> tuple[list[str], list[list[Question]]]:
             code="no_captions",
         )
     asked: dict[str, list[Question]] = {slide: [] for slide in texts}
-    for question in stored_questions(archive):
+    for question in stored_questions(archive, source=source):
         if question.slide in asked:
             asked[question.slide].append(question)
     return list(texts.values()), list(asked.values())
@@ -288,10 +294,11 @@ def make_from_archive(
     config: SmallLLMConfig | None = None,
     *,
     vision: PathFLIP | None = None,
+    source: str | None = None,
     progress: Report | None = None,
 ) -> dict[str, Any]:
     """Train a small language model on an archive: :func:`make` of the data of :func:`gather`."""
-    texts, questions = gather(archive)
+    texts, questions = gather(archive, source=source)
     return make(texts, folder, config, questions=questions, vision=vision, progress=progress)
 
 

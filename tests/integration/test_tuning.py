@@ -10,13 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pathflip.archive import Archive
 from pathflip.checkpoints import latest_checkpoint, load_run, write_whole
 from pathflip.errors import CheckpointError, ConfigError
+from pathflip.interop.questions import stored_questions
 from pathflip.models import PathFLIPInstruct
+from pathflip.models.prompt_encoder import PromptEncoder
+from pathflip.slide_qa import SlideQA
 from pathflip.training import run_dir, trainer
 from pathflip.training.contrastive import Contrastive
 from pathflip.training.instruct import Instruct
@@ -336,6 +340,42 @@ def test_the_exported_run(given: Given, whole: Path) -> None:
     assert f"{val[best]['loss_answer']:.4f}" in card
 
 
+def test_choices_are_calibrated_on_validation_questions(
+    given: Given, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The temperature is of the exported weights; both readers of the model get it."""
+    about = json.loads((whole / "model" / "instruct.json").read_text())
+    assert (about["calibration"], about["abstains"]) == (None, False), "12 questions are too few"
+    assert "not calibrated" in (whole / "README.md").read_text()
+    monkeypatch.setattr("pathflip.training.instruct.FEWEST", 5)
+    run = tmp_path / "again"
+    export(given, run, go(given, run))
+    found = json.loads((run / "model" / "instruct.json").read_text())["calibration"]
+    model = PathFLIPInstruct.from_pretrained(run / "model")
+    front = PromptEncoder.from_pretrained(run / "model", llm=run / "llm")
+    assert model.calibration == front.calibration
+    assert model.calibration is not None
+    assert model.calibration.as_json() == found
+    assert model.fingerprint() == PathFLIPInstruct.from_pretrained(whole / "model").fingerprint()
+    assert f"temperature {found['temperature']:.3g}" in (run / "README.md").read_text()
+    answerer, archive = SlideQA.from_run(run), Archive(given.archive)
+    asked = [one for one in stored_questions(archive, split="val") if one.choices]
+    assert found["questions"] == len(asked)
+    said = [answerer.ask(archive, one.slide, one.question, one.choices).scores for one in asked]
+
+    def loss(heat: float) -> float:
+        """Mean loss at a temperature, from scores that have the one that was fitted."""
+        total = 0.0
+        for one, scores in zip(asked, said, strict=True):
+            powers = np.array(list(scores.values())) ** (found["temperature"] / heat)
+            total -= np.log(powers[one.choices.index(one.answer)] / powers.sum())
+        return total / len(asked)
+
+    best = loss(found["temperature"])
+    assert best == pytest.approx(found["nll"], abs=1e-4)
+    assert best <= min(loss(found["temperature"] * k) for k in (0.8, 1.25)) + 1e-6
+
+
 def test_a_damaged_language_model_is_not_finished(whole: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     weights = run / "llm" / "model.safetensors"
@@ -377,6 +417,7 @@ def test_the_command_plans_and_is_refused(
     assert code == 0
     assert (plan["steps"], plan["train_slides"], plan["val_slides"]) == (STEPS, 16, 4)
     assert (plan["train_captions"], plan["train_questions"]) == (16, 44)
+    assert plan["targets"]["kept"] == plan["targets"]["sentences"] > 16
     assert 0 < plan["parameters"] < plan["frozen_parameters"]
     code, document = command("-o", "align=1", "-o", "instruct.train_vision=false")
     assert (code, document["error"]["code"]) == (2, "config")

@@ -21,6 +21,7 @@ from PIL import Image
 
 from pathflip import Slide
 from pathflip.archive import Archive
+from pathflip.calibration import Calibration
 from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.captioner import why_no_caption
@@ -161,6 +162,51 @@ def test_options_are_scored_by_their_text_where_a_run_was_tuned_so(
         )
         assert (chosen["answer"], chosen["choice"]) == (answer.answer, answer.choice)
         assert chosen["scores"] == pytest.approx(answer.scores, abs=1e-5)
+
+
+def lines_calibrated(
+    kept: dict[str, Any], archive: str, asked: dict[str, Any], way: str, mode: str
+) -> dict[str, Any]:
+    """Answer as a run does that was tuned to abstain and has a temperature."""
+    front = kept["qa"].front
+    before, front.config = front.config, replace(front.config, choice_answer=way)
+    front.abstains, front.calibration = True, calibration(mode)
+    try:
+        return lines(kept, archive, asked)
+    finally:
+        front.config, front.abstains, front.calibration = before, False, None
+
+
+def calibration(mode: str) -> Calibration:
+    return Calibration(
+        mode=mode, temperature=2.5, questions=60, ece_before=0.2, ece=0.1, nll_before=2.0, nll=1.0
+    )
+
+
+@pytest.mark.parametrize(("way", "mode"), [("letter", "letter_logit"), ("text", "option_ll")])
+def test_a_batch_abstains_and_is_calibrated_as_one_slide_is(
+    engine: Call, answerer: SlideQA, tuned: Tuned, way: str, mode: str
+) -> None:
+    choices = ["colon", "breast tissue", "lung of a patient"]
+    asked = {"question": "Which tissue is shown?", "choices": choices}
+    own = {"question": "Which tissue is shown?", "choices": ["colon", "It cannot be told"]}
+    slides = [f"slide{n:03d}" for n in range(2)]
+    todo = {slide: [asked, own] for slide in slides}
+    found = engine(lines_calibrated, str(tuned.archive), todo, way, mode)
+    model = answerer.model
+    model.abstains, model.calibration = True, calibration(mode)
+    try:
+        for slide, (chosen, its_own) in found.items():
+            answer = answerer.ask(
+                Archive(tuned.archive), slide, asked["question"], choices, mode=mode, permute=3
+            )
+            assert (chosen["answer"], chosen["choice"]) == (answer.answer, answer.choice)
+            assert chosen["scores"] == pytest.approx(answer.scores, abs=1e-5)
+            assert chosen["abstain"] == pytest.approx(answer.abstain, abs=1e-5)
+            assert its_own["abstain"] is None
+            assert sum(its_own["scores"].values()) == pytest.approx(1)
+    finally:
+        model.abstains, model.calibration = False, None
 
 
 def decomposed(kept: dict[str, Any], llm: str, config: Any, rows: list[dict[str, str]]) -> pa.Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pathflip.archive import Archive
+from pathflip.calibration import Calibration
 from pathflip.checkpoints import load_run
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from pathflip.models.chat_template import multiple_choice
@@ -19,6 +20,7 @@ from pathflip.slide_qa import (
     ChoiceQuestion,
     SlideQA,
     as_given,
+    by_text,
     check_question,
     chosen,
     read_choice,
@@ -28,6 +30,7 @@ from pathflip.slide_qa import (
     softmax,
     tuned_name,
 )
+from pathflip.text import CANNOT_TELL
 from tests.serving import Tuned
 from tests.unit.archive import models
 
@@ -220,6 +223,88 @@ def test_scores_are_the_models_probabilities(answerer: SlideQA, tuned: Tuned) ->
     assert written.tolist() == [[float(i == place) for i in range(3)]]
 
 
+# -- calibrated, and abstaining -------------------------------------------------------------------
+
+
+@pytest.fixture
+def abstainer(answerer: SlideQA) -> Iterator[SlideQA]:
+    """The tuned run as one that was tuned to abstain and calibrated."""
+    model = answerer.model
+    model.abstains = True
+    model.calibration = Calibration(
+        mode="letter_logit", temperature=3.0, questions=60, ece_before=0.2, ece=0.1,
+        nll_before=2.0, nll=1.0,
+    )  # fmt: skip
+    yield answerer
+    model.abstains, model.calibration = False, None
+
+
+def test_abstaining_is_the_last_letter_and_scores_are_tempered(
+    abstainer: SlideQA, tuned: Tuned
+) -> None:
+    archive, model = Archive(tuned.archive), abstainer.model
+    _, prefix = abstainer.visual_prefix(archive, SLIDE)
+    answer = abstainer.ask(archive, SLIDE, "Which?", CHOICES, permute=3)
+    rows = []
+    for order in rotations(3, 3):
+        text = multiple_choice("Which?", [*(CHOICES[i] for i in order), CANNOT_TELL])
+        logits = model.letter_logits([model.embed_prompt(prefix, text)], "ABCD")[0]
+        likely = torch.softmax(logits / 3.0, 0).tolist()
+        rows.append([likely[order.index(i)] for i in range(3)] + [likely[3]])
+    mean = np.mean(rows, axis=0)
+    assert [*answer.scores.values(), answer.abstain] == pytest.approx(mean.tolist(), abs=1e-6)
+    assert answer.answer == [*CHOICES, CANNOT_TELL][int(mean.argmax())]
+    told = abstainer.ask(archive, SLIDE, "Which?", CHOICES, abstain=False)
+    assert told.abstain is None
+    assert sum(told.scores.values()) == pytest.approx(1)
+
+
+def test_options_by_text_share_what_abstaining_leaves() -> None:
+    logs = [(-2.0, 2), (-6.0, 3), (np.log(0.3), 9)]
+    by_mean = softmax(np.array([-1.0, -2.0]) / 0.5)
+    found = by_text(logs, 0.5, abstain=True)
+    assert found == pytest.approx([*(0.7 * by_mean), 0.3])
+    assert by_text(logs[:2], 0.5, abstain=False) == pytest.approx(by_mean)
+
+
+def test_a_temperature_is_of_its_mode(abstainer: SlideQA, tuned: Tuned) -> None:
+    archive = Archive(tuned.archive)
+    hot = abstainer.ask(archive, SLIDE, "Which?", CHOICES, mode="option_ll", abstain=False)
+    abstainer.model.calibration = None
+    plain = abstainer.ask(archive, SLIDE, "Which?", CHOICES, mode="option_ll", abstain=False)
+    assert hot == plain
+
+
+@pytest.mark.parametrize(
+    "own",
+    ["cannot be told from this slide", "It cannot be determined.", "Not enough information",
+     "Impossible to tell"],
+)  # fmt: skip
+def test_options_of_the_caller_that_say_so_are_enough(
+    abstainer: SlideQA, tuned: Tuned, own: str
+) -> None:
+    """They are options like others: scored by their letter, and nothing is added to them."""
+    choices = ("colon", "lung", own)
+    found = abstainer.ask(Archive(tuned.archive), SLIDE, "Which?", choices)
+    assert found.abstain is None
+    assert list(found.scores) == ["A", "B", "C"]
+    assert found.choice == "ABC"[choices.index(found.answer)]
+    assert sum(found.scores.values()) == pytest.approx(1)
+
+
+def test_abstaining_is_no_choice() -> None:
+    scores = np.array([[0.2, 0.2, 0.1, 0.5]])
+    answer = chosen(SLIDE, CHOICES, scores)
+    assert (answer.answer, answer.choice, answer.abstain) == (CANNOT_TELL, None, 0.5)
+    assert answer.scores == pytest.approx({"A": 0.2, "B": 0.2, "C": 0.1})
+
+
+def test_a_model_that_never_learned_it_is_not_offered_it(answerer: SlideQA, tuned: Tuned) -> None:
+    assert answerer.ask(Archive(tuned.archive), SLIDE, "Which?", CHOICES).abstain is None
+    asked = answerer.ask(Archive(tuned.archive), SLIDE, "Which?", CHOICES, abstain=True)
+    assert asked.abstain is not None
+
+
 # -- commands -------------------------------------------------------------------------------------
 
 
@@ -243,7 +328,9 @@ def test_ask_command(pathflip: Shell, answerer: SlideQA, tuned: Tuned) -> None:
         assert found["scores"] == pytest.approx(expected.scores)
         assert sum(found["scores"].values()) == pytest.approx(1)
     code, found, _ = pathflip("ask", SLIDE, "Which?", "--max-new-tokens", 4)
-    assert (code, found["choice"], found["scores"]) == (0, None, {})
+    assert (code, found["choice"], found["scores"], found["abstain"]) == (0, None, {}, None)
+    code, found, _ = pathflip("ask", SLIDE, "Which?", "--choices", "|".join(CHOICES), "--abstain")
+    assert found["abstain"] + sum(found["scores"].values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,16 @@ from pathflip.evaluation.prompts import read_tasks
 from pathflip.synth import make_cohort, make_slide
 from pathflip.synth.atlas import NUCLEI, colour_table, nucleus
 from pathflip.synth.scene import FINDINGS, lay_out, polygons, sample_scenes
-from pathflip.synth.text import ABSENT_NAMES, DETAILS, FORMS, QUERIES, questions, sentences
+from pathflip.synth.text import (
+    ABSENT_NAMES,
+    DETAILS,
+    FORMS,
+    QUERIES,
+    abstain_questions,
+    questions,
+    sentences,
+)
+from pathflip.text import CANNOT_TELL
 
 SLIDES = 12  # holds all three resolutions, both layouts and a pen mark
 
@@ -91,6 +100,29 @@ def test_same_bytes_whatever_the_processes_and_resume(cohort: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match="another seed"):
         make_cohort(tmp_path, slides=3, seed=4, size_um=512.0)
     assert digests(tmp_path) == first
+
+
+def test_questions_beyond_a_slide(cohort: Path, scenes) -> None:  # type: ignore[no-untyped-def]
+    """What supposes a tumour or necrosis is answered by slides that have it, and by no others."""
+    labels = {row["slide"]: row for row in rows(cohort, "labels.csv")}
+    items = [json.loads(line) for line in (cohort / "abstain.jsonl").read_text().splitlines()]
+    assert len(items) >= 3 * len(labels)
+    for item in items:
+        kind = item["kind"]
+        cannot = kind in ("outside", "unseen") or not labels[item["slide"]][kind]
+        assert (item["answer"] == CANNOT_TELL) == cannot
+        assert CANNOT_TELL not in item["options"]
+        assert cannot or item["answer"] in "ABCD"[: len(item["options"])]
+        assert kind != "unseen" or item["split"] == "test"
+    every = [item for scene in scenes for item in abstain_questions(scene)]
+    shown = {(item.kind, item.answer_text) for item in every}
+    assert ("pattern", "in trabeculae") in shown
+    for scene in scenes[:300]:
+        for item in abstain_questions(scene):
+            if item.kind == "nuclei" and scene.nuclei == "groove":
+                assert item.answer_text == "nuclear grooves"
+            if item.kind == "extent" and scene.necrotic_foci == 1:
+                assert item.answer_text == "a single focus"
 
 
 def test_tasks_ask_for_every_label_in_held_out_words(cohort: Path, scenes) -> None:  # type: ignore[no-untyped-def]

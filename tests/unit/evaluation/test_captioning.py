@@ -18,8 +18,10 @@ from pathflip.evaluation.captioning import (
     planted,
     read_predictions,
     sentence_embedder,
+    unsupported_sentences,
 )
 from pathflip.evaluation.encode import SlideRow
+from pathflip.groundable import VERSION
 from pathflip.synth import text
 from pathflip.synth.cohort import sample_scenes
 
@@ -180,6 +182,37 @@ def test_shares_of_findings_by_hand() -> None:
     assert 0 <= low < 2 / 14 < high <= 1
 
 
+def test_sentences_that_no_image_supports() -> None:
+    """Of the cohort's reports: the distractors and what is said of the control gene, no others."""
+    said = [text.sentences(scene) for scene in SCENES]
+    bad = sum(
+        s.kind == "distractor" or (s.kind, s.subject) == ("gene", "control")
+        for own in said for s in own
+    )  # fmt: skip
+    every = sum(map(len, said))
+    patients = [scene.patient_id for scene in SCENES]
+    found = unsupported_sentences(REFERENCE + PREDICTED, planted=True, patients=patients)
+    assert found["sentences"] == every
+    assert found["share"] == pytest.approx(bad / every)
+    assert set(found["what"]) == {"distractor", "control gene"}
+    assert sum(found["what"].values()) == bad
+    assert found["ci"][0] < bad / every < found["ci"][1]
+    other = unsupported_sentences(
+        ["Pools of mucin are present. The patient had a history of hypertension.",
+         "A gorgeous sunset lit the harbour."], planted=True, resamples=0,
+    )  # fmt: skip
+    assert other["what"] == {"distractor": 1, "unknown": 1}
+    assert unsupported_sentences([""], planted=True)["share"] is None
+
+
+def test_without_planted_truth_the_wording_estimates_it() -> None:
+    said = ["Nests of tumour cells are seen. Margins are free of tumour.", "Nuclei are large."]
+    found = unsupported_sentences(said, planted=False, patients=["P", "Q"])
+    assert (found["share"], found["sentences"]) == (1 / 3, 3)
+    assert found["by"] == f"rules {VERSION}"
+    assert (found["what"], found["examples"]) == ({"margins": 1}, ["Margins are free of tumour."])
+
+
 def slide(**labels: str) -> SlideRow:
     return SlideRow(
         slide_id="s", stem="s", patient_id="P", split="test", labels=labels, mpp=0.5, uri="",
@@ -267,6 +300,7 @@ def test_captions_of_an_archive(tuned, tmp_path: Path) -> None:
     )
     assert found["n"] == len(found["captions"]) == 8
     assert "findings" not in found, "the archive has no labels of the cohort"
+    assert found["unsupported"]["by"].startswith("rules")
     for name in list(found["captions"])[:2]:
         assert found["captions"][name] == answerer.caption(archive, name, max_new_tokens=8)
     assert found["baseline"]["bleu1"] > found["bleu1"], "a random model is worse than one caption"

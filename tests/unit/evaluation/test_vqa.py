@@ -15,9 +15,10 @@ from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.errors import ConfigError
 from pathflip.evaluation.encode import SlideRow
-from pathflip.evaluation.vqa import evaluate_vqa, exchange, vqa_metrics
+from pathflip.evaluation.vqa import abstaining, evaluate_vqa, exchange, vqa_metrics
 from pathflip.interop.questions import Question
 from pathflip.slide_qa import SlideQA, rotations
+from pathflip.text import CANNOT_TELL
 from tests.archives import ORGANS, make_archive
 from tests.serving import Tuned, make_run
 
@@ -162,6 +163,50 @@ def test_swapped_is_measured_beside_it() -> None:
     assert found["accuracy"] == 1
     assert found["swapped"]["accuracy"] == 0.25
     assert set(found["swapped"]["by_category"]) == {"kind 0", "kind 1"}
+
+
+def test_calibration_of_a_model_that_is_too_sure() -> None:
+    """It says 0.9 and is right in half of them; the temperature in its scores is taken back."""
+    right, wrong = np.array([[0.9, 0.1]]), np.array([[0.1, 0.9]])
+    questions = [ask(n, answer=0, size=2) for n in range(40)]
+    scores = [right if n % 2 else wrong for n in range(40)]
+    found = vqa_metrics(questions, scores, temperature=2.0)["calibration"]
+    assert found["ece"] == pytest.approx(0.4)
+    assert (found["n"], found["confidence"]) == (40, pytest.approx(0.9))
+    low, high = found["ci"]
+    assert 0.2 < low < 0.4 < high < 0.6
+    assert found["floor"] < 0.12
+    raw = 9**2 / (9**2 + 1)  # odds of 9, squared
+    assert found["ece_uncalibrated"] == pytest.approx(raw - 0.5)
+    named_none = vqa_metrics(questions, [np.zeros((1, 2))] * 40)
+    assert named_none["calibration"] is None
+
+
+def test_abstaining_by_hand() -> None:
+    """Three questions that no option answers, two of them seen; three others, one of them lost."""
+    answered = [ask(n) for n in range(3)]
+    silent = [dataclasses.replace(ask(n), answer=CANNOT_TELL) for n in range(3, 6)]
+    abstains = np.array([[0.1, 0.1, 0.1, 0.1, 0.6]])
+
+    def says(option: int) -> np.ndarray:
+        return np.array([[0.6 if place == option else 0.1 for place in range(5)]])
+
+    found = abstaining(
+        [*answered, *silent],
+        [says(0), says(3), abstains, abstains, abstains, says(2)],
+        patients=list("ABCDEF"),
+    )
+    assert (found["n"], found["unanswerable"], found["abstained"]) == (6, 3, 3)
+    assert found["precision"] == found["recall"] == pytest.approx(2 / 3)
+    assert found["wrongly"] == pytest.approx(1 / 3)
+    assert found["accuracy_answered"] == 1 / 2, "question 0 is answered by A, 1 is not by D"
+    assert found["by_category"]["kind 1"] == {
+        "n": 3, "unanswerable": 2, "recall": 0.5, "wrongly": 0.0,
+    }  # fmt: skip
+    for low, high in found["ci"].values():
+        assert 0 <= low < 2 / 3 < high <= 1
+    none = abstaining(answered, [says(n) for n in range(3)], resamples=0)
+    assert (none["precision"], none["recall"], none["accuracy_answered"]) == (None, None, 1)
 
 
 def test_wrong_input() -> None:

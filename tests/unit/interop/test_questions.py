@@ -22,6 +22,7 @@ from pathflip.interop.questions import (
 )
 from pathflip.synth.scene import sample_scenes
 from pathflip.synth.text import questions as cohort_questions
+from pathflip.text import CANNOT_TELL
 from tests.archives import make_archive
 from tests.unit.interop.test_captions import REAL, UUID, turns, uri, write
 
@@ -115,6 +116,22 @@ def test_the_cohorts_own(tmp_path: Path) -> None:
         assert (row.slide, row.split, row.category) == (item["slide"], item["split"], item["kind"])
         assert row.choices == item["options"]
         assert row.answer == item["options"]["ABCD".index(item["answer"])]
+
+
+def test_a_question_may_be_beyond_its_options(tmp_path: Path) -> None:
+    """Its answer is then that the slide cannot tell; in whatever case, with or without options."""
+    rows = read(
+        tmp_path,
+        "slide,question,choices,answer\n"
+        "a,Age?,40|60,Cannot be told from this slide.\n"
+        "a,Age?,,CANNOT BE TOLD from this slide\n"
+        "a,Age?,40|Cannot be told from this slide,cannot be told from this slide\n",
+    )
+    assert [(row.choices, row.answer) for row in rows] == [
+        (("40", "60"), CANNOT_TELL),
+        ((), CANNOT_TELL),
+        (("40", "Cannot be told from this slide"), "Cannot be told from this slide"),
+    ]
 
 
 WRONG = {

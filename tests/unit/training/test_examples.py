@@ -15,6 +15,7 @@ from pathflip.archive import Archive
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from pathflip.interop.questions import import_questions
 from pathflip.models.chat_template import CAPTION_INSTRUCTION, Example
+from pathflip.text import CANNOT_TELL
 from pathflip.training.config import (
     TUNE_PRESETS,
     PretrainConfig,
@@ -133,6 +134,38 @@ def test_options_may_be_answered_by_their_text() -> None:
     assert {"\n" in one.instruction for one in asked} == {True, False}
     never = replace(USUAL, letters=False, drop_options_prob=1.0)
     assert all("\n" not in one.instruction for one in all_examples("", QUESTIONS, never))
+
+
+CANNOT: dict[str, Any] = {"question": "Age?", "answer": CANNOT_TELL, "choices": ["40", "60"]}
+
+
+def test_a_question_that_cannot_be_answered_is_shown_so_among_its_options() -> None:
+    sampling = Examples(most=1, caption_share=0, drop_options_prob=0, caption_epochs=0,
+                        abstain_share=0.5)  # fmt: skip
+    for epoch in range(20):
+        (one,) = draw_examples("", [CANNOT], sampling, seed=0, epoch=epoch, slide_id="s")
+        assert one.instruction.endswith(f"C. {CANNOT_TELL}")
+        assert one.answer == f"C. {CANNOT_TELL}"
+    found = [
+        draw_examples("", QUESTIONS[:1], sampling, seed=0, epoch=epoch, slide_id="s")[0]
+        for epoch in range(200)
+    ]
+    share = sum(one.instruction.endswith(f"E. {CANNOT_TELL}") for one in found) / 200
+    assert 0.37 < share < 0.63  # 3.5 standard deviations
+    assert all(one.answer.endswith(". lung") for one in found)
+
+
+def test_it_is_answered_in_words_where_no_options_are_shown() -> None:
+    never = replace(USUAL, letters=False, drop_options_prob=1.0, abstain_share=0.5)
+    assert all_examples("", [CANNOT], never) == [Example(instruction="Age?", answer=CANNOT_TELL)]
+
+
+def test_options_that_say_so_themselves_are_left_as_they_are() -> None:
+    own = {"question": "Age?", "answer": "40", "choices": ["40", "It cannot be determined"]}
+    full = {"question": "Which?", "answer": "1", "choices": [str(n) for n in range(8)]}
+    sampling = replace(USUAL, most=2, drop_options_prob=0.0, abstain_share=1.0)
+    for one in all_examples("", [own, full], sampling):
+        assert CANNOT_TELL not in one.instruction
 
 
 def test_slides_with_questions_only_take_part(tmp_path: Path) -> None:
