@@ -21,9 +21,9 @@ from PIL import Image
 
 from pathflip import Slide
 from pathflip.archive import Archive
-from pathflip.calibration import Calibration
 from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
+from pathflip.calibration import Calibration
 from pathflip.captioner import why_no_caption
 from pathflip.geometry import TreeSpec, patch_tree
 from pathflip.keywords import extract, extractor_version
