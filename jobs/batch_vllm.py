@@ -15,27 +15,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from jobs.ray_data import available, map_actors
-from pathflip.calibration import tempered
+from pathflip.choice_prompts import ScoredPrompt, scored_prompts, scores_of
 from pathflip.config import check_positive
 from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
 from pathflip.slide_qa import (
     CAPTION_TOKENS,
     ChoiceQuestion,
-    as_given,
-    by_text,
     chosen,
-    in_order,
-    mode_of,
     model_folder,
     offers_abstention,
-    orders_of,
     slide_input,
-    softmax,
-    temperature_of,
 )
 from pathflip.vllm_engine import EngineConfig, context_length, offline, uses_gpu
 
@@ -78,11 +70,9 @@ class _Request:
     slide: str
     item: Item
     prompt: torch.Tensor
-    order: tuple[int, ...] = ()
-    token: tuple[int, int] | None = None
-    """Position of the option whose token is scored as the next one, and that token."""
-    entries: tuple[str, ...] = ()
-    """The options and, where the model may abstain, that."""
+    scored: ScoredPrompt | None = None
+    """Tokens that are scored as the next one; None: an answer is written."""
+    asked: ChoiceQuestion | None = None
 
 
 def map_engines(
@@ -246,79 +236,50 @@ class BatchSlideQA:
             choices=tuple(choices),
             abstain=offers_abstention(self.front, choices, self._config.abstain),
         )
-        if self.front.config.choice_answer == "text":
-            # vLLM scores no prompt that is embedded: each token of an option is scored as the next.
-            before, after = self.front.prompt_ids(item["question"])
-            for option, text in enumerate(asked.shown):
-                ids = self.front.prompter.text_ids(text)
-                for at, token in enumerate(ids):
-                    prompt = self.front.embed_ids(prefix, before, after + ids[:at])
-                    yield _Request(slide, item, prompt, token=(option, token), entries=asked.shown)
-            return
-        for order in orders_of(asked, self._config.permute):
-            prompt = self.front.embed_prompt(prefix, in_order(asked, order))
-            yield _Request(slide, item, prompt, order, entries=asked.shown)
+        for scored in scored_prompts(self.front, asked, permute=self._config.permute):
+            yield _Request(slide, item, scored.prompt, scored, asked)
 
     def _run(self, waiting: Sequence[_Request], answers: dict[tuple[Any, ...], Item]) -> None:
         from vllm import SamplingParams
 
-        from pathflip.text import LETTERS
-
-        letters = [self.front.prompter.text_ids(letter)[0] for letter in LETTERS]
-
-        def scored(request: _Request) -> list[int]:
-            return [request.token[1]] if request.token else letters[: len(request.order)]
-
         params = [
-            SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=scored(request))
-            if request.order or request.token
-            else SamplingParams(
+            SamplingParams(
                 temperature=0.0,
                 max_tokens=min(self._config.max_new_tokens, self._context - len(request.prompt)),
                 stop_token_ids=self.front.eos_ids,
+            )
+            if request.scored is None
+            else SamplingParams(
+                temperature=0.0, max_tokens=1, logprob_token_ids=list(request.scored.tokens)
             )
             for request in waiting
         ]
         prompts = [{"prompt_embeds": request.prompt.cpu()} for request in waiting]
         outputs = self.engine.generate(prompts, params, use_tqdm=False) if prompts else []
-        scores: dict[tuple[Any, ...], list[np.ndarray[Any, Any]]] = {}
-        tokens: dict[tuple[Any, ...], list[list[float]]] = {}
-        heat = temperature_of(self.front, mode_of(self.front))
+        found: dict[tuple[Any, ...], list[tuple[ScoredPrompt, dict[int, float]]]] = {}
+        asked: dict[tuple[Any, ...], _Request] = {}
         for request, output in zip(waiting, outputs, strict=True):
             key = key_of(request.slide, request.item)
             first = output.outputs[0]
-            if request.token:
-                option, token = request.token
-                lists = tokens.setdefault(key, [[] for _ in request.entries])
-                lists[option].append(first.logprobs[0][token].logprob)
-                if all(lists) and option == len(lists) - 1:
-                    logs = [(sum(own), len(own)) for own in lists]
-                    abstain = len(lists) > len(request.item["choices"])
-                    answers[key] = _choice(request, by_text(logs, heat, abstain=abstain)[None])
-            elif request.order:
-                row = softmax(
-                    np.array([first.logprobs[0][i].logprob for i in letters[: len(request.order)]])
-                )
-                scores.setdefault(key, []).append(as_given(tempered(row, heat), request.order))
-                answers[key] = _choice(request, np.array(scores[key]))
+            if request.scored is not None:
+                logs = {token: first.logprobs[0][token].logprob for token in request.scored.tokens}
+                found.setdefault(key, []).append((request.scored, logs))
+                asked[key] = request
             elif request.item:
-                text = {
-                    "answer": first.text.strip(), "choice": None, "scores": {}, "abstain": None,
+                answers[key] = {
+                    **request.item, "answer": first.text.strip(), "choice": None, "scores": {},
+                    "abstain": None,
                 }  # fmt: skip
-                answers[key] = {**request.item, **text}
             else:
                 answers[key] = {"caption": first.text.strip()}
-
-
-def _choice(request: _Request, scores: np.ndarray[Any, Any]) -> Item:
-    answer = chosen(request.slide, request.item["choices"], scores)
-    return {
-        **request.item,
-        "answer": answer.answer,
-        "choice": answer.choice,
-        "scores": answer.scores,
-        "abstain": answer.abstain,
-    }
+        for key, request in asked.items():
+            assert request.asked is not None
+            scores = scores_of(self.front, request.asked, found[key], permute=self._config.permute)
+            answer = chosen(request.slide, request.asked.choices, scores)
+            answers[key] = {
+                **request.item, "answer": answer.answer, "choice": answer.choice,
+                "scores": answer.scores, "abstain": answer.abstain,
+            }  # fmt: skip
 
 
 def key_of(slide: str, item: Item) -> tuple[Any, ...]:

@@ -31,6 +31,8 @@ def to_engine_request(request: ChatRequest, limits: Limits) -> dict[str, Any]:
         "stop": stop,
         "seed": request.seed,
         "stream": bool(request.stream),
+        "choices": request.choices,
+        "abstain": request.abstain,
     }
 
 
@@ -52,7 +54,8 @@ class ChatChunks:
         """The answer as one document."""
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": last["finish_reason"]}
-        return self._body("chat.completion", [choice | {"logprobs": None}], last["usage"])
+        body = self._body("chat.completion", [choice | {"logprobs": None}], last["usage"])
+        return body | ({"options": last["options"]} if "options" in last else {})
 
     def chunk(self, delta: Mapping[str, str], finish: str | None = None) -> str:
         """A chunk of the answer as a server-sent event."""

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     import torch
 
     from pathflip.checkpoints import Run
+    from pathflip.choice_prompts import ScoredPrompt
     from pathflip.models.prompt_encoder import PromptEncoder
+    from pathflip.slide_qa import ChoiceQuestion
 
 logger = logging.getLogger("ray.serve")
 
@@ -141,10 +143,13 @@ class ChatEngine:
         Args:
             request: ``slide_id``, ``messages`` [{role, content}]; optional: ``region`` {x0, y0,
                 size0} in level-0 px, ``max_tokens``, ``temperature`` (default 0), ``top_p``,
-                ``stop``, ``seed``, and ``stream``: False yields the whole answer at once.
+                ``stop``, ``seed``, and ``stream``: False yields the whole answer at once. With
+                ``choices`` one of them is the answer to the one message, or, with ``abstain``, that
+                the slide cannot tell: see :meth:`_choose`.
 
         Yields:
-            ``{"text"}`` for each chunk, then ``{"text": "", "finish_reason", "usage"}``.
+            ``{"text"}`` for each chunk, then ``{"text": "", "finish_reason", "usage"}``, with
+            choices also ``"options"``: {choice, scores, abstain}.
 
         Raises:
             ArchiveError: No slide has this id, or it is not ready (``unknown_slide``).
@@ -154,6 +159,9 @@ class ChatEngine:
         """
         self._begun += 1
         loop = asyncio.get_running_loop()
+        if request.get("choices"):
+            yield await self._choose(request)
+            return
         prompt = await loop.run_in_executor(self._thread, self._reader.prompt, request)
         sampling = self._sampling(request, len(prompt))
         held, tokens, sent, reason = "", 0, 0.0, None
@@ -178,6 +186,39 @@ class ChatEngine:
             "finish_reason": reason,
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": tokens},
         }
+
+    async def _choose(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Choose among options as ``pathflip ask`` does: the same probabilities, calibrated."""
+        from pathflip.choice_prompts import scores_of
+        from pathflip.slide_qa import chosen
+
+        loop = asyncio.get_running_loop()
+        asked, prompts = await loop.run_in_executor(self._thread, self._reader.choices, request)
+        lengths = [len(one.prompt) for one in prompts]
+        self._sampling(request, max(lengths))  # refuses a prompt that is too long
+        try:
+            found = await asyncio.gather(
+                *(
+                    self.engine.next_log_probs(one.prompt, one.tokens, request_id=uuid.uuid4().hex)
+                    for one in prompts
+                )
+            )
+        except ValueError as error:
+            raise ConfigError(f"The engine refused the request: {error}") from error
+        except Exception as error:
+            if not self.engine.errored:
+                raise
+            raise _engine_dead() from error
+        scores = scores_of(self._reader.front, asked, list(zip(prompts, found, strict=True)))
+        answer = chosen(request["slide_id"], asked.choices, scores)
+        return {
+            "text": answer.answer,
+            "finish_reason": "stop",
+            "usage": {"prompt_tokens": sum(lengths), "completion_tokens": len(prompts)},
+            "options": {
+                "choice": answer.choice, "scores": answer.scores, "abstain": answer.abstain,
+            },
+        }  # fmt: skip
 
     def _sampling(self, request: dict[str, Any], prompt_tokens: int) -> Sampling:
         """Sampling of a request whose answer must fit behind its prompt."""
@@ -234,6 +275,25 @@ class PromptReader:
         with torch.no_grad():
             prefix = self._prefix(request["slide_id"], request.get("region"))
             return self.front.embed_prompt(prefix, request["messages"]).cpu()
+
+    def choices(self, request: dict[str, Any]) -> tuple[ChoiceQuestion, list[ScoredPrompt]]:
+        """The question of a request that has options, and the prompts that score them."""
+        import torch
+
+        from pathflip.choice_prompts import ScoredPrompt, scored_prompts
+        from pathflip.slide_qa import ChoiceQuestion, offers_abstention
+
+        with torch.no_grad():
+            asked = ChoiceQuestion(
+                prefix=self._prefix(request["slide_id"], request.get("region")),
+                question=request["messages"][-1]["content"],
+                choices=tuple(request["choices"]),
+                abstain=offers_abstention(self.front, request["choices"], request.get("abstain")),
+            )
+            return asked, [
+                ScoredPrompt(prompt=one.prompt.cpu(), tokens=one.tokens)
+                for one in scored_prompts(self.front, asked)
+            ]
 
     def without_slide(self, question: str) -> torch.Tensor:
         """Prompt embeddings of a question alone [T, D]."""

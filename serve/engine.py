@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,15 @@ class Engine(Protocol):
             Exception: Anything else while ``errored`` means that the engine died.
         """
 
+    async def next_log_probs(
+        self, prompt: torch.Tensor, tokens: Sequence[int], *, request_id: str
+    ) -> dict[int, float]:
+        """Return the log-probabilities of tokens as the next one after prompt embeddings [T, D].
+
+        Raises:
+            ValueError, Exception: As of :meth:`generate`.
+        """
+
     def unfinished(self) -> int:
         """Number of answers being decoded or waiting."""
 
@@ -130,6 +139,27 @@ class VLLMEngine:
                     tokens=len(part.token_ids),
                     finish_reason=part.finish_reason if output.finished else None,
                 )
+
+    async def next_log_probs(
+        self, prompt: torch.Tensor, tokens: Sequence[int], *, request_id: str
+    ) -> dict[int, float]:
+        """Score tokens as the next one; see :meth:`Engine.next_log_probs`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprob_token_ids=list(tokens),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        found: dict[int, float] = {}
+        stream = self._llm.generate({"prompt_embeds": prompt}, params, request_id)
+        async with aclosing(stream):
+            async for output in stream:
+                logs = output.outputs[0].logprobs[0]
+                found = {token: float(logs[token].logprob) for token in tokens}
+        return found
 
     def unfinished(self) -> int:
         """Number of answers being decoded or waiting."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Script = Callable[["torch.Tensor", Sampling], AsyncGenerator[str, None]]
 """Says the tokens of an answer to prompt embeddings [T, D]."""
+Scores = Callable[["torch.Tensor", Sequence[int]], Sequence[float]]
+"""Gives the log-probabilities of tokens as the next one after prompt embeddings [T, D]."""
 
 HOLD_LOOK_S = 0.02
 """Seconds between two looks whether the hold file is still there."""
@@ -68,6 +70,8 @@ class FakeEngine:
     Args:
         script: Says the tokens of each answer; by default the one of ``config``.
         config: The answer where no script is given.
+        scores: Gives the log-probabilities of tokens after a prompt; by default the earlier of
+            them are likelier.
 
     Attributes:
         errored: Whether a script let the engine die; other answers fail at their next token.
@@ -75,8 +79,13 @@ class FakeEngine:
     """
 
     def __init__(
-        self, script: Script | None = None, *, config: FakeEngineConfig | None = None
+        self,
+        script: Script | None = None,
+        *,
+        config: FakeEngineConfig | None = None,
+        scores: Scores | None = None,
     ) -> None:
+        self._scores = scores or (lambda prompt, tokens: [-1.0 - at for at in range(len(tokens))])
         self._script = script or scripted(config or FakeEngineConfig())
         self._running = 0
         self.errored = False
@@ -110,6 +119,13 @@ class FakeEngine:
         except EngineDied:
             self.errored = True
             raise
+
+    async def next_log_probs(
+        self, prompt: torch.Tensor, tokens: Sequence[int], *, request_id: str
+    ) -> dict[int, float]:
+        """Return what ``scores`` gives."""
+        await self.check_health()
+        return dict(zip(tokens, self._scores(prompt, tokens), strict=True))
 
     def unfinished(self) -> int:
         """Number of answers being said."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pathflip.search import query_faults
+from pathflip.text import LETTERS
 
 MAX_ID = 400
 """Characters of a slide's or region's id."""
@@ -493,6 +494,15 @@ class ChatRequest(_In):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     slide_id: Id
     region: RegionBox | None = None
+    choices: list[Annotated[str, Field(min_length=1, max_length=1000)]] | None = Field(
+        None, min_length=2, max_length=len(LETTERS),
+        description="Options of the question; the answer is the text of one of them.",
+    )  # fmt: skip
+    abstain: bool | None = Field(
+        None,
+        description="With choices: whether the answer may be that the slide cannot tell; by "
+        "default as the model was tuned.",
+    )
     max_tokens: int | None = Field(None, ge=1, le=8192)
     max_completion_tokens: int | None = Field(None, ge=1, le=8192)
     temperature: float | None = Field(0.0, ge=0, le=2, allow_inf_nan=False)
@@ -528,6 +538,14 @@ class ChatRequest(_In):
             raise ValueError("give max_tokens or max_completion_tokens")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream")
+        if self.choices is not None:
+            plain = [choice.strip() for choice in self.choices]
+            if "" in plain or len(set(plain)) < len(plain):
+                raise ValueError("an option is empty, or two are equal")
+            if self.stream or len(self.messages) > 1 or not self.messages[0].text().strip():
+                raise ValueError("with choices there is one message, a question, and no stream")
+        elif self.abstain is not None:
+            raise ValueError("abstain needs choices")
         return self
 
 
@@ -547,8 +565,18 @@ class Choice(_Out):
     logprobs: None = None
 
 
+class Options(_Out):
+    """What became of the options of a question that has some."""
+
+    choice: str | None = Field(description="Letter of the chosen option; null: it abstains.")
+    scores: dict[str, float] = Field(description="{letter: probability of the option}")
+    abstain: float | None = Field(
+        description="Probability that the slide cannot tell; null: it was not offered."
+    )
+
+
 class ChatResponse(_Out):
-    """A chat completion."""
+    """A chat completion; ``options`` where the request has choices."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -556,6 +584,7 @@ class ChatResponse(_Out):
     model: str
     choices: list[Choice]
     usage: Usage
+    options: Options | None = None
 
 
 class ModelInfo(_Out):

@@ -179,3 +179,88 @@ def test_a_service_with_a_dead_engine_is_not_ready(talk):
         assert ready.json()["parts"]["search"] is True
 
     talk(use)
+
+
+# -- options --------------------------------------------------------------------------------------
+
+CHOICES = ["colon", "breast tissue", "lung"]
+
+
+@pytest.fixture
+def scored(parts, world, loop, tuned):
+    """``scored(fields, …)``: answers of a service whose engine scores tokens with the model."""
+    from pathflip.slide_qa import SlideQA
+
+    answerer = SlideQA.from_run(tuned.run)
+
+    def scores(prompt, tokens):
+        import torch
+
+        with torch.no_grad():
+            states = answerer.model._states([prompt], left=False)
+            logs = answerer.model.causal.lm_head(states[0, -1]).float().log_softmax(0)
+        return [float(logs[token]) for token in tokens]
+
+    engine = ChatEngine(
+        str(tuned.archive), str(tuned.run), config=ChatConfig(), engine=FakeEngine(scores=scores)
+    )
+
+    def run(*every, abstains=False, heat=None):
+        for front in (engine._reader.front, answerer.model):
+            front.abstains = abstains
+            front.calibration = heat
+        app = make_app(replace(parts, instructor=engine), tokens=read_tokens(world.token_file))
+
+        async def main():
+            transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+                http.headers["Authorization"] = f"Bearer {TOKENS['all'][1]}"
+                model = (await http.get("/v1/models")).json()["data"][0]["id"]
+                return [
+                    await http.post("/v1/chat/completions", json=asked(model, **fields))
+                    for fields in every
+                ]
+
+        return loop.run_until_complete(main())
+
+    return answerer, run
+
+
+@pytest.mark.parametrize("abstains", [False, True])
+def test_options_are_chosen_as_by_the_command_line(scored, tuned, abstains) -> None:
+    """Probabilities, temperature and abstaining are those of ``pathflip ask``."""
+    from pathflip.archive import Archive
+    from pathflip.calibration import Calibration
+
+    heat = Calibration(
+        mode="letter_logit", temperature=3.0, questions=60, ece_before=0.2, ece=0.1,
+        nll_before=2.0, nll=1.0,
+    )  # fmt: skip
+    answerer, run = scored
+    (answer, forced) = run(
+        {"choices": CHOICES}, {"choices": CHOICES, "abstain": False}, abstains=abstains, heat=heat
+    )
+    for found, wish in ((answer, None), (forced, False)):
+        expected = answerer.ask(
+            Archive(tuned.archive), "slide000", QUESTION["content"], CHOICES, abstain=wish
+        )
+        body = found.json()
+        assert body["choices"][0]["message"]["content"] == expected.answer
+        options = body["options"]
+        assert options["choice"] == expected.choice
+        assert options["scores"] == pytest.approx(expected.scores, abs=1e-6)
+        assert options["abstain"] == pytest.approx(expected.abstain, abs=1e-6)
+        assert (options["abstain"] is not None) == (abstains and wish is None)
+
+
+def test_options_that_cannot_be_are_refused(scored) -> None:
+    _, run = scored
+    wrong = [
+        {"choices": ["one"]}, {"choices": ["one", " one "]}, {"choices": ["one", " "]},
+        {"choices": list("abcdefghi")}, {"choices": CHOICES, "stream": True}, {"abstain": True},
+        {"choices": CHOICES, "messages": [QUESTION, QUESTION]},
+    ]  # fmt: skip
+    assert {answer.status_code for answer in run(*wrong)} == {422}
+    long = [{"role": "user", "content": "Why? " * 3000}]
+    (refused,) = run({"choices": CHOICES, "messages": long})
+    assert refused.json()["code"] == "prompt_too_long"
