@@ -1,8 +1,10 @@
 """Calibration of choices: a temperature fitted on validation questions, and how far off it leaves.
 
 A model that says 0.9 should be right nine times in ten. Temperature scaling (Guo et al., 2017)
-divides the logits of a question's options by one number for all questions, which changes no choice;
-the expected calibration error (ECE) compares confidence and accuracy in bins.
+divides the logits of a question's options by one number for all questions, which changes no choice.
+Abstaining, where a model may, is one more entry with a logit like theirs and a bias of its own, as
+its text has another length and is learned from other questions. The expected calibration error
+(ECE) compares confidence and accuracy in bins.
 
 Shapes: n questions, C options of one, R orders they are shown in, S resamples.
 """
@@ -19,7 +21,11 @@ from numpy.typing import ArrayLike, NDArray
 BINS = 10
 FEWEST = 50
 """Questions below which no temperature is fitted."""
+FEWEST_UNANSWERABLE = 20
+"""Such questions below which no bias of abstaining is fitted."""
 COLDEST, HOTTEST = 0.02, 50.0
+STRONGEST = 20.0
+"""Largest bias."""
 _SMALLEST = 1e-12
 
 
@@ -33,6 +39,9 @@ class Calibration:
         questions: Number of validation questions.
         ece_before, ece: Expected calibration error on them, without and with the temperature.
         nll_before, nll: Mean negative log-probability of the right option, likewise.
+        abstain_bias: Added to the logit of abstaining, behind the temperature.
+        unanswerable: Number of validation questions that no option answers, which it was fitted
+            on; 0: none was fitted.
     """
 
     mode: str
@@ -42,6 +51,8 @@ class Calibration:
     ece: float
     nll_before: float
     nll: float
+    abstain_bias: float = 0.0
+    unanswerable: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The object in instruct.json."""
@@ -59,6 +70,38 @@ def tempered(probabilities: NDArray[np.float64], temperature: float) -> NDArray[
     logits = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny)) / temperature
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(np.where(named, powers / powers.sum(axis=-1, keepdims=True), 0.0))
+
+
+def biased(probabilities: NDArray[np.float64], bias: float) -> NDArray[np.float64]:
+    """Return probabilities [..., E] with a bias added to the logit of the last entry."""
+    if bias == 0:
+        return probabilities
+    powers = probabilities.copy()
+    powers[..., -1] *= np.exp(bias)
+    total = powers.sum(axis=-1, keepdims=True)
+    return np.asarray(np.divide(powers, total, out=powers, where=total > 0))
+
+
+def fit_bias(
+    probabilities: Sequence[NDArray[np.float64]], truth: Sequence[int], temperature: float
+) -> float:
+    """Fit the bias of abstaining that makes the right entries most probable.
+
+    Args:
+        probabilities: Probabilities of the options of each question and, last, of abstaining,
+            without a temperature [n][C + 1].
+        truth: Position of the right entry of each [n].
+        temperature: Temperature of the options.
+    """
+    from scipy.optimize import minimize_scalar
+
+    rows = [tempered(row, temperature) for row in probabilities]
+
+    def loss(bias: float) -> float:
+        right = [biased(row, bias)[at] for row, at in zip(rows, truth, strict=True)]
+        return float(-np.log(np.maximum(right, _SMALLEST)).mean())
+
+    return float(minimize_scalar(loss, bounds=(-STRONGEST, STRONGEST), method="bounded").x)
 
 
 def fit_temperature(

@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.calibration import tempered
 from pathflip.slide_qa import (
     ChoiceQuestion,
     as_given,
     by_text,
+    calibrated,
     in_order,
     mode_of,
     orders_of,
     softmax,
-    temperature_of,
 )
 from pathflip.text import LETTERS
 
@@ -82,16 +81,17 @@ def scores_of(
         found: Its prompts in their order, each with the log-probabilities of its tokens.
         permute: As the prompts were made with.
     """
-    heat = temperature_of(front, mode_of(front))
-    if mode_of(front) == "option_ll":
+    mode = mode_of(front)
+    if mode == "option_ll":
         values = iter(logs[prompt.tokens[0]] for prompt, logs in found)
         sums = []
         for text in asked.shown:
             own = [next(values) for _ in front.prompter.text_ids(text)]
             sums.append((sum(own), len(own)))
-        return by_text(sums, heat, abstain=asked.abstain)[None]
+        return calibrated(by_text(sums), front, mode, abstain=asked.abstain)[None]
     rows = []
     for order, (prompt, logs) in zip(orders_of(asked, permute), found, strict=True):
         row = softmax(np.array([logs[token] for token in prompt.tokens]))
-        rows.append(as_given(tempered(row, heat), order))
+        row = calibrated(row, front, mode, abstain=asked.abstain)
+        rows.append(as_given(row, order))
     return np.array(rows)

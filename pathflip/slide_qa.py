@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.calibration import tempered
+from pathflip.calibration import biased, tempered
 from pathflip.compat import check_fits
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models.chat_template import CAPTION_INSTRUCTION, multiple_choice
@@ -382,6 +382,17 @@ def temperature_of(model: PromptEncoder, mode: Mode) -> float:
     return own.temperature if own is not None and own.mode == mode else 1.0
 
 
+def calibrated(
+    row: NDArray[np.float64], model: PromptEncoder, mode: Mode, *, abstain: bool
+) -> NDArray[np.float64]:
+    """Return probabilities of a question's entries [E] with the model's temperature and bias."""
+    own = model.calibration
+    if own is None or own.mode != mode:
+        return row
+    row = tempered(row, own.temperature)
+    return biased(row, own.abstain_bias) if abstain else row
+
+
 def score_choices(
     model: PathFLIPInstruct,
     asked: Sequence[ChoiceQuestion],
@@ -391,7 +402,7 @@ def score_choices(
 ) -> list[NDArray[np.float64]]:
     """Return the probabilities of the options of questions, in each order they are shown in.
 
-    They are calibrated with the model's temperature, where it has one for the mode.
+    They are calibrated, where the model has a temperature for the mode.
 
     Args:
         model: A tuned model.
@@ -404,14 +415,13 @@ def score_choices(
         zeros where ``generate`` named no option.
     """
     mode = mode or mode_of(model)
-    heat = temperature_of(model, mode)
     found: list[NDArray[np.float64]] = []
     if mode == "option_ll":
         for part in _parts(asked):
             prompts = [model.embed_prompt(one.prefix, one.question) for one in part]
             rows = model.continuation_log_probs(prompts, [one.shown for one in part])
             for one, logs in zip(part, rows, strict=True):
-                likely = by_text(logs, heat, abstain=one.abstain)[None]
+                likely = calibrated(by_text(logs), model, mode, abstain=one.abstain)[None]
                 found.append(likely.repeat(len(rotations(len(one.choices), permute)), axis=0))
         return found
     shown = [
@@ -426,8 +436,8 @@ def score_choices(
         rows_of = _by_letter if mode == "letter_logit" else _by_writing
         texts = [[asked[number].shown[i] for i in order] for number, order in items]
         for (number, order), row in zip(items, rows_of(model, prompts, texts), strict=True):
-            row = as_given(tempered(row, heat), order)
-            found[number] = np.vstack([found[number], row])
+            row = calibrated(row, model, mode, abstain=asked[number].abstain)
+            found[number] = np.vstack([found[number], as_given(row, order)])
     return found
 
 
@@ -449,26 +459,15 @@ def as_given(row: NDArray[np.float64], order: Sequence[int]) -> NDArray[np.float
     return back
 
 
-def by_text(
-    logs: Sequence[tuple[float, int]], temperature: float, *, abstain: bool
-) -> NDArray[np.float64]:
+def by_text(logs: Sequence[tuple[float, int]]) -> NDArray[np.float64]:
     """Return the probabilities of texts as the answer to a question that shows none [E].
 
-    Options compare by their mean log-probability of a token, as some are longer than others.
-    Abstaining is one fixed text, which the model writes or does not: it has the probability of the
-    whole text, and the options share the rest.
+    They compare by the mean log-probability of a token, as some are longer than others.
 
     Args:
-        logs: (sum of log-probabilities, tokens) of each option and, with ``abstain``, of that.
-        temperature: Divisor of the options' logits.
-        abstain: Whether the last entry is abstaining.
+        logs: (sum of log-probabilities, tokens) of each.
     """
-    options = logs[:-1] if abstain else logs
-    likely = tempered(softmax(np.array([total / tokens for total, tokens in options])), temperature)
-    if not abstain:
-        return likely
-    silent = min(1.0, float(np.exp(logs[-1][0])))
-    return np.append(likely * (1 - silent), silent)
+    return softmax(np.array([total / tokens for total, tokens in logs]))
 
 
 def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 
 from pathflip.archive import Archive
-from pathflip.calibration import FEWEST, Calibration, fit_temperature
+from pathflip.calibration import (
+    FEWEST,
+    FEWEST_UNANSWERABLE,
+    Calibration,
+    fit_bias,
+    fit_temperature,
+)
 from pathflip.checkpoints import Checkpoint, load_run, write_whole
 from pathflip.compat import check_fits
 from pathflip.errors import CheckpointError, ConfigError
@@ -24,7 +30,7 @@ from pathflip.models import PathFLIP, PathFLIPInstruct, hub
 from pathflip.models.data_init import start_projector
 from pathflip.models.instruct import InstructOutput, fingerprint_of
 from pathflip.models.small_llm import made_to_read
-from pathflip.slide_qa import ChoiceQuestion, mode_of, score_choices
+from pathflip.slide_qa import ChoiceQuestion, mode_of, offers_abstention, score_choices
 from pathflip.text import CANNOT_TELL
 from pathflip.training.config import TuneConfig
 from pathflip.training.dataset import Corpus, make_corpus
@@ -266,44 +272,56 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
     def _calibrated(self, model: PathFLIPInstruct, dataset: SlideDataset) -> Calibration | None:
         """Fit the temperature of choices on the validation slides' questions with options.
 
+        Where the model was tuned to abstain, the bias of that is fitted, too.
+
         Returns:
-            None where there are fewer than ``FEWEST``.
+            None where there are fewer than ``FEWEST`` questions that an option answers.
         """
         corpus, mode = dataset.corpus, mode_of(model)
         asked = [
             (slide, entry)
             for slide in corpus.members("val").tolist()
             for entry in corpus.questions_of(slide)
-            if entry["answer"] in entry.get("choices", ())
+            if entry.get("choices") and (model.abstains or entry["answer"] in entry["choices"])
         ]
-        if len(asked) < FEWEST:
+        asked = asked[:: max(1, -(-len(asked) // CALIBRATE_ON))]
+        answered = sum(entry["answer"] in entry["choices"] for _, entry in asked)
+        if answered < FEWEST:
             logger.warning(
                 "Choices are not calibrated: the validation slides have %s questions with options, "
-                "and %s are needed.", len(asked), FEWEST,
+                "and %s are needed.", answered, FEWEST,
             )  # fmt: skip
             return None
-        step = -(-len(asked) // CALIBRATE_ON)
-        rows: list[Any] = []
-        truth: list[int] = []
-        by_slide: dict[int, list[dict[str, Any]]] = {}
         if torch.cuda.is_available() and self.config.device != "cpu":
             model.to("cuda")
-        for slide, entry in asked[::step]:
+        by_slide: dict[int, list[dict[str, Any]]] = {}
+        for slide, entry in asked:
             by_slide.setdefault(slide, []).append(entry)
+        rows: dict[bool, list[Any]] = {False: [], True: []}  # by whether it may abstain
+        truth: dict[bool, list[int]] = {False: [], True: []}
         for slide, entries in by_slide.items():
             batch = dataset.batch([slide], epoch=0, validating=True).to(model.device)
             with torch.no_grad():
                 prefix = model.visual_prefix(batch.features, batch.patch_mask)[0]
-            questions = [
-                ChoiceQuestion(
-                    prefix=prefix, question=entry["question"], choices=tuple(entry["choices"])
-                )
-                for entry in entries
-            ]
-            rows += [own[0] for own in score_choices(model, questions, mode=mode)]
-            truth += [entry["choices"].index(entry["answer"]) for entry in entries]
+            for entry in entries:
+                choices = tuple(entry["choices"])
+                known = entry["answer"] in choices
+                place = choices.index(entry["answer"]) if known else len(choices)
+                for abstain in (False, True):
+                    if offers_abstention(model, choices) if abstain else known:
+                        question = ChoiceQuestion(
+                            prefix=prefix, question=entry["question"], choices=choices,
+                            abstain=abstain,
+                        )  # fmt: skip
+                        rows[abstain] += [score_choices(model, [question], mode=mode)[0][0]]
+                        truth[abstain].append(place)
         model.to("cpu")
-        return fit_temperature(rows, truth, mode=mode)
+        found = fit_temperature(rows[False], truth[False], mode=mode)
+        beyond = len(asked) - answered
+        if beyond < FEWEST_UNANSWERABLE:
+            return found
+        bias = fit_bias(rows[True], truth[True], found.temperature)
+        return replace(found, abstain_bias=bias, unanswerable=beyond)
 
 
 def _abstains(corpus: Corpus) -> bool:

@@ -260,11 +260,9 @@ def _log(report: Mapping[str, Any]) -> None:
 def _only(corpus: Corpus, kept: Sequence[int]) -> Corpus:
     """Return a corpus of some of its slides."""
     lists = {item.name: getattr(corpus, item.name) for item in fields(corpus)}
-    about = lists.pop("about")
-    return Corpus(
-        **{
-            name: None if values is None else [values[i] for i in kept]
-            for name, values in lists.items()
-        },
-        about=about,
-    )
+    del lists["about"]
+    chosen: dict[str, Any] = {
+        name: None if values is None else [values[i] for i in kept]
+        for name, values in lists.items()
+    }
+    return replace(corpus, **chosen)

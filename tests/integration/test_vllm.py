@@ -179,8 +179,9 @@ def lines_calibrated(
 
 def calibration(mode: str) -> Calibration:
     return Calibration(
-        mode=mode, temperature=2.5, questions=60, ece_before=0.2, ece=0.1, nll_before=2.0, nll=1.0
-    )
+        mode=mode, temperature=2.5, questions=60, ece_before=0.2, ece=0.1, nll_before=2.0, nll=1.0,
+        abstain_bias=0.7, unanswerable=20,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("way", "mode"), [("letter", "letter_logit"), ("text", "option_ll")])

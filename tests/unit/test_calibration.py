@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from pathflip.calibration import (
+    biased,
     chance_error,
     equal_mass,
     expected_error,
+    fit_bias,
     fit_temperature,
     reliability,
     tempered,
@@ -75,3 +77,15 @@ def test_a_perfect_model_has_the_error_of_chance() -> None:
     drawn = [expected_error(sure, RNG.random(400) < sure) for _ in range(200)]
     assert chance_error(sure) == pytest.approx(np.mean(drawn), abs=0.003)
     assert chance_error(sure) < chance_error(sure[:40])
+
+
+def test_the_bias_of_abstaining_is_found() -> None:
+    """What the model says of the last entry is 2.5 too low, behind a temperature of 1.5."""
+    logits = RNG.normal(0, 2, (4000, 4))
+    truth = [int(RNG.choice(4, p=row)) for row in softmax(logits)]
+    spoilt = (logits - [0, 0, 0, 2.5]) * 1.5
+    bias = fit_bias(list(softmax(spoilt)), truth, 1.5)
+    assert bias == pytest.approx(2.5, abs=0.2)
+    mended = biased(tempered(softmax(spoilt), 1.5), 2.5)
+    assert mended == pytest.approx(softmax(logits))
+    assert (biased(np.zeros((1, 3)), 2.0) == 0).all()

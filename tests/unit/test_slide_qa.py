@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from pathflip.slide_qa import (
     ChoiceQuestion,
     SlideQA,
     as_given,
-    by_text,
     check_question,
     chosen,
     read_choice,
@@ -259,12 +259,20 @@ def test_abstaining_is_the_last_letter_and_scores_are_tempered(
     assert sum(told.scores.values()) == pytest.approx(1)
 
 
-def test_options_by_text_share_what_abstaining_leaves() -> None:
-    logs = [(-2.0, 2), (-6.0, 3), (np.log(0.3), 9)]
-    by_mean = softmax(np.array([-1.0, -2.0]) / 0.5)
-    found = by_text(logs, 0.5, abstain=True)
-    assert found == pytest.approx([*(0.7 * by_mean), 0.3])
-    assert by_text(logs[:2], 0.5, abstain=False) == pytest.approx(by_mean)
+def test_abstaining_by_text_is_one_more_text_with_a_bias(abstainer: SlideQA, tuned: Tuned) -> None:
+    archive, model = Archive(tuned.archive), abstainer.model
+    model.calibration = replace(
+        cast(Calibration, model.calibration), mode="option_ll", abstain_bias=1.5
+    )
+    _, prefix = abstainer.visual_prefix(archive, SLIDE)
+    prompt = model.embed_prompt(prefix, "Which?")
+    logs = model.continuation_log_probs([prompt], [[*CHOICES, CANNOT_TELL]])[0]
+    logits = np.array([total / tokens for total, tokens in logs]) / 3.0
+    logits[3] += 1.5
+    answer = abstainer.ask(archive, SLIDE, "Which?", CHOICES, mode="option_ll")
+    assert [*answer.scores.values(), answer.abstain] == pytest.approx(softmax(logits), abs=1e-6)
+    told = abstainer.ask(archive, SLIDE, "Which?", CHOICES, mode="option_ll", abstain=False)
+    assert list(told.scores.values()) == pytest.approx(softmax(logits[:3]), abs=1e-6)
 
 
 def test_a_temperature_is_of_its_mode(abstainer: SlideQA, tuned: Tuned) -> None:

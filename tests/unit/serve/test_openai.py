@@ -234,7 +234,7 @@ def test_options_are_chosen_as_by_the_command_line(scored, tuned, abstains) -> N
 
     heat = Calibration(
         mode="letter_logit", temperature=3.0, questions=60, ece_before=0.2, ece=0.1,
-        nll_before=2.0, nll=1.0,
+        nll_before=2.0, nll=1.0, abstain_bias=0.7, unanswerable=20,
     )  # fmt: skip
     answerer, run = scored
     (answer, forced) = run(
