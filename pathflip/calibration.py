@@ -93,7 +93,7 @@ def fit_bias(
         truth: Position of the right entry of each [n].
         temperature: Temperature of the options.
     """
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 
     rows = [tempered(row, temperature) for row in probabilities]
 
@@ -114,7 +114,7 @@ def fit_temperature(
         truth: Position of the right option of each [n].
         mode: Way the options were scored.
     """
-    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+    from scipy.optimize import minimize_scalar
 
     def loss(temperature: float) -> float:
         right = [
