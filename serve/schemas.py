@@ -475,46 +475,33 @@ class TextFormat(_In):
     type: Literal["text"]
 
 
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+
 class ChatRequest(_In):
     """A question about a slide; the OpenAI shape, with ``slide_id`` and ``region``."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {
-                    "model": "demo",
-                    "slide_id": "slide_0001-1a2b3c4d",
-                    "messages": [{"role": "user", "content": "Which organ is shown?"}],
-                }
+                {"model": "demo", "slide_id": "slide_0001-1a2b3c4d",
+                 "messages": [{"role": "user", "content": "Which organ is shown?"}]}
             ]
         }
-    )
+    )  # fmt: skip
 
     model: Id
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     slide_id: Id
     region: RegionBox | None = None
-    choices: list[Annotated[str, Field(min_length=1, max_length=1000)]] | None = Field(
-        None, min_length=2, max_length=len(LETTERS),
-        description="Options of the question; the answer is the text of one of them.",
-    )  # fmt: skip
-    abstain: bool | None = Field(
-        None,
-        description="With choices: whether the answer may be that the slide cannot tell; by "
-        "default as the model was tuned.",
-    )
+    choices: list[Text] | None = Field(None, min_length=2, max_length=len(LETTERS))
+    abstain: bool | None = Field(None, description="With choices: whether it may.")
     max_tokens: int | None = Field(None, ge=1, le=8192)
     max_completion_tokens: int | None = Field(None, ge=1, le=8192)
     temperature: float | None = Field(0.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     n: Literal[1] | None = 1
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=100)]
-        | Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=MAX_STOPS)
-        ]
-        | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: int | None = Field(None, ge=0, le=_BIG)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -538,13 +525,11 @@ class ChatRequest(_In):
             raise ValueError("give max_tokens or max_completion_tokens")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream")
-        if self.choices is not None:
-            plain = [choice.strip() for choice in self.choices]
-            if "" in plain or len(set(plain)) < len(plain):
-                raise ValueError("an option is empty, or two are equal")
-            if self.stream or len(self.messages) > 1 or not self.messages[0].text().strip():
-                raise ValueError("with choices there is one message, a question, and no stream")
-        elif self.abstain is not None:
+        if len({choice.strip() for choice in self.choices or ()} - {""}) < len(self.choices or ()):
+            raise ValueError("an option is empty, or two are equal")
+        if self.choices and (self.stream or len(self.messages) > 1):
+            raise ValueError("with choices there is one message, the question, and no stream")
+        if self.abstain is not None and not self.choices:
             raise ValueError("abstain needs choices")
         return self
 
@@ -566,13 +551,11 @@ class Choice(_Out):
 
 
 class Options(_Out):
-    """What became of the options of a question that has some."""
+    """Choice among the options of a question, as of ``pathflip ask``; null: it abstains."""
 
-    choice: str | None = Field(description="Letter of the chosen option; null: it abstains.")
-    scores: dict[str, float] = Field(description="{letter: probability of the option}")
-    abstain: float | None = Field(
-        description="Probability that the slide cannot tell; null: it was not offered."
-    )
+    choice: str | None
+    scores: dict[str, float]
+    abstain: float | None
 
 
 class ChatResponse(_Out):

@@ -178,7 +178,7 @@ def lifts(
     """Return the share of other patients' slides that a sentence fits less than its own [V].
 
     Args:
-        scores: How well texts fit slides [n, texts].
+        scores: Fit of texts to slides [n, texts].
         rows: Slide of each sentence [V].
         columns: Its text [V].
         patients: Patient of each slide [n].

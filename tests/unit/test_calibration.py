@@ -80,7 +80,7 @@ def test_a_perfect_model_has_the_error_of_chance() -> None:
 
 
 def test_the_bias_of_abstaining_is_found() -> None:
-    """What the model says of the last entry is 2.5 too low, behind a temperature of 1.5."""
+    """The last entry's logit is 2.5 too low, behind a temperature of 1.5."""
     logits = RNG.normal(0, 2, (4000, 4))
     truth = [int(RNG.choice(4, p=row)) for row in softmax(logits)]
     spoilt = (logits - [0, 0, 0, 2.5]) * 1.5

@@ -103,7 +103,7 @@ def test_same_bytes_whatever_the_processes_and_resume(cohort: Path, tmp_path: Pa
 
 
 def test_questions_beyond_a_slide(cohort: Path, scenes) -> None:  # type: ignore[no-untyped-def]
-    """What supposes a tumour or necrosis is answered by slides that have it, and by no others."""
+    """Slides with a tumour, or necrosis, answer what supposes one, and no others do."""
     labels = {row["slide"]: row for row in rows(cohort, "labels.csv")}
     items = [json.loads(line) for line in (cohort / "abstain.jsonl").read_text().splitlines()]
     assert len(items) >= 3 * len(labels)
