@@ -118,17 +118,16 @@ class Supervisor:
 
     def run(self) -> int:
         """Start HAProxy again whenever it dies; return its exit status once it may end."""
-        raylet = _raylet()
+        master = _master()
         while True:
             ended = os.pidfd_open(self.process.pid)
             waited = select.poll()
-            for descriptor in (ended, raylet):
-                if descriptor is not None:
-                    waited.register(descriptor, select.POLLIN)
+            for descriptor in (ended, master):
+                waited.register(descriptor, select.POLLIN)
             while self.process.poll() is None:
                 self._listen(waited)
                 ready = [descriptor for descriptor, _ in waited.poll(1000 if self.listener else 20)]
-                if raylet in ready:
+                if master in ready:
                     self.process.kill()
                     return self.process.wait()
                 if self.listener is not None and self.listener.fileno() in ready:
@@ -189,11 +188,10 @@ def running_pid(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def _raylet() -> int | None:
-    """Descriptor of the raylet's process; None outside Ray."""
-    raylet = os.environ.get("RAY_RAYLET_PID")
+def _master() -> int:
+    """Descriptor of the process with which this one ends: the raylet, or its parent outside Ray."""
     try:
-        return os.pidfd_open(int(raylet)) if raylet else None
+        return os.pidfd_open(int(os.environ.get("RAY_RAYLET_PID") or os.getppid()))
     except ProcessLookupError:
         sys.exit("The raylet is gone.")
 

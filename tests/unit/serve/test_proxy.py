@@ -424,7 +424,8 @@ def test_haproxy_dies(
     variables: dict[str, str], tmp_path: Path, ingress: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is there again, and to Ray's own code it never went: that reloads and stops it."""
-    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", variables["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    start = variables["RAY_SERVE_HAPROXY_BINARY_PATH"]  # Ray may have read another when imported
+    monkeypatch.setattr("ray.serve._private.haproxy.RAY_SERVE_HAPROXY_BINARY_PATH", start)
     port = free_port()
     api = ray_api(tmp_path / "p", port, ingress)
 
@@ -447,7 +448,11 @@ def test_haproxy_dies(
         await api.stop()
         until(lambda: not any(map(alive, below)), seconds=20, what="all end when Ray stops it")
 
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    finally:
+        if api._proc is not None and alive(api._proc.pid):
+            os.kill(api._proc.pid, signal.SIGKILL)
 
 
 def test_a_successor_takes_over(variables: dict[str, str], tmp_path: Path, ingress: int) -> None:
