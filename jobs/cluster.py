@@ -11,8 +11,6 @@ from pathflip import private_ray
 from pathflip.errors import ConfigError
 from pathflip.files import PrivateFolder
 
-START_ATTEMPTS = 3
-
 
 def connect(address: str | None = None) -> bool:
     """Connect to Ray, starting it on this machine if no cluster is named.
@@ -45,28 +43,10 @@ def connect(address: str | None = None) -> bool:
                 code="no_cluster",
             ) from error
         return False
-    for attempt in range(START_ATTEMPTS):
-        try:
-            _start_local()
-            return True
-        except Exception as error:  # Ray raises no narrower type here
-            # Ray waits a fixed 30 s for its own processes, too little on a busy machine.
-            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
-                raise
-    raise AssertionError("at least one attempt")
-
-
-def _start_local() -> None:
-    import ray
-
     folder = PrivateFolder()
-    try:
-        private_ray.start(ray, folder.path)
-    except BaseException:
-        ray.shutdown()
-        folder.remove()
-        raise
     atexit.register(_end, folder)
+    private_ray.start(ray, folder.path)
+    return True
 
 
 def _end(folder: PrivateFolder) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 OBJECT_STORE_BYTES = 256 << 20
 """Rows hold metadata and requests are small, pixels pass neither: this is plenty."""
+_ATTEMPTS = 3
 
 
 def set_environment() -> None:
@@ -50,12 +51,20 @@ def start(ray: Any, folder: Path) -> None:
     node = ray._private.node.Node
     for attendant in ("start_monitor", "start_api_server", "start_log_monitor"):
         setattr(node, attendant, lambda *_, **__: None)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=str(folder / "ray"),
-    )
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder / "ray"),
+            )
+            return
+        except Exception as error:  # Ray raises no narrower type here
+            ray.shutdown()
+            # Ray waits a fixed 30 s for its own processes, too little on a busy machine.
+            if not left or "timed out during startup" not in str(error):
+                raise
