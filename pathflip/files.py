@@ -20,6 +20,8 @@ PARTIAL = ".partial"
 PRIVATE = "pathflip-"
 """Beginning of the names of private folders."""
 _LOCK = "lock"
+_NOTE_S = 1.0
+"""Seconds in which whoever has just taken a lock writes its name; it takes a millisecond."""
 _MAX_BASE = 20
 
 
@@ -115,7 +117,7 @@ class FileLock:
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if not claim(handle, wait_s=self._wait_s):
-                raise self._refusal(_holder(os.pread(handle, 1000, 0)))
+                raise self._refusal(_holder(handle))
             note = {
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
@@ -138,12 +140,21 @@ class FileLock:
         os.close(self._handle)
 
 
-def _holder(note: bytes) -> str:
-    try:
-        held = json.loads(note)
-        return f"process {held['pid']} on {held['host']} since {held['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+def _holder(handle: int) -> str:
+    """Return who holds a lock; its note may not be written yet, or be that of the one before."""
+    last = time.monotonic() + _NOTE_S
+    while True:
+        try:
+            note = json.loads(os.pread(handle, 1000, 0))
+            holder = f"process {note['pid']} on {note['host']} since {note['started']}"
+            ended = (
+                note["host"] == socket.gethostname() and not Path(f"/proc/{note['pid']}").exists()
+            )
+        except (ValueError, KeyError, TypeError):
+            holder, ended = "another process", True
+        if not ended or time.monotonic() > last:
+            return holder
+        time.sleep(0.01)
 
 
 class PrivateFolder:

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,25 @@ def test_a_lock_without_a_readable_note_is_still_a_lock(tmp_path):
             assert not claim(other.fileno(), wait_s=0.2)
     with FileLock(path, refusal=held):
         pass
+
+
+def test_a_lock_just_taken_is_not_said_to_be_held_by_the_one_before(tmp_path):
+    path = tmp_path / ".lock"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+
+    def note(pid):
+        text = json.dumps({"pid": pid, "host": socket.gethostname(), "started": "2026-01-01"})
+        path.write_text(text)
+
+    with path.open("a+") as file:
+        assert claim(file.fileno())
+        note(ended.pid)
+        writes = threading.Timer(0.2, note, [os.getpid()])
+        writes.start()
+        with pytest.raises(RuntimeError, match=f"held by process {os.getpid()} on"):
+            FileLock(path, refusal=held).__enter__()
+        writes.join()
 
 
 def test_private_folders_go_with_their_process(tmp_path, monkeypatch):
