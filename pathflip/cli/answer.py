@@ -23,7 +23,6 @@ from pathflip.cli.options import (
     working,
 )
 from pathflip.errors import ConfigError
-from pathflip.text import CANNOT_TELL
 
 app = typer.Typer()
 
@@ -210,6 +209,8 @@ def ask(
             for (letter, score), text in zip(answer.scores.items(), options, strict=True)
         ]
         if answer.abstain is not None:
+            from pathflip.text import CANNOT_TELL
+
             rows.append(["", CANNOT_TELL, answer.abstain])
         show_table("", ("", "option", "probability"), rows)
 
