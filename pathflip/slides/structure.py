@@ -39,10 +39,14 @@ _SIZES_AGREE = 0.005
 """Relative gap between two statements of one scale that rounding does not explain."""
 _WINDOW, _MARGIN = 128, 16
 """Side of what is compared of a level, px, and how far it is looked for."""
+_LEAST = 2 * _MARGIN + 16
+"""Side of a level, px, up to which too little would be left to compare."""
 _WINDOWS = 2
 _MAX_SHIFT = 2.0
 _FLAT = 6.0
 """Standard deviation of grey levels below which there is nothing to compare."""
+_SAME_COLOUR = 16.0
+"""Gap of the mean of a window that JPEG and smoothing do not explain, in grey levels."""
 
 ReadLevel = Callable[[int, int, int, int, int], NDArray[np.uint8] | None]
 """(level, x, y, w, h in pixels of that level) -> RGB [h, w, 3]; None where it is damaged."""
@@ -119,6 +123,11 @@ def _page_doubts(name: str, page: TiffPage) -> list[Doubt]:
         found.append(
             Doubt(code="unsupported", message=f"{name} holds {kind}, not bytes.", hint=convert)
         )
+    elif _bits(page) > 16:
+        kind = f"samples of {_bits(page)} bits"
+        found.append(
+            Doubt(code="unsupported", message=f"{name} holds {kind}, not bytes.", hint=convert)
+        )
     elif page.photometric not in _RIGHTLY_READ and page.compression not in _APERIO_JPEG2000:
         kind = _PHOTOMETRIC.get(page.photometric, f"colours of kind {page.photometric}")
         found.append(Doubt(code="not_rgb", message=f"{name} holds {kind}, not RGB.", hint=convert))
@@ -143,7 +152,7 @@ def _skewed(page: TiffPage) -> bool:
     So it was seen with 4.0.1: rows of 16-bit grey tiles that reach beyond the edge are taken from
     the wrong places; tiles that end at the edge, and 16-bit RGB, are right.
     """
-    return page.samples == 1 and _deeper(page.bits) and page.width % page.tile_w > 0
+    return page.samples == 1 and _bits(page) > 8 and page.width % page.tile_w > 0
 
 
 def _unread(layout: TiffLayout) -> list[Doubt]:
@@ -287,7 +296,7 @@ def _depth_doubts(
 
     Cameras of 10 to 14 bits store their numbers as they are: a white slide is then nearly black.
     """
-    if vendor != GENERIC or not layout.tiled or not _deeper(layout.tiled[0].bits):
+    if vendor != GENERIC or not layout.tiled or _bits(layout.tiled[0]) <= 8:
         return []
     level = len(sizes) - 1
     width, height = sizes[level]
@@ -308,8 +317,8 @@ def _depth_doubts(
     ]
 
 
-def _deeper(bits: int | tuple[int, ...]) -> bool:
-    return max(bits) > 8 if isinstance(bits, tuple) else bits > 8
+def _bits(page: TiffPage) -> int:
+    return max(page.bits) if isinstance(page.bits, tuple) else page.bits
 
 
 def _level_doubt(
@@ -324,8 +333,8 @@ def _level_doubt(
 
     A level's scale is known from its size alone, so a writer that padded it to whole tiles makes
     every place in it wrong. Its sides must agree, its own resolution where it states one, and its
-    pixels with those of the next finer level, which is trusted, far from the origin where an error
-    of scale shows.
+    pixels with those of the next finer level, which is trusted: far from the origin, where an error
+    of scale shows, and where there is most to see.
 
     Args:
         level: Number of the level, from 1.
@@ -344,6 +353,8 @@ def _level_doubt(
             refused=False,
         )
 
+    if sizes[level] == sizes[level - 1]:
+        return doubt(f"is as large as level {level - 1}, as another image would be")
     if not sizes_meet(sizes[0], sizes[level]):
         across, down = (a / b for a, b in zip(sizes[0], sizes[level], strict=True))
         return doubt(f"is scaled by {across:.3f} across and {down:.3f} down")
@@ -355,8 +366,21 @@ def _level_doubt(
         # Writers that copy level 0's resolution to every page say nothing.
         if stated > 1.01 and abs(stated / downsample - 1) > _SIZES_AGREE + 2 * rounding:
             return doubt(f"states that it is {stated:.3f} times coarser, its size {downsample:.3f}")
-    for x, y in _windows(level, sizes[level], page, read):
-        if (shift := _shift(level, sizes, (x, y), read)) is not None:
+    places = _windows(level, sizes[level], page, read)
+    if min(sizes[level]) > _LEAST:
+        # Where the finer level shows most: a level that was left blank has no such place.
+        most = _windows(level - 1, sizes[level - 1], pages.get(level - 1), read)[:1]
+        scale = [sizes[level][i] / sizes[level - 1][i] for i in (0, 1)]
+        half = _WINDOW / 2
+        places += [
+            (
+                max(0, round((x + half) * scale[0] - half)),
+                max(0, round((y + half) * scale[1] - half)),
+            )
+            for x, y in most
+        ]
+    for place in places:
+        if (shift := _shift(level, sizes, place, read)) is not None:
             return doubt(shift)
     return None
 
@@ -366,7 +390,7 @@ def _windows(
 ) -> list[tuple[int, int]]:
     """Return corners of windows with much to see, far from the origin first."""
     side = min(_WINDOW, *size)
-    if side <= 2 * _MARGIN + 16:
+    if side <= _LEAST:
         return []
     if page is not None and len(page.counts):
         across = -(-page.width // page.tile_w)
@@ -408,9 +432,12 @@ def _shift(
         return None  # damaged there: nothing to compare
     whole = resize_exact(fine, x_scale=scale[0], y_scale=scale[1], width=side, height=side)
     inner = coarse[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
+    means = (one.mean((0, 1)) for one in (inner, whole[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]))
+    other = float(np.abs(np.subtract(*means)).max()) > _SAME_COLOUR
+    recoloured = f"has other colours at ({place[0]}, {place[1]}) than level {finer} has there"
     seen, expected = (cv2.cvtColor(one, cv2.COLOR_RGB2GRAY) for one in (inner, whole))
     if min(seen.std(), expected.std()) < _FLAT:
-        return None
+        return recoloured if other else None
     likeness = cv2.matchTemplate(expected, seen, cv2.TM_CCOEFF_NORMED)
     row, col = np.unravel_index(int(likeness.argmax()), likeness.shape)
     best, here = float(likeness.max()), float(likeness[_MARGIN, _MARGIN])
@@ -419,4 +446,4 @@ def _shift(
         return f"shows another picture at ({place[0]}, {place[1]}) than level {finer} does there"
     if away > _MAX_SHIFT and best - here > 0.1:
         return f"is off by {away:.0f} px at ({place[0]}, {place[1]})"
-    return None
+    return recoloured if other else None

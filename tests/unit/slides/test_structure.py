@@ -104,6 +104,7 @@ def with_samples(*values: int) -> NDArray[np.uint8]:
         ("bit_depth", GREY.astype(np.uint16) << 4, {"photometric": "minisblack"}),
         ("unsupported", RGB.astype(np.float32) / 255, {}),
         ("unsupported", RGB.astype(np.int8), {}),
+        ("unsupported", RGB.astype(np.uint32) << 24, {}),
         ("unsupported", GREY[:, :1000].astype(np.uint16) * 257, {"photometric": "minisblack"}),
         ("extra_samples", with_samples(0), {"extrasamples": ["unspecified"]}),
         ("extra_samples", with_samples(255), {"extrasamples": ["unspecified"]}),
@@ -283,6 +284,39 @@ def test_a_level_of_another_picture_is_not_used(tmp_path: Path) -> None:
     with Slide(write_pyramid(tmp_path / "a.tif", [base, other], [0.5, 1.0])) as slide:
         assert slide.levels == 1
         assert "another picture" in slide.reader_note
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda level: np.full_like(level, 255), "other colours"),  # a converter that broke off
+        (lambda level: np.zeros_like(level), "other colours"),
+        (lambda level: level // 2, "other colours"),
+        (lambda level: level // [1, 1, 2], "other colours"),
+    ],
+)
+def test_a_level_that_is_blank_or_recoloured_is_not_used(
+    change: Callable[[Pixels], Any], says: str, tmp_path: Path
+) -> None:
+    base = np.full((1024, 2048, 3), 244, np.uint8)
+    base[256:512, 512:1024] = picture(512, 256)
+    levels = pyramid(base, 2, lambda level: level)
+    levels[1:] = [change(level).astype(np.uint8) for level in levels[1:]]
+    with Slide(write_pyramid(tmp_path / "a.tif", levels, [0.5, 1.0, 2.0])) as slide:
+        small = slide.overview(2.0)
+        assert slide.levels == 1
+        assert says in slide.reader_note
+    assert np.abs(small.astype(int) - halved(halved(base))).max() <= 2
+
+
+def test_a_level_as_large_as_the_slide_is_another_image(tmp_path: Path) -> None:
+    flat = np.full_like(RGB, 244)
+    with Slide(write_pyramid(tmp_path / "a.tif", [RGB, flat], None)) as slide:
+        assert slide.levels == 1
+        assert "as large as level 0" in slide.reader_note
+        out = np.zeros((1, 256, 256, 3), np.uint8)
+        assert slide.read_patches(np.array([[256, 128, 256, 256]]), mpp=0.5, out=out).all()
+    assert np.array_equal(out[0], RGB[128:384, 256:512])
 
 
 def test_flat_levels_have_nothing_to_compare(tmp_path: Path) -> None:
