@@ -15,9 +15,9 @@ import logging
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +166,7 @@ class ChatEngine:
         sampling = self._sampling(request, len(prompt))
         held, tokens, sent, reason = "", 0, 0.0, None
         stream = self.engine.generate(prompt, sampling, request_id=uuid.uuid4().hex)
-        try:
+        with self._engine_errors():
             async with aclosing(stream):  # leaving it early aborts the request
                 async for output in stream:
                     held, tokens = held + output.text, tokens + output.tokens
@@ -175,12 +175,6 @@ class ChatEngine:
                     if held and (reason or now - sent >= self.config.flush_s):
                         yield {"text": held}
                         held, sent = "", now
-        except ValueError as error:
-            raise ConfigError(f"The engine refused the request: {error}") from error
-        except Exception as error:
-            if not self.engine.errored:
-                raise
-            raise _engine_dead() from error
         yield {
             "text": "",
             "finish_reason": reason,
@@ -196,19 +190,13 @@ class ChatEngine:
         asked, prompts = await loop.run_in_executor(self._thread, self._reader.choices, request)
         lengths = [len(one.prompt) for one in prompts]
         self._sampling(request, max(lengths))  # refuses a prompt that is too long
-        try:
+        with self._engine_errors():
             found = await asyncio.gather(
                 *(
                     self.engine.next_log_probs(one.prompt, one.tokens, request_id=uuid.uuid4().hex)
                     for one in prompts
                 )
             )
-        except ValueError as error:
-            raise ConfigError(f"The engine refused the request: {error}") from error
-        except Exception as error:
-            if not self.engine.errored:
-                raise
-            raise _engine_dead() from error
         scores = scores_of(self._reader.front, asked, list(zip(prompts, found, strict=True)))
         answer = chosen(request["slide_id"], asked.choices, scores)
         return {
@@ -219,6 +207,18 @@ class ChatEngine:
                 "choice": answer.choice, "scores": answer.scores, "abstain": answer.abstain,
             },
         }  # fmt: skip
+
+    @contextmanager
+    def _engine_errors(self) -> Iterator[None]:
+        """Map what the engine raises inside the block to an error of ours."""
+        try:
+            yield
+        except ValueError as error:
+            raise ConfigError(f"The engine refused the request: {error}") from error
+        except Exception as error:
+            if not self.engine.errored:
+                raise
+            raise _engine_dead() from error
 
     def _sampling(self, request: dict[str, Any], prompt_tokens: int) -> Sampling:
         """Sampling of a request whose answer must fit behind its prompt."""

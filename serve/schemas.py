@@ -495,7 +495,7 @@ class ChatRequest(_In):
     slide_id: Id
     region: RegionBox | None = None
     choices: list[Text] | None = Field(None, min_length=2, max_length=len(LETTERS))
-    abstain: bool | None = Field(None, description="With choices: whether it may.")
+    abstain: bool | None = Field(None, description="With choices: whether it may abstain.")
     max_tokens: int | None = Field(None, ge=1, le=8192)
     max_completion_tokens: int | None = Field(None, ge=1, le=8192)
     temperature: float | None = Field(0.0, ge=0, le=2, allow_inf_nan=False)

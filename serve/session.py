@@ -90,8 +90,6 @@ def _serve(
     inputs = check_inputs(config)
     os.environ.update(proxy.environment(folder))
     private_ray.set_environment()
-    # Serve would kill and restart a proxy that takes 5 s to start, as on a busy machine.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     os.environ[logs.FILE] = str(folder / "log")
     import ray
     from ray import serve

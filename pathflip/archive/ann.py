@@ -40,7 +40,8 @@ _CACHED_SELECTIONS = 16
 MIN_CANDIDATES = 32
 """Candidates of the index whose full vectors are compared, at least."""
 _LOCATION_BYTES = 120
-_FLOAT32_ERROR = 1e-5  # bound on float32 products of unit vectors, with room
+FLOAT32_ERROR = 1e-5
+"""Bound on the error of float32 products of unit vectors, with room."""
 
 LOCATION = ["id", "slide_id", "x0", "y0", "size0", "mpp"]
 """Columns that name and locate a result."""
@@ -113,7 +114,7 @@ def top_k(
     if len(at) > 4 * k:
         if approximate is None:
             approximate = (block.vectors[at] @ query.astype(np.float32)) / block.norms[at]
-        at = at[approximate >= np.partition(approximate, -k)[-k] - _FLOAT32_ERROR]
+        at = at[approximate >= np.partition(approximate, -k)[-k] - FLOAT32_ERROR]
     exact = block.vectors[at].astype(np.float64)
     norms = np.linalg.norm(exact, axis=1)
     scores = exact @ query / np.where(norms > 0, norms, 1)

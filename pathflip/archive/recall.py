@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.archive import vectors
-from pathflip.archive.ann import DEFAULT_PARAMS, MIN_CANDIDATES
+from pathflip.archive.ann import DEFAULT_PARAMS, FLOAT32_ERROR, MIN_CANDIDATES
 
 MIN_RECALL = 0.9
 """Least recall of an index that is used. Indexes of clustered vectors have 0.97 and more
 (docs/notes/performance.md); what is below has lost rows or does not fit the vectors."""
 
 QUERIES, NEAREST = 32, 10
-_SAME_SCORE = 1e-5  # bound on float32 products of unit vectors, with room
 
 
 def index_recall(dataset: Any) -> float:
@@ -38,7 +37,7 @@ def index_recall(dataset: Any) -> float:
         if batch.num_rows:
             scores = queries @ _unit(vectors(batch["vector"])).T
             best = _largest(np.concatenate([best, scores], axis=1))
-    least = best.min(axis=1) - _SAME_SCORE
+    least = best.min(axis=1) - FLOAT32_ERROR
     found = dataset.scanner(
         columns=["vector", "_distance"],
         nearest={

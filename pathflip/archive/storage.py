@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
+from pathflip.errors import ArchiveError, PathFLIPError
+from pathflip.slides.objects import arrow_filesystem
 
 OBJECT_STORE_ON_DISK = "file-object-store://"
 """Lance's scheme for a folder treated as an object store; used to test remote access."""
@@ -123,18 +123,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return fs.LocalFileSystem(), uri
     if uri.startswith(OBJECT_STORE_ON_DISK):
         return fs.LocalFileSystem(), uri.removeprefix(OBJECT_STORE_ON_DISK)
-    if uri.startswith("az://"):  # Arrow takes an account from addresses alone, Lance from here
-        account, key = (os.environ.get(f"AZURE_STORAGE_ACCOUNT_{what}") for what in ("NAME", "KEY"))
-        if not account:
-            raise ConfigError(
-                "No Azure account is named.",
-                hint="Set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY unless the "
-                "machine has an identity.",
-                code="azure_account",
-            )
-        return fs.AzureFileSystem(account, account_key=key), uri.removeprefix("az://")
-    system, root = fs.FileSystem.from_uri(uri)
-    return system, root
+    return arrow_filesystem(uri)
 
 
 def digest_file(uri: str, path: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Object stores that hold slides: s3://, gs:// and az://, read through Arrow.
+"""Object stores, s3://, gs:// and az://, through Arrow, and the slides they hold.
 
 Credentials and endpoints come from the environment variables and identity files of each store,
 never from an address. Of what a store answers only the name of its error is ever repeated: the rest
@@ -8,6 +8,7 @@ may hold request ids, keys or signatures.
 from __future__ import annotations
 
 import functools
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,28 @@ class StoredObject:
     uri: str
     bytes: int
     mtime_ns: int
+
+
+def arrow_filesystem(uri: str) -> tuple[Any, str]:
+    """Return the Arrow file system of an address, and its path there.
+
+    Raises:
+        ConfigError: No Azure account is named (``azure_account``).
+    """
+    from pyarrow import fs
+
+    if uri.startswith("az://"):  # Arrow takes an account from addresses alone, Lance from here
+        account, key = (os.environ.get(f"AZURE_STORAGE_ACCOUNT_{what}") for what in ("NAME", "KEY"))
+        if not account:
+            raise ConfigError(
+                "No Azure account is named.",
+                hint="Set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY unless the "
+                "machine has an identity.",
+                code="azure_account",
+            )
+        return fs.AzureFileSystem(account, account_key=key), uri.removeprefix("az://")
+    system, root = fs.FileSystem.from_uri(uri)
+    return system, root
 
 
 def is_remote(uri: str) -> bool:
@@ -160,10 +183,8 @@ def _located(uri: str) -> tuple[Any, str]:
 
 @functools.cache
 def _filesystem(bucket: str) -> Any:
-    from pathflip.archive.storage import filesystem  # the archive itself imports this package
-
     try:
-        return _patiently(bucket, lambda: filesystem(bucket)[0])
+        return _patiently(bucket, lambda: arrow_filesystem(bucket)[0])
     except ConfigError as error:
         raise SlideError(error.message, hint=error.hint, code="access_denied") from error
 

@@ -399,11 +399,15 @@ def digest_source(path: Path) -> str:
         files = source_files(path)
         return digest_of({str(one.relative_to(path.parent)): _digest_file(one) for one in files})
     except OSError as error:
-        raise SlideError(
-            f"{path.name} cannot be read: {error.strerror}.",
-            hint="Check the path, the link and the permissions.",
-            code="not_a_file",
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> SlideError:
+    return SlideError(
+        f"{path.name} cannot be read: {error.strerror}.",
+        hint="Check the path, the link and the permissions.",
+        code="not_a_file",
+    )
 
 
 def digest_of(files: Mapping[str, str]) -> str:
@@ -481,9 +485,5 @@ def openable(path: Path) -> Path:
                     code="not_a_file",
                 )
     except OSError as error:
-        raise SlideError(
-            f"{path.name} cannot be read: {error.strerror}.",
-            hint="Check the path, the link and the permissions.",
-            code="not_a_file",
-        ) from error
+        raise _unreadable(path, error) from error
     return path

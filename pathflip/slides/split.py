@@ -23,7 +23,7 @@ from pathflip.slides.tiff import check_limits, read_layout
 
 _SUBFILE, _DESCRIPTION, _X, _Y, _UNIT, _OFFSETS, _COUNTS = 254, 270, 282, 283, 296, 324, 325
 _LEFT_OUT = (_DESCRIPTION, 330, 34665, 34853, 40965)
-"""What tells of all images of the file, and places of other directories."""
+"""Tags that tell of all images of the file, and places of other directories."""
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 16: 8, 17: 8}
 """Bytes of a value of each TIFF type."""
 

@@ -260,7 +260,7 @@ class StageCache:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        """Whoever counts and takes room is alone."""
+        """Keep other processes from counting and taking room meanwhile."""
         handle = os.open(self._folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

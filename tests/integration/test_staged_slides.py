@@ -27,9 +27,9 @@ from pathflip.search import Query, run_query
 from pathflip.slides import objects
 from pathflip.slides.sources import discover
 from pathflip.synth import make_slide
-from tests.broken_store import broken
+from tests import proxy
 from tests.conftest import SETTINGS, listing
-from tests.s3 import Store
+from tests.s3 import Store, environment
 from tests.without_ray import without_ray
 
 Job = Callable[..., Any]
@@ -110,18 +110,18 @@ def test_one_bad_object_costs_one_slide_until_it_is_mended(
     slides: str, store: Store, job_here: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(objects, "BACKOFF_S", ())
-    with broken(store) as breaking, monkeypatch.context() as patched:
-        for name, value in breaking.environment.items():
+    with proxy.between(store.port) as between, monkeypatch.context() as patched:
+        for name, value in environment(between.port).items():
             patched.setenv(name, value)
-        breaking.harm = lambda method, path, _: (
-            "403" if method == "GET" and path.endswith("b.svs") else ""
+        between.fault = lambda method, path: (
+            proxy.FORBIDDEN if method == "GET" and path.endswith("b.svs") else None
         )
         done = job_here([slides], tmp_path / "archive")
         assert done.slides == {"ready": 2, "quarantined": 1, "empty": 0, "skipped": 0}
         bad = rows(tmp_path / "archive")["b.svs"]
         assert (bad["reason"], bad["stage"]) == ("access_denied", "hash")
         assert "denies access" in bad["message"]
-        breaking.harm = lambda *_: ""
+        between.fault = proxy.no_fault
         done = job_here([slides], tmp_path / "archive")  # without --retry
         assert done.slides == {"ready": 1, "quarantined": 0, "empty": 0, "skipped": 2}
         assert rows(tmp_path / "archive")["b.svs"]["status"] == "ready"

@@ -96,10 +96,8 @@ def test_a_living_writer_is_named_and_keeps_its_lease(bucket: str) -> None:
     with Committer(uri) as committer:  # nobody need remove anything by hand
         cohort.commit(committer, 2)
     assert_whole(uri, range(3))
-    started = time.monotonic()
     maintain(uri)
     assert lease.Lease(uri)._read()[1] is None, "it was given back"
-    assert time.monotonic() - started < 60
 
 
 def test_a_suspended_writer_can_write_no_more(bucket: str) -> None:

@@ -22,8 +22,8 @@ from pathflip.slides.sources import (
     stat_source,
 )
 from pathflip.slides.staging import Stage, _inside, opened
-from tests.broken_store import BrokenStore, Harm, broken
-from tests.s3 import Store
+from tests import proxy
+from tests.s3 import Store, environment
 
 DICOM = b"\0" * 128 + b"DICM"
 TREE = {
@@ -221,42 +221,49 @@ def test_settings_come_from_the_environment(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def breaking(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokenStore]:
-    with broken(store) as state:
-        for name, value in state.environment.items():
+def between(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[proxy.Proxy]:
+    """A proxy through which this process sees the store."""
+    with proxy.between(store.port) as between:
+        for name, value in environment(between.port).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(objects, "BACKOFF_S", (0.0,))
-        yield state
+        yield between
 
 
-def of_body(harm: str, times: int) -> Harm:
-    return lambda method, _, before: harm if method == "GET" and before < times else ""
+def of_body(fault: str, times: int) -> proxy.Faults:
+    """Harm the first answers that bring a body."""
+    left = iter(range(times))
+    return lambda method, _: fault if method == "GET" and next(left, None) is not None else None
+
+
+def methods(between: proxy.Proxy) -> list[str]:
+    return [method for method, _ in between.traffic.requests]
 
 
 def test_a_broken_connection_is_taken_up_again(
-    store: Store, bucket: str, breaking: BrokenStore, stage: Stage
+    store: Store, bucket: str, between: proxy.Proxy, stage: Stage
 ) -> None:
     data = os.urandom(20 << 20)  # three requests
     put(store, bucket, {"a.svs": data})
     (source,) = discover([f"{bucket}/a.svs"])
-    breaking.harm = of_body("cut", 2)
+    between.traffic, between.fault = proxy.Traffic(), of_body(proxy.CUT, 2)
     assert read(stage, source) == data
-    assert len([path for method, path in breaking.seen if method == "GET"]) == 5
-    breaking.seen.clear()
+    assert methods(between).count("GET") == 5
+    between.traffic = proxy.Traffic()
     assert read(stage, source) == data
-    assert "GET" not in [method for method, _ in breaking.seen]  # it is there
+    assert "GET" not in methods(between)  # it is there
 
 
 def test_a_body_that_never_comes_whole_costs_the_slide(
     store: Store,
     bucket: str,
-    breaking: BrokenStore,
+    between: proxy.Proxy,
     stage: Stage,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     put(store, bucket, {"a.svs": os.urandom(100_000)})
     (source,) = discover([f"{bucket}/a.svs"])
-    breaking.harm = of_body("cut", 10**6)
+    between.fault = of_body(proxy.CUT, 10**6)
     monkeypatch.setattr(objects, "BACKOFF_S", ())
     error = refused(lambda: read(stage, source))
     assert error.code == "store_failed"
@@ -265,32 +272,31 @@ def test_a_body_that_never_comes_whole_costs_the_slide(
 
 
 def test_what_is_denied_is_said_without_what_the_store_said(
-    store: Store, bucket: str, breaking: BrokenStore, stage: Stage
+    store: Store, bucket: str, between: proxy.Proxy, stage: Stage
 ) -> None:
     put(store, bucket, {"a.svs": b"x" * 1000})
     (source,) = discover([f"{bucket}/a.svs"])
-    breaking.harm = of_body("403", 10**6)
+    between.fault = of_body(proxy.FORBIDDEN, 10**6)
     error = refused(lambda: read(stage, source))
     assert error.code == "access_denied"
     assert "AWS Error" not in str(error)
-    breaking.harm = lambda *_: "403"
+    between.fault = lambda *_: proxy.FORBIDDEN
     with pytest.raises(ConfigError) as caught:
         discover([bucket])
     assert caught.value.code == "access_denied"
 
 
 def test_an_object_replaced_while_it_is_read_is_not_used(
-    store: Store, bucket: str, breaking: BrokenStore, stage: Stage
+    store: Store, bucket: str, between: proxy.Proxy, stage: Stage
 ) -> None:
     """Of the same size, in the same second: only the ETag tells."""
     put(store, bucket, {"a.svs": b"a" * (20 << 20)})
     (source,) = discover([f"{bucket}/a.svs"])
 
-    def replaced(method: str, _: str, before: int) -> str:
-        if method == "GET" and before == 1:
+    def replaced(method: str, _: str) -> None:
+        if method == "GET" and methods(between).count("GET") == 2:
             put(store, bucket, {"a.svs": b"b" * (20 << 20)})
-        return ""
 
-    breaking.harm = replaced
+    between.traffic, between.fault = proxy.Traffic(), replaced
     assert refused(lambda: read(stage, source)).code == "source_changed"
     assert copies(stage) == []
