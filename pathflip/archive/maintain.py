@@ -8,13 +8,8 @@ from typing import Any
 
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
-from pathflip.archive.storage import (
-    filesystem,
-    guarded,
-    known_digests,
-    normalise,
-    open_table,
-)
+from pathflip.archive.lock import ArchiveLock
+from pathflip.archive.storage import filesystem, guarded, known_digests, normalise
 
 KEEP_HOURS = 24
 
@@ -45,10 +40,10 @@ def maintain(uri: str | Path) -> dict[str, Any]:
         removed = 0
         for table in fragments:
             with guarded(where, f"clean the table {table}"):
-                dataset = open_table(where, table)
+                dataset = committer.lock.open(table)
                 keep = timedelta(hours=KEEP_HOURS)
                 removed += dataset.cleanup_old_versions(older_than=keep).bytes_removed
-                removed += _remove_orphans(where, table)
+                removed += _remove_orphans(committer.lock, table)
         system, root = filesystem(where)
         known = known_digests(where)
         infos = system.get_file_info([f"{root}/{path}" for path in known])
@@ -59,12 +54,13 @@ def maintain(uri: str | Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _remove_orphans(uri: str, table: str) -> int:
+def _remove_orphans(lock: ArchiveLock, table: str) -> int:
     """Remove data files that no version refers to and that are older than a day."""
-    dataset = open_table(uri, table)
-    named = {path for batch in dataset.tracked_files() for path in batch["path"].to_pylist()}
+    # First: a process suspended after it would take for old what others have written meanwhile.
     before = datetime.now(UTC) - timedelta(hours=KEEP_HOURS)
-    system, root = filesystem(uri)
+    dataset = lock.open(table)
+    named = {path for batch in dataset.tracked_files() for path in batch["path"].to_pylist()}
+    system, root = filesystem(lock.uri)
     removed = 0
     for batch in dataset.all_files():
         for row in batch.to_pylist():
