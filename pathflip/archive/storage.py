@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pathflip.errors import ArchiveError, PathFLIPError
-from pathflip.slides.objects import arrow_filesystem
+from pathflip.slides.objects import arrow_filesystem, refuse_credentials
 
 OBJECT_STORE_ON_DISK = "file-object-store://"
 """Lance's scheme for a folder treated as an object store; used to test remote access."""
@@ -34,11 +34,16 @@ def is_local(uri: str) -> bool:
 
 
 def normalise(uri: str | Path) -> str:
-    """Return an absolute path for local archives, the URI without a trailing slash for others."""
+    """Return an absolute path for local archives, the URI without a trailing slash for others.
+
+    Raises:
+        ConfigError: The URI holds credentials.
+    """
     text = str(uri)
     if text.startswith("file://"):
         text = text[len("file://") :]
     if "://" in text:
+        refuse_credentials(text)
         return text.rstrip("/")
     return str(Path(text).expanduser().absolute())
 

@@ -32,6 +32,8 @@ _DENIED = re.compile(
 _MISSING = re.compile(
     r"NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND|NOT_FOUND|ContainerNotFound|BlobNotFound"
 )
+_SIGNED = re.compile(r"[?&](X-Amz-|X-Goog-|AWSAccessKeyId=|Signature=|sig=)", re.IGNORECASE)
+"""Parameters of addresses that were signed for somebody to use for a while."""
 _NAME = re.compile(r"AWS Error ([A-Z_]+)|Status\(([A-Z_]+)|(curlCode: \d+)")
 
 
@@ -92,14 +94,25 @@ def check_address(uri: str) -> str:
             hint="Write s3://BUCKET/PREFIX, gs://… or az://…; anything else must be mounted.",
             code="missing_source",
         )
-    if "@" in bucket or "?" in bucket:
+    refuse_credentials(uri)
+    return uri.rstrip("/")
+
+
+def refuse_credentials(uri: str) -> None:
+    """Refuse an address that would carry keys or signatures into archives and logs.
+
+    Raises:
+        ConfigError: It holds credentials (``missing_source``), which the message does not repeat.
+    """
+    scheme, _, rest = uri.partition("://")
+    # A secret key may hold slashes, and its @ stand behind the first of them.
+    if re.search(r"[@?:]", rest.partition("/")[0]) or _SIGNED.search(rest):
         raise ConfigError(
             f"An address {scheme}://… holds more than a bucket and a key.",
             hint="Credentials and endpoints come from the environment (AWS_ACCESS_KEY_ID, "
             "AWS_ENDPOINT_URL and so on), so that no archive or log keeps them.",
             code="missing_source",
         )
-    return uri.rstrip("/")
 
 
 def find_object(uri: str) -> StoredObject | None:

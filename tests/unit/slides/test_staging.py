@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pathflip.archive import Archive
+from pathflip.archive.lock import ArchiveLock
 from pathflip.errors import ConfigError, SlideError
 from pathflip.slides import objects
 from pathflip.slides.sources import (
@@ -126,10 +128,28 @@ def test_what_is_not_there_is_refused(store: Store, bucket: str) -> None:
         assert caught.value.code == code, address
     with pytest.raises(ConfigError, match="AZURE_STORAGE_ACCOUNT_NAME"):
         discover(["az://container/a.svs"])
-    with pytest.raises(ConfigError) as caught:
-        discover(["s3://AKIAKEY:very-secret@bucket/a.svs"])
-    assert "secret" not in str(caught.value)
-    assert "AKIA" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://AKIAKEY:very-secret@bucket/a.svs",
+        "s3://AKIAKEY:very/secret@bucket/a.svs",
+        "s3://bucket/a.svs?X-Amz-Credential=AKIAKEY&X-Amz-Signature=secret",
+        "az://container/a.svs?sv=2024&sig=secret",
+        "s3://bucket?access_key=AKIAKEY&secret_key=secret",
+    ],
+)
+def test_addresses_with_credentials_are_refused_and_not_repeated(address: str) -> None:
+    for use in (
+        lambda: discover([address]),
+        lambda: Archive(address),
+        lambda: ArchiveLock(address),
+    ):
+        with pytest.raises(ConfigError, match="more than a bucket and a key") as caught:
+            use()
+        assert "secret" not in str(caught.value)
+        assert "AKIA" not in str(caught.value)
 
 
 def test_copies_have_content_names_and_times(
