@@ -41,6 +41,7 @@ from pathflip.interop.tables import (
     is_json,
     is_missing,
     json_entries,
+    known,
     needed_column,
     read_rows,
     read_text,
@@ -245,7 +246,7 @@ def _csv(file: Path) -> Iterator[CaptionRow]:
     question = column(file, rows[0][1], ("question",))
     for line, row in rows:
         for name in (slide, text):
-            if is_missing(row[name]):
+            if is_missing(row[name]) or (name == text and known(row[name]) is None):
                 what = ("case" if is_case else "slide") if name == slide else "caption"
                 raise bad_line(file, line, f"no {what}")
         asked = row[question] if question is not None else None
@@ -266,6 +267,7 @@ def _json(file: Path) -> Iterator[CaptionRow]:
             further = [{"question": asked or "", "answer": answer} for asked, answer in rest]
             statements: list[str] = []
         elif _text(entry.get("caption")):
+            _check_caption(file, line, entry["caption"])
             question, text, further = None, clean(entry["caption"]), []
             concepts = entry.get("fine_grained_concepts") or []
             if not isinstance(concepts, list):
@@ -285,7 +287,7 @@ def _json(file: Path) -> Iterator[CaptionRow]:
 
 
 def _check_caption(file: Path, line: int, text: str) -> None:
-    if is_missing(text):
+    if known(text) is None:
         raise bad_line(file, line, "the caption is empty")
     if re.fullmatch(r"[A-H][).]?", text):
         raise bad_line(
@@ -303,6 +305,7 @@ def _folder(folder: Path) -> Iterator[CaptionRow]:
             raise bad_line(file, error.lineno, f"not JSON ({error.msg})") from error
         if not _text(text):
             raise bad_line(file, 1, "not a JSON string")
+        _check_caption(file, 1, text)
         yield CaptionRow(slide=file.parent.name, text=clean(text), is_case=True)
 
 

@@ -143,6 +143,8 @@ def is_dicom(path: Path) -> bool:
 
 def _is_dicom_by_name(name: str) -> bool | None:
     """Return whether a file is DICOM; None if its first bytes must say so."""
+    if name.startswith("."):  # macOS writes ._1.dcm beside 1.dcm on other disks
+        return False
     suffix = Path(name).suffix.lower()
     if suffix == DICOM_SUFFIX:
         return True

@@ -202,6 +202,8 @@ WRONG = {
     "too many cells": ("slide,caption\na,b\nc,d,e\n", "line 3: 3 cells"),
     "too few cells": ("slide,caption\na\n", "line 2: 1 cells"),
     "empty caption": ("slide,caption\na,b\nc,\n", "line 3: no caption"),
+    "None": ("slide,caption\na,none seen\nc,None\n", "line 3: no caption"),
+    "dash": ("slide,caption\na,b\nc,-\n", "line 3: no caption"),
     "empty slide": ("slide,caption\n,b\n", "line 2: no slide"),
     "after a long cell": ('slide,caption\na,"b\nb\nb"\nc\n', "line 5: 1 cells"),
     "open quote": ('slide,caption\na,"b\n', "line 2: "),

@@ -37,6 +37,7 @@ def test_folders_that_are_slides(tmp_path):
     dicom.mkdir()
     (dicom / "1.dcm").write_bytes(b"one")
     (dicom / "2.dcm").write_bytes(b"second")
+    (dicom / "._2.dcm").write_bytes(b"Mac OS X")  # its attributes, on a disk of another system
     side = tmp_path / "m"
     side.mkdir()
     (tmp_path / "m.mrxs").write_bytes(b"m")
@@ -44,6 +45,7 @@ def test_folders_that_are_slides(tmp_path):
     (side / "stray.tif").write_bytes(b"part of the mrxs")
     (tmp_path / "folder.svs").mkdir()
     found = {os.path.basename(s.uri): s.bytes for s in discover([str(tmp_path)])}
+    assert [path.name for path in dicom_files(dicom)] == ["1.dcm", "2.dcm"]
     assert found == {"series": 9, "m.mrxs": 1 + 5 + 16, "folder.svs": found["folder.svs"]}
 
 
