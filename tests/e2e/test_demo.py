@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def test_the_archive_holds_what_was_made(made: Path) -> None:
     assert {row["split"] for row in ready} == {"train", "val", "test"}
     captions = archive.captions().to_pylist()
     assert sum(bool(row["text"]) for row in captions) == COHORT
-    assert sum(bool(row["qa"]) for row in captions) == COHORT
+    asked = Counter(row["source"] for row in captions if row["qa"])
+    assert asked == {"vqa": COHORT, "abstain": COHORT}
     (model,) = archive.models().values()
     vectors = archive.dataset(model["embeddings_table"]).to_table(columns=["kind"])
     kinds = vectors["kind"].to_pylist()
