@@ -127,9 +127,16 @@ def _images(tif: tifffile.TiffFile) -> list[tuple[StoredImage, list[tifffile.Tif
     found: list[list[Any]] = []
     stated: list[tuple[float, float | None] | None] = []
     if tif.is_ome:
-        found = [[level.keyframe for level in series.levels] for series in tif.series]
         parts = re.split(r"<(?:\w+:)?Image\b", tif.ome_metadata or "")[1:]
-        stated = [ome_mpp(part) for part in parts] if len(parts) == len(found) else []
+        known = [ome_mpp(part) for part in parts] if len(parts) == len(tif.series) else []
+        for number, series in enumerate(tif.series):
+            # A page for each depth, channel or time: readers show one, so each is an image. Pages
+            # of other files, which OME-XML may name, are not copied.
+            planes = [list(level.pages) for level in series.levels]
+            for plane in range(len(planes[0])):
+                own = [level[plane] for level in planes if plane < len(level)]
+                found.append([page.aspage() for page in own if page and page.parent is tif])
+                stated.append(known[number] if known else None)
     else:
         for number in range(len(tif.pages)):
             page: Any = tif.pages.get(number, aspage=True)

@@ -14,7 +14,7 @@ from pathflip.cli import main
 from pathflip.errors import ConfigError, SlideError
 from pathflip.slides.slide import Slide
 from pathflip.slides.split import list_images, split_images
-from tests.unit.slides.test_structure import halved, per_cm, picture, write
+from tests.unit.slides.test_structure import code_of, halved, per_cm, picture, write
 
 LAYOUTS: list[dict[str, Any]] = [
     {"compression": "jpeg", "photometric": "rgb"},
@@ -121,3 +121,40 @@ def test_what_cannot_be_copied_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SlideError) as raised:
             list_images(path)
         assert raised.value.code == "unsupported"
+
+
+def test_each_plane_is_an_image_and_other_files_are_left_alone(tmp_path: Path) -> None:
+    """Depths of one OME image, of which readers show the first, and one in another file."""
+    planes = np.stack([picture(384, 256, seed=seed) for seed in range(3)])
+    shared = {"tile": (128, 128), "photometric": "rgb", "compression": "deflate"}
+    path = tmp_path / "z.ome.tif"
+    about = {"axes": "ZYXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    tifffile.imwrite(path, planes, metadata=about, **shared)
+    assert code_of(path) == "several_images"
+    written = split_images(path, tmp_path / "out")
+    assert len(written) == 3
+    for (_, file), plane in zip(written, planes, strict=True):
+        with Slide(file) as slide:
+            assert slide.mpp == pytest.approx(0.5)
+            assert np.array_equal(slide.read(0, 0, (384, 256)), plane)
+
+    write(tmp_path / "other.tif", planes[1])
+    data = (
+        '<TiffData FirstZ="{0}" IFD="0" PlaneCount="1"><UUID FileName="{1}">{2}</UUID></TiffData>'
+    )
+    here, there = (f"urn:uuid:00000000-0000-0000-0000-00000000000{number}" for number in (1, 2))
+    xml = (
+        f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{here}">'
+        '<Image ID="I:0">'
+        '<Pixels ID="P:0" DimensionOrder="XYCZT" Type="uint8" SizeX="384" SizeY="256" SizeC="3" '
+        'SizeZ="2" SizeT="1"><Channel ID="C:0" SamplesPerPixel="3"/>'
+        + data.format(0, "two.ome.tif", here)
+        + data.format(1, "other.tif", there)
+        + "</Pixels></Image></OME>"
+    )
+    write(tmp_path / "two.ome.tif", planes[0], description=xml)
+    with tifffile.TiffFile(tmp_path / "two.ome.tif") as opened:
+        assert [page.parent is opened for page in opened.series[0].pages] == [True, False]
+    ((_, file),) = split_images(tmp_path / "two.ome.tif", tmp_path / "out")
+    with Slide(file, mpp=0.5) as slide:
+        assert np.array_equal(slide.read(0, 0, (384, 256)), planes[0])
