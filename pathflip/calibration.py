@@ -26,6 +26,8 @@ FEWEST_UNANSWERABLE = 20
 COLDEST, HOTTEST = 0.02, 50.0
 STRONGEST = 20.0
 """Largest bias."""
+CHANCE_DRAWS = 200
+"""Sets of answers drawn for the error that a perfectly calibrated model has."""
 _SMALLEST = 1e-12
 
 
@@ -145,38 +147,36 @@ def fit_temperature(
     )
 
 
-def expected_error(confidence: ArrayLike, right: ArrayLike, *, bins: int = BINS) -> float:
+def expected_error(confidence: ArrayLike, right: ArrayLike) -> float:
     """Return the expected calibration error, in bins of equal mass."""
-    return float(weighted_error(confidence, right, np.ones((1, np.size(confidence))), bins=bins)[0])
+    return float(weighted_error(confidence, right, np.ones((1, np.size(confidence))))[0])
 
 
 def weighted_error(
-    confidence: ArrayLike, right: ArrayLike, weights: NDArray[np.float64], *, bins: int = BINS
+    confidence: ArrayLike, right: ArrayLike, weights: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return the expected calibration error under each row of weights [S, n]; bins are of all."""
     gap = np.asarray(confidence, np.float64) - np.asarray(right, np.float64)
-    of = equal_mass(confidence, bins=bins)
+    of = equal_mass(confidence)
     by_bin = np.stack([(weights * gap)[:, of == k].sum(axis=1) for k in range(of.max() + 1)])
     error: NDArray[np.float64] = np.abs(by_bin).sum(axis=0) / weights.sum(axis=1)
     return error
 
 
-def equal_mass(confidence: ArrayLike, *, bins: int = BINS) -> NDArray[np.int64]:
+def equal_mass(confidence: ArrayLike) -> NDArray[np.int64]:
     """Return the bin of each value [n]: as many in each, equal values together."""
     values = np.asarray(confidence, np.float64)
     order = np.sort(values)
-    edges = np.unique(order[np.linspace(0, len(order), bins + 1)[1:-1].astype(np.int64)])
+    edges = np.unique(order[np.linspace(0, len(order), BINS + 1)[1:-1].astype(np.int64)])
     found = np.searchsorted(edges, values, side="right")
     _, of = np.unique(found, return_inverse=True)
     return of.astype(np.int64)
 
 
-def reliability(
-    confidence: ArrayLike, right: ArrayLike, *, bins: int = BINS
-) -> list[dict[str, float]]:
+def reliability(confidence: ArrayLike, right: ArrayLike) -> list[dict[str, float]]:
     """Return {"n", "confidence", "accuracy"} of each bin, from the least sure."""
     sure, good = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
-    of = equal_mass(sure, bins=bins)
+    of = equal_mass(sure)
     return [
         {
             "n": int((of == k).sum()),
@@ -187,11 +187,8 @@ def reliability(
     ]
 
 
-def chance_error(
-    confidence: ArrayLike, *, bins: int = BINS, draws: int = 200, seed: int = 0
-) -> float:
+def chance_error(confidence: ArrayLike) -> float:
     """Return the mean error of a perfectly calibrated model of this confidence: the ECE's floor."""
     sure = np.asarray(confidence, np.float64)
-    right = np.random.default_rng([seed, 0xECE]).random((draws, len(sure))) < sure
-    ones = np.ones((1, len(sure)))
-    return float(np.mean([weighted_error(sure, row, ones, bins=bins)[0] for row in right]))
+    right = np.random.default_rng(0xECE).random((CHANCE_DRAWS, len(sure))) < sure
+    return float(np.mean([expected_error(sure, row) for row in right]))

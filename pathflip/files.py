@@ -23,6 +23,7 @@ _LOCK = "lock"
 _NOTE_S = 1.0
 """Seconds in which whoever has just taken a lock writes its name; it takes a millisecond."""
 _MAX_BASE = 20
+_REMOVALS = 20  # attempts, 0.05 s apart
 
 
 def partial(path: Path, *, one_writer: bool = False) -> Path:
@@ -192,9 +193,9 @@ class PrivateFolder:
         os.close(self._handle)
 
 
-def remove_tree(folder: Path, *, attempts: int = 20) -> None:
+def remove_tree(folder: Path) -> None:
     """Remove a folder to which processes that end may still write for a moment."""
-    for _ in range(attempts):
+    for _ in range(_REMOVALS):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return

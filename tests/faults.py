@@ -256,6 +256,14 @@ def without_compiler(folder: Path) -> dict[str, str]:
     return {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(folder / "made")}
 
 
+def private_folder(service: int) -> Path:
+    """The private folder of a running ``pathflip serve``, by the process of the command."""
+    (session,) = (pid for pid in descendants(service) if "-m serve.session" in command_line(pid))
+    variables = Path(f"/proc/{session}/environ").read_bytes().split(b"\0")
+    (folder,) = (Path(v[7:].decode()) for v in variables if v.startswith(b"TMPDIR="))
+    return folder
+
+
 def command_line(pid: int) -> str:
     """Return the command line of a process; empty when it is gone."""
     try:

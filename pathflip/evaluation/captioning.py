@@ -31,11 +31,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathflip import groundable
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.evaluation.bootstrap import interval, patient_weights, support
 from pathflip.evaluation.encode import SlideRow, captions_of, list_slides
 from pathflip.progress import Progress, Report
 from pathflip.slide_qa import tuned_name
+from pathflip.text import denies, split_sentences
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
@@ -223,9 +225,7 @@ def unsupported_sentences(
         {"share", "sentences": number, "by": "planted" or "rules VERSION", "what": {reason:
         sentences}, "examples", "ci"}; the share is None without a sentence.
     """
-    from pathflip import groundable
     from pathflip.synth.claims import unsupported_kind
-    from pathflip.text import split_sentences
 
     reason = unsupported_kind if planted else groundable.unsupported
     sentences = [split_sentences(caption) for caption in captions]
@@ -421,8 +421,6 @@ def named_findings(caption: str) -> frozenset[str]:
     A sentence names a finding when it has a word that captions use for this finding and for nothing
     else; sentences that deny name none.
     """
-    from pathflip.text import denies, split_sentences
-
     found: set[str] = set()
     for sentence in split_sentences(caption):
         if not denies(sentence):

@@ -194,8 +194,6 @@ def judge(
     texts: NDArray[np.float32],
     said: NDArray[np.float32],
     lift: NDArray[np.float64],
-    *,
-    nearest: int = NEAREST,
 ) -> NDArray[np.bool_]:
     """Return whether a slide can show each text [S]: its neighbours' mean lift is above chance.
 
@@ -203,12 +201,11 @@ def judge(
         texts: Text vectors, L2-normalised [S, d].
         said: Text vectors of the sentences that were measured [V, d].
         lift: Their lifts [V].
-        nearest: Number of neighbours.
     """
     kept = np.zeros(len(texts), np.bool_)
     for start in range(0, len(texts), 1024):
         near = np.argsort(-(texts[start : start + 1024] @ said.T), axis=1, kind="stable")
-        own = lift[near[:, :nearest]]
+        own = lift[near[:, :NEAREST]]
         error = own.std(axis=1, ddof=1) / np.sqrt(own.shape[1])
         kept[start : start + 1024] = own.mean(axis=1) - BY_CHANCE * error > 0.5
     return kept

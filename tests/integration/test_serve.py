@@ -39,6 +39,7 @@ from tests.faults import (
     command_line,
     descendants,
     listening,
+    private_folder,
     resident_bytes,
     until,
     without_compiler,
@@ -201,11 +202,7 @@ def test_what_clients_get_wrong_is_in_no_log(served: Process, http: httpx.Client
         assert http.post(path, json=BODIES[path] | more).json()["code"] == "unknown_slide"
     assert http.post("/v1/search", json={"slide_id": wrong}).json()["code"] == "unknown_slide"
     assert http.get(f"/v1/slides/{wrong}").status_code == 404
-    (session,) = (
-        pid for pid in descendants(served.process.pid) if "-m serve.session" in command_line(pid)
-    )
-    variables = Path(f"/proc/{session}/environ").read_bytes().split(b"\0")
-    (folder,) = (Path(v[7:].decode()) for v in variables if v.startswith(b"TMPDIR="))
+    folder = private_folder(served.process.pid)
     assert folder.stat().st_mode & 0o777 == 0o700
     logs = [path for path in folder.rglob("*") if path.is_file()]
     assert any("replica_pathflip_search" in path.name for path in logs)

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from pathflip.files import PRIVATE
-from tests.faults import alive, command_line, descendants, until
+from tests.faults import alive, command_line, descendants, private_folder, until
 from tests.serving import free_port
 from tests.unit.serve.service_fixture import World, make_world
 
@@ -78,9 +78,8 @@ class Start:
 
     def private(self) -> Path:
         """The private folder of the service."""
-        session = self.wait_for(SESSION)
-        variables = Path(f"/proc/{session}/environ").read_bytes().split(b"\0")
-        (folder,) = (Path(v[7:].decode()) for v in variables if v.startswith(b"TMPDIR="))
+        self.wait_for(SESSION)
+        folder = private_folder(self.process.pid)
         assert folder.name.startswith(PRIVATE)
         return folder
 

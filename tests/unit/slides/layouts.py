@@ -24,19 +24,21 @@ _NM = 500
 """Nanometres of a pixel, Leica's unit."""
 
 
-def picture(w: int = WIDTH, h: int = HEIGHT) -> Pixels:
-    """Smooth blobs on noise, no two tiles alike [h, w, 3]."""
-    rng = np.random.default_rng(5)
-    out = np.full((h, w, 3), 235, np.float32)
-    for cell, depth in ((16, 80), (40, 50)):
+def picture(w: int = WIDTH, h: int = HEIGHT, *, seed: int = 5) -> Pixels:
+    """Tissue-like pixels [h, w, 3] without a repeat, smooth enough to be seen at a quarter."""
+    rng = np.random.default_rng(seed)
+    out = np.full((h, w, 3), 244, np.float32)
+    for cell, depth in ((16, 90), (48, 60)):
         coarse = rng.random((h // cell + 2, w // cell + 2, 3)).astype(np.float32)
         out -= depth * np.kron(coarse, np.ones((cell, cell, 1), np.float32))[:h, :w]
-    return np.clip(out, 5, 250).astype(np.uint8)
+    return np.clip(out, 5, 255).astype(np.uint8)
 
 
-def _halved(pixels: Pixels) -> Pixels:
-    h, w = pixels.shape[0] // 2, pixels.shape[1] // 2
-    return pixels.reshape(h, 2, w, 2, 3).mean((1, 3)).round().astype(np.uint8)
+def halved(pixels: Pixels) -> Pixels:
+    """The mean of each two by two; an odd last row or column is left out."""
+    h, w = (side // 2 * 2 for side in pixels.shape[:2])
+    blocks = pixels[:h, :w].reshape(h // 2, 2, w // 2, 2, -1)
+    return blocks.mean((1, 3)).round().astype(np.uint8)
 
 
 def _write(
@@ -45,7 +47,7 @@ def _write(
     """Two levels; ``options`` are those of :meth:`tifffile.TiffWriter.write`."""
     base = picture()
     with tifffile.TiffWriter(path, bigtiff=big) as file:
-        for level, pixels in enumerate((base, _halved(base))):
+        for level, pixels in enumerate((base, halved(base))):
             scale = 1e4 / MPP / 2**level
             given = {
                 "tile": (TILE, TILE), "photometric": "rgb", "metadata": None,
@@ -131,7 +133,7 @@ def _ndpi(path: Path) -> None:
     """Each level is one JPEG; links between directories have 8 bytes."""
     data = bytearray(b"II*\0" + b"\0" * 8)
     link = 4
-    for level, pixels in enumerate((picture(), _halved(picture()))):
+    for level, pixels in enumerate((picture(), halved(picture()))):
         options = [cv2.IMWRITE_JPEG_QUALITY, 90]
         jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)[1].tobytes()
         at = len(data)

@@ -17,24 +17,14 @@ from numpy.typing import NDArray
 from pathflip.errors import REASONS, SlideError
 from pathflip.slides.reader import SlideReader
 from pathflip.slides.slide import Slide
+from tests.unit.slides import layouts
+from tests.unit.slides.layouts import halved
 
 Pixels = NDArray[np.uint8]
 
 
 def picture(w: int = 1024, h: int = 512, *, seed: int = 0) -> Pixels:
-    """Tissue-like pixels [h, w, 3] without a repeat, smooth enough to be seen at a quarter."""
-    rng = np.random.default_rng(seed)
-    out = np.full((h, w, 3), 244, np.float32)
-    for cell, depth in ((16, 90), (48, 60)):
-        coarse = rng.random((h // cell + 2, w // cell + 2, 3)).astype(np.float32)
-        out -= depth * np.kron(coarse, np.ones((cell, cell, 1), np.float32))[:h, :w]
-    return np.clip(out, 5, 255).astype(np.uint8)
-
-
-def halved(pixels: Pixels) -> Pixels:
-    h, w = (side // 2 * 2 for side in pixels.shape[:2])
-    blocks = pixels[:h, :w].reshape(h // 2, 2, w // 2, 2, -1)
-    return blocks.mean((1, 3)).round().astype(np.uint8)
+    return layouts.picture(w, h, seed=seed)
 
 
 def padded(pixels: Pixels, tile: int) -> Pixels:
