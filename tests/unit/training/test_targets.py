@@ -13,6 +13,7 @@ from pathflip.archive.commit import Committer
 from pathflip.checkpoints import load_run
 from pathflip.errors import ConfigError
 from pathflip.training.dataset import Corpus, make_corpus
+from pathflip.training.model_card import _targets
 from pathflip.training.targets import judge, lifts, with_targets
 from tests.tuning import Given, make_given
 
@@ -84,6 +85,9 @@ def test_only_what_a_slide_can_show_is_a_target(given: Given) -> None:
     }  # fmt: skip
     assert report["left_out"]["person"]["examples"] == ["Dr. Lee concurs."]
     assert report["slides_without_target"] == 2
+    card = "\n".join(_targets(report))
+    assert "| person | 1 |" in card
+    assert "Lee" not in card, "cards are published"
     assert found.about["left_out"]["nothing_groundable"] == 1
 
 
