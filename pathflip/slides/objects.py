@@ -189,8 +189,19 @@ def _stored(uri: str, info: Any) -> StoredObject:
 
 
 def _located(uri: str) -> tuple[Any, str]:
-    """Return the Arrow file system of an address, and its path there."""
+    """Return the Arrow file system of an address, and its path there.
+
+    Raises:
+        SlideError: Its key has a part that Arrow, or the way to the store, leaves out
+            (``unsupported``).
+    """
     scheme, _, path = uri.partition("://")
+    if {"", ".", ".."} & set(path.split("/")):
+        raise SlideError(
+            f"{PurePosixPath(uri).name} has a key with an empty part, . or .. in it ({uri}).",
+            hint="Rename the object.",
+            code="unsupported",
+        )
     return _filesystem(f"{scheme}://{path.partition('/')[0]}"), path
 
 

@@ -130,6 +130,26 @@ def test_what_is_not_there_is_refused(store: Store, bucket: str) -> None:
         discover(["az://container/a.svs"])
 
 
+def test_keys_are_taken_as_they_are_or_refused(store: Store, bucket: str, stage: Stage) -> None:
+    """Nothing of a key is decoded, and none leads to another object or out of the folder."""
+    odd = ["a%2Fb.svs", "a b+c.svs", "a#b?.svs", "a\\b.svs", "\u00e9.svs", "a:b.svs"]
+    wrong = ["x//double.svs", "x/../up.svs", "x/./dot.svs"]
+    put(store, bucket, {key: key.encode() for key in (*odd, *wrong)})
+    found = {one.uri: one for one in discover([bucket])}
+    assert sorted(found) == sorted(f"{bucket}/{key}" for key in (*odd, *wrong))
+    for key in odd:
+        with stage.open(found[f"{bucket}/{key}"]) as staged:
+            assert staged.path.read_bytes() == key.encode()
+            assert staged.path.is_relative_to(stage.folder)
+    for key in wrong:
+        with (
+            pytest.raises(SlideError, match="empty part") as caught,
+            stage.open(found[f"{bucket}/{key}"]),
+        ):
+            pass
+        assert caught.value.code == "unsupported"
+
+
 @pytest.mark.parametrize(
     "address",
     [
