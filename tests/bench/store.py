@@ -1,4 +1,4 @@
-"""Requests and bytes of a first search on an archive in an object store, counted by a proxy.
+"""Requests and bytes of an archive in an object store, step by step, counted by a proxy.
 
     python -m tests.bench.store [--json]
 
@@ -18,7 +18,7 @@ SLIDES = 50
 
 
 def measure(*, slides: int) -> dict[str, dict[str, int]]:
-    """Return {step: requests and bytes} of opening, a first search and the same again."""
+    """Return {step: requests and bytes} of opening, searching, committing and maintaining."""
     from tests import proxy, s3
 
     with s3.running() as store, proxy.between(store.port) as between, TemporaryDirectory() as made:
