@@ -14,6 +14,8 @@ from pathflip.errors import ConfigError
 from pathflip.progress import Report, show_progress
 from pathflip.splits import requested_split
 
+_SHOWN = 5  # names of a list in a table
+
 ArchiveOption = Annotated[
     str, typer.Option("--archive", help="Archive: a folder, or s3://, gs://, az://.")
 ]
@@ -178,6 +180,9 @@ def _cell(value: Any) -> str:
         return f"{value:,.4g}"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, list):  # of names: --json has all of them
+        shown = ", ".join(map(str, value[:_SHOWN]))
+        value = shown if len(value) <= _SHOWN else f"{len(value):,}: {shown} …"
     return escape(str(value))
 
 

@@ -9,6 +9,7 @@ import pytest
 import tifffile
 
 from pathflip.cli import main
+from pathflip.cli.options import show_document
 from tests.archives import make_archive
 
 COMMANDS = [
@@ -106,6 +107,16 @@ def test_openslide_of_known_faults_is_refused(capsys, monkeypatch, tmp_path, ver
         with pytest.raises(SlideError, match="CVE-2026-48977") as caught:
             Slide(path)
         assert caught.value.code == "unsupported"
+
+
+def test_a_table_counts_what_is_too_long_to_show(capsys):
+    names = [f"s{i:03}" for i in range(944)]
+    show_document({"patients": {"unmatched": names, "ambiguous": []}}, as_json=False)
+    told = capsys.readouterr().out
+    assert "944: s000, s001, s002, s003, s004 …" in told
+    assert "s005" not in told
+    show_document({"unmatched": names}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"unmatched": names}
 
 
 def test_unknown_command_is_usage(capsys):
