@@ -195,7 +195,11 @@ def _import(
             code="no_match",
         )
     writer = None if dry_run else committer
-    removed = remove_captions(writer, archive, source=source, keep=found) if replace_source else []
+    removed: list[str] = []
+    if replace_source:
+        # A name that has become several slides' is not gone from the file.
+        keep = {*found, *(slide for _, slides in matches.unclear for slide in slides)}
+        removed = remove_captions(writer, archive, source=source, keep=keep)
     if writer is None:
         _, counts = changed_captions(archive, captions, source=source)
     else:

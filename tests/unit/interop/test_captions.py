@@ -138,6 +138,18 @@ def test_captions_a_file_dropped_are_removed_when_asked(uri, tmp_path):
     assert (raised.value.code, "c (1)" in raised.value.hint) == ("no_source", True)
 
 
+def test_a_name_that_has_become_ambiguous_removes_no_caption(uri, tmp_path):
+    """Another slide of the same name was ingested since; the file is the same."""
+    file = write(tmp_path / "c.csv", "slide,caption\nid0,first\nid3,second\nid4,third\n")
+    import_captions(uri, file)
+    write(file, "slide,caption\nid0,first\nsame,second\n")
+    done = import_captions(uri, file, replace_source=True)
+    assert (done["ambiguous"], done["removed"]) == (["same"], [])
+    assert done["not_in_file"] == ["id3", "id4"]
+    write(file, "slide,caption\nid0,first\none/same,second\n")
+    assert import_captions(uri, file, replace_source=True)["removed"] == ["id4"]
+
+
 def test_a_file_of_other_slides_removes_nothing(uri, tmp_path):
     file = write(tmp_path / "c.csv", PLAIN)
     import_captions(uri, file)
