@@ -42,6 +42,8 @@ REFRESH_S = 10.0
 """Seconds after which a slide that was withdrawn or made again is noticed at the latest."""
 MAX_TOKENS = 512
 """Tokens of an answer where the request names no limit."""
+MAX_CHOICE_TOKENS = 512
+"""Tokens of all options of a question, where a model chooses by their texts."""
 
 
 class ChatEngine:
@@ -190,13 +192,18 @@ class ChatEngine:
         asked, prompts = await loop.run_in_executor(self._thread, self._reader.choices, request)
         lengths = [len(one.prompt) for one in prompts]
         self._sampling(request, max(lengths))  # refuses a prompt that is too long
-        with self._engine_errors():
-            found = await asyncio.gather(
-                *(
-                    self.engine.next_log_probs(one.prompt, one.tokens, request_id=uuid.uuid4().hex)
-                    for one in prompts
-                )
+        tasks = [
+            asyncio.ensure_future(
+                self.engine.next_log_probs(one.prompt, one.tokens, request_id=uuid.uuid4().hex)
             )
+            for one in prompts
+        ]
+        try:
+            with self._engine_errors():
+                found = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # one has failed: the others are for nobody
+                task.cancel()
         scores = scores_of(self._reader.front, asked, list(zip(prompts, found, strict=True)))
         answer = chosen(request["slide_id"], asked.choices, scores)
         return {
@@ -281,7 +288,7 @@ class PromptReader:
         import torch
 
         from pathflip.choice_prompts import ScoredPrompt, scored_prompts
-        from pathflip.slide_qa import ChoiceQuestion, offers_abstention
+        from pathflip.slide_qa import ChoiceQuestion, check_question, mode_of, offers_abstention
 
         with torch.no_grad():
             asked = ChoiceQuestion(
@@ -290,6 +297,15 @@ class PromptReader:
                 choices=tuple(request["choices"]),
                 abstain=offers_abstention(self.front, request["choices"], request.get("abstain")),
             )
+            check_question(asked.question, asked.choices)
+            # Each token may be a prompt of its own, as long as the slide.
+            tokens = sum(len(self.front.prompter.text_ids(text)) for text in asked.shown)
+            if mode_of(self.front) == "option_ll" and tokens > MAX_CHOICE_TOKENS:
+                raise ConfigError(
+                    f"The options have {tokens:,} tokens; {MAX_CHOICE_TOKENS} are possible.",
+                    hint="Shorten them, or ask again with fewer.",
+                    code="question",
+                )
             return asked, [
                 ScoredPrompt(prompt=one.prompt.cpu(), tokens=one.tokens)
                 for one in scored_prompts(self.front, asked)

@@ -205,8 +205,9 @@ def scored(parts, world, loop, tuned):
         str(tuned.archive), str(tuned.run), config=ChatConfig(), engine=FakeEngine(scores=scores)
     )
 
-    def run(*every, abstains=False, heat=None):
+    def run(*every, abstains=False, heat=None, answers="letter"):
         for front in (engine._reader.front, answerer.model):
+            front.config = replace(front.config, choice_answer=answers)
             front.abstains = abstains
             front.calibration = heat
         app = make_app(replace(parts, instructor=engine), tokens=read_tokens(world.token_file))
@@ -259,8 +260,23 @@ def test_options_that_cannot_be_are_refused(scored) -> None:
         {"choices": ["one"]}, {"choices": ["one", " one "]}, {"choices": ["one", " "]},
         {"choices": list("abcdefghi")}, {"choices": CHOICES, "stream": True}, {"abstain": True},
         {"choices": CHOICES, "messages": [QUESTION, QUESTION]},
+        {"choices": CHOICES, "messages": [QUESTION | {"content": " "}]},
     ]  # fmt: skip
     assert {answer.status_code for answer in run(*wrong)} == {422}
     long = [{"role": "user", "content": "Why? " * 3000}]
     (refused,) = run({"choices": CHOICES, "messages": long})
     assert refused.json()["code"] == "prompt_too_long"
+
+
+def test_texts_of_options_are_no_thousand_prompts(scored) -> None:
+    """A model that chooses by text reads a prompt for each token of an option."""
+    answerer, run = scored
+    long = ["qzxj " * 110, "mucin"]
+    (by_letter,) = run({"choices": long})
+    assert by_letter.status_code == 200
+    (refused,) = run({"choices": long}, answers="text")
+    assert (refused.status_code, refused.json()["code"]) == (422, "question")
+    (short,) = run({"choices": CHOICES}, answers="text")
+    assert short.json()["usage"]["completion_tokens"] == sum(
+        len(answerer.model.prompter.text_ids(text)) for text in CHOICES
+    )
