@@ -174,7 +174,10 @@ class Grounding:
 
     def _cost(self, question: _Question) -> int:
         """Return the texts a question has to encode, or slides in their place."""
-        slides = sum(not self.cache.holds(question.archive, slide) for slide in question.slides)
+        try:
+            slides = sum(not self.cache.holds(question.archive, slide) for slide in question.slides)
+        except Exception:  # its own answer meets it again, and must not fail the others
+            slides = 0
         return TEXTS_OF_A_SLIDE * slides + self.cache.missing(question.texts)
 
 

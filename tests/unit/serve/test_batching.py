@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ def test_one_fails_or_leaves_and_the_others_are_answered(
     assert isinstance(found[1], ConfigError)
     assert isinstance(found[2], asyncio.CancelledError)
     assert [found[n]["slide_id"] for n in (0, 3, 4)] == ["slide000", "slide000", "slide002"]
+
+
+def test_features_of_other_weights_are_refused_at_once(
+    part: Grounding, together: Callable[[Any], Any]
+) -> None:
+    """Whoever answers the batch does not end with it, so that all would wait for ever."""
+    part.cache.run = replace(part.run, encoder={**part.run.encoder, "revision": "another"})
+
+    async def ask() -> list[Any]:
+        async with asyncio.timeout(60):
+            wanted = [part.ground(ground_body(n)) for n in range(3)]
+            return await asyncio.gather(*wanted, return_exceptions=True)
+
+    assert [one.code for one in together(ask())] == ["other_encoder"] * 3
 
 
 def test_what_was_written_is_read_again(world: World, tmp_path: Path) -> None:
