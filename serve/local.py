@@ -67,16 +67,21 @@ def run(
                 code="no_tokens",
             )
         _check_port(host, port)
-        with PrivateFolder() as folder, _Session(config, host, port, folder) as session:
-            started = session.next(signals)
-            if started is None:
-                return
-            bracketed = f"[{host}]" if ":" in host else host
-            url = f"http://{bracketed}:{port}"
-            ready({"url": url, "pid": os.getpid()} | started["ready"])
-            if session.next(signals) is None:
-                session.stop()
-                session.next(signals, seconds=config.drain_s + GRACE_S)
+        try:
+            with PrivateFolder() as folder, _Session(config, host, port, folder) as session:
+                started = session.next(signals)
+                if started is None:
+                    return
+                bracketed = f"[{host}]" if ":" in host else host
+                url = f"http://{bracketed}:{port}"
+                ready({"url": url, "pid": os.getpid()} | started["ready"])
+                if session.next(signals) is None:
+                    session.stop()
+                    session.next(signals, seconds=config.drain_s + GRACE_S)
+        except PathFLIPError as error:
+            if error.code == "start":  # another may have taken the port meanwhile
+                _check_port(host, port)
+            raise
 
 
 class _Signals:
@@ -120,6 +125,8 @@ class _Session:
         paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         # What it starts keeps its temporary files in the folder, too.
         environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(self._folder)}
+        # A file serve.py or queue.py in the working folder is no module of ours.
+        environment["PYTHONSAFEPATH"] = "1"
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _SESSION, str(reports)],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 FILE = "PATHFLIP_LOG"
@@ -36,8 +37,9 @@ def pass_on(file: Path, begin: int) -> int:
         with file.open("r+b") as handle:
             handle.seek(begin)
             if text := handle.read():
-                sys.stderr.write(text.decode(errors="replace"))
-                sys.stderr.flush()
+                with suppress(OSError):  # nobody reads it any more
+                    sys.stderr.write(text.decode(errors="replace"))
+                    sys.stderr.flush()
             end = handle.tell()
             if end > _MAX_BYTES:
                 handle.truncate(0)  # whoever writes appends

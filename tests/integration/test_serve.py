@@ -63,7 +63,8 @@ from tests.unit.serve.test_patches import CLASSES, assert_near
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-COMMAND = (sys.executable, "-m", "pathflip.cli", "serve")
+# As the installed command: the working folder is not where it looks for modules.
+COMMAND = (sys.executable, "-P", "-m", "pathflip.cli", "serve")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +106,15 @@ def start(world: World, folder: Path, *, tokens: bool = True) -> Process:
     compilers.mkdir()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= without_compiler(compilers)  # as in the image
+    here = folder / "working-folder"
+    here.mkdir()
+    for name in ("serve", "pathflip", "queue"):  # which are not meant
+        (here / f"{name}.py").write_text("raise SystemExit(__file__)")
     errors = folder / "stderr"
     with errors.open("w") as stderr:
         process = subprocess.Popen(
             [str(word) for word in command], stdout=subprocess.PIPE, stderr=stderr, text=True,
-            env=environment,
+            env=environment, cwd=here,
         )  # fmt: skip
     line = process.stdout.readline() if process.stdout else ""
     service = Process(

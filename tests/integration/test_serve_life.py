@@ -166,6 +166,14 @@ def test_nothing_outlives_it_when_it_is_killed(start: Start) -> None:
     assert_nothing_is_left(start, folder)
 
 
+def test_a_port_that_is_taken_while_it_starts_is_named(start: Start) -> None:
+    folder = start.private()
+    with socket.create_server(("127.0.0.1", start.port)):
+        assert start.end()["error"]["code"] == "port"
+        assert start.process.returncode == 2
+    assert_nothing_is_left(start, folder)
+
+
 def test_a_port_that_a_service_holds_is_explained(
     world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
