@@ -62,6 +62,7 @@ _NOTHING_UP = "    http-request deny deny_status 503"
 _ERRORS = {
     400: ("Bad Request", "bad_request", "The request is not HTTP/1.1."),
     401: ("Unauthorized", "no_token", "Send a valid token: Authorization: Bearer TOKEN."),
+    405: ("Method Not Allowed", "method", "No path has this method."),
     408: ("Request Timeout", "too_slow", "The request did not arrive in time."),
     413: ("Content Too Large", "too_large", "Requests to this path have no body."),
     429: ("Too Many Requests", "busy", "Too many requests from one address."),
@@ -218,9 +219,13 @@ def _frontend(folder: Path) -> list[str]:
         " !{ src 127.0.0.0/8 ::1 }",
         "acl pathflip_open path /healthz",
         "acl pathflip_open path_beg /-/",
-        "acl pathflip_body req.hdr_val(content-length) gt 0",
+        "acl pathflip_body req.hdr(content-length) -m reg [1-9]",  # of any size
         "acl pathflip_body req.hdr(transfer-encoding) -m found",
+        "acl pathflip_method method GET HEAD POST PUT PATCH DELETE OPTIONS",
         "http-request set-var(txn.pathflip_id) uuid(),regsub(-,,g)",
+        # The ingress's server answers others, and WebSockets, without a proof.
+        _refuse(405, "if !pathflip_method or !{ path_beg / }"),
+        "http-request del-header upgrade",
         "http-request track-sc1 src table pathflip_open if pathflip_open",
         _refuse(413, "if pathflip_open pathflip_body"),
         _refuse(429, f"if pathflip_open {{ sc1_http_req_rate gt {ADDRESS_OPEN_RATE} }}"),

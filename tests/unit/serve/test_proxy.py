@@ -341,8 +341,9 @@ def test_open_paths_have_no_body_and_a_rate(
                 for sent in (b"{}", iter([b"{}"])):
                     answer = client.request("GET", path, content=sent)
                     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
-            with held(port, head("GET", "/healthz", 10_000_000), 20) as every:
-                until(lambda: ended(every) == len(every), seconds=20, what="they are ended")
+            for length in (10_000_000, 2**32):  # the second is 0 in 32 bits
+                with held(port, head("GET", "/healthz", length), 20) as every:
+                    until(lambda: ended(every) == len(every), seconds=20, what="they are ended")
             assert "/healthz" not in behind.asked
             told = {}
             for _ in range(50 * proxy.ADDRESS_OPEN_RATE):
@@ -353,6 +354,20 @@ def test_open_paths_have_no_body_and_a_rate(
             assert set(told) == {200, 429}
             assert told[429].headers["retry-after"] == "1"
             assert client.get("/v1/models").status_code == 200, "others are not meant"
+
+
+def test_what_the_ingress_does_not_read_is_answered(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with guarded(variables, monkeypatch, tmp_path / "p") as (port, behind):
+        url = f"http://127.0.0.1:{port}"
+        for method in ("BREW", "TRACE"):
+            answer = httpx.request(method, f"{url}/v1/models")
+            assert (answer.status_code, answer.json()["code"]) == (405, "method")
+        assert "/v1/models" not in behind.asked
+        key = {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version": "13"}
+        wanted = {"Connection": "Upgrade", "Upgrade": "websocket", **key}
+        assert httpx.get(f"{url}/v1/models", headers=wanted).status_code == 200
 
 
 def test_connections_of_an_address(
