@@ -368,8 +368,9 @@ def _level_doubt(
             return doubt(f"states that it is {stated:.3f} times coarser, its size {downsample:.3f}")
     places = _windows(level, sizes[level], page, read)
     if min(sizes[level]) > _LEAST:
-        # Where the finer level shows most: a level that was left blank has no such place.
-        most = _windows(level - 1, sizes[level - 1], pages.get(level - 1), read)[:1]
+        # Where the finer level shows most, and this one least: it may have been left blank there.
+        finer = pages.get(level - 1)
+        most = _windows(level - 1, sizes[level - 1], finer, read, coarser=page)[:1]
         scale = [sizes[level][i] / sizes[level - 1][i] for i in (0, 1)]
         half = _WINDOW / 2
         places += [
@@ -386,9 +387,17 @@ def _level_doubt(
 
 
 def _windows(
-    level: int, size: tuple[int, int], page: TiffPage | None, read: ReadLevel
+    level: int,
+    size: tuple[int, int],
+    page: TiffPage | None,
+    read: ReadLevel,
+    *,
+    coarser: TiffPage | None = None,
 ) -> list[tuple[int, int]]:
-    """Return corners of windows with much to see, far from the origin first."""
+    """Return corners of windows with much to see, far from the origin first.
+
+    Of a level with a ``coarser`` one, those come first where that has little to see.
+    """
     side = min(_WINDOW, *size)
     if side <= _LEAST:
         return []
@@ -398,6 +407,11 @@ def _windows(
         x = np.clip(column * page.tile_w + (page.tile_w - side) // 2, 0, size[0] - side)
         y = np.clip(row * page.tile_h + (page.tile_h - side) // 2, 0, size[1] - side)
         weight = page.counts * (0.25 + x / size[0] + y / size[1])
+        if coarser is not None and len(coarser.counts):
+            there = (x + side / 2) / page.width * coarser.width // coarser.tile_w
+            below = (y + side / 2) / page.height * coarser.height // coarser.tile_h
+            at = (below * -(-coarser.width // coarser.tile_w) + there).astype(np.int64)
+            weight *= page.counts / (coarser.counts[np.minimum(at, len(coarser.counts) - 1)] + 1.0)
         best = np.argsort(weight)[::-1][:_WINDOWS]
         return list(zip(x[best].tolist(), y[best].tolist(), strict=True))
     places = [

@@ -299,6 +299,21 @@ def test_a_level_that_is_blank_or_recoloured_is_not_used(
     assert np.abs(small.astype(int) - halved(halved(base))).max() <= 2
 
 
+def test_a_level_that_is_blank_in_one_part_is_not_used(tmp_path: Path) -> None:
+    base = picture(4096, 2048)
+    whole = pyramid(base, 2, lambda level: level)
+    for x, y in ((0, 0), (768, 256), (1792, 768)):  # one tile, wherever it lies
+        holed = [level.copy() for level in whole]
+        holed[1][y : y + 256, x : x + 256] = 255
+        holed[2] = halved(holed[1])
+        path = write_pyramid(tmp_path / f"{x}.tif", holed, [0.5, 1.0, 2.0])
+        with Slide(path) as slide:
+            assert slide.levels == 1
+            assert "other colours" in slide.reader_note
+    with Slide(write_pyramid(tmp_path / "whole.tif", whole, [0.5, 1.0, 2.0])) as slide:
+        assert slide.levels == 3
+
+
 def test_a_level_as_large_as_the_slide_is_another_image(tmp_path: Path) -> None:
     flat = np.full_like(RGB, 244)
     with Slide(write_pyramid(tmp_path / "a.tif", [RGB, flat], None)) as slide:
