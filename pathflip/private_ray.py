@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+_ROOT = str(Path(__file__).resolve().parents[1])  # of pathflip, jobs and serve
 OBJECT_STORE_BYTES = 256 << 20
 """Rows hold metadata and requests are small, pixels pass neither: this is plenty."""
 _ATTEMPTS = 3
@@ -37,7 +38,7 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def start(ray: Any, folder: Path, *, apart: bool = False) -> None:
+def start(ray: Any, folder: Path) -> None:
     """Start a Ray that has no dashboard, autoscaler or collector of logs, and connect to it.
 
     Those three would take 270 MB and two CPU seconds, two of them show metrics to everybody at
@@ -47,16 +48,14 @@ def start(ray: Any, folder: Path, *, apart: bool = False) -> None:
         ray: The module: the library does not import it.
         folder: A :class:`pathflip.files.PrivateFolder`: sockets, logs and spilled objects are in
             it, and Ray would let everybody write where it puts them by itself.
-        apart: Whether workers look for modules as this process does, and not first in the working
-            folder, where Ray lets them look.
     """
     node = ray._private.node.Node
     for attendant in ("start_monitor", "start_api_server", "start_log_monitor"):
         setattr(node, attendant, lambda *_, **__: None)
     for left in reversed(range(_ATTEMPTS)):
-        job = ray.job_config.JobConfig()
-        if apart:
-            job._runtime_env_has_working_dir = lambda: True
+        # Workers would look for modules in the working folder first, where a jobs.py may lie.
+        job = ray.job_config.JobConfig(_py_driver_sys_path=[_ROOT])
+        job._runtime_env_has_working_dir = lambda: True
         try:
             ray.init(
                 job_config=job,

@@ -99,7 +99,7 @@ def _serve(
     warnings.filterwarnings("ignore", message="lance(db)? (is not fork-safe|fork support)")
 
     app = application(config, inputs)
-    private_ray.start(ray, folder, apart=True)
+    private_ray.start(ray, folder)
     threading.Thread(target=_watch, args=(folder, events), daemon=True).start()
     serve.start(
         proxy_location="HeadOnly",
