@@ -24,8 +24,8 @@ LETTERS = "ABCDEFGH"
 CANNOT_TELL = "cannot be told from this slide"
 """Answer to a question that a slide cannot answer."""
 _NO_ANSWER = re.compile(
-    r"\b(can ?not|can't|unable to|impossible to|not possible to)\b.*"
-    r"\b(tell|told|determined?|assess(ed)?|answer(ed)?|say|said|know|known|inferred)\b"
+    r"\b(can ?not|can't|unable to|impossible to|not possible to)(\s+\w+){0,2}\s+"
+    r"(tell|told|determined?|assess(ed)?|answer(ed)?|say|said|know|known|inferred)\b"
     r"|\b(not enough|insufficient) (information|evidence|data)\b",
     re.IGNORECASE,
 )

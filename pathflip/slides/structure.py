@@ -123,8 +123,8 @@ def _page_doubts(name: str, page: TiffPage) -> list[Doubt]:
         found.append(
             Doubt(code="unsupported", message=f"{name} holds {kind}, not bytes.", hint=convert)
         )
-    elif _bits(page) > 16:
-        kind = f"samples of {_bits(page)} bits"
+    elif (bits := _bits(page)) not in (8, 16):
+        kind = f"samples of {bits} bits"
         found.append(
             Doubt(code="unsupported", message=f"{name} holds {kind}, not bytes.", hint=convert)
         )
@@ -201,6 +201,8 @@ def unsupported_doubt(layout: TiffLayout) -> Doubt | None:
         what = "stores its numbers most significant byte first, which OpenSlide does not read"
     elif not layout.tiled:
         what = "is stored in strips, not in tiles"
+    elif _bits(layout.tiled[0]) == 1:  # also where the tag is missing
+        what = "holds black or white, a bit a pixel"
     else:
         return None
     return Doubt(

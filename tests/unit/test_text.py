@@ -15,7 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pathflip.text import denies, draw_rng, sample_subcaptions, split_sentences, train_tokenizer
+from pathflip.text import (
+    CANNOT_TELL,
+    denies,
+    draw_rng,
+    sample_subcaptions,
+    says_cannot_tell,
+    split_sentences,
+    train_tokenizer,
+)
 
 ABBREVIATIONS = set(re.findall(r"\S+", "al vs dr e.g u.s approx cm mm no inc µm"))
 MAY_END = {"cm", "mm", "no", "al", "inc", "µm"}
@@ -391,3 +399,20 @@ def test_the_tokenizer_is_the_same_in_every_process() -> None:
 )
 def test_a_denial_is_told_from_a_finding(sentence: str, denied: bool) -> None:
     assert denies(sentence) is denied
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (CANNOT_TELL, True),
+        ("It cannot reliably be determined.", True),
+        ("Unable to assess", True),
+        ("Not possible to say", True),
+        ("Insufficient evidence", True),
+        ("Carcinoma cannot be excluded; known primary", False),
+        ("Necrosis, which cannot be seen at the edge but is known of", False),
+        ("Grade 2", False),
+    ],
+)
+def test_only_what_says_that_it_cannot_be_told_counts_as_that(text: str, says: bool) -> None:
+    assert says_cannot_tell(text) is says

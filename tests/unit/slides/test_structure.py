@@ -95,6 +95,7 @@ def with_samples(*values: int) -> NDArray[np.uint8]:
         ("unsupported", RGB.astype(np.float32) / 255, {}),
         ("unsupported", RGB.astype(np.int8), {}),
         ("unsupported", RGB.astype(np.uint32) << 24, {}),
+        ("unsupported", GREY > 128, {"photometric": "minisblack"}),
         ("unsupported", GREY[:, :1000].astype(np.uint16) * 257, {"photometric": "minisblack"}),
         ("extra_samples", with_samples(0), {"extrasamples": ["unspecified"]}),
         ("extra_samples", with_samples(255), {"extrasamples": ["unspecified"]}),
