@@ -302,6 +302,12 @@ class Slide:
                     hint="Convert it to JPEG or deflate, with vips tiffsave for example.",
                     code="unsupported",
                 ) from error
+            if "TIFF tag: 258" in str(error):  # BitsPerSample, which is 1 where it is missing
+                raise SlideError(
+                    f"{self.path.name} holds black or white, a bit a pixel.",
+                    hint="Convert it to a pyramid of 8-bit RGB, with vips tiffsave for example.",
+                    code="unsupported",
+                ) from error
             raise SlideError(
                 f"{self.path.name} cannot be opened: {error}.",
                 hint="The file is damaged; copy it again from its source.",

@@ -201,8 +201,6 @@ def unsupported_doubt(layout: TiffLayout) -> Doubt | None:
         what = "stores its numbers most significant byte first, which OpenSlide does not read"
     elif not layout.tiled:
         what = "is stored in strips, not in tiles"
-    elif _bits(layout.tiled[0]) == 1:  # also where the tag is missing
-        what = "holds black or white, a bit a pixel"
     else:
         return None
     return Doubt(
