@@ -196,8 +196,7 @@ def _asked(answerer: SlideQA, archive: Archive, slide: str, one: Any) -> dict[st
     answer = answerer.ask(archive, slide, one.question, one.choices)
     options = [
         {
-            "letter": letter,
-            "text": text,
+            "text": f"{letter}. {text}",
             "score": score,
             "chosen": letter == answer.choice,
             "true": text == one.answer,
@@ -207,7 +206,6 @@ def _asked(answerer: SlideQA, archive: Archive, slide: str, one: Any) -> dict[st
     if answer.abstain is not None:
         options.append(
             {
-                "letter": "–",
                 "text": CANNOT_TELL,
                 "score": answer.abstain,
                 "chosen": answer.answer == CANNOT_TELL,
