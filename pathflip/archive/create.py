@@ -14,7 +14,7 @@ from pathflip.archive.fragments import create_table, not_empty
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.schema import SCHEMA_VERSION
 from pathflip.archive.settings import meta_rows
-from pathflip.archive.storage import guarded, is_local, local_tables, normalise, open_table
+from pathflip.archive.storage import find_table, guarded, is_local, local_tables, normalise
 from pathflip.archive.tables import META, tables_of
 from pathflip.errors import ArchiveError
 
@@ -73,13 +73,7 @@ def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
 def _made(uri: str) -> bool:
     if is_local(uri):
         return META in local_tables(uri)
-    try:
-        open_table(uri, META)
-    except ArchiveError as error:
-        if error.code != "missing_table":
-            raise
-        return False
-    return True
+    return find_table(uri, META) is not None
 
 
 def _with_tiling(archive: Archive, wanted: Mapping[str, Any]) -> Archive:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pathflip.archive.schema import conform
 from pathflip.archive.storage import (
     digest_file,
+    find_table,
     guarded,
     is_local,
     local_tables,
@@ -142,12 +143,7 @@ def _left_behind(uri: str, table: str) -> Any:
 
     if is_local(uri):
         return lance.dataset(table_uri(uri, table)) if table in local_tables(uri) else None
-    try:
-        return open_table(uri, table)
-    except ArchiveError as error:
-        if error.code != "missing_table":
-            raise
-        return None
+    return find_table(uri, table)
 
 
 def _described(schema: pa.Schema) -> tuple[pa.Schema, dict[bytes, bytes]]:

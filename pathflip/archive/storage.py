@@ -93,6 +93,16 @@ def open_table(uri: str, table: str) -> Any:
     return dataset
 
 
+def find_table(uri: str, table: str) -> Any:
+    """Open a table as :func:`open_table` does; None if there is none."""
+    try:
+        return open_table(uri, table)
+    except ArchiveError as error:
+        if error.code != "missing_table":
+            raise
+        return None
+
+
 def newest_known_version(uri: str, table: str) -> int:
     """Return the version Lance noted after its last commit; 0 if it noted none (or is remote)."""
     if not is_local(uri):

@@ -153,12 +153,14 @@ def measured(
         return {}, {"measured": few}
     own = sorted({text for _, text in said})
     encoded = encode(archive, run, slides=slides, texts=own)
-    vectors = _vectors(run, own)
+    every = _vectors(run, texts)
+    place_of = {text: i for i, text in enumerate(texts)}
+    vectors = every[[place_of[text] for text in own]]
     scores = encoded.slide @ vectors.T if encoded.local is None else encoded.local
     number = {text: i for i, text in enumerate(own)}
     rows = np.array([row for row, _ in said])
     columns = np.array([number[text] for _, text in said])
-    kept = judge(_vectors(run, texts), vectors[columns], lifts(scores, rows, columns, patients))
+    kept = judge(every, vectors[columns], lifts(scores, rows, columns, patients))
     # The same sentences with the slides of other patients: what stays then, stays by chance.
     turned = rng_for("targets", corpus.digest()).permutation(len(slides))
     chance = judge(vectors, vectors[columns], lifts(scores, turned[rows], columns, patients))
