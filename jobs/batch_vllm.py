@@ -57,7 +57,7 @@ class AnswerConfig:
     permute: int = 1
     """Cyclic orders that options are shown in; probabilities are averaged."""
     abstain: bool | None = None
-    """Whether the model may say that a slide cannot tell; None means as it was tuned."""
+    """Permission to say that a slide cannot tell; None means as the model was tuned."""
 
     def __post_init__(self) -> None:
         check_positive(self, "actors", "slides_at_once", "max_new_tokens", "permute")

@@ -79,7 +79,7 @@ def scores_of(
         front: Prompt encoder of the model.
         asked: The question.
         found: Its prompts in their order, each with the log-probabilities of its tokens.
-        permute: As the prompts were made with.
+        permute: Number of orders, that of :func:`scored_prompts`.
     """
     mode = mode_of(front)
     if mode == "option_ll":

@@ -183,7 +183,7 @@ def test_shares_of_findings_by_hand() -> None:
 
 
 def test_sentences_that_no_image_supports() -> None:
-    """Of the cohort's reports: the distractors and what is said of the control gene, no others."""
+    """They are the cohort's distractors and what is said of the control gene, no others."""
     said = [text.sentences(scene) for scene in SCENES]
     bad = sum(
         s.kind == "distractor" or (s.kind, s.subject) == ("gene", "control")

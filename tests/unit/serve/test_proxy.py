@@ -373,7 +373,7 @@ def test_what_the_ingress_does_not_read_is_answered(
 def test_connections_of_an_address(
     variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of another machine's; here it is this machine's, by its address in the network."""
+    """The address of another machine; here it is this machine's own in the network."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing

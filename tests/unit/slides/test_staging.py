@@ -329,7 +329,7 @@ def test_what_is_denied_is_said_without_what_the_store_said(
 def test_an_object_replaced_while_it_is_read_is_not_used(
     store: Store, bucket: str, between: proxy.Proxy, stage: Stage
 ) -> None:
-    """Of the same size, in the same second: only the ETag tells."""
+    """The new object has the same size and second: only the ETag tells."""
     put(store, bucket, {"a.svs": b"a" * (20 << 20)})
     (source,) = discover([f"{bucket}/a.svs"])
 
