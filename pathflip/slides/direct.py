@@ -16,7 +16,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
-from pathflip.slides.resample import resize_area
+from pathflip.slides.resample import Scratch, resize_area
 from pathflip.slides.tiff import SOI, JpegLevel
 
 DAMAGED_RGB = (205, 130, 180)
@@ -143,6 +143,9 @@ def read_patches(
     pieces = _pieces(boxes, tiles)
     waiting = np.bincount([piece[1] for piece in pieces], minlength=len(boxes)).tolist()
     buffers: dict[int, NDArray[np.uint8]] = {}
+    spare: list[NDArray[np.uint8]] = []  # of patches that are done, for those to come
+    room = int((boxes[:, 2] * boxes[:, 3]).max(initial=0)) * 3
+    averaging = Scratch()
     scratch = np.empty((tiles.tile_h, tiles.tile_w, 3), np.uint8)
     whole = (0, px, 0, px) if native and tiles.tile_w == tiles.tile_h == px else None
     decoded, damaged = -1, False
@@ -157,16 +160,17 @@ def read_patches(
             decoded = -1 if in_place else tile
         if damaged:
             ok[index] = False
-            buffers.pop(index, None)
+            if index in buffers:
+                spare.append(buffers.pop(index))
             continue
         if in_place:
             continue
         if native:
             target = out[index]
         elif ok[index]:
-            target = buffers.get(index)
-            if target is None:
-                target = buffers[index] = np.empty((*boxes[index, :1:-1], 3), np.uint8)
+            if index not in buffers:
+                buffers[index] = spare.pop() if spare else np.empty(room, np.uint8)
+            target = _shaped(buffers[index], boxes[index])
         else:
             continue
         target[top + down : bottom + down, left + across : right + across] = scratch[
@@ -174,8 +178,17 @@ def read_patches(
         ]
         waiting[index] -= 1
         if not native and not waiting[index]:
-            out[index] = resize_area(buffers.pop(index), width=px, height=px)
+            done = buffers.pop(index)
+            gathered = _shaped(done, boxes[index])
+            resize_area(gathered, width=px, height=px, out=out[index], scratch=averaging)
+            spare.append(done)
     return ok
+
+
+def _shaped(buffer: NDArray[np.uint8], box: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return the part of a buffer that holds the pixels of a box, as [h, w, 3]."""
+    w, h = int(box[2]), int(box[3])
+    return buffer[: h * w * 3].reshape(h, w, 3)
 
 
 def _pieces(boxes: NDArray[np.int64], tiles: JpegTiles) -> list[list[int]]:
