@@ -65,7 +65,8 @@ class Scratch:
         kept = self._kept.get(name)
         if kept is None or kept.size < size:
             kept = self._kept[name] = np.empty(size, np.uint8)
-        return kept[:size].view(kind).reshape(shape)
+        view: NDArray[Any] = kept[:size].view(kind).reshape(shape)
+        return view
 
 
 def resize_area(
@@ -98,7 +99,8 @@ def resize_area(
         scratch = scratch or Scratch()
         tall = scratch.array("tall", (height, columns, 3), np.uint8)
         _average_rows(pixels.reshape(rows, -1), tall.reshape(height, -1), scratch)
-        turned = cv2.transpose(tall, dst=scratch.array("turned", (columns, height, 3), np.uint8))
+        turned = scratch.array("turned", (columns, height, 3), np.uint8)
+        cv2.transpose(tall, dst=turned)
         both = scratch.array("both", (width, height, 3), np.uint8)
         _average_rows(turned.reshape(columns, -1), both.reshape(width, -1), scratch)
         return np.asarray(cv2.transpose(both, dst=out), np.uint8)
