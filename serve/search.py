@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
-from pathflip.errors import ConfigError
+from pathflip.errors import ConfigError, PathFLIPError
 from pathflip.heatmap import encode_png
 from serve.limits import RequestError
 
@@ -31,6 +33,8 @@ SHOWN = (
 THREADS = 8
 SCANS = 2
 """Searches for patches at a time: each compares up to millions, and others do not wait for it."""
+RECENT = 16
+"""Kinds of searches that are made once of a newer state before it is used."""
 _JPEG = b"\xff\xd8\xff"
 
 
@@ -56,7 +60,9 @@ class Search:
         patients: bool = False,
         labels: bool = True,
     ) -> None:
-        self.snapshot = ArchiveSnapshot(archive, refresh_s=refresh_s)
+        self.snapshot = ArchiveSnapshot(archive, refresh_s=refresh_s, warm=self._warm)
+        self._recent: OrderedDict[Any, tuple[Mapping[str, Any], Mapping[str, Any] | None]]
+        self._recent = OrderedDict()
         self.model, self.fingerprint = model, fingerprint
         self.patients, self.labels = patients, labels
         # Lance spreads a query over all processors: more threads only wait for each other.
@@ -112,7 +118,7 @@ class Search:
             rows = archive.slides("ready", columns=columns).to_pylist()
             return {row["slide_id"]: row for row in rows}
 
-        return archive.cached("serve/slides", read)
+        return archive.cached("serve/slides", read, of=("slides",))
 
     # -- search -----------------------------------------------------------------------------------
 
@@ -137,9 +143,29 @@ class Search:
             ConfigError: A filter is wrong.
         """
         archive = await self.snapshot.newest_async()
-        pool = self._scans if request["level"] == "patch" else self._threads
+        patches = request["level"] == "patch"
+        pool = self._scans if patches else self._threads
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(pool, self._search, archive, request, embedded)
+        found = await loop.run_in_executor(pool, self._search, archive, request, embedded)
+        if not patches:  # one reads all features whatever came before
+            self._remember(request, embedded)
+        return found
+
+    def _remember(self, request: Mapping[str, Any], embedded: Mapping[str, Any] | None) -> None:
+        fields = tuple(sorted({condition["field"] for condition in request["filters"]}))
+        kind = request["level"], request["mode"], embedded is None, fields
+        self._recent[kind] = request, embedded
+        self._recent.move_to_end(kind)
+        while len(self._recent) > RECENT:
+            self._recent.popitem(last=False)
+
+    def _warm(self, archive: Archive) -> None:
+        """Read what requests need into a newer state: a search of each kind that came of late."""
+        self._rows(archive)
+        _ready(archive)
+        for request, embedded in list(self._recent.values()):
+            with suppress(PathFLIPError):  # the slide it is about may be gone
+                self._search(archive, request, embedded)
 
     def _search(
         self, archive: Archive, request: Mapping[str, Any], embedded: Mapping[str, Any] | None
@@ -231,4 +257,4 @@ def _segment(
 
 def _ready(archive: Archive) -> list[str]:
     """Ids of the ready slides, sorted."""
-    return archive.cached("serve/ready", lambda: sorted(archive.ready_ids()))
+    return archive.cached("serve/ready", lambda: sorted(archive.ready_ids()), of=("slides",))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pathflip.archive.settings import CAPTIONS, entries_of, read_meta, slots_of
 from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames
@@ -29,12 +31,19 @@ READY = "ready"
 _IMAGES = ("tissue_png", "thumbnail")
 
 
+class _Kept(NamedTuple):
+    """A value that was computed, and the tables of whose rows it is made; None for all of them."""
+
+    value: Any
+    of: Collection[str] | None
+
+
 class Archive:
     """A snapshot of an archive, for reading.
 
     The tables are opened once, ``slides`` before the rest, so every slide that is ready here has
     all of its rows here, whatever is being written meanwhile; :meth:`refresh` moves to the newest
-    state. Only ready slides have visible rows.
+    state, :meth:`successor` opens it beside this one. Only ready slides have visible rows.
 
     Args:
         uri: Path or URI of the archive.
@@ -46,23 +55,50 @@ class Archive:
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = normalise(uri)
+        self._datasets: dict[str, Any] = {}
+        self._cache: dict[str, _Kept] = {}
         self.refresh()
 
     def __repr__(self) -> str:
         return f"Archive({self.uri!r})"
 
     def refresh(self) -> None:
-        """Move to the newest committed state."""
+        """Move to the newest committed state, with what is known of tables that did not change."""
         from pathflip.archive.tables import META, tables_of
 
         self._meta = read_meta(self.uri)
         self._tables = tables_of(self._meta)
-        self._datasets: dict[str, Any] = {}
-        self._ledger: dict[str, dict[str, Any]] | None = None
-        self._cache: dict[str, Any] = {}
+        before, self._datasets = self._datasets, {}
         for name in self._tables:
             if name != META:
-                self._datasets[name] = open_table(self.uri, name)
+                self._datasets[name] = self._open(name, before)
+        same = {name for name, item in self._datasets.items() if item is before.get(name)}
+        # Another object: a successor begins with what its predecessor still uses.
+        self._cache = {
+            key: kept
+            for key, kept in self._cache.items()
+            if kept.of is not None and same.issuperset(kept.of)
+        }
+
+    def _open(self, table: str, before: Mapping[str, Any]) -> Any:
+        """Open a table's newest version; the one that was open before if it is that."""
+        held = before.get(table)
+        if held is not None:
+            with guarded(self.uri, "look for new commits"):
+                if held.version == held.latest_version:
+                    return held
+        # Versions of a table share what Lance keeps of it: its files' metadata, parts of indexes.
+        return open_table(self.uri, table, session=None if held is None else held.session())
+
+    def successor(self) -> Archive:
+        """Return the newest committed state; this one stays as it is.
+
+        Raises:
+            ArchiveError: See :class:`Archive`.
+        """
+        found = copy(self)
+        found.refresh()
+        return found
 
     def is_newest(self) -> bool:
         """Return whether nothing was committed since this state was read.
@@ -72,11 +108,19 @@ class Archive:
         with guarded(self.uri, "look for new commits"):
             return all(item.version == item.latest_version for item in self._datasets.values())
 
-    def cached(self, key: str, make: Callable[[], T]) -> T:
-        """Return the value of ``make()``, computed once for each snapshot."""
-        if key not in self._cache:
-            self._cache[key] = make()
-        value: T = self._cache[key]
+    def cached(self, key: str, make: Callable[[], T], *, of: Collection[str] | None = None) -> T:
+        """Return the value of ``make()``, computed once for each snapshot.
+
+        Args:
+            key: Name of the value.
+            make: Computes it.
+            of: Tables of whose rows alone it is made: while none of them changes, later states have
+                it as well. None makes it anew for every state.
+        """
+        kept = self._cache.get(key)
+        if kept is None:
+            kept = self._cache[key] = _Kept(make(), of)
+        value: T = kept.value
         return value
 
     def dataset(self, table: str) -> Any:
@@ -154,15 +198,20 @@ class Archive:
         return name, known[name]
 
     def ledger(self) -> dict[str, dict[str, Any]]:
-        """Return {slide_id: {status, fingerprint, mpp, encoders, n_regions, uri, aliases}}."""
+        """Return the slides: {slide_id: row}.
+
+        A row has status, fingerprint, mpp, encoders, uri, aliases and the counts of rows that the
+        slide has in other tables (n_regions).
+        """
         from pathflip.archive.tables import count_columns
 
-        if self._ledger is None:
+        def read() -> dict[str, dict[str, Any]]:
             columns = ["slide_id", "status", "fingerprint", "mpp", "encoders", "uri", "aliases"]
             columns += count_columns()
             rows = self._read("slides", columns=columns).to_pylist()
-            self._ledger = {row.pop("slide_id"): row for row in rows}
-        return self._ledger
+            return {row.pop("slide_id"): row for row in rows}
+
+        return self.cached("ledger", read, of=("slides",))
 
     def slides(self, status: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the slides, sorted by ``slide_id``.
@@ -219,6 +268,7 @@ class Archive:
         return self.cached(
             "names",
             lambda: SlideNames.from_rows(self.slides(columns=NAME_COLUMNS).to_pylist()),
+            of=("slides",),
         )
 
     def regions(
@@ -248,6 +298,24 @@ class Archive:
             )
         columns = ["region_id", "slide_id", "features"]
         return self._slide_rows(entry["features_table"], slide, columns)
+
+    def written(self, slide_id: str, encoder: str) -> str:
+        """Return a digest of what was written of a ready slide: its regions and their features.
+
+        What is computed from these may be kept for as long as this stays the same.
+        """
+        from pathflip.archive.schema import CHECKSUM
+
+        tables = ("regions", self.encoder(encoder)[1]["features_table"])
+
+        def read() -> str:
+            digest = sha256()
+            for table in tables:
+                rows = self._slide_rows(table, slide_id, [CHECKSUM])
+                digest.update("\n".join([table, *rows[CHECKSUM].to_pylist()]).encode())
+            return digest.hexdigest()
+
+        return self.cached(f"written/{encoder}/{slide_id}", read, of=tables)
 
     def features_array(
         self, slide_id: str, encoder: str | None = None

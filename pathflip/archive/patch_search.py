@@ -121,7 +121,7 @@ def _regions(
             )
         return rows.sort_by("id").combine_chunks()
 
-    rows = archive.cached(f"{table}/patches", read)
+    rows = archive.cached(f"{table}/patches", read, of=(table,))
     slides = allowed_slides(archive, encoder, filters)
     keep = row_mask(rows, all_conditions(filters, None, exclude_patient))
     keep &= pc.is_in(rows["slide_id"], slides).to_numpy(zero_copy_only=False)

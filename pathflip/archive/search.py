@@ -132,7 +132,9 @@ def search_many(
     slides = allowed_slides(archive, space.encoder, filters)
     with guarded(archive.uri, f"search the table {space.table}", damaged=True):
         dataset = archive.dataset(space.table)
-        indexed = archive.cached(f"{space.table}/indexes", lambda: indexed_columns(dataset))
+        indexed = archive.cached(
+            f"{space.table}/indexes", lambda: indexed_columns(dataset), of=(space.table,)
+        )
         if level == "region" and "vector" in indexed:
             found = search_index(
                 archive, space.table, unit, conditions=conditions, k=k, slides=slides,
@@ -249,14 +251,20 @@ _FILTERED = ("slide_id", *SLIDE_FIELDS, "labels")
 def allowed_slides(archive: Archive, encoder: str, filters: Sequence[Filter]) -> pa.Array:
     """Return the ids of ready slides that meet the conditions on slides, sorted."""
     ready = archive.cached(
-        f"ready/{encoder}", lambda: pa.array(sorted(archive.ready_ids(encoder)), pa.string())
+        f"ready/{encoder}",
+        lambda: pa.array(sorted(archive.ready_ids(encoder)), pa.string()),
+        of=("slides",),
     )
     conditions = [condition for condition in filters if condition.of_slide]
     if not conditions:
         return ready
-    rows = archive.cached("slides/filtered", lambda: archive.slides(columns=_FILTERED))
+    rows = archive.cached(
+        "slides/filtered", lambda: archive.slides(columns=_FILTERED), of=("slides",)
+    )
     names = {one.field for one in conditions if one.field.startswith(LABEL)}
-    labels = archive.cached("slides/labels", lambda: _labels(rows)) if names else []
+    labels = []
+    if names:
+        labels = archive.cached("slides/labels", lambda: _labels(rows), of=("slides",))
     for name in names:
         own = [held.get(name.removeprefix(LABEL)) for held in labels]
         if not any(own):
@@ -344,7 +352,9 @@ def _blocks(archive: Archive, table: str, level: Level) -> Iterator[Block]:
     dataset = archive.dataset(table)
     where = pc.field("kind") == level
     width = dataset.schema.field("vector").type.list_size * 4
-    size = archive.cached(f"{table}/{level}/bytes", lambda: dataset.count_rows(where) * width)
+    size = archive.cached(
+        f"{table}/{level}/bytes", lambda: dataset.count_rows(where) * width, of=(table,)
+    )
     columns = [*LOCATION, *FILTER_COLUMNS, "vector"]
 
     def read(rows: pa.Table) -> Block:
@@ -356,6 +366,7 @@ def _blocks(archive: Archive, table: str, level: Level) -> Iterator[Block]:
         yield archive.cached(
             f"{table}/{level}",
             lambda: read(dataset.to_table(columns=columns, filter=where).combine_chunks()),
+            of=(table,),
         )
         return
     for batch in dataset.to_batches(columns=columns, filter=where, batch_size=8192):

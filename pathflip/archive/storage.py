@@ -53,12 +53,17 @@ def table_uri(uri: str, table: str) -> str:
     return f"{uri}/{table}.lance"
 
 
-def open_table(uri: str, table: str) -> Any:
+def open_table(uri: str, table: str, *, session: Any = None) -> Any:
     """Open the newest version of a table as a ``lance.LanceDataset``.
 
     Lance alone opens two kinds of damage without a word: a newest manifest that is gone (it falls
     back to the version before) and one overwritten with zeros (an empty version 0). Both are
     refused here.
+
+    Args:
+        uri: The archive.
+        table: The table.
+        session: A ``lance.Session`` whose caches are used; by default one of its own.
 
     Raises:
         ArchiveError: If the table is missing (``missing_table``), damaged or unreachable.
@@ -77,7 +82,7 @@ def open_table(uri: str, table: str) -> Any:
     noted = newest_known_version(uri, table)
     with guarded(uri, f"open the table {table}", damaged=is_local(uri)):
         try:
-            dataset = lance.dataset(where)
+            dataset = lance.dataset(where, session=session)
         except ValueError as error:
             # An object store has no folders to look at first.
             if is_local(uri) or "not found" not in str(error).lower():

@@ -142,6 +142,7 @@ def _slide_rows(
             lambda: archive.dataset(space.table).to_table(
                 columns=columns, filter=pc.field("kind") == "slide"
             ),
+            of=(space.table,),
         )
     conditions = all_conditions(filters, exclude_slide, exclude_patient)
     rows = rows.filter(pa.array(row_mask(rows, conditions)))
@@ -172,13 +173,16 @@ def _ranked(archive: Archive, text: str, slides: set[str], k: int) -> list[tuple
         )
     dataset: Any = archive.dataset(CAPTIONS)
     with guarded(archive.uri, "search the captions", damaged=True):
-        if "text" not in archive.cached("captions/indexes", lambda: indexed_columns(dataset)):
+        indexed = archive.cached(
+            "captions/indexes", lambda: indexed_columns(dataset), of=(CAPTIONS,)
+        )
+        if "text" not in indexed:
             raise ArchiveError(
                 f"The captions of {archive.uri} have no index of their words.",
                 hint=f"Run: pathflip archive maintain --archive {archive.uri}",
                 code="not_indexed",
             )
-        total = archive.cached("captions/rows", dataset.count_rows)
+        total = archive.cached("captions/rows", dataset.count_rows, of=(CAPTIONS,))
         asked = max(4 * k, 100)
         while True:
             rows = dataset.to_table(

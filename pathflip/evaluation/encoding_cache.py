@@ -68,7 +68,7 @@ class EncodingCache:
     """A run's model with the slides and texts it encoded of late. For one thread at a time.
 
     A slide is encoded by itself, so its vectors do not depend on what else is asked. It is read
-    again once features or regions of the archive were written.
+    again once its own regions or features were written.
 
     Args:
         run: The run.
@@ -132,10 +132,10 @@ class EncodingCache:
         return self._slides[key]
 
     def _key(self, archive: Archive, slide_id: str) -> tuple[object, ...]:
-        """Return what the encoding of a slide hangs on."""
-        entry = archive.encoders()[check_fits(archive, self.run)]
-        versions = (archive.dataset(name).version for name in ("regions", entry["features_table"]))
-        return (archive.uri, slide_id, archive.ledger()[slide_id]["mpp"], *versions)
+        """Return what the encoding of a slide hangs on; what is written of others changes none."""
+        encoder = check_fits(archive, self.run)
+        mpp = archive.ledger()[slide_id]["mpp"]
+        return (archive.uri, slide_id, mpp, archive.written(slide_id, encoder))
 
     def _read(self, archive: Archive, slide_id: str) -> EncodedSlide:
         import torch

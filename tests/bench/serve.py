@@ -6,6 +6,7 @@ with the client. Both sides of a ratio run on the same prompts in one run, takin
 * ``throughput``: tokens a second at concurrency 16, through the service and from ``vllm.LLM``;
 * ``first_token``: time to the first token at concurrency 1, of the service and of the engine;
 * ``search``: ``/v1/search`` over a million regions, alone and 32 at once, beside LanceDB's query;
+* ``during_ingest``: ``/v1/search`` while slides are committed to the archive, beside a calm minute;
 * ``grounding``: ``/v1/classify`` and ``/v1/ground``, alone and 64 at once;
 * ``overload``: ten times as many clients as answers at once: statuses, memory, what comes after;
 * ``scale``: one replica to two under load, one of two killed, a new version under open streams;
@@ -37,9 +38,10 @@ import httpx
 
 from serve import proxy
 from tests.bench.ingest import rounded, say
-from tests.bench.serve_grounding import grounding, running
+from tests.bench.serve_grounding import grounding
+from tests.bench.serve_search import during_ingest, search
 from tests.faults import command_line, descendants, resident_bytes
-from tests.serving import SMALL, Service, Tuned, cpu_s, make_tuned, start_service
+from tests.serving import Service, Tuned, cpu_s, make_tuned, start_service
 
 Report = dict[str, Any]
 
@@ -409,90 +411,6 @@ def startup(tuned: Tuned, rounds: int) -> Report:
     }
 
 
-def search(folder: Path, rows: int, seconds: float, dim: int = 256) -> Report:
-    """Milliseconds of a search by text over HTTP, and of LanceDB's query for the same vectors.
-
-    Both return the ten nearest regions with their places. Ingress, embedder and search are the
-    service's own; the model that makes vectors of texts is small: its time is not what is asked.
-    """
-    import lancedb
-    import numpy as np
-
-    from pathflip.archive import Archive
-    from pathflip.archive.indexes import refresh_indexes
-    from pathflip.archive.lock import ArchiveLock
-    from pathflip.checkpoints import model_name, write_whole
-    from pathflip.models.pathflip import PathFLIP
-    from tests.bench.search import Data, make_archive, make_blocks
-
-    words = ("necrosis", "mucin", "keratin", "fibrosis", "tumour", "lymphocytes", "glands", "fat")
-    texts = [f"There is {a} beside {b} and {c}." for a in words for b in words for c in words]
-    model = PathFLIP.from_preset(
-        "pathflip/mini", texts=texts, **(SMALL | {"d": dim, "feature_dim": 8})
-    ).eval()
-    fingerprint = model.fingerprint()
-    vectors = np.concatenate(list(make_blocks(rows, dim)))
-    data = Data(vectors=vectors, queries=vectors[:1], kept=np.zeros(0, np.bool_), truth={})
-    name = model_name("bench", fingerprint)
-    folder.mkdir()
-    uri = make_archive(folder, data, model=name, fingerprint=fingerprint)
-    table = Archive(uri).models()[name]["embeddings_table"]
-    refresh_indexes(ArchiveLock(uri), table)
-    about = {
-        "run": "bench",
-        "fingerprint": fingerprint,
-        "encoder": {"name": "patches", "revision": "1", "dim": 8},
-        "tiling": Archive(uri).tiling(),
-    }
-
-    def fill(part: Path) -> None:
-        model.save_pretrained(part)
-        (part / "pathflip.json").write_text(json.dumps(about))
-
-    write_whole(folder / "run" / "model", fill)
-    asked = model.encode_text(texts).numpy()
-    opened = lancedb.connect(uri).open_table(table)
-    columns = ["id", "slide_id", "x0", "y0", "size0", "mpp"]
-
-    def bare(number: int) -> None:
-        query = opened.search(asked[number % len(asked)]).distance_type("cosine").limit(10)
-        query = query.where("kind = 'region'", prefilter=True).nprobes(16).refine_factor(3)
-        assert query.select(columns).to_arrow().num_rows == 10
-
-    def over_http(number: int) -> None:
-        body = {"text": texts[number % len(texts)], "level": "region", "k": 10}
-        answer = client.post("/v1/search", json=body).raise_for_status()
-        assert len(answer.json()["results"]) == 10
-
-    def one_by_one(ask: Callable[[int], None]) -> float:
-        took = []
-        for number in range(220):
-            began = time.perf_counter()
-            ask(number)
-            took.append(1e3 * (time.perf_counter() - began))
-        return statistics.median(took[20:])
-
-    def together(ask: Callable[[int], None]) -> float:
-        done, end = [0] * 32, time.monotonic() + seconds
-
-        def work(mine: int) -> None:
-            while time.monotonic() < end:
-                ask(mine * 1000 + done[mine])
-                done[mine] += 1
-
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(32)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(done) / seconds
-
-    with running(uri, str(folder / "run")) as url, httpx.Client(base_url=url, timeout=60) as client:
-        found = {"rows": rows, "bare_p50_ms": one_by_one(bare), "p50_ms": one_by_one(over_http)}
-        found |= {"bare_per_s_at_32": together(bare), "per_s_at_32": together(over_http)}
-    return found | {"added_ms": found["p50_ms"] - found["bare_p50_ms"]}
-
-
 def failed(found: list[Report]) -> int:
     """Answers that did not come whole."""
     return sum(not one["whole"] for one in found)
@@ -517,7 +435,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = (
-        "throughput", "first_token", "search", "grounding", "overload", "scale", "startup"
+        "throughput", "first_token", "search", "during_ingest", "grounding", "overload", "scale",
+        "startup",
     )  # fmt: skip
     parser.add_argument("--only", action="append", choices=parts, default=[])
     parser.add_argument("--rows", type=int, default=1_000_000, help="regions that are searched")
@@ -555,6 +474,9 @@ def main() -> None:
             "throughput": lambda: throughput(larger(), rounds),
             "first_token": lambda: first_token(tuned, rounds),
             "search": lambda: search(Path(folder) / "search", args.rows, 3 if args.quick else 15),
+            "during_ingest": lambda: during_ingest(
+                Path(folder) / "during", 60_000 if args.quick else 200_000, 8 if args.quick else 30
+            ),
             "grounding": lambda: grounding(Path(folder) / "grounding", 3 if args.quick else 20),
             "overload": lambda: overload(tuned, 10 if args.quick else 60),
             "scale": lambda: scale(tuned),

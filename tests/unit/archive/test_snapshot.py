@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pathflip.archive import Archive
@@ -79,11 +83,160 @@ def test_a_look_that_fails_is_made_again(uri: Path, monkeypatch: pytest.MonkeyPa
         def fail(*_: Any) -> Archive:
             raise ArchiveError("The store does not answer.")
 
-        broken.setattr("pathflip.archive.snapshot.Archive", fail)
+        broken.setattr(Archive, "successor", fail)
         with pytest.raises(ArchiveError, match="does not answer"):
             snapshot.newest()
         assert sorted(snapshot.archive.ledger()) == ["slide000"]
     assert sorted(snapshot.newest().ledger()) == ["slide000", "slide001"]
+
+
+class Clock(SimpleNamespace):
+    """Time of the module under test, moved by hand."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("pathflip.archive.snapshot.time", made)
+    return made
+
+
+def until(true: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_next_state_is_warmed_before_it_is_used(uri: Path, clock: Clock) -> None:
+    entered, leave, warmed = threading.Event(), threading.Event(), []
+
+    def warm(archive: Archive) -> None:
+        warmed.append(sorted(archive.ledger()))
+        entered.set()
+        assert leave.wait(60)
+
+    snapshot = ArchiveSnapshot(uri, refresh_s=30, warm=warm)
+    commit(uri, 1)
+    clock.now = 14
+    assert sorted(snapshot.newest().ledger()) == ["slide000"]
+    assert not entered.is_set()
+    clock.now = 16  # half of the time is over: somebody looks, and nobody waits for it
+    assert sorted(snapshot.newest().ledger()) == ["slide000"]
+    assert entered.wait(60)
+    assert sorted(snapshot.newest().ledger()) == ["slide000"]
+    leave.set()
+    until(lambda: len(snapshot.newest().ledger()) == 2)
+    assert warmed == [["slide000", "slide001"]]
+
+
+def test_a_removed_slide_is_gone_in_time_however_long_warming_takes(
+    uri: Path, clock: Clock
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def warm(_: Archive) -> None:
+        entered.set()
+        assert leave.wait(60)
+
+    snapshot = ArchiveSnapshot(uri, refresh_s=30, warm=warm)
+    with Committer(uri) as committer:
+        committer.commit(slides=cohort.slide_rows(0, status="quarantined", fingerprint="g"))
+    clock.now = 20
+    assert ready_row(snapshot.newest(), "slide000")
+    assert entered.wait(60)
+    clock.now = 31  # as old as may be, and still warming
+    with pytest.raises(ArchiveError, match="There is no such slide"):
+        ready_row(snapshot.newest(), "slide000")
+    leave.set()
+
+
+def test_who_comes_after_a_pause_is_told_of_all_that_was_committed(uri: Path, clock: Clock) -> None:
+    snapshot = ArchiveSnapshot(uri, refresh_s=30)
+    commit(uri, 1)
+    clock.now = 3600
+    assert sorted(snapshot.newest().ledger()) == ["slide000", "slide001"]
+
+
+def test_warming_that_fails_keeps_nobody_from_the_next_state(uri: Path, clock: Clock) -> None:
+    def warm(_: Archive) -> None:
+        raise ValueError("no query")
+
+    snapshot = ArchiveSnapshot(uri, refresh_s=30, warm=warm)
+    commit(uri, 1)
+    clock.now = 20
+    until(lambda: len(snapshot.newest().ledger()) == 2)
+
+
+def test_a_look_aside_that_fails_is_made_again_by_who_needs_it(
+    uri: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = ArchiveSnapshot(uri, refresh_s=30)
+    commit(uri, 1)
+    tried = threading.Event()
+
+    def fail(_: Archive) -> bool:
+        tried.set()
+        raise ArchiveError("The store does not answer.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Archive, "is_newest", fail)
+        clock.now = 20
+        assert sorted(snapshot.newest().ledger()) == ["slide000"]  # old enough to be true still
+        assert tried.wait(60)
+        until(lambda: not snapshot._looking.locked())
+        clock.now = 31
+        with pytest.raises(ArchiveError, match="does not answer"):
+            snapshot.newest()
+    assert sorted(snapshot.newest().ledger()) == ["slide000", "slide001"]
+
+
+def test_what_is_known_of_tables_that_did_not_change_stays(uri: Path) -> None:
+    with Committer(uri) as committer:
+        table = models.add(committer, 0)
+    before = Archive(uri)
+    made: Counter[str] = Counter()
+    tables = {"vectors": (table,), "slides": ("slides",), "both": (table, "slides"), "all": None}
+
+    def know(archive: Archive) -> dict[str, int]:
+        for name, of in tables.items():
+            archive.cached(name, lambda name=name: made.update([name]), of=of)
+        return dict(made)
+
+    assert know(before) == dict.fromkeys(tables, 1)
+    commit(uri, 1)
+    after = before.successor()
+    assert know(after) == {"vectors": 1, "slides": 2, "both": 2, "all": 2}
+    assert know(before) == know(after)  # the old state has what it had
+    assert (len(before.ledger()), len(after.ledger())) == (1, 2)
+    with Committer(uri) as committer:
+        models.add(committer, 1)
+    assert know(after.successor()) == {"vectors": 2, "slides": 2, "both": 3, "all": 3}
+
+
+def test_what_a_slide_is_made_of_has_one_digest_until_it_is_written_anew(uri: Path) -> None:
+    first = Archive(uri)
+    written = first.written("slide000", "tex")
+    commit(uri, 1)
+    second = first.successor()
+    assert second.written("slide000", "tex") == written  # another slide was added
+    assert second.written("slide001", "tex") != written
+    features = second.encoders()["tex"]["features_table"]
+    rows = cohort.feature_rows(0)
+    other = pa.array([[2.0] * len(row) for row in rows["features"].to_pylist()])
+    at = rows.schema.get_field_index("features")
+    with Committer(uri) as committer:
+        committer.replace_rows(
+            features, rows.set_column(at, "features", other.cast(rows.schema.field(at).type))
+        )
+    third = second.successor()
+    assert third.written("slide000", "tex") != written
+    assert third.written("slide001", "tex") == second.written("slide001", "tex")
 
 
 def test_slides_go_by_their_id_alone(uri: Path) -> None:
