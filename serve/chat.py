@@ -110,20 +110,21 @@ async def events(
         metrics: Counts the tokens.
         public: Removes the paths of this server from a message.
     """
-    item = first
+    # What is there together goes together: each piece sent is a message to the proxy and a packet.
+    item, ready = first, chunks.chunk({"role": "assistant", "content": ""})
     async with aclosing(stream):  # type: ignore[type-var]
-        yield chunks.chunk({"role": "assistant", "content": ""})
         try:
             while "finish_reason" not in item:
-                yield chunks.chunk({"content": item["text"]})
+                yield ready + chunks.chunk({"content": item["text"]})
+                ready = ""
                 item = await anext(stream)
         except PathFLIPError as error:
             yield _event({"error": {"message": public(error.message), "code": error.code}})
             return
         if item["text"]:
-            yield chunks.chunk({"content": item["text"]})
-        yield chunks.chunk({}, item["finish_reason"])
+            ready += chunks.chunk({"content": item["text"]})
+        ready += chunks.chunk({}, item["finish_reason"])
         count_tokens(metrics, item["usage"])
         if usage:
-            yield chunks.usage(item["usage"])
-        yield "data: [DONE]\n\n"
+            ready += chunks.usage(item["usage"])
+        yield ready + "data: [DONE]\n\n"

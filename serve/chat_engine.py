@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections import OrderedDict
@@ -42,6 +43,8 @@ REFRESH_S = 10.0
 """Seconds after which a slide that was withdrawn or made again is noticed at the latest."""
 MAX_TOKENS = 512
 """Tokens of an answer where the request names no limit."""
+FEW_STREAMS = 8
+"""Streams at once that send a piece every ``flush_s``; of more, each sends less often."""
 MAX_CHOICE_TOKENS = 512
 """Tokens of all options of a question, where a model chooses by their texts."""
 
@@ -150,8 +153,8 @@ class ChatEngine:
                 the slide cannot tell: see :meth:`_choose`.
 
         Yields:
-            ``{"text"}`` for each chunk, then ``{"text": "", "finish_reason", "usage"}``, with
-            choices also ``"options"``: {choice, scores, abstain}.
+            ``{"text"}`` for each piece of it; last ``{"text", "finish_reason", "usage"}``, the text
+            being what is left, with choices also ``"options"``: {choice, scores, abstain}.
 
         Raises:
             ArchiveError: No slide has this id, or it is not ready (``unknown_slide``).
@@ -166,22 +169,25 @@ class ChatEngine:
             return
         prompt = await loop.run_in_executor(self._thread, self._reader.prompt, request)
         sampling = self._sampling(request, len(prompt))
-        held, tokens, sent, reason = "", 0, 0.0, None
+        held, tokens, sent, reason = "", 0, -math.inf, None
         stream = self.engine.generate(prompt, sampling, request_id=uuid.uuid4().hex)
         with self._engine_errors():
             async with aclosing(stream):  # leaving it early aborts the request
                 async for output in stream:
                     held, tokens = held + output.text, tokens + output.tokens
                     reason = output.finish_reason
-                    now = loop.time()
-                    if held and (reason or now - sent >= self.config.flush_s):
+                    if held and not reason and loop.time() - sent >= self._pause():
                         yield {"text": held}
-                        held, sent = "", now
+                        held, sent = "", loop.time()
         yield {
-            "text": "",
+            "text": held,
             "finish_reason": reason,
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": tokens},
         }
+
+    def _pause(self) -> float:
+        """Seconds between two pieces of a stream; its first never waits."""
+        return self.config.flush_s * max(1.0, self.engine.unfinished() / FEW_STREAMS)
 
     async def _choose(self, request: dict[str, Any]) -> dict[str, Any]:
         """Choose among options as ``pathflip ask`` does: the same probabilities, calibrated."""
@@ -322,12 +328,14 @@ class PromptReader:
     def _prefix(self, slide_id: str, region: dict[str, int] | None) -> torch.Tensor:
         """Visual tokens of a slide or a region of it [P, D]."""
         from pathflip.archive.snapshot import ready_row
+        from pathflip.compat import check_fits
         from pathflip.slide_qa import slide_input
 
         archive = self._snapshot.newest()
-        row = ready_row(archive, slide_id)
+        ready_row(archive, slide_id)
         square = None if region is None else (region["x0"], region["y0"], region["size0"])
-        key = slide_id, row["fingerprint"], square  # a slide made again has another fingerprint
+        written = archive.written(slide_id, check_fits(archive, self.run))
+        key = slide_id, written, square
         if (known := self._prefixes.get(key)) is not None:
             self._prefixes.move_to_end(key)
             return known

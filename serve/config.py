@@ -86,8 +86,9 @@ class ChatConfig:
         engine: Settings of vLLM.
         fake: Settings of the fake engine.
         prefix_cache_mb: Memory for the visual tokens of slides asked about recently.
-        flush_s: Shortest time between two chunks of a stream. Every chunk passes three processes;
-            more of them than an eye can follow take the CPU from decoding.
+        flush_s: Shortest time between two pieces of a stream, longer where many streams run at
+            once. Every piece passes three processes; more of them than an eye can follow take the
+            CPU from decoding.
     """
 
     backend: Literal["vllm", "fake"] = "vllm"

@@ -90,7 +90,9 @@ def _serve(
     inputs = check_inputs(config)
     os.environ.update(proxy.environment(folder))
     private_ray.set_environment()
+    os.environ.update(processes.SETUP_HOOK)
     os.environ[logs.FILE] = str(folder / "log")
+    processes.import_serve()
     import ray
     from ray import serve
 

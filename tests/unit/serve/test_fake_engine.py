@@ -177,12 +177,76 @@ def test_a_whole_service_needs_no_vllm(tuned):
         assert (await chat.describe())["id"].startswith("fake-"), "it is not the model's answer"
         return await answer(chat, stream=False)
 
-    *texts, last = asyncio.run(main())
-    assert "".join(one["text"] for one in texts) == "There is mucin. "
+    (last,) = asyncio.run(main())  # a whole answer is one message between processes
+    assert last["text"] == "There is mucin. "
     assert last["finish_reason"] == "stop"
     assert last["usage"]["completion_tokens"] == 3
     assert last["usage"]["prompt_tokens"] > 3
     assert ("vllm" in sys.modules) == before
+
+
+def test_tokens_that_are_there_go_together_and_the_first_at_once(tuned):
+    words = [f"word{number} " for number in range(50)]
+
+    async def main(flush_s):
+        seen = asyncio.Event()
+
+        async def script(prompt, sampling):
+            yield words[0]
+            await asyncio.wait_for(seen.wait(), 60)  # the first is not held for the second
+            for word in words[1:]:
+                yield word
+
+        config = ChatConfig(flush_s=flush_s)
+        chat = ChatEngine(
+            str(tuned.archive), str(tuned.run), config=config, engine=FakeEngine(script)
+        )
+        found = []
+        async for chunk in chat.chat(ASKED):
+            found.append(chunk)
+            seen.set()
+        return found
+
+    long, none = asyncio.run(main(3600)), asyncio.run(main(0))
+    for found in (long, none):
+        assert found[0] == {"text": words[0]}
+        assert "".join(one["text"] for one in found) == "".join(words)
+        assert found[-1]["usage"]["completion_tokens"] == len(words)
+    assert [one["text"] for one in long] == [words[0], "".join(words[1:])]
+    assert [one["text"] for one in none[:49]] == words[:49]
+
+
+def test_many_streams_send_less_often(tuned, monkeypatch):
+    engine = FakeEngine()
+    chat = ChatEngine(
+        str(tuned.archive), str(tuned.run), config=ChatConfig(flush_s=0.04), engine=engine
+    )
+    pauses = []
+    for running in (1, 8, 32):
+        monkeypatch.setattr(engine, "_running", running)
+        pauses.append(chat._pause())
+    assert pauses == [0.04, 0.04, 0.16]
+    chat.config = ChatConfig(flush_s=0)
+    assert chat._pause() == 0
+
+
+def test_who_leaves_a_stream_between_two_pieces_ends_it_in_the_engine(tuned):
+    engine = FakeEngine(config=FakeEngineConfig(repeat=True))
+    chat = ChatEngine(
+        str(tuned.archive), str(tuned.run), config=ChatConfig(flush_s=3600), engine=engine
+    )
+
+    async def main():
+        stream = chat.chat(ASKED | {"max_tokens": 900})
+        assert (await anext(stream))["text"]
+        later = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        later.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await later
+
+    asyncio.run(main())
+    assert (engine.unfinished(), engine.aborted) == (0, 1)
 
 
 def test_the_engine_is_asked_for_what_the_client_wants(chat):
