@@ -1,0 +1,25 @@
+"""What processes of the service hold: counted in modules, not in seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+PROGRAM = """
+import json, sys
+from serve.processes import SETUP_HOOK, import_serve
+import_serve()
+held = sorted({"pandas", "pyarrow", "torch", "ray.serve"} & set(sys.modules))
+(hook,) = SETUP_HOOK
+from ray._private import ray_constants
+import pandas  # whoever wants it still gets it
+print(json.dumps([held, hook == ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR]))
+"""
+
+
+def test_ray_serve_comes_without_pandas() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [["ray.serve"], True]
