@@ -1,4 +1,4 @@
-"""What processes of the service hold: counted in modules, not in seconds."""
+"""Modules that processes of the service hold: counted, since seconds vary."""
 
 from __future__ import annotations
 
