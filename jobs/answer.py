@@ -32,7 +32,7 @@ from jobs.batch_vllm import (
     key_of,
     map_engines,
 )
-from jobs.ray_data import wrong_model
+from jobs.stages import ended, wrong_model
 from pathflip.archive import Archive
 from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames, listed
 from pathflip.errors import ConfigError
@@ -226,8 +226,9 @@ def _answer(
     written, failed = 0, {}
     if todo and not dry_run:
         done = 0
-        with _appending(path) as file:
-            for slide, lines in _answered(todo, archive.uri, run, config, address):
+        answers = _answered(todo, archive.uri, run, config, address)
+        with _appending(path) as file, ended(answers):
+            for slide, lines in answers:
                 new = []
                 for line in lines:
                     line = {"slide_id": slide, "model": model, **line}

@@ -1,4 +1,4 @@
-"""Slides and questions through vLLM: engines in Ray Data actors, and a tuned run with one of them.
+"""Slides and questions through vLLM: engines in actors, and a tuned run with one of them.
 
 :class:`BatchSlideQA` is what an actor of jobs/answer.py holds. The slide model and the projector
 make prompt embeddings in the actor; the engine has the language model, adapter folded in, so there
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from jobs.ray_data import available, map_actors
+from jobs import cluster
+from jobs.stages import map_actors
 from pathflip.choice_prompts import ScoredPrompt, scored_prompts, scores_of
 from pathflip.config import check_positive
 from pathflip.errors import ArchiveError, ConfigError, PathFLIPError
@@ -85,7 +86,7 @@ def map_engines(
     engine: EngineConfig,
     address: str | None,
 ) -> Iterator[pa.Table]:
-    """Give rows to actors that each hold a vLLM engine; see :func:`jobs.ray_data.map_actors`.
+    """Give rows to actors that each hold a vLLM engine; see :func:`jobs.stages.map_actors`.
 
     Args:
         rows: Columns of text.
@@ -94,7 +95,7 @@ def map_engines(
         at_once: Rows an actor is given together.
         actors: Number of actors; None means one per GPU, or one where there is none.
         engine: Settings of an engine.
-        address: Ray cluster; see ``cluster.connect``.
+        address: Engine or Ray cluster; see ``cluster.connect``.
 
     Raises:
         ConfigError: The engine's device is cuda and there is no GPU.
@@ -102,19 +103,17 @@ def map_engines(
     """
     if not rows:
         return
-    from ray.data import ActorPoolStrategy
-
-    from jobs.cluster import connect
-
-    there = available(engine.device, private=connect(address))
-    blocks = -(-len(rows) // at_once)
+    place = cluster.connect(address)
+    there = cluster.available(engine.device, place=place)
+    size = min(actors or max(there.gpus, 1), -(-len(rows) // at_once))
     yield from map_actors(
         rows,
         actor,
         arguments,
         at_once=at_once,
-        blocks=blocks,
-        pool=ActorPoolStrategy(size=min(actors or max(there.gpus, 1), blocks)),
+        place=place,
+        workers=size,
+        actors=size,
         num_cpus=float(engine.threads),
         num_gpus=1.0 if there.use_gpu else 0.0,
     )
@@ -130,7 +129,8 @@ def check_settings(folder: str | Path, engine: EngineConfig, *, address: str | N
         ConfigError: A setting does not go with the model, or there is no GPU and one is asked for.
     """
     context_length(folder, engine)
-    if address is None and "RAY_ADDRESS" not in os.environ:
+    here = address in ("local", "ray") or (address is None and "RAY_ADDRESS" not in os.environ)
+    if here:
         uses_gpu(engine)
 
 

@@ -1,4 +1,4 @@
-"""Connects jobs to Ray: a named cluster, the one they were submitted to, or this machine."""
+"""Finds where a job runs: in processes of this machine, on a Ray of its own, or on a cluster."""
 
 from __future__ import annotations
 
@@ -6,47 +6,75 @@ import atexit
 import logging
 import os
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from pathflip import private_ray
 from pathflip.errors import ConfigError
 from pathflip.files import PrivateFolder
 
+Place = Literal["local", "ray", "cluster"]
+"""Engine of a job: processes of this machine, a Ray on this machine alone, or a Ray cluster."""
+_GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
-def connect(address: str | None = None) -> bool:
-    """Connect to Ray, starting it on this machine if no cluster is named.
+
+@dataclass(frozen=True, kw_only=True)
+class Available:
+    """CPUs and GPUs that a job may use.
+
+    Attributes:
+        cpus: CPUs of the machine or cluster.
+        gpus: Its GPUs; 0 where the job's device is ``cpu``.
+        use_gpu: Whether the job runs on GPUs. On a cluster that grows there may be none yet.
+    """
+
+    cpus: int
+    gpus: int
+    use_gpu: bool
+
+
+def connect(address: str | None = None) -> Place:
+    """Find where a job runs, and connect to Ray where that is Ray.
 
     Args:
-        address: ``auto``, ``host:port`` or ``ray://…``; None means the cluster this job was
-            submitted to (RAY_ADDRESS), else a private one on this machine that ends with it.
-
-    Returns:
-        Whether Ray runs on this machine alone, so that its resources cannot grow.
+        address: A cluster: ``auto``, ``host:port`` or ``ray://…``; ``local`` for processes of this
+            machine, ``ray`` for a private Ray on it that ends with this process. None means the
+            cluster this job was submitted to (RAY_ADDRESS), or a Ray that this process has
+            connected to already, else ``local``.
 
     Raises:
         ConfigError: The named cluster does not answer.
     """
-    named = address or os.environ.get("RAY_ADDRESS")
-    if not named and "ray" not in sys.modules:  # which reads the environment when it is imported
-        private_ray.set_environment()
+    if address == "local":
+        return "local"
+    named = None if address == "ray" else address or os.environ.get("RAY_ADDRESS")
+    if not named and "ray" not in sys.modules:
+        if address is None:
+            return "local"
+        private_ray.set_environment()  # which Ray reads when it is imported
     import ray
 
     if ray.is_initialized():
-        return not os.environ.get("RAY_ADDRESS")
+        return "cluster" if os.environ.get("RAY_ADDRESS") else "ray"
     if named:
         try:
             ray.init(address=address or "auto", logging_level=logging.WARNING)
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"No Ray cluster answers at {address or os.environ['RAY_ADDRESS']}: {error}",
+                f"No Ray cluster answers at {named}: {error}",
                 hint="Check the address and RAY_AUTH_MODE / the token, or leave --address out to "
                 "run on this machine.",
                 code="no_cluster",
             ) from error
-        return False
+        return "cluster"
+    if address is None:
+        return "local"
     folder = PrivateFolder()
     atexit.register(_end, folder)
     private_ray.start(ray, folder.path)
-    return True
+    return "ray"
 
 
 def _end(folder: PrivateFolder) -> None:
@@ -55,3 +83,53 @@ def _end(folder: PrivateFolder) -> None:
 
     ray.shutdown()
     folder.remove()
+
+
+def available(device: str, *, place: Place) -> Available:
+    """Return the CPUs and GPUs that a job may use; it is connected already.
+
+    Args:
+        device: The job's setting: auto, cpu or cuda.
+        place: Engine; see :func:`connect`.
+
+    Raises:
+        ConfigError: The device is cuda and this machine, which is all there is, has no GPU
+            (``no_gpu``).
+    """
+    if place == "local":
+        cpus, there = cpus_here(), gpus_here() if device != "cpu" else 0
+    else:
+        import ray
+
+        found = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        cpus, there = int(found.get("CPU", 1)), int(found.get("GPU", 0))
+    gpus = there if device != "cpu" else 0
+    if device == "cuda" and place != "cluster" and not gpus:
+        raise ConfigError(
+            "device is cuda but this machine has no GPU.",
+            hint="Leave device on auto, or name a cluster with GPUs (--address).",
+            code="no_gpu",
+        )
+    return Available(cpus=cpus, gpus=gpus, use_gpu=gpus > 0 or device == "cuda")
+
+
+def cpus_here() -> int:
+    """Return the CPUs this process may use, by its affinity and its container's quota."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, _, period = _QUOTA.read_text().partition(" ")
+        return max(1, min(cpus, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return cpus
+
+
+def gpus_here() -> int:
+    """Return the GPUs this process sees; torch, which takes seconds, is asked only if there may be.
+
+    Where there is no device of a GPU, there is none.
+    """
+    if not any(True for pattern in _GPU_NODES for _ in Path("/dev").glob(pattern)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

@@ -27,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.batch_vllm import check_settings, map_engines
+from jobs.stages import ended
 from pathflip.archive import CAPTIONS, Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
@@ -147,7 +148,7 @@ def decompose(
                 _write(committer, rows, known[text], model)
                 done += len(rows)
             total = done + sum(map(len, todo.values()))
-            for table in map_engines(
+            made = map_engines(
                 [{"text": text} for text in todo],
                 DecomposeActor,
                 (str(folder), config),
@@ -155,26 +156,28 @@ def decompose(
                 actors=config.actors,
                 engine=config.engine,
                 address=address,
-            ):
-                write = []
-                for row in table.to_pylist():
-                    text = row["text"]
-                    sentences = split_sentences(text)
-                    statements, lost = grounded(row["output"], sentences)
-                    dropped += lost
-                    kept += len(statements)
-                    fell_back += not statements
-                    write += [(own, statements or sentences) for own in todo[text]]
-                    done += len(todo[text])
-                committer.upsert(CAPTIONS, _rows(write, model))
-                if progress is not None:
-                    seconds = time.monotonic() - started
-                    progress(
-                        Progress(
-                            what="decompose", done=done, total=total, seconds=seconds,
-                            unit="captions",
-                        )
-                    )  # fmt: skip
+            )
+            with ended(made) as tables:
+                for table in tables:
+                    write = []
+                    for row in table.to_pylist():
+                        text = row["text"]
+                        sentences = split_sentences(text)
+                        statements, lost = grounded(row["output"], sentences)
+                        dropped += lost
+                        kept += len(statements)
+                        fell_back += not statements
+                        write += [(own, statements or sentences) for own in todo[text]]
+                        done += len(todo[text])
+                    committer.upsert(CAPTIONS, _rows(write, model))
+                    if progress is not None:
+                        seconds = time.monotonic() - started
+                        progress(
+                            Progress(
+                                what="decompose", done=done, total=total, seconds=seconds,
+                                unit="captions",
+                            )
+                        )  # fmt: skip
             refresh_indexes(committer.lock, CAPTIONS)
     return DecomposeResult(
         model=model,

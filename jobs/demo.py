@@ -193,13 +193,10 @@ def _own_slides(out: Path, source: Path, stages: Stages) -> int:
 def _ingested(
     out: Path, source: Path, config: IngestConfig, stages: Stages
 ) -> tuple[Archive, IngestResult]:
-    from jobs.cluster import connect
     from jobs.ingest import ingest
     from pathflip.archive import Archive
     from pathflip.progress import show_progress
 
-    with stages.run("start Ray", "Starting Ray on this machine"):
-        connect()  # before Lance is loaded, which warns about the processes Ray starts
     uri = str(_archive_for(out, Path(os.path.abspath(source))))
     with (
         stages.run("ingest", f"Ingesting into {uri}; interrupt it and run it again as you like"),

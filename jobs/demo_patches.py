@@ -114,7 +114,6 @@ def print_patches(document: Mapping[str, Any]) -> None:
 
 def _make_archive(folder: Path, uri: str, stages: Stages, *, slides: int) -> None:
     """Draw the cohort, ingest it, cut its trees, and give them their captions."""
-    from jobs.cluster import connect
     from jobs.ingest import ingest
     from jobs.trees import TreesConfig, trees
     from pathflip.archive import Archive
@@ -135,7 +134,6 @@ def _make_archive(folder: Path, uri: str, stages: Stages, *, slides: int) -> Non
                 Progress(what="drawing", done=done, total=total, seconds=time.monotonic() - started)
             ),
         )
-    connect()  # before Lance is loaded, which warns about the processes Ray starts
     with stages.run("ingest them", f"Ingesting them into {uri}"), show_progress() as progress:
         ingest([str(folder / "slides")], uri, _settings(folder), progress=progress)
     with stages.run("trees", "Cutting patch trees"), show_progress() as progress:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from jobs.batch_vllm import check_settings, map_engines
-from jobs.ray_data import wrong_model
+from jobs.stages import ended, wrong_model
 from pathflip.archive import Archive, vectors
 from pathflip.archive.commit import Committer
 from pathflip.archive.schema import CHECKSUM
@@ -176,15 +176,16 @@ def describe(
                 engine=config.engine,
                 address=address,
             )
-            for done in _committed(committer, tables, model, total):
-                if progress is not None:
-                    progress(
-                        Progress(
-                            what="describe", done=done, total=len(todo),
-                            seconds=time.monotonic() - started, unit="trees",
-                            note=f"{total.captions:,} captions",
-                        )
-                    )  # fmt: skip
+            with ended(tables):
+                for done in _committed(committer, tables, model, total):
+                    if progress is not None:
+                        progress(
+                            Progress(
+                                what="describe", done=done, total=len(todo),
+                                seconds=time.monotonic() - started, unit="trees",
+                                note=f"{total.captions:,} captions",
+                            )
+                        )  # fmt: skip
             if total.trees or unfinished:
                 counts = redo_keywords(committer, source=model)[model]
                 total.without_keywords = counts.without_keywords

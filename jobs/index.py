@@ -1,6 +1,6 @@
 """Index: vectors of a trained model for every slide and region, so that text can find them.
 
-Slides are spread over Ray Data actors. Each holds the run's model, reads a slide's features from
+Slides are spread over actors. Each holds the run's model, reads a slide's features from
 the archive and returns the rows of its vectors; the driver commits them in batches into
 ``embeddings_<model>``, beside those of other models. A slide is done when all of its rows are
 there, so the same command again does what is missing: slides that are new, were ingested anew, or
@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from jobs import cluster
+from jobs.cluster import Place
 from jobs.ingest.rows import fixed
-from jobs.ray_data import available, map_actors, spread, wrong_model
+from jobs.stages import ended, map_actors, wrong_model
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import Refreshed, refresh_indexes
@@ -106,7 +108,7 @@ def index(
         archive: Archive URI.
         run: The run's folder; on a cluster every node must see it under this path.
         config: Settings.
-        address: Ray cluster; see ``cluster.connect``.
+        address: Engine or Ray cluster; see ``cluster.connect``.
         progress: Called on the driver whenever something finished.
         dry_run: Say what would be done; write nothing, start nothing.
 
@@ -115,7 +117,6 @@ def index(
         ArchiveError: If the archive is missing, damaged, being written, or was made with another
             encoder (``other_encoder``) or tiling (``other_tiling``) than the model.
     """
-    from jobs.cluster import connect
     from pathflip.archive.schema import embeddings_table
     from pathflip.checkpoints import load_run
 
@@ -136,7 +137,7 @@ def index(
             refused={},
             seconds=time.monotonic() - started,
         )
-    private = connect(address)
+    place = cluster.connect(address)
     with Committer(archive) as committer:
         table = ensure_model(
             committer,
@@ -162,14 +163,15 @@ def index(
                     )
                 )
 
-        for rows in _encoded(todo, committer.uri, loaded, config, private=private):
-            waiting.append(rows)
-            done, regions = done + 1, regions + rows.num_rows - 1
-            overdue = time.monotonic() - committed_at > config.commit_s
-            if overdue or sum(part.num_rows for part in waiting) >= config.commit_rows:
-                committer.replace_rows(table, pa.concat_tables(waiting))
-                waiting, committed_at = [], time.monotonic()
-            report("indexing")
+        with ended(_encoded(todo, committer.uri, loaded, config, place=place)) as tables:
+            for rows in tables:
+                waiting.append(rows)
+                done, regions = done + 1, regions + rows.num_rows - 1
+                overdue = time.monotonic() - committed_at > config.commit_s
+                if overdue or sum(part.num_rows for part in waiting) >= config.commit_rows:
+                    committer.replace_rows(table, pa.concat_tables(waiting))
+                    waiting, committed_at = [], time.monotonic()
+                report("indexing")
         if waiting:
             committer.replace_rows(table, pa.concat_tables(waiting))
         if done != len(todo):  # cannot happen while every actor returns every row it was given
@@ -199,21 +201,20 @@ def _dim(run: Run) -> int:
 
 
 def _encoded(
-    slides: list[str], archive: str, run: Run, config: IndexConfig, *, private: bool
+    slides: list[str], archive: str, run: Run, config: IndexConfig, *, place: Place
 ) -> Iterator[pa.Table]:
-    """Yield the rows of one slide after the other, made by actors on Ray Data."""
+    """Yield the rows of one slide after the other, made by actors."""
     if not slides:
         return
-    there = available(config.device, private=private)
+    there = cluster.available(config.device, place=place)
     workers = config.actors or (there.gpus if there.use_gpu else there.cpus) or 1
-    blocks, pool = spread(len(slides), workers=workers, actors=config.actors, private=private)
     yield from map_actors(
         [{"slide_id": slide} for slide in slides],
         IndexActor,
         (str(run.path), run.fingerprint, archive, there.use_gpu),
-        at_once=1,
-        blocks=blocks,
-        pool=pool,
+        place=place,
+        workers=workers,
+        actors=config.actors,
         num_gpus=1.0 if there.use_gpu else 0.0,
     )
 

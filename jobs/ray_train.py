@@ -29,7 +29,7 @@ from pathflip.training.objective import Objective
 from pathflip.training.trainer import TrainingProgress, shareable, train
 
 if TYPE_CHECKING:
-    from jobs.ray_data import Available
+    from jobs.cluster import Available, Place
 
 PROGRESS_EVERY_S = 1.0
 
@@ -134,17 +134,18 @@ def _fit(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from jobs.cluster import connect
-    from jobs.ray_data import available
+    from jobs.cluster import available, connect
 
     # Ray looks after its workers every 2 s otherwise: half of that is lost at each start and end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray execs at once
-        private = connect(address)
+        place = connect(address)
+        if place == "local":
+            place = connect("ray")
     config = objective.config
-    there = available(config.device, private=private)
-    use_gpu, few, many, cpus = _workers(config, there, private=private)
+    there = available(config.device, place=place)
+    use_gpu, few, many, cpus = _workers(config, there, place=place)
     for name in (run_dir.STOPPED, run_dir.PROGRESS):
         (run / name).unlink(missing_ok=True)
     train_api: Any = ray.train  # what a type checker sees there is the API before 2.43
@@ -197,7 +198,7 @@ def _own_interrupt() -> Iterator[None]:
 
 
 def _workers(
-    config: LoopConfig, resources: Available, *, private: bool
+    config: LoopConfig, resources: Available, *, place: Place
 ) -> tuple[bool, int, int, int]:
     """Return whether to use GPUs, minimum and maximum number of workers, and cores of each."""
     use_gpu, gpus, cores = resources.use_gpu, resources.gpus, resources.cpus
@@ -205,9 +206,9 @@ def _workers(
     many = config.max_workers or config.min_workers or 0
     many = many or (shareable(share, gpus) if use_gpu and gpus else 1)
     few = config.min_workers or many
-    cpus = config.cpus_per_worker or (max(1, cores // many) if private else 1)
+    cpus = config.cpus_per_worker or (max(1, cores // many) if place != "cluster" else 1)
     there, what = (gpus, "GPUs") if use_gpu else (cores // cpus, f"times {cpus} cores")
-    if private and few > there:
+    if place != "cluster" and few > there:
         raise ConfigError(
             f"{few} workers need {few} {what}; this machine has {there}.",
             hint="Ask for fewer workers (--min-workers, --max-workers), or name a cluster "

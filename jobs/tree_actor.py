@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jobs.ingest.decision import Attempts
 from jobs.ingest.reading import Request, SlideFile, check_revision, encode, read_ahead
-from jobs.ray_data import to_ipc
+from jobs.worker import to_ipc
 from pathflip.archive import Archive, vectors
 from pathflip.archive.schema import trees_table
 from pathflip.archive.storage import guarded, is_local

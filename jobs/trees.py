@@ -23,9 +23,12 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from jobs.ray_data import available, from_ipc, map_actors, spread
+from jobs import cluster
+from jobs.cluster import Place
+from jobs.stages import ended, map_actors
 from jobs.tree_actor import SlideOutcome, SlideTask, TreeActor
 from jobs.tree_plan import Choice, Plan, make_plan, plan_versions, roots_by_slide
+from jobs.worker import from_ipc
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.trees import (
@@ -154,7 +157,7 @@ def trees(
     Args:
         archive: Archive URI.
         config: Settings.
-        address: Ray cluster; see ``cluster.connect``.
+        address: Engine or Ray cluster; see ``cluster.connect``.
         progress: Called on the driver whenever a slide is finished.
         dry_run: Say what would be done, with bytes and hours; write nothing, start no Ray.
 
@@ -165,8 +168,6 @@ def trees(
             chosen otherwise (``settings``).
         EncoderError: If an encoder cannot be loaded.
     """
-    from jobs.cluster import connect
-
     config = config or TreesConfig()
     started = time.monotonic()
     opened = Archive(archive)
@@ -178,7 +179,7 @@ def trees(
         return _estimate(opened, plan, choice, config, infos, started=started)
     if not plan.tasks and TREES in opened.tables():
         return _result(plan, [], names, started=started)
-    private = connect(address)
+    place = cluster.connect(address)
     with Committer(archive) as committer:
         if plan_versions(committer.archive) != plan_versions(opened):  # another job was faster
             plan = make_plan(committer.archive, choice, names, retry=config.retry)
@@ -201,7 +202,7 @@ def trees(
         delete_strays(committer)
         outcomes = _run(
             committer, plan, choice, config, infos,
-            private=private, progress=progress, started=started,
+            place=place, progress=progress, started=started,
         )  # fmt: skip
     return _result(plan, outcomes, names, started=started)
 
@@ -232,7 +233,7 @@ def _run(
     config: TreesConfig,
     infos: Mapping[str, EncoderInfo],
     *,
-    private: bool,
+    place: Place,
     progress: Report | None,
     started: float,
 ) -> list[SlideOutcome]:
@@ -253,28 +254,30 @@ def _run(
         waiting.clear()
         committed_at, held = time.monotonic(), 0
 
-    for table in _actors(committer.uri, plan, choice, config, infos, private=private):
-        outcome = SlideOutcome(**json.loads(table.schema.metadata[b"outcome"]))
-        outcomes.append(outcome)
-        for row in table.to_pylist():
-            part = from_ipc(row["rows"])
-            waiting.setdefault(row["table"], []).append(part)
-            held += part.nbytes
-        if time.monotonic() - committed_at > config.commit_s or held > BYTES_OF_A_COMMIT:
-            commit()
-        done += size[outcome.slide_id]
-        nodes, failed = nodes + outcome.nodes, failed + bool(outcome.reason)
-        if progress is not None:
-            progress(
-                Progress(
-                    what="reading",
-                    done=done,
-                    total=total,
-                    seconds=time.monotonic() - started,
-                    unit="trees",
-                    note=f"{nodes:,} nodes" + (f" · {failed} slides left out" if failed else ""),
+    with ended(_actors(committer.uri, plan, choice, config, infos, place=place)) as tables:
+        for table in tables:
+            outcome = SlideOutcome(**json.loads(table.schema.metadata[b"outcome"]))
+            outcomes.append(outcome)
+            for row in table.to_pylist():
+                part = from_ipc(row["rows"])
+                waiting.setdefault(row["table"], []).append(part)
+                held += part.nbytes
+            if time.monotonic() - committed_at > config.commit_s or held > BYTES_OF_A_COMMIT:
+                commit()
+            done += size[outcome.slide_id]
+            nodes, failed = nodes + outcome.nodes, failed + bool(outcome.reason)
+            if progress is not None:
+                progress(
+                    Progress(
+                        what="reading",
+                        done=done,
+                        total=total,
+                        seconds=time.monotonic() - started,
+                        unit="trees",
+                        note=f"{nodes:,} nodes"
+                        + (f" · {failed} slides left out" if failed else ""),
+                    )
                 )
-            )
     commit()
     if len(outcomes) != len(plan.tasks):  # cannot happen while every actor returns every row
         raise RuntimeError(f"{len(plan.tasks) - len(outcomes)} slides never came back")
@@ -288,24 +291,23 @@ def _actors(
     config: TreesConfig,
     infos: Mapping[str, EncoderInfo],
     *,
-    private: bool,
+    place: Place,
 ) -> Iterator[pa.Table]:
-    """Yield the rows of one slide after the other, made by actors on Ray Data."""
+    """Yield the rows of one slide after the other, made by actors."""
     if not plan.tasks:
         return
-    there = available(config.device, private=private)
+    there = cluster.available(config.device, place=place)
     # The texture encoder has no use for a GPU.
     use_gpu = there.use_gpu and any(info.name != "texture" for info in infos.values())
     workers = config.actors or (there.gpus if use_gpu else there.cpus) or 1
     readers = config.readers or (GPU_READERS if use_gpu else 1)
-    blocks, pool = spread(len(plan.tasks), workers=workers, actors=config.actors, private=private)
     yield from map_actors(
         [{"task": task.to_json()} for task in plan.tasks],
         TreeActor,
         _actor_arguments(archive, choice, config, infos, readers=readers),
-        at_once=1,
-        blocks=blocks,
-        pool=pool,
+        place=place,
+        workers=workers,
+        actors=config.actors,
         num_cpus=float(readers) if use_gpu else 1.0,
         num_gpus=1.0 if use_gpu else 0.0,
     )

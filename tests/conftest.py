@@ -198,12 +198,12 @@ def job_here() -> Callable[..., Any]:
     """The same with actors in this process: quick, and all but the spreading of work is there."""
     from jobs.ingest import IngestConfig, ingest
     from pathflip.config import load_config
-    from tests.without_ray import without_ray
+    from tests.in_threads import in_threads
 
     def run(sources: list[Path] | Path, archive: Path, *settings: str, **options: Any) -> Any:
         paths = [sources] if isinstance(sources, Path) else sources
         config = load_config(IngestConfig, overrides=(*SETTINGS, *settings))
-        with without_ray():
+        with in_threads():
             return ingest([str(path) for path in paths], str(archive), config, **options)
 
     return run

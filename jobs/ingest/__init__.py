@@ -36,6 +36,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs import cluster
+from jobs.cluster import Available, Place
 from jobs.ingest.candidates import Candidate, find_candidates
 from jobs.ingest.config import IngestConfig as IngestConfig
 from jobs.ingest.deaths import Deaths
@@ -45,7 +47,7 @@ from jobs.ingest.plan import Planner
 from jobs.ingest.result import IngestProgress
 from jobs.ingest.result import IngestResult as IngestResult
 from jobs.ingest.resume import Archived
-from jobs.ray_data import Available, available, set_up
+from jobs.stages import ActorPool, ended, run_stages
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
@@ -77,21 +79,21 @@ def ingest(
         sources: Slide files and folders, also of object stores.
         archive: Archive URI; made if it does not exist.
         config: Settings.
-        address: Ray cluster; see ``cluster.connect``.
+        address: Engine or Ray cluster; see ``cluster.connect``.
         progress: Called on the driver whenever something finished.
 
     Raises:
         ConfigError, EncoderError, ArchiveError: Before anything is written.
     """
-    from jobs.cluster import connect
-
     config = config or IngestConfig()
     started = time.monotonic()
     encoders = config.infos()
     candidates, side = find_candidates(sources, config, slide_of=Archived(archive).paths())
     _check(archive, config, encoders)
-    private = connect(address)
-    there = available(config.device, private=private)
+    place = cluster.connect(address)
+    # The texture encoder has no use for a GPU.
+    device = "cpu" if config.device == "auto" and config.specs == ["texture"] else config.device
+    there = cluster.available(device, place=place)
     uri = create_archive(archive, tiling=asdict(config.tiling)).uri
     with Committer(uri) as committer:
         tables = [
@@ -115,10 +117,11 @@ def ingest(
         )
         groups = ledger.outstanding()
         if groups:
-            for batch in _pipeline(
-                groups, config, uri, tables, encoders, there=there, private=private
-            ):
-                ledger.take(batch)
+            with ended(
+                _pipeline(groups, config, uri, tables, encoders, there=there, place=place)
+            ) as chunks:
+                for batch in chunks:
+                    ledger.take(batch)
         result = replace(ledger.finish(), side_files=side.report())
         side.warn("ambiguous")
         if config.captions is not None:
@@ -291,48 +294,39 @@ def _pipeline(
     encoders: Sequence[EncoderInfo],
     *,
     there: Available,
-    private: bool,
+    place: Place,
 ) -> Iterator[pa.Table]:
-    """Run both actor stages over Ray Data; yield chunks as they come back."""
-    import ray.data
-    from ray.data import ActorPoolStrategy
-
-    # The texture encoder has no use for a GPU.
+    """Run both stages; yield chunks as they come back."""
     use_gpu = there.use_gpu and config.specs != ["texture"]
-    set_up(block_bytes=4096)  # one chunk a block: the unit that is spread over actors
     workers = config.actors or (there.gpus if use_gpu else there.cpus) or 1
-    # A cluster may grow: what it is given to do is what makes it grow.
-    most = config.actors or (workers if private else None)
     readers = config.readers or (GPU_READERS if use_gpu else 1)
     revisions = [info.revision for info in encoders]
     planners = max(1, workers // 4)
-    blocks = len(groups)
+    at_once = 1
     if any(is_remote(fields["source"]["uri"]) for fields in map(_first, groups)):
-        # A planner stages the next slides of the block that it works on.
-        blocks = max(min(planners, blocks), math.ceil(blocks / STAGED_GROUPS))
-    deaths = ray.remote(Deaths).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+        # A planner stages the next slides of the groups that it works on.
+        at_once = min(STAGED_GROUPS, math.ceil(len(groups) / planners))
     # 0.9 + 0.1 so that planning always finds room, also on one core.
-    data = ray.data.from_items(groups, override_num_blocks=blocks)
-    planned = data.map_batches(
-        Planner,
-        fn_constructor_args=(config, archive),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=planners),
+    plan = ActorPool(
+        actor=Planner,
+        arguments=(config, archive),
+        at_once=at_once,
+        most=planners,
         num_cpus=0.1,
+        waits=True,
     )
-    embedded = planned.map_batches(
-        Embedder,
-        fn_constructor_args=(config, archive, list(tables), revisions, readers, deaths),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            min_size=1, max_size=most, initial_size=min(workers, len(groups)) if private else 1
-        ),
+    embed = ActorPool(
+        actor=Embedder,
+        arguments=(config, archive, list(tables), revisions, readers),
+        shared=Deaths,
+        first=1 if place == "cluster" else min(workers, len(groups)),
+        # A cluster may grow: what it is given to do is what makes it grow.
+        most=config.actors or (None if place == "cluster" else workers),
         num_cpus=float(readers) if use_gpu else 0.9,
         num_gpus=1.0 if use_gpu else 0.0,
+        deaths=config.attempts + 1,  # Deaths sees to it that there are fewer
     )
-    yield from embedded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    yield from run_stages(groups, [plan, embed], place=place, block_bytes=4096)
 
 
 def _check(archive: str, config: IngestConfig, encoders: Sequence[EncoderInfo]) -> None:

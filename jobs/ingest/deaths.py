@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from pathflip.errors import SlideError
 
 
 class Deaths:
-    """Workers that died, by slide; on a cluster it is an actor of its own.
+    """Workers that died, by slide; one for the whole job, shared by its workers.
 
     A chunk that begins again though its end was never told was being worked on by one that died.
     Deaths on other chunks of the slide are seen when those begin again.
@@ -42,11 +43,11 @@ class DeathCount:
     """A worker's side of :class:`Deaths`.
 
     Args:
-        deaths: The actor; None where there is only this process, whose death ends the job.
+        deaths: Calls a method of the job's :class:`Deaths`; None where nothing is counted.
         limit: Deaths after which a slide is left out.
     """
 
-    def __init__(self, deaths: Any, *, limit: int) -> None:
+    def __init__(self, deaths: Callable[..., Any] | None, *, limit: int) -> None:
         self._deaths, self._limit = deaths, limit
         self._worker = f"{os.getpid()}-{uuid.uuid4().hex}"
 
@@ -58,9 +59,7 @@ class DeathCount:
         """
         if self._deaths is None:
             return
-        import ray
-
-        died = ray.get(self._deaths.begin.remote(slide_id, chunk, self._worker))
+        died = self._deaths("begin", slide_id, chunk, self._worker)
         if died >= self._limit:
             self.end(slide_id, chunk)
             raise SlideError(
@@ -73,4 +72,4 @@ class DeathCount:
     def end(self, slide_id: str, chunk: int) -> None:
         """End work on a chunk."""
         if self._deaths is not None:
-            self._deaths.end.remote(slide_id, chunk)
+            self._deaths("end", slide_id, chunk)

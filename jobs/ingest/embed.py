@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from jobs.ingest.deaths import DeathCount
 from jobs.ingest.decision import Attempts, quarantine
 from jobs.ingest.reading import Request, SlideFile, check_revision, encode, read_ahead
 from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, matrix, to_table, unit
-from jobs.ray_data import from_ipc, to_ipc
+from jobs.worker import from_ipc, to_ipc
 from pathflip.archive.fragments import write_fragment
 from pathflip.archive.schema import region_id
 from pathflip.encoders import Encoder, load_encoder
@@ -84,7 +84,7 @@ class Embedder:
         tables: Table of features of each encoder.
         revisions: Revision of each encoder on the driver.
         readers: Reader processes to own.
-        deaths: Actor that counts the workers a slide kills, see :mod:`jobs.ingest.deaths`.
+        deaths: Calls the job's :class:`jobs.ingest.deaths.Deaths`; None where there is none.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Embedder:
         tables: Sequence[str],
         revisions: Sequence[str],
         readers: int,
-        deaths: Any = None,
+        deaths: Callable[..., Any] | None = None,
     ) -> None:
         self._config = config
         self._archive = archive
@@ -117,6 +117,11 @@ class Embedder:
         self._stage = Stage(config.stage_dir, config.stage_gb)
         self._broken: set[str] = set()
         self._deaths = DeathCount(deaths, limit=config.attempts)
+
+    def close(self) -> None:
+        """End the readers."""
+        for reader in self._readers:
+            reader.close()
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
         """Embed chunks; those without regions pass through."""

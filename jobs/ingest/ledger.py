@@ -22,7 +22,7 @@ from jobs.ingest.result import IngestProgress, IngestResult
 from jobs.ingest.resume import Archived
 from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, unit
 from jobs.ingest.side_files import SideFiles
-from jobs.ray_data import from_ipc
+from jobs.worker import from_ipc
 from pathflip.archive.commit import Committer
 from pathflip.archive.schema import CHECKSUM, slides_schema
 from pathflip.encoders import EncoderInfo

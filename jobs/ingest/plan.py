@@ -17,7 +17,7 @@ from jobs.ingest.candidates import Candidate
 from jobs.ingest.config import IngestConfig
 from jobs.ingest.decision import Attempts, identify, quarantine
 from jobs.ingest.rows import Chunk, Held, SlideRecord, fixed, to_table
-from jobs.ray_data import to_ipc
+from jobs.worker import to_ipc
 from pathflip.archive import Archive
 from pathflip.errors import SlideError
 from pathflip.slides.reader import SlideReader
@@ -56,6 +56,10 @@ class Planner:
         self._reader = SlideReader(patches=1, px=16, halving=config.halving)
         self._stage = Stage(config.stage_dir, config.stage_gb)
         self._coming: list[Source] = []
+
+    def close(self) -> None:
+        """End the reader."""
+        self._reader.close()
 
     def __call__(self, groups: pa.Table) -> Iterator[pa.Table]:
         """Plan every distinct slide of the groups, one table for each group."""

@@ -13,7 +13,9 @@ from pathflip.cli.options import (
     ArchiveOption,
     ConfigOption,
     JsonOption,
+    LocalOption,
     OverrideOption,
+    engine,
     job,
     open_slide_qa,
     print_json,
@@ -62,6 +64,7 @@ def caption(
     ] = None,
     device: DeviceOption = None,
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: DryRunOption = False,
@@ -84,12 +87,12 @@ def caption(
         settings = _settings(config, overrides, device, max_new_tokens=max_new_tokens)
         with working() as progress:
             result = jobs_answer.caption_all(
-                archive, run, out, split=split, config=settings, address=address,
+                archive, run, out, split=split, config=settings, address=engine(address, local),
                 progress=progress, dry_run=dry_run,
             )  # fmt: skip
         _end(result, as_json=as_json, dry_run=dry_run)
         return
-    _refuse_batch_options(out, dry_run, config, overrides, address)
+    _refuse_batch_options(out, dry_run, config, overrides, address, local)
     if not slide:
         raise ConfigError(
             "Say which slide to describe.", hint="Name slides, or give --all and --out FILE."
@@ -145,6 +148,7 @@ def ask(
     ] = None,
     device: DeviceOption = None,
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: DryRunOption = False,
@@ -170,12 +174,12 @@ def ask(
         )  # fmt: skip
         with working() as progress:
             result = jobs_answer.ask_all(
-                archive, run, questions, out, config=settings, address=address,
+                archive, run, questions, out, config=settings, address=engine(address, local),
                 progress=progress, dry_run=dry_run,
             )  # fmt: skip
         _end(result, as_json=as_json, dry_run=dry_run)
         return
-    _refuse_batch_options(out, dry_run, config, overrides, address)
+    _refuse_batch_options(out, dry_run, config, overrides, address, local)
     if slide is None or question is None:
         raise ConfigError(
             "Say which slide, and what to ask.", hint='pathflip ask SLIDE "Is there necrosis?" …'
@@ -221,6 +225,7 @@ def decompose(
     llm: Annotated[str, typer.Option(help="Folder of a chat model, such as a Qwen3.")],
     device: DeviceOption = None,
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: Annotated[
@@ -243,7 +248,12 @@ def decompose(
     )
     with working() as progress:
         result = jobs_decompose.decompose(
-            archive, llm, config=settings, address=address, progress=progress, dry_run=dry_run
+            archive,
+            llm,
+            config=settings,
+            address=engine(address, local),
+            progress=progress,
+            dry_run=dry_run,
         )
     show_result(result, f"statements in {archive}", as_json=as_json, dry_run=dry_run)
 
@@ -280,11 +290,16 @@ def _settings(
 
 
 def _refuse_batch_options(
-    out: str | None, dry_run: bool, config: str | None, overrides: Any, address: str | None
+    out: str | None,
+    dry_run: bool,
+    config: str | None,
+    overrides: Any,
+    address: str | None,
+    local: bool | None,
 ) -> None:
-    if out is not None or dry_run or config or overrides or address:
+    if out is not None or dry_run or config or overrides or address or local is not None:
         raise ConfigError(
-            "--out, --dry-run, --config, -o and --address are options of a batch.",
+            "--out, --dry-run, --config, -o, --address and --local/--ray are options of a batch.",
             hint="For a batch give --all, --split or --questions FILE, and --out FILE.",
         )
 

@@ -12,7 +12,9 @@ from pathflip.cli.options import (
     ArchiveOption,
     ConfigOption,
     JsonOption,
+    LocalOption,
     OverrideOption,
+    engine,
     flat,
     job,
     print_json,
@@ -70,6 +72,7 @@ def ingest(
         bool | None, typer.Option("--retry/--no-retry", help="Try quarantined slides again.")
     ] = None,
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: Annotated[
@@ -92,7 +95,7 @@ def ingest(
     )  # fmt: skip
     run = jobs_ingest.dry_run if dry_run else jobs_ingest.ingest
     with working() as progress:
-        result = run(sources, archive, settings, address=address, progress=progress)
+        result = run(sources, archive, settings, address=engine(address, local), progress=progress)
     title = f"ingested into {archive}"
     show_document(result.as_json(), title, as_json=as_json, dry_run=dry_run)
     if dry_run:
@@ -290,6 +293,7 @@ def slides_retry(
     ] = None,
     reason: Annotated[str | None, typer.Option(help="Only those with this reason.")] = None,
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: Annotated[
@@ -331,7 +335,7 @@ def slides_retry(
         return
     run = jobs_ingest.dry_run if dry_run else jobs_ingest.ingest
     with working() as progress:
-        result = run(sources, archive, settings, address=address, progress=progress)
+        result = run(sources, archive, settings, address=engine(address, local), progress=progress)
     document = result.as_json() | {"retried": len(sources)}
     show_document(document, as_json=as_json, dry_run=dry_run)
     if not dry_run:

@@ -15,12 +15,14 @@ from pathflip.cli.options import (
     ConfigOption,
     DeviceOption,
     JsonOption,
+    LocalOption,
     OverrideOption,
     ResamplesOption,
     RunOption,
     SeedOption,
     SplitOption,
     TemplatesOption,
+    engine,
     flat,
     job,
     open_run,
@@ -466,6 +468,7 @@ def evaluate_ablations(
     ] = None,
     split: SplitOption = "test",
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: Annotated[
@@ -497,7 +500,12 @@ def evaluate_ablations(
         return
     with working() as progress:
         document = jobs_ablations.ablations(
-            archive, run, options, settings=recipe, address=address, progress=progress
+            archive,
+            run,
+            options,
+            settings=recipe,
+            address=engine(address, local),
+            progress=progress,
         )
     if as_json:
         print_json(document)

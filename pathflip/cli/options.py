@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -35,6 +36,13 @@ OverrideOption = Annotated[
 AddressOption = Annotated[
     str | None,
     typer.Option(help="Ray cluster, e.g. auto or ray://head:10001; default: this machine."),
+]
+LocalOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--local/--ray",
+        help="Processes of this machine (default without a cluster), or a Ray of its own on it.",
+    ),
 ]
 RunOption = Annotated[str, typer.Option("--run", help="Folder that pathflip pretrain wrote.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU if there is one.")]
@@ -109,6 +117,24 @@ def open_slide_qa(run: str, *, llm: str | None, device: str | None) -> Any:
     from pathflip.slide_qa import SlideQA
 
     return SlideQA.from_run(run, llm=llm, device=torch_device(device))
+
+
+def engine(address: str | None, local: bool | None) -> str | None:
+    """Return where a job runs, as ``jobs.cluster.connect`` takes it.
+
+    Raises:
+        ConfigError: A cluster is named, and ``--local``.
+    """
+    if local is None or (address and not local):
+        return address
+    if address:
+        raise ConfigError(
+            f"--local is this machine, and --address {address} is a cluster.",
+            hint="Leave one of them out.",
+        )
+    if local:
+        return "local"
+    return None if os.environ.get("RAY_ADDRESS") else "ray"
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from pathflip.cli.options import (
     ArchiveOption,
     ConfigOption,
     JsonOption,
+    LocalOption,
     OverrideOption,
+    engine,
     job,
     show_document,
     show_result,
@@ -44,6 +46,7 @@ def pretrain(
     min_workers: MinWorkersOption = None,
     max_workers: MaxWorkersOption = None,
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: DryRunOption = False,
@@ -62,7 +65,7 @@ def pretrain(
         return
     _train(
         lambda progress: module.pretrain(
-            archive, run, settings, address=address, progress=progress
+            archive, run, settings, address=engine(address, local), progress=progress
         ),
         f"trained in {run}",
         as_json=as_json,
@@ -86,6 +89,7 @@ def tune(
     min_workers: MinWorkersOption = None,
     max_workers: MaxWorkersOption = None,
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: DryRunOption = False,
@@ -103,7 +107,9 @@ def tune(
         show_document(module.plan(archive, out, settings), as_json=as_json, dry_run=True)
         return
     _train(
-        lambda progress: module.tune(archive, out, settings, address=address, progress=progress),
+        lambda progress: module.tune(
+            archive, out, settings, address=engine(address, local), progress=progress
+        ),
         f"tuned in {out}",
         as_json=as_json,
     )
@@ -164,6 +170,7 @@ def index(
     archive: ArchiveOption,
     run: Annotated[str, typer.Option(help="Run of pathflip pretrain.")],
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: Annotated[
@@ -178,6 +185,11 @@ def index(
     settings = load_config(module.IndexConfig, file=config, overrides=overrides or ())
     with working() as progress:
         result = module.index(
-            archive, run, config=settings, address=address, progress=progress, dry_run=dry_run
+            archive,
+            run,
+            config=settings,
+            address=engine(address, local),
+            progress=progress,
+            dry_run=dry_run,
         )
     show_result(result, f"indexed {archive}", as_json=as_json, dry_run=dry_run)

@@ -11,7 +11,9 @@ from pathflip.cli.options import (
     ArchiveOption,
     ConfigOption,
     JsonOption,
+    LocalOption,
     OverrideOption,
+    engine,
     job,
     print_json,
     show_document,
@@ -40,6 +42,7 @@ def trees(
         bool | None, typer.Option("--retry/--no-retry", help="Try quarantined trees again.")
     ] = None,
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: Annotated[
@@ -67,7 +70,7 @@ def trees(
     )
     with working() as progress:
         result = module.trees(
-            archive, settings, address=address, progress=progress, dry_run=dry_run
+            archive, settings, address=engine(address, local), progress=progress, dry_run=dry_run
         )
     show_result(result, f"trees in {archive}", as_json=as_json, dry_run=dry_run)
     if not dry_run:
@@ -165,6 +168,7 @@ def caption(
         str | None, typer.Option(help="auto, cpu or cuda; default: auto.", show_default=False)
     ] = None,
     address: AddressOption = None,
+    local: LocalOption = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
     dry_run: Annotated[
@@ -184,7 +188,12 @@ def caption(
     )
     with working() as progress:
         result = module.describe(
-            archive, vlm, config=settings, address=address, progress=progress, dry_run=dry_run
+            archive,
+            vlm,
+            config=settings,
+            address=engine(address, local),
+            progress=progress,
+            dry_run=dry_run,
         )
     show_result(result, f"captions in {archive}", as_json=as_json, dry_run=dry_run)
     if not dry_run:

@@ -28,8 +28,11 @@ from tests.failing_ingest import FAILURES, FailingEmbedder
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
 
-OURS = ("Planner", "Embedder", "pathflip.slides.reader", "raylet/raylet", "gcs_server")
-"""Processes of a private Ray; its agents look for their node only once a minute."""
+OURS = {
+    "--local": ("jobs.worker", "pathflip.slides.reader"),
+    "--ray": ("Embedder", "pathflip.slides.reader", "raylet/raylet", "gcs_server"),
+}
+"""Processes below a driver; agents of Ray look for their node only once a minute."""
 SLIDES = ("a.svs", "c.tif", "g.tif")
 """Those of the clean run that are ingested here: both readers, several chunks."""
 ONE_ACTOR = (*SETTINGS, "actors=1")
@@ -49,10 +52,9 @@ def expected(clean: Clean) -> dict[str, dict[str, Any]]:
     return found
 
 
-def words(slides: list[str], archive: Path, *, address: str | None) -> list[str]:
+def words(slides: list[str], archive: Path, *where: str) -> list[str]:
     """Words of ``pathflip ingest`` that commits every slide as soon as it is done."""
     settings = [word for each in (*ONE_ACTOR, "commit_s=0") for word in ("-o", each)]
-    where = ["--address", address] if address else []
     return [*slides, "--archive", str(archive), "--json", *settings, *where]
 
 
@@ -72,24 +74,25 @@ def test_driver_killed_as_it_commits_then_run_twice_at_once(
 ) -> None:
     """Nothing partial is ever visible, nothing twice, no process stays, the end is the clean end.
 
-    The first driver has a Ray of its own, which ends with it, and so do the readers. Of the two
-    at the end one works and the other says who holds the archive; or both come to the same end.
+    The first driver has processes of its own, the second a Ray, which end with it, and so do the
+    readers. Of the two at the end one works and the other says who holds the archive; or both come
+    to the same end.
     """
     from pathflip.archive.verify import verify
 
     archive = tmp_path / "archive"
-    for commits, address in enumerate((None, cluster)):
-        given = ("ingest", *words(some, archive, address=address))
+    for commits, engine in enumerate(("--local", "--ray")):
+        given = ("ingest", *words(some, archive, engine))
         run = faults.waiting(*given, table="slides", commits=commits)
         below: list[int] = []
         try:
             assert run.stdout is not None
             assert run.stdout.readline() == "waiting\n"
-            if address is None:
-                lines = {pid: faults.command_line(pid) for pid in faults.descendants(run.pid)}
-                below = [pid for pid, line in lines.items() if any(word in line for word in OURS)]
-                for word in ("Embedder", "pathflip.slides.reader", "raylet/raylet", "gcs_server"):
-                    assert any(word in lines[pid] for pid in below), word
+            ours = OURS[engine]
+            lines = {pid: faults.command_line(pid) for pid in faults.descendants(run.pid)}
+            below = [pid for pid, line in lines.items() if any(word in line for word in ours)]
+            for word in ours:
+                assert any(word in lines[pid] for pid in below), word
         finally:
             run.kill()
             run.communicate()
@@ -100,7 +103,8 @@ def test_driver_killed_as_it_commits_then_run_twice_at_once(
             what="processes end",
         )
 
-    runs = [faults.pathflip("ingest", *words(some, archive, address=cluster)) for _ in range(2)]
+    given = ("ingest", *words(some, archive, "--address", cluster))
+    runs = [faults.pathflip(*given) for _ in range(2)]
     ended = [(*run.communicate(timeout=200), run) for run in runs]
     codes = sorted(run.returncode for _, _, run in ended)
     assert codes in ([0, 2], [0, 0]), [err for _, err, _ in ended]
@@ -270,7 +274,7 @@ def test_disk_full_then_freed(
     (small_disk / "filler").write_bytes(b"\0" * (free - (100 << 10)))
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(["ingest", *words(some, archive, address=None)])
+        main(["ingest", *words(some, archive)])
     out, err = capfd.readouterr()
     assert ended.value.code == 1
     assert json.loads(out)["error"]["code"] == "disk_full"

@@ -18,7 +18,7 @@ import pytest
 
 from tests import failing_reader, faults
 from tests.conftest import Clean, content
-from tests.without_ray import without_ray
+from tests.in_threads import in_threads
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -358,7 +358,7 @@ def test_what_was_wrong_is_mended_later(
     before = {row["slide_id"] for row in Archive(archive).slides("quarantined").to_pylist()}
     capsys.readouterr()
     old = row_of(archive, "cut-early.svs")["slide_id"]
-    with without_ray(), pytest.raises(SystemExit) as ended:
+    with in_threads(), pytest.raises(SystemExit) as ended:
         main(["slides", "retry", old, "--archive", str(archive), "--json"])
     document = json.loads(capsys.readouterr().out)
     assert ended.value.code == 0

@@ -16,8 +16,8 @@ from pathflip.archive.commit import Committer
 from pathflip.archive.model_vectors import indexed_slides
 from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError, CheckpointError
+from tests.in_threads import in_threads
 from tests.unit.archive import cohort, models
-from tests.without_ray import without_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -70,7 +70,7 @@ def indexed(run: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -
         if progress.done == 3:
             raise KeyboardInterrupt
 
-    with without_ray(), pytest.raises(KeyboardInterrupt):
+    with in_threads(), pytest.raises(KeyboardInterrupt):
         index(str(uri), str(run), config=IndexConfig(commit_rows=1), progress=stop)
     done = sorted(indexed_slides(Archive(uri), plan.model))
     assert len(done) == 3

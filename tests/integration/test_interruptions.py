@@ -69,7 +69,7 @@ def names_of(found: dict[str, dict[str, Any]]) -> set[str]:
 
 DRIVER = """
 import os, sys
-from tests.without_ray import without_ray
+from tests.in_threads import in_threads
 from jobs.ingest import IngestConfig, ingest
 from pathflip.config import load_config
 
@@ -83,7 +83,7 @@ for line in sys.stdin:
         print(os.waitpid(pid, 0)[1], flush=True)
         continue
     os.setsid()
-    with without_ray():
+    with in_threads():
         ingest([slides], line.strip(), config)
     os._exit(0)
 """

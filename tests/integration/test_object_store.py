@@ -22,8 +22,8 @@ from pathflip.errors import ArchiveError
 from pathflip.synth import make_slide
 from serve.search import Search
 from tests.conftest import content
+from tests.in_threads import in_threads
 from tests.unit.archive import cohort, models
-from tests.without_ray import without_ray
 
 
 def test_ingest_writes_what_it_writes_to_a_folder(
@@ -54,7 +54,7 @@ def test_index_search_serve_maintain_and_export(
         cohort.build(uri, 0, 1, 2)
         with Committer(uri) as committer:
             models.tell(committer, 0, 1, 2)
-        with without_ray():
+        with in_threads():
             done = index(uri, str(run))
         assert (done.slides, done.regions) == (3, 3 * cohort.REGIONS)
         for mode in ("vector", "hybrid"):

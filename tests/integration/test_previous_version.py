@@ -32,7 +32,7 @@ from pathflip.training.dataset import Corpus
 from pathflip.training.instruct import Instruct
 from pathflip.training.loop_config import read_settings
 from pathflip.training.trainer import train
-from tests.without_ray import without_ray
+from tests.in_threads import in_threads
 
 PACKED = Path(__file__).parents[1] / "previous" / "v0.1.0.tar.xz"
 MADE_AT = "/tmp/golden/out"
@@ -155,7 +155,7 @@ def test_ingest_finds_nothing_to_do_in_an_archive_of_before_and_it_gets_trees(
 
     layout = Archive(tmp_path / "ingested").settings()["schema_version"]
     small = TreesConfig(parent_um=128, node_px=64, per_slide=2)
-    with without_ray():
+    with in_threads():
         made = trees(str(tmp_path / "ingested"), small)
     assert (made.slides["done"], made.exit_code) == (2, 0)
     archive = Archive(tmp_path / "ingested")

@@ -29,8 +29,8 @@ from pathflip.slides.sources import discover
 from pathflip.synth import make_slide
 from tests import proxy
 from tests.conftest import SETTINGS, listing
+from tests.in_threads import in_threads
 from tests.s3 import Store, environment
-from tests.without_ray import without_ray
 
 Job = Callable[..., Any]
 
@@ -174,7 +174,7 @@ def test_every_command_that_reads_pixels_reads_them_from_the_store(
         config = load_config(
             TreesConfig, overrides=("parent_um=256", "node_px=128", "per_slide=1", "actors=1")
         )
-        with without_ray():
+        with in_threads():
             trees(str(archive), config)
         opened = Archive(archive)
         export_tree_images(opened, tmp_path / f"{where}-pictures")

@@ -37,7 +37,7 @@ from tests import faults
 from tests.archives import filled
 from tests.conftest import listing
 from tests.failing_reader import failed, failing
-from tests.without_ray import without_ray
+from tests.in_threads import in_threads
 
 if TYPE_CHECKING:
     from tests.conftest import Clean
@@ -117,7 +117,7 @@ def made(make: Trees, clean: Clean, tmp_path_factory: pytest.TempPathFactory) ->
         if progress.done >= 9:
             raise KeyboardInterrupt
 
-    with without_ray(), pytest.raises(KeyboardInterrupt):
+    with in_threads(), pytest.raises(KeyboardInterrupt):
         make(uri, *SMALL, "per_slide=3", "commit_s=0", progress=stop)
     assert " left" in lines[1]
     assert "/21 trees" in lines[1]
@@ -269,7 +269,7 @@ def test_a_further_encoder_slides_left_out_and_more_trees(
             {gone: {"uri": str(copy / "gone.tif")}, other: {"mtime_ns": row["mtime_ns"] + 1}}
         )
     struck = tmp_path / "failing"
-    with without_ray(), failing(struck, {names[deadly]: ("read", "abort")}):
+    with in_threads(), failing(struck, {names[deadly]: ("read", "abort")}):
         result = make(copy, f"encoder={second_encoder}")
     assert [len(pids) for pids in failed(struck).values()] == [3]
     assert result.exit_code == 3
@@ -288,7 +288,7 @@ def test_a_further_encoder_slides_left_out_and_more_trees(
 
     with Committer(copy) as committer:
         committer.update_slides({gone: {"uri": back[gone]}, other: {"mtime_ns": back[other]}})
-    with without_ray():
+    with in_threads():
         more = make(copy, f"encoder=texture,{second_encoder}", "per_slide=4")
     assert (more.exit_code, more.trees) == (0, 7 + 3 * 3)
     archive = Archive(copy)
@@ -378,7 +378,7 @@ def test_a_damaged_tree_is_read_once_and_again_when_asked(
     fault = {"too_many_bad_tiles": 1}
     with Committer(copy) as committer:
         committer.drop_rows("trees", [slide])
-    with without_ray():
+    with in_threads():
         first = make(copy)
         assert (first.trees, first.quarantined, first.quarantined_before) == (2, fault, {})
         assert (first.exit_code, first.slides["failed"]) == (3, 0)
@@ -435,14 +435,14 @@ def test_roots_are_chosen_once_unless_another_job_was_faster(
 
     monkeypatch.setattr(tree_plan, "choose_parents", counted)
     uri = Path(shutil.copytree(clean.archive, tmp_path / "a"))
-    with without_ray():
+    with in_threads():
         make(uri, *SMALL, "per_slide=1")
         assert len(chosen) == len(set(chosen)) == 7
 
-        def faster(_: Any) -> bool:
-            monkeypatch.setattr("jobs.cluster.connect", lambda _: True)
+        def faster(_: Any) -> str:
+            monkeypatch.setattr("jobs.cluster.connect", lambda _: "local")
             assert make(uri, "per_slide=2").trees == 7
-            return True
+            return "local"
 
         monkeypatch.setattr("jobs.cluster.connect", faster)
         late = make(uri, "per_slide=3")

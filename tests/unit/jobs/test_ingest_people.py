@@ -17,7 +17,7 @@ from jobs.ingest.config import IngestConfig
 from pathflip.archive import Archive
 from pathflip.geometry import Tiling
 from pathflip.interop.labels import import_labels, read_labels
-from tests.without_ray import without_ray
+from tests.in_threads import in_threads
 
 TCGA = "TCGA-AA-0001-01Z-00-DX1.0a1b2c3d-1111-2222-3333-444455556666"
 Job = Callable[..., Any]
@@ -44,7 +44,7 @@ def job(tmp_path: Path) -> Job:
         tiling = Tiling(region_um=256, patch_um=128)
         config = IngestConfig(tiling=tiling, device="cpu", **settings)
         do = jobs_ingest.dry_run if dry else jobs_ingest.ingest
-        with without_ray():
+        with in_threads():
             return do([str(tmp_path / "in")], str(tmp_path / "archive"), config)
 
     return run

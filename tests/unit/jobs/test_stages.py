@@ -1,4 +1,4 @@
-"""Parts of Ray Data shared by jobs: carried errors, and the machines there are. Without Ray."""
+"""Stages of jobs without Ray: errors that are carried, the machines there are, dying processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import pyarrow as pa
 import pytest
 import ray
 
-from jobs.ray_data import Carrier, available, from_ipc
+from jobs import cluster
+from jobs.cluster import Place, available
+from jobs.stages import Carrier
+from jobs.worker import from_ipc
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError, from_dict
 
 
@@ -58,28 +61,34 @@ def test_faults_of_our_own_are_not_carried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "private", "use_gpu", "seen"),
+    ("device", "gpus", "place", "use_gpu", "seen"),
     [
-        ("auto", 0, True, False, 0),
-        ("auto", 2, True, True, 2),
-        ("auto", 0, False, False, 0),
-        ("cpu", 2, True, False, 0),
-        ("cuda", 2, True, True, 2),
-        ("cuda", 0, False, True, 0),  # a cluster may grow
+        ("auto", 0, "ray", False, 0),
+        ("auto", 2, "ray", True, 2),
+        ("auto", 2, "local", True, 2),
+        ("auto", 0, "cluster", False, 0),
+        ("cpu", 2, "ray", False, 0),
+        ("cpu", 2, "local", False, 0),
+        ("cuda", 2, "local", True, 2),
+        ("cuda", 0, "cluster", True, 0),  # a cluster may grow
     ],
 )
 def test_what_a_job_may_use(
-    device: str, gpus: int, private: bool, use_gpu: bool, seen: int,
+    device: str, gpus: int, place: Place, use_gpu: bool, seen: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0, "GPU": float(gpus)})
-    found = available(device, private=private)
+    monkeypatch.setattr(cluster, "cpus_here", lambda: 3)
+    monkeypatch.setattr(cluster, "gpus_here", lambda: gpus)
+    found = available(device, place=place)
     assert (found.cpus, found.gpus, found.use_gpu) == (3, seen, use_gpu)
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["local", "ray"])
+def test_a_gpu_that_is_not_there_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0})
+    monkeypatch.setattr(cluster, "gpus_here", lambda: 0)
     with pytest.raises(ConfigError, match="this machine has no GPU") as refused:
-        available("cuda", private=True)
+        available("cuda", place=place)
     assert refused.value.code == "no_gpu"
     assert "--address" in refused.value.hint
