@@ -32,6 +32,7 @@ import pyarrow as pa
 import simplejpeg
 from numpy.typing import NDArray
 
+from jobs.stages import ActorPool
 from pathflip.encoders import load_encoder
 from pathflip.geometry import Tiling, patch_rects, plan_regions
 from pathflip.slides.slide import Halving, Slide
@@ -285,11 +286,13 @@ def job(quick: bool) -> Report:
     warm = {"sources": cohort(1, quick)}
     one, two = {"actors": 1}, {"actors": 2}
     turn = [
-        {"sources": sources, "config": config} for config in (one, two) for sources in (few, many)
+        {"sources": sources, "config": config, "address": "ray"}
+        for config in (one, two)
+        for sources in (few, many)
     ]
     repeat = 1 if quick else 2
     say("the job on Ray")
-    ray_warm, *on_ray = _run([warm] + turn * repeat)
+    ray_warm, *on_ray = _run([warm | {"address": "ray"}] + turn * repeat)
     say("the same in a bare loop")
     loop = [{"sources": few, "bare": True}, {"sources": many, "bare": True}]
     _, *bare = _run([warm | {"bare": True}] + loop * repeat)
@@ -369,24 +372,19 @@ def _slope(steps: Sequence[meter.Step]) -> float:
 
 
 def perform(steps: Iterable[dict[str, Any]]) -> None:
-    """In the measured process: run the ingests one after another in one Ray session."""
+    """In the measured process: run the ingests one after another, on Ray in one session."""
     from jobs import ingest
-    from jobs.ray_data import Available
 
-    one_cpu = Available(cpus=1, gpus=0, use_gpu=False)
     with tempfile.TemporaryDirectory(prefix="pathflip-bench-") as folder:
         for index, step in enumerate(steps):
             archive = f"{folder}/{index}"
             config = ingest.IngestConfig(**{"device": "cpu"} | step.get("config", {}))
             if step.get("bare"):
-                with (
-                    mock.patch("ray.data.from_items", Loop.over),
-                    mock.patch("jobs.cluster.connect"),
-                    mock.patch.object(ingest, "available", return_value=one_cpu),
-                ):
-                    result = ingest.ingest(step["sources"], archive, config)
+                with mock.patch("jobs.local.run", bare_loop):
+                    result = ingest.ingest(step["sources"], archive, config, address="local")
             else:
-                result = ingest.ingest(step["sources"], archive, config)
+                address = step.get("address")
+                result = ingest.ingest(step["sources"], archive, config, address=address)
             if result.slides["ready"] != len(step["sources"]):
                 raise RuntimeError(f"not every slide was ingested: {result.slides}")
             answer = asdict(result) | {"config": step.get("config")}
@@ -395,27 +393,21 @@ def perform(steps: Iterable[dict[str, Any]]) -> None:
             shutil.rmtree(archive)
 
 
-class Loop:
-    """Stands in for a Ray dataset: the same stages in this process, one row after another."""
+def bare_loop(
+    rows: Sequence[dict[str, str]], pools: Sequence[ActorPool], **_: Any
+) -> Iterator[pa.Table]:
+    """Stands in for ``jobs.local.run``: the same actors in this process, one row after another."""
+    tables: Iterable[pa.Table] = [pa.Table.from_pylist([row]) for row in rows]
+    for pool in pools:
+        tables = _mapped(pool.actor(*pool.arguments), tables)
+    return iter(tables)
 
-    def __init__(self, tables: Iterable[pa.Table]) -> None:
-        self._tables = tables
 
-    @classmethod
-    def over(cls, items: Sequence[dict[str, str]], **_: Any) -> Loop:
-        """For ``ray.data.from_items``."""
-        return cls([pa.Table.from_pylist([item]) for item in items])
-
-    def map_batches(
-        self, stage: Callable[..., Any], *, fn_constructor_args: Sequence[Any], **_: Any
-    ) -> Loop:
-        """A stage whose rows are made when they are asked for."""
-        work = stage(*fn_constructor_args)
-        return Loop(work(t.slice(row, 1)) for t in self._tables for row in range(len(t)))
-
-    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
-        """Run."""
-        return iter(self._tables)
+def _mapped(actor: Callable[..., Any], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    for table in tables:
+        for row in range(len(table)):
+            made = actor(table.slice(row, 1))
+            yield from [made] if isinstance(made, pa.Table) else made
 
 
 # -- the report -----------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from jobs.ray_data import from_ipc
 from jobs.tree_actor import SlideTask, TreeActor, node_groups
+from jobs.worker import from_ipc
 from pathflip import Slide
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from jobs.ray_data import from_ipc
+from jobs.worker import from_ipc
 from pathflip import Slide
 from pathflip.archive import Archive, vectors
 from pathflip.archive.commit import Committer
