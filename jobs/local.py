@@ -106,7 +106,7 @@ class _Pool:
 
     @property
     def has_room(self) -> bool:
-        """Whether what the stage before makes next would not wait for long."""
+        """Room for what the stage before makes next: it would not wait for long."""
         return len(self.waiting) < _AHEAD * self._most
 
     def put(self, table: pa.Table) -> None:
@@ -203,7 +203,7 @@ class _Actor:
 
     @property
     def is_dead(self) -> bool:
-        """Whether its process has ended."""
+        """Death of its process."""
         return self._process is not None and self._process.poll() is not None
 
     def give(self, rows: _Rows) -> None:
