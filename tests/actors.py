@@ -28,7 +28,7 @@ class Doubler:
     """Doubles numbers; what else it does stands in the row.
 
     Args:
-        folder: Where it notes whom it killed.
+        folder: Folder of the processes it killed, by number.
         count: Calls the job's :class:`Count`.
     """
 
