@@ -3,14 +3,10 @@
 The model is ``transformers``' Qwen3 with its own byte-level BPE tokenizer, Qwen's chat tokens and a
 chat template that renders as Qwen3's does. It learns to read before it is shown slides: where later
 a slide's vectors will stand, there stand the sentences of a report, in one or more regions made up
-for them (:func:`as_regions`). Questions about the report follow, and what it says.
+for them (:mod:`pathflip.models.small_lessons`). Questions about it follow, and what it says.
 
-A sentence is what the slide model makes of it, turned to where its words are, so that wordings of
-one thing are nearly one vector, as they are in a slide; without a slide model it is the mean of its
-words. To learn captioning from texts alone, in a space they share with images and with noise for
-what sets the two apart, is CapDec's way (Nukrai et al. 2022). Tuning then teaches to read real
-regions, and begins with a projector that turns them in the same way
-(:func:`pathflip.models.data_init.start_projector`).
+Tuning then teaches to read real regions, and begins with a projector that turns them as sentences
+were turned here (:func:`pathflip.models.data_init.start_projector`).
 """
 
 from __future__ import annotations
@@ -18,28 +14,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from pathflip.checkpoints import read_note, verify_whole, write_whole
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
-from pathflip.models.chat_template import (
-    CAPTION_INSTRUCTION,
-    TURN_END,
-    Example,
-    Prompter,
-    caption_example,
-    question_example,
-)
-from pathflip.models.data_init import distinct, rotation, words_of
+from pathflip.models.chat_template import CAPTION_INSTRUCTION, TURN_END, Prompter
+from pathflip.models.small_lessons import Asked, Lessons
+from pathflip.models.small_step import Row, pack, packed_loss, product_dtype
 from pathflip.progress import Progress, Report
 from pathflip.splits import canonical_split
 from pathflip.text import split_sentences
@@ -61,29 +52,9 @@ CHAT_TEMPLATE = (
 )
 """Renders as Qwen3's template does, without tools and reasoning."""
 _FEWEST = 4
-_MUCH_LONGER = 1.5
 _SPREAD = 0.08
 """Standard deviation of the initial weights, about 1 / sqrt(hidden): at Qwen's 0.02 so narrow a
 model learns late."""
-
-
-class Asked(Protocol):
-    """A question about a text: see :class:`pathflip.interop.questions.Question`."""
-
-    @property
-    def question(self) -> str:
-        """The question without its options."""
-        ...
-
-    @property
-    def choices(self) -> Sequence[str]:
-        """Its options; empty for an open question."""
-        ...
-
-    @property
-    def answer(self) -> str:
-        """The text of the right answer."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +156,9 @@ def make(
             f"{len(set(texts))} different texts are too few to train a language model.",
             hint="Import captions of training slides: pathflip archive import --captions FILE.",
         )
-    lessons = [[(one.question, list(one.choices), one.answer) for one in own] for own in asked]
+    told_of = [[(one.question, list(one.choices), one.answer) for one in own] for own in asked]
     read = None if vision is None else vision.fingerprint()
-    everything = json.dumps([asdict(config), texts, lessons, read])
+    everything = json.dumps([asdict(config), texts, told_of, read])
     made_of = hashlib.sha256(everything.encode()).hexdigest()
     about: dict[str, Any] = {
         "texts": len(texts),
@@ -208,7 +179,18 @@ def make(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         llm = _build(config, tokenizer)
-        losses = _train(llm, tokenizer, texts, asked, config, vision, progress, began)
+        lessons = Lessons(
+            llm,
+            Prompter(tokenizer, "qwen3"),
+            texts=texts,
+            asked=asked,
+            vision=vision,
+            turns=config.turns,
+            mixed=config.mixed,
+            noise=config.noise,
+            longest=config.max_positions,
+        )
+        losses = _train(llm, lessons, len(texts), config, progress, began)
     llm.eval()
     tail = losses[-max(1, len(losses) // 10) :]
     about |= {
@@ -366,177 +348,86 @@ def _build(config: SmallLLMConfig, tokenizer: Any) -> Any:
     return llm
 
 
-Turned = dict[str, torch.Tensor]
-"""Sentences as vectors among those of words, each [D]."""
-
-
 def _train(
     llm: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    asked: Sequence[Sequence[Asked]],
+    lessons: Lessons,
+    texts: int,
     config: SmallLLMConfig,
-    vision: PathFLIP | None,
     progress: Report | None,
     began: float,
 ) -> list[float]:
-    prompter = Prompter(tokenizer, "qwen3")
-    sentences = [split_sentences(text) for text in texts]
-    every = sorted({sentence for own in sentences for sentence in own})
-    kinds = distinct(every)
-    seen = None if vision is None else vision.encode_text(every, normalize=False).cpu()
-    per_epoch = math.ceil(len(texts) / config.batch_size)
-    steps = per_epoch * config.epochs
+    """Train on ``texts`` texts; a second core takes half of every batch."""
+    steps = math.ceil(texts / config.batch_size) * config.epochs
+    optimizer, schedule = _optimizer(llm, config, steps)
+    parameters: list[torch.Tensor] = list(llm.parameters())
+    table = llm.get_input_embeddings().weight
+    dtype = product_dtype()
+
+    def gradients(rows: Sequence[Row]) -> tuple[float, tuple[torch.Tensor, ...]]:
+        loss = packed_loss(llm, pack(table, rows), dtype)
+        return loss.item(), torch.autograd.grad(loss, parameters)
+
+    llm.train()
+    losses: list[float] = []
+    cores = min(2, len(os.sched_getaffinity(0)))
+    with _one_thread_a_product(), ThreadPoolExecutor(cores) as pool:
+        for epoch in range(config.epochs):
+            order = np.random.default_rng([config.seed, epoch]).permutation(texts)
+            lessons.begin()
+            for start in range(0, texts, config.batch_size):
+                batch = order[start : start + config.batch_size].tolist()
+                drawn = [
+                    lessons.rows(i, np.random.default_rng([config.seed, epoch, i])) for i in batch
+                ]
+                parts = [
+                    [row for rows in drawn[core::cores] for row in rows]
+                    for core in range(min(cores, len(batch)))
+                ]
+                found = list(pool.map(gradients, parts))
+                predicted = sum(len(row.answer) for part in parts for row in part)
+                for own, *grads in zip(parameters, *(grads for _, grads in found), strict=True):
+                    own.grad = torch.stack(grads).sum(0).div_(predicted)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                losses.append(sum(loss for loss, _ in found) / predicted)
+                if progress is not None:
+                    progress(
+                        Progress(
+                            what="make-llm",
+                            done=len(losses),
+                            total=steps,
+                            seconds=time.monotonic() - began,
+                            unit="steps",
+                            note=f"loss {losses[-1]:.3f}",
+                        )
+                    )
+    return losses
+
+
+@contextmanager
+def _one_thread_a_product() -> Iterator[None]:
+    """Have PyTorch compute in the calling threads: these products are too small to be shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _optimizer(llm: Any, config: SmallLLMConfig, steps: int) -> tuple[Any, Any]:
     decayed = [own for own in llm.parameters() if own.ndim > 1]
     plain = [own for own in llm.parameters() if own.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
         lr=config.lr,
         betas=(0.9, 0.95),
+        fused=True,
     )
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
     )
-    llm.train()
-    losses: list[float] = []
-    for epoch in range(config.epochs):
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(texts))
-        turned: Turned = {}
-        if seen is None:
-            centre = words_of(llm.get_input_embeddings().weight, prompter, kinds).mean(0).detach()
-        else:
-            turned, centre = turned_to_words(llm, prompter, every, seen)
-        for start in range(0, len(order), config.batch_size):
-            rows = []
-            for i in order[start : start + config.batch_size].tolist():
-                rng = np.random.default_rng([config.seed, epoch, i])
-                told = [(sentences[i], lesson(sentences[i], asked[i], config.turns, rng))]
-                few = min(len(sentences[i]), len(kinds))
-                for _ in range(config.mixed):
-                    mixed = [kinds[j] for j in rng.choice(len(kinds), few, replace=False)]
-                    told.append((mixed, lesson(mixed, (), 0, rng)))
-                for own, examples in told:
-                    said = _said(llm, prompter, own, turned)
-                    regions = as_regions(said, centre, config.noise, rng)
-                    for example in examples:
-                        rows.append(_row(llm, prompter, regions, example, config.max_positions))
-            loss = _loss(llm, rows)
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss.item())
-            if progress is not None:
-                progress(
-                    Progress(
-                        what="make-llm",
-                        done=len(losses),
-                        total=steps,
-                        seconds=time.monotonic() - began,
-                        unit="steps",
-                        note=f"loss {losses[-1]:.3f}",
-                    )
-                )
-    return losses
-
-
-def lesson(
-    own: Sequence[str], asked: Sequence[Asked], most: int, rng: np.random.Generator
-) -> list[Example]:
-    """Return the training examples of a text: questions and descriptions, with answers."""
-    turns = [
-        question_example(asked[j].question, (), asked[j].answer)
-        for j in rng.permutation(len(asked))[:most].tolist()
-    ]
-    return [*turns, caption_example("\n".join(own), "affirmed")]
-
-
-def _said(llm: Any, prompter: Prompter, own: Sequence[str], turned: Turned) -> torch.Tensor:
-    """Return sentence vectors [n, D]: rotated ones, or else the means of their words."""
-    if turned:
-        return torch.stack([turned[text] for text in own])
-    return words_of(llm.get_input_embeddings().weight, prompter, own)
-
-
-@torch.no_grad()
-def turned_to_words(
-    llm: Any, prompter: Prompter, every: Sequence[str], seen: torch.Tensor
-) -> tuple[Turned, torch.Tensor]:
-    """Return the slide model's sentence vectors, rotated onto their words, and their centre.
-
-    Args:
-        llm: The language model as it is now.
-        prompter: Its prompts.
-        every: Sentences.
-        seen: The slide model's vectors of them [n, d].
-    """
-    table = llm.get_input_embeddings().weight
-    place = {text: at for at, text in enumerate(every)}
-    kept = distinct(every)
-    words = words_of(table, prompter, kept)
-    texts = seen[[place[text] for text in kept]]
-    turn, centre = rotation(texts, words)
-    away = (seen - texts.mean(0)).double() @ turn
-    scale = (words - centre).square().mean().sqrt() / away.square().mean().sqrt().clamp(min=1e-12)
-    return dict(zip(every, (centre + scale * away).float(), strict=True)), centre.float()
-
-
-def as_regions(
-    said: torch.Tensor, centre: torch.Tensor, noise: float, rng: np.random.Generator
-) -> torch.Tensor:
-    """Place sentence vectors in regions as on a slide: some in several, some together.
-
-    Args:
-        said: Vectors of sentences [n, D].
-        centre: Mean of such vectors [D]: the vector of a region that shows nothing.
-        noise: Maximum noise, in standard deviations of the sentences.
-        rng: Generator of the placement.
-
-    Returns:
-        Vectors of regions [R, D], R between n / 2 and 3 n / 2.
-    """
-    n = len(said)
-    regions = int(rng.integers(max(1, n // 2), 1 + n + n // 2))
-    there = rng.random((regions, n)) < rng.uniform(0, 0.3)
-    there[rng.integers(regions, size=n), np.arange(n)] = True
-    share = there / np.sqrt(there.sum(1, keepdims=True).clip(1))
-    seen = torch.from_numpy(share.astype(np.float32)) @ (said - centre)
-    drawn = torch.from_numpy(rng.standard_normal(tuple(seen.shape), np.float32))
-    spread = rng.uniform(0, noise) * (said - centre).detach().square().mean().sqrt()
-    return centre + seen + spread * drawn
-
-
-Row = tuple[torch.Tensor, list[int]]
-"""Input embeddings [T, D], and the tokens to be predicted at their end."""
-
-
-def _row(llm: Any, prompter: Prompter, vectors: torch.Tensor, example: Example, most: int) -> Row:
-    words = llm.get_input_embeddings().weight
-    before, after = prompter.prompt_ids(example.instruction, kind=example.kind)
-    answer = prompter.answer_ids(example.answer)
-    vectors = vectors[: max(1, most - len(before) - len(after) - 1)]
-    answer = answer[: max(1, most - len(before) - len(vectors) - len(after))]
-    head, tail = words[torch.tensor(before)], words[torch.tensor([*after, *answer[:-1]])]
-    return torch.cat([head, vectors, tail]), answer
-
-
-def _loss(llm: Any, rows: Sequence[Row]) -> torch.Tensor:
-    """Compute the mean cross-entropy of the answers' tokens; captions are padded apart."""
-    total = rows[0][0].new_zeros(())
-    by_length = sorted(rows, key=lambda row: len(row[0]))
-    shortest = len(by_length[0][0])
-    short = [row for row in by_length if len(row[0]) <= _MUCH_LONGER * shortest]
-    for part in (short, by_length[len(short) :]):
-        if part:
-            read = pad_sequence([own for own, _ in part], batch_first=True)
-            states = llm.model(inputs_embeds=read, use_cache=False)[0]
-            said = [
-                states[place, len(own) - len(answer) : len(own)]
-                for place, (own, answer) in enumerate(part)
-            ]
-            wanted = torch.tensor([token for _, answer in part for token in answer])
-            total = total + F.cross_entropy(llm.lm_head(torch.cat(said)), wanted, reduction="sum")
-    return total / sum(len(answer) for _, answer in rows)
+    return optimizer, schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pathflip.errors import ConfigError
+from pathflip.models import small_llm
 from pathflip.models.chat_template import Prompter, caption_example
-from pathflip.models.small_llm import (
-    SmallLLMConfig,
-    as_regions,
-    lesson,
-    make,
-    train_bpe,
-    turned_to_words,
-)
+from pathflip.models.small_lessons import as_regions, lesson, turned_to_words
+from pathflip.models.small_llm import SmallLLMConfig, make, train_bpe
 from pathflip.text import split_sentences
 from tests.unit.models.tiny import tiny
 
@@ -68,7 +65,8 @@ def test_it_is_an_ordinary_qwen3(made: tuple[Path, dict[str, Any], list[Any]]) -
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.eos_token == "<|im_end|>"
-    assert model.get_input_embeddings().num_embeddings >= len(tokenizer)
+    table: Any = model.get_input_embeddings()
+    assert table.num_embeddings >= len(tokenizer)
     assert about["parameters"] == sum(own.numel() for own in model.parameters())
     assert about["made"] is True
     assert (about["texts"], about["questions"]) == (5, 2)
@@ -198,6 +196,23 @@ def test_it_learns(tmp_path: Path) -> None:
     few = replace(SMALL, epochs=8, lr=1e-2)
     found = make(TEXTS, tmp_path / "llm", few)
     assert found["loss"] < 4.5  # ln(320) = 5.8 at first
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_two_cores_learn_what_one_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vision: bool
+) -> None:
+    """Halves of a batch on two cores add up to the batch: weights are the same up to rounding."""
+    monkeypatch.setattr(small_llm, "product_dtype", lambda: torch.float32)
+    read = tiny() if vision else None
+    found = []
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        make(TEXTS, tmp_path / str(cores), SMALL, questions=ASKED, vision=read)
+        found.append(load_file(tmp_path / str(cores) / "model.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    for name, own in found[0].items():
+        torch.testing.assert_close(found[1][name], own, atol=2e-4, rtol=0)
 
 
 def test_caller_s_random_numbers_are_its_own(tmp_path: Path) -> None:
