@@ -239,7 +239,8 @@ def throughput(tuned: Tuned, rounds: int) -> Report:
         "streaming_queued": (2 * CONCURRENCY, True),
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
-    with served(tuned, **{"limits.concurrent": 2 * CONCURRENCY}) as service:
+    alone = {"limits.concurrent": 2 * CONCURRENCY, "instructor.max_replicas": 1}
+    with served(tuned, **alone) as service:
         asyncio.run(many(service, CONCURRENCY, CONCURRENCY, tokens=TOKENS, stream=False))
         for _ in range(rounds):
             for way, (clients, stream) in ways.items():

@@ -145,6 +145,11 @@ def test_what_was_written_is_read_again(world: World, tmp_path: Path) -> None:
     archive = Archive(uri)
     assert cache.slide(archive, "slide001") is first  # captions change no features
     table = archive.encoders()["texture"]["features_table"]
+    others = archive.features("slide002", "texture")
+    with Committer(uri) as committer:
+        committer.replace_rows(table, others)
+    archive = Archive(uri)
+    assert cache.slide(archive, "slide001") is first  # nor do features of another slide
     rows = archive.features("slide001", "texture")
     halves = [[value / 2 for value in row] for row in rows["features"].to_pylist()]
     import pyarrow as pa
