@@ -1,18 +1,21 @@
 """Settings of the service, and the checks made before anything starts.
 
-Read in this order: :class:`ServeConfig`, :func:`check_inputs`.
+Read in this order: :class:`ServeConfig`, :func:`check_inputs`, :class:`CheckedAside`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pathflip.config import load_config
-from pathflip.errors import CheckpointError, ConfigError
+from pathflip.errors import CheckpointError, ConfigError, PathFLIPError, from_dict
 from pathflip.vllm_engine import EngineConfig, context_length
 from serve.auth import read_tokens
 from serve.fake_engine import FakeEngineConfig
@@ -248,6 +251,38 @@ def check_inputs(config: ServeConfig) -> ServiceInputs:
     )
 
 
+class CheckedAside:
+    """:func:`check_inputs` in a process of its own, which takes along what opens archives.
+
+    Args:
+        config: Settings.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        command = [sys.executable, "-m", "serve.config"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asdict(config)))
+        self._process.stdin.close()
+
+    def result(self) -> ServiceInputs:
+        """Wait for the inputs.
+
+        Raises:
+            PathFLIPError: See :func:`check_inputs`.
+        """
+        assert self._process.stdout is not None
+        lines = self._process.stdout.readlines()
+        if self._process.wait() or not lines:
+            raise PathFLIPError("The settings could not be checked.", code="start")
+        told = json.loads(lines[-1])
+        if "error" in told:
+            raise from_dict(told["error"])
+        return ServiceInputs(**told["inputs"])
+
+
 def _check_patches(archive: Archive, patches: str | None) -> tuple[str | None, str | None]:
     """Return spec and name of the patch model, whose features the archive must have."""
     from pathflip.compat import check_weights
@@ -321,3 +356,16 @@ def _check_numbers(config: ServeConfig) -> None:
                 f"{name} is {value:g}; it must be at least {least:g}.",
                 hint="See Settings in docs/howto/serve.md.",
             )
+
+
+def main() -> None:
+    """Check the settings on standard input; print the inputs, or the error, as a line of JSON."""
+    try:
+        told = {"inputs": asdict(check_inputs(from_arguments(json.load(sys.stdin))))}
+    except PathFLIPError as error:
+        told = {"error": error.to_dict()}
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

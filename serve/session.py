@@ -28,7 +28,7 @@ from pathflip.errors import ConfigError, PathFLIPError
 from pathflip.files import remove_tree
 from serve import logs, processes, proxy
 from serve.app import NAME, application
-from serve.config import ServeConfig, check_inputs, from_arguments
+from serve.config import CheckedAside, ServeConfig, from_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _serve(
     events: queue.SimpleQueue[PathFLIPError | None],
 ) -> dict[str, Any]:
     """Start Ray and the service; return what the ready line says of it."""
-    inputs = check_inputs(config)
+    checking = CheckedAside(config)
     os.environ.update(proxy.environment(folder))
     private_ray.set_environment()
     os.environ.update(processes.SETUP_HOOK)
@@ -100,6 +100,7 @@ def _serve(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="lance(db)? (is not fork-safe|fork support)")
 
+    inputs = checking.result()
     app = application(config, inputs)
     private_ray.start(ray, folder)
     threading.Thread(target=_watch, args=(folder, events), daemon=True).start()

@@ -4,7 +4,14 @@ import pytest
 
 from pathflip.config import load_config
 from pathflip.errors import CheckpointError, ConfigError
-from serve.config import Replicas, ServeConfig, check_inputs, find_model, from_arguments
+from serve.config import (
+    CheckedAside,
+    Replicas,
+    ServeConfig,
+    check_inputs,
+    find_model,
+    from_arguments,
+)
 from tests.serving import CONTEXT
 
 GIVEN = {"archive": "a", "run": "r"}
@@ -95,8 +102,13 @@ def test_the_context_is_checked_before_an_engine_starts(tuned):
     given = {"archive": str(tuned.archive), "run": str(tuned.run)}
     inputs = check_inputs(from_arguments(given | {"engine.engine.max_model_len": CONTEXT}))
     assert inputs.chat
-    with pytest.raises(ConfigError, match=f"made for {CONTEXT:,}"):
-        check_inputs(from_arguments(given | {"engine.engine.max_model_len": CONTEXT + 1}))
+    wrong = from_arguments(given | {"engine.engine.max_model_len": CONTEXT + 1})
+    with pytest.raises(ConfigError, match=f"made for {CONTEXT:,}") as here:
+        check_inputs(wrong)
+    with pytest.raises(ConfigError) as aside:  # the same, told by another process
+        CheckedAside(wrong).result()
+    assert aside.value.to_dict() == here.value.to_dict()
+    assert CheckedAside(from_arguments(given)).result() == check_inputs(from_arguments(given))
 
 
 def test_a_language_model_needs_a_tuned_run(world, tuned, tmp_path):

@@ -10,7 +10,10 @@ PROGRAM = """
 import json, sys
 from serve.processes import SETUP_HOOK, import_serve
 import_serve()
-held = sorted({"pandas", "pyarrow", "torch", "ray.serve"} & set(sys.modules))
+import serve.chat_engine, serve.embedder, serve.grounding, serve.ingress, serve.search
+import serve.session  # it binds all of these, and asks another process about archive and run
+heavy = {"pandas", "pyarrow", "lance", "torch", "transformers", "vllm", "ray.serve"}
+held = sorted(heavy & set(sys.modules))
 (hook,) = SETUP_HOOK
 from ray._private import ray_constants
 import pandas  # whoever wants it still gets it
@@ -18,7 +21,7 @@ print(json.dumps([held, hook == ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR]
 """
 
 
-def test_ray_serve_comes_without_pandas() -> None:
+def test_what_starts_the_service_holds_ray_serve_and_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, check=True
     )
