@@ -360,6 +360,11 @@ class Run:
     path: Path
     max_regions: int | None = None
 
+    @property
+    def has_regions(self) -> bool:
+        """True where the model has vectors of regions."""
+        return self.model.config.region_encoder != "none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TreeRun:
@@ -457,12 +462,17 @@ def _collection_paused() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunAbout:
-    """Name, fingerprint, encoder and tiling of a run's model, as in :class:`Run`."""
+    """Description of a run's model; attributes as of :class:`Run`.
+
+    Attributes:
+        has_regions: Whether the model has vectors of regions.
+    """
 
     name: str
     fingerprint: str
     encoder: dict[str, Any]
     tiling: dict[str, Any]
+    has_regions: bool
 
 
 def describe_run(run: str | Path) -> RunAbout:
@@ -476,14 +486,17 @@ def describe_run(run: str | Path) -> RunAbout:
         found = load_run(run)
         return RunAbout(
             name=found.name, fingerprint=found.fingerprint, encoder=found.encoder,
-            tiling=found.tiling,
+            tiling=found.tiling, has_regions=found.has_regions,
         )  # fmt: skip
     own = path if folder != path else path.parent
+    inner = folder / "vision" if about.get("kind") == "instruct" else folder
+    settings = json.loads((inner / "config.json").read_bytes())["pathflip"]
     return RunAbout(
         name=model_name(about.get("run", own.name), about["fingerprint"]),
         fingerprint=about["fingerprint"],
         encoder=about["encoder"],
         tiling=about["tiling"],
+        has_regions=settings["region_encoder"] != "none",
     )
 
 

@@ -87,7 +87,7 @@ def check_features(
             )
 
 
-def check_indexed(archive: Archive, run: Run, *, folder: str) -> None:
+def check_indexed(archive: Archive, run: Run | RunAbout, *, folder: str) -> None:
     """Refuse to search an archive that has no vectors of a run's model.
 
     Args:

@@ -14,6 +14,7 @@ from typing import NoReturn
 import typer
 
 from pathflip.cli import answer, archive, evaluation, search, serve, train, trees
+from pathflip.cli.process import own_process
 from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError
 
 app = typer.Typer(
@@ -28,6 +29,12 @@ for part in (archive, trees, search, train, evaluation, answer, serve):
     app.add_typer(part.app)
 
 _FATAL_ARCHIVE_CODES = ("damaged", "disk_full", "io", "commit", "missing_table")
+
+
+def run() -> NoReturn:
+    """Run the command line as a process of its own; :func:`main` runs it within another."""
+    with own_process():
+        main()
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,6 +1,6 @@
 """python -m pathflip.cli is the command pathflip."""
 
-from pathflip.cli import main
+from pathflip.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

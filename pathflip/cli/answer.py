@@ -24,6 +24,7 @@ from pathflip.cli.options import (
     were_set,
     working,
 )
+from pathflip.cli.process import open_archive
 from pathflip.errors import ConfigError
 
 app = typer.Typer()
@@ -97,11 +98,10 @@ def caption(
         raise ConfigError(
             "Say which slide to describe.", hint="Name slides, or give --all and --out FILE."
         )
-    from pathflip import Archive
     from pathflip.slide_qa import CAPTION_TOKENS
 
     with redirect_stdout(sys.stderr):
-        opened, qa = Archive(archive), open_slide_qa(run, llm=llm, device=device)
+        opened, qa = open_archive(archive), open_slide_qa(run, llm=llm, device=device)
         rows = []
         for name in [opened.resolve(name) for name in slide]:
             text = qa.caption(opened, name, square, max_new_tokens=max_new_tokens or CAPTION_TOKENS)
@@ -184,13 +184,12 @@ def ask(
         raise ConfigError(
             "Say which slide, and what to ask.", hint='pathflip ask SLIDE "Is there necrosis?" …'
         )
-    from pathflip import Archive
     from pathflip.slide_qa import CAPTION_TOKENS, check_question
 
     options = [part.strip() for text in choices or () for part in text.split("|")]
     check_question(question, options)
     with redirect_stdout(sys.stderr):
-        opened = Archive(archive)
+        opened = open_archive(archive)
         name = opened.resolve(slide)
         answer = open_slide_qa(run, llm=llm, device=device).ask(
             opened, name, question, options, mode=mode, permute=permute or 1, abstain=abstain,

@@ -23,6 +23,7 @@ from pathflip.cli.options import (
     were_set,
     working,
 )
+from pathflip.cli.process import open_archive
 
 app = typer.Typer()
 CHECK_TIMEOUT_S = 300.0
@@ -183,9 +184,7 @@ def slides_list(
     as_json: JsonOption = False,
 ) -> None:
     """List slides with their status and, where quarantined, why."""
-    from pathflip import Archive
-
-    rows = Archive(archive).slides(status=status, columns=SLIDE_COLUMNS).to_pylist()
+    rows = open_archive(archive).slides(status=status, columns=SLIDE_COLUMNS).to_pylist()
     if as_json:
         print_json(rows)
         return
@@ -274,9 +273,7 @@ def slides_show(
     as_json: JsonOption = False,
 ) -> None:
     """Show everything the archive knows about one slide."""
-    from pathflip import Archive
-
-    row = Archive(archive).slide(slide)
+    row = open_archive(archive).slide(slide)
     for image in ("tissue_png", "thumbnail"):
         row[image] = None if row[image] is None else f"{len(row[image])} bytes"
     if as_json:
@@ -348,9 +345,7 @@ def slides_retry(
 @archive_app.command("stats")
 def archive_stats(archive: ArchiveOption, as_json: JsonOption = False) -> None:
     """Count what the archive holds."""
-    from pathflip import Archive
-
-    document = Archive(archive).stats()
+    document = open_archive(archive).stats()
     show_document(document, as_json=as_json)
 
 

@@ -34,6 +34,7 @@ from pathflip.cli.options import (
     were_set,
     working,
 )
+from pathflip.cli.process import open_archive
 from pathflip.errors import ConfigError
 
 app = typer.Typer()
@@ -79,14 +80,13 @@ def classify(
     as_json: JsonOption = False,
 ) -> None:
     """Choose for each slide the class whose words fit it best."""
-    from pathflip import Archive
     from pathflip.evaluation.classify import classify as classify_slides
     from pathflip.evaluation.prompts import read_classes
 
     named = read_classes(classes)
     with working() as progress:
         rows = classify_slides(
-            Archive(archive), open_run(run, device=device), named,
+            open_archive(archive), open_run(run, device=device), named,
             templates=templates, score=score, split=split, slides=slide, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -112,14 +112,13 @@ def ground(
     as_json: JsonOption = False,
 ) -> None:
     """Show where on a slide a text is true: heat over the thumbnail, and boxes."""
-    from pathflip import Archive
     from pathflip.evaluation.ground_slide import check_ending, ground_slide
 
     if out is not None:
         check_ending(out)
     with redirect_stdout(sys.stderr):
         found = ground_slide(
-            Archive(archive), open_run(run, device=device), slide, text,
+            open_archive(archive), open_run(run, device=device), slide, text,
             variant=variant, contrast=contrast, min_patches=min_patches,
         )  # fmt: skip
         if out is not None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pathflip.cli.process import absent
 from pathflip.errors import ConfigError
 from pathflip.progress import Report, show_progress
 from pathflip.splits import requested_split
@@ -116,7 +117,8 @@ def open_slide_qa(run: str, *, llm: str | None, device: str | None) -> Any:
     """Open a tuned run; see :meth:`pathflip.slide_qa.SlideQA.from_run`."""
     from pathflip.slide_qa import SlideQA
 
-    return SlideQA.from_run(run, llm=llm, device=torch_device(device))
+    with absent("sklearn", "scipy"):
+        return SlideQA.from_run(run, llm=llm, device=torch_device(device))
 
 
 def engine(address: str | None, local: bool | None) -> str | None:

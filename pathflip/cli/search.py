@@ -13,6 +13,7 @@ from pathflip.cli.options import (
     print_json,
     show_table,
 )
+from pathflip.cli.process import open_archive
 from pathflip.errors import ConfigError
 
 app = typer.Typer()
@@ -80,13 +81,13 @@ def search(
         has_model=run is not None or _is_patch_model(encoder),
         by_slide_model=run is not None,
     )
-    from pathflip import Archive
     from pathflip.archive.filters import Filter
     from pathflip.search import Query, run_query
 
     filters = [Filter.parse(one) for one in where or ()]
-    opened = Archive(archive)
-    loaded = None if run is None else _indexed_run(opened, run, level=level)
+    opened = open_archive(archive)
+    embeds = image is not None or (text is not None and mode != "text")
+    loaded = None if run is None else _indexed_run(opened, run, level=level, embeds=embeds)
     vector: Any = None
     space: dict[str, str] = {}
     if loaded is not None:
@@ -161,14 +162,17 @@ _FAULTS = {
 """Message and hint for each fault of a query, in the order they are told."""
 
 
-def _indexed_run(opened: Any, run: str, *, level: str) -> Any:
-    """Load a run, and refuse one whose vectors are not in the archive or not of this level."""
-    from pathflip.checkpoints import load_run
+def _indexed_run(opened: Any, run: str, *, level: str, embeds: bool) -> Any:
+    """Open a run, and refuse one whose vectors are not in the archive or not of this level.
+
+    Its model is loaded only where it embeds the query: a slide or a region has its vector already.
+    """
+    from pathflip.checkpoints import describe_run, load_run
     from pathflip.compat import check_indexed
 
-    loaded = load_run(run)
+    loaded = load_run(run) if embeds else describe_run(run)
     check_indexed(opened, loaded, folder=run)
-    if level == "region" and loaded.model.config.region_encoder == "none":
+    if level == "region" and not loaded.has_regions:
         raise ConfigError(f"Model {loaded.name} has no regions.", hint="Add --level slide.")
     return loaded
 

@@ -20,6 +20,7 @@ from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models.config import PathFLIPConfig, TextConfig
 from pathflip.models.mrplip_config import MRPLIPConfig
 from pathflip.models.text_tower import load_text_model
+from pathflip.models.tokenizer import PLAIN, SETTINGS, TOKENIZER, TextTokenizer
 
 if TYPE_CHECKING:
     from pathflip.models.mrplip import MRPLIP
@@ -87,9 +88,7 @@ def save(model: Model, folder: Path) -> None:
     kind = model_type(model.config)
     about: dict[str, Any] = {"model_type": kind, kind: asdict(model.config)}
     if model.text_tower is not None:
-        kept = model.text_tower.bert.config.to_diff_dict()
-        kept.pop("_name_or_path", None)
-        about["text_config"] = kept | {"model_type": model.text_tower.bert.config.model_type}
+        about["text_config"] = model.text_tower.text_config()
     (folder / CONFIG).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
@@ -163,26 +162,32 @@ def read_config(folder: Path, kind: type[C]) -> tuple[C, dict[str, Any] | None]:
         ) from error
 
 
-def read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path, *, texts: bool = False) -> Any:
     """Return a model's tokenizer.
+
+    Args:
+        folder: Folder of the model.
+        texts: Whether it cuts texts and no more (:class:`~pathflip.models.tokenizer.TextTokenizer`
+            where that does it); otherwise it is that of ``transformers``, with its chat template.
 
     Raises:
         CheckpointError: A file of it is missing or damaged.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     if not (folder / "vocab.txt").exists():
-        _present(folder, "tokenizer.json")
-    settings = _present(folder, "tokenizer_config.json")
+        _present(folder, TOKENIZER)
+    settings = _present(folder, SETTINGS)
     try:
-        kind = json.loads(settings.read_text()).get("tokenizer_class", "")
-        plain = kind in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        plain = json.loads(settings.read_text()).get("tokenizer_class", "") in PLAIN
+        if plain and texts:
+            return TextTokenizer(folder)
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
         loader = PreTrainedTokenizerFast if plain else AutoTokenizer
         return loader.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception on damaged files
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}",
-            hint="Copy tokenizer.json and tokenizer_config.json again.",
+            hint=f"Copy {TOKENIZER} and {SETTINGS} again.",
         ) from error
 
 

@@ -160,7 +160,7 @@ class MRPLIP(nn.Module):
         """
         folder = hub.find(source)
         config, text_config = hub.read_config(folder, MRPLIPConfig)
-        model = cls(config, hub.read_tokenizer(folder), text_config=text_config)
+        model = cls(config, hub.read_tokenizer(folder, texts=True), text_config=text_config)
         hub.read_weights(model, folder)
         return model.eval()
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pathflip.errors import CheckpointError, ConfigError
+from pathflip.models.bert import Bert, runs_packed
 from pathflip.models.config import TextConfig
 from pathflip.models.packing import Packed
 from pathflip.models.qformer import feed_forward
@@ -23,7 +24,7 @@ class TextTower(nn.Module):
     """BERT-family encoder of packed texts; see :func:`build_tower` for its weights.
 
     Args:
-        bert: A ``transformers`` encoder.
+        bert: A ``transformers`` encoder, or a :class:`~pathflip.models.bert.Bert`.
         recompute: Whether GELU outputs of a BERT are recomputed for the gradient; see
             :func:`pathflip.models.qformer.feed_forward`.
     """
@@ -48,6 +49,14 @@ class TextTower(nn.Module):
         most = int(getattr(about, "max_position_embeddings", 512))
         # The RoBERTas count positions from behind the padding's.
         return most - about.pad_token_id - 1 if "roberta" in about.model_type else most
+
+    def text_config(self) -> dict[str, Any]:
+        """Return the configuration to build the tower from; see :func:`build_tower`."""
+        if isinstance(self.bert, Bert):
+            return dict(self.bert.text_config)
+        kept: dict[str, Any] = self.bert.config.to_diff_dict()
+        kept.pop("_name_or_path", None)
+        return kept | {"model_type": self.bert.config.model_type}
 
     def forward(self, packed: Packed, *, pooling: str) -> Tensor:
         """Encode packed texts.
@@ -128,10 +137,11 @@ def build_tower(
         text_config: Configuration of the ``transformers`` model, where its weights come later;
             None: they come from ``config.text_model``, or are drawn.
     """
+    if text_config is not None and runs_packed(text_config):
+        return TextTower(Bert(text_config), recompute=config.recompute)
     from transformers import AutoConfig, BertConfig
 
     auto, bert = _classes()
-
     if text_config is not None:
         kind = dict(text_config)
         about = AutoConfig.for_model(kind.pop("model_type"), **kind)
