@@ -34,7 +34,7 @@ ARROW = ("pandas", "ray", "torch", "transformers", "scipy", "sklearn", "sympy", 
 MODEL = ("pandas", "ray", "transformers", "scipy", "sklearn", "sympy", "lancedb", "torch._dynamo")
 LLM = ("pandas", "ray", "scipy", "sklearn", "lancedb", "vllm", "cv2")
 BUDGETS: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "help": ("--help", 330, (*ARROW, "pyarrow", "numpy")),
+    "help": ("--help", 215, (*ARROW, "pyarrow", "numpy")),
     "search help": ("search --help", 330, (*ARROW, "pyarrow", "numpy")),
     "slides list": ("slides list --archive {archive} --json", 560, ARROW),
     "search slide": ("search --archive {archive} --run {run} --slide slide003 --json", 560, ARROW),
