@@ -84,7 +84,7 @@ class _Embedding(nn.Embedding):
         """Leave the weights as they are."""
 
 
-def _layer(given: Mapping[str, Any], width: int, eps: float) -> nn.Module:
+def _layer(given: Mapping[str, Any], width: int, eps: float) -> Any:
     inner = int(given["intermediate_size"])
     own = _named(
         query=_Linear(width, width),
@@ -101,7 +101,7 @@ def _layer(given: Mapping[str, Any], width: int, eps: float) -> nn.Module:
     )
 
 
-def _output(width: int, out: int, eps: float, dropout: float) -> nn.Module:
+def _output(width: int, out: int, eps: float, dropout: float) -> Any:
     return _named(
         dense=_Linear(width, out),
         LayerNorm=nn.LayerNorm(out, eps=eps),
