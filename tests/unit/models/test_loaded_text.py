@@ -1,4 +1,4 @@
-"""What a loaded model cuts and encodes texts with, against ``transformers``, to the bit."""
+"""Tokenizer and BERT of a loaded model against those of ``transformers``, to the bit."""
 
 from __future__ import annotations
 
