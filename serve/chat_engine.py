@@ -32,6 +32,7 @@ from serve.fake_engine import FakeEngine
 if TYPE_CHECKING:
     import torch
 
+    from pathflip.archive import Archive
     from pathflip.checkpoints import Run
     from pathflip.choice_prompts import ScoredPrompt
     from pathflip.models.prompt_encoder import PromptEncoder
@@ -270,7 +271,7 @@ class PromptReader:
         from pathflip.checkpoints import load_run
         from pathflip.models.prompt_encoder import PromptEncoder
 
-        self._snapshot = ArchiveSnapshot(archive, refresh_s=REFRESH_S)
+        self._snapshot = ArchiveSnapshot(archive, refresh_s=REFRESH_S, warm=self._look_up)
         front: PromptEncoder = PromptEncoder.from_pretrained(model, llm=llm)
         self.front = front.to(device)
         run = load_run(model.parent)
@@ -280,6 +281,15 @@ class PromptReader:
         self.prefix_bytes = 0
         self._max_bytes = max_bytes
         self._prefixes: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
+
+    def _look_up(self, archive: Archive) -> None:
+        """Find out for the last slides whether they are as before; runs in a thread of its own."""
+        from pathflip.compat import check_fits
+        from pathflip.evaluation.encoding_cache import RECENT
+
+        encoder = check_fits(archive, self.run)
+        for slide_id, *_ in list(self._prefixes)[-RECENT:]:
+            archive.written(slide_id, encoder)
 
     def prompt(self, request: dict[str, Any]) -> torch.Tensor:
         """Prompt embeddings of a request [T, D]."""

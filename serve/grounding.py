@@ -65,7 +65,9 @@ class Grounding:
         from pathflip.compat import check_fits
         from pathflip.evaluation.encoding_cache import EncodingCache
 
-        self.snapshot = ArchiveSnapshot(archive, refresh_s=refresh_s)
+        self.snapshot = ArchiveSnapshot(
+            archive, refresh_s=refresh_s, warm=lambda newer: self.cache.look_up(newer)
+        )
         self.run: Run = load_run(run, device=device)
         check_fits(self.snapshot.archive, self.run)
         self.cache: EncodingCache = EncodingCache(self.run)

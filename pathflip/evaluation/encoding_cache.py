@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 256 << 20
 """Memory for encoded slides: some 300 of 25 regions, 16 queries and 256 patches."""
+RECENT = 16
+"""Slides asked about last that are looked up in a newer state of the archive before it is used."""
 MAX_TEXTS = 10_000
 """Texts whose vectors are kept: 30 MB at 768 numbers each."""
 
@@ -108,6 +110,12 @@ class EncodingCache:
     def holds(self, archive: Archive, slide_id: str) -> bool:
         """Return whether a slide is kept, so that it costs next to nothing."""
         return self._key(archive, slide_id) in self._slides
+
+    def look_up(self, archive: Archive) -> None:
+        """Find out for the last slides whether they are as before; may run beside other calls."""
+        encoder = check_fits(archive, self.run)
+        for _, slide_id, *_ in list(self._slides)[-RECENT:]:
+            archive.written(str(slide_id), encoder)
 
     def slide(self, archive: Archive, name: str) -> EncodedSlide:
         """Return a slide, encoded now unless it is kept.

@@ -164,6 +164,29 @@ def test_what_was_written_is_read_again(world: World, tmp_path: Path) -> None:
     assert not torch.equal(first.sight.slide, second.sight.slide)
 
 
+def test_a_slide_that_is_kept_is_looked_up_before_a_newer_state_is_used(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lance
+
+    uri = Path(shutil.copytree(world.archive, tmp_path / "archive"))
+    archive, cache = Archive(uri), EncodingCache(world.loaded)
+    first = cache.slide(archive, "slide001")
+    table = archive.encoders()["texture"]["features_table"]
+    with Committer(uri) as committer:
+        committer.replace_rows(table, archive.features("slide002", "texture"))
+    newer = archive.successor()
+    newer.ledger()
+    cache.look_up(newer)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a client waits for the disk")
+
+    with monkeypatch.context() as cold:
+        cold.setattr(lance.LanceDataset, "to_table", refuse)
+        assert cache.slide(newer, "slide001") is first
+
+
 def test_memory_is_bounded(world: World) -> None:
     archive, cache = Archive(world.archive), EncodingCache(world.loaded, max_texts=2)
     size = cache.slide(archive, "slide000").nbytes
