@@ -19,6 +19,8 @@ from pathflip.training.dataset import rng_for
 
 _SWAPS, _ALL_SWAPS = 200, 100_000
 """Swaps tried for an item, and in an epoch, to part equal captions."""
+_TAKEN = np.iinfo(np.int64).max
+"""Fill of a batch that has an item of the patient."""
 
 
 class Items(Protocol):
@@ -129,19 +131,25 @@ def epoch_order(corpus: Items, *, epoch: int, seed: int, batch_size: int) -> NDA
     # Largest groups first, each into the emptiest batches: fills then differ by one at most, and
     # single items level them out. Sorting is stable, so equals stay shuffled.
     batches: list[list[int]] = [[] for _ in range(steps)]
-    held: list[set[str]] = [set() for _ in range(steps)]
+    held: dict[str, list[int]] = {}
     fill = np.zeros(steps, np.int64)
     for group in sorted((group for group in kept if group), key=rarest_last):
         noise = rng.random(steps)
-        free = np.ones(steps, np.bool_)
+        room = fill.copy() if len(group) > 1 else fill
         for i in group:
+            emptiest = np.flatnonzero(room == room.min())
             caption = corpus.says(i)
-            emptiest = np.flatnonzero(free & (fill == fill[free].min())).tolist()
-            chosen = min(emptiest, key=lambda b: (caption in held[b], noise[b]))
-            free[chosen] = False
+            if times[caption] > 1:
+                there = held.setdefault(caption, [])
+                apart = emptiest[~np.isin(emptiest, there)] if there else emptiest
+                emptiest = apart if len(apart) else emptiest
+            chosen = int(emptiest[noise[emptiest].argmin()])
+            if times[caption] > 1:
+                there.append(chosen)
             batches[chosen].append(i)
-            held[chosen].add(caption)
             fill[chosen] += 1
+            if room is not fill:
+                room[chosen] = _TAKEN
     _separate(batches, corpus, rng)
     order = np.array(batches, np.int64).reshape(steps, batch_size)
     return rng.permuted(order, axis=1)

@@ -16,7 +16,8 @@ from pathflip import Archive
 from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
-from pathflip.training.dataset import Corpus, make_corpus
+from pathflip.training import order as orders_of
+from pathflip.training.dataset import Corpus, make_corpus, rng_for
 from pathflip.training.order import epoch_order, steps_per_epoch
 from tests.archives import make_archive
 
@@ -102,6 +103,52 @@ def test_equal_captions_are_kept_apart() -> None:
 def test_equal_captions_everywhere_are_no_obstacle() -> None:
     made = corpus([f"P{n}" for n in range(40)], ["same"] * 40)
     assert epoch_order(made, epoch=0, seed=0, batch_size=8).shape == (5, 8)
+
+
+def placed_one_by_one(made: Any, *, epoch: int, seed: int, batch_size: int) -> list[list[int]]:
+    """Batches of the definition: each item asks every batch how full it is and what it holds."""
+    steps = steps_per_epoch(made, batch_size)
+    rng = rng_for("order", seed, epoch)
+    groups: dict[str, list[int]] = {}
+    for i in rng.permutation(made.members("train")).tolist():
+        groups.setdefault(made.patients[i], []).append(i)
+    times = Counter(made.says(i) for own in groups.values() for i in own)
+    kept = [group[:steps] for group in groups.values()]
+    orders_of._leave_out(kept, sum(map(len, kept)) - steps * batch_size, rng)
+    batches: list[list[int]] = [[] for _ in range(steps)]
+    for group in sorted(
+        filter(None, kept), key=lambda own: -max(len(own), *(times[made.says(i)] for i in own))
+    ):
+        noise = rng.random(steps).tolist()
+        free = set(range(steps))
+        for i in group:
+            least = min(len(batches[b]) for b in free)
+            chosen = min(
+                (b for b in sorted(free) if len(batches[b]) == least),
+                key=lambda b: (made.says(i) in map(made.says, batches[b]), noise[b]),
+            )
+            free.remove(chosen)
+            batches[chosen].append(i)
+    orders_of._separate(batches, made, rng)
+    found: list[list[int]] = rng.permuted(np.array(batches, np.int64), axis=1).tolist()
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=4, max_size=40),
+    captions=st.integers(1, 60),
+    batch=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_order_is_the_one_by_definition(
+    sizes: list[int], captions: int, batch: int, seed: int
+) -> None:
+    """An unfinished run goes on with the order it began with."""
+    patients = [f"P{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    made = corpus(patients, [f"c{n * 7 % captions}" for n in range(len(patients))])
+    found = epoch_order(made, epoch=1, seed=seed, batch_size=batch)
+    assert found.tolist() == placed_one_by_one(made, epoch=1, seed=seed, batch_size=batch)
 
 
 def test_too_few_for_a_batch() -> None:
