@@ -1,20 +1,26 @@
-"""Reports of an archive: an overview of its slides, and the results of a search."""
+"""Reports of an archive: an overview of its slides, and the results of a search.
+
+The overview has a page for every hundred slides, and their thumbnails in a folder beside it, so
+that no page grows with the archive. All other pages are one file each.
+"""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.archive import Archive
 from pathflip.errors import REASONS, ArchiveError, SlideError
+from pathflip.files import write_file
 from pathflip.geometry import Tiling, edge, patch_rects
-from pathflip.report.page import data_uri, slide_view, write_page
+from pathflip.report.page import data_uri, reported, slide_view, write_page
 from pathflip.slides.scale import SCALE_REASONS
 
 if TYPE_CHECKING:
@@ -22,9 +28,12 @@ if TYPE_CHECKING:
 
     from pathflip.slides.reader import SlideReader
 
-CARD_PX = (640, 400)
-"""Longer side of the thumbnails in cards: of few slides, and of many, so that the page loads."""
-MANY = 40
+CARD_PX = 480
+"""Longer side of the thumbnails in cards."""
+PAGE_CARDS = 100
+"""Slides of a page."""
+LISTED = 200
+"""Maximum number of empty or quarantined slides in the tables of the first page."""
 REGION_PX = 320
 PATCH_PX = 128
 MAP_PX = 160
@@ -51,46 +60,67 @@ def write_report(
     *,
     searches: Sequence[SampleSearch] = (),
     title: str = "Slide archive",
-    max_slides: int = 200,
+    coming: Mapping[str, str] | None = None,
+    max_slides: int = 1000,
 ) -> Path:
-    """Write an overview of an archive: totals, a card per slide, failures, searches.
+    """Write an overview of an archive: totals, failures, searches, a card per slide.
+
+    A page shows ``PAGE_CARDS`` slides; the others follow in files beside it (``report-2.html``, …),
+    thumbnails in a folder (``report-files``).
 
     Args:
         archive: The archive, or its URI.
-        path: The HTML file; replaced whole.
+        path: The first page; replaced whole, after what it shows.
         searches: Searches to show with their results.
         title: Heading of the page.
-        max_slides: Maximum number of slides shown of each status, the newest; totals cover all.
+        coming: {file name: what it shows} of pages that are still to be written beside this one.
+        max_slides: Maximum number of slides shown of each status, the newest; totals cover all,
+            and ``LISTED`` is the maximum of the empty and of the quarantined.
 
     Returns:
         The path.
 
     Raises:
         ArchiveError: The archive cannot be read.
-        OSError: The file cannot be written.
+        ConfigError: A file cannot be written.
     """
     archive = Archive(archive) if isinstance(archive, str) else archive
+    path = Path(path)
     rows = archive.slides().to_pylist()
     by_status = {
-        status: _newest([row for row in rows if row["status"] == status], max_slides)
-        for status in ("ready", "empty", "quarantined")
+        status: _newest([row for row in rows if row["status"] == status], min(max_slides, most))
+        for status, most in (("ready", max_slides), ("empty", LISTED), ("quarantined", LISTED))
     }
     stats = archive.stats()
-    px = CARD_PX[len(by_status["ready"]) > MANY]
+    ready = by_status["ready"]
+    parts = [ready[at : at + PAGE_CARDS] for at in range(0, len(ready), PAGE_CARDS)] or [[]]
+    pages = [path.with_stem(f"{path.stem}-{n}" if n > 1 else path.stem)
+             for n in range(1, len(parts) + 1)]  # fmt: skip
+    of_all = {
+        "archive": archive.uri,
+        "title": title,
+        "status": {status: stats["status"].get(status, 0) for status in by_status},
+        "shown": len(ready),
+        "pages": [quote(page.name) for page in pages],
+    }
+    pictures = path.with_name(f"{path.stem}-files")
+    for number in range(len(parts), 1, -1):  # the first page comes when all it links to is there
+        cards = _cards(archive, parts[number - 1], pictures, first=(number - 1) * PAGE_CARDS)
+        write_page("slides.html", pages[number - 1], beside=True, number=number, cards=cards,
+                   **of_all)  # fmt: skip
     return write_page(
         "report.html",
-        Path(path),
-        title=title,
-        archive=archive.uri,
+        path,
+        beside=True,
+        number=1,
         stats=stats,
-        status={status: stats["status"].get(status, 0) for status in by_status},
         tiling=archive.tiling(),
         tissue_mm2=sum(row["tissue_mm2"] or 0.0 for row in rows if row["status"] == "ready"),
         source_bytes=sum(max(0, row["bytes"] or 0) for row in rows),
         seconds=sum(row["seconds"] or 0.0 for row in rows),
         bar=_bar([stats["status"].get(status, 0) for status in by_status]),
         last=max((row["ingested_at"] for row in rows if row["ingested_at"]), default=None),
-        cards=[_card(archive, row, px=px) for row in by_status["ready"]],
+        cards=_cards(archive, parts[0], pictures, first=0),
         empty=[{**row, "picture": _slide_map(archive, row)} for row in by_status["empty"]],
         quarantined=[{**row, **_mend(archive.uri, row)} for row in by_status["quarantined"]],
         searches=[
@@ -101,6 +131,8 @@ def write_report(
             }
             for search in searches
         ],
+        coming={quote(name): shows for name, shows in (coming or {}).items()},
+        **of_all,
     )
 
 
@@ -149,19 +181,33 @@ def _newest(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return sorted(rows[:count], key=lambda row: str(row["slide_id"]))
 
 
-def _card(archive: Archive, row: dict[str, Any], *, px: int) -> dict[str, Any]:
-    """Return the contents of a ready slide's card."""
+def _cards(
+    archive: Archive, rows: Sequence[dict[str, Any]], folder: Path, *, first: int
+) -> list[dict[str, Any]]:
+    """Return the contents of ready slides' cards; their thumbnails become files in ``folder``."""
+    return [
+        _card(archive, row, folder / f"{number:04}.jpg")
+        for number, row in enumerate(rows, start=first + 1)
+    ]
+
+
+def _card(archive: Archive, row: dict[str, Any], picture: Path) -> dict[str, Any]:
     columns = ["rx", "ry", "n_patches", "n_bad", "patch_mask", "patch_blur", "patch_pen"]
     regions = archive.regions(row["slide_id"], columns=columns)
     kept = _matrix(regions["patch_mask"], archive.slots) != 0
     blur = _matrix(regions["patch_blur"], archive.slots)[kept]
     pen = _matrix(regions["patch_pen"], archive.slots)[kept]
     images = archive.slide(row["slide_id"])
-    view = slide_view(images, px)
+    view = slide_view(images, CARD_PX)
+    if view is not None:
+        with reported(picture):
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            write_file(picture, view["jpeg"])
+        view["uri"] = quote(f"{picture.parent.name}/{picture.name}")
     return {
         **row,
         "view": view,
-        "outline": _outline(images, row["width"] / px) if view else "",
+        "outline": _outline(images, row["width"] / CARD_PX) if view else "",
         "rects": _region_rects(archive.tiling(), regions, mpp=row["mpp"]),
         "blur": float(np.median(blur)) if len(blur) else 0.0,
         "pen": float(pen.mean()) if len(pen) else 0.0,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,15 @@ if TYPE_CHECKING:
     from pathflip.checkpoints import Run, TreeRun
 
 
-def write_page(template: str, path: Path, **values: Any) -> Path:
-    """Render a template into a file, whole or not at all."""
+def write_page(template: str, path: Path, *, beside: bool = False, **values: Any) -> Path:
+    """Render a template into a file, whole or not at all.
+
+    Args:
+        template: Template of the package.
+        path: The file.
+        beside: Whether the page shows pictures that lie beside it, too.
+        values: Values of the template.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -44,18 +52,26 @@ def write_page(template: str, path: Path, **values: Any) -> Path:
         **values,
         style=Markup(style),  # ours, and exactly what the digest is of
         style_digest=digest,
+        beside=beside,
         version=pathflip.__version__,
     )
-    try:
+    with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, page.encode("utf-8", "replace"))
+    return path
+
+
+@contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Raise the ``ConfigError`` of a report that cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"The report {path} cannot be written: {error.strerror}.",
             hint="Give a file in a folder you may write.",
             code="out",
         ) from error
-    return path
 
 
 def data_uri(image: bytes | None) -> str:
@@ -142,7 +158,7 @@ def metric_row(
 
 
 def slide_view(row: dict[str, Any], px: int) -> dict[str, Any] | None:
-    """Return a slide's thumbnail for an SVG in level-0 px: data URI and its extent there."""
+    """Return a slide's thumbnail for an SVG in level-0 px: JPEG, data URI and extent there."""
     import cv2
     import simplejpeg
 
@@ -158,8 +174,10 @@ def slide_view(row: dict[str, Any], px: int) -> dict[str, Any] | None:
         smaller = (max(1, round(width * shrink)), max(1, round(height * shrink)))
         rgb = np.asarray(cv2.resize(rgb, smaller, interpolation=cv2.INTER_AREA), np.uint8)
     to_level0 = row["thumbnail_mpp"] / row["mpp"]
+    jpeg: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=82)
     return {
-        "uri": data_uri(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=82)),
+        "jpeg": jpeg,
+        "uri": data_uri(jpeg),
         "width": row["width"],
         "height": row["height"],
         # The thumbnail may reach beyond the slide by part of one of its pixels.

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -289,7 +290,8 @@ def test_pages_need_nothing_and_allow_nothing(pages: list[Page]) -> None:
             a[key] for _, a, _ in page.elements for key in ("src", "href", "action") if key in a
         ]
         assert targets
-        assert all(t.startswith(("data:image/", "#")) or t == "data:," for t in targets)
+        own = ("data:image/", "#", "a-files/")
+        assert all(t.startswith(own) or t == "data:," for t in targets)
         assert not re.search(r"https?://|url\(|@import", page.source)
         assert not any("style" in a for _, a, _ in page.elements)  # the policy would drop it
         assert len(page.all("style")) == 1
@@ -297,7 +299,8 @@ def test_pages_need_nothing_and_allow_nothing(pages: list[Page]) -> None:
         raw = re.search(r"<style>(.*?)</style>", page.source, re.DOTALL)[1]  # type: ignore[index]
         digest = base64.b64encode(hashlib.sha256(raw.encode()).digest()).decode()
         assert f"style-src 'sha256-{digest}'" in policy
-        assert policy.startswith("default-src 'none'; img-src data:;")
+        beside = " 'self' file:" if page is pages[0] else ""  # its thumbnails, and no host's
+        assert policy.startswith(f"default-src 'none'; img-src data:{beside};")
 
 
 def test_every_picture_has_words(pages: list[Page]) -> None:
@@ -398,7 +401,9 @@ def test_label_and_macro_never_appear(tmp_path: Path) -> None:
     images += [a["src"] for a, _ in page.all("img")]
     assert len(images) == 5
     for image in images:
-        blue, mid, red = (decoded(image)[..., c].astype(int) for c in range(3))
+        beside = cv2.imread(str(tmp_path / image)) if image.startswith("r-files/") else None
+        pixels = decoded(image) if beside is None else beside
+        blue, mid, red = (pixels[..., c].astype(int) for c in range(3))
         assert not ((mid - np.maximum(blue, red)) > 60).any()
 
 
@@ -427,6 +432,45 @@ def test_many_slides_are_bounded_and_the_newest_are_shown(tmp_path: Path) -> Non
     assert "The 10 ingested last are shown, of 40." in page.source
     assert "The 10 ingested last are shown, of 12." in page.source
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_page_has_a_hundred_slides_and_none_grows(tmp_path: Path) -> None:
+    rows = [slide_row(f"s{i:03}") for i in range(201)]
+    uri = str(tmp_path / "archive")
+    commit(uri, rows, [(0, 0)])
+    (tmp_path / "out").mkdir()
+    first = write_report(
+        uri, tmp_path / "out" / "slides.html", coming={"later #1.html": "what is <b>found</b>"}
+    )
+    names = ["slides.html", "slides-2.html", "slides-3.html"]
+    assert sorted(p.name for p in first.parent.iterdir()) == sorted([*names, "slides-files"])
+    pages = [Page(first.parent / name) for name in names]
+    assert [len(page.all("article")) for page in pages] == [100, 100, 1]
+    shown = [text for page in pages for _, text in page.all("h3")]
+    assert shown == [row["slide_id"] for row in rows]
+    for number, page in enumerate(pages):
+        turns = [a["href"] for a, _ in page.all("a") if not a["href"].startswith("#")]
+        others = [name for name in names if name != names[number]]
+        soon = ["later%20%231.html"] if number == 0 else []
+        assert turns == soon + others * (1 if number == 0 else 2)
+        assert len(page.source) < 3_000_000
+    assert "what is &lt;b&gt;found" in pages[0].source
+    assert "file:" not in write_results(uri, results(), tmp_path / "s.html").read_text()
+
+
+def test_thumbnails_lie_beside_the_page(archive: Archive, tmp_path: Path) -> None:
+    page = Page(write_report(archive, tmp_path / "a report.html"))
+    images = [a["href"] for name, a, _ in page.elements if name == "image"]
+    beside = [unquote(href) for href in images if not href.startswith("data:")]
+    assert beside == [f"a report-files/{n:04}.jpg" for n in range(1, len(beside) + 1)]
+    assert len(beside) == len(page.all("article")) > 0
+    for name in beside:
+        picture = cv2.imread(str(tmp_path / name))
+        # The square of `jpeg`, in its place.
+        height, width = picture.shape[:2]
+        assert (
+            np.abs(picture[height * 3 // 8, width * 3 // 8].astype(int) - (190, 70, 120)).max() < 14
+        )
 
 
 def test_a_browser_draws_it(archive: Archive, tmp_path: Path) -> None:
