@@ -20,7 +20,7 @@ from pathflip.files import write_file
 from pathflip.geometry import Tiling
 
 if TYPE_CHECKING:
-    from jobs.demo import Stages
+    from jobs.demo_stages import Stages
 
 TREE_SLIDES = 40
 """Slides of the cohort: 27 to train on with some 390 trees, and 10 of 5 patients to test."""

@@ -41,16 +41,19 @@ make_venv() {
 "$python" -c '' 2>/dev/null || make_venv
 "$python" -c 'import pip' 2>/dev/null || "$python" -m ensurepip >/dev/null
 
+# No bytecode: Python writes that of a module when it is first imported, and of most modules here none
+# ever is. Compiling them all took three quarters of the install (docs/notes/performance.md).
+#
 # uv is faster but reads none of pip's settings, and several indexes mean something else to it: the
 # first that has a package, not the best version. Where pip is told where to look, or how to get
 # there, pip installs.
 settings='(index-url|find-links|no-index|trusted-host|cert|proxy|keyring-provider|constraint)='
 if command -v uv >/dev/null && ! [[ $("$python" -m pip config list) =~ $settings ]]; then
   installer=uv from=--default-index
-  install() { uv pip install --python "$python" --no-deps --compile-bytecode "$@"; }
+  install() { uv pip install --python "$python" --no-deps "$@"; }
 else
   installer=pip from=--index-url
-  install() { "$python" -m pip --disable-pip-version-check install --no-deps "$@"; }
+  install() { "$python" -m pip --disable-pip-version-check install --no-deps --no-compile "$@"; }
 fi
 echo "Installing the versions pinned in $lock with $installer (once, some minutes)."
 

@@ -92,22 +92,23 @@ class Atlas:
         return self._held[key]
 
     def _load(self, name: str, mpp: float) -> Code:
-        if self._directory is None:
-            return _scaled(name, mpp)
+        if self._directory is None or name not in TEXTURES:
+            return _scaled(_master(name), period_um(name), mpp)
         path = self._directory / f"{name.replace(':', '-')}@{mpp:g}.npy"
         if not path.exists():
+            drawn = _master(name) if mpp == MASTER_MPP else self(name, mpp=MASTER_MPP)
             with replacing(path) as part, part.open("wb") as file:
-                np.save(file, _scaled(name, mpp))
+                np.save(file, _scaled(drawn, period_um(name), mpp))
         loaded: Code = np.load(path, mmap_mode="r")
         return loaded
 
 
-def _scaled(name: str, mpp: float) -> Code:
-    code = _master(name)
-    side = round(period_um(name) / mpp)
+def _scaled(code: Code, period: float, mpp: float) -> Code:
+    """Return a texture drawn at ``MASTER_MPP`` at another scale."""
+    side = round(period / mpp)
     if side != len(code):
         how = cv2.INTER_AREA if side < len(code) else cv2.INTER_LINEAR
-        pair = code.view(np.uint8).reshape(*code.shape, 2)
+        pair = np.ascontiguousarray(code).view(np.uint8).reshape(*code.shape, 2)
         code = np.ascontiguousarray(cv2.resize(pair, (side, side), interpolation=how))
         code = code.view(np.uint16)[..., 0]
     return code

@@ -7,6 +7,8 @@ Labels and lesion places are sampled without drawing a pixel, so thousands of sc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -363,8 +365,8 @@ def polygons(mask: NDArray[np.bool_], *, mpp: float) -> list[list[list[tuple[int
 def render(scene: Scene, atlas: Atlas, *, layout: Layout | None = None) -> NDArray[np.uint8]:
     """Draw level 0 as uint8 RGBX [side, side, 4].
 
-    Codes come from the atlas by integer look-ups, row band by row band; the label map's edges are
-    bent by a noise tile so that they do not follow its 4 µm cells.
+    Codes come from the atlas by integer look-ups, label by label where it lies; the label map's
+    edges are bent by a noise tile so that they do not follow its 4 µm cells.
     """
     layout = lay_out(scene) if layout is None else layout
     rng = np.random.default_rng([scene.seed, 4])
@@ -383,28 +385,20 @@ def render(scene: Scene, atlas: Atlas, *, layout: Layout | None = None) -> NDArr
         texture = _varied(texture, zoom=zooms[label], gains=gains[label])
         columns = (np.arange(side) + shifts[label][0]) % len(texture)
         strips[int(label)] = texture[:, columns]
-    bend_x, bend_y = _bends(side, mpp)
-    where = ((np.arange(side) + 0.5) * (mpp / CELL_UM) * 256).astype(np.int32)
-    cells = len(layout.labels)
-    flat = layout.labels.ravel()
+    cell, bend = _bent_cells(side, mpp, len(layout.labels))
+    remap: Any = cv2.remap  # its stub demands a second map, which this form has none of
+    label_px = remap(layout.labels, cell, None, cv2.INTER_NEAREST)
+    code = np.zeros((side, side), np.uint16)
+    for label, strip in strips.items():
+        rows, columns = _extent(layout.labels == label, side, bend)
+        for top in range(rows.start, rows.stop, _BAND):
+            band = slice(top, min(top + _BAND, rows.stop)), columns
+            drawn = strip[(np.arange(band[0].start, band[0].stop) + shifts[label][1]) % len(strip)]
+            np.copyto(code[band], drawn[:, columns], where=label_px[band] == label)
     table = colour_table(scene.stain_h, scene.stain_e)
     out = np.empty((side, side), np.uint32)
-    band = 128
-    for top in range(0, side, band):
-        rows = np.arange(top, min(top + band, side))
-        column = where[None, :] + bend_x[rows % len(bend_x)]
-        row = where[rows, None] + bend_y[rows % len(bend_y)]
-        np.clip(column >> 8, 0, cells - 1, out=column)
-        np.clip(row >> 8, 0, cells - 1, out=row)
-        row *= cells
-        row += column
-        label_px = flat[row]
-        code = np.zeros(label_px.shape, np.uint16)
-        for label in np.flatnonzero(np.bincount(label_px.ravel(), minlength=2)[1:]) + 1:
-            strip = strips[int(label)]
-            drawn = strip[(rows + shifts[label][1]) % len(strip)]
-            np.copyto(code, drawn, where=label_px == label)
-        np.take(table, code, out=out[rows[0] : rows[-1] + 1], mode="clip")
+    for top in range(0, side, _BAND):
+        np.take(table, code[top : top + _BAND], out=out[top : top + _BAND], mode="clip")
     pixels = out.view(np.uint8).reshape(side, side, 4)
     if scene.artefact == "pen":
         _draw_pen(pixels, rng, mpp)
@@ -432,24 +426,49 @@ def _texture(scene: Scene, finding: str) -> str:
     return f"tumour:{scene.pattern}:{scene.nuclei}:{scene.grade}"
 
 
-_bend_tiles: dict[float, tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
+_BAND = 64  # rows at a time, so that what is between two passes stays in the cache
+
+
+@lru_cache(maxsize=3)
+def _bent_cells(side: int, mpp: float, cells: int) -> tuple[NDArray[np.int16], int]:
+    """Return the cell (x, y) of each pixel, int16 [side, side, 2], and the most cells of a bend.
+
+    Edges are bent alike on all slides of one size and scale, so this is kept.
+    """
+    where = ((np.arange(side) + 0.5) * (mpp / CELL_UM) * 256).astype(np.int32)
+    bend_x, bend_y = _bends(side, mpp)
+    cell = np.empty((side, side, 2), np.int16)
+    for top in range(0, side, len(bend_x)):
+        part = slice(top, min(top + len(bend_x), side))
+        count = part.stop - top
+        cell[part, :, 0] = np.clip((where[None, :] + bend_x[:count]) >> 8, 0, cells - 1)
+        cell[part, :, 1] = np.clip((where[part, None] + bend_y[:count]) >> 8, 0, cells - 1)
+    most = max(int(np.abs(bend).max()) for bend in (bend_x, bend_y))
+    return cell, most // 256 + 1
+
+
+def _extent(mask: NDArray[np.bool_], side: int, bend: int) -> tuple[slice, slice]:
+    """Return the rows and columns of pixels that may show a label, given its cells."""
+    scale = side / len(mask)
+    found = []
+    for axis in (1, 0):
+        there = np.flatnonzero(mask.any(axis))
+        start = max(0, int((there[0] - bend) * scale) - 1)
+        found.append(slice(start, min(side, int((there[-1] + 1 + bend) * scale) + 2)))
+    return found[0], found[1]
 
 
 def _bends(side: int, mpp: float) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return displacements of label edges in 1/256 cells, int32 [512 rows, side]."""
-    key = mpp * 1e6 + side
-    if key not in _bend_tiles:
-        rng = np.random.default_rng(11)
-        tiles = []
-        for _ in range(2):
-            noise = np.pad(rng.standard_normal((512, 512), dtype=np.float32), 128, mode="wrap")
-            smooth = cv2.GaussianBlur(noise, (0, 0), 2.2 / mpp)
-            smooth = smooth[128:-128, 128:-128] / smooth.std()
-            tile = np.rint(smooth * 0.55 * 256).astype(np.int32)
-            tiles.append(tile[:, np.arange(side) % 512])
-        _bend_tiles.clear()
-        _bend_tiles[key] = (tiles[0], tiles[1])
-    return _bend_tiles[key]
+    rng = np.random.default_rng(11)
+    tiles = []
+    for _ in range(2):
+        noise = np.pad(rng.standard_normal((512, 512), dtype=np.float32), 128, mode="wrap")
+        smooth = cv2.GaussianBlur(noise, (0, 0), 2.2 / mpp)
+        smooth = smooth[128:-128, 128:-128] / smooth.std()
+        tile = np.rint(smooth * 0.55 * 256).astype(np.int32)
+        tiles.append(tile[:, np.arange(side) % 512])
+    return tiles[0], tiles[1]
 
 
 def _draw_pen(pixels: NDArray[np.uint8], rng: np.random.Generator, mpp: float) -> None:

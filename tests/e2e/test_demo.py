@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,39 @@ import cv2
 import numpy as np
 import pytest
 
-from jobs.demo import PLANTED, Stages, demo, main
+from jobs.demo import Size, demo, main
 from jobs.demo_patches import NODE_PX, PARENT_UM, patches
+from jobs.demo_slides import PLANTED
+from jobs.demo_stages import Stages
 from pathflip import Archive, Slide
 from pathflip.geometry import TreeSpec, patch_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # its setup is the whole demo
 COHORT = 24
-SHORT: dict[str, Any] = {
-    "training": ("epochs=1", "batch_size=8", "max_workers=1"),
-    "language": ("epochs=1", "hidden=64", "layers=1", "heads=2", "kv_heads=2"),
-    "tuning": ("epochs=1", "batch_size=8"),
-    "tree_slides": 4,  # two to train on, two to test
-    "tree_training": ("steps=4", "batch_size=2", "trees_per_patient=2"),
-}
+SHORT = Size(
+    slides=COHORT,
+    training=("epochs=1", "batch_size=8", "max_workers=1"),
+    language=("epochs=1", "hidden=64", "layers=1", "heads=2", "kv_heads=2"),
+    tuning=("epochs=1", "batch_size=8"),
+)
+WITH_TREES = replace(
+    SHORT,
+    tree_slides=4,  # two to train on, two to test
+    tree_training=("steps=4", "batch_size=2", "trees_per_patient=2"),
+)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    assert demo(out, cohort=COHORT, **SHORT) == 0  # though two files are quarantined
+    assert demo(out, size=SHORT) == 0  # though two files are quarantined
     return out
 
 
 @pytest.fixture(scope="module")
 def trees(made: Path) -> Path:
     """The part that --full adds, made beside the rest; the test of a second run asks for both."""
-    patches(made, Stages(), slides=SHORT["tree_slides"], training=SHORT["tree_training"])
+    patches(made, Stages(), slides=WITH_TREES.tree_slides, training=WITH_TREES.tree_training)
     return made
 
 
@@ -100,12 +107,26 @@ def test_the_archive_holds_what_was_made(made: Path) -> None:
 
 def test_the_reports_show_it(made: Path) -> None:
     slides = (made / "slides.html").read_text(encoding="utf-8")
+    assert '<li class="hit">' in slides  # a search by image
+    coming = slides[slides.index('id="coming"') :]
+    assert re.findall(r'<a href="(.+?)">', coming)[:2] == ["report.html", "answers.html"]
     assert '<article class="card">' in slides
     for name in PLANTED:
         assert name in slides
     page = (made / "report.html").read_text(encoding="utf-8")
     for shown in ("chance", "pointing", "R@5", "necrosis", "<svg", "data:image/"):
         assert shown.lower() in page.lower(), shown
+
+
+def test_no_page_is_large(made: Path) -> None:
+    pages = list(made.glob("*.html"))
+    assert len(pages) == 3
+    assert max(page.stat().st_size for page in pages) < 3_000_000
+
+
+def test_the_first_page_is_there_before_anything_is_trained(made: Path) -> None:
+    first, trained = made / "slides.html", made / "run" / "attempt.json"
+    assert first.stat().st_mtime_ns < trained.stat().st_mtime_ns
 
 
 def test_the_answers_are_shown_beside_the_truth(made: Path) -> None:
@@ -217,7 +238,7 @@ def test_a_second_run_skips_everything(trees: Path, capsys: pytest.CaptureFixtur
     before = {path: path.stat().st_mtime_ns for path in (made / "slides").iterdir()}
     result = (made / "run" / "result.json").read_bytes()
     tuned = (made / "tuned" / "result.json").read_bytes()
-    assert demo(made, cohort=COHORT, full=True, **SHORT) == 0
+    assert demo(made, size=WITH_TREES) == 0
     assert tree_versions(trees) == versions
     assert (trees / "patches" / "mini" / "result.json").read_bytes() == patch_run
     assert before == {path: path.stat().st_mtime_ns for path in (made / "slides").iterdir()}

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -17,9 +18,11 @@ import tifffile
 
 from pathflip.errors import ConfigError
 from pathflip.evaluation.prompts import read_tasks
+from pathflip.synth import atlas as textures
 from pathflip.synth import make_cohort, make_slide
-from pathflip.synth.atlas import NUCLEI, colour_table, nucleus
-from pathflip.synth.scene import FINDINGS, lay_out, polygons, sample_scenes
+from pathflip.synth import scene as drawing
+from pathflip.synth.atlas import NUCLEI, Atlas, colour_table, nucleus
+from pathflip.synth.scene import CELL_UM, FINDINGS, lay_out, polygons, render, sample_scenes
 from pathflip.synth.text import (
     ABSENT_NAMES,
     DETAILS,
@@ -324,6 +327,57 @@ def test_no_lesion_is_lost(scenes) -> None:  # type: ignore[no-untyped-def]
             assert mask.sum() > 0.35 * ellipse
             assert not (mask & ~layout.tissue).any()
             assert (layout.labels == 3 + i).any()
+
+
+@pytest.mark.parametrize("index", [0, 5, 11])  # 0.5, 0.25 and 0.2738 µm/px
+def test_a_pixel_is_the_code_of_its_own_label(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a look-up of every pixel on its own, with textures that say where they were read."""
+    (scene,) = sample_scenes(slides=index + 1, seed=3, size_um=512.0)[index:]
+    layout = lay_out(scene)
+    side, mpp = scene.side_px, scene.mpp
+    tile = np.random.default_rng(0).integers(1 << 16, size=(96, 96), dtype=np.uint16)
+    strips: list[np.ndarray] = []
+
+    def same(texture: np.ndarray, **_: object) -> np.ndarray:
+        strips.append(texture)
+        return texture
+
+    monkeypatch.setattr(drawing, "_varied", same)
+    monkeypatch.setattr(drawing, "colour_table", lambda *_: np.arange(1 << 16, dtype=np.uint32))
+    plain = replace(scene, artefact=None)
+    code = render(plain, lambda *_, **__: tile, layout=layout).view(np.uint32)[..., 0]  # type: ignore[arg-type]
+    rng = np.random.default_rng([scene.seed, 4])
+    shifts = rng.integers(0, 1 << 16, (3 + len(scene.lesions), 2))
+    bend_x, bend_y = drawing._bends(side, mpp)
+    at = (np.arange(side) + 0.5) * mpp / CELL_UM * 256
+    column = (at.astype(int)[None, :] + bend_x[np.arange(side) % 512]) // 256
+    row = (at.astype(int)[:, None] + bend_y[np.arange(side) % 512]) // 256
+    last = len(layout.labels) - 1
+    label = layout.labels[row.clip(0, last), column.clip(0, last)]
+    expected = np.zeros((side, side), np.uint32)
+    present = np.unique(layout.labels[layout.labels > 0]).tolist()
+    y, x = np.mgrid[:side, :side]
+    for one, texture in zip(present, strips, strict=True):
+        own = texture[(y + shifts[one][1]) % 96, (x + shifts[one][0]) % 96]
+        expected = np.where(label == one, own, expected)
+    assert len(present) > 3
+    assert np.array_equal(code, expected)
+
+
+def test_a_texture_is_drawn_once_for_all_scales_and_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = Atlas()
+    expected = {mpp: alone("mucin", mpp=mpp).copy() for mpp in (0.25, 0.2738, 0.5)}
+    assert [len(code) for code in expected.values()] == [1024, 935, 512]
+    drawn: list[str] = []
+    draw = textures._master
+    monkeypatch.setattr(textures, "_master", lambda name: drawn.append(name) or draw(name))
+    for mpp, code in expected.items():
+        assert np.array_equal(Atlas(tmp_path)("mucin", mpp=mpp), code)  # as another process would
+    assert drawn == ["mucin"]
+    with pytest.raises(KeyError):
+        Atlas(tmp_path)("none such", mpp=0.5)
 
 
 def test_polygons_enclose_their_mask() -> None:
