@@ -26,7 +26,7 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make .venv with the pinned versions (the other targets do this by themselves)
 
-demo: $(STAMP)  ## run the whole path on generated slides, or on yours: make demo SLIDES=folder; FULL=1 adds patch trees, SERVE=1 asks the service
+demo: $(STAMP)  ## run the whole path on generated slides, or on yours: make demo SLIDES=folder; FULL=1 makes more of them and patch trees, SERVE=1 asks the service
 	@$(PY) -m jobs.demo $(if $(SLIDES),--slides "$(SLIDES)") $(if $(FULL),--full) $(if $(SERVE),--serve) $(ARGS) || \
 	{ code=$$?; [ $$code -eq 3 ] || exit $$code; }  # 3: slides were quarantined, as the table says
 
@@ -73,6 +73,7 @@ clean:  ## remove caches and build outputs; environments and archives stay
 # given to make: make TORCH_INDEX=https://mirror/whl/cpu test
 $(STAMP): $(LOCK) pyproject.toml
 	@bash requirements/install.sh $(VENV) $(LOCK) -e .
+	@$(PY) requirements/bytecode.py
 	@[ -s $(VENV)/.ray-token ] || \
 	(umask 077; $(PY) -c 'import secrets; print(secrets.token_hex(32))' >$(VENV)/.ray-token)
 	@touch $@

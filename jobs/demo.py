@@ -69,7 +69,8 @@ class Size:
     tree_training: tuple[str, ...] = ()
 
 
-QUICK = Size(slides=480)
+QUICK = Size(slides=480, training=("batch_size=8", "best=last"))
+"""The least that still finds, places and answers with a margin (docs/notes/mini.md)."""
 FULL = Size(slides=960, tree_slides=TREE_SLIDES)
 """As quick, with figures as good as the presets give (docs/notes/mini.md) and patch trees."""
 

@@ -41,8 +41,8 @@ make_venv() {
 "$python" -c '' 2>/dev/null || make_venv
 "$python" -c 'import pip' 2>/dev/null || "$python" -m ensurepip >/dev/null
 
-# No bytecode: Python writes that of a module when it is first imported, and of most modules here none
-# ever is. Compiling them all took three quarters of the install (docs/notes/performance.md).
+# No bytecode: Python writes it at the first import, and most modules are never imported. Compiling
+# them all took three quarters of the install (docs/notes/performance.md; requirements/bytecode.py).
 #
 # uv is faster but reads none of pip's settings, and several indexes mean something else to it: the
 # first that has a package, not the best version. Where pip is told where to look, or how to get
