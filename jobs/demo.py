@@ -69,7 +69,7 @@ class Size:
     tree_training: tuple[str, ...] = ()
 
 
-QUICK = Size(slides=480, training=("batch_size=8", "best=last"))
+QUICK = Size(slides=480, training=("batch_size=8", "best=last"), tuning=("batch_size=4",))
 """The least that still finds, places and answers with a margin (docs/notes/mini.md)."""
 FULL = Size(slides=960, tree_slides=TREE_SLIDES)
 """As quick, with figures as good as the presets give (docs/notes/mini.md) and patch trees."""
