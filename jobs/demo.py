@@ -69,7 +69,11 @@ class Size:
     tree_training: tuple[str, ...] = ()
 
 
-QUICK = Size(slides=480, training=("batch_size=8", "best=last"), tuning=("batch_size=4",))
+QUICK = Size(
+    slides=480,
+    training=("epochs=24", "batch_size=8", "best=last"),
+    tuning=("batch_size=4",),
+)
 """The least that still finds, places and answers with a margin (docs/notes/mini.md)."""
 FULL = Size(slides=960, tree_slides=TREE_SLIDES)
 """As quick, with figures as good as the presets give (docs/notes/mini.md) and patch trees."""
@@ -244,7 +248,7 @@ def _measured(archive: Archive, run: Run, out: Path, stages: Stages) -> tuple[di
     from pathflip.report.pretrain import write_pretrain_report
 
     with stages.run("index", "Indexing slides and regions"), show_progress() as progress:
-        index(archive.uri, str(run.path), config=IndexConfig(), progress=progress)
+        index(archive.uri, str(run.path), config=IndexConfig(), address="local", progress=progress)
     archive.refresh()
     suite = read_tasks(out / "tasks.yaml")
     with stages.run("evaluate", "Measuring against the planted truth"), show_progress() as shown:
