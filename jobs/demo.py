@@ -91,7 +91,7 @@ def demo(
     Args:
         out: Folder for everything written: slides, archive, run, reports.
         slides: The user's slides, which are only read; None to make some in ``out``/slides.
-        size: How much is made and trained, where slides are made.
+        size: Slides to make and settings of the trainings, where slides are made.
         serve: Whether to start the service at the end and ask it something.
 
     Returns:

@@ -42,7 +42,7 @@ class Stages:
         """Run ``work(*args)`` in a process of its own beside the block, and wait for both.
 
         Raises:
-            PathFLIPError: What the work raised. An error of the block ends the work.
+            PathFLIPError: The error of the work. One of the block ends the work.
         """
         print(f"{saying}, beside what follows …", file=sys.stderr, flush=True)
         context = get_context("spawn")
