@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pathflip.models import PathFLIP
 from pathflip.text import draw_rng, sample_subcaptions, train_tokenizer
@@ -81,10 +82,10 @@ def texts(slides: int, seed: int = 0) -> tuple[list[list[int]], list[list[list[i
     return captions, pieces
 
 
-def build(small: bool) -> PathFLIP:
+def build(small: bool, **changes: Any) -> PathFLIP:
     """The published model, without dropout: two sides draw differently."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"layers": 2} if small else {}
+    sizes: dict[str, Any] = ({"layers": 2} if small else {}) | changes
     model = PathFLIP.from_preset(
         "pathflip/official_v1", tokenizer=Words(), text_model=None, qformer_from_text=False,
         dropout=0.0, feature_dim=WIDTH, **sizes,
@@ -147,6 +148,31 @@ def perform(side: str, slides: int, regions: int, small: bool, warm: bool, profi
     return report
 
 
+def bounds(slides: int, regions: int, small: bool) -> Report:
+    """Count the FLOPs of a step and its weights, and measure this machine's rate of products."""
+    torch.set_num_threads(THREADS)
+    side = 256 if small else 2048
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    rates = []
+    for _ in range(6):
+        started = time.process_time()
+        left @ right
+        rates.append(2 * side**3 / (time.process_time() - started) / 1e9)
+    model = build(small, recompute=False)
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(slides, regions, SLOTS, WIDTH, generator=generator)
+    mask = torch.ones(features.shape[:3], dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter:
+        out = model(features, mask, *texts(slides))
+        (out.loss_slide + out.loss_region).backward()
+    held = sum(own.numel() for own in model.parameters() if own.grad is not None)
+    return {
+        "gflop": counter.get_total_flops() / 1e9,
+        "sgemm_gflops": max(rates),
+        "weights_and_gradients_gb": 2 * 4 * held / 2**30,
+    }
+
+
 def peak_gb() -> float:
     """Most memory this process ever held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -163,6 +189,8 @@ def measure(side: str, *flags: str, slides: int, regions: int, small: bool) -> R
         environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     found: Report = json.loads(done.stdout)
+    if side == "bounds":
+        return found
     say(f"{side}, B={slides}, {regions} regions, {' '.join(flags)}: {found['cpu_s']:.1f} CPU-s, "
         f"{found['rss_gb']:.2f} GB")  # fmt: skip
     return found
@@ -178,7 +206,9 @@ def step(quick: bool) -> Report:
         slow = measure("plain", "--warm", **kwargs)
         fast.append(measure("ours", "--warm", **kwargs))
         lean, fat = (measure(side, **kwargs) for side in ("ours", "plain"))
+        needed = measure("bounds", **kwargs)
         cpu = statistics.mean(side["cpu_s"] for side in fast)
+        own = needed["weights_and_gradients_gb"]
         needs = [side["rss_gb"] - side["libraries_gb"] for side in (lean, fat)]
         pairs = zip(fast[0]["losses"], slow["losses"], strict=True)
         norms = zip(fast[0]["gradients"], slow["gradients"], strict=True)
@@ -192,9 +222,15 @@ def step(quick: bool) -> Report:
             "rss_gb": {"ours": lean["rss_gb"], "plain": fat["rss_gb"]},
             "rss_gb_allocator_keeps": {"ours": fast[0]["rss_gb"], "plain": slow["rss_gb"]},
             "tokens": fast[0]["tokens"],
+            "needed": needed,
+            "over_sgemm": needed["gflop"] / cpu / needed["sgemm_gflops"],
+            "cpu_ratio_at_sgemm": slow["cpu_s"] * needed["sgemm_gflops"] / needed["gflop"],
+            "memory_ratio_of_states": (needs[1] - own) / (needs[0] - own),
+            "memory_ratio_without_states": needs[1] / own,
         }
         if not report:
-            keys = ("cpu_ratio", "memory_ratio", "rss_ratio", "loss_gap", "gradient_gap")
+            keys = ("cpu_ratio", "memory_ratio", "rss_ratio", "loss_gap", "gradient_gap",
+                    "over_sgemm", "cpu_ratio_at_sgemm")  # fmt: skip
             report = {key: found[key] for key in keys}
         report[f"B={slides}, {regions} regions"] = found
     slides, regions = sizes[0]
@@ -289,7 +325,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON (it is printed anyway)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; repeatable")
-    parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("ours", "plain", "bounds"), help=argparse.SUPPRESS)
     parser.add_argument("--slides", type=int, default=2, help=argparse.SUPPRESS)
     parser.add_argument("--regions", type=int, default=REGIONS, help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
@@ -297,6 +333,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--runs", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.side == "bounds":
+        print(json.dumps(bounds(given.slides, given.regions, given.small)))
+        return
     if given.side:
         found = perform(
             given.side, given.slides, given.regions, given.small, given.warm, given.profile
