@@ -1,7 +1,8 @@
 """Approximate nearest neighbours: regions by the vector index, with conditions.
 
-Lance is asked for as few columns as possible, and what stays in memory between queries is bounded;
-docs/notes/performance.md has the measurements behind both.
+The index gives row ids and rough distances; of the nearest few that meet the conditions the vectors
+are read, and those are compared. Lance is asked for nothing else: what names and locates a region
+is in :mod:`pathflip.archive.places`. docs/notes/performance.md has the measurements behind this.
 """
 
 from __future__ import annotations
@@ -16,37 +17,35 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pathflip.archive import Archive, vectors
-from pathflip.archive.filters import Filter, row_mask
+from pathflip.archive.filters import Filter
+from pathflip.archive.places import LOCATION, Places
 
-MEMORY_BYTES = 256 << 20
-"""Per-table memory budget for cached vectors and region locations; where they are larger, they are
-read again for every query."""
-
-_SCAN_BYTES = 4 << 20
+_SCAN_BYTES = 12 << 20
 """Regions that meet the conditions are compared one by one where their vectors are no larger."""
 
 _TARGET_ROWS = 2000
 """Rows meeting the conditions that the probed partitions should hold, about."""
 
+_MOST_CANDIDATES = 2048
+"""Candidates of the index at most from which those that meet the conditions are picked. Where so
+many would hold too few of them, Lance gets the list of rows that do, which it looks at for every
+row of a partition: dearer than some hundred candidates."""
+
 _LISTED_SLIDES = 5000
 """Slides named to Lance one by one; of more, rows of other slides are dropped afterwards."""
 
-_QUERIES_UNTIL_CACHED = 8
-"""Queries of one snapshot from which on reading all regions' locations pays off."""
+_QUERIES_UNTIL_READ = 8
+"""Queries of one snapshot from which on reading the places of all regions pays off."""
 
 _CACHED_SELECTIONS = 16
 """Sets of conditions whose selection is kept in a snapshot."""
 
-MIN_CANDIDATES = 32
+MIN_CANDIDATES = 16
 """Candidates of the index whose full vectors are compared, at least."""
-_LOCATION_BYTES = 120
 FLOAT32_ERROR = 1e-5
 """Bound on the error of float32 products of unit vectors, with room."""
 
-LOCATION = ["id", "slide_id", "x0", "y0", "size0", "mpp"]
-"""Columns that name and locate a result."""
-FILTER_COLUMNS = ["patient_id", "tissue_fraction", "n_patches"]
-"""Further columns that conditions may name."""
+Vectors = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class SearchParams:
 
     Attributes:
         nprobe: Partitions searched, at least; more where conditions leave few rows.
-        refine: Candidates per result whose full vectors are compared; 32 candidates at least.
+        refine: Candidates per result whose full vectors are compared; 16 candidates at least.
     """
 
     nprobe: int = 16
@@ -65,9 +64,18 @@ class SearchParams:
 DEFAULT_PARAMS = SearchParams()
 
 
+def candidates_of(k: int, params: SearchParams) -> int:
+    """Return how many candidates of the index are compared by their full vectors."""
+    return max(k * params.refine, MIN_CANDIDATES)
+
+
 def partitions_of(rows: int) -> int:
-    """Return the number of partitions of a vector index over so many rows."""
-    return max(16, min(4096, math.isqrt(rows) // 4))
+    """Return the number of partitions of a vector index over so many rows.
+
+    About 2,048 rows each (docs/notes/performance.md compares), so that a query looks at as many
+    rows of a large table as of a small one. Of more than 4,096 the right ones are dear to find.
+    """
+    return max(16, min(4096, rows // 2048))
 
 
 class Block(NamedTuple):
@@ -105,15 +113,15 @@ def top_k(
         query: Unit vector [dim].
         k: Results wanted.
         at: Indices of the rows that count; all by default.
-        approximate: Their scores in float32, where they are known [len(at)].
+        approximate: Their scores in float32, where they are many [len(at)].
 
     Returns:
         The columns of :data:`LOCATION` and score (float64), best first, ties by id.
     """
-    at = np.arange(len(block.vectors)) if at is None else at
-    if len(at) > 4 * k:
-        if approximate is None:
-            approximate = (block.vectors[at] @ query.astype(np.float32)) / block.norms[at]
+    if at is None:
+        approximate = (block.vectors @ query.astype(np.float32)) / block.norms
+        at = np.arange(len(block.vectors))
+    if approximate is not None and len(at) > 4 * k:
         at = at[approximate >= np.partition(approximate, -k)[-k] - FLOAT32_ERROR]
     exact = block.vectors[at].astype(np.float64)
     norms = np.linalg.norm(exact, axis=1)
@@ -126,7 +134,7 @@ def top_k(
 def search_index(
     archive: Archive,
     table: str,
-    queries: NDArray[np.float64],
+    queries: Vectors,
     *,
     conditions: tuple[Filter, ...],
     k: int,
@@ -152,163 +160,176 @@ def search_index(
         A table for each query, see :func:`top_k`.
     """
     dataset = archive.dataset(table)
-    locations = _locations(archive, table, wanted=bool(conditions))
-    selection = _selection(archive, table, locations, conditions, slides)
-    columns = ["vector", *(LOCATION if locations is None else ())]
-
-    def located(rows: pa.Table) -> Block:
-        own = rows.select(LOCATION) if locations is None else locations.of(rows["_rowid"])
-        allowed = pc.is_in(own["slide_id"], slides).to_numpy(zero_copy_only=False)
-        found: NDArray[np.float32] = vectors(rows["vector"])
-        if not allowed.all():
-            own, found = own.filter(pa.array(allowed)), found[allowed]
-        return make_block(own, found)
-
+    total: int = archive.cached(f"{table}/rows", dataset.count_rows, of=(table,))
+    count = archive.cached(f"{table}/queries", lambda: [0], of=(table,))
+    count[0] += 1
+    if count[0] < _QUERIES_UNTIL_READ:
+        return _search_unread(
+            dataset, total, queries, conditions=conditions, k=k, slides=slides, params=params
+        )
+    places = archive.cached(f"{table}/places", lambda: Places(dataset), of=(table,))
+    kept: dict[tuple[Filter, ...], _Selection] = archive.cached(
+        f"{table}/selections", dict, of=(table, "slides")
+    )
+    selection = kept.get(conditions)
+    if selection is None:
+        selection = _Selection(dataset, places, places.meeting(conditions, slides))
+        if len(kept) >= _CACHED_SELECTIONS:
+            kept.pop(next(iter(kept)), None)
+        kept[conditions] = selection
     if selection.few:
-        if not selection.block:
-            rows = dataset.scanner(columns=columns, with_row_id=True, **selection.scan).to_table()
-            selection.block.append(located(rows.combine_chunks()))
-        return [top_k(selection.block[0], query, k) for query in queries]
-    candidates = max(k * params.refine, MIN_CANDIDATES)
-    enough = max(k, candidates // 2)
+        return [top_k(selection.block(), query, k) for query in queries]
+    wanted = candidates_of(k, params)
+    asked = math.ceil(1.25 * wanted * total / selection.count)
+    nprobe = max(params.nprobe, _probes(total, selection.count))
+    listed = asked > max(_MOST_CANDIDATES, 2 * wanted)
     while True:
-        nearest = {
+        found = _nearest(
+            dataset, queries, wanted if listed else asked, nprobe=nprobe,
+            scan=selection.scan() if listed else {},
+        )  # fmt: skip
+        near = []
+        for part in found:
+            at = places.find(part["_rowid"].to_numpy())
+            near.append(at[selection.has(at)][:wanted])
+        ended = [listed or part.num_rows < asked for part in found]
+        if all(
+            len(at) >= max(k, wanted // 2) or over for at, over in zip(near, ended, strict=True)
+        ):
+            break
+        listed = True  # what the conditions leave lies farther away than the rest
+    every = np.unique(np.concatenate(near))
+    block = _compared(dataset, places, every)
+    return [top_k(block, query, k, at=np.searchsorted(every, np.sort(at)))
+            for at, query in zip(near, queries, strict=True)]  # fmt: skip
+
+
+def _probes(total: int, count: int) -> int:
+    """Return how many partitions hold about as many rows that meet conditions as are needed."""
+    return math.ceil(partitions_of(total) * min(1.0, _TARGET_ROWS / max(1, count)))
+
+
+def _nearest(
+    dataset: Any,
+    queries: Vectors,
+    candidates: int,
+    *,
+    nprobe: int,
+    scan: dict[str, Any],
+    columns: tuple[str, ...] = (),
+) -> list[pa.Table]:
+    """Return the candidates of the index for each query, nearest first, with their row ids."""
+    rows = dataset.scanner(
+        columns=[*columns, "_distance"],
+        nearest={
             "column": "vector",
             "q": queries.astype(np.float32)[0 if len(queries) == 1 else slice(None)],
             "k": candidates,
             "metric": "cosine",
-            "minimum_nprobes": max(params.nprobe, selection.nprobe),
-        }
-        rows = dataset.scanner(
-            columns=[*columns, "_distance"],
-            nearest=nearest,
-            with_row_id=True,
-            prefilter="filter" in selection.scan,
-            **selection.scan,
-        ).to_table()
-        parts = [rows]
-        if len(queries) > 1:
-            numbers = rows["query_index"].to_numpy()
-            parts = [rows.filter(pa.array(numbers == number)) for number in range(len(queries))]
-        best, short = [], False
-        for part, query in zip(parts, queries, strict=True):
-            block = located(part)
-            # Rows of slides, and of slides not allowed, may have displaced regions.
-            short |= part.num_rows == candidates and len(block.vectors) < enough
-            best.append(top_k(block, query, k))
-        if not short:
-            return best
-        candidates *= 4
+            "minimum_nprobes": nprobe,
+        },
+        with_row_id=True,
+        prefilter="filter" in scan,
+        **scan,
+    ).to_table()
+    if len(queries) == 1:
+        return [rows]
+    numbers = rows["query_index"].to_numpy()
+    return [rows.filter(pa.array(numbers == number)) for number in range(len(queries))]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Locations:
-    """Locations and condition columns of all regions, in memory, by Lance's row id."""
-
-    row_ids: NDArray[np.uint64]
-    table: pa.Table
-
-    def of(self, row_ids: pa.ChunkedArray) -> pa.Table:
-        """Return the locations of rows; all null where a row is no region."""
-        wanted = row_ids.to_numpy()
-        if not len(self.row_ids):
-            return self.table.select(LOCATION).take(pa.nulls(len(wanted), pa.int64()))
-        at = np.searchsorted(self.row_ids, wanted)
-        missing = self.row_ids[np.minimum(at, len(self.row_ids) - 1)] != wanted
-        return self.table.select(LOCATION).take(pa.array(at, mask=missing))
+def _compared(dataset: Any, places: Places, at: NDArray[np.int64]) -> Block:
+    """Return regions with their vectors; in one read by row id, a third of a scan's cost."""
+    rows = dataset._take_rows(places.row_ids[at].tolist(), columns=["vector"])
+    return make_block(places.rows(at), vectors(rows["vector"]))
 
 
-def _locations(archive: Archive, table: str, *, wanted: bool) -> _Locations | None:
-    """Return the locations of all regions, if wanted or once a snapshot was queried often.
-
-    For Lance, reading the other columns of a row costs as much as finding it, and reading a column
-    of conditions for every query costs more than that.
-    """
-    count = archive.cached(f"{table}/queries", lambda: [0])
-    count[0] += 1
-    dataset = archive.dataset(table)
-    if not wanted and count[0] < _QUERIES_UNTIL_CACHED:
-        return None
-    if archive.cached(f"{table}/rows", dataset.count_rows) * _LOCATION_BYTES > MEMORY_BYTES:
-        return None
-
-    def read() -> _Locations:
-        rows = dataset.to_table(
-            columns=[*LOCATION, *FILTER_COLUMNS],
-            filter=pc.field("kind") == "region",
-            with_row_id=True,
-        )
-        rows = rows.sort_by("_rowid").combine_chunks()
-        row_ids = rows["_rowid"].to_numpy()
-        return _Locations(row_ids=row_ids, table=rows.drop_columns(["_rowid"]))
-
-    return archive.cached(f"{table}/locations", read)
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Selection:
     """Regions that meet a set of conditions.
 
-    Attributes:
-        nprobe: Partitions that hold about ``_TARGET_ROWS`` of them.
-        scan: Arguments of a Lance scan that select them.
-        few: Whether they are compared one by one rather than searched by the index.
-        block: Their locations and vectors in that case, once they were read.
+    Args:
+        dataset: The Lance dataset.
+        places: Places of all of its regions.
+        keep: Which of them meet the conditions [n].
     """
 
-    nprobe: int
-    scan: dict[str, Any]
-    few: bool
-    block: list[Block]
-
-
-def _selection(
-    archive: Archive,
-    table: str,
-    locations: _Locations | None,
-    conditions: tuple[Filter, ...],
-    slides: pa.Array,
-) -> _Selection:
-    """Return the regions that meet conditions; those of the latest queries are cached."""
-    dataset = archive.dataset(table)
-    total = archive.cached(f"{table}/rows", dataset.count_rows)
-    if not conditions and locations is not None:  # dropping rows of slides afterwards costs less
-        return _Selection(nprobe=0, scan={}, few=False, block=[])
-    known: dict[Any, _Selection] = archive.cached(f"{table}/selections", dict)
-    key = (conditions, locations is None)
-    if key not in known:
-        if locations is None:
-            where = pc.field("kind") == "region"
-            for condition in conditions:
-                if not condition.of_slide:
-                    where &= condition.expression()
-            if len(slides) <= _LISTED_SLIDES and any(c.of_slide for c in conditions):
-                where &= pc.field("slide_id").isin(slides)
-            count = dataset.count_rows(where) if conditions else total
-            scan: dict[str, Any] = {"filter": where}
-        else:
-            count, scan = _row_list(locations, conditions, slides)
-        nprobe = math.ceil(partitions_of(total) * min(1.0, _TARGET_ROWS / max(1, count)))
-        if len(known) >= _CACHED_SELECTIONS:
-            known.pop(next(iter(known)))
+    def __init__(self, dataset: Any, places: Places, keep: NDArray[np.bool_]) -> None:
+        self.count = int(keep.sum())
         width = dataset.schema.field("vector").type.list_size * 4
-        few = count * width <= _SCAN_BYTES
-        known[key] = _Selection(nprobe=nprobe, scan=scan, few=few, block=[])
-    return known[key]
+        self.few = self.count * width <= _SCAN_BYTES
+        self._dataset, self._places = dataset, places
+        self._regions = len(keep)
+        self._bits = np.packbits(keep, bitorder="little")
+        self._block: Block | None = None
+        self._scan: dict[str, Any] | None = None
+
+    def has(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which regions are of the selection; -1 is none."""
+        held: NDArray[np.bool_] = (self._bits[at >> 3] >> (at & 7).astype(np.uint8)) & 1 == 1
+        return held & (at >= 0)
+
+    def block(self) -> Block:
+        """Return all of its regions with their vectors; they are kept."""
+        if self._block is None:
+            self._block = _compared(self._dataset, self._places, np.flatnonzero(self._mask()))
+        return self._block
+
+    def scan(self) -> dict[str, Any]:
+        """Return the arguments of a Lance scan of its regions; they are kept."""
+        from lance.dataset import serialize_row_addrs
+
+        if self._scan is None:
+            row_ids = self._places.row_ids[self._mask()]
+            self._scan = {"row_addr_allowlist": serialize_row_addrs(row_ids.tolist())}
+        return self._scan
+
+    def _mask(self) -> NDArray[np.bool_]:
+        return np.unpackbits(self._bits, count=self._regions, bitorder="little").astype(np.bool_)
 
 
-def _row_list(
-    locations: _Locations, conditions: tuple[Filter, ...], slides: pa.Array
-) -> tuple[int, dict[str, Any]]:
-    """Return how many regions meet conditions, and a scan of them by row id."""
-    from lance.dataset import serialize_row_addrs
+def _search_unread(
+    dataset: Any,
+    total: int,
+    queries: Vectors,
+    *,
+    conditions: tuple[Filter, ...],
+    k: int,
+    slides: pa.Array,
+    params: SearchParams,
+) -> list[pa.Table]:
+    """Search as :func:`search_index` does before places are read: Lance evaluates the conditions.
 
-    keep = row_mask(locations.table, conditions)
-    if any(condition.of_slide for condition in conditions):
-        keep &= pc.is_in(locations.table["slide_id"], slides).to_numpy(zero_copy_only=False)
-    count = int(keep.sum())
-    if 2 * count <= len(keep):
-        row_ids = locations.row_ids[keep]
-        return count, {"row_addr_allowlist": serialize_row_addrs(row_ids.tolist())}
-    row_ids = locations.row_ids[~keep]
-    return count, {"row_addr_blocklist": serialize_row_addrs(row_ids.tolist())}
+    For the one search of a command that is faster than reading the places of all regions.
+    """
+    where = pc.field("kind") == "region"
+    for condition in conditions:
+        if not condition.of_slide:
+            where &= condition.expression()
+    if len(slides) <= _LISTED_SLIDES and any(c.of_slide for c in conditions):
+        where &= pc.field("slide_id").isin(slides)
+    columns = ("vector", *LOCATION)
+
+    def located(rows: pa.Table) -> Block:
+        allowed = pc.is_in(rows["slide_id"], slides)
+        rows = rows.filter(allowed).combine_chunks()
+        return make_block(rows.select(LOCATION), vectors(rows["vector"]))
+
+    count = dataset.count_rows(where) if conditions else total
+    if count * dataset.schema.field("vector").type.list_size * 4 <= _SCAN_BYTES:
+        block = located(dataset.to_table(columns=list(columns), filter=where))
+        return [top_k(block, query, k) for query in queries]
+    candidates = candidates_of(k, params)
+    enough = max(k, candidates // 2)
+    nprobe = max(params.nprobe, _probes(total, count))
+    while True:
+        found = _nearest(
+            dataset, queries, candidates, nprobe=nprobe, scan={"filter": where}, columns=columns
+        )
+        blocks = [located(part) for part in found]
+        # Rows of slides that are not allowed may have displaced regions.
+        if not any(
+            part.num_rows == candidates and len(block.vectors) < enough
+            for part, block in zip(found, blocks, strict=True)
+        ):
+            return [top_k(block, query, k) for block, query in zip(blocks, queries, strict=True)]
+        candidates *= 4

@@ -33,8 +33,8 @@ FIELDS: dict[str, type] = {
 }
 """Columns a filter may name, and their types."""
 
-SLIDE_FIELDS = ("split", "vendor")
-"""Those of them that only the table of slides has."""
+SLIDE_FIELDS = ("patient_id", "split", "vendor")
+"""Those of them that the table of slides answers."""
 
 LABEL = "label."
 """Begins the name of a label as a column: ``label.grade=2``."""
@@ -98,7 +98,7 @@ class Filter:
 
     @property
     def of_slide(self) -> bool:
-        """Truth of the column being one of slides alone: a split, a vendor, a label."""
+        """Truth of the table of slides answering it: a patient, a split, a vendor, a label."""
         return self.field in SLIDE_FIELDS or self.field.startswith(LABEL)
 
     def _scalar(self) -> pa.Scalar:

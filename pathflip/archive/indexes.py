@@ -23,6 +23,10 @@ VECTOR_INDEX_ROWS = 50_000
 
 SCALAR_INDEX_ROWS = 10_000
 
+BITS = 5
+"""Bits of a number in the vector index: ten nearest are among sixteen candidates; of three bits one
+in a hundred is not, and eight cost twice the time to make (docs/notes/performance.md)."""
+
 _MAX_SEGMENTS = 4
 """Rebuild the vector index at this many segments: every query reads all of them, and fragments of
 different segments are not merged."""
@@ -123,9 +127,11 @@ def _segments(dataset: Any) -> int:
 def _index_vectors(dataset: Any, rows: int) -> None:
     # RQ packs bits by bytes; without it, full vectors in partitions.
     width = dataset.schema.field("vector").type.list_size
-    kind = "IVF_FLAT" if width % 8 else "IVF_RQ"
+    kind: dict[str, Any] = {"index_type": "IVF_FLAT"}
+    if width % 8 == 0:
+        kind = {"index_type": "IVF_RQ", "num_bits": BITS}
     dataset.create_index(
-        "vector", kind, metric="cosine", num_partitions=partitions_of(rows), replace=True
+        "vector", metric="cosine", num_partitions=partitions_of(rows), replace=True, **kind
     )
 
 

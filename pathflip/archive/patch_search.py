@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from pathflip.archive import Archive, vectors
-from pathflip.archive.ann import FILTER_COLUMNS, LOCATION
 from pathflip.archive.filters import Filter, row_mask
+from pathflip.archive.places import FILTER_COLUMNS, LOCATION
 from pathflip.archive.search import (
     RESULT,
     all_conditions,
@@ -122,8 +122,9 @@ def _regions(
         return rows.sort_by("id").combine_chunks()
 
     rows = archive.cached(f"{table}/patches", read, of=(table,))
-    slides = allowed_slides(archive, encoder, filters)
-    keep = row_mask(rows, all_conditions(filters, None, exclude_patient))
+    conditions = all_conditions(filters, None, exclude_patient)
+    slides = allowed_slides(archive, encoder, conditions)
+    keep = row_mask(rows, conditions)
     keep &= pc.is_in(rows["slide_id"], slides).to_numpy(zero_copy_only=False)
     return rows.filter(pa.array(keep))
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.archive import vectors
-from pathflip.archive.ann import DEFAULT_PARAMS, FLOAT32_ERROR, MIN_CANDIDATES
+from pathflip.archive.ann import DEFAULT_PARAMS, FLOAT32_ERROR, candidates_of
 
 MIN_RECALL = 0.9
 """Least recall of an index that is used. Indexes of clustered vectors have 0.97 and more
@@ -43,7 +43,7 @@ def index_recall(dataset: Any) -> float:
         nearest={
             "column": "vector",
             "q": queries[0 if len(queries) == 1 else slice(None)],
-            "k": max(NEAREST * DEFAULT_PARAMS.refine, MIN_CANDIDATES),
+            "k": candidates_of(NEAREST, DEFAULT_PARAMS),
             "metric": "cosine",
             "minimum_nprobes": DEFAULT_PARAMS.nprobe,
         },

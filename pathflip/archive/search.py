@@ -18,11 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from pathflip.archive import Archive, ann, vectors
+from pathflip.archive import Archive, places, vectors
 from pathflip.archive.ann import (
     DEFAULT_PARAMS,
-    FILTER_COLUMNS,
-    LOCATION,
     Block,
     SearchParams,
     make_block,
@@ -31,6 +29,7 @@ from pathflip.archive.ann import (
 )
 from pathflip.archive.filters import LABEL, SLIDE_FIELDS, Filter, row_mask
 from pathflip.archive.indexes import indexed_columns
+from pathflip.archive.places import FILTER_COLUMNS, LOCATION
 from pathflip.archive.storage import guarded
 from pathflip.errors import ArchiveError, ConfigError
 
@@ -129,7 +128,7 @@ def search_many(
     if level not in ("region", "slide") or not 1 <= k <= 10_000:
         raise ConfigError(f"Cannot search level {level!r} for {k} results.")
     conditions = all_conditions(filters, exclude_slide, exclude_patient)
-    slides = allowed_slides(archive, space.encoder, filters)
+    slides = allowed_slides(archive, space.encoder, conditions)
     with guarded(archive.uri, f"search the table {space.table}", damaged=True):
         dataset = archive.dataset(space.table)
         indexed = archive.cached(
@@ -246,18 +245,33 @@ def stored_vector(
 
 
 _FILTERED = ("slide_id", *SLIDE_FIELDS, "labels")
+_KEPT_ANSWERS = 16
+"""Sets of conditions on slides whose answer is kept in a snapshot."""
 
 
-def allowed_slides(archive: Archive, encoder: str, filters: Sequence[Filter]) -> pa.Array:
+def allowed_slides(archive: Archive, encoder: str, conditions: Sequence[Filter]) -> pa.Array:
     """Return the ids of ready slides that meet the conditions on slides, sorted."""
-    ready = archive.cached(
+    ready: pa.Array = archive.cached(
         f"ready/{encoder}",
         lambda: pa.array(sorted(archive.ready_ids(encoder)), pa.string()),
         of=("slides",),
     )
-    conditions = [condition for condition in filters if condition.of_slide]
-    if not conditions:
+    asked = tuple(condition for condition in conditions if condition.of_slide)
+    if not asked:
         return ready
+    known: dict[tuple[Filter, ...], pa.Array] = archive.cached(
+        f"ready/{encoder}/of", dict, of=("slides",)
+    )
+    if asked not in known:
+        found = _meeting(archive, ready, asked)
+        if len(known) >= _KEPT_ANSWERS:
+            known.pop(next(iter(known)), None)
+        known[asked] = found
+        return found
+    return known[asked]
+
+
+def _meeting(archive: Archive, ready: pa.Array, conditions: Sequence[Filter]) -> pa.Array:
     rows = archive.cached(
         "slides/filtered", lambda: archive.slides(columns=_FILTERED), of=("slides",)
     )
@@ -362,7 +376,7 @@ def _blocks(archive: Archive, table: str, level: Level) -> Iterator[Block]:
 
     if size == 0:
         return
-    if size <= ann.MEMORY_BYTES:
+    if size <= places.MEMORY_BYTES:
         yield archive.cached(
             f"{table}/{level}",
             lambda: read(dataset.to_table(columns=columns, filter=where).combine_chunks()),

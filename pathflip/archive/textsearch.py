@@ -135,7 +135,7 @@ def _slide_rows(
     exclude_patient: str | None,
 ) -> pa.Table:
     """Return id and location of the slides that meet the conditions."""
-    columns = ["slide_id", "patient_id", "x0", "y0", "size0", "mpp", "tissue_fraction", "n_patches"]
+    columns = ["slide_id", "x0", "y0", "size0", "mpp", "tissue_fraction", "n_patches"]
     with guarded(archive.uri, f"read the table {space.table}", damaged=True):
         rows = archive.cached(
             f"{space.table}/slides",
@@ -146,7 +146,7 @@ def _slide_rows(
         )
     conditions = all_conditions(filters, exclude_slide, exclude_patient)
     rows = rows.filter(pa.array(row_mask(rows, conditions)))
-    slides = allowed_slides(archive, space.encoder, [f for f in filters if f.of_slide])
+    slides = allowed_slides(archive, space.encoder, conditions)
     return rows.filter(pc.is_in(rows["slide_id"], slides)).select(
         ["slide_id", "x0", "y0", "size0", "mpp"]
     )

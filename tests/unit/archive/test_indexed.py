@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from lance.fragment import write_fragments
 
-from pathflip.archive import Archive, ann, indexes, schema, transactions
+from pathflip.archive import Archive, ann, indexes, places, schema, transactions
 from pathflip.archive.commit import Committer
 from pathflip.archive.filters import Filter
 from pathflip.archive.maintain import maintain
@@ -91,10 +91,10 @@ def test_conditions_leave_the_same_regions(large, monkeypatch, case, few_bytes):
     monkeypatch.setattr(ann, "_SCAN_BYTES", few_bytes)
     total = sum(table.num_rows for table in truth)
     for memory in (0, 256 << 20):
-        monkeypatch.setattr(ann, "MEMORY_BYTES", memory)
+        monkeypatch.setattr(places, "MEMORY_BYTES", memory)  # 0: in a file
         indexed.refresh()
         first = answers(indexed, **CONDITIONS[case])
-        again = answers(indexed, **CONDITIONS[case])
+        again = answers(indexed, **CONDITIONS[case])  # of ten, the last by places that were read
         many = search_many(indexed, QUERIES, model="m", **CONDITIONS[case])
         for found in (first, again, many):
             hits = 0
@@ -113,6 +113,24 @@ def test_conditions_leave_the_same_regions(large, monkeypatch, case, few_bytes):
         assert all(a.equals(b) for a, b in zip(truth, again, strict=True))
 
 
+@pytest.mark.parametrize("most", [0, 10_000], ids=["listed", "picked"])
+def test_conditions_that_lead_far_from_the_query(large, monkeypatch, most):
+    """What the conditions leave is not among the nearest: Lance is asked again, for those rows."""
+    plain, indexed = (Archive(uri) for uri in large)
+    monkeypatch.setattr(ann, "_SCAN_BYTES", 0)
+    monkeypatch.setattr(ann, "_QUERIES_UNTIL_READ", 0)
+    monkeypatch.setattr(ann, "_MOST_CANDIDATES", most)
+    near = search(plain, QUERIES[0], model="m", k=1500)["region_id"].to_pylist()
+    far = [one for one in range(PER_SLIDE) if f"slide003/{one}_0" not in near]
+    assert len(far) > 20
+    low = min(far[i] for i in range(len(far)) if far[i] >= 100)
+    only = [Filter.parse("slide_id=slide003"), Filter.parse(f"n_patches>={low}")]
+    truth, found = (search(a, -QUERIES[0], model="m", filters=only) for a in (plain, indexed))
+    assert len(set(found["region_id"].to_pylist()) & set(truth["region_id"].to_pylist())) >= 9
+    truth, found = (search(a, QUERIES[0], model="m", filters=only) for a in (plain, indexed))
+    assert len(set(found["region_id"].to_pylist()) & set(truth["region_id"].to_pylist())) >= 9
+
+
 def test_places_are_those_of_the_rows(large):
     _, indexed = (Archive(uri) for uri in large)
     for _ in range(12):  # past the point where places come from memory
@@ -120,6 +138,41 @@ def test_places_are_those_of_the_rows(large):
     for row in table.to_pylist():
         at = int(row["region_id"].split("/")[1].split("_")[0])
         assert (row["x0"], row["y0"], row["size0"]) == (512 * (at % 7), 0, 1024)
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30], ids=["in a file", "in memory"])
+def test_places_hold_what_the_table_holds(large, monkeypatch, budget):
+    """Every region, in any order of row ids, nulls too; conditions as Arrow evaluates them."""
+    monkeypatch.setattr(places, "MEMORY_BYTES", budget)
+    dataset = Archive(large[0]).dataset("embeddings_m")
+    rows = dataset.to_table(with_row_id=True)
+    gaps = np.arange(rows.num_rows) % 3 == 0
+    holes = {"mpp": pa.float64(), "tissue_fraction": pa.float32(), "n_patches": pa.int32()}
+    for name, kind in holes.items():
+        column = pa.array(rows[name].to_pylist(), kind, mask=gaps)
+        rows = rows.set_column(rows.schema.get_field_index(name), name, column)
+    shuffled = rows.take(np.random.default_rng(1).permutation(rows.num_rows))
+
+    class Stored:
+        count_rows = staticmethod(lambda: shuffled.num_rows)
+
+        @staticmethod
+        def to_batches(**scan):
+            return shuffled.filter(scan["filter"]).combine_chunks().to_batches(100)
+
+    held = places.Places(Stored)
+    regions = rows.filter(pa.compute.field("kind") == "region").sort_by("_rowid")
+    assert len(held) == regions.num_rows == SLIDES * PER_SLIDE + PER_SLIDE  # one slide not ready
+    at = held.find(regions["_rowid"].to_numpy())
+    assert held.rows(at).to_pylist() == regions.select(places.LOCATION).to_pylist()
+    assert held.find(np.array([7 << 40], np.uint64)).tolist() == [-1]
+    for text in ("mpp<=0.3", "tissue_fraction>0.4", "n_patches!=7", "x0>=1024", "size0=1024"):
+        condition = Filter.parse(text)
+        kept = held.meeting([condition], pa.array(["slide003", "slide077"]))
+        right = regions.filter(
+            condition.expression() & pa.compute.field("slide_id").isin(["slide003", "slide077"])
+        )
+        assert regions.filter(pa.array(kept)).equals(right)
 
 
 def test_slides_are_compared_one_by_one_in_spite_of_the_index(large):
