@@ -22,11 +22,12 @@ import pyarrow as pa
 
 from jobs import cluster
 from jobs.cluster import Place
+from jobs.index_segments import nodes, segmented
 from jobs.ingest.rows import fixed
 from jobs.stages import ended, map_actors, wrong_model
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
-from pathflip.archive.indexes import Refreshed, refresh_indexes
+from pathflip.archive.indexes import indexes_due, refresh_indexes
 from pathflip.archive.model_vectors import ensure_model, indexed_slides
 from pathflip.compat import check_fits
 from pathflip.config import check_positive
@@ -58,9 +59,11 @@ class IndexConfig:
     """Vectors of a commit; a commit takes about 0.2 s whatever its size."""
     commit_s: float = 30.0
     """Finished slides are committed at least this often."""
+    index_tasks: int | None = None
+    """Ray tasks that build the vector index together; None means one on each node."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "actors", "commit_rows")
+        check_positive(self, "actors", "commit_rows", "index_tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +129,7 @@ def index(
     opened = Archive(archive)
     check_fits(opened, loaded)
     todo, total = _outstanding(opened, loaded)
-    if dry_run or (not todo and loaded.name in opened.models()):
+    if dry_run or (not todo and loaded.name in opened.models() and not _due(opened, loaded.name)):
         return IndexResult(
             model=loaded.name,
             table=embeddings_table(loaded.name),
@@ -176,7 +179,10 @@ def index(
             committer.replace_rows(table, pa.concat_tables(waiting))
         if done != len(todo):  # cannot happen while every actor returns every row it was given
             raise RuntimeError(f"{len(todo) - done} slides never came back")
-        refreshed = refresh_indexes(committer.lock, table) if todo else Refreshed()
+        several = None
+        if place != "local" and (tasks := config.index_tasks or nodes()) > 1:
+            several = segmented(committer.uri, table, tasks=tasks)
+        refreshed = refresh_indexes(committer.lock, table, build=several)
         report("done")
     return IndexResult(
         model=loaded.name,
@@ -194,6 +200,12 @@ def _outstanding(archive: Archive, run: Run) -> tuple[list[str], int]:
     """Return the slides to do, sorted, and the number of all slides."""
     slides = archive.ready_ids(run.encoder["name"])
     return sorted(slides - indexed_slides(archive, run.name)), len(slides)
+
+
+def _due(archive: Archive, model: str) -> bool:
+    """Return whether rows of a model are not in its search indexes, or an index is missing."""
+    table = archive.model(model)[1]["embeddings_table"]
+    return indexes_due(archive.dataset(table), table)
 
 
 def _dim(run: Run) -> int:

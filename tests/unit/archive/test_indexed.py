@@ -379,3 +379,47 @@ def test_recall_is_that_of_numpy_and_survives_every_update(grown):
         assert index_recall(dataset) >= 0.97
         found = [len(ids(uri, query) & exact(uri, query)) for query in QUERIES[:4]]
         assert np.mean(found) >= 9.5
+
+
+def test_an_index_that_did_not_change_is_not_measured_again(grown, monkeypatch):
+    """Vectors are read for what changed: rows that were added, an index made elsewhere."""
+    uri, grow = grown
+    counted = []
+    measure = indexes.index_recall
+    monkeypatch.setattr(
+        indexes, "index_recall", lambda dataset: counted.append(1) or measure(dataset)
+    )
+    grow(4)
+    assert len(counted) == 1
+    assert not indexes.indexes_due(Archive(uri).dataset(TABLE), TABLE)
+    maintain(uri)  # merges fragments, which makes the index another
+    again = len(counted)
+    version = Archive(uri).dataset(TABLE).version
+    assert maintain(uri)["indexed"] == []
+    assert len(counted) == again
+    assert Archive(uri).dataset(TABLE).version == version
+    grow(1)
+    assert len(counted) > again
+    with Committer(uri):
+        coarse(Archive(uri).dataset(TABLE), 0)
+    assert maintain(uri)["indexed"] == [f"{TABLE}.vector"]
+
+
+def test_rows_that_are_in_no_index_are_due(grown, monkeypatch):
+    uri, grow = grown
+    grow(4)
+    with Committer(uri) as committer:
+        cohort.commit(committer, 4)
+        committer.replace_rows(TABLE, clustered(4))
+    assert indexes.indexes_due(Archive(uri).dataset(TABLE), TABLE)
+    grow(1)
+    assert not indexes.indexes_due(Archive(uri).dataset(TABLE), TABLE)
+    with Committer(uri):
+        indexes._drop_vector_index(Archive(uri).dataset(TABLE))
+    # As if it had never been measured: one that was refused is not due.
+    Archive(uri).dataset(TABLE).update_config({indexes._MEASURED: None})
+    assert indexes.indexes_due(Archive(uri).dataset(TABLE), TABLE)
+    monkeypatch.setattr(indexes, "MIN_RECALL", 2.0)
+    with Committer(uri) as committer:
+        assert indexes.refresh_indexes(committer.lock, TABLE).refused
+    assert not indexes.indexes_due(Archive(uri).dataset(TABLE), TABLE)
