@@ -21,8 +21,8 @@ def nodes() -> int:
     """Return the number of nodes of the Ray cluster that may run tasks; Ray is connected to."""
     import ray
 
-    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return max(1, sum(node["Resources"].get("CPU", 0) >= 1 for node in alive))
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in found))
 
 
 def segmented(archive: str, table: str, *, tasks: int) -> Build:
@@ -41,18 +41,21 @@ def segmented(archive: str, table: str, *, tasks: int) -> Build:
 
         kind = vector_index(dataset, rows)
         width = dataset.schema.field("vector").type.list_size
+        partitions = kind["num_partitions"]
         trained = IndicesBuilder(dataset, "vector").train_ivf(
-            num_partitions=kind["num_partitions"], distance_type=kind["metric"]
+            num_partitions=partitions,
+            distance_type=kind["metric"],
+            sample_rate=min(256, rows // partitions),  # Lance's own is 256
         )
-        shared = {"ivf_centroids": trained.centroids}
+        shared: dict[str, Any] = {"ivf_centroids": trained.centroids}
         if "num_bits" in kind:  # one rotation: segments of several cannot be merged
             shared["rabitq_model"] = native.build_rq_model(width, num_bits=kind["num_bits"])
-        shared = ray.put(shared)
+        held = ray.put(shared)
         task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_segment)
         sizes = {part.fragment_id: part.count_rows() for part in dataset.get_fragments()}
         segments = ray.get(
             [
-                task.remote(archive, table, dataset.version, group, kind, shared)
+                task.remote(archive, table, dataset.version, group, kind, held)
                 for group in shares(sizes, tasks)
             ]
         )

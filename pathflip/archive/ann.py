@@ -73,9 +73,9 @@ def partitions_of(rows: int) -> int:
     """Return the number of partitions of a vector index over so many rows.
 
     About 2,048 rows each (docs/notes/performance.md compares), so that a query looks at as many
-    rows of a large table as of a small one. Of more than 4,096 the right ones are dear to find.
+    rows of a large table as of a small one. Of more than 2,048 the right ones are dear to find.
     """
-    return max(16, min(4096, rows // 2048))
+    return max(16, min(2048, rows // 2048))
 
 
 class Block(NamedTuple):
@@ -161,7 +161,7 @@ def search_index(
     """
     dataset = archive.dataset(table)
     total: int = archive.cached(f"{table}/rows", dataset.count_rows, of=(table,))
-    count = archive.cached(f"{table}/queries", lambda: [0], of=(table,))
+    count = archive.cached(f"{table}/queries", lambda: [0], of=())  # of all states
     count[0] += 1
     if count[0] < _QUERIES_UNTIL_READ:
         return _search_unread(

@@ -3,7 +3,7 @@
 The index knows vectors and row ids; reading the other columns of a few rows costs Lance more than
 finding them. 56 bytes a region hold what results and conditions need: in memory up to
 :data:`MEMORY_BYTES` of a table, above in a file without a name, of which the kernel keeps what is
-looked at. No number of regions ends this; docs/scale.md has the sizes.
+looked at. No number of regions ends this.
 """
 
 from __future__ import annotations

@@ -42,7 +42,6 @@ def words(path: Path) -> set[str]:
         "enable_lora",  # vllm#51122: prompt embeddings beside adapters overrun memory
         "lora_request",
         "prompt_is_token_ids",  # vllm#56655: mixed prompts share a prefix cache key
-        "merge_existing_index_segments",  # lance#7731: merged again, IVF_RQ segments lose recall
         "defer_index_remap",  # lance#9270: segments merged after that find nothing
     ],
 )
