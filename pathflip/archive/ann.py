@@ -250,7 +250,7 @@ class _Selection:
     Args:
         dataset: The Lance dataset.
         places: Places of all of its regions.
-        keep: Which of them meet the conditions [n].
+        keep: Truth of each meeting the conditions [n].
     """
 
     def __init__(self, dataset: Any, places: Places, keep: NDArray[np.bool_]) -> None:

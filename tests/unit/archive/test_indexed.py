@@ -115,7 +115,7 @@ def test_conditions_leave_the_same_regions(large, monkeypatch, case, few_bytes):
 
 @pytest.mark.parametrize("most", [0, 10_000], ids=["listed", "picked"])
 def test_conditions_that_lead_far_from_the_query(large, monkeypatch, most):
-    """What the conditions leave is not among the nearest: Lance is asked again, for those rows."""
+    """Rows that meet them are not among the nearest: Lance is asked again, for those rows."""
     plain, indexed = (Archive(uri) for uri in large)
     monkeypatch.setattr(ann, "_SCAN_BYTES", 0)
     monkeypatch.setattr(ann, "_QUERIES_UNTIL_READ", 0)
