@@ -22,7 +22,8 @@ def nodes() -> int:
     import ray
 
     found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in found))
+    able = [one for one in found if one["Alive"] and one["Resources"].get("CPU", 0) >= 1]
+    return max(1, len(able))
 
 
 def segmented(archive: str, table: str, *, tasks: int) -> Build:
