@@ -72,7 +72,7 @@ class Size:
 QUICK = Size(
     slides=480,
     training=("epochs=24", "batch_size=8", "best=last"),
-    tuning=("batch_size=4",),
+    tuning=("epochs=8", "batch_size=4"),
 )
 """The least that still finds, places and answers with a margin (docs/notes/mini.md)."""
 FULL = Size(slides=960, tree_slides=TREE_SLIDES)
