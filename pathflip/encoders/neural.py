@@ -62,6 +62,9 @@ class NeuralEncoder:
         self._forward = forward
         self._mean = torch.tensor(card.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(card.std, device=device).view(1, 3, 1, 1)
+        every = torch.arange(256.0).view(1, 256, 1)
+        mean, std = torch.tensor(card.mean), torch.tensor(card.std)
+        self._levels = ((every / 255 - mean) / std).numpy()
 
     def __call__(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode RGB patches [n, px, px, 3] -> [n, dim]; values may be non-finite in bf16.
@@ -104,20 +107,39 @@ class NeuralEncoder:
         return result
 
     def _prepare(self, patches: Tensor) -> Tensor:
-        """uint8 [n, px, px, 3] -> normalised float32 [n, 3, input_px, input_px]."""
+        """uint8 [n, px, px, 3] -> normalised float32 [n, 3, input_px, input_px].
+
+        Images are resized in whole levels, 0 to 255. A GPU has no such kernel: floats are rounded
+        there, and may be a level off the CPU's.
+        """
         card = self._card
-        images = patches.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        images = patches.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         side = min(images.shape[2:])
         resize_px = card.resize_px or max(side, card.input_px)
         if side != resize_px:
             scale = resize_px / side
             size = [round(length * scale) for length in images.shape[2:]]
+            if self.device.type != "cpu":
+                images = images.float()
             images = F.interpolate(images, size, mode=card.interpolation, antialias=True)
-            images = images.clamp_(0, 255)
+            if self.device.type != "cpu":
+                images = images.clamp_(0, 255).round_()
         top, left = ((length - card.input_px) // 2 for length in images.shape[2:])
         images = images[:, :, top : top + card.input_px, left : left + card.input_px]
-        normalised = (images / 255 - self._mean) / self._std
-        return normalised.contiguous(memory_format=torch.channels_last)
+        return self._normalise(images)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """Levels [n, 3, h, w] -> float32, channels last; on a CPU looked up, of the same bits."""
+        if self.device.type != "cpu":
+            levels = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+            return levels.div_(255).sub_(self._mean).div_(self._std)
+        import cv2
+
+        out = torch.empty(images.shape, memory_format=torch.channels_last)
+        pixels, into = images.permute(0, 2, 3, 1).numpy(), out.permute(0, 2, 3, 1).numpy()
+        for number, picture in enumerate(pixels):
+            cv2.LUT(picture, self._levels, dst=into[number])
+        return out
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
@@ -183,10 +205,7 @@ def build(card: zoo.Card, path: Path) -> tuple[nn.Module, Forward]:
         model = _transformers(card, path)
         return model, _transformers_forward(card, model)
     if card.loader == "timm":
-        model = _timm(card.architecture, {**card.arguments, "num_classes": 0}, card.name)
-        state = _read(path, card.name)
-        classifier = f"{model.default_cfg.get('classifier', 'head')}."
-        _fill(model, {k: v for k, v in state.items() if not k.startswith(classifier)}, card.name)
+        model = _timm_filled(card, _read(path, card.name))
         prefix = int(getattr(model, "num_prefix_tokens", 1))
         return model, lambda images: pool(model(images), card.pooling, prefix=prefix)
     tower = _conch(path, card.name) if card.loader == "conch" else _conch_v1_5(path, card.name)
@@ -206,6 +225,34 @@ def pool(output: Tensor, pooling: zoo.Pooling, *, prefix: int) -> Tensor:
     if pooling == "cls":
         return output[:, 0]
     return torch.cat([output[:, 0], output[:, prefix:].mean(1)], 1)
+
+
+def _timm_filled(card: zoo.Card, state: dict[str, Tensor]) -> Any:
+    """Build a timm model around its weights, drawing none and copying none.
+
+    A ViT-L draws 300 million numbers otherwise, only to overwrite them. A model that cannot be
+    built without values, or has some that are not among the weights, is built with them.
+    """
+    arguments = {**card.arguments, "num_classes": 0}
+    try:
+        with torch.device("meta"):
+            model = _timm(card.architecture, arguments, card.name)
+        assign = all(name in state for name, tensor in _tensors(model) if tensor.is_meta)
+    except (EncoderError, NotImplementedError, RuntimeError):
+        assign = False
+    if not assign:
+        model = _timm(card.architecture, arguments, card.name)
+    classifier = f"{model.default_cfg.get('classifier', 'head')}."
+    state = {k: v for k, v in state.items() if not k.startswith(classifier)}
+    if assign:
+        kinds = {name: tensor.dtype for name, tensor in _tensors(model)}
+        state = {k: v.to(kinds.get(k, v.dtype)) for k, v in state.items()}
+    _fill(model, state, card.name, assign=assign)
+    return model
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _timm(architecture: str, arguments: dict[str, Any], name: str) -> Any:
@@ -400,10 +447,10 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
     return state
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Load a state dict that must fit exactly."""
+def _fill(model: nn.Module, state: dict[str, Tensor], name: str, *, assign: bool = False) -> None:
+    """Load a state dict that must fit exactly; with ``assign`` the model takes its tensors."""
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True, assign=assign)
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:300]
         raise bad_weights(name, f"they do not fit the architecture ({problem})") from error

@@ -13,6 +13,9 @@ from pathflip.encoders.weights import Weights, hub_weights, local_weights
 from pathflip.errors import EncoderError
 
 UNKNOWN_LICENCE = "unknown: see the model's page"
+PREPARATION = "u8"
+"""End of every revision: patches are resized in whole levels. Revisions without it are of patches
+that were resized in floats, which differ by a third of a level in the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ def describe(spec: Spec, *, download: bool) -> Source:
 def _info(card: zoo.Card, revision: str) -> EncoderInfo:
     return EncoderInfo(
         name=card.name,
-        revision=revision,
+        revision=f"{revision}-{PREPARATION}",
         dim=card.dim,
         input_px=card.input_px,
         mpp=card.mpp,

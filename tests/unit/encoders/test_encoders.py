@@ -161,7 +161,7 @@ def test_hub_with_pickles_only(monkeypatch):
 def test_info_downloads_nothing(monkeypatch):
     hub = Hub(monkeypatch)
     info = encoder_info("virchow2")
-    assert (info.dim, info.mpp, info.patch_um, info.revision) == (2560, 0.5, 112, "abc123")
+    assert (info.dim, info.mpp, info.patch_um, info.revision) == (2560, 0.5, 112, "abc123-u8")
     assert hub.downloads == 0
 
 

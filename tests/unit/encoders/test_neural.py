@@ -222,6 +222,35 @@ def test_patches_of_the_input_size_are_only_normalised():
     np.testing.assert_allclose(probe(mean_colour, **card)(PATCHES), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("resize_px", "input_px"), [(None, 24), (32, 24), (28, 28), (48, 32)])
+def test_preparation_in_whole_levels(resize_px, input_px, interpolation):
+    """Against resizing and normalising in floats: equal bits, or within a level where resized."""
+    mean, std = zoo.IMAGENET
+    smooth = np.stack([cv2.GaussianBlur(patch, (0, 0), 1) for patch in PATCHES])
+    floats = torch.from_numpy(smooth).permute(0, 3, 1, 2).float()
+    side = resize_px or 32
+    if side != 32:
+        floats = torch.nn.functional.interpolate(
+            floats, [side, side], mode=interpolation, antialias=True
+        ).clamp(0, 255)
+    at = (side - input_px) // 2
+    floats = floats[:, :, at : at + input_px, at : at + input_px]
+    std_levels = torch.tensor(std).view(3, 1, 1)
+    expected = (floats / 255 - torch.tensor(mean).view(3, 1, 1)) / std_levels
+    seen = []
+    card = dict(input_px=input_px, resize_px=resize_px, interpolation=interpolation)
+    probe(lambda x: seen.append(x.clone()) or mean_colour(x), mean=mean, std=std, **card)(smooth)
+    found = torch.cat(seen)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    if side == 32:
+        assert torch.equal(found, expected)
+        return
+    off = (found - expected).abs() * std_levels * 255
+    assert float(off.max()) < 1.6
+    assert float(off.mean()) < 0.4
+
+
 def test_shrinking_is_antialiased():
     stripes = np.zeros((1, 32, 32, 3), np.uint8)
     stripes[:, :, ::2] = 255

@@ -5,6 +5,7 @@ Not collected on its own: timm does not import without torchvision.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -52,13 +53,39 @@ def test_folder_as_timm_saves_it(tmp_path):
     np.testing.assert_allclose(encoder(PATCHES), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_built_around_its_weights_has_the_bits_of_one_that_copies_them(
+    tmp_path, monkeypatch, dtype
+):
+    import timm
+
+    model = tiny(num_classes=0).to(dtype)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    card = dataclasses.replace(
+        zoo.card("uni"), dim=32, input_px=32, architecture="vit_tiny_patch16_224", arguments=TINY
+    )
+    copied = timm.create_model("vit_tiny_patch16_224", **TINY, num_classes=0).eval()
+    copied.load_state_dict(model.state_dict())
+    drawn = []
+    real = torch.Tensor.normal_
+    monkeypatch.setattr(
+        torch.Tensor, "normal_", lambda x, *a, **k: drawn.append(x.device.type) or real(x, *a, **k)
+    )
+    network, _ = neural.build(card, tmp_path)
+    assert "cpu" not in drawn
+    images = normalised(*zoo.IMAGENET)
+    for name, value in network.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, copied.state_dict()[name])
+    with torch.inference_mode():
+        assert torch.equal(network.eval()(images), copied(images))
+
+
 def test_class_token_and_mean_without_registers(tmp_path):
     model = tiny(num_classes=0, reg_tokens=4, global_pool="")
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     virchow = zoo.card("virchow2")
     assert virchow is not None
-    import dataclasses
-
     small = dataclasses.replace(
         virchow,
         dim=64,
