@@ -252,6 +252,7 @@ def _start(
         pass_fds=(theirs.fileno(),),
         env={
             "OMP_NUM_THREADS": str(max(1, int(stage.num_cpus))),
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait would otherwise spin
             "LANCE_LOG": "error",
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),

@@ -1,6 +1,7 @@
-"""Ray Train around the training loop, for every objective.
+"""Processes around the training loop, for every objective: one of this machine, or Ray Train.
 
-Workers share nothing but the run folder and the archive. A worker that dies takes the others with
+One worker on this machine needs no Ray; several, and those of a cluster, are Ray Train's. Workers
+share nothing but the run folder and the archive. A worker that dies takes the others with
 it; Ray starts them again and they go on from the newest intact checkpoint, on as many workers as
 there are then. The same command does the same after the driver died.
 """
@@ -10,15 +11,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+
+from jobs import cluster
+from jobs.cluster import Available, Place
+from jobs.stages import ActorPool, ended, run_stages
 from pathflip.checkpoints import latest_checkpoint
 from pathflip.errors import ConfigError, PathFLIPError, TrainingError
 from pathflip.files import write_file
@@ -27,9 +36,6 @@ from pathflip.training.loader import AHEAD
 from pathflip.training.loop_config import LoopConfig
 from pathflip.training.objective import Objective
 from pathflip.training.trainer import TrainingProgress, shareable, train
-
-if TYPE_CHECKING:
-    from jobs.cluster import Available, Place
 
 PROGRESS_EVERY_S = 1.0
 
@@ -48,7 +54,7 @@ def fit(
         objective: Objective of the run, with its settings.
         archive: Archive URI.
         run: Run folder, on storage that every worker sees; made if it does not exist.
-        address: Ray cluster; see ``cluster.connect``.
+        address: Engine or Ray cluster; see ``cluster.connect``.
         progress: Called on the driver about once a second.
 
     Returns:
@@ -121,7 +127,7 @@ def _check_workers(config: LoopConfig) -> None:
         )
 
 
-# -- Ray ------------------------------------------------------------------------------------------
+# -- workers --------------------------------------------------------------------------------------
 
 
 def _fit(
@@ -130,38 +136,106 @@ def _fit(
     address: str | None,
     progress: Callable[[TrainingProgress], None] | None,
 ) -> None:
-    """Train in Ray Train workers until the last step is done."""
+    """Train until the last step is done: in one process of this machine, or on Ray Train."""
+    for name in (run_dir.STOPPED, run_dir.PROGRESS):
+        (run / name).unlink(missing_ok=True)
+    config = objective.config
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray execs at once
+        place = cluster.connect(address)
+        there = cluster.available(config.device, place=place)
+        workers = _workers(config, there, place=place)
+        if place == "local" and workers.most > 1:
+            cluster.connect("ray")
+            place = "ray"
+    try:
+        with _watching(run, progress):
+            if place == "local":
+                _train_here(objective, run, workers)
+            else:
+                _train_on_ray(objective, run, workers)
+    except _WorkersDied as error:
+        if (noted := run_dir.stopped(run)) is not None:
+            raise noted from error
+        raise TrainingError(
+            f"The workers of {run} died {config.max_failures + 1} times: {error}",
+            hint="The same command goes on from the last checkpoint.",
+            code="workers_died",
+        ) from error
+    if (noted := run_dir.stopped(run)) is not None and not run_dir.may_pass(noted):
+        raise noted
+
+
+class _WorkersDied(Exception):
+    """Workers died more often than the settings allow; the message is the last one's last line."""
+
+
+def _train_here(objective: Objective[Any, Any], run: Path, workers: Workers) -> None:
+    pool = ActorPool(
+        actor=LoneWorker,
+        arguments=(objective, str(run), workers.cpus),
+        most=1,
+        num_cpus=workers.cpus,
+        num_gpus=float(workers.use_gpu),
+        deaths=objective.config.max_failures,
+    )
+    with ended(run_stages([{"run": str(run)}], [pool], place="local")) as trained:
+        try:
+            deque(trained, maxlen=0)
+        except PathFLIPError as error:
+            raise _WorkersDied(error.message.partition(": ")[2] or "killed") from error
+
+
+class LoneWorker:
+    """The one worker of a run on this machine, in a process of its own.
+
+    Args:
+        objective: Objective of the run.
+        run: Run folder.
+        threads: Threads of torch.
+    """
+
+    def __init__(self, objective: Objective[Any, Any], run: str, threads: int) -> None:
+        self._objective, self._run, self._threads = objective, Path(run), threads
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Train to the end. What fails without a name ends the process: it is started again."""
+        import torch
+
+        torch.set_num_threads(self._threads)
+        device = "cuda:0" if os.environ["CUDA_VISIBLE_DEVICES"] else "cpu"
+        try:
+            train(self._run, self._objective, device=device, progress=_note_progress(self._run))
+        except PathFLIPError as error:
+            run_dir.stop(self._run, error)
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        return rows
+
+
+def _train_on_ray(objective: Objective[Any, Any], run: Path, workers: Workers) -> None:
+    # Ray looks after its workers every 2 s otherwise: half of that is lost at each start and end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from jobs.cluster import available, connect
-
-    # Ray looks after its workers every 2 s otherwise: half of that is lost at each start and end.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray execs at once
-        place = connect(address)
-        if place == "local":
-            place = connect("ray")
-    config = objective.config
-    there = available(config.device, place=place)
-    use_gpu, few, many, cpus = _workers(config, there, place=place)
-    for name in (run_dir.STOPPED, run_dir.PROGRESS):
-        (run / name).unlink(missing_ok=True)
     train_api: Any = ray.train  # what a type checker sees there is the API before 2.43
+    few, many, use_gpu = workers.least, workers.most, workers.use_gpu
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"run": str(run), "objective": objective, "threads": cpus},
+        train_loop_config={"run": str(run), "objective": objective, "threads": workers.cpus},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=train_api.ScalingConfig(
             num_workers=many if few == many else (few, many),
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=train_api.RunConfig(
             name=f"attempt-{time.time_ns()}",
             storage_path=str(run / ".ray"),
-            failure_config=train_api.FailureConfig(max_failures=config.max_failures),
+            failure_config=train_api.FailureConfig(max_failures=objective.config.max_failures),
             logging_config=train_api.LoggingConfig(log_level="ERROR"),
             # Threads that wait would otherwise spin: beside other work on two cores, a step of a
             # small model took 1.7 CPU-seconds instead of 0.2.
@@ -169,18 +243,10 @@ def _fit(
         ),
     )
     try:
-        with _watching(run, progress), _own_interrupt():
+        with _own_interrupt():
             trainer.fit()
     except train_api.TrainingFailedError as error:
-        if (noted := run_dir.stopped(run)) is not None:
-            raise noted from error
-        raise TrainingError(
-            f"The workers of {run} died {config.max_failures + 1} times: {_last_line(error)}",
-            hint="The same command goes on from the last checkpoint.",
-            code="workers_died",
-        ) from error
-    if (noted := run_dir.stopped(run)) is not None and not run_dir.may_pass(noted):
-        raise noted
+        raise _WorkersDied(_last_line(error)) from error
 
 
 @contextmanager
@@ -197,10 +263,24 @@ def _own_interrupt() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _workers(
-    config: LoopConfig, resources: Available, *, place: Place
-) -> tuple[bool, int, int, int]:
-    """Return whether to use GPUs, minimum and maximum number of workers, and cores of each."""
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Workers of a run.
+
+    Attributes:
+        use_gpu: Whether each has a GPU.
+        least: Workers at least.
+        most: Workers at most.
+        cpus: Cores of each.
+    """
+
+    use_gpu: bool
+    least: int
+    most: int
+    cpus: int
+
+
+def _workers(config: LoopConfig, resources: Available, *, place: Place) -> Workers:
     use_gpu, gpus, cores = resources.use_gpu, resources.gpus, resources.cpus
     share = config.batch_size // config.accumulate
     many = config.max_workers or config.min_workers or 0
@@ -215,7 +295,7 @@ def _workers(
             "(--address).",
             code="resources",
         )
-    return use_gpu, few, many, cpus
+    return Workers(use_gpu=use_gpu, least=few, most=many, cpus=cpus)
 
 
 def _work(settings: dict[str, Any]) -> None:

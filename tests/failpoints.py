@@ -32,13 +32,14 @@ class _Counting:
         return self.begun == FAIL_AT + 1
 
     def die(self) -> None:
-        """End the second of two workers as a machine would that loses its power."""
-        if self.fails() and dist.get_rank() == 1:
+        """End the last of the workers as a machine would that loses its power."""
+        last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+        if self.fails() and last:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 class DyingContrastive(_Counting, Contrastive):
-    """Pretraining whose second worker dies."""
+    """Pretraining whose last worker dies."""
 
     def losses(self, model: Any, batch: Any, *, group: Any) -> Any:
         """Return the losses of a step, or die."""
@@ -47,7 +48,7 @@ class DyingContrastive(_Counting, Contrastive):
 
 
 class DyingInstruct(_Counting, Instruct):
-    """Tuning whose second worker dies."""
+    """Tuning whose last worker dies."""
 
     def losses(self, model: Any, batch: Any, *, group: Any) -> Any:
         """Return the losses of a step, or die."""

@@ -6,6 +6,7 @@ The run to which nothing happened is the truth: its weights to 1e-6 and its log.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from jobs import ray_train
 from jobs.pretrain import pretrain, resolve
 from pathflip.checkpoints import latest_checkpoint
+from pathflip.errors import TrainingError
 from pathflip.training import run_dir
 from tests import faults
 from tests.archives import TINY, make_archive
@@ -59,7 +61,10 @@ def alone(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     run = tmp_path_factory.mktemp("alone") / "run"
     objective, dataset = run_dir.prepare(Contrastive(settings()), archive, run)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums are the same to the bit only on as many
     train(run, objective)
+    torch.set_num_threads(threads)
     run_dir.finish(objective, dataset, run)
     return run
 
@@ -121,6 +126,28 @@ def test_worker_killed(archive: str, pair: Path, cluster: str, tmp_path: Path) -
     assert json.loads((run / "attempt.json").read_text())["from_step"] == SAVE_EVERY
     assert_close(run, pair, within=1e-6)
     assert curve(run) == pytest.approx(curve(pair), abs=1e-6)
+
+
+def test_the_one_process_of_a_machine_killed(archive: str, alone: Path, tmp_path: Path) -> None:
+    """Without Ray it dies after step 7 too, and another goes on from step 5 to the same bits."""
+    run, seen = tmp_path / "run", []
+    dying = DyingContrastive(settings("cpus_per_worker=1"))
+    result = ray_train.fit(dying, archive, run, address="local", progress=seen.append)
+    assert result["steps"] == result["trained"] == STEPS
+    attempt = json.loads((run / "attempt.json").read_text())
+    assert (attempt["workers"], attempt["from_step"]) == (1, SAVE_EVERY)
+    assert os.getpid() not in attempt["pids"]
+    assert seen[-1].fraction == 1
+    assert_close(run, alone, within=0)
+    assert curve(run) == curve(alone)
+
+
+def test_a_process_that_keeps_dying(archive: str, tmp_path: Path) -> None:
+    dying = DyingContrastive(settings("max_failures=0"))
+    with pytest.raises(TrainingError, match="died 1 times") as raised:
+        ray_train.fit(dying, archive, tmp_path / "run", address="local")
+    assert raised.value.code == "workers_died"
+    assert logged_step(tmp_path / "run") == FAIL_AT
 
 
 def test_driver_killed_then_another_number_of_workers(
