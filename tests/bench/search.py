@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from numpy.typing import NDArray
 K = 10
 BLOCK = 50_000
 PER_SLIDE = 200
-FILTERED = 0.05
-"""Share of regions the filter keeps, picked without regard to where they lie."""
+KEPT = (1.0, 0.2, 0.05, 0.01)
+"""Shares of regions that filters keep, picked without regard to where they lie; 1 is no filter."""
 KINDS = ("IVF_RQ", "IVF_HNSW_SQ", "IVF_SQ")
 
 Vectors = NDArray[np.float32]
@@ -37,12 +38,11 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Vectors [n, dim] in a file, queries [q, dim], and the true answers [q, K] to both tasks."""
+    """Vectors [n, dim] in a file, queries [q, dim], and the true answers [q, K] by share kept."""
 
     vectors: Vectors
     queries: Vectors
-    kept: NDArray[np.bool_]
-    truth: dict[bool, NDArray[np.int64]]
+    truth: dict[float, NDArray[np.int64]]
 
 
 # -- vectors --------------------------------------------------------------------------------------
@@ -80,9 +80,8 @@ def make_data(folder: Path, rows: int, dim: int, queries: int) -> Data:
     asked = vectors[np.sort(rng.choice(rows, queries, replace=False))]
     asked = asked + rng.standard_normal(asked.shape, dtype=np.float32) * (0.2 / np.sqrt(dim))
     asked /= np.linalg.norm(asked, axis=1, keepdims=True)
-    kept = tissue(np.arange(rows)) >= 1 - FILTERED
-    truth = {flag: _truth(vectors, asked, kept if flag else None) for flag in (False, True)}
-    return Data(vectors=vectors, queries=asked, kept=kept, truth=truth)
+    truth = {share: _truth(vectors, asked, keeping(rows, share)) for share in KEPT}
+    return Data(vectors=vectors, queries=asked, truth=truth)
 
 
 def tissue(row: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -90,13 +89,17 @@ def tissue(row: NDArray[np.int64]) -> NDArray[np.float32]:
     return ((row * 7919) % 10_000 / 10_000).astype(np.float32)
 
 
-def _truth(vectors: Vectors, queries: Vectors, kept: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+def keeping(rows: int, share: float) -> NDArray[np.bool_]:
+    """Return which rows the filter that keeps a share of them keeps."""
+    return tissue(np.arange(rows)) >= 1 - share
+
+
+def _truth(vectors: Vectors, queries: Vectors, kept: NDArray[np.bool_]) -> NDArray[np.int64]:
     best = np.full((len(queries), K), -np.inf, np.float32)
     ids = np.zeros((len(queries), K), np.int64)
     for start in range(0, len(vectors), BLOCK):
         scores = queries @ vectors[start : start + BLOCK].T
-        if kept is not None:
-            scores[:, ~kept[start : start + BLOCK]] = -np.inf
+        scores[:, ~kept[start : start + BLOCK]] = -np.inf
         both = np.concatenate([best, scores], axis=1)
         numbers = np.arange(start, start + scores.shape[1])
         both_ids = np.concatenate([ids, np.broadcast_to(numbers, scores.shape)], axis=1)
@@ -109,7 +112,7 @@ def _truth(vectors: Vectors, queries: Vectors, kept: NDArray[np.bool_] | None) -
 
 
 def measured(
-    name: str, ask: Callable[[Vectors], list[NDArray[np.int64]]], data: Data, *, filtered: bool,
+    name: str, ask: Callable[[Vectors], list[NDArray[np.int64]]], data: Data, *, share: float,
     batch: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Return recall, latency and CPU time of all queries, after one round of a few."""
@@ -123,11 +126,11 @@ def measured(
         found = ask(asked)
         seconds.append((time.perf_counter() - began) / len(asked))
         for number, ids in enumerate(found):
-            hits += len(set(ids.tolist()) & set(data.truth[filtered][start + number].tolist()))
+            hits += len(set(ids.tolist()) & set(data.truth[share][start + number].tolist()))
     cpu = (time.process_time() - before) / len(data.queries)
     line = {
         "what": name,
-        "filtered": filtered,
+        "kept": share,
         "batch": batch,
         "recall": round(hits / len(data.queries) / K, 4),
         "p50_ms": round(1e3 * float(np.quantile(seconds, 0.5)), 3),
@@ -228,15 +231,14 @@ def bench_ours(folder: Path, data: Data, *, quick: bool) -> dict[str, Any]:
     table = "embeddings_bench"
     home = Path(uri, f"{table}.lance")
     indexes, building = built(lambda: refresh_indexes(ArchiveLock(uri), table))
-    tight = [Filter(field="tissue_fraction", op=">=", value=1 - FILTERED)]
     archive = Archive(uri)
 
-    def asking(
-        filtered: bool, params: SearchParams
-    ) -> Callable[[Vectors], list[NDArray[np.int64]]]:
+    def asking(share: float, params: SearchParams) -> Callable[[Vectors], list[NDArray[np.int64]]]:
+        kept = Filter(field="tissue_fraction", op=">=", value=1 - share)
+
         def ask(queries: Vectors) -> list[NDArray[np.int64]]:
             tables = search_many(
-                archive, queries, model="bench", k=K, filters=tight if filtered else (),
+                archive, queries, model="bench", k=K, filters=[kept] if share < 1 else (),
                 params=params,
             )  # fmt: skip
             return [_numbers(found["region_id"].to_pylist()) for found in tables]
@@ -247,23 +249,23 @@ def bench_ours(folder: Path, data: Data, *, quick: bool) -> dict[str, Any]:
     forget(home)
     archive = Archive(uri)
     began = time.perf_counter()
-    asking(False, DEFAULT_PARAMS)(data.queries[:1])
+    asking(1.0, DEFAULT_PARAMS)(data.queries[:1])
     cold = {"first_query_ms": round(1e3 * (time.perf_counter() - began), 1)}
     curve = [DEFAULT_PARAMS] if quick else [
         SearchParams(nprobe=nprobe, refine=refine)
         for nprobe in (1, 4, 16, 64) for refine in (2, 4, 8)
     ]  # fmt: skip
-    for filtered in (False, True):
+    for share in KEPT:
         for params in dict.fromkeys([DEFAULT_PARAMS, *curve]):
             name = f"pathflip nprobe={params.nprobe} refine={params.refine}"
             name += " (default)" if params == DEFAULT_PARAMS else ""
-            lines.append(measured(name, asking(filtered, params), data, filtered=filtered))
+            lines.append(measured(name, asking(share, params), data, share=share))
         lines.append(
             measured(
                 "pathflip default",
-                asking(filtered, DEFAULT_PARAMS),
+                asking(share, DEFAULT_PARAMS),
                 data,
-                filtered=filtered,
+                share=share,
                 batch=50,
             )
         )
@@ -283,7 +285,6 @@ def bench_kinds(folder: Path, data: Data, kinds: list[str]) -> dict[str, Any]:
     import pyarrow.compute as pc
 
     found: dict[str, Any] = {}
-    where = pc.field("tissue_fraction") >= pa.scalar(1 - FILTERED, pa.float32())
     for kind in kinds:
         home = folder / f"{kind}.lance"
         shutil.copytree(folder / "archive/embeddings_bench.lance", home)
@@ -300,21 +301,23 @@ def bench_kinds(folder: Path, data: Data, kinds: list[str]) -> dict[str, Any]:
         )
         dataset = lance.dataset(str(home))
         lines = []
-        for filtered in (False, True):
+        for share in KEPT:
+            least = pc.field("tissue_fraction") >= pa.scalar(1 - share, pa.float32())
+            where = least if share < 1 else None
             for own in ({"ef": 32}, {"ef": 128}) if "HNSW" in kind else ({}, {"refine_factor": 4}):
 
                 def ask(
-                    queries: Vectors, own: Any = own, f: bool = filtered, d: Any = dataset
+                    queries: Vectors, own: Any = own, where: Any = where, d: Any = dataset
                 ) -> Any:
                     near = {"column": "vector", "q": queries[0], "k": K, "metric": "cosine",
                             "nprobes": 16, **own}  # fmt: skip
                     rows = d.to_table(
                         columns=["id", "_distance"], nearest=near,
-                        filter=where if f else None, prefilter=True,
+                        filter=where, prefilter=True,
                     )  # fmt: skip
                     return [_numbers(rows["id"].to_pylist())]
 
-                lines.append(measured(f"{kind} {own}", ask, data, filtered=filtered))
+                lines.append(measured(f"{kind} {own}", ask, data, share=share))
         found[kind] = {"build": took, "index_mb": _megabytes(home / "_indices"), "queries": lines}
         shutil.rmtree(home)
     return found
@@ -338,25 +341,27 @@ def bench_faiss(data: Data, *, hnsw: bool, threads: int) -> dict[str, Any]:
 
     rows, dim = data.vectors.shape
     found: dict[str, Any] = {}
-    bits = np.packbits(data.kept, bitorder="little")
-    keep = faiss.IDSelectorBitmap(bits)
+    bits = {share: np.packbits(keeping(rows, share), bitorder="little") for share in KEPT}
+    keep = {share: faiss.IDSelectorBitmap(held) for share, held in bits.items()}
 
-    def run(name: str, index: Any, settings: list[tuple[str, Any, Any]]) -> list[dict[str, Any]]:
+    def run(
+        name: str, index: Any, settings: list[tuple[str, Callable[..., Any]]]
+    ) -> list[dict[str, Any]]:
         lines = []
-        for label, plain, tight in settings:
-            for filtered, parameters in ((False, plain), (True, tight)):
-                if parameters is None and filtered:
-                    continue
+        for label, make in settings:
+            plain = make()
+            for share in KEPT:
+                parameters = make(sel=keep[share]) if share < 1 else plain
 
                 def ask(queries: Vectors, p: Any = parameters) -> Any:
                     return list(index.search(queries, K, params=p)[1])
 
-                lines.append(measured(f"faiss {name} {label}", ask, data, filtered=filtered))
+                lines.append(measured(f"faiss {name} {label}", ask, data, share=share))
 
             def many(queries: Vectors, p: Any = plain) -> Any:
                 return list(index.search(queries, K, params=p)[1])
 
-            lines.append(measured(f"faiss {name} {label}", many, data, filtered=False, batch=50))
+            lines.append(measured(f"faiss {name} {label}", many, data, share=1.0, batch=50))
         return lines
 
     def filled(index: Any) -> Any:
@@ -370,8 +375,7 @@ def bench_faiss(data: Data, *, hnsw: bool, threads: int) -> dict[str, Any]:
         return index
 
     flat, took = built(lambda: filled(faiss.IndexFlatIP(dim)))
-    tight = faiss.SearchParameters(sel=keep)
-    found["flat"] = {"build": took, "queries": run("flat", flat, [("", None, tight)])}
+    found["flat"] = {"build": took, "queries": run("flat", flat, [("", faiss.SearchParameters)])}
     del flat
     lists = round(2 * rows**0.5)
     quantizer = faiss.IndexFlatIP(dim)
@@ -379,11 +383,7 @@ def bench_faiss(data: Data, *, hnsw: bool, threads: int) -> dict[str, Any]:
         lambda: filled(faiss.IndexIVFFlat(quantizer, dim, lists, faiss.METRIC_INNER_PRODUCT))
     )
     settings = [
-        (
-            f"nlist={lists} nprobe={n}",
-            faiss.SearchParametersIVF(nprobe=n),
-            faiss.SearchParametersIVF(nprobe=n, sel=keep),
-        )
+        (f"nlist={lists} nprobe={n}", partial(faiss.SearchParametersIVF, nprobe=n))
         for n in (4, 16, 64)
     ]
     found["ivf"] = {"build": took, "queries": run("IVF", ivf, settings)}
@@ -393,12 +393,7 @@ def bench_faiss(data: Data, *, hnsw: bool, threads: int) -> dict[str, Any]:
         graph.hnsw.efConstruction = 80
         graph, took = built(lambda: filled(graph))
         settings = [
-            (
-                f"M=16 ef={ef}",
-                faiss.SearchParametersHNSW(efSearch=ef),
-                faiss.SearchParametersHNSW(efSearch=ef, sel=keep),
-            )
-            for ef in (32, 128)
+            (f"M=16 ef={ef}", partial(faiss.SearchParametersHNSW, efSearch=ef)) for ef in (32, 128)
         ]
         found["hnsw"] = {"build": took, "queries": run("HNSW", graph, settings)}
     return found
@@ -440,11 +435,11 @@ def main() -> None:
         print(json.dumps(document))
         return
     sides = [document["pathflip"], *document["lance"].values(), *document["faiss"].values()]
-    print(f"{'':44} filter batch  recall   p50 ms   p95 ms   CPU ms")
+    print(f"{'':44}   kept batch  recall   p50 ms   p95 ms   CPU ms")
     for side in sides:
         for line in side["queries"]:
             print(
-                f"{line['what']:44} {'5 %' if line['filtered'] else '':6} {line['batch']:5} "
+                f"{line['what']:44} {line['kept']:6.0%} {line['batch']:5} "
                 f"{line['recall']:7.3f} {line['p50_ms']:8.2f} {line['p95_ms']:8.2f} "
                 f"{line['cpu_ms']:8.2f}"
             )

@@ -56,7 +56,7 @@ def _make(folder: Path, rows: int, dim: int) -> _Made:
     ).eval()
     fingerprint = model.fingerprint()
     vectors = np.concatenate(list(make_blocks(rows, dim)))
-    data = Data(vectors=vectors, queries=vectors[:1], kept=np.zeros(0, np.bool_), truth={})
+    data = Data(vectors=vectors, queries=vectors[:1], truth={})
     name = model_name("bench", fingerprint)
     folder.mkdir()
     uri = make_archive(folder, data, model=name, fingerprint=fingerprint)
