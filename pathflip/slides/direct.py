@@ -1,8 +1,9 @@
-"""The direct path: decodes tiled JPEG levels tile by tile with libjpeg-turbo.
+"""The direct path: decodes tiled levels tile by tile, without OpenSlide.
 
 OpenSlide decodes the same tile again for every patch that touches it and converts every pixel
 twice. Here each needed tile is decoded once, straight into the patches that touch it. ``Slide``
-checks the result against OpenSlide when it opens a file and keeps to OpenSlide where they differ.
+compares the result with OpenSlide's before it uses a level (:func:`disagreement`) and keeps to
+OpenSlide where they differ.
 """
 
 from __future__ import annotations
@@ -12,29 +13,33 @@ import os
 
 import cv2
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
 from pathflip.slides.resample import Scratch, resize_area
-from pathflip.slides.tiff import SOI, JpegLevel
+from pathflip.slides.structure import ReadLevel
+from pathflip.slides.tiles import TiledLevel
 
 DAMAGED_RGB = (205, 130, 180)
 """Colour of damaged tiles on overviews: tissue to the mask, and plain to see on a thumbnail."""
+_CHECK_PX = 96
 
 
-class JpegTiles:
+class Tiles:
     """Decodes tiles of one level, optionally shrunk 2, 4 or 8 times in the DCT domain.
 
     Args:
         file: Open file descriptor; not owned.
-        level: The layout.
-        shrink: 1, 2, 4 or 8; tile sides must divide by it (see ``can_shrink``).
+        level: The level.
+        shrink: 1, 2, 4 or 8; see ``TiledLevel.can_shrink``.
     """
 
-    def __init__(self, file: int, level: JpegLevel, *, shrink: int = 1) -> None:
-        if not can_shrink(level, shrink):
-            raise ValueError(f"{level.tile_w} x {level.tile_h} px tiles do not shrink by {shrink}")
+    def __init__(self, file: int, level: TiledLevel, *, shrink: int = 1) -> None:
+        if not level.can_shrink(shrink):
+            raise ValueError(
+                f"{level.codec.name} tiles of {level.tile_w} x {level.tile_h} px do not shrink by "
+                f"{shrink}"
+            )
         self.level = level
         self.shrink = shrink
         self.tile_w, self.tile_h = level.tile_w // shrink, level.tile_h // shrink
@@ -45,39 +50,30 @@ class JpegTiles:
         """Decode one tile to uint8 RGB [tile_h, tile_w, 3], into ``out`` if it is given.
 
         Raises:
-            SlideError: ``bad_tile`` when the bytes are missing or the stream is damaged, however
-                slightly: libjpeg's warnings count, since it fills what it cannot read with grey.
+            SlideError: ``bad_tile`` when the bytes are missing or damaged, however slightly:
+                libjpeg's warnings count, since it fills what it cannot read with grey.
         """
-        level = self.level
-        count = int(level.counts[tile])
-        data = os.pread(self._file, count, int(level.offsets[tile]))
-        if len(data) != count or data[:2] != SOI:
-            raise SlideError(f"tile {tile} is cut off or is no JPEG", code="bad_tile")
-        stream = level.header + data[2:]
+        count = int(self.level.counts[tile])
+        data = os.pread(self._file, count, int(self.level.offsets[tile]))
+        if len(data) != count:
+            raise SlideError(f"tile {tile} is cut off", code="bad_tile")
         try:
-            if self.shrink == 1:
-                pixels = simplejpeg.decode_jpeg(stream, buffer=out)
-            else:
-                pixels = simplejpeg.decode_jpeg(
-                    stream,
-                    min_height=self.tile_h,
-                    min_width=self.tile_w,
-                    min_factor=self.shrink,
-                    buffer=out,
-                )
-        except ValueError as error:
-            raise SlideError(f"tile {tile}: {error}", code="bad_tile") from error
-        if pixels.shape != (self.tile_h, self.tile_w, 3):
+            pixels = self.level.codec.decode(
+                data, width=self.tile_w, height=self.tile_h, shrink=self.shrink, out=out
+            )
+        except (ValueError, RuntimeError) as error:
+            raise SlideError(f"tile {tile} is damaged: {error}", code="bad_tile") from error
+        if pixels.shape != (self.tile_h, self.tile_w, 3) or pixels.dtype != np.uint8:
             raise SlideError(f"tile {tile} has the wrong size", code="bad_tile")
-        return np.asarray(pixels)
+        return pixels
 
 
-class HalvedTiles(JpegTiles):
+class HalvedTiles(Tiles):
     """Tiles decoded at full size, then halved by exact area averages."""
 
-    def __init__(self, file: int, level: JpegLevel) -> None:
+    def __init__(self, file: int, level: TiledLevel) -> None:
         super().__init__(file, level)
-        self._whole = JpegTiles(file, level)
+        self._whole = Tiles(file, level)
         self._full = np.empty((level.tile_h, level.tile_w, 3), np.uint8)
         self.tile_w, self.tile_h = level.tile_w // 2, level.tile_h // 2
         self.width, self.height = level.width // 2, level.height // 2
@@ -90,9 +86,40 @@ class HalvedTiles(JpegTiles):
         return np.asarray(halved, np.uint8)
 
 
-def can_shrink(level: JpegLevel, shrink: int) -> bool:
-    """Return whether every tile side divides by ``shrink`` and libjpeg can scale by it."""
-    return shrink in (1, 2, 4, 8) and level.tile_w % shrink == 0 and level.tile_h % shrink == 0
+def disagreement(tiles: Tiles, number: int, *, downsample: float, read: ReadLevel) -> str | None:
+    """Return how direct pixels of a level differ from OpenSlide's; None if none can be compared.
+
+    Compares pixel for pixel where the most bytes are, so where the most detail is.
+
+    Args:
+        tiles: The level, as stored.
+        number: Its number.
+        downsample: Level-0 pixels per pixel of it.
+        read: Reads pixels of a level as OpenSlide does.
+    """
+    level, compared = tiles.level, False
+    by_bytes = np.argsort(level.counts)[::-1]
+    most = by_bytes[:: max(1, len(by_bytes) // 4)][: 3 if number == 0 else 1].tolist()
+    for tile in [*most, 0]:
+        if tile == 0 and compared:
+            continue
+        w, h = min(_CHECK_PX, level.width), min(_CHECK_PX, level.height)
+        x = max(0, min(tile % level.across * level.tile_w, level.width - w))
+        y = max(0, min(tile // level.across * level.tile_h, level.height - h))
+        if max(abs(round(at * downsample) / downsample - at) for at in (x, y)) > 0.01:
+            continue  # OpenSlide would interpolate: nothing to compare
+        try:
+            ours = read_rect(tiles, x, y, w, h)
+        except SlideError:
+            continue  # a damaged tile says nothing about the others
+        theirs = read(number, x, y, w, h)
+        if theirs is None:
+            continue
+        compared = True
+        if gap := int(np.abs(ours.astype(np.int16) - theirs).max()):
+            what = f"{level.codec.name} pixels of level {number}"
+            return f"direct {what} differ from OpenSlide's by up to {gap} grey levels"
+    return "" if compared else None
 
 
 def shrink_for(ratio: float) -> int:
@@ -101,7 +128,7 @@ def shrink_for(ratio: float) -> int:
 
 
 def read_rect(
-    tiles: JpegTiles, x: int, y: int, w: int, h: int, *, tolerant: bool = False
+    tiles: Tiles, x: int, y: int, w: int, h: int, *, tolerant: bool = False
 ) -> NDArray[np.uint8]:
     """Read a rectangle given in pixels of ``tiles``: RGB [h, w, 3], white outside the level.
 
@@ -130,7 +157,7 @@ def read_rect(
 
 
 def read_patches(
-    tiles: JpegTiles, boxes: NDArray[np.int64], out: NDArray[np.uint8], *, native: bool
+    tiles: Tiles, boxes: NDArray[np.int64], out: NDArray[np.uint8], *, native: bool
 ) -> NDArray[np.bool_]:
     """Fill ``out`` [n, px, px, 3] decoding each needed tile once; False where one is damaged.
 
@@ -191,7 +218,7 @@ def _shaped(buffer: NDArray[np.uint8], box: NDArray[np.int64]) -> NDArray[np.uin
     return buffer[: h * w * 3].reshape(h, w, 3)
 
 
-def _pieces(boxes: NDArray[np.int64], tiles: JpegTiles) -> list[list[int]]:
+def _pieces(boxes: NDArray[np.int64], tiles: Tiles) -> list[list[int]]:
     """List the overlaps of patches and tiles, in tile order.
 
     Args:

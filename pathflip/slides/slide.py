@@ -5,8 +5,9 @@ mpp. Reading at a resolution the file does not store takes the nearest finer lev
 within 1 %) and averages areas down to the exact scale: never the "closest level", never upsampled
 unless the caller asks for pixels finer than the slide has.
 
-OpenSlide is the reader of record. Tiled JPEG files take the path of ``direct``, checked
-against OpenSlide on the tiles with most detail each time a file is opened.
+OpenSlide is the reader of record. Tiled TIFF and DICOM files whose compression has a codec (see
+``tiles``) take the path of ``direct``, each level checked against OpenSlide on the tiles with most
+detail before it is used.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import openslide
 from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
+from pathflip.slides.dicom import dicom_levels, unread_dicom
 from pathflip.slides.direct import (
     DAMAGED_RGB,
     HalvedTiles,
-    JpegTiles,
-    can_shrink,
+    Tiles,
+    disagreement,
     read_rect,
     shrink_for,
 )
@@ -38,6 +40,7 @@ from pathflip.slides.scale import Scale, resolve_scale
 from pathflip.slides.sources import (
     OPENSLIDE_FLOOR,
     dicom_files,
+    is_dicom,
     is_other_dicom,
     openable,
     version_numbers,
@@ -51,20 +54,19 @@ from pathflip.slides.structure import (
     unsupported_doubt,
 )
 from pathflip.slides.tiff import (
-    JpegLevel,
     TiffLayout,
     by_level,
     check_limits,
-    jpeg_levels,
+    no_codec,
     read_layout,
+    tiled_levels,
 )
+from pathflip.slides.tiles import TiledLevel
 
 Halving = Literal["exact", "dct"]
 
 EQUAL_SCALE = 0.01
-DIRECT_TOLERANCE = 2.0  # grey levels, mean, against OpenSlide
-_DIRECT_VENDORS = ("aperio", "generic-tiff")
-_CHECK_PX = 96
+_TIFF_VENDORS = ("aperio", "generic-tiff")
 _STRIP_PX = 1024
 _DAMAGE_PX = 256
 
@@ -95,7 +97,7 @@ class Slide:
         self, path: str | Path, *, mpp: float | None = None, halving: Halving = "exact"
     ) -> None:
         self.path = Path(path)
-        self._file = -1
+        self._files: dict[Path, int] = {}
         self._override = mpp
         self._halving = halving
         self._source = openable(self.path)
@@ -111,11 +113,14 @@ class Slide:
         self.bounds_y0 = int(handle.properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0))
         self._scale: Scale | None = None
         self._description = layout.description
-        self._jpeg: dict[int, JpegLevel] = {}
+        self._direct: dict[int, TiledLevel] = {}
         self._notes = self._trust(layout)
         self._direct_note = ""
-        self._jpeg = self._find_direct(layout)
-        self.reader: Literal["direct", "openslide"] = "direct" if self._jpeg else "openslide"
+        self._compared: set[int] = set()
+        self._direct = self._find_direct(layout)
+        self.reader: Literal["direct", "openslide"] = (
+            "openslide" if self._direct_level(0) is None else "direct"
+        )
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -178,14 +183,16 @@ class Slide:
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._close_files()
 
     def __del__(self) -> None:
-        if getattr(self, "_file", -1) >= 0:
-            with suppress(OSError):
-                os.close(self._file)
+        with suppress(OSError):
+            self._close_files()
+
+    def _close_files(self) -> None:
+        files = getattr(self, "_files", {})
+        while files:
+            os.close(files.popitem()[1])
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -230,7 +237,7 @@ class Slide:
         level = self.level_for(ratio)
         downsample = self._downsamples[level]
         width, height = self._sizes[level]
-        tiles = self._tiles(level, ratio, rects, out.shape[1]) if self._jpeg else None
+        tiles = self._tiles(level, ratio, rects, out.shape[1]) if self._direct else None
         if tiles is not None:
             downsample, width, height = downsample * tiles.shrink, tiles.width, tiles.height
         # Decided by the scale, not by rounded widths: a patch is the same whatever is read with it.
@@ -295,6 +302,12 @@ class Slide:
                 code="unreadable",
             ) from error
         except openslide.OpenSlideError as error:
+            if is_dicom(self._source) and (unread := unread_dicom(str(error))):
+                raise SlideError(
+                    f"{self.path.name} {unread}, which OpenSlide does not read.",
+                    hint="Convert it to frames of baseline JPEG, one plane and one optical path.",
+                    code="unsupported",
+                ) from error
             if layout is not None and "nsupported TIFF compression" in str(error):
                 raise SlideError(
                     f"{self.path.name} is compressed by {compression_name(layout)}, which "
@@ -377,8 +390,8 @@ class Slide:
 
     def _level_rect(self, level: int, x0: int, y0: int, w: int, h: int) -> NDArray[np.uint8]:
         """Read ``w`` x ``h`` pixels of a level from a level-0 corner: RGB, white outside."""
-        if self._jpeg and level in self._jpeg:
-            tiles = JpegTiles(self._file, self._jpeg[level])
+        if (layout := self._direct_level(level)) is not None:
+            tiles = Tiles(self._files[layout.file], layout)
             downsample = self._downsamples[level]
             return read_rect(tiles, round(x0 / downsample), round(y0 / downsample), w, h)
         return self._openslide_rect(level, x0, y0, w, h)
@@ -416,16 +429,15 @@ class Slide:
         level = self.level_for(ratio)
         downsample = self._downsamples[level]
         tiles = None
-        if self._jpeg and level in self._jpeg:
-            layout = self._jpeg[level]
+        if (layout := self._direct_level(level)) is not None:
             shrink = shrink_for(ratio / downsample) if ratio / downsample >= 2 else 1
             # Shrinking in the DCT domain is for overviews; twice finer reads stay exact.
             while shrink > 1 and (
-                not can_shrink(layout, shrink)
+                not layout.can_shrink(shrink)
                 or (shrink == 2 and self._halving == "exact" and ratio / downsample < 4)
             ):
                 shrink //= 2
-            tiles = JpegTiles(self._file, layout, shrink=shrink)
+            tiles = Tiles(self._files[layout.file], layout, shrink=shrink)
             downsample *= shrink
         x_scale, y_scale = w0 / out_w / downsample, h0 / out_h / downsample
         step = max(1, int(_STRIP_PX / max(1.0, y_scale)))
@@ -493,74 +505,71 @@ class Slide:
 
     # -- the direct path -------------------------------------------------------------------------
 
-    def _find_direct(self, layout: TiffLayout) -> dict[int, JpegLevel]:
-        """Choose the levels the direct path may read: level number -> its tiles; none if unsure."""
-        if self.vendor not in _DIRECT_VENDORS:
-            self._direct_note = f"{self.vendor} has no direct path"
-            return {}
-        levels = by_level(self._sizes, jpeg_levels(layout))
+    def _find_direct(self, layout: TiffLayout) -> dict[int, TiledLevel]:
+        """Choose the levels that are read directly; none, and a note, if unsure."""
+        found: list[TiledLevel] = []
+        if self.vendor in _TIFF_VENDORS:
+            found = tiled_levels(layout, self._source)
+            why = no_codec(layout.tiled[0]) if layout.tiled else "it has no tiles"
+        elif self.vendor == "dicom":
+            series = self._handle.properties.get("dicom.SeriesInstanceUID", "")
+            found, why = dicom_levels(dicom_files(self._source.parent), series=series)
+        else:
+            why = f"{self.vendor} has no direct path"
+        levels = by_level(self._sizes, found)
         if 0 not in levels:
-            self._direct_note = "level 0 is no tiled 8-bit JPEG"
+            self._direct_note = why or "level 0 has no direct path"
             return {}
-        self._file = os.open(self._source, os.O_RDONLY | os.O_CLOEXEC)
-        if note := self._disagreement(levels):
-            self._direct_note = note
-            return {}
+        for level in levels.values():
+            if level.file not in self._files:
+                self._files[level.file] = os.open(level.file, os.O_RDONLY | os.O_CLOEXEC)
         return levels
 
-    def _disagreement(self, levels: dict[int, JpegLevel]) -> str:
-        """Return why direct reads cannot be trusted on this file; empty if they can.
+    def _direct_level(self, number: int) -> TiledLevel | None:
+        """Return a level that is read directly, or None; it is compared when first asked for."""
+        level = self._direct.get(number)
+        if level is None or number in self._compared:
+            return level
+        self._compared.add(number)
+        gap = disagreement(
+            Tiles(self._files[level.file], level),
+            number,
+            downsample=self._downsamples[number],
+            read=self._stored_pixels,
+        )
+        if gap == "" or (gap is None and number and 0 in self._direct):
+            return level
+        note = gap or f"no tile of level {number} could be compared with OpenSlide"
+        self._direct_note = "; ".join(filter(None, [self._direct_note, note]))
+        if gap and number == 0:
+            self._direct = {}
+        else:
+            del self._direct[number]
+        return None
 
-        Compares with OpenSlide where the most bytes are, so where the most detail is.
-        """
-        for level, layout in levels.items():
-            by_bytes = np.argsort(layout.counts)[::-1]
-            compared = 0
-            for tile in by_bytes[:: max(1, len(by_bytes) // 4)][: 3 if level == 0 else 1]:
-                column, row = int(tile) % layout.across, int(tile) // layout.across
-                x = max(0, min(column * layout.tile_w, layout.width - _CHECK_PX))
-                y = max(0, min(row * layout.tile_h, layout.height - _CHECK_PX))
-                w, h = min(_CHECK_PX, layout.width), min(_CHECK_PX, layout.height)
-                downsample = self._downsamples[level]
-                corner = (round(x * downsample), round(y * downsample))
-                if max(abs(corner[0] / downsample - x), abs(corner[1] / downsample - y)) > 0.01:
-                    continue  # OpenSlide would interpolate: nothing to compare
-                try:
-                    theirs = on_white(np.asarray(self._handle.read_region(corner, level, (w, h))))
-                    ours = read_rect(JpegTiles(self._file, layout), x, y, w, h)
-                except openslide.OpenSlideError:
-                    self._handle.close()
-                    self._handle = self._open()
-                    continue
-                except SlideError:
-                    continue  # a damaged tile says nothing about the others
-                compared += 1
-                gap = float(np.abs(ours.astype(np.int16) - theirs).mean())
-                if gap > DIRECT_TOLERANCE:
-                    return f"direct pixels of level {level} differ from OpenSlide by {gap:.1f}"
-            if level == 0 and not compared:
-                return "no tile could be compared with OpenSlide"
-        return ""
-
-    def _tiles(
-        self, level: int, ratio: float, rects: NDArray[np.int64], px: int
-    ) -> JpegTiles | None:
+    def _tiles(self, level: int, ratio: float, rects: NDArray[np.int64], px: int) -> Tiles | None:
         """Choose how to decode ``level`` for patches at ``ratio``; None if it is not direct."""
-        layout = self._jpeg.get(level)
+        layout = self._direct_level(level)
         if layout is None:
             return None
-        downsample = self._downsamples[level]
-        if ratio / downsample < 2 * (1 - EQUAL_SCALE) or not can_shrink(layout, 2):
-            return JpegTiles(self._file, layout)
-        if self._halving == "dct":
+        file, downsample = self._files[layout.file], self._downsamples[level]
+        if ratio / downsample < 2 * (1 - EQUAL_SCALE):
+            return Tiles(file, layout)
+        if self._halving == "dct" and layout.can_shrink(2):
             shrink = shrink_for(ratio / downsample)
-            while not can_shrink(layout, shrink):
+            while not layout.can_shrink(shrink):
                 shrink //= 2
-            return JpegTiles(self._file, layout, shrink=shrink)
+            return Tiles(file, layout, shrink=shrink)
         # Averaging a tile before it is cut is exact only if no pixel of a patch splits a pair.
-        if downsample == 1 and not (rects[:, :2] & 1).any() and (rects[:, 2:] == 2 * px).all():
-            return HalvedTiles(self._file, layout)
-        return JpegTiles(self._file, layout)
+        even = layout.tile_w % 2 == 0 and layout.tile_h % 2 == 0
+        if (
+            even
+            and downsample == 1
+            and not (rects[:, :2] & 1).any()
+            and (rects[:, 2:] == 2 * px).all()
+        ):
+            return HalvedTiles(file, layout)
+        return Tiles(file, layout)
 
 
 def _refuse(doubts: Sequence[Doubt]) -> None:

@@ -19,16 +19,11 @@ from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
 from pathflip.slides.resample import resize_exact
-from pathflip.slides.tiff import MAX_LEVELS, TiffLayout, TiffPage, by_level
+from pathflip.slides.tiff import COMPRESSIONS, MAX_LEVELS, TiffLayout, TiffPage, by_level
 
 GENERIC, APERIO = "generic-tiff", "aperio"
 _SIZES_SAY_SCALE = (GENERIC, APERIO, "dicom")
 """Formats in which a level's scale is known from its size alone."""
-_COMPRESSIONS = {
-    1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33003: "JPEG 2000",
-    33005: "JPEG 2000", 34712: "JPEG 2000", 34925: "LZMA", 34933: "PNG", 34934: "JPEG XR",
-    22610: "JPEG XR", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL",
-}  # fmt: skip
 _RIGHTLY_READ = (0, 1, 2, 3, 6)
 """Grey values of both kinds, RGB, a palette and YCbCr: libtiff makes the right RGB of them."""
 _PHOTOMETRIC = {5: "CMYK", 8: "CIE Lab", 32803: "a colour filter array"}
@@ -216,7 +211,7 @@ def compression_name(layout: TiffLayout) -> str | None:
     if not pages:
         return None
     number = int(pages[0].compression)
-    return _COMPRESSIONS.get(number, f"compression {number}")
+    return COMPRESSIONS.get(number, f"compression {number}")
 
 
 def sizes_meet(whole: tuple[int, int], level: tuple[int, int]) -> bool:

@@ -1,4 +1,4 @@
-"""The layout of TIFF slides, parsed once: its limits, and the levels the direct path may read."""
+"""The layout of TIFF slides, parsed once: its limits, and the levels that need no OpenSlide."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
+from pathflip.slides.tiles import Codec, Jpeg2000Codec, TiffCodec, TiledLevel, jpeg_codec
 
 MAX_TILE_PX = 8192
 MAX_LEVEL_PX = 2**36
@@ -24,11 +25,18 @@ MAX_TILED_PAGES = 8 * MAX_LEVELS
 MAX_PAGES = MAX_TILED_PAGES + 1
 """Pages looked at."""
 
-SOI = b"\xff\xd8"
-"""Start of image, the first two bytes of every JPEG stream."""
-_APP14 = bytes.fromhex("ffee000e41646f6265006400000000")  # Adobe marker, then the transform byte
 _JPEG_COMPRESSION = 7
+_TIFF_COMPRESSIONS = (1, 5, 8, 32773, 32946, 50000)
+"""No compression, LZW, deflate, PackBits, deflate and zstd."""
+_APERIO_YCBCR, _APERIO_RGB = 33003, 33005
 _RGB, _YCBCR = 2, 6
+COMPRESSIONS = {
+    1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32773: "PackBits", 32946: "deflate",
+    33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34887: "LERC", 34925: "LZMA",
+    34933: "PNG", 34934: "JPEG XR", 22610: "JPEG XR", 50000: "zstd", 50001: "WebP",
+    50002: "JPEG XL", 52546: "JPEG XL",
+}  # fmt: skip
+"""{value of the tag: name of the compression}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,7 @@ class TiffPage:
         sample_format: Value of the tag; 1 is unsigned.
         extra_samples: Meanings of the samples beyond the colours.
         subfile: Flags of the page; 1 is a smaller version of another.
+        predictor: Value of the tag; 2 is the difference to the pixel on the left.
         mpp: µm per pixel across that it states, 0 if none.
     """
 
@@ -65,6 +74,7 @@ class TiffPage:
     sample_format: int = 1
     extra_samples: tuple[int, ...] = ()
     subfile: int = 0
+    predictor: int = 1
     mpp: float = 0.0
 
 
@@ -97,32 +107,7 @@ class TiffLayout:
         return self.description.rstrip().endswith("OME>")
 
 
-@dataclass(frozen=True, kw_only=True)
-class JpegLevel:
-    """One tiled JPEG level of a TIFF file.
-
-    Attributes:
-        width, height: Size in pixels of this level.
-        tile_w, tile_h: Tile size in pixels.
-        offsets, counts: int64 [rows * across], where each tile's bytes lie in the file.
-        header: Bytes put before each tile's own: SOI, shared tables, colour transform.
-    """
-
-    width: int
-    height: int
-    tile_w: int
-    tile_h: int
-    offsets: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    header: bytes
-
-    @property
-    def across(self) -> int:
-        """Tiles in a row."""
-        return -(-self.width // self.tile_w)
-
-
-_Image = TypeVar("_Image", TiffPage, JpegLevel)
+_Image = TypeVar("_Image", TiffPage, TiledLevel)
 
 
 def is_tiff(path: str | Path) -> bool:
@@ -182,6 +167,7 @@ def _page(page: tifffile.TiffPage) -> TiffPage:
         sample_format=_whole(page.sampleformat, 1),
         extra_samples=tuple(int(kind) for kind in page.extrasamples),
         subfile=_whole(page.subfiletype, 0),
+        predictor=_whole(page.predictor, 1),
         mpp=_stated_mpp(page),
     )
 
@@ -257,40 +243,61 @@ def by_level(sizes: Sequence[tuple[int, int]], images: Sequence[_Image]) -> dict
 
     Args:
         sizes: (width, height) of the levels.
-        images: Pages of the file, or JPEG levels.
+        images: Pages of the file, or levels.
     """
     counts = Counter((image.width, image.height) for image in images)
     by_size = {(image.width, image.height): image for image in images}
     return {level: by_size[size] for level, size in enumerate(sizes) if counts[size] == 1}
 
 
-def jpeg_levels(layout: TiffLayout) -> list[JpegLevel]:
-    """Return every tiled 8-bit colour JPEG level of a TIFF file; empty where there is none."""
-    return [level for page in layout.pages if (level := _jpeg_level(page))]
+def tiled_levels(layout: TiffLayout, path: Path) -> list[TiledLevel]:
+    """Return every tiled level of a TIFF file that has a codec; see :func:`no_codec` for others."""
+    return [
+        TiledLevel(
+            width=page.width,
+            height=page.height,
+            tile_w=page.tile_w,
+            tile_h=page.tile_h,
+            offsets=page.offsets,
+            counts=page.counts,
+            codec=_codec(page),
+            file=path,
+        )
+        for page in layout.tiled
+        if not no_codec(page)
+    ]
 
 
-def _jpeg_level(page: TiffPage) -> JpegLevel | None:
-    if not (
-        min(page.tile_w, page.tile_h) > 0
-        and page.compression == _JPEG_COMPRESSION
-        and page.samples == 3
-        and page.bits == 8
-        and page.photometric in (_RGB, _YCBCR)
-        and page.planar == 1
-    ):
-        return None
+def no_codec(page: TiffPage) -> str:
+    """Return why the tiles of a page are not decoded without OpenSlide; empty if they are."""
+    known = (_JPEG_COMPRESSION, _APERIO_YCBCR, _APERIO_RGB, *_TIFF_COMPRESSIONS)
+    if page.compression not in known:
+        name = COMPRESSIONS.get(page.compression, f"compression {page.compression}")
+        return f"{name} has no direct path"
+    bits = set(page.bits) if isinstance(page.bits, tuple) else {page.bits}
+    aperio = page.compression in (_APERIO_YCBCR, _APERIO_RGB)
+    colour = page.photometric == _RGB or aperio
+    if page.compression == _JPEG_COMPRESSION:
+        colour = page.photometric in (_RGB, _YCBCR)
+    if page.samples != 3 or bits != {8} or page.planar != 1 or not colour:
+        return "its pixels are no RGB of 8 bits, one beside the other"
+    if page.predictor not in (1, 2):
+        return f"predictor {page.predictor} has no direct path"
     tiles = -(-page.width // page.tile_w) * -(-page.height // page.tile_h)
     if len(page.offsets) != tiles or len(page.counts) != tiles or not page.counts.all():
-        return None  # sparse files: OpenSlide knows what each vendor means by a missing tile
-    header = page.jpeg_tables[:-2] if page.jpeg_tables else SOI
-    # Aperio stores R, G, B components without saying so inside the JPEG stream.
-    header += _APP14 + (b"\x00" if page.photometric == _RGB else b"\x01")
-    return JpegLevel(
-        width=page.width,
-        height=page.height,
-        tile_w=page.tile_w,
-        tile_h=page.tile_h,
-        offsets=page.offsets,
-        counts=page.counts,
-        header=header,
-    )
+        return "tiles are missing"  # OpenSlide knows what each vendor means by that
+    return ""
+
+
+def _codec(page: TiffPage) -> Codec:
+    if page.compression in (_APERIO_YCBCR, _APERIO_RGB):
+        return Jpeg2000Codec(ycbcr=page.compression == _APERIO_YCBCR)
+    if page.compression != _JPEG_COMPRESSION:
+        return TiffCodec(
+            name=COMPRESSIONS[page.compression],
+            compression=page.compression,
+            predictor=page.predictor,
+            tile_w=page.tile_w,
+            tile_h=page.tile_h,
+        )
+    return jpeg_codec(rgb=page.photometric == _RGB, tables=page.jpeg_tables)

@@ -164,7 +164,7 @@ def test_a_failure_does_not_cost_a_good_slide(job_here, tmp_path, second_encoder
     path = small(folder / "a.svs", 1)
     assert job_here(folder, archive).slides["ready"] == 1
     before = rows(archive)
-    level = Slide(path)._jpeg[0]
+    level = Slide(path)._direct[0]
     with open(path, "r+b") as file:  # the same size, so only the bytes tell
         for tile in range(len(level.offsets)):
             file.seek(int(level.offsets[tile]) + 2)

@@ -13,53 +13,57 @@ import openslide
 import pytest
 
 from pathflip.errors import SlideError
-from pathflip.slides.direct import JpegTiles, can_shrink, shrink_for
-from pathflip.slides.tiff import JpegLevel, jpeg_levels, read_layout
+from pathflip.slides.direct import Tiles, shrink_for
+from pathflip.slides.tiff import read_layout, tiled_levels
+from pathflip.slides.tiles import JpegCodec, TiledLevel, jpeg_codec
 
 
 @pytest.fixture
-def ycbcr(tiffs: Path) -> Iterator[tuple[int, JpegLevel]]:
+def ycbcr(tiffs: Path) -> Iterator[tuple[int, TiledLevel]]:
     path = tiffs / "ycbcr.tif"
     file = os.open(path, os.O_RDONLY)
-    yield file, jpeg_levels(read_layout(path))[0]
+    yield file, tiled_levels(read_layout(path), path)[0]
     os.close(file)
 
 
 def test_rgb_components_need_the_adobe_marker(tiffs: Path) -> None:
     path = tiffs / "rgb.svs"
-    (level,) = jpeg_levels(read_layout(path))
+    (level,) = tiled_levels(read_layout(path), path)
     with openslide.OpenSlide(path) as handle:
         truth = np.asarray(handle.read_region((480, 480), 0, (240, 240)).convert("RGB"))
     file = os.open(path, os.O_RDONLY)
     try:
         tile = 2 * level.across + 2
-        assert np.array_equal(JpegTiles(file, level).decode(tile), truth)
-        assert level.header.count(b"Adobe") == 1
-        plain = replace(level, header=level.header[: level.header.index(b"\xff\xee")])
-        wrong = JpegTiles(file, plain).decode(tile)
+        assert np.array_equal(Tiles(file, level).decode(tile), truth)
+        assert isinstance(level.codec, JpegCodec)
+        header = level.codec.header
+        assert header.count(b"Adobe") == 1
+        bare = JpegCodec(header=header[: header.index(b"\xff\xee")], rgb=False)
+        plain = replace(level, codec=bare)
+        wrong = Tiles(file, plain).decode(tile)
         assert np.abs(wrong.astype(int) - truth).mean() > 10
     finally:
         os.close(file)
 
 
-def test_a_tile_is_decoded_into_the_given_buffer(ycbcr: tuple[int, JpegLevel]) -> None:
+def test_a_tile_is_decoded_into_the_given_buffer(ycbcr: tuple[int, TiledLevel]) -> None:
     file, level = ycbcr
     tile = 2 * level.across + 2
     out = np.zeros((256, 256, 3), np.uint8)
-    again = JpegTiles(file, level).decode(tile, out)
+    again = Tiles(file, level).decode(tile, out)
     assert np.shares_memory(out, again)
     assert out.std() > 10
-    assert np.array_equal(out, JpegTiles(file, level).decode(tile))
+    assert np.array_equal(out, Tiles(file, level).decode(tile))
 
 
 @pytest.mark.parametrize("shrink", [2, 4, 8])
-def test_dct_shrinking_is_near_the_area_average(ycbcr: tuple[int, JpegLevel], shrink: int) -> None:
+def test_dct_shrinking_is_near_the_area_average(ycbcr: tuple[int, TiledLevel], shrink: int) -> None:
     file, level = ycbcr
     side = 256 // shrink
     errors = []
     for tile in range(level.across, 4 * level.across):
-        small = JpegTiles(file, level, shrink=shrink).decode(tile)
-        full = JpegTiles(file, level).decode(tile)
+        small = Tiles(file, level, shrink=shrink).decode(tile)
+        full = Tiles(file, level).decode(tile)
         area = cv2.resize(full, (side, side), interpolation=cv2.INTER_AREA)
         errors.append((small.astype(np.float64) - area) ** 2)
     assert np.mean(errors) > 0
@@ -68,7 +72,7 @@ def test_dct_shrinking_is_near_the_area_average(ycbcr: tuple[int, JpegLevel], sh
 
 @pytest.mark.parametrize("what", ["cut", "garbled", "zeroed", "beyond the end", "another size"])
 def test_damage_is_an_error_not_grey_pixels(
-    ycbcr: tuple[int, JpegLevel], what: str, tmp_path: Path
+    ycbcr: tuple[int, TiledLevel], what: str, tmp_path: Path
 ) -> None:
     file, level = ycbcr
     tile = int(np.argmax(level.counts))
@@ -86,28 +90,29 @@ def test_damage_is_an_error_not_grey_pixels(
         tile_px = 128
     path = tmp_path / "tile"
     path.write_bytes(data)
-    alone = JpegLevel(
+    alone = TiledLevel(
         width=tile_px,
         height=tile_px,
         tile_w=tile_px,
         tile_h=tile_px,
         offsets=np.array([offset]),
         counts=np.array([count]),
-        header=level.header,
+        codec=level.codec,
+        file=path,
     )
     with open(path, "rb") as damaged, pytest.raises(SlideError) as caught:
-        JpegTiles(damaged.fileno(), alone).decode(0)
+        Tiles(damaged.fileno(), alone).decode(0)
     assert caught.value.code == "bad_tile"
 
 
 def test_shrinks() -> None:
-    level = JpegLevel(
-        width=240, height=240, tile_w=240, tile_h=240, header=b"",
-        offsets=np.zeros(1, np.int64), counts=np.ones(1, np.int64),
+    level = TiledLevel(
+        width=240, height=240, tile_w=240, tile_h=240, codec=jpeg_codec(rgb=False),
+        file=Path("none"), offsets=np.zeros(1, np.int64), counts=np.ones(1, np.int64),
     )  # fmt: skip
-    assert [n for n in range(1, 17) if can_shrink(level, n)] == [1, 2, 4, 8]
-    assert not can_shrink(replace(level, tile_h=244), 8)
+    assert [n for n in range(1, 17) if level.can_shrink(n)] == [1, 2, 4, 8]
+    assert not replace(level, tile_h=244).can_shrink(8)
     with pytest.raises(ValueError, match="do not shrink"):
-        JpegTiles(0, level, shrink=3)
+        Tiles(0, level, shrink=3)
     ratios = (0.5, 1.0, 1.9, 1.99, 2.0, 3.9, 3.97, 7.0, 8.0, 100.0)
     assert [shrink_for(ratio) for ratio in ratios] == [1, 1, 1, 2, 2, 2, 4, 4, 8, 8]

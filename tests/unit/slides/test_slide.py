@@ -16,8 +16,8 @@ from PIL import Image
 
 from pathflip.errors import SlideError
 from pathflip.geometry import Tiling, patch_rects
-from pathflip.slides import slide as slide_module
-from pathflip.slides.direct import JpegTiles
+from pathflip.slides import direct as direct_module
+from pathflip.slides.direct import Tiles
 from pathflip.slides.slide import Slide
 from pathflip.synth.large import make_slide
 from tests.unit.slides.area import averages, by_area
@@ -77,7 +77,7 @@ def test_direct_patches_are_openslides(slides: dict[str, Path], kind: str) -> No
         assert opened.reader == "direct", opened.reader_note
         rects = rects_of(opened)
         direct, direct_ok = read(opened, rects)
-        opened._jpeg = {}
+        opened._direct = {}
         through, through_ok = read(opened, rects)
     assert direct_ok.all()
     assert through_ok.all()
@@ -175,7 +175,7 @@ def test_read_equals_openslide_on_a_real_slide() -> None:
 def test_outside_is_white(slides: dict[str, Path], direct: bool) -> None:
     with Slide(slides["240 px tiles"]) as opened:
         if not direct:
-            opened._jpeg = {}
+            opened._direct = {}
         side = opened.width
         corner = opened.read(-30, -20, 64)
         assert (corner[:20] == 255).all()
@@ -194,7 +194,7 @@ def test_alpha_is_composited_on_white(slides: dict[str, Path]) -> None:
     rgba[1, 0] = (0, 0, 0, 0)
     rgba[1, 1] = (10, 20, 30, 51)
     with Slide(slides["tile is patch"]) as opened:
-        opened._jpeg = {}
+        opened._direct = {}
         handle = opened._handle
         opened._handle = SimpleNamespace(read_region=lambda *_: Image.fromarray(rgba, "RGBA"))
         seen = opened.read(0, 0, 2)
@@ -225,7 +225,7 @@ def test_a_damaged_tile_costs_the_patches_it_touches(
 ) -> None:
     path = Path(shutil.copy(slides[kind], tmp_path))
     with Slide(path) as opened:
-        layout = opened._jpeg[0]
+        layout = opened._direct[0]
         rects = rects_of(opened)
         clean, _ = read(opened, rects)
         column = row = layout.across // 2 - 1
@@ -236,7 +236,7 @@ def test_a_damaged_tile_costs_the_patches_it_touches(
     with Slide(path) as opened:
         assert opened.reader == "direct"
         if not direct:
-            opened._jpeg = {}
+            opened._direct = {}
         for _ in range(2):  # OpenSlide's handle is dead after an error: it must be another now
             patches, ok = read(opened, rects)
             hit = touched(rects, column, row, layout.tile_w)
@@ -251,13 +251,13 @@ def test_a_damaged_tile_costs_the_patches_it_touches(
 def test_pixels_unlike_openslides_end_the_direct_path(
     slides: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wrong(JpegTiles):
+    class Wrong(Tiles):
         def decode(self, tile: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
             pixels = super().decode(tile, out)
             pixels[...] = pixels[..., ::-1].copy()
             return pixels
 
-    monkeypatch.setattr(slide_module, "JpegTiles", Wrong)
+    monkeypatch.setattr(direct_module, "Tiles", Wrong)
     path = slides["240 px RGB tiles"]
     with Slide(path) as opened:
         assert opened.reader == "openslide"
@@ -354,7 +354,7 @@ def test_a_patch_is_the_same_whatever_is_read_with_it(tmp_path, mpp):
     for i in range(len(rects)):
         slide.read_patches(rects[i : i + 1], mpp=0.5, out=alone)
         assert (alone[0] == together[i]).all()
-    slide._jpeg = {}
+    slide._direct = {}
     through_openslide = np.empty_like(together)
     assert slide.read_patches(rects, mpp=0.5, out=through_openslide).all()
     assert (through_openslide == together).all()
@@ -363,11 +363,11 @@ def test_a_patch_is_the_same_whatever_is_read_with_it(tmp_path, mpp):
 def test_a_damaged_tile_does_not_cost_the_overview(tmp_path):
     path = tmp_path / "one.svs"
     make_slide(path, width=2048, height=2048, mpp=0.5, layout="aperio", seed=9)
-    level = Slide(path)._jpeg[Slide(path).level_for(16.0)]
+    level = Slide(path)._direct[Slide(path).level_for(16.0)]
     with open(path, "r+b") as file:
         file.seek(int(level.offsets[0]) + int(level.counts[0]) // 2)
         file.write(b"\0" * 40)
     slide = Slide(path)
     assert slide.overview(8.0).shape == (128, 128, 3)
-    slide._jpeg = {}
+    slide._direct = {}
     assert slide.overview(8.0).shape == (128, 128, 3)

@@ -11,7 +11,7 @@ import tifffile
 
 from pathflip.errors import SlideError
 from pathflip.slides.slide import Slide
-from pathflip.slides.tiff import check_limits, jpeg_levels, read_layout
+from pathflip.slides.tiff import check_limits, read_layout, tiled_levels
 from pathflip.synth.large import make_slide
 
 SIDE = 1500  # of the files of ``tiffs``
@@ -75,7 +75,7 @@ def test_what_cannot_be_parsed_is_left_to_openslide(tiffs: Path, tmp_path: Path)
         path = tmp_path / f"{index}.tif"
         path.write_bytes(content)
         check_limits(read_layout(path))
-        assert jpeg_levels(read_layout(path)) == []
+        assert tiled_levels(read_layout(path), path) == []
 
 
 # -- layout ----------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_what_cannot_be_parsed_is_left_to_openslide(tiffs: Path, tmp_path: Path)
 
 def test_every_level_is_found_and_the_thumbnail_is_not(tiffs: Path) -> None:
     for name, factors, tile in (("ycbcr.tif", (1, 2), 256), ("rgb.svs", (1,), 240)):
-        levels = jpeg_levels(read_layout(tiffs / name))
+        levels = tiled_levels(read_layout(tiffs / name), tiffs / name)
         assert [(one.width, one.height) for one in levels] == [(SIDE // f,) * 2 for f in factors]
         assert {(one.tile_w, one.tile_h) for one in levels} == {(tile, tile)}
         for one in levels:

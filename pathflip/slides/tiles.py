@@ -1,0 +1,236 @@
+"""Tiled levels: where the bytes of each tile lie in a file, and the codec that decodes them.
+
+A codec gives the pixels OpenSlide gives. JPEG is decoded by libjpeg-turbo, JPEG 2000 by OpenJPEG,
+deflate by libdeflate; LZW, zstd and PackBits by libtiff, which gets a tile as a picture of its own
+and undoes the predictor too.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+SOI = b"\xff\xd8"
+"""Start of image, the first two bytes of every JPEG stream."""
+_DEFLATE = (8, 32946)
+_JFIF = b"\xff\xe0"
+_J2K = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")
+"""First bytes of a JPEG 2000 codestream, and of the file format around one."""
+
+
+class Codec(Protocol):
+    """Makes pixels of the bytes of one tile."""
+
+    @property
+    def name(self) -> str:
+        """Name of the compression, as in ``tiff.COMPRESSIONS``."""
+
+    @property
+    def scales(self) -> bool:
+        """True if it can decode at a half, a quarter or an eighth of the size."""
+
+    def decode(
+        self, data: bytes, *, width: int, height: int, shrink: int, out: NDArray[np.uint8] | None
+    ) -> NDArray[np.uint8]:
+        """Decode one tile to uint8 RGB, into ``out`` if it is given.
+
+        Args:
+            data: The tile's bytes.
+            width: Width of the result, px.
+            height: Height of the result, px.
+            shrink: Number by which the tile is larger; 1 unless it ``scales``.
+            out: uint8 [height, width, 3] to fill.
+
+        Raises:
+            ValueError, RuntimeError: The bytes are damaged.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledLevel:
+    """One tiled level of a slide that can be read without OpenSlide.
+
+    Attributes:
+        width, height: Size of the level, px.
+        tile_w, tile_h: Size of a tile, px.
+        offsets, counts: int64 [rows * across], where each tile's bytes lie in the file.
+        codec: What makes pixels of them.
+        file: The file; a level of a DICOM slide has one of its own.
+    """
+
+    width: int
+    height: int
+    tile_w: int
+    tile_h: int
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    codec: Codec
+    file: Path
+
+    @property
+    def across(self) -> int:
+        """Tiles in a row."""
+        return -(-self.width // self.tile_w)
+
+    def can_shrink(self, shrink: int) -> bool:
+        """Return whether the codec can scale by ``shrink`` and every tile side divides by it."""
+        known = shrink in (1, 2, 4, 8) if self.codec.scales else shrink == 1
+        return known and self.tile_w % shrink == 0 and self.tile_h % shrink == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JpegCodec:
+    """JPEG as libjpeg-turbo decodes it; its warnings count as damage.
+
+    Attributes:
+        header: Bytes put before each tile's own: SOI, shared tables, colour transform.
+        rgb: Whether the components are R, G, B, whatever a JFIF marker in the stream says.
+    """
+
+    header: bytes
+    rgb: bool
+    name = "JPEG"
+    scales = True
+
+    def decode(
+        self, data: bytes, *, width: int, height: int, shrink: int, out: NDArray[np.uint8] | None
+    ) -> NDArray[np.uint8]:
+        """See :class:`Codec`. Scaling is done in the DCT domain."""
+        if data[:2] != SOI:
+            raise ValueError("no JPEG")
+        start = 2
+        if self.rgb and data[2:4] == _JFIF:  # whose colours are Y, Cb, Cr: OpenSlide overrules it
+            start += 2 + int.from_bytes(data[4:6], "big")
+        stream = self.header + data[start:]
+        if shrink == 1:
+            pixels = simplejpeg.decode_jpeg(stream, buffer=out)
+        else:
+            pixels = simplejpeg.decode_jpeg(
+                stream, min_height=height, min_width=width, min_factor=shrink, buffer=out
+            )
+        return np.asarray(pixels)
+
+
+def jpeg_codec(*, rgb: bool, tables: bytes = b"") -> JpegCodec:
+    """Return the codec of JPEG tiles.
+
+    Args:
+        rgb: Whether the components are R, G, B, which scanners do not say inside the stream;
+            else Y, Cb, Cr.
+        tables: JPEG tables that the tiles share, as a stream without a picture.
+    """
+    adobe = bytes.fromhex("ffee000e41646f6265006400000000") + (b"\x00" if rgb else b"\x01")
+    return JpegCodec(header=(tables[:-2] if tables else SOI) + adobe, rgb=rgb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiffCodec:
+    """Compressions of TIFF that lose nothing.
+
+    For libtiff a tile becomes a file of one strip in memory.
+
+    Attributes:
+        name: Name of the compression.
+        compression, predictor: Values of these tags.
+        tile_w, tile_h: Size of a tile, px.
+    """
+
+    name: str
+    compression: int
+    predictor: int
+    tile_w: int
+    tile_h: int
+    scales = False
+
+    @cached_property
+    def _header(self) -> tuple[bytes, bytes]:
+        """Bytes before and after the number of the strip's bytes; the strip follows."""
+        bits_at, strip_at = 148, 156
+        tags = [
+            (256, self.tile_w), (257, self.tile_h), (258, bits_at), (259, self.compression),
+            (262, 2), (273, strip_at), (277, 3), (278, self.tile_h), (279, 0), (284, 1),
+            (317, self.predictor),
+        ]  # fmt: skip
+        entries = [
+            struct.pack("<HHII", code, 3 if code == 258 else 4, 3 if code == 258 else 1, value)
+            for code, value in tags
+        ]
+        head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4)
+        head = head.ljust(bits_at, b"\0") + struct.pack("<HHH", 8, 8, 8)
+        count_at = 10 + 12 * 8 + 8
+        return head[:count_at], head[count_at + 4 :].ljust(strip_at - count_at - 4, b"\0")
+
+    def decode(
+        self, data: bytes, *, width: int, height: int, shrink: int, out: NDArray[np.uint8] | None
+    ) -> NDArray[np.uint8]:
+        """See :class:`Codec`."""
+        import imagecodecs
+
+        if self.compression in _DEFLATE:  # of which libtiff does not check the sum at the end
+            pixels = np.empty((height, width, 3), np.uint8) if out is None else out
+            got = imagecodecs.deflate_decode(data, out=pixels.reshape(-1).data)
+            if len(got) != pixels.size:
+                raise ValueError("it ends early")
+            if self.predictor == 2:
+                imagecodecs.delta_decode(pixels, axis=1, out=pixels)
+            return pixels
+        before, after = self._header
+        stream = b"".join((before, struct.pack("<I", len(data)), after, data))
+        return np.asarray(imagecodecs.tiff_decode(stream, out=out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jpeg2000Codec:
+    """JPEG 2000 as OpenJPEG decodes it.
+
+    Attributes:
+        ycbcr: Whether the components are Y, Cb, Cr, which the stream does not say.
+    """
+
+    ycbcr: bool
+    name = "JPEG 2000"
+    scales = False
+
+    def decode(
+        self, data: bytes, *, width: int, height: int, shrink: int, out: NDArray[np.uint8] | None
+    ) -> NDArray[np.uint8]:
+        """See :class:`Codec`."""
+        import imagecodecs
+
+        if not data.startswith(_J2K):
+            raise ValueError("no JPEG 2000")
+        pixels = np.asarray(imagecodecs.jpeg2k_decode(data, out=out))
+        if self.ycbcr and pixels.ndim == 3:
+            _ycbcr_to_rgb(pixels)
+        return pixels
+
+
+@lru_cache(maxsize=1)
+def _colour_tables() -> tuple[NDArray[np.int16], ...]:
+    """Shares of Cr in red, of both in green [256 Cb * 256 Cr], of Cb in blue: OpenSlide's."""
+    x = (np.arange(256) - 128) * 65536.0
+    half = 1 << 15
+
+    def scaled(factor: float) -> NDArray[np.int64]:
+        return np.asarray(np.rint(factor * x), np.int64)
+
+    red, blue = (scaled(1.402) + half) >> 16, (scaled(1.772) + half) >> 16
+    green = (scaled(-0.34414)[:, None] + half + scaled(-0.71414)[None, :]) >> 16
+    return red.astype(np.int16), green.astype(np.int16).ravel(), blue.astype(np.int16)
+
+
+def _ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> None:
+    """Turn Y, Cb, Cr [h, w, 3] into R, G, B, in place."""
+    red, green, blue = _colour_tables()
+    y = pixels[..., 0].astype(np.int16)
+    cb, cr = pixels[..., 1].astype(np.intp), pixels[..., 2].astype(np.intp)
+    for channel, share in enumerate((red[cr], green[(cb << 8) + cr], blue[cb])):
+        share += y
+        pixels[..., channel] = np.clip(share, 0, 255, out=share)
