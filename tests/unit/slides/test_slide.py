@@ -16,7 +16,7 @@ from PIL import Image
 
 from pathflip.errors import SlideError
 from pathflip.geometry import Tiling, patch_rects
-from pathflip.slides import direct as direct_module
+from pathflip.slides import slide as slide_module
 from pathflip.slides.direct import Tiles
 from pathflip.slides.slide import Slide
 from pathflip.synth.large import make_slide
@@ -257,7 +257,7 @@ def test_pixels_unlike_openslides_end_the_direct_path(
             pixels[...] = pixels[..., ::-1].copy()
             return pixels
 
-    monkeypatch.setattr(direct_module, "Tiles", Wrong)
+    monkeypatch.setattr(slide_module, "Tiles", Wrong)
     path = slides["240 px RGB tiles"]
     with Slide(path) as opened:
         assert opened.reader == "openslide"
