@@ -61,7 +61,7 @@ class TiledLevel:
         width, height: Size of the level, px.
         tile_w, tile_h: Size of a tile, px.
         offsets, counts: int64 [rows * across], where each tile's bytes lie in the file.
-        codec: What makes pixels of them.
+        codec: Decoder of their bytes.
         file: The file; a level of a DICOM slide has one of its own.
     """
 

@@ -173,7 +173,7 @@ def pathflip(
 
 
 def to_size(rgb: NDArray[np.uint8]) -> None:
-    """What a tool does with pixels that are finer than the patch."""
+    """Average pixels that are finer than the patch, as tools do."""
     if rgb.shape[0] != PX:
         cv2.resize(np.ascontiguousarray(rgb), (PX, PX), interpolation=cv2.INTER_AREA)
 

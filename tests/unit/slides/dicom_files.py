@@ -77,7 +77,7 @@ def write_level(
         mpp: µm per pixel.
         number: Number of the level.
         rgb: Whether the frames hold R, G, B, else Y, Cb, Cr.
-        table: Where frames are listed: ``short`` (32 bits), ``long`` (64 bits) or ``none``.
+        table: Kind of the list of frames: ``short`` (32 bits), ``long`` (64 bits) or ``none``.
         undefined: Whether sequences are of undefined length.
         changes: Other values: ``tiling``, ``syntax``, ``paths``, ``planes``, ``series`` or
             ``frames``.
