@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from pathflip.checkpoints import Run
 
 _COPIED = (
-    "id", "kind", "slide_id", "patient_id", "x0", "y0", "size0", "mpp", "tissue_fraction",
-    "n_patches",
+    "id", "kind", "slide_id", "x0", "y0", "size0", "mpp", "tissue_fraction", "n_patches",
 )  # fmt: skip
 
 

@@ -201,7 +201,9 @@ class TreeActor:
             "slide_id", "uri", "bytes", "mtime_ns", "sha256", "mpp", "mpp_source", "tissue_png",
             "tissue_mpp",
         ]  # fmt: skip
-        row: dict[str, Any] = self._rows("slides", slide_id, columns).to_pylist()[0]
+        row: dict[str, Any] = self._archive.slides(
+            columns=columns, slide_ids=[slide_id]
+        ).to_pylist()[0]
         return row
 
     def _new_trees(self, slide: dict[str, Any], task: SlideTask, attempts: Attempts) -> list[Tree]:

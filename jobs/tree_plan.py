@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.tree_actor import SlideTask, wanted_nodes
-from pathflip.archive import READY, Archive, vectors
-from pathflip.archive.storage import guarded, is_local
+from pathflip.archive import Archive, vectors
 from pathflip.archive.trees import TREES, read_trees, tree_encoders, tree_settings
 from pathflip.errors import ConfigError
 from pathflip.geometry import TreeSpec, choose_parents, tree_levels, tree_tissue
@@ -145,12 +144,10 @@ def roots_by_slide(
 def _ready_slides(archive: Archive) -> Iterator[list[dict[str, Any]]]:
     """Yield the ready slides, some at once as their tissue masks are large."""
     columns = ["slide_id", "width", "height", "mpp", "tissue_png", "tissue_mpp"]
-    with guarded(archive.uri, "read the table slides", damaged=is_local(archive.uri)):
-        batches = archive.dataset("slides").to_batches(
-            columns=columns, filter=pc.field("status") == READY, batch_size=64
-        )
-        for batch in batches:
-            yield batch.to_pylist()
+    ready = sorted(archive.ready_ids())
+    for start in range(0, len(ready), 64):
+        ids = ready[start : start + 64]
+        yield archive.slides(columns=columns, slide_ids=ids).to_pylist()
 
 
 def _chosen(

@@ -32,7 +32,7 @@ from pathflip.slides.sources import Source, is_there, stat_slide
 logger = logging.getLogger(__name__)
 
 COMMIT_SLIDES = 128  # what waits for a commit is held in memory, about a megabyte a slide
-COMPACT_AFTER_FRAGMENTS = 512  # a commit writes the whole list of fragments anew
+TIDY_AFTER_COMMITS = 64  # a commit writes the whole list of fragments anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Ledger:
         self._batch: list[FinishedSlide] = []
         self._committed_at = time.monotonic()
         self._counts = {"ready": 0, "quarantined": 0, "empty": 0, "skipped": 0}
-        self._regions = self._patches = self._fragments = 0
+        self._regions = self._patches = self._commits = 0
         self._bytes_done = self._bytes_total = 0
 
     def outstanding(self) -> list[dict[str, str]]:
@@ -234,10 +234,9 @@ class Ledger:
                 if good
             },
         )
-        self._fragments += sum(len(one) for slide in good for one in slide.fragments.values())
-        if self._fragments > COMPACT_AFTER_FRAGMENTS:
-            self._committer.compact()
-            self._fragments = 0
+        self._commits += 1
+        if self._commits % TIDY_AFTER_COMMITS == 0:
+            self._committer.tidy()
 
     def _confirm(self, record: SlideRecord) -> None:
         for uri in (record.uri, *record.aliases):
@@ -310,7 +309,8 @@ class Ledger:
         if self._chunks:  # cannot happen while every actor returns every row it was given
             raise RuntimeError(f"chunks of {len(self._chunks)} slides never came back")
         if sum(self._counts.values()) > self._counts["skipped"]:
-            self._committer.compact()
+            self._committer.tidy()
+            self._committer.index_slides()
         self._report("done")
         return IngestResult(
             slides=dict(self._counts),
@@ -365,8 +365,7 @@ def _embeddings(slide: FinishedSlide, chunks: Sequence[Chunk], which: int) -> pa
     both = pa.concat_tables([own, rows.select(own.column_names)])
     n = len(both)
     kinds = pa.array(["slide"] + ["region"] * (n - 1))
-    patient = pa.array([slide.people.get("patient_id")] * n, pa.string())
-    return both.append_column("kind", kinds).append_column("patient_id", patient)
+    return both.append_column("kind", kinds)
 
 
 def _tissue_share(record: SlideRecord) -> float:

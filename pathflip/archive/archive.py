@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 READY = "ready"
-_IMAGES = ("tissue_png", "thumbnail")
+LEDGER_COLUMNS = ("status", "fingerprint", "mpp", "encoders", "uri", "aliases")
 
 
 class _Kept(NamedTuple):
@@ -47,17 +47,20 @@ class Archive:
 
     Args:
         uri: Path or URI of the archive.
+        ledger: Result of :meth:`ledger`, where the caller knows it.
 
     Raises:
         ArchiveError: If there is no archive (``missing_archive``), it is damaged (``damaged``; the
             hint names the repair command), unreachable, or of a newer layout (``schema_version``).
     """
 
-    def __init__(self, uri: str | Path) -> None:
+    def __init__(self, uri: str | Path, *, ledger: dict[str, dict[str, Any]] | None = None) -> None:
         self.uri = normalise(uri)
         self._datasets: dict[str, Any] = {}
         self._cache: dict[str, _Kept] = {}
         self.refresh()
+        if ledger is not None:
+            self.cached("ledger", lambda: ledger, of=("slides",))
 
     def __repr__(self) -> str:
         return f"Archive({self.uri!r})"
@@ -206,26 +209,36 @@ class Archive:
         from pathflip.archive.tables import count_columns
 
         def read() -> dict[str, dict[str, Any]]:
-            columns = ["slide_id", "status", "fingerprint", "mpp", "encoders", "uri", "aliases"]
-            columns += count_columns()
-            rows = self._read("slides", columns=columns).to_pylist()
-            return {row.pop("slide_id"): row for row in rows}
+            rows = self._read("slides", columns=["slide_id", *LEDGER_COLUMNS, *count_columns()])
+            return ledger_of(rows)
 
         return self.cached("ledger", read, of=("slides",))
 
-    def slides(self, status: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    def slides(
+        self,
+        status: str | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        slide_ids: Sequence[str] | None = None,
+    ) -> pa.Table:
         """Return the slides, sorted by ``slide_id``.
 
         Args:
             status: Only slides of this status (ready, empty, quarantined).
             columns: Columns to return; by default all but the two images.
+            slide_ids: Only these slides.
         """
         import pyarrow.compute as pc
 
+        from pathflip.archive.schema import PICTURE_COLUMNS
+
         names = self._datasets["slides"].schema.names
-        wanted = list(columns or [name for name in names if name not in _IMAGES])
+        wanted = list(columns or [name for name in names if name not in PICTURE_COLUMNS])
         where = None if status is None else pc.field("status") == status
-        return self._read("slides", columns=wanted, where=where, sort=True)
+        if slide_ids is None:
+            return self._slides(wanted, where=where)
+        own = pc.field("slide_id").isin(list(slide_ids))
+        return self._slides(wanted, where=own if where is None else where & own, own=own)
 
     def slide(self, name: str) -> dict[str, Any]:
         """Return one slide's row, images included.
@@ -239,10 +252,11 @@ class Archive:
         """
         import pyarrow.compute as pc
 
-        slide_id = self.resolve(name)
-        row: dict[str, Any] = self._read(
-            "slides", where=pc.field("slide_id") == slide_id
-        ).to_pylist()[0]
+        from pathflip.archive.schema import PICTURE_COLUMNS
+
+        columns = dict.fromkeys((*self._datasets["slides"].schema.names, *PICTURE_COLUMNS))
+        where = pc.field("slide_id") == self.resolve(name)
+        row: dict[str, Any] = self._slides(list(columns), where=where, own=where).to_pylist()[0]
         return row
 
     def resolve(self, name: str) -> str:
@@ -345,12 +359,14 @@ class Archive:
             model: The vectors of this trained model instead.
         """
         _, entry = self.encoder(encoder) if model is None else self.model(model)
-        return self._ready_rows(entry["embeddings_table"], None)
+        return self._with_patients(self._ready_rows(entry["embeddings_table"], None))
 
     def slide_embeddings(self, slide_id: str, encoder: str | None = None) -> pa.Table:
         """Return a ready slide's rows of an encoder's embeddings, sorted by ``id``."""
         _, entry = self.encoder(encoder)
-        return self._slide_rows(entry["embeddings_table"], self._ready(slide_id), None)
+        return self._with_patients(
+            self._slide_rows(entry["embeddings_table"], self._ready(slide_id), None)
+        )
 
     def captions(self, source: str | None = None) -> pa.Table:
         """Return the text of ready slides, sorted by slide, then source.
@@ -434,6 +450,46 @@ class Archive:
             )
         return slide_id
 
+    def _slides(self, columns: Sequence[str], *, where: Any, own: Any = None) -> pa.Table:
+        """Return columns of slides, sorted; pictures come from their table, where there is one.
+
+        Args:
+            columns: Columns of ``slides`` and of ``pictures``.
+            where: Condition on slides.
+            own: Condition on pictures; all are read without.
+        """
+        import pyarrow.compute as pc
+
+        from pathflip.archive.schema import PICTURE_COLUMNS
+        from pathflip.archive.tables import PICTURES
+
+        apart = [c for c in columns if c in PICTURE_COLUMNS and PICTURES in self._datasets]
+        if not apart:
+            return self._read("slides", columns=columns, where=where, sort=True)
+        wanted = [column for column in columns if column not in apart]
+        read = list(dict.fromkeys([*wanted, "slide_id"]))
+        rows = self._read("slides", columns=read, where=where, sort=True)
+        pictures = self._read(PICTURES, columns=["slide_id", *apart], where=own)
+        at = pc.index_in(rows["slide_id"], pictures["slide_id"].combine_chunks())
+        for name in apart:
+            rows = rows.append_column(name, pictures[name].take(at))
+        return rows.select(list(columns))
+
+    def _with_patients(self, rows: pa.Table) -> pa.Table:
+        """Return rows of embeddings with the patient of each slide behind its id."""
+        import pyarrow.compute as pc
+
+        from pathflip.archive.schema import PATIENT
+
+        if PATIENT in rows.column_names:  # archives before layout 4 keep it there
+            return rows
+        slides = self.cached(
+            "patients", lambda: self.slides(columns=["slide_id", PATIENT]), of=("slides",)
+        )
+        at = pc.index_in(rows["slide_id"], slides["slide_id"].combine_chunks())
+        place = rows.column_names.index("slide_id") + 1
+        return rows.add_column(place, PATIENT, slides[PATIENT].take(at))
+
     def _slide_rows(self, table: str, slide_id: str, columns: Sequence[str] | None) -> pa.Table:
         import pyarrow.compute as pc
 
@@ -472,6 +528,14 @@ class Archive:
             if (order[1:] < order[:-1]).any():  # rows already in order need no copy
                 rows = rows.take(order)
         return rows.drop_columns(extra) if extra else rows
+
+
+def ledger_of(slides: pa.Table) -> dict[str, dict[str, Any]]:
+    """Return rows of ``slides`` as :meth:`Archive.ledger` does."""
+    from pathflip.archive.tables import count_columns
+
+    columns = ["slide_id", *LEDGER_COLUMNS, *count_columns()]
+    return {row.pop("slide_id"): row for row in slides.select(columns).to_pylist()}
 
 
 def vectors(column: Any) -> np.ndarray[Any, Any]:

@@ -14,6 +14,8 @@ deleted before new ones are written, and row counts are verified after every com
 
 from __future__ import annotations
 
+import functools
+import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,33 +28,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pathflip.archive import transactions
-from pathflip.archive.archive import READY, Archive
-from pathflip.archive.fragments import Shard, create_table, write_shard
+from pathflip.archive.archive import READY, Archive, ledger_of
+from pathflip.archive.compaction import FRAGMENT_BYTES, free, merge_all, merge_some
+from pathflip.archive.fragments import (
+    Shard,
+    create_table,
+    merge_small,
+    remove_files,
+    write_shard,
+)
 from pathflip.archive.lock import ArchiveLock
-from pathflip.archive.schema import (
-    CHECKSUM,
-    slides_schema,
-)
+from pathflip.archive.schema import CHECKSUM, PATIENT, PICTURE_COLUMNS, slides_schema
 from pathflip.archive.settings import meta_rows, read_meta
-from pathflip.archive.storage import (
-    guarded,
-    is_local,
-    open_table,
-    rows_per_batch,
-    sql_in,
-)
+from pathflip.archive.slide_index import index_slide_ids
+from pathflip.archive.storage import guarded, is_local, open_table, sql_in
 from pathflip.archive.tables import (
+    FILES,
     META,
+    PICTURES,
     SLIDES,
     count_columns,
     dependents_of,
     names_of,
-    spec_of,
     tables_of,
 )
 from pathflip.errors import ArchiveError
 
-FEATURE_BYTES_PER_FRAGMENT = 64 << 20
+MERGED_BYTES = 64 << 20
+"""Bytes of a fragment that is made of the small ones of a commit."""
+FREE_EVERY_S = 3600.0
+"""Seconds between two cleanings of an archive that is written all the time."""
 _SLIDE_COLUMNS = [name for name in slides_schema().names if name != CHECKSUM]
 
 
@@ -87,6 +92,8 @@ class Committer:
     def __init__(self, uri: str | Path) -> None:
         self.lock = ArchiveLock(uri)
         self.uri = self.lock.uri
+        self._freed = time.monotonic()
+        self._failed = False
         self._stack = ExitStack()
 
     def __enter__(self) -> Committer:
@@ -109,7 +116,7 @@ class Committer:
     @property
     def archive(self) -> Archive:
         """The archive as of the last commit of this committer."""
-        self._archive.refresh()
+        self._refresh()
         return self._archive
 
     def ensure_encoder_table(
@@ -236,7 +243,7 @@ class Committer:
             ]
             return self._commit(slides, rows | dict(others or {}), shards)
         except BaseException:
-            self._stale = True  # part of it may have happened
+            self._failed = True  # part of it may have happened
             raise
 
     def _commit(
@@ -245,8 +252,10 @@ class Committer:
         given: Mapping[str, pa.Table],
         shards: Sequence[Shard],
     ) -> Committed:
-        if self._stale:
+        if self._failed:
             self._refresh()
+            self.recover()
+            self._failed = False
         ledger = self._archive.ledger()
         write: list[str] = []  # all rows anew
         extend: dict[str, list[str]] = {}  # encoders to add
@@ -274,25 +283,28 @@ class Committer:
                 extend[slide] = more
             else:
                 skipped.append(slide)
+        slides, pictures = self._parted(slides)
         new: list[Shard] = []
         for shard in shards:
-            wanted = self._wanted(shard.table, write, extend, incoming)
+            wanted = self._wanted(shard.table, write, note, extend, incoming)
             if kept := self._narrowed(shard, wanted):
                 new.append(kept)
-        for table, rows in given.items():
-            wanted = self._wanted(table, write, extend, incoming)
-            if made := self._shard(table, rows, wanted):
+        for table, rows in (given | pictures).items():
+            wanted = self._wanted(table, write, note, extend, incoming)
+            if made := self._shard(table, rows, wanted, slides):
                 new.append(made)
-        # Regions last: without them nothing finds a slide's rows in other tables.
-        new.sort(key=lambda shard: shard.table == "regions")
         self._assert_complete(new, write, extend, incoming)
 
         chosen = [*write, *extend, *note]
         if not chosen:
             return Committed(written=[], extended=[], skipped=skipped)
+        new, spent = merge_small(self.uri, new, small=FRAGMENT_BYTES, size=MERGED_BYTES)
+        # Regions last: without them nothing finds a slide's rows in other tables.
+        new.sort(key=lambda shard: shard.table == "regions")
+        # Slides the ledger does not know have no rows: see recover.
         replaced = [slide for slide in (*write, *note) if slide in ledger]
         self._hide([slide for slide in replaced if ledger[slide]["status"] == READY])
-        self._delete_rows([*write, *note])
+        self._delete_rows(replaced)
         self._delete_places(
             [s for s in write if s in ledger and ledger[s]["mpp"] not in (None, incoming[s]["mpp"])]
         )
@@ -303,7 +315,6 @@ class Committer:
             slide: {"encoders": sorted({*(ledger[slide]["encoders"] or ()), *names})}
             for slide, names in extend.items()
         }
-        rows = pa.concat_tables([rows.select(_SLIDE_COLUMNS), self._changed(extended)])
         transactions.register(
             self.lock, {path: d for shard in new for path, d in shard.files.items()}
         )
@@ -311,8 +322,12 @@ class Committer:
             transactions.append(
                 self.lock, Shard.joined([shard for shard in new if shard.table == table])
             )
-        self.upsert("slides", rows)
-        self._refresh()
+        columns = [name for name in _SLIDE_COLUMNS if name in rows.column_names]
+        changed = self._changed(extended).select(columns)
+        fresh = not replaced and not extend
+        self.upsert(SLIDES, pa.concat_tables([rows.select(columns), changed]), fresh=fresh)
+        self._refresh(ledger | ledger_of(rows) | _encoders(ledger, extended))
+        remove_files(self.uri, spent)
         return Committed(written=[*write, *note], extended=list(extend), skipped=skipped)
 
     def recover(self) -> dict[str, int]:
@@ -327,6 +342,8 @@ class Committer:
                 continue  # imported rows could not be computed again
             dataset = self._archive.dataset(table)
             allowed = self._archive.ready_ids(self._archive.encoder_of(table))
+            if self._archive.table(table).spec.any_status:
+                allowed = set(self._archive.ledger())
             with guarded(self.uri, f"read the table {table}", damaged=is_local(self.uri)):
                 there = pc.unique(dataset.to_table(columns=["slide_id"])["slide_id"]).to_pylist()
             if stray := [slide for slide in there if slide not in allowed]:
@@ -362,8 +379,9 @@ class Committer:
         Args:
             changes: {slide_id: {column of ``slides``: value}}.
         """
-        for ids in transactions.chunks(list(changes)):
-            self.upsert("slides", self._changed({slide: changes[slide] for slide in ids}))
+        apart = PICTURES in self._archive.tables()
+        for ids in [list(changes)] if apart else transactions.chunks(list(changes)):
+            self.upsert(SLIDES, self._changed({slide: changes[slide] for slide in ids}))
         patients = {
             slide: change["patient_id"]
             for slide, change in changes.items()
@@ -380,40 +398,45 @@ class Committer:
                 self.upsert(table, rows.drop_columns([CHECKSUM]))
         self._refresh()
 
-    def upsert(self, table: str, rows: pa.Table) -> None:
-        """Insert or replace rows by key in one commit.
+    def upsert(self, table: str, rows: pa.Table, *, fresh: bool = False) -> None:
+        """Insert or replace rows by key in one commit; ``fresh`` rows are known to be new.
 
         Slides with rows in other tables go through :meth:`commit`. In ``slides`` this only serves
         to change columns that no other table depends on (aliases, labels, attempts).
         """
-        transactions.upsert(self.lock, table, rows)
+        if table == SLIDES:
+            rows, pictures = self._parted(rows, every=False)
+            for name, of_slides in pictures.items():
+                transactions.upsert(self.lock, name, of_slides)
+        if fresh:
+            transactions.insert(self.lock, table, rows)
+        else:
+            transactions.upsert(self.lock, table, rows)
 
     def compact(self) -> dict[str, int]:
-        """Merge small fragments and drop deleted rows from the files; digest the new files.
+        """Merge small fragments, drop deleted rows from the files, digest the new files.
 
         Returns:
             {table: fragments now}.
         """
-        fragments: dict[str, int] = {}
-        for table in ("meta", *self._archive.tables()):
-            dataset = self.lock.open(table)
-            rows = dataset.count_rows()
-            target = 1 << 20
-            spec = spec_of(table)
-            if spec is not None and spec.wide:
-                target = rows_per_batch(dataset.schema, budget=FEATURE_BYTES_PER_FRAGMENT)
-            with guarded(self.uri, f"compact the table {table}"):
-                dataset.optimize.compact_files(
-                    target_rows_per_fragment=target,
-                    batch_size=rows_per_batch(dataset.schema),
-                    num_threads=1,
-                )
-            dataset = open_table(self.uri, table)
-            transactions.check_count(self.uri, table, dataset.count_rows(), rows)
-            fragments[table] = len(dataset.get_fragments())
-        transactions.register_missing(self.lock, ["meta", *self._archive.tables()])
-        self._refresh()
+        fragments = merge_all(self.lock, self._all_tables())
+        self._refresh(self._archive.ledger())
         return fragments
+
+    def tidy(self) -> None:
+        """Merge and free what is due while an archive is being written, at little cost."""
+        merge_some(self.lock, self._all_tables())
+        if time.monotonic() - self._freed > FREE_EVERY_S:
+            free(self.lock, self._all_tables())
+            self._freed = time.monotonic()
+        self._refresh(self._archive.ledger())
+
+    def index_slides(self) -> None:
+        """Make a slide's rows quick to find in every large table; see :mod:`slide_index`."""
+        for table in self._archive.tables():
+            if self._archive.table(table).spec.per_slide:
+                index_slide_ids(self.lock, table)
+        self._refresh()
 
     def forget_files(self, paths: Collection[str]) -> None:
         """Drop the digests of files that no longer exist."""
@@ -421,29 +444,66 @@ class Committer:
 
     # ---- pieces ----------------------------------------------------------------------------
 
-    def _refresh(self) -> None:
-        self._archive = Archive(self.uri)
-        self._stale = False
+    def _refresh(self, ledger: dict[str, dict[str, Any]] | None = None) -> None:
+        """Open the newest state; its ledger need not be read where the caller knows it."""
+        self._archive = Archive(self.uri, ledger=ledger)
+
+    def _parted(
+        self, slides: pa.Table, *, every: bool = True
+    ) -> tuple[pa.Table, dict[str, pa.Table]]:
+        """Part rows of ``slides`` from the rows of ``pictures``, in archives that have the table.
+
+        Args:
+            slides: Rows with or without columns of pictures.
+            every: Whether ready slides get a row of pictures although they have none.
+        """
+        stored = self._archive.dataset(SLIDES).schema
+        pictures = {}
+        there = [name for name in PICTURE_COLUMNS if name in slides.column_names]
+        if PICTURES in self._archive.tables() and there:
+            own = slides.select(["slide_id", *there])
+            known = [pc.is_valid(slides[name]) for name in there]
+            if every:
+                known.append(pc.equal(slides["status"], READY))
+            pictures = {PICTURES: own.filter(functools.reduce(pc.or_, known))}
+        kept = [name for name in slides.column_names if name in stored.names or name not in there]
+        return slides.select(kept), pictures
+
+    def _all_tables(self) -> list[str]:
+        """Return all tables, ``files`` last: others have their new files registered there."""
+        return [META, *(name for name in self._archive.tables() if name != FILES), FILES]
 
     def _wanted(
         self,
         table: str,
         write: Sequence[str],
+        note: Sequence[str],
         extend: Mapping[str, Sequence[str]],
         incoming: Mapping[str, Mapping[str, Any]],
     ) -> list[str]:
         """Return the slides whose rows of a table are to be written."""
         encoder = self._archive.encoder_of(table)
         if encoder is None:
-            return list(write)
+            return [*write, *note] if self._archive.table(table).spec.any_status else list(write)
         anew = [slide for slide in write if encoder in (incoming[slide]["encoders"] or ())]
         return anew + [slide for slide, names in extend.items() if encoder in names]
 
-    def _shard(self, table: str, rows: pa.Table, slides: Sequence[str]) -> Shard | None:
+    def _shard(
+        self, table: str, rows: pa.Table, slides: Sequence[str], incoming: pa.Table | None = None
+    ) -> Shard | None:
         rows = rows.filter(pc.is_in(rows["slide_id"], pa.array(slides, pa.string())))
         if rows.num_rows == 0:
             return None
-        return write_shard(self.uri, table, rows, self._archive.dataset(table).schema)
+        schema = self._archive.dataset(table).schema
+        if table != SLIDES and PATIENT in schema.names and PATIENT not in rows.column_names:
+            # Embeddings of archives before layout 4 repeat the patient.
+            of = self._archive.slides(columns=["slide_id", PATIENT], slide_ids=slides)
+            people = pa.concat_tables(
+                [of if incoming is None else incoming.select(of.column_names), of]
+            )
+            at = pc.index_in(rows["slide_id"], people["slide_id"].combine_chunks())
+            rows = rows.append_column(PATIENT, people[PATIENT].take(at))
+        return write_shard(self.uri, table, rows, schema)
 
     def _narrowed(self, shard: Shard, slides: Sequence[str]) -> Shard | None:
         """Return a shard that holds rows of these slides only, rewritten if it must be."""
@@ -488,13 +548,15 @@ class Committer:
 
     def _changed(self, changes: Mapping[str, Mapping[str, Any]]) -> pa.Table:
         """Return the stored rows of slides with some of their columns changed."""
-        schema = pa.schema([field for field in slides_schema() if field.name != CHECKSUM])
-        rows = []
-        for ids in transactions.chunks(list(changes)):
-            stored = open_table(self.uri, "slides").to_table(filter=sql_in("slide_id", ids))
-            for row in stored.drop_columns([CHECKSUM]).to_pylist():
-                rows.append(row | dict(changes[row["slide_id"]]))
-        return pa.Table.from_pylist(rows, schema=schema).select(_SLIDE_COLUMNS)
+        stored = open_table(self.uri, SLIDES)
+        schema = pa.schema([field for field in stored.schema if field.name != CHECKSUM])
+        if not changes:
+            return schema.empty_table()
+        where = pc.field("slide_id").isin(list(changes))
+        rows = stored.to_table(columns=schema.names, filter=where).to_pylist()
+        return pa.Table.from_pylist(
+            [row | dict(changes[row["slide_id"]]) for row in rows], schema=schema
+        )
 
     def _hide(self, slide_ids: Collection[str]) -> None:
         transactions.delete_rows(self.lock, "slides", "slide_id", list(slide_ids))
@@ -517,3 +579,10 @@ class Committer:
         for table in self._archive.tables() if slide_ids else ():
             if self._archive.table(table).spec.on_grid:
                 transactions.delete_rows(self.lock, table, "slide_id", list(slide_ids))
+
+
+def _encoders(
+    ledger: Mapping[str, dict[str, Any]], extended: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return the ledger's rows of slides that got further encoders."""
+    return {slide: ledger[slide] | dict(change) for slide, change in extended.items()}

@@ -15,7 +15,7 @@ from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.schema import SCHEMA_VERSION
 from pathflip.archive.settings import meta_rows
 from pathflip.archive.storage import find_table, guarded, is_local, local_tables, normalise
-from pathflip.archive.tables import META, tables_of
+from pathflip.archive.tables import META, PICTURES, tables_of
 from pathflip.errors import ArchiveError
 
 
@@ -56,6 +56,7 @@ def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
     settings = {
         "schema_version": SCHEMA_VERSION,
         "tiling": wanted,
+        PICTURES: {},
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "package_version": package,
     }

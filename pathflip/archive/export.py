@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pathflip.archive.archive import Archive
+from pathflip.archive.schema import slides_schema
 from pathflip.archive.storage import guarded, is_local, rows_per_batch
-from pathflip.archive.tables import SLIDES
+from pathflip.archive.tables import PICTURES, SLIDES
 from pathflip.errors import ConfigError
 from pathflip.files import partial
 
@@ -23,7 +24,8 @@ def export_parquet(archive: Archive, folder: str | Path) -> dict[str, int]:
     """Write every table whose rows belong to slides as Parquet.
 
     Layout: ``<folder>/<table>/part-00000.parquet`` and so on. Only rows of ready slides; of
-    ``slides`` itself, all rows whatever their status. The folder appears once it is complete.
+    ``slides`` itself, all rows whatever their status, with the pictures. The folder appears once it
+    is complete.
 
     Args:
         archive: The archive.
@@ -45,7 +47,7 @@ def export_parquet(archive: Archive, folder: str | Path) -> dict[str, int]:
     try:
         with guarded(str(target), "export"):
             for table in archive.tables():
-                if archive.table(table).spec.per_slide:
+                if archive.table(table).spec.per_slide and table != PICTURES:
                     (draft / table).mkdir(parents=True)
                     written[table] = _export_table(archive, table, draft / table)
             if target.exists():
@@ -63,19 +65,23 @@ def _export_table(archive: Archive, table: str, folder: Path) -> int:
     per_file = ROWS_PER_FILE if archive.table(table).spec.wide else 1 << 20
     ready = pa.array(sorted(archive.ready_ids(archive.encoder_of(table))), pa.string())
     total, in_file, part, writer = 0, 0, 0, None
-    batches: Any = dataset.to_batches(batch_size=rows_per_batch(dataset.schema))
+    schema = slides_schema() if table == SLIDES else dataset.schema
+    batches: Any = dataset.to_batches(batch_size=rows_per_batch(schema))
     try:
-        writer = pq.ParquetWriter(folder / "part-00000.parquet", dataset.schema)
+        writer = pq.ParquetWriter(folder / "part-00000.parquet", schema)
         with guarded(archive.uri, f"read the table {table}", damaged=is_local(archive.uri)):
             for batch in batches:
                 rows = pa.Table.from_batches([batch])
-                if table != SLIDES:  # the ledger: all slides, whatever became of them
+                if table == SLIDES:  # the ledger: all slides, whatever became of them
+                    ids = rows["slide_id"].to_pylist()
+                    rows = archive.slides(columns=schema.names, slide_ids=ids).cast(schema)
+                else:
                     rows = rows.filter(pc.is_in(rows["slide_id"], ready))
                 if in_file and in_file + rows.num_rows > per_file:
                     writer.close()
                     part += 1
                     path = folder / f"part-{part:05d}.parquet"
-                    writer, in_file = pq.ParquetWriter(path, dataset.schema), 0
+                    writer, in_file = pq.ParquetWriter(path, schema), 0
                 writer.write_table(rows)
                 in_file += rows.num_rows
                 total += rows.num_rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pyarrow as pa
 from pathflip.archive.schema import conform
 from pathflip.archive.storage import (
     digest_file,
+    filesystem,
     find_table,
     guarded,
     is_local,
@@ -105,15 +107,77 @@ def write_shard(uri: str, table: str, data: pa.Table, schema: pa.Schema) -> Shar
     rows = conform(data, schema)
     with guarded(uri, f"write rows of table {table}"):
         written = write_fragments(rows, table_uri(uri, table))
-        paths = [f"{table}.lance/data/{file.path}" for item in written for file in item.files]
-        files = {path: digest_file(uri, path) for path in paths}
     owner = rows["slide_id"].to_pylist() if "slide_id" in rows.column_names else []
-    return Shard(
-        table=table,
-        rows=dict(Counter(owner)),
-        files=files,
-        fragments=[item.to_json() for item in written],
-    )
+    return _shard(uri, table, written, dict(Counter(owner)))
+
+
+def _shard(uri: str, table: str, written: Sequence[Any], rows: dict[str, int]) -> Shard:
+    """Return the shard of fragments that were written, with digests of their files."""
+    paths = [f"{table}.lance/data/{file.path}" for item in written for file in item.files]
+    with guarded(uri, f"write rows of table {table}"):
+        files = {path: digest_file(uri, path) for path in paths}
+    fragments = [item.to_json() for item in written]
+    return Shard(table=table, rows=rows, files=files, fragments=fragments)
+
+
+def merge_small(
+    uri: str, shards: Sequence[Shard], *, small: int, size: int
+) -> tuple[list[Shard], list[str]]:
+    """Write small fragments that nobody has seen yet as fewer large ones.
+
+    Rows are taken over with their checksums, so damage to a file in between is found later.
+
+    Args:
+        uri: The archive.
+        shards: Shards of any tables.
+        small: Bytes below which a shard is merged with others.
+        size: Bytes from which on a new fragment takes no further shard.
+
+    Returns:
+        The shards to commit, and the files that are not needed once they are.
+    """
+    from lance.file import LanceFileReader
+    from lance.fragment import write_fragments
+
+    kept: list[Shard] = []
+    groups: list[list[Shard]] = []
+    for shard in sorted(shards, key=lambda shard: shard.table):
+        last = groups[-1] if groups else []
+        if _bytes(shard) >= small:
+            kept.append(shard)
+        elif last and last[0].table == shard.table and sum(map(_bytes, last)) < size:
+            last.append(shard)
+        else:
+            groups.append([shard])
+    spent: list[str] = []
+    for group in groups:
+        if len(group) < 2:
+            kept += group
+            continue
+        table, paths = group[0].table, [path for shard in group for path in shard.files]
+        with guarded(uri, f"read rows of table {table}"):
+            rows = pa.concat_tables(
+                LanceFileReader(f"{uri}/{path}").read_all().to_table() for path in paths
+            )
+        with guarded(uri, f"write rows of table {table}"):
+            written = write_fragments(
+                rows.cast(open_table(uri, table).schema), table_uri(uri, table)
+            )
+        kept.append(_shard(uri, table, written, Shard.joined(group).rows))
+        spent += paths
+    return kept, spent
+
+
+def remove_files(uri: str, paths: Sequence[str]) -> None:
+    """Remove files that were never committed; those that cannot be removed maintain removes."""
+    system, root = filesystem(uri)
+    for path in paths:
+        with suppress(OSError):
+            system.delete_file(f"{root}/{path}")
+
+
+def _bytes(shard: Shard) -> int:
+    return sum(size for _, size in shard.files.values())
 
 
 def create_table(uri: str, table: str, schema: pa.Schema, rows: pa.Table | None = None) -> None:

@@ -39,7 +39,7 @@ _MAX_SEGMENTS = 4
 """Rebuild the vector index at this many segments: every query reads all of them, and fragments of
 different segments are not merged."""
 
-_SCALAR = {"slide_id": "BTREE", "kind": "BITMAP", "patient_id": "BTREE"}
+_SCALAR = {"slide_id": "BTREE", "kind": "BITMAP"}
 """Without an index on ``kind``, every query would read that column of all rows."""
 
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from pathflip.archive.archive import Archive
 from pathflip.archive.commit import Committer
+from pathflip.archive.compaction import KEEP_HOURS, free
 from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.lock import ArchiveLock
-from pathflip.archive.storage import filesystem, guarded, known_digests, normalise
-
-KEEP_HOURS = 24
+from pathflip.archive.storage import filesystem, known_digests, normalise
+from pathflip.archive.tables import META
 
 
 def maintain(uri: str | Path) -> dict[str, Any]:
     """Compact, index and clean an archive.
 
-    Merges small fragments, builds or updates the indexes of :mod:`pathflip.archive.indexes`, and
-    deletes versions, and files that no version refers to, that are older than 24 hours. Readers
-    keep their snapshot for that long.
+    Deletes versions, and files that no version refers to, that are older than 24 hours: first of
+    all, so that a full disk has room again. Readers keep their snapshot for that long. Then merges
+    small fragments and builds or updates the indexes of :mod:`pathflip.archive.indexes`.
 
     Returns:
         {"fragments": {table: n}, "indexed": [table.column], "refused": {table.column: recall},
@@ -29,6 +29,9 @@ def maintain(uri: str | Path) -> dict[str, Any]:
         ArchiveError: If the archive is being written (``locked``), missing or damaged.
     """
     where = normalise(uri)
+    tables = [META, *Archive(where).tables()]
+    with ArchiveLock(where) as lock:  # a committer may have to write before it can go on
+        removed = free(lock, tables, hours=KEEP_HOURS)
     with Committer(where) as committer:
         fragments = committer.compact()
         indexed: list[str] = []
@@ -37,13 +40,6 @@ def maintain(uri: str | Path) -> dict[str, Any]:
             refreshed = refresh_indexes(committer.lock, table)
             indexed += refreshed.made
             refused |= refreshed.refused
-        removed = 0
-        for table in fragments:
-            with guarded(where, f"clean the table {table}"):
-                dataset = committer.lock.open(table)
-                keep = timedelta(hours=KEEP_HOURS)
-                removed += dataset.cleanup_old_versions(older_than=keep).bytes_removed
-                removed += _remove_orphans(committer.lock, table)
         system, root = filesystem(where)
         known = known_digests(where)
         infos = system.get_file_info([f"{root}/{path}" for path in known])
@@ -52,20 +48,3 @@ def maintain(uri: str | Path) -> dict[str, Any]:
     return {
         "fragments": fragments, "indexed": indexed, "refused": refused, "bytes_removed": removed,
     }  # fmt: skip
-
-
-def _remove_orphans(lock: ArchiveLock, table: str) -> int:
-    """Remove data files that no version refers to and that are older than a day."""
-    # First: a process suspended after it would take for old what others have written meanwhile.
-    before = datetime.now(UTC) - timedelta(hours=KEEP_HOURS)
-    dataset = lock.open(table)
-    named = {path for batch in dataset.tracked_files() for path in batch["path"].to_pylist()}
-    system, root = filesystem(lock.uri)
-    removed = 0
-    for batch in dataset.all_files():
-        for row in batch.to_pylist():
-            path = row["path"]
-            if path.startswith("data/") and path not in named and row["last_modified"] < before:
-                system.delete_file(f"{root}/{table}.lance/{path}")
-                removed += row["size_bytes"]
-    return removed

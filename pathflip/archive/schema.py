@@ -22,12 +22,15 @@ import pyarrow as pa
 
 from pathflip.geometry import TREE_NODES
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the table layout; an archive with a higher one is refused. 2 added captions and
-models, 3 patch trees: an archive of an older version opens as it is and takes the newer one with
-the first table that needs it."""
+models, 3 patch trees, 4 a table of pictures apart from ``slides`` and embeddings that do not repeat
+the patient. An archive of an older version opens as it is; captions, models and trees are added to
+it, the rest stays as it was made."""
 
 CHECKSUM = "checksum"
+PICTURE_COLUMNS = ("tissue_png", "thumbnail")
+PATIENT = "patient_id"
 
 _KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 
@@ -85,58 +88,71 @@ def meta_schema() -> pa.Schema:
     return _schema("key", [("key", pa.string()), ("value", pa.string())])
 
 
-def slides_schema() -> pa.Schema:
+def slides_schema(*, pictures: bool = True) -> pa.Schema:
     """Return the schema of ``slides``, the ledger: one row per slide, good or bad.
+
+    With ``pictures`` it is all that is known of a slide; without, the stored table, beside which
+    the pictures have a table of their own: rows that change would carry them along.
 
     ``width``, ``height``, ``bounds_*`` are level-0 px, ``mpp`` is µm per level-0 px, ``tissue_mpp``
     and ``thumbnail_mpp`` µm per pixel of those images, ``tissue_mm2`` mm². The thumbnail never
     shows the label or the macro image.
     """
-    i32, i64, f64, text = pa.int32(), pa.int64(), pa.float64(), pa.string()
     return _schema(
         "slide_id",
-        [
-            ("slide_id", text),
-            ("uri", text),
-            ("aliases", pa.list_(text)),
-            ("status", text),
-            ("reason", text),
-            ("message", text),
-            ("stage", text),
-            ("sha256", text),
-            ("bytes", i64),
-            ("mtime_ns", i64),
-            ("vendor", text),
-            ("width", i64),
-            ("height", i64),
-            ("levels", i32),
-            ("mpp", f64),
-            ("mpp_source", text),
-            ("bounds_x0", i64),
-            ("bounds_y0", i64),
-            ("reader", text),
-            ("reader_note", text),
-            ("patient_id", text),
-            ("split", text),
-            ("labels", text),
-            ("n_regions", i32),
-            ("n_patches", i64),
-            ("tiles_ok", i64),
-            ("tiles_bad", i64),
-            ("attempts", i32),
-            ("fingerprint", text),
-            ("encoders", pa.list_(text)),
-            ("tissue_png", pa.binary()),
-            ("tissue_mpp", f64),
-            ("tissue_mm2", f64),
-            ("thumbnail", pa.binary()),
-            ("thumbnail_mpp", f64),
-            ("run_id", text),
-            ("seconds", f64),
-            ("ingested_at", pa.timestamp("us", tz="UTC")),
-            ("package_version", text),
-        ],
+        [field for field in _slide_fields() if pictures or field[0] not in PICTURE_COLUMNS],
     )
+
+
+def pictures_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """Return the schema of ``pictures``: tissue mask (PNG) and thumbnail (JPEG) of a slide."""
+    columns = [(name, pa.binary()) for name in PICTURE_COLUMNS]
+    return _schema("slide_id", [("slide_id", pa.string()), *columns], metadata)
+
+
+def _slide_fields() -> list[tuple[str, pa.DataType]]:
+    i32, i64, f64, text = pa.int32(), pa.int64(), pa.float64(), pa.string()
+    return [
+        ("slide_id", text),
+        ("uri", text),
+        ("aliases", pa.list_(text)),
+        ("status", text),
+        ("reason", text),
+        ("message", text),
+        ("stage", text),
+        ("sha256", text),
+        ("bytes", i64),
+        ("mtime_ns", i64),
+        ("vendor", text),
+        ("width", i64),
+        ("height", i64),
+        ("levels", i32),
+        ("mpp", f64),
+        ("mpp_source", text),
+        ("bounds_x0", i64),
+        ("bounds_y0", i64),
+        ("reader", text),
+        ("reader_note", text),
+        ("patient_id", text),
+        ("split", text),
+        ("labels", text),
+        ("n_regions", i32),
+        ("n_patches", i64),
+        ("tiles_ok", i64),
+        ("tiles_bad", i64),
+        ("attempts", i32),
+        ("fingerprint", text),
+        ("encoders", pa.list_(text)),
+        ("tissue_png", pa.binary()),
+        ("tissue_mpp", f64),
+        ("tissue_mm2", f64),
+        ("thumbnail", pa.binary()),
+        ("thumbnail_mpp", f64),
+        ("run_id", text),
+        ("seconds", f64),
+        ("ingested_at", pa.timestamp("us", tz="UTC")),
+        ("package_version", text),
+    ]
 
 
 def regions_schema(slots: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
@@ -184,14 +200,16 @@ def features_schema(slots: int, dim: int, metadata: Mapping[str, str] | None = N
 
 
 def embeddings_schema(dim: int, metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """Return the schema of ``embeddings_<encoder or model>``; ``kind`` is slide or region."""
+    """Return the schema of ``embeddings_<encoder or model>``; ``kind`` is slide or region.
+
+    The patient of a slide is in ``slides`` alone: there it can change without moving a vector.
+    """
     return _schema(
         "id",
         [
             ("id", pa.string()),
             ("kind", pa.string()),
             ("slide_id", pa.string()),
-            ("patient_id", pa.string()),
             ("x0", pa.int64()),
             ("y0", pa.int64()),
             ("size0", pa.int32()),

@@ -23,6 +23,7 @@ from pathflip.archive.schema import (
     features_schema,
     files_schema,
     meta_schema,
+    pictures_schema,
     regions_schema,
     slides_schema,
     slug,
@@ -32,7 +33,7 @@ from pathflip.archive.schema import (
 )
 from pathflip.archive.settings import entries_of, slots_of
 
-META, SLIDES, FILES = "meta", "slides", "files"
+META, SLIDES, FILES, PICTURES = "meta", "slides", "files", "pictures"
 INGEST = "ingest"
 
 SchemaOf = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, str]], pa.Schema]
@@ -53,6 +54,7 @@ class TableSpec:
         one_per: Table with which this one shares its keys, one row here for each row there; its own
             name if other tables follow it. None if a slide may have any number of rows.
         and_slide: Whether each slide has one more row, keyed by the slide's id.
+        any_status: Whether slides that are not ready may have rows, too.
         count: Column of ``slides`` with the number of rows of a slide in this table.
         fault: Column with the reason why a row is quarantined, null of a good one; the tables that
             follow this one have no row for it.
@@ -76,6 +78,7 @@ class TableSpec:
     per_slide: bool = True
     one_per: str | None = None
     and_slide: bool = False
+    any_status: bool = False
     count: str | None = None
     fault: str | None = None
     derived_from: str | None = None
@@ -121,7 +124,13 @@ TABLES: tuple[TableSpec, ...] = (
     ),
     TableSpec(
         name=SLIDES, key="slide_id",
-        schema=lambda settings, entry, noted: slides_schema(),
+        schema=lambda settings, entry, noted: slides_schema(pictures=PICTURES not in settings),
+    ),
+    TableSpec(
+        name=PICTURES, key="slide_id",
+        schema=lambda settings, entry, noted: pictures_schema(noted),
+        one_per=PICTURES, and_slide=True, derived_from=SLIDES, any_status=True,
+        setting=PICTURES, wide=True, since=4,
     ),
     TableSpec(
         name="regions", key="region_id",

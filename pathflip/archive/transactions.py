@@ -48,6 +48,13 @@ def append(lock: ArchiveLock, shard: Shard) -> None:
         check_count(uri, shard.table, done.count_rows(), expected)
 
 
+def insert(lock: ArchiveLock, table: str, rows: pa.Table) -> None:
+    """Insert rows whose keys are not there yet; unlike :func:`upsert` it looks for none of them."""
+    shard = write_shard(lock.uri, table, rows, lock.open(table).schema)
+    register(lock, shard.files)
+    append(lock, shard)
+
+
 def upsert(lock: ArchiveLock, table: str, rows: pa.Table) -> None:
     """Insert or replace rows by key in one commit; new files are registered before it."""
     import lance
@@ -60,7 +67,8 @@ def upsert(lock: ArchiveLock, table: str, rows: pa.Table) -> None:
     if len(set(rows[key].to_pylist())) != rows.num_rows:
         raise ValueError(f"keys of table {table} are there twice")
     with guarded(uri, f"write rows of table {table}"):
-        transaction, _ = (
+        before = dataset.count_rows()
+        transaction, stats = (
             dataset.merge_insert(key)
             .when_matched_update_all()
             .when_not_matched_insert_all()
@@ -73,8 +81,9 @@ def upsert(lock: ArchiveLock, table: str, rows: pa.Table) -> None:
         ]
         register(lock, {path: digest_file(uri, path) for path in paths})
         done = lance.LanceDataset.commit(dataset, transaction)
-        there = sum(done.count_rows(sql_in(key, ids)) for ids in chunks(rows[key].to_pylist()))
-    check_count(uri, table, there, rows.num_rows)
+        new = stats["num_inserted_rows"]
+        check_count(uri, table, new + stats["num_updated_rows"], rows.num_rows)
+        check_count(uri, table, done.count_rows(), before + new)
 
 
 def delete_rows(lock: ArchiveLock, table: str, column: str, values: Sequence[str]) -> int:
@@ -106,10 +115,11 @@ def register(lock: ArchiveLock, files: Mapping[str, tuple[str, int]]) -> None:
     )
     shard = write_shard(lock.uri, "files", rows, files_schema())
     append(lock, shard)
-    _note_own_digests(lock, shard.files)
+    note_own_digests(lock, shard.files)
 
 
-def _note_own_digests(lock: ArchiveLock, files: Mapping[str, tuple[str, int]]) -> None:
+def note_own_digests(lock: ArchiveLock, files: Mapping[str, tuple[str, int]]) -> None:
+    """Write digests of data files of ``files`` into its configuration."""
     with guarded(lock.uri, "write the digests"):
         dataset = lock.open("files")
         dataset.update_config({SELF_DIGEST + path: d for path, (d, _) in files.items()})
@@ -128,16 +138,21 @@ def register_missing(lock: ArchiveLock, tables: Sequence[str]) -> None:
         found = {path: digest_file(uri, path) for path in missing}
     own = {path: d for path, d in found.items() if path.startswith("files.lance/")}
     if own:
-        _note_own_digests(lock, own)
+        note_own_digests(lock, own)
     register(lock, {path: d for path, d in found.items() if path not in own})
 
 
 def forget_files(lock: ArchiveLock, paths: Collection[str]) -> None:
     """Drop the digests of files that no longer exist."""
     delete_rows(lock, "files", "path", list(paths))
-    if own := [SELF_DIGEST + path for path in paths if path.startswith("files.lance/")]:
+    forget_own_digests(lock, [path for path in paths if path.startswith("files.lance/")])
+
+
+def forget_own_digests(lock: ArchiveLock, paths: Collection[str]) -> None:
+    """Drop digests of data files of ``files`` from its configuration."""
+    if paths:
         with guarded(lock.uri, "drop digests"):
-            lock.open("files").delete_config_keys(own)
+            lock.open("files").delete_config_keys([SELF_DIGEST + path for path in paths])
 
 
 def check_count(uri: str, table: str, found: int, expected: int) -> None:

@@ -3,7 +3,8 @@
 Lance does not notice damage: it returns a flipped bit as data, ``count_rows`` counts rows whose
 data is gone, and a lost or zeroed newest manifest opens as an older or empty table. Therefore every
 data file has a digest in the table ``files`` and every row a checksum, and :func:`verify` reads
-everything.
+everything. Of the keys it keeps hashes (:mod:`pathflip.archive.keys`); only those of slides that
+lack something are read again to say what it is.
 
 Bytes that fail their digest are only decoded in a child process: damaged lengths can make native
 code panic, abort or hang.
@@ -11,16 +12,20 @@ code panic, abort or hang.
 
 from __future__ import annotations
 
+import os
 import time
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pathflip.archive.archive import READY
+from pathflip.archive.keys import Keys, RowKeys, Tally, keys_in
 from pathflip.archive.recover import Salvager, salvage
 from pathflip.archive.schema import intact_rows
 from pathflip.archive.settings import entries_of, read_meta
@@ -36,10 +41,17 @@ from pathflip.archive.storage import (
     own_digests,
     rows_per_batch,
 )
-from pathflip.archive.tables import SLIDES, Table, count_columns, key_of, spec_of, tables_of
+from pathflip.archive.suspects import suspected
+from pathflip.archive.tables import SLIDES, Table, key_of, spec_of, tables_of
 from pathflip.errors import ArchiveError
 
+THREADS = min(8, len(os.sched_getaffinity(0)))
+"""Files digested, and batches of rows checked, at the same time."""
+_BATCH_BYTES = 8 << 20
+_SLIDES_AT_ONCE = 1000
+"""Slides whose keys are in memory at once where something is wrong."""
 _OLD = " Only older versions refer to it."
+_MISSING = "The file is missing."
 
 _Held = dict[str, dict[str, set[str]]]  # table -> slide -> keys
 
@@ -106,15 +118,19 @@ class _Scan:
 
     damaged: list[Damage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    keys: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    keys: Keys = field(default_factory=Keys)
+    bad: dict[tuple[str, int], set[str]] = field(default_factory=dict)  # keys of damaged rows
+    unread: set[tuple[str, int]] = field(default_factory=set)  # fragments
     slides: dict[str, dict[str, Any]] = field(default_factory=dict)
     quarantined: dict[str, set[str]] = field(default_factory=dict)  # table -> keys
+    flawed: dict[str, set[str]] = field(default_factory=dict)  # table -> their slides
     incomplete: set[str] = field(default_factory=set)
     reindex: dict[str, set[str]] = field(default_factory=dict)
     salvager: Salvager
     salvaged: dict[tuple[str, int], tuple[Any, list[tuple[str, str | None]]]] = field(
         default_factory=dict
     )
+    pool: Executor
     files: int = 0
     rows: int = 0
     bytes: int = 0
@@ -137,8 +153,12 @@ def verify(uri: str | Path) -> Report:
 
 def verify_with(salvager: Salvager, where: str) -> Report:
     """Verify an archive as :func:`verify` does, with a process that others use as well."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return _verified(_Scan(salvager=salvager, pool=pool), where)
+
+
+def _verified(scan: _Scan, where: str) -> Report:
     start = time.perf_counter()
-    scan = _Scan(salvager=salvager)
     meta: dict[str, Any] = {}
     settings_fault = ""
     try:
@@ -162,9 +182,7 @@ def verify_with(salvager: Salvager, where: str) -> Report:
     if settings_fault and not any(damage.table == "meta" for damage in scan.damaged):
         scan.damaged.append(Damage(table="meta", kind="table", id="meta", detail=settings_fault))
     _check_old_files(where, known, scan)
-    held = _held(tables, scan)
-    _check_slides(named, held, set(entries_of(meta, "encoder")), scan)
-    _check_derived(named, held, scan)
+    _check_keys(where, named, tables, set(entries_of(meta, "encoder")), scan)
     order = {"table": 0, "file": 1}
     scan.damaged.sort(key=lambda d: (order.get(d.kind, 2), d.table, d.id, d.kind))
     return Report(
@@ -201,7 +219,7 @@ def _trusted_digests(uri: str, scan: _Scan) -> dict[str, tuple[str, int]]:
             numbers = {number: path for path, number in data_paths(dataset, "files").items()}
             for fragment in dataset.get_fragments():
                 path = numbers[fragment.fragment_id]
-                if _file_fault(uri, path, known.get(path), _Scan(salvager=scan.salvager)):
+                if _digested(uri, path, known.get(path))[0]:
                     rows, _ = _salvaged(uri, "files", fragment.fragment_id, scan)
                 else:
                     rows = fragment.to_table()
@@ -233,13 +251,12 @@ def _check_table(
     key = key_of(table)
     suspect: set[int] = set()
     undigested = 0
-    for path, number in sorted(paths.items()):
-        fault = _file_fault(uri, path, known.get(path), scan)
+    for path, fault in _file_faults(uri, sorted(paths), known, scan):
         undigested += path not in known
         if fault:
-            suspect.add(number)
+            suspect.add(paths[path])
             scan.damaged.append(
-                Damage(table=table, kind="file", id=path, detail=fault, fragment=number)
+                Damage(table=table, kind="file", id=path, detail=fault, fragment=paths[path])
             )
     if undigested and known:
         scan.notes.append(
@@ -251,27 +268,26 @@ def _check_table(
         bad: list[tuple[str, str | None]] = []
         if number not in suspect:
             try:
-                for batch in _batches(fragment, dataset.schema):
-                    ok = intact_rows(batch)
-                    wrong = batch.filter(pa.array(~ok))
-                    ids = wrong.column(key).to_pylist()
-                    bad += [(str(row), None) for row in ids]
-                    _note_rows(table, key, batch.filter(pa.array(ok)), scan)
-                    scan.rows += batch.num_rows
+                for good, wrong in _checked(fragment, dataset.schema, table, key, scan):
+                    bad += [(row, None) for row in wrong]
+                    _note_rows(table, good, scan)
+                    scan.rows += good.rows + len(wrong)
             except BaseException as error:
                 if not is_failure(error):
                     raise
                 text = " ".join(str(error).split())[:200]
                 path = next((p for p, n in paths.items() if n == number), table)
                 detail = f"The rows cannot be read: {text}"
+                scan.unread.add((table, number))
                 scan.damaged.append(
                     Damage(table=table, kind="file", id=path, detail=detail, fragment=number)
                 )
         else:
-            good, bad = _salvaged(uri, table, number, scan)
-            if good is not None:
-                _note_rows(table, key, good, scan)
-                scan.rows += good.num_rows + len(bad)
+            rows, bad = _salvaged(uri, table, number, scan)
+            if rows is not None:
+                _note_rows(table, keys_in(rows, table, key), scan)
+                scan.rows += rows.num_rows + len(bad)
+        scan.bad[table, number] = {row for row, _ in bad}
         scan.damaged += [
             Damage(
                 table=table,
@@ -285,35 +301,69 @@ def _check_table(
         ]
 
 
-def _file_fault(uri: str, path: str, known: tuple[str, int] | None, scan: _Scan) -> str | None:
+def _file_faults(
+    uri: str, paths: Sequence[str], known: Mapping[str, tuple[str, int]], scan: _Scan
+) -> Iterator[tuple[str, str | None]]:
+    """Yield each file with what is wrong with it, digested side by side."""
+    found = scan.pool.map(lambda path: _digested(uri, path, known.get(path)), paths)
+    for path, (fault, size) in zip(paths, found, strict=True):
+        if size is not None:
+            scan.files += 1
+            scan.bytes += size
+        yield path, fault
+
+
+def _digested(uri: str, path: str, known: tuple[str, int] | None) -> tuple[str | None, int | None]:
+    """Return what is wrong with a file, and its size if it could be read."""
     try:
         sha256, size = digest_file(uri, path)
     except FileNotFoundError:
-        return "The file is missing."
+        return _MISSING, None
     except OSError as error:
-        return f"The file cannot be read: {error}"
-    scan.files += 1
-    scan.bytes += size
+        return f"The file cannot be read: {error}", None
     if known is not None and known[0] != sha256:
-        return "The file's bytes are not those that were written (sha256 differs)."
-    return None
+        return "The file's bytes are not those that were written (sha256 differs).", size
+    return None, size
+
+
+def _checked(
+    fragment: Any, schema: pa.Schema, table: str, key: str, scan: _Scan
+) -> Iterator[tuple[RowKeys, list[str]]]:
+    """Yield the good rows of a fragment and the keys of the bad ones, batch by batch."""
+
+    def check(batch: pa.RecordBatch) -> tuple[RowKeys, list[str]]:
+        ok = pa.array(intact_rows(batch))
+        wrong = batch.filter(pc.invert(ok)).column(key).to_pylist()
+        return keys_in(batch.filter(ok), table, key), [str(row) for row in wrong]
+
+    waiting: deque[Future[tuple[RowKeys, list[str]]]] = deque()
+    fault = None
+    try:
+        for batch in _batches(fragment, schema):
+            waiting.append(scan.pool.submit(check, batch))
+            if len(waiting) > THREADS:
+                yield waiting.popleft().result()
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        fault = error  # what was read before it counts
+    while waiting:
+        yield waiting.popleft().result()
+    if fault is not None:
+        raise fault
 
 
 def _batches(fragment: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    yield from fragment.to_batches(batch_size=rows_per_batch(schema), batch_readahead=2)
+    size = rows_per_batch(schema, budget=_BATCH_BYTES)
+    yield from fragment.to_batches(batch_size=size, batch_readahead=1)
 
 
-def _note_rows(table: str, key: str, rows: pa.Table | pa.RecordBatch, scan: _Scan) -> None:
-    ids = rows.column(key).to_pylist()
-    if table == "slides":
-        columns = ["slide_id", "status", "encoders", *count_columns()]
-        scan.slides |= {row["slide_id"]: row for row in rows.select(columns).to_pylist()}
-    spec = spec_of(table)
-    if spec is not None and spec.fault is not None:
-        faults = zip(ids, rows.column(spec.fault).to_pylist(), strict=True)
-        scan.quarantined.setdefault(table, set()).update(key for key, fault in faults if fault)
-    owners = rows.column("slide_id").to_pylist() if "slide_id" in rows.schema.names else ids
-    scan.keys.setdefault(table, []).extend(zip(ids, owners, strict=True))
+def _note_rows(table: str, rows: RowKeys, scan: _Scan) -> None:
+    scan.slides |= rows.slides
+    if rows.quarantined:
+        scan.quarantined.setdefault(table, set()).update(rows.quarantined)
+        scan.flawed.setdefault(table, set()).update(rows.quarantined.values())
+    scan.keys.add(table, rows.hashes, rows.owners, rows.of)
 
 
 def _check_old_files(uri: str, known: dict[str, tuple[str, int]], scan: _Scan) -> None:
@@ -324,9 +374,8 @@ def _check_old_files(uri: str, known: dict[str, tuple[str, int]], scan: _Scan) -
             current |= set(data_paths(open_table(uri, table), table))
         except ArchiveError:
             continue
-    for path in sorted(set(known) - current):
-        fault = _file_fault(uri, path, known[path], scan)
-        if fault and fault != "The file is missing.":
+    for path, fault in _file_faults(uri, sorted(set(known) - current), known, scan):
+        if fault and fault != _MISSING:
             scan.damaged.append(
                 Damage(table=_table_of(path), kind="file", id=path, detail=fault + _OLD)
             )
@@ -336,24 +385,97 @@ def _table_of(path: str) -> str:
     return path.split(".lance/", 1)[0]
 
 
-def _held(tables: Mapping[str, Table], scan: _Scan) -> _Held:
-    """Group the keys that were read by table and slide, and report duplicates."""
+def _check_keys(
+    uri: str,
+    named: Mapping[str, Table],
+    tables: Mapping[str, Table],
+    encoders: Collection[str],
+    scan: _Scan,
+) -> None:
+    """Check that slides have the rows they must have, and no key twice."""
+    tallies = {table: scan.keys.tally(table) for table in scan.keys.tables()}
+    _note_hidden(tallies, scan)
+    suspects, waiting = suspected(
+        named, tallies, scan.keys.slides, scan.slides, scan.flawed, encoders
+    )
+    for start in range(0, len(suspects), _SLIDES_AT_ONCE):
+        slides = suspects[start : start + _SLIDES_AT_ONCE]
+        held = _held(uri, tables, slides, scan)
+        own = {slide: scan.slides[slide] for slide in slides if slide in scan.slides}
+        _check_slides(named, held, encoders, own, scan)
+        waiting += _check_derived(named, held, own, scan)
+    for table, count in waiting.items():
+        if count:
+            scan.notes.append(
+                f"{count} slides have no rows in table {table} yet; make them: "
+                f"pathflip {named[table].spec.made_by}."
+            )
+
+
+def _note_hidden(tallies: Mapping[str, Tally], scan: _Scan) -> None:
+    for table, tally in tallies.items():
+        spec = spec_of(table)
+        if spec is None or spec.derived_from is None:
+            continue
+        seen = [
+            number
+            for slide, number in scan.keys.slides.items()
+            if (row := scan.slides.get(slide)) and (spec.any_status or row["status"] == READY)
+        ]
+        if hidden := int(tally.rows.sum() - tally.rows[seen].sum()):
+            scan.notes.append(
+                f"{hidden} rows of table {table} belong to no ready slide; readers do not see "
+                "them, and the next ingest deletes them."
+            )
+
+
+def _held(uri: str, tables: Mapping[str, Table], slides: Sequence[str], scan: _Scan) -> _Held:
+    """Return the keys of good rows of some slides, read again, and report duplicates."""
     held: _Held = {}
-    for table, rows in scan.keys.items():
-        for (key, slide), count in Counter(rows).items():
-            held.setdefault(table, {}).setdefault(slide, set()).add(key)
+    for table in scan.keys.tables():
+        rows: Counter[tuple[str, str]] = Counter()
+        dataset, key = open_table(uri, table), key_of(table)
+        for fragment in dataset.get_fragments():
+            bad = scan.bad.get((table, fragment.fragment_id), ())
+            for found in _read_again(fragment, dataset.schema, table, key, slides, scan):
+                owners = found.column("slide_id" if "slide_id" in found.schema.names else key)
+                pairs = zip(found.column(key).to_pylist(), owners.to_pylist(), strict=True)
+                rows.update(pair for pair in pairs if pair[0] not in bad)
+        for (one, slide), count in rows.items():
+            held.setdefault(table, {}).setdefault(slide, set()).add(one)
             if count > 1:
                 _lose(tables[table], slide, scan)
                 scan.damaged.append(
                     Damage(
                         table=table,
                         kind="duplicate",
-                        id=key,
+                        id=one,
                         detail=f"The key is there {count} times.",
                         slide_id=slide,
                     )
                 )
     return held
+
+
+def _read_again(
+    fragment: Any, schema: pa.Schema, table: str, key: str, slides: Sequence[str], scan: _Scan
+) -> Iterator[pa.Table | pa.RecordBatch]:
+    """Yield the rows of some slides in a fragment, as far as they were read before."""
+    owner = "slide_id" if "slide_id" in schema.names else key
+    at, where = (table, fragment.fragment_id), pc.field(owner).isin(list(slides))
+    if at in scan.salvaged:
+        good, _ = scan.salvaged[at]
+        if good is not None:
+            yield good.filter(where)
+    elif at in scan.unread:
+        try:
+            for batch in _batches(fragment, schema):
+                yield batch.filter(where)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+    else:
+        yield fragment.to_table(columns=list(dict.fromkeys([key, owner])), filter=where)
 
 
 def _lose(table: Table, slide: str, scan: _Scan) -> None:
@@ -365,21 +487,17 @@ def _lose(table: Table, slide: str, scan: _Scan) -> None:
 
 
 def _check_slides(
-    named: Mapping[str, Table], held: _Held, encoders: Collection[str], scan: _Scan
+    named: Mapping[str, Table],
+    held: _Held,
+    encoders: Collection[str],
+    slides: Mapping[str, Mapping[str, Any]],
+    scan: _Scan,
 ) -> None:
     """Check that ready slides have exactly the rows that ingest wrote.
 
     Imported rows, and rows computed after ingest, can be lost without losing the slide.
     """
-    ready = {slide: row for slide, row in scan.slides.items() if row["status"] == READY}
-    for table, owned in held.items():
-        hidden = sum(len(keys) for slide, keys in owned.items() if slide not in ready)
-        spec = spec_of(table)
-        if hidden and spec is not None and spec.derived_from is not None:
-            scan.notes.append(
-                f"{hidden} rows of table {table} belong to no ready slide; readers do not see "
-                "them, and the next ingest deletes them."
-            )
+    ready = {slide: row for slide, row in slides.items() if row["status"] == READY}
     listed = {(damage.table, damage.id) for damage in scan.damaged}
     made = [table for table in named.values() if table.ingested and table.spec.one_per]
     for slide, row in sorted(ready.items()):
@@ -425,8 +543,18 @@ def _keys(tables: Iterable[Table], slide: str, held: _Held) -> set[str]:
     return {key for t in tables for key in held.get(t.name, {}).get(slide, ())} - {slide}
 
 
-def _check_derived(named: Mapping[str, Table], held: _Held, scan: _Scan) -> None:
-    """Check that a slide has all or none of its rows in each table computed after ingest."""
+def _check_derived(
+    named: Mapping[str, Table],
+    held: _Held,
+    slides: Mapping[str, Mapping[str, Any]],
+    scan: _Scan,
+) -> Counter[str]:
+    """Check that a slide has all or none of its rows in each table computed after ingest.
+
+    Returns:
+        {table: slides that have none yet}.
+    """
+    none: Counter[str] = Counter()
     listed = {(damage.table, damage.id) for damage in scan.damaged}
     later = [t for t in named.values() if not t.ingested and t.spec.derived_from and t.spec.one_per]
     for table in later:
@@ -434,8 +562,7 @@ def _check_derived(named: Mapping[str, Table], held: _Held, scan: _Scan) -> None
         # What a killed writer left of them it deletes the next time, and nobody reads it.
         alone = scan.quarantined.get(str(table.spec.one_per), set())
         alone = set() if table.name == table.spec.one_per else alone
-        waiting = 0
-        for slide, row in sorted(scan.slides.items()):
+        for slide, row in sorted(slides.items()):
             if row["status"] != READY or table.encoder not in (None, *(row["encoders"] or ())):
                 continue
             there = len(held.get(table.name, {}).get(slide, set()) - alone)
@@ -445,7 +572,7 @@ def _check_derived(named: Mapping[str, Table], held: _Held, scan: _Scan) -> None
             if there == wanted:
                 continue
             if not there:
-                waiting += 1
+                none[table.name] += 1
                 continue
             scan.reindex.setdefault(table.name, set()).add(slide)
             if (table.name, slide) not in listed:
@@ -458,8 +585,4 @@ def _check_derived(named: Mapping[str, Table], held: _Held, scan: _Scan) -> None
                         slide_id=slide,
                     )
                 )
-        if waiting:
-            scan.notes.append(
-                f"{waiting} slides have no rows in table {table.name} yet; make them: "
-                f"pathflip {table.spec.made_by}."
-            )
+    return none

@@ -27,6 +27,8 @@ KS = (1, 5, 10)
 BATCH = 64
 """Gallery size of the protocol ``batch64``: the paper evaluates "with a batch size of 64"."""
 SHUFFLES = 20
+BLOCK_BYTES = 64 << 20
+"""Bytes of similarities that are in memory at once; what is made of them takes as much again."""
 
 
 def ranks(similarity: ArrayLike, positives: ArrayLike) -> NDArray[np.int64]:
@@ -231,12 +233,40 @@ def _hits(
     wanted = np.asarray(ks)
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        near, right = slide[rows] @ text[rows].T, ids[rows, None] == ids[None, rows]
-        itr[rows] = ranks(near, right)[:, None] <= wanted
-        tir[rows] = ranks(near.T, right.T)[:, None] <= wanted
+        of_slide, of_text = _both_ranks(slide[rows], text[rows], ids[rows])
+        itr[rows] = of_slide[:, None] <= wanted
+        tir[rows] = of_text[:, None] <= wanted
         # Equality is symmetric, so both ways have the same chance.
-        chance[rows] = _chance_hits(right.sum(axis=1), len(rows), ks)
+        _, kind, alike = np.unique(ids[rows], return_inverse=True, return_counts=True)
+        chance[rows] = _chance_hits(alike[kind], len(rows), ks)
     return itr, tir, chance
+
+
+def _both_ranks(
+    slide: NDArray[np.float64], text: NDArray[np.float64], ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return :func:`ranks` of a gallery's slides and of its captions [m], a block at a time.
+
+    A caption's best slide lies in any block, so similarities are computed twice: once to find it,
+    once to count what is ahead of it. The same blocks give the same bits both times, without which
+    ties would come apart.
+    """
+    count = len(ids)
+    step = max(1, BLOCK_BYTES // (8 * count))
+    blocks = [np.arange(start, min(start + step, count)) for start in range(0, count, step)]
+    of_slide = np.empty(count, np.int64)
+    best = np.full(count, -np.inf)
+    for rows in blocks:
+        near, right = slide[rows] @ text.T, ids[rows, None] == ids
+        of_slide[rows] = ranks(near, right)
+        usable = right & ~np.isnan(near)
+        np.maximum(best, np.max(near, axis=0, initial=-np.inf, where=usable), out=best)
+    of_text = np.ones(count, np.int64)
+    for rows in blocks:
+        if len(blocks) > 1:
+            near, right = slide[rows] @ text.T, ids[rows, None] == ids
+        of_text += (~right & ~(near < best)).sum(axis=0, dtype=np.int64)
+    return of_slide, of_text
 
 
 def _chance_hits(num_positives: NDArray[Any], size: int, ks: Sequence[int]) -> NDArray[np.float64]:

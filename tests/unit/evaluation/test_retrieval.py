@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalRecall
 
-from pathflip.evaluation.retrieval import chance_at, recall_at, retrieval, text_ids
+import pathflip.evaluation.retrieval as retrieval_module
+from pathflip.evaluation.retrieval import chance_at, ranks, recall_at, retrieval, text_ids
 
 
 @pytest.mark.parametrize("k", [1, 5, 10])
@@ -110,3 +111,17 @@ def test_random_vectors_are_at_chance_and_seeds_repeat() -> None:
             shuffled = found["shuffled"][way][k]
             assert abs(shuffled["mean"] - chance) < 4 * (chance / 640) ** 0.5
             assert 0 < shuffled["sd"] < 0.05
+
+
+def test_blocks_give_the_same_ranks_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers have no rounding: ties and equal captions included, nothing may differ."""
+    rng = np.random.default_rng(3)
+    slide, text = rng.integers(-2, 3, (2, 97, 6)).astype(np.float64)
+    slide[5], slide[40, 0] = slide[4], np.nan
+    ids = rng.integers(0, 60, 97)
+    near, right = slide @ text.T, ids[:, None] == ids
+    expected = ranks(near, right), ranks(near.T, right.T)
+    for rows in (1, 10, 96, 97, 500):
+        monkeypatch.setattr(retrieval_module, "BLOCK_BYTES", 8 * 97 * rows)
+        found = retrieval_module._both_ranks(slide, text, ids)
+        np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,200 @@
+"""Merges small fragments of an archive's tables and frees what nobody reads any more.
+
+A fragment of :data:`FRAGMENT_BYTES` or more is never written again, so the bytes that an archive
+writes while it grows are in proportion to what it holds. What a merge replaces stays for a day, for
+readers of older states. So while an ingest goes on, only tables with many small fragments are
+merged, and as long as what is left behind is less than :data:`ALLOWED` of what the archive holds.
+A merge then has to make a fragment at least twice as large as any of its parts: a row is written
+again as often as its fragment doubles before it has that size, and no oftener.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pathflip.archive import transactions
+from pathflip.archive.lock import ArchiveLock
+from pathflip.archive.storage import (
+    data_paths,
+    digest_file,
+    filesystem,
+    guarded,
+    is_local,
+    open_table,
+    own_digests,
+    rows_per_batch,
+)
+from pathflip.archive.tables import FILES
+
+FRAGMENT_BYTES = 16 << 20
+"""Bytes of a fragment's files from which on it stays as it is."""
+KEEP_HOURS = 24
+"""Hours for which versions are kept: readers keep their snapshot, and fences their effect."""
+ALLOWED = 0.2
+"""Bytes that merges may leave behind during an ingest, as a share of those of the archive."""
+_MANY, _TOO_MANY = 128, 1024
+"""Small fragments of a table from which on they are merged, and merged whatever that takes: each
+commit writes the list of all fragments."""
+_TIERS = (256, 16, 1)
+"""Sizes below which fragments are merged, as parts of ``FRAGMENT_BYTES``, smallest first."""
+_ROW_BYTES = 64
+"""Least bytes of a row, where a table is too small to tell."""
+
+
+def merge_all(lock: ArchiveLock, tables: Sequence[str]) -> dict[str, int]:
+    """Merge all small fragments, and rewrite those of which a tenth of the rows is deleted.
+
+    Args:
+        lock: The archive's lock, which the caller holds.
+        tables: The tables, ``files`` last: the others have their new files registered there.
+
+    Returns:
+        {table: fragments now}.
+    """
+    for table in tables:
+        _merge(lock, table, tiers=_TIERS[-1:], chosen=lambda rows, size: True)
+    return {table: len(open_table(lock.uri, table).get_fragments()) for table in tables}
+
+
+def merge_some(lock: ArchiveLock, tables: Sequence[str]) -> None:
+    """Merge what is due while an archive is being written.
+
+    Args:
+        lock: The archive's lock, which the caller holds.
+        tables: The tables, ``files`` last.
+    """
+    small = {table: _small_fragments(lock.open(table)) for table in tables}
+    due = [table for table in tables if small[table] >= _MANY]
+    if not due:
+        return
+    held, left = _bytes_of(lock, tables)
+    for table in due:
+        forced = small[table] >= _TOO_MANY
+
+        def affordable(rows: list[int], size: float, forced: bool = forced) -> bool:
+            nonlocal left
+            if len(rows) < 2 or sum(rows) < 2 * max(rows):
+                return False
+            if not forced and left + size > ALLOWED * held:
+                return False
+            left += size
+            return True
+
+        _merge(lock, table, tiers=_TIERS, chosen=affordable)
+
+
+def _merge(
+    lock: ArchiveLock,
+    table: str,
+    *,
+    tiers: Sequence[int],
+    chosen: Callable[[list[int], float], bool],
+) -> None:
+    """Merge small fragments of a table and digest the new files.
+
+    Args:
+        lock: The archive's lock.
+        table: The table.
+        tiers: Sizes below which fragments are merged, one after another.
+        chosen: Function of rows of the fragments of a merge, and of their bytes.
+    """
+    uri, dataset = lock.uri, lock.open(table)
+    rows, before = dataset.count_rows(), set(data_paths(dataset, table))
+    changed = False
+    for tier in tiers:
+        with guarded(uri, f"compact the table {table}"):
+            done = _merge_below(dataset, FRAGMENT_BYTES // tier, chosen)
+        if done:
+            changed, dataset = True, lock.open(table)
+    if not changed:
+        return
+    transactions.check_count(uri, table, dataset.count_rows(), rows)
+    now = set(data_paths(dataset, table))
+    with guarded(uri, "read new files", damaged=is_local(uri)):
+        made = {path: digest_file(uri, path) for path in sorted(now - before)}
+    if table == FILES:
+        transactions.note_own_digests(lock, made)
+        # Older versions do without: the row of every file has a checksum of its own.
+        transactions.forget_own_digests(lock, set(own_digests(dataset.config())) - now)
+    else:
+        transactions.register(lock, made)
+
+
+def _merge_below(dataset: Any, size: int, chosen: Callable[[list[int], float], bool]) -> bool:
+    """Merge the fragments of a table that are smaller than a size in bytes."""
+    from lance.optimize import Compaction
+
+    row_bytes = _row_bytes(dataset)
+    options = {
+        "target_rows_per_fragment": max(1, int(size / row_bytes)),
+        "batch_size": rows_per_batch(dataset.schema),
+        "num_threads": 1,
+    }
+    tasks = []
+    for task in Compaction.plan(dataset, options).tasks:
+        rows = [item.physical_rows for item in task.fragments]
+        if chosen(rows, row_bytes * sum(rows)):
+            tasks.append(task)
+    if tasks:
+        Compaction.commit(dataset, [task.execute(dataset) for task in tasks])
+    return bool(tasks)
+
+
+def _small_fragments(dataset: Any) -> int:
+    target = FRAGMENT_BYTES / _row_bytes(dataset)
+    return sum(fragment.physical_rows < target for fragment in dataset.get_fragments())
+
+
+def _row_bytes(dataset: Any) -> float:
+    """Return the mean bytes of a row in a table's files."""
+    size = count = 0
+    for fragment in dataset.get_fragments():
+        parts = [file.file_size_bytes for file in fragment.metadata.files]
+        if all(parts):
+            size, count = size + sum(parts), count + fragment.physical_rows
+    return max(_ROW_BYTES, size / count) if count else _ROW_BYTES
+
+
+def _bytes_of(lock: ArchiveLock, tables: Sequence[str]) -> tuple[float, float]:
+    """Return the bytes of the newest versions' data files, and of all others that are there."""
+    held = there = 0.0
+    for table in tables:
+        dataset = lock.open(table)
+        rows = sum(fragment.physical_rows for fragment in dataset.get_fragments())
+        held += _row_bytes(dataset) * rows
+        for batch in dataset.all_files():
+            there += sum(batch["size_bytes"].to_pylist())
+    return held, max(0.0, there - held)
+
+
+def free(lock: ArchiveLock, tables: Sequence[str], *, hours: float = KEEP_HOURS) -> int:
+    """Delete versions that are older, and files that are older and that no version refers to.
+
+    Writes no rows, so that it works where the disk is full.
+
+    Returns:
+        Bytes removed.
+    """
+    removed, keep = 0, timedelta(hours=hours)
+    for table in tables:
+        with guarded(lock.uri, f"clean the table {table}"):
+            removed += lock.open(table).cleanup_old_versions(older_than=keep).bytes_removed
+            removed += sum(_remove_orphans(lock, table, keep))
+    return removed
+
+
+def _remove_orphans(lock: ArchiveLock, table: str, keep: timedelta) -> Iterator[int]:
+    """Remove data files that no version refers to and that are older; yield their sizes."""
+    # First: a process suspended after it would take for old what others have written meanwhile.
+    before = datetime.now(UTC) - keep
+    dataset = lock.open(table)
+    named = {path for batch in dataset.tracked_files() for path in batch["path"].to_pylist()}
+    system, root = filesystem(lock.uri)
+    for batch in dataset.all_files():
+        for row in batch.to_pylist():
+            path = row["path"]
+            if path.startswith("data/") and path not in named and row["last_modified"] < before:
+                system.delete_file(f"{root}/{table}.lance/{path}")
+                yield row["size_bytes"]
