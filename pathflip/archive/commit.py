@@ -289,7 +289,7 @@ class Committer:
             wanted = self._wanted(shard.table, write, note, extend, incoming)
             if kept := self._narrowed(shard, wanted):
                 new.append(kept)
-        for table, rows in (given | pictures).items():
+        for table, rows in {**given, **pictures}.items():
             wanted = self._wanted(table, write, note, extend, incoming)
             if made := self._shard(table, rows, wanted, slides):
                 new.append(made)

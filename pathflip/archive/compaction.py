@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pathflip.archive import transactions
 from pathflip.archive.lock import ArchiveLock
@@ -28,12 +28,17 @@ from pathflip.archive.storage import (
 )
 from pathflip.archive.tables import FILES
 
+if TYPE_CHECKING:
+    from lance.optimize import CompactionOptions
+
 FRAGMENT_BYTES = 16 << 20
 """Bytes of a fragment's files from which on it stays as it is."""
 KEEP_HOURS = 24
 """Hours for which versions are kept: readers keep their snapshot, and fences their effect."""
 ALLOWED = 0.2
 """Bytes that merges may leave behind during an ingest, as a share of those of the archive."""
+_LITTLE = 64 << 20
+"""Bytes that merges may leave behind in any archive."""
 _MANY, _TOO_MANY = 128, 1024
 """Small fragments of a table from which on they are merged, and merged whatever that takes: each
 commit writes the list of all fragments."""
@@ -77,7 +82,7 @@ def merge_some(lock: ArchiveLock, tables: Sequence[str]) -> None:
             nonlocal left
             if len(rows) < 2 or sum(rows) < 2 * max(rows):
                 return False
-            if not forced and left + size > ALLOWED * held:
+            if not forced and left + size > max(_LITTLE, ALLOWED * held):
                 return False
             left += size
             return True
@@ -127,7 +132,7 @@ def _merge_below(dataset: Any, size: int, chosen: Callable[[list[int], float], b
     from lance.optimize import Compaction
 
     row_bytes = _row_bytes(dataset)
-    options = {
+    options: CompactionOptions = {
         "target_rows_per_fragment": max(1, int(size / row_bytes)),
         "batch_size": rows_per_batch(dataset.schema),
         "num_threads": 1,
@@ -165,7 +170,8 @@ def _bytes_of(lock: ArchiveLock, tables: Sequence[str]) -> tuple[float, float]:
         rows = sum(fragment.physical_rows for fragment in dataset.get_fragments())
         held += _row_bytes(dataset) * rows
         for batch in dataset.all_files():
-            there += sum(batch["size_bytes"].to_pylist())
+            files = zip(batch["path"].to_pylist(), batch["size_bytes"].to_pylist(), strict=True)
+            there += sum(size for path, size in files if path.startswith("data/"))
     return held, max(0.0, there - held)
 
 

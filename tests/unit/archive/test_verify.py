@@ -23,7 +23,7 @@ def test_every_one_of_20_bit_flips_in_data_files_of_all_tables_is_reported(uri, 
     chance = random.Random(11)
     files = sorted(uri.glob("*.lance/data/*.lance"))
     tables = sorted({path.parent.parent for path in files})
-    assert len(tables) == 6
+    assert len(tables) == 7
     for i in range(20):
         path = chance.choice([f for f in files if f.parent.parent == tables[i % 6]])
         byte, bit = chance.randrange(path.stat().st_size), chance.randrange(8)
