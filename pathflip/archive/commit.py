@@ -495,6 +495,8 @@ class Committer:
         if rows.num_rows == 0:
             return None
         schema = self._archive.dataset(table).schema
+        if PATIENT in rows.column_names and PATIENT not in schema.names:
+            rows = rows.drop_columns([PATIENT])  # that of slides holds
         if table != SLIDES and PATIENT in schema.names and PATIENT not in rows.column_names:
             # Embeddings of archives before layout 4 repeat the patient.
             of = self._archive.slides(columns=["slide_id", PATIENT], slide_ids=slides)
