@@ -44,7 +44,7 @@ STAGES = ("open", "list", "lookup", "resume", "patients", "verify", "retrieval",
 
 @dataclass(kw_only=True)
 class Cost:
-    """What a stage took: CPU seconds, seconds, megabytes read, written and in memory at most."""
+    """Cost of a stage: CPU seconds, seconds, megabytes read, written and in memory at most."""
 
     cpu_s: float = 0.0
     wall_s: float = 0.0
