@@ -33,7 +33,10 @@ def archive(tmp_path_factory):
 def truth(query, *, kind="region", keep=lambda row: True):
     """The slow way: every row, plain Python order."""
     rows = [r for n in SLIDES for r in cohort.embedding_rows(n).to_pylist()]
-    rows = [r for r in rows if r["kind"] == kind and keep(r)]
+    slides = [row for n in SLIDES for row in cohort.slide_rows(n).to_pylist()]
+    people = {row["slide_id"]: row["patient_id"] for row in slides}
+    rows = [r | {"patient_id": people[r["slide_id"]]} for r in rows if r["kind"] == kind]
+    rows = [r for r in rows if keep(r)]
     query = np.asarray(query, float)
     scored = []
     for row in rows:
