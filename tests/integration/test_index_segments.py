@@ -79,14 +79,14 @@ def coarse_recall(uri: Path) -> float:
     matrix = np.stack(rows["vector"].to_numpy())
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
     ids, hits = rows["_rowid"].to_numpy(), 0
-    for query in matrix[::97]:
+    for query in matrix[::11]:
         found = dataset.scanner(
             columns=["_distance"], with_row_id=True,
             nearest={"column": "vector", "q": query, "k": 10, "metric": "cosine", "nprobes": 16},
         ).to_table()  # fmt: skip
         truth = ids[np.argsort(-(matrix @ query))[:10]]
         hits += len(set(truth.tolist()) & set(found["_rowid"].to_pylist()))
-    return hits / 10 / len(matrix[::97])
+    return hits / 10 / len(matrix[::11])
 
 
 @pytest.mark.ray
@@ -139,7 +139,7 @@ def test_two_nodes_build_one_index_and_it_goes_on(
         assert index.index_type == "IVF_RQ"
         assert index.num_rows_indexed == dataset.count_rows()
         assert index_recall(dataset) >= 0.97
-        assert coarse_recall(uri) >= coarse_recall(alone) - 0.03
+        assert coarse_recall(uri) >= coarse_recall(alone) - 0.04  # 300 to 400 queries: 0.01
 
 
 def test_fragments_are_shared_by_their_rows() -> None:
