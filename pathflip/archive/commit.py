@@ -29,7 +29,13 @@ import pyarrow.compute as pc
 
 from pathflip.archive import transactions
 from pathflip.archive.archive import READY, Archive, ledger_of
-from pathflip.archive.compaction import FRAGMENT_BYTES, free, merge_all, merge_some
+from pathflip.archive.compaction import (
+    FRAGMENT_BYTES,
+    day_ago,
+    free_versions,
+    merge_all,
+    merge_some,
+)
 from pathflip.archive.fragments import (
     Shard,
     create_table,
@@ -427,7 +433,7 @@ class Committer:
         """Merge and free what is due while an archive is being written, at little cost."""
         merge_some(self.lock, self._all_tables())
         if time.monotonic() - self._freed > FREE_EVERY_S:
-            free(self.lock, self._all_tables())
+            free_versions(self.lock, self._all_tables(), before=day_ago())
             self._freed = time.monotonic()
         self._refresh(self._archive.ledger())
 

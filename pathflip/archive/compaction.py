@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pathflip.archive import transactions
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 FRAGMENT_BYTES = 16 << 20
 """Bytes of a fragment's files from which on it stays as it is."""
 KEEP_HOURS = 24
-"""Hours for which versions are kept: readers keep their snapshot, and fences their effect."""
+"""Hours for which replaced versions are kept: readers keep their snapshot, fences their effect."""
 ALLOWED = 0.2
 """Bytes that merges may leave behind during an ingest, as a share of those of the archive."""
 _LITTLE = 64 << 20
@@ -175,26 +176,52 @@ def _bytes_of(lock: ArchiveLock, tables: Sequence[str]) -> tuple[float, float]:
     return held, max(0.0, there - held)
 
 
-def free(lock: ArchiveLock, tables: Sequence[str], *, hours: float = KEEP_HOURS) -> int:
-    """Delete versions that are older, and files that are older and that no version refers to.
+def day_ago() -> datetime:
+    """Return the time until which what nobody reads any more is kept."""
+    return datetime.now(UTC) - timedelta(hours=KEEP_HOURS)
 
-    Writes no rows, so that it works where the disk is full.
+
+def free_versions(lock: ArchiveLock, tables: Sequence[str], *, before: datetime) -> int:
+    """Delete the versions that were the newest no longer at a time: who read one began earlier.
+
+    A version's own age says nothing: one that was the newest for a week has readers until the next
+    commit. Writes no rows, so that it works where the disk is full.
 
     Returns:
         Bytes removed.
     """
-    removed, keep = 0, timedelta(hours=hours)
+    removed = 0
     for table in tables:
         with guarded(lock.uri, f"clean the table {table}"):
-            removed += lock.open(table).cleanup_old_versions(older_than=keep).bytes_removed
-            removed += sum(_remove_orphans(lock, table, keep))
+            dataset = lock.open(table)
+            if done := _replaced(dataset, before):
+                removed += dataset.cleanup_old_versions(versions=done).bytes_removed
     return removed
 
 
-def _remove_orphans(lock: ArchiveLock, table: str, keep: timedelta) -> Iterator[int]:
-    """Remove data files that no version refers to and that are older; yield their sizes."""
-    # First: a process suspended after it would take for old what others have written meanwhile.
-    before = datetime.now(UTC) - keep
+def _replaced(dataset: Any, before: datetime) -> list[int]:
+    """Return the versions that another one had replaced at a time."""
+    made = [(int(one["version"]), one["timestamp"].astimezone(UTC)) for one in dataset.versions()]
+    made.sort()
+    return [version for (version, _), (_, then) in pairwise(made) if then < before]
+
+
+def free_files(lock: ArchiveLock, tables: Sequence[str], *, before: datetime) -> int:
+    """Delete data files that no version refers to and that were written before a time.
+
+    Not while a job writes: it may be about to commit files that it wrote before it was suspended.
+
+    Returns:
+        Bytes removed.
+    """
+    removed = 0
+    for table in tables:
+        with guarded(lock.uri, f"clean the table {table}"):
+            removed += sum(_remove_orphans(lock, table, before))
+    return removed
+
+
+def _remove_orphans(lock: ArchiveLock, table: str, before: datetime) -> Iterator[int]:
     dataset = lock.open(table)
     named = {path for batch in dataset.tracked_files() for path in batch["path"].to_pylist()}
     system, root = filesystem(lock.uri)

@@ -17,8 +17,8 @@ remains at which it could still write:
    :meth:`pathflip.archive.lock.ArchiveLock.open`. If the lease was still the writer's own then, the
    version lies before the taker's commit; if the version lies behind it, the lease is lost.
 
-Lance sees the taker's commit as long as that version is kept, a day (``maintain.KEEP_HOURS``). Who
-sleeps longer, and in the moment of a commit, is not kept out.
+Lance sees the taker's commit as long as that version is kept, a day
+(``compaction.KEEP_HOURS``). Who sleeps longer, and in the moment of a commit, is not kept out.
 
 This rests on the store alone: conditional writes, and reads that see the newest write, which S3,
 Google Cloud Storage, Azure and MinIO promise. It does not hold where a cache between the two

@@ -7,7 +7,7 @@ from typing import Any
 
 from pathflip.archive.archive import Archive
 from pathflip.archive.commit import Committer
-from pathflip.archive.compaction import KEEP_HOURS, free
+from pathflip.archive.compaction import day_ago, free_files, free_versions
 from pathflip.archive.indexes import refresh_indexes
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.storage import filesystem, known_digests, normalise
@@ -17,9 +17,10 @@ from pathflip.archive.tables import META
 def maintain(uri: str | Path) -> dict[str, Any]:
     """Compact, index and clean an archive.
 
-    Deletes versions, and files that no version refers to, that are older than 24 hours: first of
-    all, so that a full disk has room again. Readers keep their snapshot for that long. Then merges
-    small fragments and builds or updates the indexes of :mod:`pathflip.archive.indexes`.
+    Deletes versions that were replaced more than 24 hours ago, and files of that age that no
+    version refers to: first of all, so that a full disk has room again. Readers keep their snapshot
+    for that long. Then merges small fragments and builds or updates the indexes of
+    :mod:`pathflip.archive.indexes`.
 
     Returns:
         {"fragments": {table: n}, "indexed": [table.column], "refused": {table.column: recall},
@@ -31,7 +32,10 @@ def maintain(uri: str | Path) -> dict[str, Any]:
     where = normalise(uri)
     tables = [META, *Archive(where).tables()]
     with ArchiveLock(where) as lock:  # a committer may have to write before it can go on
-        removed = free(lock, tables, hours=KEEP_HOURS)
+        # First: a process suspended after it would take for old what others have written meanwhile.
+        before = day_ago()
+        removed = free_versions(lock, tables, before=before)
+        removed += free_files(lock, tables, before=before)
     with Committer(where) as committer:
         fragments = committer.compact()
         indexed: list[str] = []

@@ -59,13 +59,13 @@ def write(folder: Path) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     from jobs.index import index
     from jobs.ingest import IngestConfig, ingest
-    from pathflip.archive import indexes, maintain
+    from pathflip.archive import compaction, indexes, maintain
     from pathflip.config import load_config
     from pathflip.errors import ArchiveError
     from pathflip.synth import make_slide
 
     indexes.VECTOR_INDEX_ROWS = indexes.SCALAR_INDEX_ROWS = INDEX_ROWS
-    maintain.KEEP_HOURS = KEEP_MINUTES / 60  # type: ignore[assignment]
+    compaction.KEEP_HOURS = KEEP_MINUTES / 60  # type: ignore[assignment]
     archive, slides, printing = str(folder / "archive"), folder / "slides", threading.Lock()
     slides.mkdir()
     config = load_config(IngestConfig, overrides=TILING)

@@ -215,7 +215,7 @@ def test_a_full_disk_is_freed_before_anything_is_written(
     def full(committer: Committer) -> None:
         raise ArchiveError("full", code="disk_full")
 
-    monkeypatch.setattr(maintain, "KEEP_HOURS", 1e-9)
+    monkeypatch.setattr(compaction, "KEEP_HOURS", 1e-9)
     monkeypatch.setattr(Committer, "recover", full)
     with pytest.raises(ArchiveError) as error:
         maintain.maintain(uri)
