@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from jobs import worker
 from jobs.worker import GONE, from_ipc, to_ipc
-from pathflip.errors import PathFLIPError
+from pathflip.errors import PathFLIPError, from_dict
 
 if TYPE_CHECKING:
     from jobs.stages import ActorPool
@@ -48,7 +48,8 @@ def run(
         gpus: Its GPUs.
 
     Raises:
-        PathFLIPError: Several processes died on the same rows (``workers_died``).
+        PathFLIPError: Several processes died on the same rows (``workers_died``), or an actor
+            raised it.
         RuntimeError: An actor raised; the message has its traceback.
     """
     pools = [_Pool(stage, cpus=cpus, gpus=gpus) for stage in stages]
@@ -140,12 +141,18 @@ class _Pool:
             with suppress(*GONE):  # its end is seen in the next round
                 one.connection.send(getattr(self._shared, method)(*arguments))
             return []
+        if what == "error":
+            raise from_dict(content)
         if what == "failed":
             raise RuntimeError(f"{self._stage.actor.__name__} failed.\n{content}")
         if what == "table":
-            return [from_ipc(content)]
-        one.rows = None
-        return []
+            table = from_ipc(content)
+            if not one.may_die:
+                return [table]
+            one.made.append(table)  # another one makes it again where this one dies before the end
+            return []
+        made, one.rows, one.made = one.made, None, []
+        return made
 
     def bury(self) -> None:
         """Look for processes that died though something of theirs still holds the connection."""
@@ -187,6 +194,7 @@ class _Actor:
     def __init__(self, stage: ActorPool, *, gpu: int | None) -> None:
         self.gpu = gpu
         self.rows: _Rows | None = None
+        self.made: list[pa.Table] = []
         self.connection, theirs = Pipe()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -200,6 +208,11 @@ class _Actor:
             self._process = _start(stage, theirs, gpu=gpu, stderr=self._stderr)
             theirs.close()
         self._tell((stage.actor, stage.arguments, stage.shared is not None))
+
+    @property
+    def may_die(self) -> bool:
+        """Return whether it may die while the driver lives: it is a process, not a thread."""
+        return self._process is not None
 
     @property
     def is_dead(self) -> bool:

@@ -183,6 +183,8 @@ def _train_here(objective: Objective[Any, Any], run: Path, workers: Workers) -> 
         try:
             deque(trained, maxlen=0)
         except PathFLIPError as error:
+            if error.code != "workers_died":
+                raise
             raise _WorkersDied(error.message.partition(": ")[2] or "killed") from error
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from pathflip.errors import PathFLIPError
+
 GONE = (EOFError, OSError)
 """Errors of a connection whose other side has gone."""
 
@@ -40,7 +42,8 @@ def serve(connection: Connection) -> None:
 
     The driver sends (class, arguments, whether it shares an object), then rows, one table after
     the other. Each is answered by ``("table", table)`` as often as the actor makes one, then
-    ``("done", None)``; or by ``("failed", traceback)``, the last word. The actor may call the
+    ``("done", None)``; or by ``("error", PathFLIPError.to_dict())`` or ``("failed", traceback)``,
+    the last word. The actor may call the
     object that the driver shares: ``("call", (method, arguments))``, which a value answers.
     """
 
@@ -57,6 +60,9 @@ def serve(connection: Connection) -> None:
             for table in (made,) if isinstance(made, pa.Table) else made:
                 connection.send(("table", to_ipc(table)))
             connection.send(("done", None))
+    except PathFLIPError as error:
+        with suppress(*GONE):
+            connection.send(("error", error.to_dict()))
     except Exception:
         with suppress(*GONE):  # which is how it ends, too
             connection.send(("failed", traceback.format_exc()))

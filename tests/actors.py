@@ -11,6 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from pathflip.errors import EncoderError
+
 
 class Count:
     """Counts calls of all actors; one for a job."""
@@ -65,3 +67,39 @@ class Twice:
         """Yield the rows, and again."""
         yield rows
         yield rows
+
+
+class Late:
+    """Yields numbers one by one, and kills its process once all are out, but before it says so.
+
+    Args:
+        folder: Folder of the processes it killed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, rows: pa.Table) -> Any:
+        """Yield the rows; die where no process did yet."""
+        for at in range(len(rows)):
+            yield pa.table({"n": [int(n) for n in rows["n"].slice(at, 1).to_pylist()]})
+        if not list(self._folder.iterdir()):
+            (self._folder / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Refuses:
+    """Raises an error that users can mend, when it is made or when it is called."""
+
+    def __init__(self, at: str) -> None:
+        self._at = at
+        self._raise("made")
+
+    def _raise(self, at: str) -> None:
+        if at == self._at:
+            raise EncoderError("No weights.", hint="Get them.", code="gated")
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Return the rows."""
+        self._raise("called")
+        return rows

@@ -11,9 +11,9 @@ import pytest
 
 from jobs import local
 from jobs.stages import ActorPool, ended
-from pathflip.errors import PathFLIPError
+from pathflip.errors import EncoderError, PathFLIPError
 from tests import faults
-from tests.actors import Count, Doubler, Twice
+from tests.actors import Count, Doubler, Late, Refuses, Twice
 
 
 def made(rows: list[dict[str, str]], *pools: ActorPool, cpus: int = 2, gpus: int = 0) -> Any:
@@ -45,6 +45,21 @@ def test_a_process_that_dies_costs_no_rows(tmp_path: Path) -> None:
     found = made(rows, ActorPool(actor=Doubler, arguments=(tmp_path,), most=1))
     assert [row["n"] for row in found] == [2, 4, 6, 8]
     assert len((tmp_path / "3").read_text().splitlines()) == 2
+
+
+def test_what_a_process_made_before_it_died_is_not_there_twice(tmp_path: Path) -> None:
+    """A slide that came back twice would be committed twice, or wait for chunks for ever."""
+    found = made(numbers(*range(6)), ActorPool(actor=Late, arguments=(tmp_path,), at_once=3))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert [row["n"] for row in found] == list(range(6))
+
+
+@pytest.mark.parametrize("at", ["made", "called"])
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_error_with_a_name_keeps_it(at: str, waits: bool) -> None:
+    with pytest.raises(EncoderError, match=r"No weights\.") as raised:
+        made(numbers(1), ActorPool(actor=Refuses, arguments=(at,), waits=waits))
+    assert (raised.value.code, raised.value.hint) == ("gated", "Get them.")
 
 
 def test_rows_that_kill_every_process_end_the_job(tmp_path: Path) -> None:
