@@ -76,10 +76,10 @@ class Archive:
             if name != META:
                 self._datasets[name] = self._open(name, before)
         same = {name for name, item in self._datasets.items() if item is before.get(name)}
-        # Another object: a successor begins with what its predecessor still uses.
+        # Another object: a successor begins with what its predecessor still uses, and adds to.
         self._cache = {
             key: kept
-            for key, kept in self._cache.items()
+            for key, kept in list(self._cache.items())
             if kept.of is not None and same.issuperset(kept.of)
         }
 

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -42,9 +42,10 @@ def own_process() -> Iterator[None]:
         )
         if _answers and isinstance(end.code, int) and all(thread.daemon for thread in others):
             atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
+            with suppress(OSError):  # a closed pipe: Python says so, and exits as it always does
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code)
         raise
 
 

@@ -219,6 +219,21 @@ def test_what_is_known_of_tables_that_did_not_change_stays(uri: Path) -> None:
     assert know(after.successor()) == {"vectors": 2, "slides": 2, "both": 3, "all": 3}
 
 
+def test_queries_may_learn_more_while_the_next_state_is_opened(uri: Path) -> None:
+    """Threads answer from the old state meanwhile, and keep what they compute."""
+    before = Archive(uri)
+
+    class Tables(tuple[str, ...]):
+        def __iter__(self) -> Any:
+            before.cached(f"at {len(before._cache)}", lambda: 1, of=("slides",))
+            return super().__iter__()
+
+    before.cached("first", lambda: 1, of=Tables(["slides"]))
+    before.cached("second", lambda: 2, of=("slides",))
+    after = before.successor()
+    assert after.cached("second", lambda: 3, of=("slides",)) == 2
+
+
 def test_what_a_slide_is_made_of_has_one_digest_until_it_is_written_anew(uri: Path) -> None:
     first = Archive(uri)
     written = first.written("slide000", "tex")

@@ -89,3 +89,26 @@ def test_a_command_imports_what_it_needs(
     imported = json.loads(modules.read_text())
     assert [package for package in without if package in imported] == []
     assert len(imported) <= most
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_command_whose_reader_has_gone_ends_as_any_process_does(answers: bool) -> None:
+    code = (
+        "from pathflip.cli import process\n"
+        "with process.own_process():\n"
+        f"    process._answers = {answers}\n"
+        "    print('answer')\n"
+        "    raise SystemExit(0)\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE,
+            text=True, check=False,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert done.returncode == 120
+    assert "Traceback" not in done.stderr
