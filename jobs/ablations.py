@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs import cluster
 from jobs.pretrain import AnyPretrainConfig, plan, pretrain, resolve, settings_of
 from pathflip.archive import Archive
 from pathflip.archive.storage import normalise
@@ -471,7 +472,7 @@ def _train_beside(
     def one(key: tuple[str, int]) -> None:
         run = folders[key]
         own = plans[key]
-        if address is None and own.cpus_per_worker is None:
+        if cluster.is_here(address) and own.cpus_per_worker is None:
             own = replace(own, cpus_per_worker=cores)
         given = run.parent / f".{run.name}.yaml"
         given.parent.mkdir(parents=True, exist_ok=True)

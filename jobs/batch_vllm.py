@@ -9,7 +9,6 @@ Shapes: P visual tokens, D width of the language model, T length of a prompt.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,8 +128,7 @@ def check_settings(folder: str | Path, engine: EngineConfig, *, address: str | N
         ConfigError: A setting does not go with the model, or there is no GPU and one is asked for.
     """
     context_length(folder, engine)
-    here = address in ("local", "ray") or (address is None and "RAY_ADDRESS" not in os.environ)
-    if here:
+    if cluster.is_here(address):
         uses_gpu(engine)
 
 

@@ -35,6 +35,11 @@ class Available:
     use_gpu: bool
 
 
+def is_here(address: str | None) -> bool:
+    """Return whether :func:`connect` stays on this machine, before it is called."""
+    return address in ("local", "ray") or not (address or os.environ.get("RAY_ADDRESS"))
+
+
 def connect(address: str | None = None) -> Place:
     """Find where a job runs, and connect to Ray where that is Ray.
 
@@ -57,7 +62,7 @@ def connect(address: str | None = None) -> Place:
     import ray
 
     if ray.is_initialized():
-        return "cluster" if os.environ.get("RAY_ADDRESS") else "ray"
+        return "cluster" if named else "ray"
     if named:
         try:
             ray.init(address=address or "auto", logging_level=logging.WARNING)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from jobs import cluster
 from jobs.batch_vllm import check_settings, map_engines
 from jobs.stages import ended, wrong_model
 from pathflip.archive import Archive, vectors
@@ -151,7 +152,7 @@ def describe(
     folder = Path(vlm).absolute()
     model_type(folder)
     check_settings(folder, config.engine, address=address)
-    if address is None:
+    if cluster.is_here(address):
         check_torchvision(folder)
     model = captioner_name(folder)
     todo, skipped, unfinished = _outstanding(Archive(archive), model)

@@ -198,3 +198,27 @@ def test_a_training_that_fails_is_named(
             archive.uri, tmp_path / "run", replace(config, parallel=2),
             settings=jobs_evaluate.resolve("pathflip/mini"),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("address", "shared"), [(None, True), ("local", True), ("ray", True), ("head:6379", False)]
+)
+def test_trainings_beside_each_other_share_the_cores_of_this_machine(
+    address: str | None, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        given = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text())
+        end = command[command.index("--json") + 1 :]
+        seen.append((given["cpus_per_worker"], options["env"]["OMP_NUM_THREADS"], end))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(jobs_evaluate.os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(jobs_evaluate.subprocess, "run", run)
+    plans = {("full", seed): jobs_evaluate.resolve("pathflip/mini") for seed in range(2)}
+    folders = {key: tmp_path / f"full-seed{key[1]}" for key in plans}
+    jobs_evaluate._train_beside(str(tmp_path), plans, folders, 2, address, None)
+    end = ["--address", address] if address else []
+    assert seen == [(3 if shared else None, "3", end)] * 2

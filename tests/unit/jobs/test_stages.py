@@ -92,3 +92,24 @@ def test_a_gpu_that_is_not_there_is_refused(place: Place, monkeypatch: pytest.Mo
         available("cuda", place=place)
     assert refused.value.code == "no_gpu"
     assert "--address" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("address", "named", "here", "place"),
+    [
+        (None, "", True, "ray"),
+        (None, "head:6379", False, "cluster"),
+        ("auto", "", False, "cluster"),
+        ("head:6379", "", False, "cluster"),
+        ("ray", "head:6379", True, "ray"),
+        ("local", "head:6379", True, "local"),
+    ],
+)
+def test_a_job_that_finds_ray_connected_runs_where_the_first_did(
+    address: str | None, named: str, here: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ablations train one run after the other in one process."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setenv("RAY_ADDRESS", named)
+    assert cluster.connect(address) == place
+    assert cluster.is_here(address) is here
