@@ -133,7 +133,7 @@ class TreeActor:
             self._encoders[encoder.name] = encoder
         # Every level alike: DCT halving would touch 20x of a 40x base but not 10x.
         self._readers = [
-            SlideReader(patches=NODES_AT_ONCE, px=spec.node_px, halving="exact")
+            SlideReader(patches=NODES_AT_ONCE, px=spec.node_px, halving="exact", buffers=2)
             for _ in range(readers)
         ]
 

@@ -111,7 +111,7 @@ class Embedder:
         except EncoderError as error:  # raised here, Ray would start the actor again and again
             self._fatal = error
         self._readers = [
-            SlideReader(patches=config.tiling.slots, px=px, halving=config.halving)
+            SlideReader(patches=config.tiling.slots, px=px, halving=config.halving, buffers=2)
             for _ in range(readers)
         ]
         self._stage = Stage(config.stage_dir, config.stage_gb)

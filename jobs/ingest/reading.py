@@ -1,5 +1,8 @@
 """Reading of a slide's patches by an actor: its own reader processes, the next reads begun early.
 
+A reader reads on while the patches it read are encoded: its shared memory holds two requests, of
+256 patches of 256 px 2 x 48 MiB.
+
 The file must stay the one the archive knows: its size and time are compared before every read and
 after the last one.
 """
@@ -59,10 +62,11 @@ def read_ahead(
     attempts: Attempts,
     timeout_s: float,
 ) -> Iterator[Patches]:
-    """Yield the patches of each request in turn; several readers read the next ones meanwhile.
+    """Yield the patches of each request in turn; every reader reads a next one meanwhile.
 
     Args:
-        readers: Readers of the actor; pixels are valid until the next step of the iteration.
+        readers: Readers of the actor, each with two buffers; pixels are valid until the next step
+            of the iteration.
         file: The slide.
         requests: Patches to read, in order.
         px: Side of a patch.
@@ -92,9 +96,10 @@ def read_ahead(
     for at in range(min(len(readers), len(requests))):
         start(at)
     for at in range(len(requests)):
-        yield finish(at)
+        patches = finish(at)
         if at + len(readers) < len(requests):
             start(at + len(readers))
+        yield patches
     check_source(file)
 
 

@@ -52,10 +52,11 @@ class SlidePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Patches:
-    """Patches just read. ``pixels`` is a view of shared memory: valid until the next read.
+    """Patches just read. ``pixels`` is a view of shared memory, which a later read overwrites.
 
     Attributes:
-        pixels: uint8 [n, px, px, 3].
+        pixels: uint8 [n, px, px, 3]; valid until the reader begins its next read, or with two
+            buffers the one after that.
         ok: bool [n]; False where the file is damaged, pixels undefined.
         quality: float32 [n, 2]: blur and pen scores (see ``tissue.patch_quality``).
     """
@@ -88,6 +89,8 @@ class SlideReader:
         patches: Maximum number of patches of one ``read``.
         px: Their side in pixels.
         halving: See ``Slide``.
+        buffers: Reads that the shared memory holds, each of patches · px² · 3 bytes. With two, a
+            read may begin while the pixels of the one before it are in use.
 
     Every method raises SlideError: the slide's own reason code, ``timeout`` when the deadline
     passed, ``reader_crash`` when the process died.
@@ -96,12 +99,15 @@ class SlideReader:
     program = "pathflip.slides.reader_child"
     """Module that the process runs."""
 
-    def __init__(self, *, patches: int = 256, px: int = 256, halving: str = "exact") -> None:
+    def __init__(
+        self, *, patches: int = 256, px: int = 256, halving: str = "exact", buffers: int = 1
+    ) -> None:
         self._halving = halving
         self._capacity = patches * px * px * 3
+        self._buffers, self._buffer = buffers, 0  # the last one that a read was given
         self._memory = os.memfd_create("pathflip-patches", os.MFD_CLOEXEC)
-        os.ftruncate(self._memory, self._capacity)
-        self._map = mmap.mmap(self._memory, self._capacity)
+        os.ftruncate(self._memory, buffers * self._capacity)
+        self._map = mmap.mmap(self._memory, buffers * self._capacity)
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the reader
@@ -171,6 +177,7 @@ class SlideReader:
         """Begin reading patches; ``finish_read`` returns them. One read at a time."""
         if len(rects) * px * px * 3 > self._capacity:
             raise ValueError(f"{len(rects)} patches of {px} px do not fit the shared memory")
+        self._buffer = (self._buffer + 1) % self._buffers
         self._send(
             {
                 "op": "read",
@@ -179,6 +186,7 @@ class SlideReader:
                 "at_mpp": mpp,
                 "px": px,
                 "n": len(rects),
+                "offset": self._buffer * self._capacity,
                 "halving": self._halving,
             },
             timeout_s,
@@ -189,7 +197,8 @@ class SlideReader:
         """Wait for the read begun by ``start_read``."""
         answer, blobs = self._receive()
         n = int(answer["n"])
-        pixels = np.frombuffer(self._map, np.uint8, n * px * px * 3).reshape(n, px, px, 3)
+        offset = self._buffer * self._capacity
+        pixels = np.frombuffer(self._map, np.uint8, n * px * px * 3, offset).reshape(n, px, px, 3)
         return Patches(
             pixels=pixels,
             ok=np.frombuffer(blobs[0], np.uint8).astype(bool),
@@ -235,7 +244,7 @@ class SlideReader:
         root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
             [sys.executable, "-m", self.program]
-            + [str(number) for number in (theirs.fileno(), self._memory, self._capacity)],
+            + [str(number) for number in (theirs.fileno(), self._memory, len(self._map))],
             pass_fds=(theirs.fileno(), self._memory),
             env={**os.environ, **threads, "PYTHONPATH": root, "MALLOC_ARENA_MAX": "2"},
             stdin=subprocess.DEVNULL,

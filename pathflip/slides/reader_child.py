@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathflip.slides.slide import Slide
 
 MEMORY_LIMIT_BYTES = 3 << 30
+"""Address space of a reader beside the memory that it shares with its owner."""
 OPEN_SLIDES = 2
 MAX_ENLARGED = 0.03
 """Share that a slide may be coarser than the tiling: a cohort's scanners differ by that much."""
@@ -136,7 +137,8 @@ class ReaderChild:
         slide = self.slide(request)
         n, px = request["n"], request["px"]
         rects = np.frombuffer(blobs[0], np.int64).reshape(n, 4)
-        out = np.frombuffer(self.memory, np.uint8, n * px * px * 3).reshape(n, px, px, 3)
+        size = n * px * px * 3
+        out = np.frombuffer(self.memory, np.uint8, size, request["offset"]).reshape(n, px, px, 3)
         ok = slide.read_patches(rects, mpp=request["at_mpp"], out=out)
         out[~ok] = 0
         quality = patch_quality(out)
@@ -255,7 +257,8 @@ def main(arguments: list[str]) -> None:
     import resource
 
     connection_fd, memory_fd, capacity = (int(argument) for argument in arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    limit = MEMORY_LIMIT_BYTES + capacity
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import cv2
 
