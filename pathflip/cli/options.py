@@ -117,8 +117,10 @@ def open_slide_qa(run: str, *, llm: str | None, device: str | None) -> Any:
     """Open a tuned run; see :meth:`pathflip.slide_qa.SlideQA.from_run`."""
     from pathflip.slide_qa import SlideQA
 
-    with absent("sklearn", "scipy"):
-        return SlideQA.from_run(run, llm=llm, device=torch_device(device))
+    where = torch_device(device)
+    gpu_only = ("triton",) if where == "cpu" else ()
+    with absent("sklearn", "scipy", "boto3", *gpu_only):
+        return SlideQA.from_run(run, llm=llm, device=where)
 
 
 def engine(address: str | None, local: bool | None) -> str | None:

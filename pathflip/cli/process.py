@@ -76,7 +76,8 @@ def absent(*packages: str) -> Iterator[None]:
     """Let ``transformers`` find packages absent that it would import and no command uses.
 
     It offers decoding methods that need scikit-learn and losses that need SciPy, and imports both
-    wherever they are installed: 640 modules, 1.1 CPU seconds.
+    wherever they are installed: 640 modules, 1.1 CPU seconds. accelerate imports
+    boto3 for SageMaker, and PyTorch Triton to compile for a GPU: 240 modules, 0.25 CPU seconds.
 
     Args:
         packages: Packages; those imported already stay.

@@ -32,7 +32,7 @@ run()
 """
 ARROW = ("pandas", "ray", "torch", "transformers", "scipy", "sklearn", "sympy", "lancedb", "cv2")
 MODEL = ("pandas", "ray", "transformers", "scipy", "sklearn", "sympy", "lancedb", "torch._dynamo")
-LLM = ("pandas", "ray", "scipy", "sklearn", "lancedb", "vllm", "cv2")
+LLM = ("pandas", "ray", "scipy", "sklearn", "lancedb", "vllm", "cv2", "boto3", "botocore", "triton")
 BUDGETS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "help": ("--help", 215, (*ARROW, "pyarrow", "numpy")),
     "search help": ("search --help", 330, (*ARROW, "pyarrow", "numpy")),
@@ -47,7 +47,11 @@ BUDGETS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     ),
     "ask": (
         "ask slide003 Organ? --choices colon|lung --archive {archive} --run {run} --device cpu "
-        "--json", 3950, LLM
+        "--json", 3690, LLM
+    ),
+    "caption": (
+        "caption slide003 --archive {archive} --run {run} --device cpu --max-new-tokens 4 --json",
+        3690, LLM,
     ),
 }  # fmt: skip
 """{name: (command, most modules, packages that it does not import)}."""
