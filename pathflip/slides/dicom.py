@@ -37,6 +37,9 @@ _LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC"
                    b"UT", b"UV"))  # fmt: skip
 """Value representations whose length has 32 bits."""
 _UNDEFINED = 0xFFFFFFFF
+_BEYOND = 1 << 40
+"""Most bytes that a file may lack of what its tables say: it is cut off, not absurd."""
+_MAX_FRAGMENTS = 1024
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _CUT_OFF = -1
 _PREAMBLE = 132
@@ -119,7 +122,7 @@ def _level(path: Path, series: str) -> TiledLevel:
         if frames != -(-width // tile_w) * -(-height // tile_h):
             raise _NoLayoutError("it has not one frame for each tile")
         offsets, counts = _frames(file.fileno(), values, start=pixels, frames=frames)
-    if (offsets < 0).any() or (counts < 0).any():
+    if (offsets < 0).any() or (offsets > size + _BEYOND).any() or (counts < 0).any():
         raise _NoLayoutError("its table of frames is damaged")
     return TiledLevel(
         width=width,
@@ -128,7 +131,7 @@ def _level(path: Path, series: str) -> TiledLevel:
         tile_h=tile_h,
         offsets=offsets,
         counts=counts,
-        codec=jpeg_codec(rgb=rgb),
+        codec=jpeg_codec(rgb=rgb, items=True),
         file=path,
     )
 
@@ -199,7 +202,7 @@ def _after_sequence(head: bytes, at: int, *, depth: int) -> int:
 def _frames(
     file: int, values: dict[int, bytes], *, start: int, frames: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return where each frame's bytes lie: by the file's tables, or from item to item.
+    """Return where the items of each frame lie: by the file's tables, or from item to item.
 
     Frames beyond the end of the file have a place there: whoever reads them finds them cut off.
     """
@@ -208,23 +211,24 @@ def _frames(
         raise _NoLayoutError("its frames are damaged")
     first = start + 8 + length  # of the first frame's item
     if _LONG_OFFSETS in values and _LONG_LENGTHS in values:
-        offsets = np.frombuffer(values[_LONG_OFFSETS], "<u8").astype(np.int64) + first + 8
+        offsets = np.frombuffer(values[_LONG_OFFSETS], "<u8").astype(np.int64)
         counts = np.frombuffer(values[_LONG_LENGTHS], "<u8").astype(np.int64)
+        if (offsets < 0).any() or (counts < 0).any():
+            raise _NoLayoutError("its table of frames is damaged")
+        offsets, counts = offsets + first, 8 + counts + counts % 2
     elif length:
         if length != 4 * frames:
             raise _NoLayoutError("its table of frames is damaged")
         table = np.frombuffer(os.pread(file, length, start + 8), "<u4").astype(np.int64)
-        offsets = table + first + 8
-        counts = np.diff(offsets, append=0) - 8
-        if frames:
-            counts[-1] = _item(file, int(offsets[-1]) - 8)[1]
+        offsets = table + first
+        counts = np.diff(offsets, append=_after_items(file, int(offsets[-1])))
     else:
         found, at = [], first
         for _ in range(frames):
             tag, length = _item(file, at)
             if tag not in (_ITEM, _CUT_OFF):
                 raise _NoLayoutError("its frames are damaged")
-            found.append((at + 8, length))
+            found.append((at, 8 + length))
             at += 8 + length
         offsets, counts = np.array(found, np.int64).reshape(-1, 2).T
         if _item(file, at)[0] not in (_SEQUENCE_END, _CUT_OFF):
@@ -232,6 +236,18 @@ def _frames(
     if len(offsets) != frames or len(counts) != frames:
         raise _NoLayoutError("its table of frames is damaged")
     return offsets, counts
+
+
+def _after_items(file: int, at: int) -> int:
+    """Return the position after the items of the last frame, which begin at ``at``."""
+    for _ in range(_MAX_FRAGMENTS):
+        tag, length = _item(file, at)
+        if tag == _CUT_OFF:
+            return at + 9  # one byte that is not there
+        if tag != _ITEM:
+            return at
+        at += 8 + length
+    raise _NoLayoutError("its last frame has no end")
 
 
 def _item(file: int, at: int) -> tuple[int, int]:

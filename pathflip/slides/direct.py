@@ -23,6 +23,8 @@ from pathflip.slides.tiles import TiledLevel
 DAMAGED_RGB = (205, 130, 180)
 """Colour of damaged tiles on overviews: tissue to the mask, and plain to see on a thumbnail."""
 _CHECK_PX = 96
+_MOST_BESIDE = 8 << 20
+"""Most bytes of a tile beside its pixels: tables, a colour profile."""
 
 
 class Tiles:
@@ -53,17 +55,19 @@ class Tiles:
             SlideError: ``bad_tile`` when the bytes are missing or damaged, however slightly:
                 libjpeg's warnings count, since it fills what it cannot read with grey.
         """
+        if out is None:
+            out = np.empty((self.tile_h, self.tile_w, 3), np.uint8)
         count = int(self.level.counts[tile])
+        if not 0 <= count <= 2 * self.level.tile_w * self.level.tile_h * 3 + _MOST_BESIDE:
+            raise SlideError(f"tile {tile} is said to have {count} bytes", code="bad_tile")
         data = os.pread(self._file, count, int(self.level.offsets[tile]))
         if len(data) != count:
             raise SlideError(f"tile {tile} is cut off", code="bad_tile")
         try:
-            pixels = self.level.codec.decode(
-                data, width=self.tile_w, height=self.tile_h, shrink=self.shrink, out=out
-            )
+            pixels = self.level.codec.decode(data, shrink=self.shrink, out=out)
         except (ValueError, RuntimeError) as error:
             raise SlideError(f"tile {tile} is damaged: {error}", code="bad_tile") from error
-        if pixels.shape != (self.tile_h, self.tile_w, 3) or pixels.dtype != np.uint8:
+        if pixels.shape != out.shape or not np.may_share_memory(pixels, out):
             raise SlideError(f"tile {tile} has the wrong size", code="bad_tile")
         return pixels
 

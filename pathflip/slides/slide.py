@@ -228,11 +228,13 @@ class Slide:
         Args:
             rects: int64 [n, 4]: x0, y0, w0, h0 in level-0 px, inside the slide.
             mpp: µm per pixel of the result.
-            out: uint8 [n, px, px, 3], filled.
+            out: uint8 [n, px, px, 3], contiguous, filled.
 
         Returns:
             bool [n]: False where the file is damaged under the patch; ``out`` is undefined there.
         """
+        if not out.flags.c_contiguous:
+            raise ValueError("out must be contiguous: tiles are decoded where they are to lie")
         ratio = mpp / self.mpp
         level = self.level_for(ratio)
         downsample = self._downsamples[level]

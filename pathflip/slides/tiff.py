@@ -135,7 +135,7 @@ def read_layout(path: str | Path) -> TiffLayout:
                     break
                 pages.append(_page(page))
                 description = description or page.description
-    except (ValueError, KeyError, IndexError, OSError, struct.error, MemoryError, TypeError):
+    except (ValueError, LookupError, OSError, struct.error, MemoryError, TypeError, OverflowError):
         return empty
     return TiffLayout(
         name=empty.name,
@@ -220,9 +220,10 @@ def check_limits(layout: TiffLayout) -> None:
                 hint="Copy it again from its source.",
                 code="unreadable",
             )
-    beyond = sum(
-        int((page.offsets + page.counts > layout.file_bytes).sum()) for page in layout.pages
-    )
+    beyond = 0
+    for page in layout.pages:
+        after = page.offsets > layout.file_bytes - page.counts  # a sum could overflow
+        beyond += int(((page.counts < 0) | (page.offsets < 0) | after).sum())
     if beyond:
         raise SlideError(
             f"{name} is cut off: {beyond} of its tiles lie beyond the end of the file.",

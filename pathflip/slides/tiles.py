@@ -21,8 +21,13 @@ SOI = b"\xff\xd8"
 """Start of image, the first two bytes of every JPEG stream."""
 _DEFLATE = (8, 32946)
 _JFIF = b"\xff\xe0"
-_J2K = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")
-"""First bytes of a JPEG 2000 codestream, and of the file format around one."""
+_ITEM = b"\xfe\xff\x00\xe0"
+"""Tag of an item of DICOM, little-endian."""
+_J2K = b"\xff\x4f\xff\x51"
+"""First bytes of a JPEG 2000 codestream; the sizes follow."""
+_J2K_SIZES = struct.Struct(">4s4x8IH9s")
+_BYTES = bytes((7, 1, 1)) * 3
+"""Three components of unsigned bytes, none of them subsampled."""
 
 
 class Codec(Protocol):
@@ -36,17 +41,17 @@ class Codec(Protocol):
     def scales(self) -> bool:
         """True if it can decode at a half, a quarter or an eighth of the size."""
 
-    def decode(
-        self, data: bytes, *, width: int, height: int, shrink: int, out: NDArray[np.uint8] | None
-    ) -> NDArray[np.uint8]:
-        """Decode one tile to uint8 RGB, into ``out`` if it is given.
+    def decode(self, data: bytes, *, shrink: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Decode one tile to uint8 RGB.
 
         Args:
             data: The tile's bytes.
-            width: Width of the result, px.
-            height: Height of the result, px.
             shrink: Number by which the tile is larger; 1 unless it ``scales``.
-            out: uint8 [height, width, 3] to fill.
+            out: uint8 [height, width, 3] to fill, contiguous. No more is allocated than it takes,
+                whatever size a hostile tile says it has.
+
+        Returns:
+            The pixels, which lie in ``out`` if they have its size.
 
         Raises:
             ValueError, RuntimeError: The bytes are damaged.
@@ -92,17 +97,19 @@ class JpegCodec:
     Attributes:
         header: Bytes put before each tile's own: SOI, shared tables, colour transform.
         rgb: Whether the components are R, G, B, whatever a JFIF marker in the stream says.
+        items: Whether a tile is stored as items of DICOM, one or more, each with a head.
     """
 
     header: bytes
     rgb: bool
+    items: bool = False
     name = "JPEG"
     scales = True
 
-    def decode(
-        self, data: bytes, *, width: int, height: int, shrink: int, out: NDArray[np.uint8] | None
-    ) -> NDArray[np.uint8]:
+    def decode(self, data: bytes, *, shrink: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """See :class:`Codec`. Scaling is done in the DCT domain."""
+        if self.items:
+            data = _joined(data)
         if data[:2] != SOI:
             raise ValueError("no JPEG")
         start = 2
@@ -112,22 +119,38 @@ class JpegCodec:
         if shrink == 1:
             pixels = simplejpeg.decode_jpeg(stream, buffer=out)
         else:
+            height, width = out.shape[:2]
+            if simplejpeg.decode_jpeg_header(stream)[:2] != (height * shrink, width * shrink):
+                raise ValueError("its size is another")  # libjpeg could shrink it to ours
             pixels = simplejpeg.decode_jpeg(
                 stream, min_height=height, min_width=width, min_factor=shrink, buffer=out
             )
         return np.asarray(pixels)
 
 
-def jpeg_codec(*, rgb: bool, tables: bytes = b"") -> JpegCodec:
+def _joined(data: bytes) -> bytes:
+    """Return what the items of a frame hold, one after the other (DICOM PS3.5, A.4)."""
+    parts, at = [], 0
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+        if data[at : at + 4] != _ITEM or end > len(data):
+            raise ValueError("its items are not where they are said to be")
+        parts.append(data[at + 8 : end])
+        at = end
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def jpeg_codec(*, rgb: bool, tables: bytes = b"", items: bool = False) -> JpegCodec:
     """Return the codec of JPEG tiles.
 
     Args:
         rgb: Whether the components are R, G, B, which scanners do not say inside the stream;
             else Y, Cb, Cr.
         tables: JPEG tables that the tiles share, as a stream without a picture.
+        items: Whether a tile is stored as items of DICOM.
     """
     adobe = bytes.fromhex("ffee000e41646f6265006400000000") + (b"\x00" if rgb else b"\x01")
-    return JpegCodec(header=(tables[:-2] if tables else SOI) + adobe, rgb=rgb)
+    return JpegCodec(header=(tables[:-2] if tables else SOI) + adobe, rgb=rgb, items=items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,20 +190,17 @@ class TiffCodec:
         count_at = 10 + 12 * 8 + 8
         return head[:count_at], head[count_at + 4 :].ljust(strip_at - count_at - 4, b"\0")
 
-    def decode(
-        self, data: bytes, *, width: int, height: int, shrink: int, out: NDArray[np.uint8] | None
-    ) -> NDArray[np.uint8]:
+    def decode(self, data: bytes, *, shrink: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """See :class:`Codec`."""
         import imagecodecs
 
         if self.compression in _DEFLATE:  # of which libtiff does not check the sum at the end
-            pixels = np.empty((height, width, 3), np.uint8) if out is None else out
-            got = imagecodecs.deflate_decode(data, out=pixels.reshape(-1).data)
-            if len(got) != pixels.size:
+            got = imagecodecs.deflate_decode(data, out=out.reshape(-1).data)
+            if len(got) != out.size:
                 raise ValueError("it ends early")
             if self.predictor == 2:
-                imagecodecs.delta_decode(pixels, axis=1, out=pixels)
-            return pixels
+                imagecodecs.delta_decode(out, axis=1, out=out)
+            return out
         before, after = self._header
         stream = b"".join((before, struct.pack("<I", len(data)), after, data))
         return np.asarray(imagecodecs.tiff_decode(stream, out=out))
@@ -198,16 +218,17 @@ class Jpeg2000Codec:
     name = "JPEG 2000"
     scales = False
 
-    def decode(
-        self, data: bytes, *, width: int, height: int, shrink: int, out: NDArray[np.uint8] | None
-    ) -> NDArray[np.uint8]:
+    def decode(self, data: bytes, *, shrink: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """See :class:`Codec`."""
         import imagecodecs
 
-        if not data.startswith(_J2K):
+        if len(data) < _J2K_SIZES.size or data[:4] != _J2K:
             raise ValueError("no JPEG 2000")
+        _, right, bottom, left, top, *_, samples, kinds = _J2K_SIZES.unpack_from(data)
+        if (bottom - top, right - left, samples) != out.shape or kinds != _BYTES:
+            raise ValueError("its size or samples are others")  # before any of it is allocated
         pixels = np.asarray(imagecodecs.jpeg2k_decode(data, out=out))
-        if self.ycbcr and pixels.ndim == 3:
+        if self.ycbcr:
             _ycbcr_to_rgb(pixels)
         return pixels
 

@@ -144,14 +144,13 @@ def floor(path: Path, regions: list[Rects]) -> tuple[int, Callable[[], None]]:
     places = [(int(level.counts[t]), int(level.offsets[t])) for t in sorted(needed)]
     out = np.empty((level.tile_h, level.tile_w, 3), np.uint8)
     file, decode = opened._files[level.file], level.codec.decode
-    width, height = level.tile_w, level.tile_h
 
     def read() -> None:
         for count, offset in places:
             data = os.pread(file, count, offset)
-            decode(data, width=width, height=height, shrink=1, out=out)
+            decode(data, shrink=1, out=out)
 
-    assert Tiles(file, level).tile_w == width
+    assert Tiles(file, level).tile_w == out.shape[1]
     return sum(len(rects) for rects in regions), read
 
 

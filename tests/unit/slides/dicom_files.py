@@ -56,6 +56,11 @@ def jpeg_frames(pixels: Pixels, tile: int, *, rgb: bool) -> list[bytes]:
     return frames
 
 
+def _split(frame: bytes, pieces: int) -> list[bytes]:
+    size = -(-len(frame) // pieces // 2) * 2
+    return [frame[at : at + size] for at in range(0, len(frame), size)]
+
+
 def write_level(
     path: Path,
     pixels: Pixels,
@@ -79,8 +84,8 @@ def write_level(
         rgb: Whether the frames hold R, G, B, else Y, Cb, Cr.
         table: Kind of the list of frames: ``short`` (32 bits), ``long`` (64 bits) or ``none``.
         undefined: Whether sequences are of undefined length.
-        changes: Other values: ``tiling``, ``syntax``, ``paths``, ``planes``, ``series`` or
-            ``frames``.
+        changes: Other values: ``tiling``, ``syntax``, ``paths``, ``planes``, ``series``,
+            ``frames`` or ``pieces``, the number of items of each frame.
     """
     frames = changes.get("frames") or jpeg_frames(pixels, tile, rgb=rgb)
     h, w = pixels.shape[:2]
@@ -127,15 +132,16 @@ def write_level(
         + sequence(0x52009229, measures, undefined=undefined)
     )
     frames = [frame + b"\0" * (len(frame) % 2) for frame in frames]
-    starts = np.cumsum([0] + [len(frame) + 8 for frame in frames])[:-1]
+    pieces = [_split(frame, changes.get("pieces", 1)) for frame in frames]
+    starts = np.cumsum([0] + [sum(len(part) + 8 for part in frame) for frame in pieces])[:-1]
     if table == "long":
         body += element(0x7FE00001, "OV", starts.astype("<u8").tobytes())
         lengths = np.array([len(frame) for frame in frames], "<u8")
         body += element(0x7FE00002, "OV", lengths.tobytes())
     listed = starts.astype("<u4").tobytes() if table == "short" else b""
     items = struct.pack("<HHI", 0xFFFE, 0xE000, len(listed)) + listed
-    for frame in frames:
-        items += struct.pack("<HHI", 0xFFFE, 0xE000, len(frame)) + frame
+    for part in (part for frame in pieces for part in frame):
+        items += struct.pack("<HHI", 0xFFFE, 0xE000, len(part)) + part
     items += struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
     body += element(0x7FE00010, "OB", items, undefined=True)
     length = element(0x00020000, "UL", ul(len(meta)))

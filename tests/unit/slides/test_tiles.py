@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import imagecodecs
 import numpy as np
 import openslide
 import pytest
+import simplejpeg
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -164,7 +167,7 @@ def test_colours_of_y_cb_cr_are_near_their_definition() -> None:
     "options",
     [
         {}, {"rgb": True}, {"table": "long"}, {"table": "none"}, {"undefined": False},
-        {"tile": 240}, {"tile": 512},
+        {"tile": 240}, {"tile": 512}, {"pieces": 3},
     ],
 )  # fmt: skip
 def test_dicom_frames_are_what_another_decoder_makes_of_them(
@@ -284,6 +287,104 @@ def test_a_damaged_frame_of_dicom_costs_its_own_patches_alone(tmp_path: Path) ->
             _, ok = patches(slide, at)
         gone = [7] if len(spoiled) == len(data) else [18, 19]
         assert np.flatnonzero(~ok).tolist() == gone
+
+
+# -- crafted tiles: nothing is allocated or shown but what a tile of this level has ----------------
+
+
+def claims(data: bytes, kind: str, width: int, height: int) -> bytes:
+    """The same stream, which says that its picture is of another size."""
+    made = bytearray(data)
+    if kind == "jpeg":
+        at = data.index(b"\xff\xc0") + 5
+        made[at : at + 4] = struct.pack(">HH", height, width)
+    else:
+        made[8:16] = made[24:32] = struct.pack(">II", width, height)
+    return bytes(made)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg2000"])
+def test_a_tile_that_claims_a_huge_picture_is_refused_before_it_is_allocated(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JPEG by its buffer; JPEG 2000, whose decoder allocates first, by its own header."""
+    base, out = picture(64, 64), np.empty((64, 64, 3), np.uint8)
+    codec: tiles.Codec = tiles.jpeg_codec(rgb=False)
+    data = simplejpeg.encode_jpeg(base)
+    if kind == "jpeg2000":
+        codec, data = tiles.Jpeg2000Codec(ycbcr=False), imagecodecs.jpeg2k_encode(
+            base, level=0, codecformat="j2k"
+        )  # fmt: skip
+    codec.decode(data, shrink=1, out=out)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"size|too small"):
+        codec.decode(claims(data, kind, 16000, 15000), shrink=1, out=out)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # not 700 MB
+
+
+def test_a_jpeg_twice_the_size_is_not_shrunk_twice() -> None:
+    data = simplejpeg.encode_jpeg(picture(256, 256))
+    codec = tiles.jpeg_codec(rgb=False)
+    codec.decode(data, shrink=2, out=np.empty((128, 128, 3), np.uint8))
+    with pytest.raises(ValueError, match="size"):
+        codec.decode(data, shrink=2, out=np.empty((64, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("at", "value"), [(43, 2), (45, 0x87), (42, 11)])
+def test_jpeg_2000_of_other_samples_is_refused(at: int, value: int) -> None:
+    """Subsampled, signed, and of 12 bits; by what its header says."""
+    data = bytearray(imagecodecs.jpeg2k_encode(picture(64, 64), level=0, codecformat="j2k"))
+    data[at] = value
+    with pytest.raises(ValueError, match="samples"):
+        tiles.Jpeg2000Codec(ycbcr=False).decode(
+            bytes(data), shrink=1, out=np.empty((64, 64, 3), np.uint8)
+        )
+
+
+def test_patches_are_not_read_beside_the_array_that_is_to_hold_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", picture(256, 256), tile=(PX, PX), compression="deflate")
+    out = np.empty((1, PX, 2 * PX, 3), np.uint8)[:, :, ::2]
+    with Slide(path, mpp=0.5) as slide, pytest.raises(ValueError, match="contiguous"):
+        slide.read_patches(np.array([[0, 0, PX, PX]]), mpp=0.5, out=out)
+
+
+@pytest.mark.parametrize("lengths", [2**33, 2**62, 2**64 - 1])
+def test_absurd_lengths_of_dicom_frames_cost_their_own_patches_or_the_direct_path(
+    lengths: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "series"
+    folder.mkdir()
+    path = write_level(folder / "0.dcm", picture(), tile=PX, mpp=0.5, table="long")
+    data = bytearray(path.read_bytes())
+    at = data.index(struct.pack("<HH2s", 0x7FE0, 2, b"OV")) + 12
+    data[at : at + 8] = struct.pack("<Q", lengths)
+    path.write_bytes(data)
+    levels, why = dicom_levels([path], series=SERIES)
+    if lengths >= 2**63:
+        assert not levels
+        assert "table of frames is damaged" in why
+        return
+    with open(path, "rb") as file, pytest.raises(SlideError) as caught:
+        direct.Tiles(file.fileno(), levels[0]).decode(0)
+    assert caught.value.code == "bad_tile"
+
+
+@pytest.mark.parametrize(("offset", "count"), [(2**63 - 8, 100), (2**64 - 8, 100), (8, 2**63 - 4)])
+def test_offsets_that_overflow_are_beyond_the_end_of_the_file(
+    offset: int, count: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path, picture(), compression="deflate", tile=(PX, PX), photometric="rgb", bigtiff=True,
+        metadata=None,
+    )  # fmt: skip
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for tag, value in ((324, offset), (325, count)):
+            old = file.pages[0].tags[tag]
+            old.overwrite([value, *old.value[1:]], dtype=16)
+    with pytest.raises(SlideError) as caught:
+        Slide(path)
+    assert caught.value.code == "unreadable"
 
 
 # -- falling back ----------------------------------------------------------------------------------
