@@ -28,6 +28,7 @@ app = typer.Typer(
 for part in (archive, trees, search, train, evaluation, answer, serve):
     app.add_typer(part.app)
 
+_INTERRUPTED = 130  # what typer makes of KeyboardInterrupt, without a word
 _FATAL_ARCHIVE_CODES = ("damaged", "disk_full", "io", "commit", "missing_table")
 
 
@@ -50,9 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             isinstance(error, ArchiveError) and error.code not in _FATAL_ARCHIVE_CODES
         )
         raise SystemExit(2 if usage else 1) from None
-    except KeyboardInterrupt:
-        print(
-            "pathflip: interrupted; the same command continues where it stopped.", file=sys.stderr
-        )
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print(
+                "pathflip: interrupted; the same command continues where it stopped.",
+                file=sys.stderr,
+            )
+        raise
     raise SystemExit(0)

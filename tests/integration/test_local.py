@@ -127,7 +127,7 @@ def test_slide_that_always_kills_its_worker(
 def test_command_struck_while_it_works(
     blow: signal.Signals, some: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Ctrl-C ends it with 130; nothing outlives it; the same command goes on."""
+    """Ctrl-C ends it with 130 and a sentence; nothing outlives it; the same command goes on."""
     archive = tmp_path / "archive"
     settings = [word for setting in (*SETTINGS, "commit_s=0") for word in ("-o", setting)]
     words = ["ingest", str(some), "--archive", str(archive), "--json", *settings]
@@ -143,6 +143,8 @@ def test_command_struck_while_it_works(
             _, err = run.communicate(timeout=60)
             assert run.returncode == 130
             assert "Traceback" not in err
+            said = "pathflip: interrupted; the same command continues where it stopped.\n"
+            assert err.endswith(said)
     finally:
         run.kill()
         run.communicate()
