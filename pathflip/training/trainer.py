@@ -273,7 +273,7 @@ class Trainer:
             self.model,
             process_group=self.worker.group,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
         )
 
     # -- one step ---------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from pathflip.models import PathFLIP
 from pathflip.text import draw_rng, sample_subcaptions, train_tokenizer
 from tests.bench import meter, plain
 from tests.bench.ingest import rounded, say
+from tests.bench.small_llm import llm
+from tests.bench.workers import workers
 
 Report = dict[str, Any]
 
@@ -316,6 +318,8 @@ PARTS: dict[str, Callable[[bool], Report]] = {
     "step": step,
     "ground": ground,
     "ray_train": ray_train,
+    "workers": workers,
+    "llm": llm,
 }
 
 
