@@ -9,7 +9,7 @@ what sets the two apart, is CapDec's way (Nukrai et al. 2022).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -44,6 +44,8 @@ class Asked(Protocol):
         ...
 
 
+_KEPT = 1 << 14
+"""Examples whose tokens are kept, about 2 KB each. Mixed descriptions hardly ever come again."""
 Turned = dict[str, torch.Tensor]
 """Sentences as vectors among those of words, each [D]."""
 
@@ -83,7 +85,7 @@ class Lessons:
             None if vision is None else vision.encode_text(self._every, normalize=False).cpu()
         )
         self._turned: Turned = {}
-        self._tokens = cache(self._tokenize)
+        self._tokens = lru_cache(_KEPT)(self._tokenize)
         self._ids = cache(prompter.text_ids)
         self.begin()
 

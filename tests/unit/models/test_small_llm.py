@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from pathflip.errors import ConfigError
-from pathflip.models import small_llm
-from pathflip.models.chat_template import Prompter, caption_example
-from pathflip.models.small_lessons import as_regions, lesson, turned_to_words
+from pathflip.models import small_lessons, small_llm
+from pathflip.models.chat_template import Example, Prompter, caption_example
+from pathflip.models.small_lessons import Lessons, as_regions, lesson, turned_to_words
 from pathflip.models.small_llm import SmallLLMConfig, make, train_bpe
 from pathflip.text import split_sentences
 from tests.unit.models.tiny import tiny
@@ -161,6 +162,27 @@ def test_sentences_are_turned_to_where_their_words_are() -> None:
     assert list(found) == every
     torch.testing.assert_close(torch.stack(list(found.values())), words, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(centre, words.mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_examples_that_were_drawn_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed descriptions are new in every epoch: what is kept of them must not grow with steps."""
+    monkeypatch.setattr(small_lessons, "_KEPT", 8)
+    texts = [f"Gland {chr(97 + n)} is seen. Duct {chr(97 + n)} is wide." for n in range(12)]
+    tokenizer = train_bpe(texts, vocab_size=320)
+    table = torch.nn.Embedding(len(tokenizer), 16)
+    llm: Any = SimpleNamespace(get_input_embeddings=lambda: table)
+    lessons = Lessons(
+        llm, Prompter(tokenizer, "qwen3"), texts=texts, asked=[[] for _ in texts], vision=None,
+        turns=1, mixed=2, noise=1.0, longest=512,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    gc.collect()
+    before = sum(type(held) is Example for held in gc.get_objects())
+    drawn = [len(lessons.rows(text, rng)) for _ in range(4) for text in range(12)]
+    gc.collect()
+    after = sum(type(held) is Example for held in gc.get_objects())
+    assert sum(drawn) == 4 * 12 * 3
+    assert after - before <= 8
 
 
 def test_a_model_that_reads_a_slide_model_is_another_than_one_that_does_not(tmp_path: Path) -> None:
