@@ -9,8 +9,10 @@ step.
 
 from __future__ import annotations
 
+import bisect
 import gc
 import hashlib
+import itertools
 import math
 import os
 import resource
@@ -35,6 +37,8 @@ from pathflip.training.run_dir import DATA, RunLog, checkpoint_at, load_tensors,
 
 RECENT = 50
 """Steps whose mean is "the loss" of a run."""
+AT_ONCE = 1 << 23
+"""Numbers of gradients that workers exchange together, if it is no larger tensor: 32 MB."""
 MIN_STEPS_FOR_SHARE = 100
 """Steps before the share of skipped ones is judged."""
 
@@ -266,8 +270,12 @@ class Trainer:
         )
 
     def _shared_model(self) -> Any:
-        """Return the model, wrapped where several processes train it."""
-        if self.worker.world == 1:
+        """Return the model, wrapped where several GPUs train it.
+
+        On CPUs gradients are averaged after the backward pass: gloo's threads would take the cores
+        that compute it (docs/notes/performance-log.md, two workers).
+        """
+        if self.worker.world == 1 or self.worker.device.type == "cpu":
             return self.model
         return DistributedDataParallel(
             self.model,
@@ -296,7 +304,8 @@ class Trainer:
         for number, batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             torch.manual_seed(_seed(config.seed, counters.step, number, worker.rank))
-            with nullcontext() if last or worker.world == 1 else model.no_sync():
+            wrapped = isinstance(model, DistributedDataParallel)
+            with model.no_sync() if wrapped and not last else nullcontext():
                 with worker.autocast():
                     losses = self.objective.losses(
                         model, batch.to(worker.device), group=worker.group
@@ -309,6 +318,8 @@ class Trainer:
             for name in losses.keys() - weights.keys():
                 beside[name].append(losses[name].total.detach().float())
             sums[:-1] += torch.stack([part.detach().float() for part in (loss, *parts.values())])
+        if worker.world > 1 and model is self.model:
+            average_gradients(self.model, worker)
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), config.clip if config.clip else math.inf
         )
@@ -317,7 +328,7 @@ class Trainer:
             dist.all_reduce(sums, group=worker.group)
             sums /= worker.world
         *means, bad = sums.tolist()
-        # After DDP has averaged, every rank has the same gradient, so all of them agree.
+        # Averaged, every rank has the same gradient, so all of them agree.
         if bad or not math.isfinite(float(norm)):
             counters.skipped += 1
             counters.skipped_in_row += 1
@@ -452,6 +463,29 @@ class Trainer:
             return self.objective.evaluate(self.model, self.dataset, self.worker)
         finally:
             self.model.train()
+
+
+def average_gradients(model: torch.nn.Module, worker: Worker) -> None:
+    """Put the mean over all workers in the place of each gradient, some megabytes at a time.
+
+    Every parameter that trains has a gradient in every worker, as DDP demands it, too.
+    """
+    left: list[torch.Tensor] = []
+    for name, own in model.named_parameters():
+        if own.requires_grad:
+            if own.grad is None:
+                raise RuntimeError(f"{name} has no gradient, so workers cannot average it")
+            left.append(own.grad)
+    while left:
+        ends = list(itertools.accumulate(grad.numel() for grad in left))
+        count = max(1, bisect.bisect_right(ends, AT_ONCE))
+        grads, left = left[:count], left[count:]
+        joint = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(joint, group=worker.group)
+        joint /= worker.world
+        means = torch.split(joint, [grad.numel() for grad in grads])
+        for grad, mean in zip(grads, means, strict=True):
+            grad.copy_(mean.view_as(grad))
 
 
 def weighted(weights: Mapping[str, float], losses: Mapping[str, Any]) -> Any:

@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from pathflip.models.official import load_official_v1
+from pathflip.training import trainer
+from pathflip.training.objective import Worker
+from pathflip.training.trainer import average_gradients
 from tests.unit.models import published, tree_workers
 from tests.unit.models.tiny import CAPTIONS, SUBCAPTIONS, batch, tiny
 from tests.unit.models.tree_samples import patch_model
@@ -55,6 +58,12 @@ def work(rank: int, world: int, folder: str) -> None:
         found[f"{name}/losses"] = losses / world
         for parameter, value in model.module.named_parameters():
             found[f"{name}/{parameter}"] = value.grad.clone()
+    plain = tiny(**SETTINGS["mean"]).train()
+    plain(**part(batch(), rank, world)).loss.backward()
+    trainer.AT_ONCE = 5000  # several parts, some of one parameter
+    average_gradients(plain, Worker(rank=rank, world=world))
+    for parameter, value in plain.named_parameters():
+        found[f"mean, without DDP/{parameter}"] = value.grad.clone()
     model = DistributedDataParallel(published.build()[0])
     path, captions, pieces, choice = of_process(rank)
     mask = torch.ones(path.shape[:3]).bool()
@@ -91,6 +100,13 @@ def test_loss_and_gradients_are_those_of_one_process(
     assert torch.allclose(found[f"{name}/losses"], losses, atol=1e-5)
     for parameter, value in model.named_parameters():
         assert torch.allclose(found[f"{name}/{parameter}"], value.grad, atol=1e-5), parameter
+
+
+def test_averaged_gradients_are_those_of_ddp(found: dict[str, torch.Tensor]) -> None:
+    names = [name.split("/", 1)[1] for name in found if name.startswith("mean, without DDP/")]
+    assert names
+    for name in names:
+        assert torch.equal(found[f"mean, without DDP/{name}"], found[f"mean/{name}"]), name
 
 
 def test_official_v1_on_two_processes_is_the_published_formulation(
