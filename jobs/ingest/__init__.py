@@ -6,6 +6,7 @@ This module is the pipeline; its parts, in the order of the data::
     side_files.py  resolutions, outlines and patients, by the names of slides
     candidates.py  slides found, with what the user gave for each
     resume.py      slides the archive holds already
+    copies.py      files that may be copies of each other, in groups
     plan.py        Planner: hash, open, find tissue, cut into chunks of regions
     reading.py     patches of a slide, read ahead by reader processes
     embed.py       Embedder: read, embed, write fragments
@@ -29,7 +30,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from jobs.ingest.plan import Planner
 from jobs.ingest.result import IngestProgress
 from jobs.ingest.result import IngestResult as IngestResult
 from jobs.ingest.resume import Archived
+from jobs.ingest.rows import Held
 from jobs.stages import ActorPool, ended, run_stages
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
@@ -118,7 +120,16 @@ def ingest(
         groups = ledger.outstanding()
         if groups:
             with ended(
-                _pipeline(groups, config, uri, tables, encoders, there=there, place=place)
+                _pipeline(
+                    groups,
+                    config,
+                    uri,
+                    tables,
+                    encoders,
+                    held=ledger.held(),
+                    there=there,
+                    place=place,
+                )
             ) as chunks:
                 for batch in chunks:
                     ledger.take(batch)
@@ -293,6 +304,7 @@ def _pipeline(
     tables: Sequence[str],
     encoders: Sequence[EncoderInfo],
     *,
+    held: Mapping[str, Held],
     there: Available,
     place: Place,
 ) -> Iterator[pa.Table]:
@@ -309,7 +321,7 @@ def _pipeline(
     # 0.9 + 0.1 so that planning always finds room, also on one core.
     plan = ActorPool(
         actor=Planner,
-        arguments=(config, archive),
+        arguments=(config, archive, held),
         at_once=at_once,
         most=planners,
         num_cpus=0.1,

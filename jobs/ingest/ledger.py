@@ -17,10 +17,11 @@ import pyarrow as pa
 import pathflip
 from jobs.ingest.candidates import Candidate
 from jobs.ingest.config import IngestConfig
+from jobs.ingest.copies import may_be_copies
 from jobs.ingest.decision import conclude, is_spared, relocate, stale_slides
 from jobs.ingest.result import IngestProgress, IngestResult
 from jobs.ingest.resume import Archived
-from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, unit
+from jobs.ingest.rows import Chunk, Held, SlideRecord, fixed, from_table, unit
 from jobs.ingest.side_files import SideFiles
 from jobs.worker import from_ipc
 from pathflip.archive.commit import Committer
@@ -124,26 +125,25 @@ class Ledger:
         self._bytes_done = self._bytes_total = 0
 
     def outstanding(self) -> list[dict[str, str]]:
-        """Return the candidates that need work as rows for ``Planner``, a group for each size."""
-        groups: dict[int, list[Candidate]] = {}
+        """Return the candidates that need work as rows for ``Planner``; copies are in one row."""
+        todo = []
         for candidate in map(self._archived.remembered, self._candidates):
             if self._archived.is_done(candidate, self._config, self._encoders):
                 self._counts["skipped"] += 1
             else:
                 self._bytes_total += max(0, candidate.source.bytes)
                 self._outstanding.add(candidate.source.uri)
-                groups.setdefault(candidate.source.bytes, []).append(candidate)
-        held = self._archived.contents(self._encoders)
+                todo.append(candidate)
         self._report("starting")
         return [
-            {
-                "held": json.dumps({sha: asdict(one) for sha, one in held.get(size, {}).items()}),
-                "candidates": json.dumps([asdict(candidate) for candidate in members]),
-            }
-            for size, group in groups.items()
-            # Unreadable files all have size -1 and share nothing.
-            for members in ([_given_first(group)] if size >= 0 else [[one] for one in group])
+            {"candidates": json.dumps([asdict(candidate) for candidate in _given_first(group)])}
+            for group in may_be_copies(todo)
         ]
+
+    def held(self) -> dict[str, Held]:
+        """Return the slides in the archive that an outstanding file may be a copy of, by sha256."""
+        sizes = {self._sources[uri].bytes for uri in self._outstanding}
+        return self._archived.contents(self._encoders, sizes=sizes)
 
     def take(self, batch: pa.Table) -> None:
         """Account for chunks that came back; commit when enough slides are whole.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,20 +39,22 @@ class _Distinct:
 
 
 class Planner:
-    """Hashes, opens and cuts slides. A row in is a group of files of one size; rows out are chunks.
+    """Hashes, opens and cuts slides. A row in is a group of files; rows out are chunks.
 
-    Files of equal size are the only ones that can be copies of each other, so they come together
-    and a copy is recognised before anything of it is read twice. Where slides lie in an object
-    store, several groups come in one block, and the next are staged while one is planned.
+    Files that may be copies of each other come together (``copies.py``), all are hashed first, and
+    so a copy is recognised before it is opened. Where slides lie in an object store, several groups
+    come in one block, and the next are staged while one is planned.
 
     Args:
         config: Settings.
         archive: Archive URI.
+        held: Slides in the archive that files may be copies of, by sha256.
     """
 
-    def __init__(self, config: IngestConfig, archive: str) -> None:
+    def __init__(self, config: IngestConfig, archive: str, held: Mapping[str, Held]) -> None:
         self._config = config
         self._archive = archive
+        self._held = held
         self._reader = SlideReader(patches=1, px=16, halving=config.halving)
         self._stage = Stage(config.stage_dir, config.stage_gb)
         self._coming: list[Source] = []
@@ -71,7 +73,6 @@ class Planner:
             yield to_table(self._group(row))
 
     def _group(self, row: dict[str, Any]) -> list[Chunk]:
-        held = {sha: Held(**fields) for sha, fields in json.loads(row["held"]).items()}
         chunks: list[Chunk] = []
         distinct: dict[str, _Distinct] = {}
         for fields in json.loads(row["candidates"]):
@@ -91,7 +92,7 @@ class Planner:
             if sha in distinct:
                 distinct[sha].copies.append(uri)
                 continue
-            record = identify(record, candidate=candidate, sha256=sha, held=held.get(sha))
+            record = identify(record, candidate=candidate, sha256=sha, held=self._held.get(sha))
             if record.status == "duplicate":
                 chunks.append(Chunk(record=record))
                 continue

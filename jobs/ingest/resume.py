@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,13 +79,15 @@ class Archived:
             return False
         return self._complete(row, encoders)
 
-    def contents(self, encoders: Sequence[EncoderInfo]) -> dict[int, dict[str, Held]]:
-        """Return the good slides by size and sha256, for the planner to recognise copies."""
-        held: dict[int, dict[str, Held]] = {}
-        for row in self.rows.values():
-            if row["status"] in ("ready", "empty"):
-                held.setdefault(row["bytes"], {})[row["sha256"]] = self._held(row, encoders)
-        return held
+    def contents(
+        self, encoders: Sequence[EncoderInfo], *, sizes: Collection[int]
+    ) -> dict[str, Held]:
+        """Return the good slides of some sizes by sha256, for the planner to recognise copies."""
+        return {
+            row["sha256"]: self._held(row, encoders)
+            for row in self.rows.values()
+            if row["status"] in ("ready", "empty") and row["bytes"] in sizes
+        }
 
     def _held(self, row: dict[str, Any], encoders: Sequence[EncoderInfo]) -> Held:
         return Held(

@@ -135,8 +135,8 @@ def test_an_object_replaced_between_plan_and_embed_is_not_embedded(
     archive = str(tmp_path / "archive")
     job_here([f"{slides}/a.svs"], Path(archive))
     (source,) = discover([f"{slides}/b.svs"])
-    group = {"held": "{}", "candidates": json.dumps([asdict(Candidate(source=source))])}
-    (chunks,) = Planner(config, archive)(pa.Table.from_pylist([group]))
+    group = {"candidates": json.dumps([asdict(Candidate(source=source))])}
+    (chunks,) = Planner(config, archive, {})(pa.Table.from_pylist([group]))
     planned = from_table(chunks)
     assert planned[0].n_chunks
 
