@@ -74,14 +74,14 @@ def test_driver_killed_as_it_commits_then_run_twice_at_once(
 ) -> None:
     """Nothing partial is ever visible, nothing twice, no process stays, the end is the clean end.
 
-    The first driver has processes of its own, the second a Ray, which end with it, and so do the
+    The first driver has a Ray, the second processes of its own, which end with it, and so do the
     readers. Of the two at the end one works and the other says who holds the archive; or both come
     to the same end.
     """
     from pathflip.archive.verify import verify
 
     archive = tmp_path / "archive"
-    for commits, engine in enumerate(("--local", "--ray")):
+    for commits, engine in enumerate(("--ray", "--local")):
         given = ("ingest", *words(some, archive, engine))
         run = faults.waiting(*given, table="slides", commits=commits)
         below: list[int] = []

@@ -244,7 +244,7 @@ def test_clock_that_jumps(
         def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
             return datetime.now(tz) + timedelta(days=days[0])
 
-    for module in ("jobs.ingest.ledger", "pathflip.archive.maintain", "pathflip.files"):
+    for module in ("jobs.ingest.ledger", "pathflip.archive.compaction", "pathflip.files"):
         monkeypatch.setattr(f"{module}.datetime", Jumping)
     archive = tmp_path / "archive"
     (share / "c.tif").rename(share / "kept")

@@ -114,7 +114,7 @@ def test_openai_client_streaming(ask: Ask, plain: Plain) -> None:
     chunks = list(ask(QUESTIONS[0], **options))
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == plain.say(plain.prompt("slide000", QUESTIONS[0]), 200)
-    assert sum(map(bool, texts)) > 2, "it came as one piece"
+    assert sum(map(bool, texts)) > 1, "it came as one piece"
     ends = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert ends[-1] == "length"
     assert set(ends[:-1]) == {None}

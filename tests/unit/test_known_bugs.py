@@ -15,7 +15,7 @@ import pytest
 from pathflip.archive import Archive, indexes
 from pathflip.archive.commit import Committer
 from pathflip.archive.maintain import maintain
-from pathflip.archive.schema import slides_schema
+from pathflip.archive.schema import pictures_schema, slides_schema
 from pathflip.archive.tables import TABLES
 from pathflip.vllm_engine import EngineConfig, engine_arguments
 from tests.serving import Tuned, make_tuned
@@ -64,13 +64,14 @@ def test_adapters_are_merged_before_vllm_sees_them(tuned: Tuned) -> None:
     assert not [name for name in files if "adapter" in name]
 
 
-def test_only_slides_are_merged_by_an_indexed_key_and_it_comes_first() -> None:
+def test_a_key_that_is_indexed_and_merged_by_comes_first() -> None:
     """lancedb#3177, lance#7596: a merge by an indexed key that is no leading column is lost."""
     indexed = [
         spec for spec in TABLES if spec.per_slide and spec.key in (*indexes._SCALAR, *spec.indexes)
     ]
-    assert [spec.name for spec in indexed] == ["slides"]
-    assert slides_schema().names[0] == indexed[0].key
+    schemas = {"slides": slides_schema(), "pictures": pictures_schema()}
+    assert {spec.name for spec in indexed} == set(schemas)
+    assert all(schemas[spec.name].names[0] == spec.key for spec in indexed)
 
 
 def test_rows_are_found_and_changed_with_indexes_after_compaction(
@@ -98,7 +99,7 @@ def test_rows_are_found_and_changed_with_indexes_after_compaction(
         assert after.dataset("slides").count_rows() == 4
         for one, split in changed.items():
             assert after.slide(one)["split"] == split
-        found = after.dataset("embeddings_tex").to_table(filter=f"slide_id = '{slide}'")
+        found = after.slide_embeddings(slide, "tex")
         assert set(found["patient_id"].to_pylist()) == {f"P{turn}"}
 
 

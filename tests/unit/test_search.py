@@ -35,7 +35,16 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 def vectors(model: bool) -> dict[str, dict[str, Any]]:
     """Rows of embeddings by id, as the fixtures write them."""
     table = [models.rows(*SLIDES)] if model else map(cohort.embedding_rows, SLIDES)
-    return {row["id"]: row for part in table for row in part.to_pylist()}
+    people = {
+        row["slide_id"]: row["patient_id"]
+        for n in SLIDES
+        for row in cohort.slide_rows(n).to_pylist()
+    }
+    return {
+        row["id"]: row | {"patient_id": people[row["slide_id"]]}
+        for part in table
+        for row in part.to_pylist()
+    }
 
 
 def ranked(

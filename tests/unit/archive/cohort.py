@@ -103,7 +103,7 @@ def embedding_rows(n: int, *, dim: int = DIM) -> pa.Table:
     for row in rows:
         vector = rng.standard_normal(dim)
         row["vector"] = (vector / np.linalg.norm(vector)).astype(np.float32)
-        row["patient_id"], row["mpp"] = slide["patient_id"], slide["mpp"]
+        row["mpp"] = slide["mpp"]
     return filled(schema.embeddings_schema(dim), rows)
 
 

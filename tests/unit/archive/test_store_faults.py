@@ -23,7 +23,7 @@ def between(store: s3.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[proxy.
     """A proxy through which this process sees the store, with little patience."""
     monkeypatch.setattr(lease, "EXPIRES_S", 1.5)
     with proxy.between(store.port) as between:
-        short = {"AWS_TIMEOUT": "2s", "OBJECT_STORE_CLIENT_MAX_RETRIES": "2"}
+        short = {"AWS_TIMEOUT": "4s", "OBJECT_STORE_CLIENT_MAX_RETRIES": "2"}
         for name, value in {**s3.environment(between.port), **short}.items():
             monkeypatch.setenv(name, value)
         yield between
