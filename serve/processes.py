@@ -12,11 +12,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import Any
+
+from pathflip.imports import without_pandas
 
 _PR_SET_CHILD_SUBREAPER = 36
 SETUP_HOOK = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "serve.processes.import_serve"}
@@ -29,26 +28,10 @@ def import_serve() -> None:
     """Import Ray Serve without pandas, which it takes along for data frames that nobody sends.
 
     Each process of a service would hold it: 40 MB and a quarter of a second of CPU. Ray calls this
-    in every process it starts (:data:`SETUP_HOOK`). There Arrow is imported already; it asks for
-    pandas once, before its first scalar, and keeps the answer.
+    in every process it starts (:data:`SETUP_HOOK`), where Arrow is imported already.
     """
-    absent = _NoPandas()
-    sys.meta_path.insert(0, absent)
-    try:
+    with without_pandas():
         import ray.serve  # noqa: F401
-
-        if "pyarrow" in sys.modules:
-            sys.modules["pyarrow"].scalar(0)
-    finally:
-        sys.meta_path.remove(absent)
-
-
-class _NoPandas(MetaPathFinder):
-    """Finder of modules that says pandas is not there, and leaves all others to those behind."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def adopt_orphans(*, on: bool = True) -> None:

@@ -11,10 +11,11 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.abc import MetaPathFinder
 from typing import Any
+
+from pathflip.imports import without_pandas
 
 ALLOCATIONS = 100_000
 """Objects between two collections of garbage. Imports make a million and no garbage: Python's own
@@ -52,20 +53,13 @@ def own_process() -> Iterator[None]:
 def open_archive(uri: str) -> Any:
     """Open an archive for a command that answers in this process, without Ray.
 
-    PyArrow asks for pandas before it makes its first scalar, to know a pandas object when it sees
-    one; no such command has any. It keeps the answer, and is asked here.
+    No such command has any use for pandas (:func:`pathflip.imports.without_pandas`).
     """
     global _answers
     _answers = True
     if _own and "pandas" not in sys.modules:
-        finder = _Absent("pandas")
-        sys.meta_path.insert(0, finder)
-        try:
-            import pyarrow as pa
-
-            pa.scalar(0)
-        finally:
-            sys.meta_path.remove(finder)
+        with without_pandas():
+            import pyarrow  # noqa: F401
     from pathflip import Archive
 
     return Archive(uri)
@@ -90,19 +84,3 @@ def absent(*packages: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
-
-
-class _Absent(MetaPathFinder):
-    """Finder of modules that says a package is not there.
-
-    Args:
-        package: Name of the package.
-    """
-
-    def __init__(self, package: str) -> None:
-        self.package = package
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> None:
-        """Refuse the package; leave every other module to the finders behind."""
-        if name == self.package:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
