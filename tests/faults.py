@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -229,6 +230,15 @@ def waiting(*words: str, table: str, commits: int) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def kill_tree(run: subprocess.Popen[str]) -> None:
+    """Kill a process and all below it, which would outlive it."""
+    below = descendants(run.pid)
+    run.kill()
+    for pid in below:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def without_compiler(folder: Path) -> dict[str, str]:

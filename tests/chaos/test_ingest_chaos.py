@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from jobs import ingest
 from pathflip import Archive
 from tests import failing_reader, faults
 from tests.conftest import SETTINGS, Clean, content
-from tests.failing_ingest import FAILURES, FailingEmbedder
+from tests.failing_ingest import FAILURES, FailingEmbedder, survives_a_kill_on_every_slide
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
 
@@ -135,17 +133,8 @@ def test_worker_killed_three_times(
 ) -> None:
     """SIGKILL to an embedding worker while its reader has a slide open, once for each slide."""
     monkeypatch.setattr(ingest, "Embedder", FailingEmbedder)
-    failures = tmp_path / FAILURES
-    with failing_reader.failing(failures, dict.fromkeys(SLIDES, ("read", "kill_actor")), times=1):
-        result = job(some, tmp_path / "archive", "actors=1")
-    orphans = failing_reader.failed(failures)
-    assert {name: len(pids) for name, pids in orphans.items()} == dict.fromkeys(SLIDES, 1)
-    assert result.slides == {"ready": 3, "quarantined": 0, "empty": 0, "skipped": 0}
-    assert content(tmp_path / "archive") == expected
-    faults.until(
-        lambda: not any(faults.alive(pid) for pids in orphans.values() for pid in pids),
-        seconds=10,
-        what="readers end",
+    survives_a_kill_on_every_slide(
+        lambda archive: job(some, archive, "actors=1"), SLIDES, expected, tmp_path
     )
 
 
@@ -226,11 +215,7 @@ def test_node_lost_while_it_embeds(
             assert run.stdout is not None
             printed = next(line for line in run.stdout if line.startswith("{"))
         finally:
-            below = faults.descendants(run.pid)
-            run.kill()
-            for pid in below:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            faults.kill_tree(run)
             shutil.rmtree(own, ignore_errors=True)
     assert len(failing_reader.failed(failures)[SLIDES[1]]) == 1
     assert json.loads(printed)["ready"] == len(SLIDES)

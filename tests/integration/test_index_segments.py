@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import lance
@@ -94,7 +92,7 @@ def coarse_recall(uri: Path) -> float:
 def test_two_nodes_build_one_index_and_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As good as that of one process, made of two segments; and still so after three updates.
+    """An index of two segments is as good as that of one process, after three updates, too.
 
     lance#7731: segments merged by ``merge_existing_index_segments`` and merged again lost recall.
     """
@@ -120,11 +118,7 @@ def test_two_nodes_build_one_index_and_it_goes_on(
             assert run.stdout is not None
             told = json.loads(next(line for line in run.stdout if line.startswith("{")))
         finally:
-            below = faults.descendants(run.pid)
-            run.kill()
-            for pid in below:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            faults.kill_tree(run)
             shutil.rmtree(own, ignore_errors=True)
     assert told == {"nodes": 2, "made": [f"{TABLE}.vector"]}
     assert len(list((uri / f"{TABLE}.lance" / "_indices").iterdir())) == 3  # two, and of both

@@ -18,7 +18,7 @@ from pathflip import Archive
 from pathflip.config import load_config
 from tests import failing_reader, faults
 from tests.conftest import SETTINGS, Clean, content
-from tests.failing_ingest import FAILURES, FailingEmbedder
+from tests.failing_ingest import FAILURES, FailingEmbedder, survives_a_kill_on_every_slide
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -90,17 +90,8 @@ def test_worker_killed_on_every_slide(
 ) -> None:
     """SIGKILL to an embedding worker while its reader has a slide open, once for each slide."""
     monkeypatch.setattr(ingest, "Embedder", FailingEmbedder)
-    failures = tmp_path / FAILURES
-    with failing_reader.failing(failures, dict.fromkeys(NAMES, ("read", "kill_actor")), times=1):
-        result = here(some, tmp_path / "archive", "actors=1")
-    orphans = failing_reader.failed(failures)
-    assert {name: len(pids) for name, pids in orphans.items()} == dict.fromkeys(NAMES, 1)
-    assert result.slides == {"ready": 3, "quarantined": 0, "empty": 0, "skipped": 0}
-    assert content(tmp_path / "archive") == expected
-    faults.until(
-        lambda: not any(faults.alive(pid) for pids in orphans.values() for pid in pids),
-        seconds=10,
-        what="readers end",
+    survives_a_kill_on_every_slide(
+        lambda archive: here(some, archive, "actors=1"), NAMES, expected, tmp_path
     )
 
 
