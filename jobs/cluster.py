@@ -101,14 +101,18 @@ def available(device: str, *, place: Place) -> Available:
         ConfigError: The device is cuda and this machine, which is all there is, has no GPU
             (``no_gpu``).
     """
+    gpus = 0
     if place == "local":
-        cpus, there = cpus_here(), gpus_here() if device != "cpu" else 0
+        cpus = cpus_here()
+        if device != "cpu":
+            gpus = gpus_here()
     else:
         import ray
 
         found = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        cpus, there = int(found.get("CPU", 1)), int(found.get("GPU", 0))
-    gpus = there if device != "cpu" else 0
+        cpus = int(found.get("CPU", 1))
+        if device != "cpu":
+            gpus = int(found.get("GPU", 0))
     if device == "cuda" and place != "cluster" and not gpus:
         raise ConfigError(
             "device is cuda but this machine has no GPU.",

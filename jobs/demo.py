@@ -76,7 +76,7 @@ QUICK = Size(
 )
 """The least that still finds, places and answers with a margin (docs/notes/mini.md)."""
 FULL = Size(slides=960, tree_slides=TREE_SLIDES)
-"""As quick, with figures as good as the presets give (docs/notes/mini.md) and patch trees."""
+"""The presets unchanged on twice the slides (docs/notes/mini.md), and patch trees."""
 
 
 def demo(

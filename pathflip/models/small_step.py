@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _GROUP, _MULTIPLE = 4, 16
-"""Rows padded to one length, and what this length is a multiple of."""
+"""Rows padded to one length, and the unit of this length."""
 _PREDICTIONS = 128
-"""What the number of predictions is a multiple of."""
+"""Unit to which the number of predictions is rounded up."""
 _NOTHING = -100
 """Prediction that does not count."""
 
