@@ -1,0 +1,253 @@
+/** The archive: every slide, found by name and label. Only the rows on the screen exist. */
+
+import { useEffect, useRef, useState } from "preact/hooks";
+import { api } from "./api.ts";
+import type { SlideList, SlideRow } from "./api.ts";
+import { format, note, slideRoute } from "./route.ts";
+import type { ArchiveRoute } from "./route.ts";
+import { round } from "./scalebar.ts";
+import { report } from "./state.ts";
+import { Account, Home, Icon, Thumbnail, Tool, store } from "./ui.tsx";
+
+const PAGE = 100; // slides a request
+const KEPT = 40; // pages in memory
+const AHEAD = 2; // rows above and below the screen
+
+type Layout = "grid" | "list";
+
+interface Filters {
+  q: string;
+  label: string;
+  status: string;
+}
+
+export function ArchivePage({ at }: { at: ArchiveRoute }) {
+  const [filters, setFilters] = useState<Filters>(at);
+  const [layout, setLayout] = useState<Layout>(() => (localStorage.getItem("pathflip.layout") === "list" ? "list" : "grid"));
+  const pages = usePages(filters);
+
+  // The browser's back and forward.
+  useEffect(() => setFilters(at), [at]);
+  const change = (some: Partial<Filters>) => {
+    const now = { ...filters, ...some };
+    setFilters(now);
+    note({ page: "archive", ...now });
+  };
+
+  return (
+    <div class="archive-page">
+      <header class="bar">
+        <Home />
+        <h1>Archive</h1>
+        <div class="tools">
+          <Account />
+        </div>
+      </header>
+      <main class="archive">
+        <form class="filters-bar" role="search" aria-label="Slides" onSubmit={(event) => event.preventDefault()}>
+          <label class="field">
+            Name
+            <input type="search" value={filters.q} spellcheck={false} placeholder="any part of it" maxLength={200} onInput={(event) => change({ q: event.currentTarget.value })} />
+          </label>
+          <label class="field">
+            Label
+            <input type="search" value={filters.label} spellcheck={false} placeholder="name=value" maxLength={200} onInput={(event) => change({ label: event.currentTarget.value })} />
+          </label>
+          <label class="field">
+            Status
+            <select value={filters.status} onChange={(event) => change({ status: event.currentTarget.value })}>
+              <option value="ready">Ready</option>
+              <option value="quarantined">Quarantined</option>
+              <option value="empty">Without tissue</option>
+              <option value="all">All</option>
+            </select>
+          </label>
+          <p class="count" role="status">
+            {pages.total === null ? "Loading…" : count(pages.total)}
+          </p>
+          <Tool
+            icon={layout === "grid" ? "list" : "grid"}
+            label={layout === "grid" ? "Show as a list" : "Show as pictures"}
+            onPress={() => {
+              const other = layout === "grid" ? "list" : "grid";
+              setLayout(other);
+              store("pathflip.layout", other);
+            }}
+          />
+        </form>
+        <Rows pages={pages} layout={layout} />
+      </main>
+    </div>
+  );
+}
+
+function count(total: number): string {
+  return total === 1 ? "1 slide" : `${total.toLocaleString("en-GB")} slides`;
+}
+
+interface Pages {
+  total: number | null;
+  at: (index: number) => SlideRow | undefined;
+  want: (from: number, to: number) => void;
+  /** Changes with the filters: the list starts again at its top. */
+  key: string;
+}
+
+/** Pages of the archive's list, asked for as they come into view. */
+function usePages({ q, label, status }: Filters): Pages {
+  const key = JSON.stringify([q.trim(), label.trim(), status]);
+  const [total, setTotal] = useState<number | null>(null);
+  const [, redraw] = useState(0);
+  const state = useRef({ key: "", rows: new Map<number, SlideRow[]>(), asked: new Set<number>(), call: new AbortController() });
+
+  const fetchPage = (number: number) => {
+    const own = state.current;
+    if (own.asked.has(number)) return;
+    own.asked.add(number);
+    const query = new URLSearchParams({ limit: String(PAGE), offset: String(number * PAGE), status });
+    if (q.trim()) query.set("q", q.trim());
+    if (/^[^=]+=./.test(label.trim())) query.set("label", label.trim());
+    api.get<SlideList>(`/v1/slides?${query}`, { signal: own.call.signal }).then(
+      (found) => {
+        own.rows.set(number, found.data);
+        for (const old of own.rows.keys()) {
+          if (own.rows.size <= KEPT) break;
+          if (Math.abs(old - number) > KEPT / 2) {
+            own.rows.delete(old);
+            own.asked.delete(old);
+          }
+        }
+        setTotal(found.total);
+        redraw((n) => n + 1);
+      },
+      (error: unknown) => {
+        own.asked.delete(number);
+        report(error);
+      },
+    );
+  };
+
+  useEffect(() => {
+    const timer = setTimeout(
+      () => {
+        state.current.call.abort();
+        state.current = { key, rows: new Map(), asked: new Set(), call: new AbortController() };
+        fetchPage(0);
+      },
+      state.current.key ? 200 : 0,
+    );
+    return () => clearTimeout(timer);
+  }, [key]);
+  useEffect(() => () => state.current.call.abort(), []);
+
+  return {
+    total,
+    key: state.current.key,
+    at: (index) => state.current.rows.get(Math.floor(index / PAGE))?.[index % PAGE],
+    want: (from, to) => {
+      if (state.current.key !== key) return;
+      for (let page = Math.floor(from / PAGE); page <= Math.floor(Math.max(from, to - 1) / PAGE); page++) fetchPage(page);
+    },
+  };
+}
+
+/** The rows in view, at their places in a list as high as all of them. */
+function Rows({ pages, layout }: { pages: Pages; layout: Layout }) {
+  const scroller = useRef<HTMLDivElement>(null);
+  const [view, setView] = useState({ top: 0, width: 0, height: 0 });
+  useEffect(() => {
+    const element = scroller.current!;
+    const update = () => setView({ top: element.scrollTop, width: element.clientWidth, height: element.clientHeight });
+    update();
+    const sizes = new ResizeObserver(update);
+    sizes.observe(element);
+    element.addEventListener("scroll", update, { passive: true });
+    return () => {
+      sizes.disconnect();
+      element.removeEventListener("scroll", update);
+    };
+  }, []);
+  useEffect(() => scroller.current?.scrollTo(0, 0), [pages.key]);
+
+  const rem = Number.parseFloat(getComputedStyle(document.documentElement).fontSize) || 16;
+  const total = pages.total ?? 0;
+  const columns = layout === "list" ? 1 : Math.max(1, Math.floor(view.width / (12.5 * rem)));
+  const high = layout === "list" ? 5 * rem : 13.5 * rem;
+  const rows = Math.ceil(total / columns);
+  const first = Math.max(0, Math.floor(view.top / high) - AHEAD);
+  const last = Math.min(rows, Math.ceil((view.top + view.height) / high) + AHEAD);
+  const [from, to] = [first * columns, Math.min(total, last * columns)];
+  useEffect(() => {
+    if (to <= from) return;
+    const timer = setTimeout(() => pages.want(from, to), 80); // a fast scroll passes over most of them
+    return () => clearTimeout(timer);
+  }, [from, to, pages.key]);
+
+  return (
+    <div class="scroller" ref={scroller} tabIndex={-1}>
+      {pages.total === 0 && <p class="none">No slide fits. Take back a word, or look under another status.</p>}
+      <ul class={`slides ${layout}`} style={{ height: `${rows * high}px` }}>
+        {Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i).map((index) => (
+          <li
+            key={index}
+            aria-setsize={total}
+            aria-posinset={index + 1}
+            style={{
+              top: `${Math.floor(index / columns) * high}px`,
+              left: `${((index % columns) / columns) * 100}%`,
+              width: `${100 / columns}%`,
+              height: `${high}px`,
+            }}
+          >
+            <Card row={pages.at(index)} />
+          </li>
+        ))}
+      </ul>
+    </div>
+  );
+}
+
+function Card({ row }: { row: SlideRow | undefined }) {
+  if (!row) return <span class="card waiting" aria-label="Loading" />;
+  const ready = !row.status || row.status === "ready";
+  const inside = (
+    <>
+      {row.status === "quarantined" ? (
+        <span class="thumb locked">
+          <Icon name="lock" />
+        </span>
+      ) : (
+        <Thumbnail id={row.slide_id} shown={ready} />
+      )}
+      <span class="card-text">
+        <strong>{row.slide_id}</strong>
+        {ready ? <span class="sub">{sub(row)}</span> : <Reason row={row} />}
+      </span>
+    </>
+  );
+  if (row.status === "quarantined") return <div class="card">{inside}</div>;
+  return (
+    <a class="card" href={format(slideRoute(row.slide_id))}>
+      {inside}
+    </a>
+  );
+}
+
+function Reason({ row }: { row: SlideRow }) {
+  if (row.status === "empty") return <span class="sub">No tissue was found.</span>;
+  return (
+    <span class="sub reason" title={row.message ?? ""}>
+      {row.reason && <code>{row.reason}</code>} {row.message}
+    </span>
+  );
+}
+
+function sub(row: SlideRow): string {
+  const parts = [
+    row.mpp ? `${round(row.mpp, 3)} µm/px` : "",
+    row.tissue_mm2 === null ? "" : `${round(row.tissue_mm2, 3)} mm²`,
+    row.split ?? "",
+    ...Object.values(row.labels ?? {}).filter((value) => value !== null).map(String),
+  ];
+  return parts.filter(Boolean).join(" · ");
+}

@@ -1,0 +1,44 @@
+/** What stands over a slide: the scale bar, magnification, and where the pointer is. */
+
+import { useEffect, useState } from "preact/hooks";
+import { mppLabel, powerLabel, scaleBar } from "./scalebar.ts";
+import type { SlideView } from "./slide.ts";
+
+const WIDEST = 150;
+
+/** µm per CSS px of a view, kept up to date; null while nothing is open. */
+export function useScale(view: SlideView | null): number | null {
+  const [scale, setScale] = useState<number | null>(null);
+  useEffect(() => {
+    if (!view) return;
+    const update = () => setScale(view.info ? view.info.mpp * view.level0PerPixel() : null);
+    update();
+    return view.onMove(update);
+  }, [view]);
+  return scale;
+}
+
+/** Scale bar, magnification and µm per px as shown, and the pointer's place in level-0 px. */
+export function ScaleStrip({ view }: { view: SlideView | null }) {
+  const umPerPx = useScale(view);
+  const [at, setAt] = useState<[number, number] | null>(null);
+  useEffect(() => view?.onPointer(setAt), [view]);
+  if (!view?.info || umPerPx === null) return null;
+  const bar = scaleBar(umPerPx, WIDEST);
+  const inside = at && at[0] >= 0 && at[1] >= 0 && at[0] < view.info.width && at[1] < view.info.height;
+  return (
+    <div class="scale-strip">
+      <div class="scale-bar" data-um={bar.um} style={{ width: `${bar.px}px` }}>
+        <span>{bar.label}</span>
+      </div>
+      <p>
+        <span class="scale-power">{powerLabel(umPerPx)}</span> <span class="scale-mpp">{mppLabel(umPerPx)}</span>
+        {inside && (
+          <span class="scale-at" aria-hidden="true">
+            {Math.floor(at[0])}, {Math.floor(at[1])}
+          </span>
+        )}
+      </p>
+    </div>
+  );
+}

@@ -1,0 +1,346 @@
+/** A slide: the picture first, one toolbar above it, one panel beside it. */
+
+import { effect, useSignal } from "@preact/signals";
+import type { FunctionComponent } from "preact";
+import { useCallback, useEffect, useRef, useState } from "preact/hooks";
+import { api, slidePath } from "./api.ts";
+import type { SlideRow, TileInfo } from "./api.ts";
+import { HelpDialog, useKeys } from "./keys.tsx";
+import { Ruler } from "./measure.ts";
+import { Annotations } from "./panels/Annotations.tsx";
+import { Ask } from "./panels/Ask.tsx";
+import { Search } from "./panels/Search.tsx";
+import { Where } from "./panels/Where.tsx";
+import { PickSlide } from "./PickSlide.tsx";
+import { go, note, remember } from "./route.ts";
+import type { PanelName, SlideRoute } from "./route.ts";
+import { ScaleStrip, useScale } from "./Overlay.tsx";
+import { round } from "./scalebar.ts";
+import { SlideFacts } from "./SlideFacts.tsx";
+import { SlideView } from "./slide.ts";
+import { layers, notice, outlines, panel, query, report, session, slide, tell, view as inView } from "./state.ts";
+import { Account, fullScreen, Home, Tool } from "./ui.tsx";
+
+const POWERS = [1.25, 2.5, 5, 10, 20, 40];
+const NARROW = "(max-width: 45rem)";
+
+export function SlidePage({ at }: { at: SlideRoute }) {
+  const stage = useRef<HTMLDivElement>(null);
+  const minimap = useRef<HTMLDivElement>(null);
+  const [view, setView] = useState<SlideView | null>(null);
+  const [ruler, setRuler] = useState<Ruler | null>(null);
+  const [state, setState] = useState<"loading" | "open" | "failed">("loading");
+  const [help, setHelp] = useState(false);
+  const [pick, setPick] = useState(false);
+
+  // One viewer for as long as this slide is shown; another slide is another SlidePage.
+  useEffect(() => {
+    const made = new SlideView(stage.current!, minimap.current);
+    const measuring = new Ruler(made, tell);
+    const ready = () => {
+      setView(made);
+      setRuler(measuring);
+      setState("open");
+    };
+    takeOver(at);
+    const calls = new AbortController();
+    open(made, at, calls.signal).then(ready, (error: unknown) => {
+      if (calls.signal.aborted) return;
+      setState("failed");
+      report(error);
+    });
+    return () => {
+      calls.abort();
+      measuring.destroy();
+      made.destroy();
+      slide.value = inView.value = outlines.value = null;
+    };
+  }, []);
+
+  // The browser's back and forward, and typed addresses.
+  const shown = useRef(at);
+  useEffect(() => {
+    if (shown.current === at) return;
+    shown.current = at;
+    takeOver(at);
+    view?.moveTo(at.place ?? view.whole());
+  }, [at, view]);
+
+  useEffect(() => (view ? keepAddress(view, at.id) : undefined), [view]);
+
+  const turn = useCallback(() => view?.turnTo(view.place().rot + 90), [view]);
+  useKeys({ view, ruler, onHelp: () => setHelp(true), onTurn: turn });
+
+  const row = slide.value?.row;
+  return (
+    <div class={`slide-page${panel.value ? " with-panel" : ""}`}>
+      <header class="bar">
+        <Home />
+        <h1 title={at.id}>{at.id}</h1>
+        <Toolbar
+          view={view}
+          ruler={ruler}
+          onTurn={turn}
+          onCompare={() => setPick(true)}
+          onHelp={() => setHelp(true)}
+        />
+      </header>
+      <main class="stage" aria-label="Slide">
+        <div class="stage-view" ref={stage} data-state={state} />
+        {state === "loading" && <p class="stage-word">Opening the slide…</p>}
+        {state === "failed" && (
+          <p class="stage-word">
+            This slide cannot be shown. {notice.value?.kind === "error" ? notice.value.text : ""}
+          </p>
+        )}
+        <div class="minimap" id="minimap" ref={minimap} hidden={state !== "open"} />
+        <ScaleStrip view={view} />
+        {ruler?.kind.value && <Measuring ruler={ruler} view={view!} />}
+      </main>
+      <SidePanel view={view} ruler={ruler} row={row} />
+      {help && <HelpDialog onClose={() => setHelp(false)} />}
+      {pick && (
+        <PickSlide
+          title="Compare with"
+          except={at.id}
+          onClose={() => setPick(false)}
+          onPick={(right) =>
+            go({ page: "compare", left: at.id, right, sync: true, places: [view?.place() ?? null, null] })
+          }
+        />
+      )}
+    </div>
+  );
+}
+
+async function open(view: SlideView, at: SlideRoute, signal: AbortSignal): Promise<void> {
+  const [info, row] = await Promise.all([
+    api.get<TileInfo>(slidePath(at.id, "tiles"), { signal }),
+    api.get<SlideRow>(slidePath(at.id), { signal }),
+  ]);
+  await view.open(info, at.place);
+  slide.value = { ...info, row };
+  inView.value = view.box();
+}
+
+/** Make what the address says the state of the page. */
+function takeOver(at: SlideRoute): void {
+  query.value = at.q;
+  layers.value = at.layers;
+  const closed = at.panel === "slide" && matchMedia(NARROW).matches;
+  panel.value = at.panel && !closed && mayUse(at.panel) ? at.panel : at.panel && !closed ? "slide" : null;
+}
+
+/** Keep the address true to the view and to what is shown; returns how to stop. */
+function keepAddress(view: SlideView, id: string): () => void {
+  let timer = 0;
+  const now = (): SlideRoute => ({
+    page: "slide",
+    id,
+    place: view.place(),
+    q: query.peek(),
+    layers: layers.peek(),
+    panel: panel.peek(),
+  });
+  const soon = () => {
+    clearTimeout(timer);
+    timer = window.setTimeout(() => note(now()), 200);
+  };
+  let frame = 0;
+  const stops = [
+    view.onMove(() => {
+      soon();
+      frame ||= requestAnimationFrame(() => {
+        frame = 0;
+        inView.value = view.box();
+      });
+    }),
+    view.onFly(() => {
+      note(now());
+      remember();
+    }),
+    effect(() => {
+      void [query.value, layers.value, panel.value];
+      soon();
+    }),
+  ];
+  return () => {
+    clearTimeout(timer);
+    cancelAnimationFrame(frame);
+    for (const stop of stops) stop();
+  };
+}
+
+// -- toolbar ---------------------------------------------------------------------------------------------
+
+interface ToolbarProps {
+  view: SlideView | null;
+  ruler: Ruler | null;
+  onTurn: () => void;
+  onCompare: () => void;
+  onHelp: () => void;
+}
+
+function Toolbar({ view, ruler, onTurn, onCompare, onHelp }: ToolbarProps) {
+  const off = !view;
+  const toggle = (kind: "length" | "area") => ruler?.start(ruler.kind.peek() === kind ? null : kind);
+  return (
+    <div class="tools" role="group" aria-label="Tools">
+      <span class="tool-group">
+        <Tool icon="minus" label="Zoom out" hotkey="-" disabled={off} onPress={() => view?.zoomBy(0.5)} />
+        <Magnification view={view} />
+        <Tool icon="plus" label="Zoom in" hotkey="+" disabled={off} onPress={() => view?.zoomBy(2)} />
+        <Tool icon="fit" label="Whole slide" hotkey="0" disabled={off} onPress={() => view?.moveTo(view.whole(), false)} />
+        <Tool icon="rotate" label="Rotate by 90 degrees" hotkey="r" disabled={off} onPress={onTurn} />
+      </span>
+      <span class="tool-group">
+        <Tool icon="length" label="Measure a length" hotkey="m" pressed={ruler?.kind.value === "length"} disabled={off} onPress={() => toggle("length")} />
+        <Tool icon="area" label="Measure an area" hotkey="a" pressed={ruler?.kind.value === "area"} disabled={off} onPress={() => toggle("area")} />
+        <Tool icon="compare" label="Compare with another slide" disabled={off} onPress={onCompare} />
+        <Tool icon="link" label="Copy the link to this view" disabled={off} onPress={() => void copyLink()} />
+        <Tool icon="full" label="Full screen" hotkey="f" onPress={fullScreen} />
+      </span>
+      <span class="tool-group">
+        <Tool icon="help" label="Help and keys" hotkey="?" onPress={onHelp} />
+        <Account />
+        <Tool icon="panel" label="Side panel" pressed={panel.value !== null} onPress={() => (panel.value = panel.value ? null : "slide")} />
+      </span>
+    </div>
+  );
+}
+
+/** Go to a magnification; shows the one there is. */
+function Magnification({ view }: { view: SlideView | null }) {
+  const umPerPx = useScale(view);
+  const now = umPerPx ? `${round(10 / umPerPx, 3)}×` : "–";
+  const choose = (event: { currentTarget: HTMLSelectElement }) => {
+    const power = Number(event.currentTarget.value);
+    event.currentTarget.value = "";
+    if (!view?.info || !power) return;
+    view.moveTo({ ...view.place(), w: (view.element.clientWidth * 10) / power / view.info.mpp }, false);
+  };
+  return (
+    <select class="magnification" aria-label="Magnification" disabled={!view} value="" onChange={choose}>
+      <option value="">{now}</option>
+      {POWERS.map((power) => (
+        <option key={power} value={power}>
+          {power}×
+        </option>
+      ))}
+    </select>
+  );
+}
+
+async function copyLink(): Promise<void> {
+  try {
+    await navigator.clipboard.writeText(location.href);
+    tell("The link to this view is copied.");
+  } catch {
+    tell("This browser does not let the page copy: take the link from the address bar.");
+  }
+}
+
+/** What to do while measuring, and what has been measured so far. */
+function Measuring({ ruler, view }: { ruler: Ruler; view: SlideView }) {
+  const tick = useSignal(0);
+  useEffect(() => view.onPointer(() => tick.value++), [view]);
+  void tick.value;
+  const area = ruler.kind.value === "area";
+  const enough = ruler.points.value.length >= (area ? 3 : 2);
+  return (
+    <div class="measuring" role="region" aria-label="Measuring">
+      <p>
+        {area ? "Click around the area." : "Click along the line."} Double-click or Enter ends it; Space sets a point at the
+        cross.
+      </p>
+      <p class="measured">{ruler.points.value.length > 0 && ruler.label()}</p>
+      <span class="row">
+        <button type="button" disabled={!enough} onClick={() => ruler.finish()}>
+          Finish
+        </button>
+        <button type="button" disabled={!ruler.points.value.length} onClick={() => ruler.undo()}>
+          Take back
+        </button>
+        <button type="button" onClick={() => ruler.start(null)}>
+          Stop
+        </button>
+      </span>
+    </div>
+  );
+}
+
+// -- side panel ------------------------------------------------------------------------------------------
+
+const TABS: Record<PanelName, string> = { slide: "Slide", search: "Search", where: "Where", ask: "Ask", draw: "Draw" };
+
+const PARTS: Record<Exclude<PanelName, "slide">, FunctionComponent<{ view: SlideView | null }>> = {
+  search: Search,
+  where: Where,
+  ask: Ask,
+  draw: Annotations,
+};
+
+/** Whether this client may use a panel: what it may not do is not shown. */
+function mayUse(name: PanelName): boolean {
+  const can = session.value?.can;
+  if (name === "search") return can?.search ?? false;
+  if (name === "where") return can?.ground ?? false;
+  if (name === "ask") return Boolean(can?.chat);
+  if (name === "draw") return can?.annotate ?? false;
+  return true;
+}
+
+interface SidePanelProps {
+  view: SlideView | null;
+  ruler: Ruler | null;
+  row: SlideRow | undefined;
+}
+
+/** The tabs. A panel is made when first opened and then kept, hidden, with what is in it. */
+function SidePanel({ view, ruler, row }: SidePanelProps) {
+  const opened = useRef(new Set<PanelName>());
+  const now = panel.value;
+  const names = (Object.keys(TABS) as PanelName[]).filter(mayUse);
+  if (now) opened.current.add(now);
+  // Layers named in the address are shown whichever panel is open.
+  if (layers.value.length && mayUse("where")) opened.current.add("where");
+
+  const step = (event: KeyboardEvent) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!by || !now) return;
+    event.preventDefault();
+    const next = names[(names.indexOf(now) + by + names.length) % names.length]!;
+    panel.value = next;
+    document.getElementById(`tab-${next}`)?.focus();
+  };
+
+  return (
+    <aside class="panel" aria-label="Side panel" hidden={!now}>
+      <div class="tabs" role="tablist" aria-label="Panels" onKeyDown={step}>
+        {names.map((name) => (
+          <button
+            key={name}
+            type="button"
+            role="tab"
+            id={`tab-${name}`}
+            aria-selected={now === name}
+            aria-controls={`panel-${name}`}
+            tabIndex={now === name ? 0 : -1}
+            onClick={() => (panel.value = name)}
+          >
+            {TABS[name]}
+          </button>
+        ))}
+      </div>
+      {names.map((name) => {
+        const Part = name === "slide" ? null : PARTS[name];
+        return (
+          <section key={name} id={`panel-${name}`} class="panel-body" role="tabpanel" aria-labelledby={`tab-${name}`} hidden={now !== name}>
+            {opened.current.has(name) && (Part ? <Part view={view} /> : <SlideFacts view={view} ruler={ruler} row={row} />)}
+          </section>
+        );
+      })}
+    </aside>
+  );
+}
+

@@ -1,0 +1,44 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { areaUm2, crossesItself, lengthUm } from "./measure.ts";
+import type { Point } from "./measure.ts";
+
+const turned = (points: Point[], degrees: number, far: number): Point[] => {
+  const [sin, cos] = [Math.sin((degrees * Math.PI) / 180), Math.cos((degrees * Math.PI) / 180)];
+  return points.map(([x, y]) => [far + x * cos - y * sin, far + x * sin + y * cos]);
+};
+
+test("a 3-4-5 triangle has its sides and its area, turned and far from the origin", () => {
+  const triangle: Point[] = [[0, 0], [300, 0], [300, 400]];
+  for (const degrees of [0, 31, 90, 217]) {
+    for (const far of [0, 150_000]) {
+      const points = turned(triangle, degrees, far);
+      assert.ok(Math.abs(lengthUm(points, 0.25) - 700 * 0.25) < 1e-8);
+      assert.ok(Math.abs(areaUm2(points, 0.25) - 60_000 * 0.0625) < 1e-6);
+    }
+  }
+});
+
+test("a polygon of many corners has the area of the circle it follows", () => {
+  const n = 720;
+  const circle = Array.from({ length: n }, (_, i): Point => [
+    1000 + 500 * Math.cos((2 * Math.PI * i) / n),
+    1000 + 500 * Math.sin((2 * Math.PI * i) / n),
+  ]);
+  const polygon = (n / 2) * 500 ** 2 * Math.sin((2 * Math.PI) / n); // closed form of the regular n-gon
+  assert.ok(Math.abs(areaUm2(circle, 0.5) - polygon / 4) < 1e-6 * polygon);
+  assert.ok(Math.abs(areaUm2(circle.toReversed(), 0.5) - polygon / 4) < 1e-6 * polygon);
+});
+
+test("too few points measure nothing", () => {
+  assert.equal(lengthUm([], 0.5), 0);
+  assert.equal(lengthUm([[4, 5]], 0.5), 0);
+  assert.equal(areaUm2([], 0.5), 0);
+  assert.equal(areaUm2([[0, 0], [10, 10]], 0.5), 0);
+});
+
+test("an outline that crosses itself is noticed", () => {
+  assert.equal(crossesItself([[0, 0], [10, 0], [10, 10], [0, 10]]), false);
+  assert.equal(crossesItself([[0, 0], [10, 10], [10, 0], [0, 10]]), true);
+  assert.equal(crossesItself([[0, 0], [10, 0], [5, 2], [10, 10], [0, 10]]), false);
+});

@@ -1,0 +1,432 @@
+/** A slide on the screen: OpenSeadragon, with everything else in level-0 pixels. */
+
+import OpenSeadragon from "openseadragon";
+import { slidePath } from "./api.ts";
+import type { Box, Ring, TileInfo } from "./api.ts";
+import type { Place } from "./route.ts";
+
+type Point = [number, number];
+
+/** Outlines to draw: polygons as rings of level-0 px, or boxes. */
+export type Shape = Ring[] | Box;
+
+export interface OutlineStyle {
+  label?: string;
+  /** Any CSS colour. */
+  colour?: string;
+  /** Line width, CSS px. */
+  width?: number;
+  dashed?: boolean;
+}
+
+export interface Adjustment {
+  /** 1 leaves the picture as it is. */
+  brightness: number;
+  contrast: number;
+  gamma: number;
+}
+
+interface Layer {
+  canvas: CanvasImageSource;
+  box: Box;
+  opacity: number;
+}
+
+interface Outline extends OutlineStyle {
+  /** In level-0 px less `from`, so that single floats suffice. */
+  path: Path2D;
+  from: Point;
+  labelAt: Point;
+}
+
+type Click = (place: Point, event: PointerEvent | MouseEvent) => boolean | void;
+
+/** How far in one can go: CSS px per level-0 px. */
+const MOST_ZOOM = 8;
+
+/** One slide in one element. Positions are level-0 px; screen positions are CSS px in the element. */
+export class SlideView {
+  readonly osd: OpenSeadragon.Viewer;
+  readonly element: HTMLElement;
+  info: TileInfo | null = null;
+  private readonly canvas: HTMLCanvasElement;
+  private readonly layers = new Map<string, Layer>();
+  private readonly outlines = new Map<string, Outline>();
+  private readonly painters = new Set<(context: CanvasRenderingContext2D) => void>();
+  private readonly clicks: Click[] = [];
+  private readonly doubleClicks: Click[] = [];
+  private readonly pointers = new Set<(place: Point) => void>();
+  private readonly moves = new Set<() => void>();
+  private readonly flights = new Set<() => void>();
+  private readonly sizes: ResizeObserver;
+  private drawing = 0;
+
+  /** `element` is where the slide goes, and must have a size; `navigator` is the minimap's. */
+  constructor(element: HTMLElement, navigator: HTMLElement | null = null) {
+    this.element = element;
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    this.osd = new OpenSeadragon.Viewer({
+      element,
+      prefixUrl: "",
+      showNavigationControl: false,
+      showNavigator: navigator !== null,
+      ...(navigator && { navigatorId: navigator.id, navigatorAutoFade: false, navigatorRotate: true }),
+      animationTime: still ? 0 : 0.35,
+      springStiffness: 10,
+      blendTime: 0,
+      immediateRender: false,
+      imageLoaderLimit: 8,
+      maxImageCacheCount: 600,
+      minZoomImageRatio: 0.5,
+      maxZoomPixelRatio: MOST_ZOOM,
+      visibilityRatio: 0.1,
+      constrainDuringPan: false,
+      preserveImageSizeOnResize: true,
+      gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: false },
+      gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: false, pinchRotate: false },
+      gestureSettingsPen: { clickToZoom: false, dblClickToZoom: false },
+      tabIndex: 0,
+    });
+    this.canvas = document.createElement("canvas");
+    this.canvas.className = "slide-layers";
+    this.canvas.setAttribute("aria-hidden", "true");
+    this.osd.canvas.append(this.canvas);
+    this.listen();
+    this.sizes = new ResizeObserver(() => this.redraw());
+    this.sizes.observe(element);
+  }
+
+  // -- opening and moving -------------------------------------------------------------------------
+
+  /** Show a slide, at a place or as a whole. Rejects where its tiles cannot be shown. */
+  open(info: TileInfo, at: Place | null = null): Promise<void> {
+    this.info = info;
+    this.layers.clear();
+    this.outlines.clear();
+    const source = {
+      width: info.width,
+      height: info.height,
+      tileWidth: info.tile_w,
+      tileHeight: info.tile_h,
+      tileOverlap: 0,
+      minLevel: info.min_level,
+      maxLevel: info.max_level,
+      // The version makes another file another address, so no stale tile is shown.
+      getTileUrl: (level: number, x: number, y: number) =>
+        `${slidePath(info.slide_id, "tiles", String(level))}/${x}_${y}.jpg?v=${encodeURIComponent(info.version)}`,
+    };
+    return new Promise((resolve, reject) => {
+      this.osd.addOnceHandler("open", () => {
+        if (at) this.moveTo(at);
+        else this.moveTo(this.whole());
+        resolve();
+      });
+      this.osd.addOnceHandler("open-failed", (event) => reject(new Error(String(event.message))));
+      this.osd.open({ tileSource: source } as unknown as OpenSeadragon.TileSourceSpecifier);
+    });
+  }
+
+  /** The place that shows the whole slide. */
+  whole(): Place {
+    const { width, height } = this.info ?? { width: 1, height: 1 };
+    const { clientWidth, clientHeight } = this.element;
+    const aspect = clientWidth / Math.max(1, clientHeight);
+    return { x: width / 2, y: height / 2, w: Math.max(width, height * aspect) * 1.04, rot: 0 };
+  }
+
+  /** Where the view is: a permalink's numbers. */
+  place(): Place {
+    const viewport = this.osd.viewport;
+    const scale = this.info?.width ?? 1;
+    const centre = viewport.getCenter(false);
+    const rot = ((viewport.getRotation() % 360) + 360) % 360;
+    return { x: centre.x * scale, y: centre.y * scale, w: scale / viewport.getZoom(false), rot };
+  }
+
+  /** Where a view in motion is at this moment. */
+  placeNow(): Place {
+    const viewport = this.osd.viewport;
+    const scale = this.info?.width ?? 1;
+    const centre = viewport.getCenter(true);
+    return { x: centre.x * scale, y: centre.y * scale, w: scale / viewport.getZoom(true), rot: viewport.getRotation(true) };
+  }
+
+  /** Show exactly this place, at once or in motion. */
+  moveTo(place: Place, immediately = true): void {
+    const viewport = this.osd.viewport;
+    const scale = this.info?.width ?? 1;
+    viewport.setRotation(place.rot, true);
+    viewport.zoomTo(scale / place.w, undefined, immediately);
+    viewport.panTo(new OpenSeadragon.Point(place.x / scale, place.y / scale), immediately);
+  }
+
+  /** Fly to a rectangle of level-0 px; all of it will be in view. */
+  fly(x0: number, y0: number, w0: number, h0: number): void {
+    for (const then of this.flights) then();
+    const { clientWidth, clientHeight } = this.element;
+    const turned = this.place().rot;
+    const [sin, cos] = [Math.abs(Math.sin(rad(turned))), Math.abs(Math.cos(rad(turned)))];
+    const [w, h] = [w0 * cos + h0 * sin, w0 * sin + h0 * cos];
+    const width = Math.max(w, (h * clientWidth) / Math.max(1, clientHeight), clientWidth / MOST_ZOOM);
+    this.moveTo({ x: x0 + w0 / 2, y: y0 + h0 / 2, w: width * 1.1, rot: turned }, false);
+  }
+
+  /** Multiply the zoom about the middle. */
+  zoomBy(factor: number): void {
+    this.osd.viewport.zoomBy(factor);
+    this.osd.viewport.applyConstraints();
+  }
+
+  /** Move by parts of the screen, as seen (right and down are positive). */
+  panBy(right: number, down: number): void {
+    const viewport = this.osd.viewport;
+    const { clientWidth, clientHeight } = this.element;
+    const by = viewport.deltaPointsFromPixels(new OpenSeadragon.Point(right * clientWidth, down * clientHeight));
+    viewport.panBy(by.rotate(-viewport.getRotation()));
+    viewport.applyConstraints();
+  }
+
+  turnTo(degrees: number): void {
+    this.osd.viewport.setRotation(((degrees % 360) + 360) % 360, true);
+  }
+
+  /** What is in view, level-0 px; of a turned view, the box around it. */
+  box(): Box {
+    const scale = this.info?.width ?? 1;
+    const bounds = this.osd.viewport.getBounds(true).getBoundingBox();
+    return { x0: bounds.x * scale, y0: bounds.y * scale, w0: bounds.width * scale, h0: bounds.height * scale };
+  }
+
+  /** Level-0 px per CSS px, as shown now. */
+  level0PerPixel(): number {
+    const scale = this.info?.width ?? 1;
+    return scale / (this.osd.viewport.getZoom(true) * Math.max(1, this.element.clientWidth));
+  }
+
+  toScreen(x0: number, y0: number): Point {
+    const scale = this.info?.width ?? 1;
+    const at = this.osd.viewport.pixelFromPoint(new OpenSeadragon.Point(x0 / scale, y0 / scale), true);
+    return [at.x, at.y];
+  }
+
+  fromScreen(x: number, y: number): Point {
+    const scale = this.info?.width ?? 1;
+    const at = this.osd.viewport.pointFromPixel(new OpenSeadragon.Point(x, y), true);
+    return [at.x * scale, at.y * scale];
+  }
+
+  // -- what lies over the slide -------------------------------------------------------------------
+
+  /** Lay a picture over a rectangle of level-0 px; one of the same id is replaced. */
+  addLayer(id: string, canvas: CanvasImageSource, box: Box, opacity = 1): void {
+    this.layers.set(id, { canvas, box, opacity });
+    this.redraw();
+  }
+
+  setLayer(id: string, change: { opacity?: number }): void {
+    const layer = this.layers.get(id);
+    if (!layer) return;
+    if (change.opacity !== undefined) layer.opacity = change.opacity;
+    this.redraw();
+  }
+
+  removeLayer(id: string): void {
+    this.layers.delete(id);
+    this.redraw();
+  }
+
+  /** Draw outlines in level-0 px; those of the same id are replaced. */
+  outline(id: string, shapes: Shape[], style: OutlineStyle = {}): void {
+    const rings = shapes.flatMap((shape) => (Array.isArray(shape) ? shape : [corners(shape)]));
+    const first = rings[0]?.[0];
+    if (!first) return this.removeOutline(id);
+    const path = new Path2D();
+    for (const ring of rings) {
+      for (const [i, [x, y]] of ring.entries()) {
+        if (i) path.lineTo(x - first[0], y - first[1]);
+        else path.moveTo(x - first[0], y - first[1]);
+      }
+      path.closePath();
+    }
+    const highest = rings.flat().reduce((a, b) => (b[1] < a[1] ? b : a));
+    this.outlines.set(id, { ...style, path, from: first, labelAt: highest });
+    this.redraw();
+  }
+
+  removeOutline(id: string): void {
+    this.outlines.delete(id);
+    this.redraw();
+  }
+
+  /** Paint over everything else with each frame, in CSS px; returns how to stop. */
+  paint(painter: (context: CanvasRenderingContext2D) => void): () => void {
+    this.painters.add(painter);
+    return () => {
+      this.painters.delete(painter);
+      this.redraw();
+    };
+  }
+
+  /** Change how the slide's own pixels are shown. */
+  adjust({ brightness, contrast, gamma }: Adjustment): void {
+    const drawn = this.osd.drawer.canvas as HTMLElement;
+    const plain = brightness === 1 && contrast === 1 && gamma === 1;
+    const curve = gamma === 1 ? "" : " url(#gamma)";
+    // By the object model: the page's policy has no style attributes.
+    drawn.style.filter = plain ? "" : `brightness(${brightness}) contrast(${contrast})${curve}`;
+  }
+
+  // -- events; each returns how to stop --------------------------------------------------------------
+
+  /** Clicks that are no drags. One that answers true keeps it from the others; `first` asks it before them. */
+  onClick(then: Click, first = false): () => void {
+    return listed(this.clicks, then, first);
+  }
+
+  onDoubleClick(then: Click): () => void {
+    return listed(this.doubleClicks, then, true);
+  }
+
+  onPointer(then: (place: Point) => void): () => void {
+    return kept(this.pointers, then);
+  }
+
+  /** After the view has moved, turned or changed its size. */
+  onMove(then: () => void): () => void {
+    return kept(this.moves, then);
+  }
+
+  /** Before {@link fly} leaves a place. */
+  onFly(then: () => void): () => void {
+    return kept(this.flights, then);
+  }
+
+  destroy(): void {
+    this.sizes.disconnect();
+    cancelAnimationFrame(this.drawing);
+    this.osd.destroy();
+  }
+
+  private listen(): void {
+    const osd = this.osd;
+    osd.addHandler("canvas-click", (event) => {
+      if (!event.quick) return;
+      const place = this.fromScreen(event.position.x, event.position.y);
+      this.clicks.some((then) => then(place, event.originalEvent as PointerEvent));
+    });
+    osd.addHandler("canvas-double-click", (event) => {
+      const place = this.fromScreen(event.position.x, event.position.y);
+      const taken = this.doubleClicks.some((then) => then(place, event.originalEvent as MouseEvent));
+      if (!taken) osd.viewport.zoomBy(2, osd.viewport.pointFromPixel(event.position, true)).applyConstraints();
+    });
+    // The page has keys of its own, the same on every part of it.
+    osd.addHandler("canvas-key", (event) => {
+      event.preventDefaultAction = true;
+      (event as { preventDefault?: boolean }).preventDefault = false;
+    });
+    this.element.addEventListener("pointermove", (event) => {
+      if (!this.pointers.size || !this.info) return;
+      const at = this.element.getBoundingClientRect();
+      const place = this.fromScreen(event.clientX - at.x, event.clientY - at.y);
+      for (const then of this.pointers) then(place);
+    });
+    const moved = () => {
+      this.redraw();
+      for (const then of this.moves) then();
+    };
+    for (const event of ["viewport-change", "resize", "rotate", "open"] as const) osd.addHandler(event, moved);
+    osd.addHandler("update-viewport", () => this.draw());
+  }
+
+  /** Draw the layers anew with the next frame. */
+  redraw(): void {
+    if (this.drawing) return;
+    this.drawing = requestAnimationFrame(() => {
+      this.drawing = 0;
+      this.draw();
+    });
+  }
+
+  private draw(): void {
+    const { clientWidth, clientHeight } = this.element;
+    const dpr = devicePixelRatio || 1;
+    const [width, height] = [Math.round(clientWidth * dpr), Math.round(clientHeight * dpr)];
+    if (this.canvas.width !== width || this.canvas.height !== height) {
+      this.canvas.width = width;
+      this.canvas.height = height;
+    }
+    const context = this.canvas.getContext("2d");
+    if (!context) return;
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, width, height);
+    if (!this.info || !this.osd.world.getItemCount()) return;
+    for (const layer of this.layers.values()) {
+      const { x0, y0, w0, h0 } = layer.box;
+      context.globalAlpha = layer.opacity;
+      context.setTransform(this.matrix([x0, y0], dpr));
+      context.drawImage(layer.canvas, 0, 0, w0, h0);
+    }
+    context.globalAlpha = 1;
+    context.setTransform(dpr, 0, 0, dpr, 0, 0);
+    for (const outline of this.outlines.values()) this.drawOutline(context, outline);
+    for (const paint of this.painters) {
+      context.save();
+      paint(context);
+      context.restore();
+    }
+  }
+
+  private drawOutline(context: CanvasRenderingContext2D, outline: Outline): void {
+    const path = new Path2D();
+    path.addPath(outline.path, this.matrix(outline.from, 1));
+    const width = outline.width ?? 2;
+    context.setLineDash(outline.dashed ? [6, 4] : []);
+    context.lineJoin = "round";
+    for (const [line, colour] of [[width + 2, "rgb(255 255 255 / 75%)"], [width, outline.colour ?? "#0a58ca"]] as const) {
+      context.lineWidth = line;
+      context.strokeStyle = colour;
+      context.stroke(path);
+    }
+    context.setLineDash([]);
+    if (!outline.label) return;
+    const [x, y] = this.toScreen(...outline.labelAt);
+    context.font = "600 13px system-ui, sans-serif";
+    const box = context.measureText(outline.label).width + 10;
+    context.fillStyle = "rgb(0 0 0 / 78%)";
+    context.fillRect(x, y - 22, box, 20);
+    context.fillStyle = "#fff";
+    context.textBaseline = "middle";
+    context.fillText(outline.label, x + 5, y - 11.5);
+  }
+
+  /** From level-0 px less `from` to the screen, `dpr` times CSS px. */
+  private matrix(from: Point, dpr: number): DOMMatrix {
+    const scale = dpr / this.level0PerPixel();
+    const turn = rad(this.osd.viewport.getRotation(true));
+    const [x, y] = this.toScreen(...from);
+    const [a, b] = [scale * Math.cos(turn), scale * Math.sin(turn)];
+    return new DOMMatrix([a, b, -b, a, x * dpr, y * dpr]);
+  }
+}
+
+function rad(degrees: number): number {
+  return (degrees * Math.PI) / 180;
+}
+
+function corners({ x0, y0, w0, h0 }: Box): Ring {
+  return [[x0, y0], [x0 + w0, y0], [x0 + w0, y0 + h0], [x0, y0 + h0]];
+}
+
+function kept<T>(set: Set<T>, item: T): () => void {
+  set.add(item);
+  return () => set.delete(item);
+}
+
+function listed<T>(list: T[], item: T, first: boolean): () => void {
+  if (first) list.unshift(item);
+  else list.push(item);
+  return () => {
+    const at = list.indexOf(item);
+    if (at >= 0) list.splice(at, 1);
+  };
+}

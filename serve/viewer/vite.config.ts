@@ -1,0 +1,14 @@
+import { defineConfig } from "vite";
+
+// `npm run dev` shows the page with the data of a service on this machine.
+const service = process.env.PATHFLIP_SERVICE ?? "http://127.0.0.1:8000";
+
+export default defineConfig({
+  server: { host: "127.0.0.1", proxy: { "/v1": service } },
+  build: {
+    target: "es2022",
+    assetsInlineLimit: 0, // the page's policy has no data: for scripts and styles
+    modulePreload: { polyfill: false },
+    chunkSizeWarningLimit: 1024,
+  },
+});
