@@ -126,7 +126,7 @@ export function ComparePage({ at }: { at: CompareRoute }) {
             onPointerDownCapture={() => lead(side)}
             onWheelCapture={() => lead(side)}
           >
-            <div class="stage-view" ref={stages[side]} data-state={views ? "open" : "loading"} />
+            <div class="slide" ref={stages[side]} data-state={views ? "open" : "loading"} />
             <p class="side-name">
               <a href={format(slideRoute(ids[side]))}>{ids[side]}</a>
               <button type="button" onClick={() => setPick(side)} aria-label={`Change the ${side ? "right" : "left"} slide`}>

@@ -28,8 +28,8 @@ export function ScaleStrip({ view }: { view: SlideView | null }) {
   const inside = at && at[0] >= 0 && at[1] >= 0 && at[0] < view.info.width && at[1] < view.info.height;
   return (
     <div class="scale-strip">
-      <div class="scale-bar" data-um={bar.um} style={{ width: `${bar.px}px` }}>
-        <span>{bar.label}</span>
+      <div class="scalebar" role="img" aria-label={`Scale bar: ${bar.label}`} style={{ width: `${bar.px}px` }}>
+        {bar.label}
       </div>
       <p>
         <span class="scale-power">{powerLabel(umPerPx)}</span> <span class="scale-mpp">{mppLabel(umPerPx)}</span>

@@ -86,7 +86,7 @@ export function SlidePage({ at }: { at: SlideRoute }) {
         />
       </header>
       <main class="stage" aria-label="Slide">
-        <div class="stage-view" ref={stage} data-state={state} />
+        <div class="slide" ref={stage} data-state={state} />
         {state === "loading" && <p class="stage-word">Opening the slide…</p>}
         {state === "failed" && (
           <p class="stage-word">

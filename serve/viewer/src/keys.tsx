@@ -23,7 +23,7 @@ export function useKeys({ view, ruler, onHelp, onTurn }: Keys): void {
       const target = event.target instanceof Element ? event.target : document.body;
       if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
       if (document.querySelector("dialog[open]") || target.closest(TYPED)) return;
-      const onSlide = target === document.body || Boolean(target.closest(".stage-view"));
+      const onSlide = target === document.body || Boolean(target.closest(".slide"));
       if (act(event, onSlide, target)) event.preventDefault();
     };
 

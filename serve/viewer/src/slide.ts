@@ -60,6 +60,7 @@ export class SlideView {
   private readonly flights = new Set<() => void>();
   private readonly sizes: ResizeObserver;
   private drawing = 0;
+  private drawn = "";
 
   /** `element` is where the slide goes, and must have a size; `navigator` is the minimap's. */
   constructor(element: HTMLElement, navigator: HTMLElement | null = null) {
@@ -85,8 +86,12 @@ export class SlideView {
       gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: false },
       gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: false, pinchRotate: false },
       gestureSettingsPen: { clickToZoom: false, dblClickToZoom: false },
-      tabIndex: 0,
     });
+    this.osd.canvas.removeAttribute("tabindex"); // the element itself takes the keyboard, and has a name
+    element.tabIndex = 0;
+    element.setAttribute("role", "application");
+    element.setAttribute("aria-busy", "true");
+    element.addEventListener("pointerdown", () => element.focus({ preventScroll: true }));
     this.canvas = document.createElement("canvas");
     this.canvas.className = "slide-layers";
     this.canvas.setAttribute("aria-hidden", "true");
@@ -101,6 +106,7 @@ export class SlideView {
   /** Show a slide, at a place or as a whole. Rejects where its tiles cannot be shown. */
   open(info: TileInfo, at: Place | null = null): Promise<void> {
     this.info = info;
+    this.element.setAttribute("aria-label", `Slide ${info.slide_id}`);
     this.layers.clear();
     this.outlines.clear();
     const source = {
@@ -332,10 +338,34 @@ export class SlideView {
     });
     const moved = () => {
       this.redraw();
+      this.settle();
       for (const then of this.moves) then();
     };
     for (const event of ["viewport-change", "resize", "rotate", "open"] as const) osd.addHandler(event, moved);
-    osd.addHandler("update-viewport", () => this.draw());
+    osd.addHandler("update-viewport", () => {
+      this.draw();
+      this.drawn = this.whereabouts();
+      this.settle();
+    });
+    osd.addHandler("animation-finish", () => this.settle());
+    osd.world.addHandler("add-item", ({ item }) => item.addHandler("fully-loaded-change", () => this.settle()));
+  }
+
+  private whereabouts(): string {
+    const { x, y, w, rot } = this.placeNow();
+    return [x, y, w, rot, this.element.clientWidth, this.element.clientHeight].join();
+  }
+
+  /** Tell assistive technology, and tests, what is in view and whether it is all there. */
+  private settle(): void {
+    if (!this.info) return;
+    const image = this.osd.world.getItemAt(0);
+    const [now, then] = [this.placeNow(), this.place()];
+    const moving = now.x !== then.x || now.y !== then.y || now.w !== then.w;
+    const busy = moving || !image?.getFullyLoaded() || this.drawn !== this.whereabouts();
+    this.element.setAttribute("aria-busy", String(busy));
+    const { x0, y0, w0, h0 } = this.box();
+    this.element.dataset.view = [x0, y0, w0, h0].map((side) => side.toFixed(1)).join(" ");
   }
 
   /** Draw the layers anew with the next frame. */
