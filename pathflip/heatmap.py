@@ -3,7 +3,7 @@
 A model gives one number per patch slot (:meth:`pathflip.models.PathFLIP.ground`).
 :func:`heatmap_grid` puts them on the slide's patch grid, :func:`smooth` and :func:`normalise` make
 them a map in [0, 1], :func:`overlay` draws it, :func:`find_boxes` cuts out where it is hot, and
-:func:`write_geojson` hands both to QuPath.
+:func:`to_geojson` hands both to QuPath.
 
 Grids are [rows, columns] of patches, aligned with the lines of :func:`pathflip.geometry.edge`;
 everything that leaves this module is in level-0 px and µm.
@@ -365,8 +365,7 @@ def write_png(path: str | Path, picture: NDArray[np.uint8]) -> Path:
     return _write(Path(path), encode_png(picture))
 
 
-def write_geojson(
-    path: str | Path,
+def to_geojson(
     *,
     slide_id: str,
     text: str,
@@ -375,15 +374,14 @@ def write_geojson(
     heat: NDArray[np.float64] | None = None,
     bounds_x0: int = 0,
     bounds_y0: int = 0,
-) -> Path:
-    """Write boxes (annotations) and patches (tiles with their heat) for QuPath.
+) -> dict[str, Any]:
+    """Return boxes (annotations) and patches (tiles with their heat) as QuPath reads them.
 
     Args:
-        path: File to write, whole or not at all.
-        slide_id: Goes into ids and metadata; equal input gives an equal file.
+        slide_id: Goes into ids and metadata; equal input gives an equal document.
         text: Text that was looked for; the class of the boxes.
         boxes: Level-0 px.
-        rects: Patches (x0, y0, w0, h0) to write too, level-0 px [k, 4].
+        rects: Patches (x0, y0, w0, h0) to return too, level-0 px [k, 4].
         heat: Their heat [k].
         bounds_x0: Left of the slide's bounds, which QuPath crops to; level-0 px.
         bounds_y0: Top likewise.
@@ -426,8 +424,13 @@ def write_geojson(
             feature(f"patch {x} {y}", (x, y, w, h), "tile", heat=value)
             for (x, y, w, h), value in zip(rects.tolist(), heat.tolist(), strict=True)
         ]
-    document = {"type": "FeatureCollection", "features": features}
-    return _write(Path(path), json.dumps(document, allow_nan=False, separators=(",", ":")).encode())
+    return {"type": "FeatureCollection", "features": features}
+
+
+def write_geojson(path: str | Path, document: dict[str, Any]) -> Path:
+    """Write objects for QuPath (:func:`to_geojson`), whole or not at all."""
+    data = json.dumps(document, allow_nan=False, separators=(",", ":"))
+    return _write(Path(path), data.encode())
 
 
 def _cells(

@@ -83,7 +83,7 @@ class Grounding:
         """Answer a :class:`serve.schemas.GroundRequest`.
 
         Returns:
-            The JSON document, or a PNG.
+            The JSON document, objects for QuPath, or a PNG.
 
         Raises:
             ArchiveError: ``unknown_slide``, or there is no thumbnail to draw over.
@@ -122,14 +122,16 @@ class Grounding:
     def _ground(self, archive: Archive, request: Mapping[str, Any]) -> dict[str, Any] | bytes:
         from pathflip.evaluation.ground_slide import ground_slide
 
-        picture = request["format"] == "png"
+        wanted = request["format"]
         found = ground_slide(
             archive, self.cache, request["slide_id"], request["text"],
             variant=request["variant"], contrast=request["contrast"], sigma=request["sigma"],
-            min_patches=request["min_patches"], images=picture,
+            min_patches=request["min_patches"], images=wanted != "json",
         )  # fmt: skip
-        if picture:
+        if wanted == "png":
             return encode_png(found.picture())
+        if wanted == "geojson":
+            return found.geojson(patches=request["patches"])
         return found.as_json(patches=request["patches"]) | {"model": self.run.name}
 
     # -- batches ----------------------------------------------------------------------------------

@@ -278,11 +278,11 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         return JSONResponse(await parts.grounding.classify(asked.model_dump()))
 
     @api.post(
-        "/v1/ground", dependencies=[needs("search")], response_model=GroundResponse,
-        response_model_exclude_none=True, responses={200: _PNG_OR_JSON},
+        "/v1/ground", dependencies=[needs("search")],
+        response_model=GroundResponse | Outlines, response_model_exclude_none=True, responses={200: _PNG_OR_JSON},
     )  # fmt: skip
     async def ground(request: Request, asked: GroundRequest) -> Any:
-        """Locate a text on a slide: boxes, or a heatmap as PNG."""
+        """Locate a text on a slide: boxes, as GeoJSON too, or a heatmap as PNG."""
         request.state.audit["slides"] = [asked.slide_id]
         found = await parts.grounding.ground(asked.model_dump())
         if isinstance(found, bytes):

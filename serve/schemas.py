@@ -291,8 +291,10 @@ class GroundRequest(_In):
     sigma: float = Field(1.0, ge=0, le=8, allow_inf_nan=False, description="Smoothing, patches.")
     min_patches: int = Field(4, ge=1, le=10_000, description="Smallest box.")
     patches: bool = Field(False, description="Return the heat of every patch as well.")
-    format: Literal["json", "png"] = Field(
-        "json", description="png: heat and boxes over the thumbnail."
+    format: Literal["json", "geojson", "png"] = Field(
+        "json",
+        description="geojson: boxes as annotations, for QuPath, and patches, where asked for, as "
+        "tiles; png: heat and boxes over the thumbnail.",
     )
 
 
@@ -321,6 +323,7 @@ class GroundResponse(_Out):
     contrast: str | None
     score: float = Field(description="How well the text fits anywhere on the slide, -1 to 1.")
     mpp: float
+    patch_um: float = Field(description="Side of a patch; grid lines are its multiples.")
     boxes: list[Box]
     patches: list[dict[str, Any]] | None = None
 

@@ -29,6 +29,7 @@ from pathflip.heatmap import (
     heatmap_grid,
     overlay,
     patch_list,
+    to_geojson,
     write_geojson,
     write_png,
 )
@@ -78,8 +79,25 @@ class GroundingResult:
             "contrast": self.contrast,
             "score": self.score,
             "mpp": self.slide["mpp"],
+            "patch_um": self.grid.patch_um,
             "boxes": [box.as_json() for box in self.boxes],
         }
+
+    def geojson(self, *, patches: bool = True) -> dict[str, Any]:
+        """Return boxes, and patches as tiles, for QuPath, which crops to the slide's bounds.
+
+        Args:
+            patches: Whether to return the heat of every patch.
+        """
+        return to_geojson(
+            slide_id=self.slide["slide_id"],
+            text=self.text,
+            boxes=self.boxes,
+            rects=self.rects if patches else None,
+            heat=self.heat if patches else None,
+            bounds_x0=self.slide["bounds_x0"] or 0,
+            bounds_y0=self.slide["bounds_y0"] or 0,
+        )
 
     def picture(self, *, boxes: bool = True) -> NDArray[np.uint8]:
         """Draw heat and boxes over the thumbnail, RGB [h, w, 3].
@@ -117,16 +135,7 @@ class GroundingResult:
         check_ending(path)
         if path.suffix.lower() == ".png":
             return write_png(path, self.picture())
-        return write_geojson(
-            path,
-            slide_id=self.slide["slide_id"],
-            text=self.text,
-            boxes=self.boxes,
-            rects=self.rects,
-            heat=self.heat,
-            bounds_x0=self.slide["bounds_x0"] or 0,
-            bounds_y0=self.slide["bounds_y0"] or 0,
-        )
+        return write_geojson(path, self.geojson())
 
 
 def check_ending(path: str | Path) -> None:

@@ -25,6 +25,7 @@ from pathflip.heatmap import (
     resample,
     slide_rects,
     smooth,
+    to_geojson,
     write_geojson,
     write_png,
 )
@@ -179,9 +180,10 @@ def test_files_read_back(tmp_path: Path) -> None:
     heat = rng.uniform(size=16)
     file = tmp_path / "a.geojson"
     options = {"slide_id": "s", "text": "necrosis", "boxes": [box], "rects": rects, "heat": heat}
-    write_geojson(file, bounds_x0=10, bounds_y0=20, **options)  # type: ignore[arg-type]
-    first = file.read_bytes()
-    write_geojson(file, bounds_x0=10, bounds_y0=20, **options)  # type: ignore[arg-type]
+    document = to_geojson(bounds_x0=10, bounds_y0=20, **options)  # type: ignore[arg-type]
+    first = write_geojson(file, document).read_bytes()
+    document = to_geojson(bounds_x0=10, bounds_y0=20, **options)  # type: ignore[arg-type]
+    write_geojson(file, document)
     assert file.read_bytes() == first
     assert json.loads(first)["type"] == "FeatureCollection"
     objects = read_geojson(file, bounds_x0=10, bounds_y0=20)

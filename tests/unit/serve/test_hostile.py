@@ -218,7 +218,7 @@ ground_bodies = st.fixed_dictionaries(
         "min_patches": st.one_of(st.integers(), st.just(10**12), st.floats()),
         "variant": st.sampled_from(["attn", "cosine", "product", "region_only", "../", "x"]),
         "contrast": st.one_of(st.none(), st.text(max_size=10)),
-        "format": st.sampled_from(["json", "png", "../", "PNG", "svg"]),
+        "format": st.sampled_from(["json", "geojson", "png", "../", "PNG", "svg"]),
         "patches": st.one_of(st.booleans(), st.integers()),
     },
 )

@@ -14,11 +14,21 @@ from pathflip.archive.search import search, stored_vector
 from pathflip.archive.textsearch import search_text
 from pathflip.evaluation.classify import classify
 from pathflip.evaluation.ground_slide import ground_slide
+from pathflip.interop.qupath import read_geojson
 from serve.limits import RequestError
 from serve.schemas import SearchRequest
 from serve.search import Search
 from tests.unit.archive import cohort, models
-from tests.unit.serve.service_fixture import REGIONS, SLIDES, pixels, png, rows_of, slide_id
+from tests.unit.serve.service_fixture import (
+    REGIONS,
+    SIDE,
+    SLIDES,
+    TILING,
+    pixels,
+    png,
+    rows_of,
+    slide_id,
+)
 
 
 def test_slides_by_pages(ask, world):
@@ -175,6 +185,7 @@ def test_ground_is_the_librarys(ask, world):
     assert found == json.loads(json.dumps(expected.as_json() | {"model": world.loaded.name}))
     assert len(found["patches"]) == REGIONS * 4
     assert "patches" not in ask("POST", "/v1/ground", json=asked | {"patches": False}).json()
+    assert found["patch_um"] == TILING["patch_um"]
     picture = ask("POST", "/v1/ground", json=asked | {"format": "png"})
     assert picture.headers["content-type"] == "image/png"
     from io import BytesIO
@@ -182,6 +193,32 @@ def test_ground_is_the_librarys(ask, world):
     from PIL import Image
 
     assert np.array_equal(np.asarray(Image.open(BytesIO(picture.content))), expected.picture())
+
+
+def test_grounded_boxes_are_objects_of_qupath(ask, tmp_path):
+    asked = {"slide_id": "slide001", "text": "necrosis", "min_patches": 1}
+    boxes = ask("POST", "/v1/ground", json=asked).json()["boxes"]
+    assert boxes
+    for patches in (False, True):
+        more = {"patches": patches, "format": "geojson"}
+        answer = ask("POST", "/v1/ground", json=asked | more)
+        file = tmp_path / f"{patches}.geojson"
+        file.write_bytes(answer.content)
+        objects = read_geojson(file)
+        found = [one for one in objects if one.object_type == "annotation"]
+        for one, box in zip(found, boxes, strict=True):
+            ((corners, holes),) = one.polygons
+            left, top = corners.min(axis=0)
+            right, bottom = corners.max(axis=0)
+            assert not holes
+            assert [left, top] == [box["x0"], box["y0"]]
+            assert [right - left, bottom - top] == [box["w0"], box["h0"]]
+            assert one.classification == "necrosis"
+            assert one.measurements["score"] == pytest.approx(box["score"])
+        tiles = [one for one in objects if one.object_type == "tile"]
+        assert len(tiles) == (REGIONS * SIDE**2 if patches else 0)
+        if patches:  # attn heat is a share of the slide's
+            assert sum(one.measurements["heat"] for one in tiles) == pytest.approx(1)
 
 
 def test_labels_filter_and_are_not_shown(ask, world):
