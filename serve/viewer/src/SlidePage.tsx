@@ -286,7 +286,7 @@ function mayUse(name: PanelName): boolean {
   if (name === "search") return can?.search ?? false;
   if (name === "where") return can?.ground ?? false;
   if (name === "ask") return Boolean(can?.chat);
-  if (name === "draw") return can?.annotate ?? false;
+  if (name === "draw") return session.value?.scopes.includes("read") ?? false; // to look at, at least
   return true;
 }
 

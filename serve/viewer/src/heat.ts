@@ -1,0 +1,224 @@
+/**
+ * Heat of a text on a slide: patches on their grid, smoothed as the service does before it cuts out
+ * boxes (pathflip/heatmap.py), coloured, and painted for a canvas that lies on the patches.
+ *
+ * Grids are rows of columns of patches; line i of a grid of pitch p is level-0 pixel
+ * floor(i p + 0.5), as pathflip.geometry.edge says. All else is level-0 px.
+ */
+
+export interface Rect {
+  x0: number;
+  y0: number;
+  w0: number;
+  h0: number;
+}
+
+/** A patch as `/v1/ground` returns it, with `patches: true`. */
+export interface Patch {
+  x0: number;
+  y0: number;
+  size0: number;
+  heat: number;
+}
+
+/** Heat on the patch grid, cut to the patches there are; values are row by row. */
+export interface Grid {
+  columns: number;
+  rows: number;
+  heat: Float64Array;
+  tissue: Uint8Array;
+  /** Rectangle that the cells cover. */
+  place: Rect;
+}
+
+export interface Painted {
+  width: number;
+  height: number;
+  /** RGBA, not premultiplied. */
+  pixels: Uint8ClampedArray<ArrayBuffer>;
+}
+
+export type ColourMap = (value: number) => readonly [number, number, number];
+
+/** Longest side of a painted canvas, px. */
+export const MAX_SIDE = 2048;
+const CELL = 8;
+
+/**
+ * Put patches on their grid.
+ *
+ * @param patches At least one.
+ * @param pitch Side of a patch, level-0 px; it need not be a whole number.
+ */
+export function toGrid(patches: readonly Patch[], pitch: number): Grid {
+  const column = (patch: Patch) => Math.round(patch.x0 / pitch);
+  const row = (patch: Patch) => Math.round(patch.y0 / pitch);
+  let [left, top, right, bottom] = [Infinity, Infinity, -Infinity, -Infinity];
+  for (const patch of patches) {
+    left = Math.min(left, column(patch));
+    right = Math.max(right, column(patch));
+    top = Math.min(top, row(patch));
+    bottom = Math.max(bottom, row(patch));
+  }
+  const [columns, rows] = [right - left + 1, bottom - top + 1];
+  const heat = new Float64Array(columns * rows);
+  const tissue = new Uint8Array(columns * rows);
+  for (const patch of patches) {
+    const cell = (row(patch) - top) * columns + column(patch) - left;
+    heat[cell] = patch.heat;
+    tissue[cell] = 1;
+  }
+  const place = { x0: left * pitch, y0: top * pitch, w0: columns * pitch, h0: rows * pitch };
+  return { columns, rows, heat, tissue, place };
+}
+
+/** Blur heat inside the tissue only: a Gaussian mean over the patches that are there. */
+export function smooth(grid: Grid, sigma: number): Grid {
+  if (sigma <= 0) return grid;
+  const { columns, rows, tissue } = grid;
+  const radius = Math.max(1, Math.round(4 * sigma));
+  const kernel = Float64Array.from({ length: 2 * radius + 1 }, (_, i) =>
+    Math.exp(-((i - radius) ** 2) / (2 * sigma ** 2)),
+  );
+  const along = (values: Float64Array, count: number, step: number, line: number) => {
+    const out = new Float64Array(values.length);
+    for (let start = 0; start < values.length / count; start++) {
+      const first = line === 1 ? start * count : start;
+      for (let i = 0; i < count; i++) {
+        let sum = 0;
+        for (let j = Math.max(0, i - radius); j <= Math.min(count - 1, i + radius); j++)
+          sum += values[first + j * step]! * kernel[j - i + radius]!;
+        out[first + i * step] = sum;
+      }
+    }
+    return out;
+  };
+  const blur = (values: Float64Array) =>
+    along(along(values, columns, 1, 1), rows, columns, columns);
+  const weight = blur(Float64Array.from(tissue));
+  const heat = blur(grid.heat.map((value, i) => value * tissue[i]!));
+  return { ...grid, heat: heat.map((value, i) => (tissue[i] ? value / weight[i]! : 0)) };
+}
+
+/**
+ * Divide heat by a high percentile of the tissue's and clip it to [0, 1].
+ *
+ * A map without heat above zero there (a contrast may subtract it all) becomes 0 everywhere.
+ */
+export function normalise(grid: Grid, percentile = 99): Grid {
+  const values = grid.heat.filter((_, i) => grid.tissue[i]).sort();
+  const at = ((values.length - 1) * percentile) / 100;
+  const low = values[Math.floor(at)] ?? 0;
+  const high = values[Math.ceil(at)] ?? 0;
+  let top = low + (high - low) * (at - Math.floor(at));
+  if (!(top > 0)) top = values[values.length - 1] ?? 0;
+  const scale = top > 0 ? 1 / top : 0;
+  const clip = (value: number) => Math.min(1, Math.max(0, value * scale));
+  return { ...grid, heat: grid.heat.map((value, i) => (grid.tissue[i] ? clip(value) : 0)) };
+}
+
+/**
+ * Paint heat in [0, 1]: warm parts in colour, cold parts and what is off tissue transparent.
+ *
+ * @param grid See {@link normalise}.
+ * @param map Colours.
+ * @param threshold Heat below which nothing is painted.
+ * @param single Whether each patch has one colour; else colours run between neighbours, on tissue.
+ */
+export function paint(
+  grid: Grid,
+  { map, threshold = 0, single = false }: { map: ColourMap; threshold?: number; single?: boolean },
+): Painted {
+  const { columns, rows, heat, tissue } = grid;
+  const wanted = Math.floor(MAX_SIDE / Math.max(columns, rows));
+  const cell = Math.max(1, Math.min(CELL, wanted));
+  const [width, height] = [columns * cell, rows * cell];
+  const pixels = new Uint8ClampedArray(width * height * 4);
+  const table = Array.from({ length: 256 }, (_, i) => map(i / 255));
+  for (let y = 0; y < height; y++) {
+    const row = Math.floor(y / cell);
+    for (let x = 0; x < width; x++) {
+      const column = Math.floor(x / cell);
+      const here = row * columns + column;
+      if (!tissue[here]) continue;
+      const value = single
+        ? heat[here]!
+        : between(grid, (x + 0.5) / cell - 0.5, (y + 0.5) / cell - 0.5);
+      if (value < threshold) continue;
+      const [red, green, blue] = table[Math.round(value * 255)]!;
+      pixels.set([red, green, blue, Math.round(value * 255)], (y * width + x) * 4);
+    }
+  }
+  return { width, height, pixels };
+}
+
+/** Heat at a point of the grid, in cells from the first one's centre, among patches of tissue. */
+function between(grid: Grid, x: number, y: number): number {
+  const { columns, rows, heat, tissue } = grid;
+  const [left, top] = [Math.floor(x), Math.floor(y)];
+  let [sum, weights] = [0, 0];
+  for (let row = Math.max(0, top); row <= Math.min(rows - 1, top + 1); row++) {
+    for (let column = Math.max(0, left); column <= Math.min(columns - 1, left + 1); column++) {
+      const cell = row * columns + column;
+      const weight = (1 - Math.abs(x - column)) * (1 - Math.abs(y - row)) * tissue[cell]!;
+      sum += heat[cell]! * weight;
+      weights += weight;
+    }
+  }
+  return weights > 0 ? sum / weights : 0;
+}
+
+// -- colours ---------------------------------------------------------------------------------------
+
+/** Colours of maps at equal steps; those between are interpolated. */
+const STEPS = {
+  viridis:
+    "440154 481a6c 472f7d 414487 39568c 31688e 2a788e 23888e 1f988b 22a884 35b779 54c568 7ad151 a5db36 d2e21b fde725",
+  cividis:
+    "00224e 002f6f 1b3b6d 32486b 45556b 55626d 646f70 737d75 838a78 939977 a4a776 b6b671 c8c669 dbd65c efe54c fee838",
+  inferno:
+    "000004 0c0826 240c4f 420a68 5d126e 781c6d 932667 ae305c c73e4c dd513a ed6925 f8850f fca50a fac62d f2e661 fcffa4",
+  turbo:
+    "30123b 4145ab 4675ed 39a2fc 1bcfd4 24eca6 61fc6c a4fc3b d1e834 f3c63a fe9b2d f36315 d93806 b11901 7a0402 7a0402",
+};
+
+export type MapName = keyof typeof STEPS | "single";
+
+/** Colour maps by name, in the order in which they are offered. */
+export const MAPS: readonly { name: MapName; label: string }[] = [
+  { name: "viridis", label: "Viridis" },
+  { name: "cividis", label: "Cividis (colour-blind safe)" },
+  { name: "inferno", label: "Inferno" },
+  { name: "turbo", label: "Turbo" },
+  { name: "single", label: "One colour per layer" },
+];
+
+/** Colours that people with any colour vision tell apart (Okabe and Ito, 2008). */
+export const LAYER_COLOURS = ["#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
+
+export function hex(colour: string): [number, number, number] {
+  const value = parseInt(colour.replace("#", ""), 16);
+  return [value >> 16, (value >> 8) & 255, value & 255];
+}
+
+/**
+ * A colour map.
+ *
+ * @param name Its name.
+ * @param colour Colour of `single`, #rrggbb.
+ */
+export function colourMap(name: MapName, colour = LAYER_COLOURS[0]!): ColourMap {
+  if (name === "single") {
+    const only = hex(colour);
+    return () => only;
+  }
+  const steps = STEPS[name].split(" ").map(hex);
+  return (value) => {
+    const at = Math.min(1, Math.max(0, value)) * (steps.length - 1);
+    const low = steps[Math.floor(at)]!;
+    const high = steps[Math.ceil(at)]!;
+    const part = at - Math.floor(at);
+    const mix = (i: 0 | 1 | 2) => Math.round(low[i] + (high[i] - low[i]) * part);
+    return [mix(0), mix(1), mix(2)];
+  };
+}
