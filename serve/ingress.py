@@ -279,7 +279,8 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
 
     @api.post(
         "/v1/ground", dependencies=[needs("search")],
-        response_model=GroundResponse | Outlines, response_model_exclude_none=True, responses={200: _PNG_OR_JSON},
+        response_model=GroundResponse | Outlines, response_model_exclude_none=True,
+        responses={200: _PNG_OR_JSON},
     )  # fmt: skip
     async def ground(request: Request, asked: GroundRequest) -> Any:
         """Locate a text on a slide: boxes, as GeoJSON too, or a heatmap as PNG."""
