@@ -126,6 +126,7 @@ REASONS: dict[str, str] = {
     "unsupported": "The format is not one pathflip opens.",
     "orientation": "The file asks to be turned or mirrored, which readers of tiles leave undone.",
     "not_rgb": "The file holds CMYK, Lab or other colours, not RGB.",
+    "colours_conflict": "The header of the file and its frames state different colours.",
     "extra_samples": "The file has samples beyond RGB that would be taken for transparency.",
     "bit_depth": "The file stores its values in the lower bits of 16, which read as nearly black.",
     "several_images": "The file holds several images, of which one would be read.",

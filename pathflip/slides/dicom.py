@@ -11,12 +11,13 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.slides.tiles import TiledLevel, jpeg_codec
+from pathflip.slides.tiles import TiledLevel, jpeg_codec, jpeg_colours
 
 _JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 _SYNTAXES = {
@@ -44,8 +45,12 @@ _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _CUT_OFF = -1
 _PREAMBLE = 132
 _MAX_DEPTH = 16
+_STREAM_BYTES = 1 << 20
+"""Most bytes of a frame that are searched for what its stream says of colours."""
 
-_SYNTAX, _SERIES, _TILING, _CONCATENATION = 0x00020010, 0x0020000E, 0x00209311, 0x00209161
+_KIND, _SYNTAX, _SERIES, _TILING, _CONCATENATION = (
+    0x00080008, 0x00020010, 0x0020000E, 0x00209311, 0x00209161
+)  # fmt: skip
 _SAMPLES, _COLOUR, _FRAMES = 0x00280002, 0x00280004, 0x00280008
 _ROWS, _COLUMNS, _BITS = 0x00280010, 0x00280011, 0x00280100
 _WIDTH, _HEIGHT, _PATHS, _PLANES = 0x00480006, 0x00480007, 0x00480302, 0x00480303
@@ -71,6 +76,75 @@ def dicom_levels(files: Sequence[Path], *, series: str) -> tuple[list[TiledLevel
         except (_NoLayoutError, struct.error, OSError, ValueError, IndexError) as error:
             reasons.append(str(error) if isinstance(error, _NoLayoutError) else "a file is damaged")
     return levels, reasons[0] if reasons else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedColours:
+    """Colours of a level's frames, by the header of its file and by the first frame itself.
+
+    Attributes:
+        file: Name of the file.
+        header: Photometric Interpretation, which readers go by (PS3.5, 8.2.1).
+        stream: Photometric Interpretation that the frame's JPEG stream asks for, RGB or
+            YBR_FULL_422; empty where it says nothing.
+        sign: Mark of the stream that says so.
+    """
+
+    file: str
+    header: str
+    stream: str
+    sign: str
+
+    @property
+    def agree(self) -> bool:
+        """Whether the frames may be what the header says."""
+        return not self.stream or (self.header == "RGB") == (self.stream == "RGB")
+
+
+def stated_colours(files: Sequence[Path], *, series: str) -> list[StatedColours]:
+    """Return the colours stated of each level of a series that is stored as baseline JPEG.
+
+    Args:
+        files: DICOM files, of this series or others.
+        series: UID of the series.
+    """
+    found = []
+    for path in files:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                head = os.pread(file.fileno(), _HEAD_BYTES, 0)
+                values, pixels = _values(head, series)
+                text = {
+                    tag: values.get(tag, b"").decode("ascii", "replace").strip("\0 ")
+                    for tag in (_KIND, _SYNTAX, _COLOUR)
+                }
+                if text[_SYNTAX] != _JPEG_BASELINE or "VOLUME" not in text[_KIND].split("\\"):
+                    continue  # a label or an overview is never read
+                stream, sign = _stream_colours(file.fileno(), pixels)
+        except (_OtherSeriesError, _NoLayoutError, struct.error, OSError, IndexError):
+            continue  # whether it can be read at all is another question
+        found.append(StatedColours(file=path.name, header=text[_COLOUR], stream=stream, sign=sign))
+    return found
+
+
+def _stream_colours(file: int, start: int) -> tuple[str, str]:
+    """Return what the first frame's JPEG stream says of its colours, and by which mark.
+
+    Args:
+        file: Open file descriptor.
+        start: Position of the items of the pixels, of which the first is the list of frames.
+    """
+    tag, length = _item(file, start)
+    at, data = start + 8 + length, b""
+    for _ in range(_MAX_DEPTH):
+        tag, length = _item(file, at)
+        if tag != _ITEM or len(data) >= _STREAM_BYTES:
+            break
+        data += os.pread(file, min(length, _STREAM_BYTES - len(data)), at + 8)
+        at += 8 + length
+        if (found := jpeg_colours(data)) is not None:
+            return found
+    return "", ""
 
 
 def unread_dicom(message: str) -> str:

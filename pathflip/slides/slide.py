@@ -25,7 +25,7 @@ import openslide
 from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
-from pathflip.slides.dicom import dicom_levels, unread_dicom
+from pathflip.slides.dicom import dicom_levels, stated_colours, unread_dicom
 from pathflip.slides.direct import (
     DAMAGED_RGB,
     HalvedTiles,
@@ -48,6 +48,7 @@ from pathflip.slides.sources import (
 from pathflip.slides.structure import (
     Doubt,
     LevelTrust,
+    colour_doubts,
     compression_name,
     pixel_doubts,
     tag_doubts,
@@ -336,6 +337,10 @@ class Slide:
             SlideError: The first doubt that refuses the slide; see ``structure``.
         """
         by_tags = tag_doubts(layout, vendor=self.vendor)
+        if self.vendor == "dicom":
+            files, series = self._series()
+            stated = stated_colours(files, series=series)
+            by_tags += colour_doubts(stated, name=self.path.name)
         _refuse(by_tags)  # before pixels are read for the others
         # All levels of the file: only those that ``level_for`` and ``levels`` name may be read.
         self._sizes: Sequence[tuple[int, int]] = self._handle.level_dimensions
@@ -362,6 +367,11 @@ class Slide:
             return self._level_rect(level, round(x * downsample), round(y * downsample), w, h)
         except SlideError:
             return None
+
+    def _series(self) -> tuple[list[Path], str]:
+        """Return the DICOM files beside the one that was opened, and the series it is of."""
+        series = self._handle.properties.get("dicom.SeriesInstanceUID", "")
+        return dicom_files(self._source.parent), series
 
     def _check_one_series(self) -> None:
         """Refuse several series, and one of which OpenSlide would leave a level out.
@@ -514,8 +524,8 @@ class Slide:
             found = tiled_levels(layout, self._source)
             why = no_codec(layout.tiled[0]) if layout.tiled else "it has no tiles"
         elif self.vendor == "dicom":
-            series = self._handle.properties.get("dicom.SeriesInstanceUID", "")
-            found, why = dicom_levels(dicom_files(self._source.parent), series=series)
+            files, series = self._series()
+            found, why = dicom_levels(files, series=series)
         else:
             why = f"{self.vendor} has no direct path"
         levels = by_level(self._sizes, found)

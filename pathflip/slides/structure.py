@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -20,6 +21,9 @@ from numpy.typing import NDArray
 from pathflip.errors import SlideError
 from pathflip.slides.resample import resize_exact
 from pathflip.slides.tiff import COMPRESSIONS, MAX_LEVELS, TiffLayout, TiffPage, by_level
+
+if TYPE_CHECKING:
+    from pathflip.slides.dicom import StatedColours
 
 GENERIC, APERIO = "generic-tiff", "aperio"
 _SIZES_SAY_SCALE = (GENERIC, APERIO, "dicom")
@@ -203,6 +207,31 @@ def unsupported_doubt(layout: TiffLayout) -> Doubt | None:
         message=f"{layout.name} {what}.",
         hint="Convert it to a tiled pyramid, with vips tiffsave --tile --pyramid for example.",
     )
+
+
+def colour_doubts(stated: Sequence[StatedColours], *, name: str) -> list[Doubt]:
+    """Return a doubt about levels of DICOM whose frames are marked as other colours than stated.
+
+    Readers go by the header, which shall agree with the frames (DICOM PS3.5, 8.2.1). Some
+    converters write RGB there and compress as Y, Cb, Cr: shown by the header, tissue is green.
+
+    Args:
+        stated: What header and frames of each level say.
+        name: Name of the slide.
+    """
+    for level in stated:
+        if not level.agree:
+            return [
+                Doubt(
+                    code="colours_conflict",
+                    message=f"{level.file}, a level of {name}, says that its colours are "
+                    f"{level.header}, and its JPEG frames say {level.stream} by {level.sign}: "
+                    "read as stated, its colours would be false.",
+                    hint="If the frames are right, correct the header of each such file, with "
+                    f'DCMTK for example: dcmodify -m "(0028,0004)={level.stream}" FILE.',
+                )
+            ]
+    return []
 
 
 def compression_name(layout: TiffLayout) -> str | None:

@@ -140,6 +140,47 @@ def _joined(data: bytes) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def jpeg_colours(stream: bytes) -> tuple[str, str] | None:
+    """Return the colours that a JPEG stream says it holds, and the mark of it that says so.
+
+    Adobe's marker names the transform. Without it, components of different size are a brightness
+    and its colours, JFIF knows Y, Cb, Cr alone, and libjpeg names those of RGB by their letters.
+
+    Args:
+        stream: The beginning of a stream.
+
+    Returns:
+        RGB or YBR_FULL_422, as DICOM calls them, and the mark; both empty where nothing says so.
+        None where the stream goes on before its pixels begin.
+    """
+    at, jfif, adobe, parts = 2, False, -1, b""
+    while stream[at : at + 2] != b"\xff\xda":
+        if at + 4 > len(stream):
+            return None
+        if stream[at] != 0xFF:
+            return "", ""  # no stream of JPEG
+        if stream[at + 1] == 0xFF:  # which may fill the room before a marker
+            at += 1
+            continue
+        end = at + 2 + max(2, int.from_bytes(stream[at + 2 : at + 4], "big"))
+        marker, body = stream[at + 1], stream[at + 4 : end]
+        jfif |= marker == 0xE0 and body[:5] == b"JFIF\0"
+        if marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
+            adobe = body[11]
+        if marker in (0xC0, 0xC1, 0xC2):
+            parts = body[6:]  # number, sampling and table of each component
+        at = end
+    if len(parts) != 9:
+        return "", ""
+    if adobe in (0, 1):
+        return ("YBR_FULL_422" if adobe else "RGB"), f"Adobe's marker with transform {adobe}"
+    if len(set(parts[1::3])) > 1:
+        return "YBR_FULL_422", "two components of fewer pixels than the first"
+    if jfif:
+        return "YBR_FULL_422", "a JFIF marker"
+    return ("RGB", "components called R, G, B") if parts[::3] == b"RGB" else ("", "")
+
+
 def jpeg_codec(*, rgb: bool, tables: bytes = b"", items: bool = False) -> JpegCodec:
     """Return the codec of JPEG tiles.
 

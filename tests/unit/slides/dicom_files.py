@@ -49,11 +49,17 @@ def jpeg_frames(pixels: Pixels, tile: int, *, rgb: bool) -> list[bytes]:
             whole[: part.shape[0], : part.shape[1]] = part
             if rgb:
                 planes = [np.ascontiguousarray(whole[..., c]) for c in range(3)]
-                data = simplejpeg.encode_jpeg_yuv_planes(*planes, quality=92)
+                data = without_jfif(simplejpeg.encode_jpeg_yuv_planes(*planes, quality=92))
             else:
                 data = simplejpeg.encode_jpeg(whole, quality=92, colorsubsampling="422")
             frames.append(data)
     return frames
+
+
+def without_jfif(stream: bytes) -> bytes:
+    """Leave out the marker of streams of Y, Cb, Cr, as scanners that store RGB do."""
+    assert stream[2:4] == b"\xff\xe0"
+    return stream[:2] + stream[4 + int.from_bytes(stream[4:6], "big") :]
 
 
 def _split(frame: bytes, pieces: int) -> list[bytes]:
@@ -84,8 +90,9 @@ def write_level(
         rgb: Whether the frames hold R, G, B, else Y, Cb, Cr.
         table: Kind of the list of frames: ``short`` (32 bits), ``long`` (64 bits) or ``none``.
         undefined: Whether sequences are of undefined length.
-        changes: Other values: ``tiling``, ``syntax``, ``paths``, ``planes``, ``series``,
-            ``frames`` or ``pieces``, the number of items of each frame.
+        changes: Other values: ``tiling``, ``syntax``, ``paths``, ``planes``, ``series``, ``kind``
+            (of the image), ``colour`` (Photometric Interpretation), ``frames`` or ``pieces``, the
+            number of items of each frame.
     """
     frames = changes.get("frames") or jpeg_frames(pixels, tile, rgb=rgb)
     h, w = pixels.shape[:2]
@@ -98,7 +105,8 @@ def write_level(
         + element(0x00020010, "UI", ui(changes.get("syntax", JPEG_BASELINE)))
         + element(0x00020012, "UI", b"1.2.3")
     )
-    kind = "VOLUME\\NONE" if number == 0 else "VOLUME\\RESAMPLED"
+    kind = changes.get("kind") or ("VOLUME\\NONE" if number == 0 else "VOLUME\\RESAMPLED")
+    colour = changes.get("colour") or ("RGB" if rgb else "YBR_FULL_422")
     spacing = f"{mpp / 1000:.8f}".encode()
     measures = sequence(
         0x00289110,
@@ -115,7 +123,7 @@ def write_level(
         + element(0x00200052, "UI", b"1.2.3.6")
         + element(0x00209311, "CS", changes.get("tiling", "TILED_FULL").encode())
         + element(0x00280002, "US", us(3))
-        + element(0x00280004, "CS", b"RGB" if rgb else b"YBR_FULL_422")
+        + element(0x00280004, "CS", colour.encode())
         + element(0x00280006, "US", us(0))
         + element(0x00280008, "IS", str(len(frames)).encode())
         + element(0x00280010, "US", us(tile))
@@ -147,3 +155,16 @@ def write_level(
     length = element(0x00020000, "UL", ul(len(meta)))
     path.write_bytes(bytes(128) + b"DICM" + length + meta + body)
     return path
+
+
+def corrected(series: Path, folder: Path) -> Path:
+    """Copy a series whose headers say RGB, and say YBR_FULL_422 instead."""
+    folder.mkdir()
+    wrong = element(0x00280004, "CS", b"RGB")
+    for file in series.glob("*.dcm"):
+        data = file.read_bytes()
+        assert data.count(wrong) == 1
+        (folder / file.name).write_bytes(
+            data.replace(wrong, element(0x00280004, "CS", b"YBR_FULL_422"))
+        )
+    return folder

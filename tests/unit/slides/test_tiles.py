@@ -26,7 +26,7 @@ from pathflip.slides.slide import Slide
 from pathflip.slides.tiff import read_layout, tiled_levels
 from tests.faults import tile_spans
 from tests.unit.slides import layouts
-from tests.unit.slides.dicom_files import SERIES, jpeg_frames, write_level
+from tests.unit.slides.dicom_files import SERIES, corrected, jpeg_frames, write_level
 from tests.unit.slides.layouts import halved, picture
 
 Pixels = NDArray[np.uint8]
@@ -205,11 +205,11 @@ def test_only_files_of_the_series_are_levels(tmp_path: Path) -> None:
     assert "no DICOM header" in why
 
 
-def test_a_real_dicom_slide_is_read_directly() -> None:
-    folder = Path(__file__).parents[4] / "shared" / "slides" / "dicom-CMU-1-small"
-    if not folder.exists():
-        pytest.skip(f"{folder.name} is not here")
-    with Slide(folder) as slide:
+def test_a_real_dicom_slide_is_read_directly(tmp_path: Path) -> None:
+    series = Path(__file__).parents[4] / "shared" / "slides" / "dicom-CMU-1-small"
+    if not series.exists():
+        pytest.skip(f"{series.name} is not here")
+    with Slide(corrected(series, tmp_path / "series")) as slide:
         assert slide.reader == "direct", slide.reader_note
         assert list(slide._direct) == [0, 1, 2]
         view = slide.read(300, 400, 900)

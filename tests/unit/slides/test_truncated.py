@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pathflip.errors import REASONS, SlideError
 from pathflip.slides.reader import SlideReader
+from tests.unit.slides.dicom_files import corrected
 from tests.unit.slides.layouts import FORMATS, MPP, TILE, picture
 
 CUTS = 20
@@ -112,6 +113,7 @@ def test_a_dicom_series_with_one_file_cut(reader: SlideReader, tmp_path: Path) -
     series = REAL / "dicom-CMU-1-small"
     if not series.exists():
         pytest.skip(f"{series.name} is not here")
+    series = corrected(series, tmp_path / "whole")
     files = sorted(series.glob("*.dcm"))
     whole = {scale: read(reader, series, scale=scale)[0] for scale in (1, 2)}
     found: Counter[str] = Counter()
