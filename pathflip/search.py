@@ -1,8 +1,9 @@
 """One way to search an archive, for the command line, the service and notebooks.
 
 A :class:`Query` says what is looked for, in which vectors and among which rows; :func:`run_query`
-answers it with an Arrow table. The command line and the service translate flags and JSON into a
-query and rows back; what a query may ask is decided here (:func:`query_faults`), once.
+answers it with an Arrow table, and :func:`find` does both for notebooks, with pictures. The command
+line and the service translate flags and JSON into a query and rows back; what a query may ask is
+decided here (:func:`query_faults`), once.
 
 =================  ========  ==============================================================
 looked for         mode      found by
@@ -42,6 +43,9 @@ Fault = Literal[
     "not_one", "nothing_stored", "two_patients", "needs_text", "needs_model", "needs_slides",
     "only_features",
 ]  # fmt: skip
+
+PICTURE_PX = 160
+"""Side of the pictures that a notebook shows of results."""
 
 FAULTS: dict[Fault, str] = {
     "not_one": "A query is one of a text, a picture, a slide and a region.",
@@ -217,6 +221,90 @@ def run_query(archive: Archive, query: Query) -> pa.Table:
         assert query.text is not None
         return search_hybrid(archive, query.text, vector, level=query.level, **space, **among)
     return search(archive, vector, level=query.level, **space, **among)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SearchResults:
+    """Results of a search, which a notebook shows with pictures.
+
+    Attributes:
+        archive: The archive searched.
+        query: The query.
+        rows: The results, as :func:`run_query` returns them.
+    """
+
+    archive: Archive
+    query: Query
+    rows: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.rows.num_rows)
+
+    def __repr__(self) -> str:
+        return f"SearchResults({len(self)} for {self._sought()} in {self.archive.uri!r})"
+
+    def to_pandas(self) -> Any:
+        """Return the results as a pandas DataFrame, a row each, best first."""
+        return self.rows.to_pandas()
+
+    def _sought(self) -> str:
+        query = self.query
+        named = query.text or query.slide or query.region
+        return "a picture" if named is None else repr(named)
+
+    def _repr_html_(self) -> str:
+        """Show the best results with pictures read from the slides."""
+        from pathflip.display import MAX_ROWS, Picture, page
+        from pathflip.report.archive import hits
+
+        def seen(hit: dict[str, Any]) -> str | Picture:
+            where = f"result {hit['rank']}, {hit['slide_id']} at {hit['x0']}, {hit['y0']}"
+            uri = hit["picture"] if hit["region_id"] else (hit["map"] or {}).get("uri", "")
+            return Picture(uri=uri, alt=where) if uri else hit["fault"] or "no picture"
+
+        found = hits(self.archive, self.rows.slice(0, MAX_ROWS), px=PICTURE_PX, patches=False)
+        return page(
+            f"{len(self)} results for {self._sought()}",
+            columns=("rank", "score", "picture", "slide", "x0, y0 (px)", "side (µm)"),
+            rows=[
+                (
+                    str(hit["rank"]), f"{hit['score']:.3f}", seen(hit), hit["slide_id"],
+                    f"{hit['x0']}, {hit['y0']}", f"{hit['size0'] * hit['mpp']:.0f}",
+                )
+                for hit in found
+            ],
+            total=len(self),
+        )  # fmt: skip
+
+
+def find(
+    archive: Archive, text: str | None = None, *, run: Run | None = None, **query: Any
+) -> SearchResults:
+    """Search an archive from Python: by words, by a slide or a region, or by a vector.
+
+    Args:
+        archive: The archive.
+        text: Words to look for; by their meaning with ``run``, or with ``mode="text"`` in captions.
+        run: Trained model, indexed, whose vectors are compared; see
+            :func:`pathflip.checkpoints.load_run`.
+        query: Other fields of :class:`Query`.
+
+    Raises:
+        ArchiveError: The archive has no vectors of the run's model (``not_indexed``, and those of
+            :func:`pathflip.compat.check_fits`), or as :func:`run_query` says.
+        ConfigError: The query cannot be asked, see :class:`Query` and :func:`run_query`.
+    """
+    if run is not None:
+        from pathflip.compat import check_indexed
+
+        check_indexed(archive, run, folder=str(run.path))
+        query |= {"model": run.name, "fingerprint": run.fingerprint}
+        if text is not None and query.get("mode") != "text":
+            if not text.strip():
+                raise ConfigError("The text to search for is empty.")
+            query["vector"] = embed_texts(run, [text])[0]
+    asked = Query(text=text, **query)
+    return SearchResults(archive=archive, query=asked, rows=run_query(archive, asked))
 
 
 def embed_texts(run: Run | TreeRun, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pathflip.archive.tables import Table
+    from pathflip.viewer import Viewer
 
 T = TypeVar("T")
 
@@ -64,6 +65,37 @@ class Archive:
 
     def __repr__(self) -> str:
         return f"Archive({self.uri!r})"
+
+    def _repr_html_(self) -> str:
+        from pathflip.display import archive_page
+
+        return archive_page(self)
+
+    def view(
+        self,
+        slide: str | None = None,
+        *,
+        region: tuple[int, int, int] | None = None,
+        height: int = 600,
+    ) -> Viewer:
+        """Return the viewer of a slide, or of the whole archive, to show in a notebook.
+
+        Its server, ``pathflip view`` in another process, listens on this machine and ends with
+        this process.
+
+        Args:
+            slide: The slide, see :meth:`slide`.
+            region: Square to fly to: x0, y0 and side, level-0 px.
+            height: Height of the frame, px.
+
+        Raises:
+            ArchiveError: If there is no such slide (``unknown_slide``).
+            ConfigError: If the server does not start (``not_started``).
+        """
+        from pathflip.viewer import open_viewer
+
+        slide_id = None if slide is None else self.resolve(slide)
+        return open_viewer(self.uri, slide_id, region=region, height=height)
 
     def refresh(self) -> None:
         """Move to the newest committed state, with what is known of tables that did not change."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pathflip.display import Picture, data_uri, frame, jpeg, page
 from pathflip.errors import ConfigError
 from pathflip.evaluation.encoding_cache import EncodingCache
 from pathflip.evaluation.grounding import VARIANTS, check_variant
@@ -38,10 +39,17 @@ if TYPE_CHECKING:
     from pathflip.archive import Archive
     from pathflip.checkpoints import Run
 
+PICTURE_PX = 640
+"""Longer side of the picture that a notebook shows of a heatmap."""
+BOX_COLUMNS = (
+    "x0", "y0", "w0", "h0", "score", "x_um", "y_um", "w_um", "h_um", "patches",
+)  # fmt: skip
+PATCH_COLUMNS = ("x0", "y0", "size0", "heat")
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GroundingResult:
-    """Heat of one text on one slide.
+    """Heat of one text on one slide, which a notebook shows over the slide.
 
     Attributes:
         slide: The slide's row in the archive; its id and mpp alone where no picture is wanted.
@@ -63,6 +71,41 @@ class GroundingResult:
     rects: NDArray[np.int64]
     grid: HeatmapGrid
     boxes: list[Box]
+
+    def __repr__(self) -> str:
+        where = f"{self.slide['slide_id']}, {len(self.boxes)} boxes, {len(self.heat)} patches"
+        return f"GroundingResult({self.text!r} on {where}, score {self.score:.3f})"
+
+    def to_pandas(self, *, of: Literal["boxes", "patches"] = "boxes") -> Any:
+        """Return a pandas DataFrame in level-0 px, boxes also in µm.
+
+        Args:
+            of: Rows: the ``boxes``, by falling score, or the heat of all ``patches``.
+        """
+        rows = self.as_json(patches=of == "patches")[of]
+        return frame(rows, BOX_COLUMNS if of == "boxes" else PATCH_COLUMNS)
+
+    def _repr_html_(self) -> str:
+        """Show heat and boxes over the thumbnail, and the boxes as a table."""
+        pictures = []
+        if self.slide.get("thumbnail") and self.slide.get("thumbnail_mpp"):
+            picture = jpeg(self.picture(), px=PICTURE_PX)
+            pictures = [Picture(uri=data_uri(picture), alt=f"Heat of {self.text!r}")]
+        boxes = [box.as_json() for box in self.boxes]
+        return page(
+            self.text,
+            note=f"{self.slide['slide_id']}, score {self.score:.3f}",
+            pictures=pictures,
+            columns=("box", "x0, y0 (px)", "w0, h0 (px)", "w, h (µm)", "score", "patches"),
+            rows=[
+                (
+                    str(number), f"{box['x0']}, {box['y0']}", f"{box['w0']}, {box['h0']}",
+                    f"{box['w_um']:.0f}, {box['h_um']:.0f}", f"{box['score']:.3f}",
+                    str(box["patches"]),
+                )
+                for number, box in enumerate(boxes, start=1)
+            ],
+        )  # fmt: skip
 
     def as_json(self, *, patches: bool = True) -> dict[str, Any]:
         """Return the result for JSON, in level-0 px; boxes in µm too.

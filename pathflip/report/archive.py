@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.archive import Archive
+from pathflip.display import data_uri
 from pathflip.errors import REASONS, ArchiveError, SlideError
 from pathflip.files import write_file
 from pathflip.geometry import Tiling, edge, patch_rects
-from pathflip.report.page import data_uri, reported, slide_view, write_page
+from pathflip.report.page import reported, slide_view, write_page
 from pathflip.slides.scale import SCALE_REASONS
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def write_report(
             {
                 "title": search.title,
                 "picture": data_uri(search.picture),
-                "hits": _hits(archive, search.results),
+                "hits": hits(archive, search.results),
             }
             for search in searches
         ],
@@ -168,7 +169,7 @@ def write_results(
         title=title,
         archive=archive.uri,
         picture=data_uri(query_picture),
-        hits=_hits(archive, results),
+        hits=hits(archive, results),
     )
 
 
@@ -301,13 +302,22 @@ def _mend(archive: str, row: dict[str, Any]) -> dict[str, str]:
 # -- search results -------------------------------------------------------------------------------
 
 
-def _hits(archive: Archive, results: pa.Table) -> list[dict[str, Any]]:
-    """Return results with their pictures."""
+def hits(
+    archive: Archive, results: pa.Table, *, px: int = REGION_PX, patches: bool = True
+) -> list[dict[str, Any]]:
+    """Return results with pictures of them, of their slides and of a patch, as data URIs.
+
+    Args:
+        archive: The archive searched.
+        results: Results of :func:`pathflip.archive.search.search`.
+        px: Side of the pictures of regions.
+        patches: Whether to read a patch of each region, too.
+    """
     from pathflip.slides.reader import SlideReader
 
     slides: dict[str, dict[str, Any]] = {}
     regions: dict[str, dict[str, dict[str, Any]]] = {}
-    hits = []
+    found = []
     with SlideReader(patches=1, px=16) as reader:
         for hit in results.to_pylist():
             slide_id = hit["slide_id"]
@@ -318,12 +328,12 @@ def _hits(archive: Archive, results: pa.Table) -> list[dict[str, Any]]:
             hit = {**hit, "name": Path(row["uri"] or slide_id).name, "uri": row["uri"]}
             hit |= {"map": row["map"], "picture": "", "patch": None, "fault": ""}
             if hit.get("region_id"):
-                if not regions[slide_id] and not row["fault"]:
+                if patches and not regions[slide_id] and not row["fault"]:
                     regions[slide_id] = _regions_of(archive, slide_id)
                 patch = _clearest_patch(archive, regions[slide_id].get(hit["region_id"]))
-                _read_pictures(reader, row, hit, patch)
-            hits.append(hit)
-    return hits
+                _read_pictures(reader, row, hit, patch, px=px)
+            found.append(hit)
+    return found
 
 
 def _slide_of(archive: Archive, slide_id: str) -> dict[str, Any]:
@@ -368,6 +378,8 @@ def _read_pictures(
     row: dict[str, Any],
     hit: dict[str, Any],
     patch: tuple[int, int, int] | None,
+    *,
+    px: int,
 ) -> None:
     """Fill a hit's pictures; a slide that failed once is not read again."""
     from pathflip.slides.staging import opened
@@ -377,7 +389,7 @@ def _read_pictures(
         try:
             with opened(row) as path:
                 data = reader.view(
-                    str(path), x0=hit["x0"], y0=hit["y0"], size0=hit["size0"], px=REGION_PX,
+                    str(path), x0=hit["x0"], y0=hit["y0"], size0=hit["size0"], px=px,
                     slide_mpp=override,
                 )  # fmt: skip
                 hit["picture"] = data_uri(data)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pathflip.display import data_uri
 from pathflip.errors import ConfigError
 from pathflip.files import write_file
 
@@ -72,14 +73,6 @@ def reported(path: Path) -> Iterator[None]:
             hint="Give a file in a folder you may write.",
             code="out",
         ) from error
-
-
-def data_uri(image: bytes | None) -> str:
-    """Return a JPEG or PNG as a data URI, "" for none."""
-    if not image:
-        return ""
-    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def count(value: int | None) -> str:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from pathflip.archive import Archive
 from pathflip.archive.tree_texts import decode_keywords
 from pathflip.archive.trees import read_trees, tree_spec
+from pathflip.display import data_uri
 from pathflip.evaluation.patch_text import PatchReader, class_weights, patch_reader
 from pathflip.evaluation.prompts import PLACEHOLDER, read_classes
 from pathflip.evaluation.tree_vectors import TreeVectors, encode_trees, keyword_bank
 from pathflip.evaluation.trees import CUES, TreeTruth, cue_scores, find_truth, read_truth, take
 from pathflip.geometry import LEVEL_OF, level_name
 from pathflip.interop.tree_images import tree_reader
-from pathflip.report.page import about_run, data_uri, metric_row, write_page
+from pathflip.report.page import about_run, metric_row, write_page
 from pathflip.report.trees import SIDE_PX, node_texts, pyramid, tree_texts
 from pathflip.slides.reader import SlideReader
 from pathflip.slides.staging import opened

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.archive import Archive
+from pathflip.display import data_uri
 from pathflip.errors import ConfigError
-from pathflip.report.page import about_run, data_uri, metric_row, slide_view, write_page
+from pathflip.report.page import about_run, metric_row, slide_view, write_page
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run

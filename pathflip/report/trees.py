@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from pathflip.archive import Archive
 from pathflip.archive.storage import guarded, is_local
 from pathflip.archive.trees import TREE_TEXTS, read_trees, tree_spec
+from pathflip.display import data_uri
 from pathflip.errors import ArchiveError
 from pathflip.geometry import TREE_OFFSETS, level_name
 from pathflip.interop.tree_images import read_nodes, tree_reader
-from pathflip.report.page import data_uri, write_page
+from pathflip.report.page import write_page
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

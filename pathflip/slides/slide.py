@@ -19,11 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 import openslide
 from numpy.typing import NDArray
 
+from pathflip.display import jpeg
 from pathflip.errors import SlideError
 from pathflip.slides.dicom import dicom_levels, stated_colours, unread_dicom
 from pathflip.slides.direct import (
@@ -70,6 +70,8 @@ EQUAL_SCALE = 0.01
 _TIFF_VENDORS = ("aperio", "generic-tiff")
 _STRIP_PX = 1024
 _DAMAGE_PX = 256
+_PICTURE_PX = 512
+"""Longer side of the picture that a notebook shows of a slide."""
 
 
 class Slide:
@@ -171,9 +173,8 @@ class Slide:
     def __repr__(self) -> str:
         return f"Slide({str(self.path)!r}, {self.width} x {self.height} px, {self.vendor})"
 
-    def _repr_png_(self) -> bytes:
-        thumbnail = self.thumbnail(512)
-        return cv2.imencode(".png", cv2.cvtColor(thumbnail, cv2.COLOR_RGB2BGR))[1].tobytes()
+    def _repr_jpeg_(self) -> bytes:
+        return jpeg(self.thumbnail(_PICTURE_PX), px=_PICTURE_PX)
 
     def __enter__(self) -> Slide:
         return self
