@@ -126,7 +126,7 @@ class _Server:
 
     @property
     def runs(self) -> bool:
-        """Whether the process still runs."""
+        """True while the process runs."""
         return self._process.poll() is None
 
     def close(self) -> None:

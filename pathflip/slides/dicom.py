@@ -97,7 +97,7 @@ class StatedColours:
 
     @property
     def agree(self) -> bool:
-        """Whether the frames may be what the header says."""
+        """True where the frames may be what the header says."""
         return not self.stream or (self.header == "RGB") == (self.stream == "RGB")
 
 

@@ -216,7 +216,7 @@ def colour_doubts(stated: Sequence[StatedColours], *, name: str) -> list[Doubt]:
     converters write RGB there and compress as Y, Cb, Cr: shown by the header, tissue is green.
 
     Args:
-        stated: What header and frames of each level say.
+        stated: Colours of each level, by header and frames.
         name: Name of the slide.
     """
     for level in stated:
