@@ -305,7 +305,8 @@ class Ingress:
     ) -> None:
         from serve import logs
         from serve.audit import AuditLog
-        from serve.ingress import Parts, make_app
+        from serve.ingress import make_app
+        from serve.routing import Parts
 
         logs.set_up()
         failures = Failures(_statuses)

@@ -9,10 +9,11 @@ itself or ``sha256:`` and the hex digest of it. ``#`` begins a comment line::
 ===========  ======================================================
 scope        for
 ===========  ======================================================
-``read``     slides and thumbnails
+``read``     slides, their pictures and annotations
 ``search``   search, classify, ground, embeddings
 ``chat``     answers about slides
-``admin``    metrics
+``annotate`` drawing, changing and removing annotations of one's own
+``admin``    metrics; everybody's annotations
 ===========  ======================================================
 
 Without a file there are no tokens and only this machine is answered: peer and Host header must be
@@ -33,7 +34,7 @@ from pathlib import Path
 
 from pathflip.errors import ConfigError
 
-SCOPES = ("read", "search", "chat", "admin")
+SCOPES = ("read", "search", "chat", "annotate", "admin")
 MIN_TOKEN = 24
 """Characters of a token: they are compared by one fast hash, so they must not be guessable."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

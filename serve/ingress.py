@@ -1,42 +1,38 @@
-"""The routes. Each checks a request, asks one or two parts, and shapes the answer.
+"""The application: routes of all modules, and the one shape of their errors.
 
-Parts are plain asynchronous objects (:class:`serve.embedder.Embedder`,
-:class:`serve.search.Search`, :class:`serve.grounding.Grounding`,
-:class:`serve.chat_engine.ChatEngine`). Behind Ray Serve they are deployments reached through
-:class:`serve.app.DeploymentClient`; the same routes run over either.
+Routes check a request, ask one or two parts, and shape the answer. Parts are plain asynchronous
+objects (:class:`serve.routing.Parts`). Behind Ray Serve they are deployments reached through
+:class:`serve.app.DeploymentClient`; the same routes run over either. Health, models, search and
+chat are here, other routes in the modules of :data:`MODULES`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import re
 import time
-from collections.abc import Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from pathflip import __version__
 from pathflip.errors import PathFLIPError
+from serve import slide_routes
 from serve.audit import AuditLog
 from serve.auth import Tokens
 from serve.chat import ChatChunks, count_tokens, events, to_engine_request
-from serve.limits import Limits, RequestError, read_image, strict_json
+from serve.limits import Limits, RequestError, read_image
 from serve.middleware import Guard, Metrics, problem, status_of
 from serve.proxy import Proofs
+from serve.routing import Parts, api_router, needs
 from serve.schemas import (
     MAX_ID,
-    MAX_RESULTS,
     ChatRequest,
     ChatResponse,
     ClassifyRequest,
@@ -50,90 +46,20 @@ from serve.schemas import (
     ModelInfo,
     ModelList,
     Outlines,
-    Problem,
     SearchRequest,
     SearchResponse,
     SegmentRequest,
     SegmentResponse,
-    SlideInfo,
-    SlideList,
 )
 
+MODULES = (slide_routes,)
+"""Modules with further routes, each by its function ``routes(parts, limits)``."""
 READY_S = 5.0
 """Seconds a part has to answer a readiness check."""
-_LONG_BODY = 64 << 10  # bytes of JSON from which it is parsed in a thread
 _READY_CACHE_S = 1.0  # /readyz asks the parts at most this often
 
-_PROBLEM = {"content": {"application/problem+json": {}}, "model": Problem}
-_JPEG: dict[str, Any] = {"content": {"image/jpeg": {"schema": {"type": "string"}}}}
 _PNG_OR_JSON: dict[str, Any] = {"content": {"image/png": {"schema": {"type": "string"}}}}
 _EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The parts of the service that routes call.
-
-    Attributes:
-        embedder, search, grounding: See their modules.
-        instructor: The chat engine; None where there is no language model.
-        redactions: {path or URI of the server: what to show instead} in messages.
-    """
-
-    embedder: Any
-    search: Any
-    grounding: Any
-    instructor: Any = None
-    redactions: Mapping[str, str] = field(default_factory=dict)
-
-    def named(self) -> dict[str, Any]:
-        """{name: part} of the parts there are."""
-        parts = {name: getattr(self, name) for name in ("embedder", "search", "grounding")}
-        return parts if self.instructor is None else parts | {"instructor": self.instructor}
-
-    def public(self, text: str) -> str:
-        """Remove the paths of this server from a message."""
-        for secret in sorted(self.redactions, key=len, reverse=True):
-            text = text.replace(secret, self.redactions[secret])
-        return re.sub(r"(?<![\w.])(?:[a-z0-9]+:)?/{1,3}[^\s'\",;]*/[^\s'\",;]*", "…", text)
-
-
-class _StrictRequest(Request):
-    async def json(self) -> Any:
-        body = await self.body()
-        if len(body) < _LONG_BODY:
-            return strict_json(body)
-        return await asyncio.to_thread(strict_json, body)
-
-
-class _Route(APIRoute):
-    """Route that parses JSON strictly."""
-
-    def get_route_handler(self) -> Callable[[Request], Any]:
-        handle = super().get_route_handler()
-
-        async def strict(request: Request) -> Any:
-            strict_request = _StrictRequest(request.scope, request.receive)
-            try:
-                return await handle(strict_request)
-            except HTTPException as error:
-                # FastAPI wraps whatever reading the body raised.
-                if isinstance(error.__cause__, RequestError):
-                    raise error.__cause__ from None
-                raise
-
-        return strict
-
-
-def needs(scope: str | None) -> Any:
-    """Dependency that requires a scope of the client; None allows any client."""
-
-    async def check(request: Request) -> None:
-        client = request.state.client
-        if scope is not None and scope not in client.scopes:
-            raise RequestError(f"This token lacks the scope {scope}.", code="scope")
-
-    return Depends(check)
 
 
 def make_app(
@@ -164,26 +90,23 @@ def make_app(
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.include_router(routes(parts, limits, metrics))
+    app.include_router(_routes(parts, limits, metrics))
+    for module in MODULES:
+        app.include_router(module.routes(parts, limits))
     _shape_errors(app, parts, limits)
     return Guard(app, limits=limits, tokens=tokens, audit=audit, metrics=metrics, proofs=proofs)
 
 
-def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
-    """Define all routes."""
-    bearer = Depends(HTTPBearer(auto_error=False, description="A token from the token file."))
-    errors: dict[int | str, dict[str, Any]] = {
-        code: _PROBLEM for code in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 504)
-    }
-    api = APIRouter(route_class=_Route, responses=errors, dependencies=[bearer])
-    open_api = APIRouter()
+def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
+    """Define health, models, search and chat."""
+    api, open_api = api_router(), APIRouter()
     ready = _Ready(parts)
     known: dict[str, dict[str, Any]] = {}
 
     async def about(part: str) -> dict[str, Any]:
         # Models do not change while an ingress runs, so each part is asked once.
         if part not in known:
-            known[part] = await getattr(parts, part).describe()
+            known[part] = await parts.need(part).describe()
         return known[part]
 
     # -- health -----------------------------------------------------------------------------------
@@ -214,42 +137,6 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     async def openapi(request: Request) -> Any:
         return JSONResponse(request.app.openapi())
 
-    # -- slides -----------------------------------------------------------------------------------
-
-    @api.get(
-        "/v1/slides", dependencies=[needs("read")], response_model=SlideList,
-        response_model_exclude_unset=True,
-    )  # fmt: skip
-    async def slides(
-        request: Request,
-        limit: Annotated[int, Query(ge=1, le=MAX_RESULTS)] = 100,
-        after: Annotated[str, Query(max_length=MAX_ID)] = "",
-    ) -> Any:
-        """The slides of the archive, by id."""
-        rows, following = await parts.search.slides(after=after, limit=limit)
-        request.state.audit["slides"] = [row["slide_id"] for row in rows]
-        return {"data": rows, "next": following}
-
-    @api.get(
-        "/v1/slides/{slide_id}", dependencies=[needs("read")], response_model=SlideInfo,
-        response_model_exclude_unset=True,
-    )  # fmt: skip
-    async def slide(request: Request, slide_id: _SlidePath) -> Any:
-        """One slide."""
-        row = await parts.search.slide(slide_id)
-        request.state.audit["slides"] = [slide_id]
-        return row
-
-    @api.get(
-        "/v1/slides/{slide_id}/thumbnail", dependencies=[needs("read")], response_class=Response,
-        responses={200: _JPEG},
-    )  # fmt: skip
-    async def thumbnail(request: Request, slide_id: _SlidePath) -> Response:
-        """A small picture of a slide's tissue; never of its label."""
-        data = await parts.search.thumbnail(slide_id)
-        request.state.audit["slides"] = [slide_id]
-        return Response(data, media_type="image/jpeg")
-
     # -- search, classify, ground, embed ----------------------------------------------------------
 
     @api.post("/v1/search", dependencies=[needs("search")], response_model=SearchResponse)
@@ -261,9 +148,9 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
             patches = asked.level == "patch"
             made = await _embed_image(parts, asked.image, limits, patches=patches)
         elif asked.text is not None and asked.level == "patch":
-            made = await parts.embedder.patch_text(asked.text)
+            made = await parts.need("embedder").patch_text(asked.text)
         elif asked.text is not None and asked.mode != "text":
-            made = await parts.embedder.texts([asked.text])
+            made = await parts.need("embedder").texts([asked.text])
         if asked.slide_id is not None:
             request.state.audit["asked"] = asked.slide_id
         found = await parts.search.search(query, made)
@@ -275,7 +162,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     async def classify(request: Request, asked: ClassifyRequest) -> Any:
         """Score slides against classes that are described in words."""
         request.state.audit["slides"] = asked.slide_ids
-        return JSONResponse(await parts.grounding.classify(asked.model_dump()))
+        return JSONResponse(await parts.need("grounding").classify(asked.model_dump()))
 
     @api.post(
         "/v1/ground", dependencies=[needs("search")],
@@ -285,7 +172,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     async def ground(request: Request, asked: GroundRequest) -> Any:
         """Locate a text on a slide: boxes, as GeoJSON too, or a heatmap as PNG."""
         request.state.audit["slides"] = [asked.slide_id]
-        found = await parts.grounding.ground(asked.model_dump())
+        found = await parts.need("grounding").ground(asked.model_dump())
         if isinstance(found, bytes):
             return Response(found, media_type="image/png")
         return JSONResponse(found)
@@ -298,7 +185,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         """Cut a slide into areas of classes: boxes, outlines as GeoJSON, or a PNG."""
         request.state.audit["slides"] = [asked.slide_id]
         await parts.search.slide(asked.slide_id)  # before many prompts are encoded for nothing
-        classes = await parts.embedder.classes(asked.classes, templates=asked.templates)
+        classes = await parts.need("embedder").classes(asked.classes, templates=asked.templates)
         found = await parts.search.segment(asked.model_dump(), classes)
         if isinstance(found, bytes):
             return Response(found, media_type="image/png")
@@ -319,7 +206,7 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
             made = await _embed_image(parts, asked.image, limits)
         else:
             texts = [asked.input] if isinstance(asked.input, str) else list(asked.input or ())
-            made = await parts.embedder.texts(texts)
+            made = await parts.need("embedder").texts(texts)
         vectors = np.asarray(made["vectors"], "<f4")
         rows = [
             {
@@ -363,11 +250,12 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         found = []
         if parts.instructor is not None:
             found.append({"capability": "chat"} | await about("instructor"))
-        embedder = dict(await about("embedder"))
-        patches = embedder.pop("patches", None)
-        found.append({"capability": "embeddings"} | embedder)
-        if patches is not None:
-            found.append({"capability": "patches"} | patches)
+        if parts.embedder is not None:
+            embedder = dict(await about("embedder"))
+            patches = embedder.pop("patches", None)
+            found.append({"capability": "embeddings"} | embedder)
+            if patches is not None:
+                found.append({"capability": "patches"} | patches)
         return found
 
     @api.post(
@@ -376,11 +264,6 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     )  # fmt: skip
     async def chat(request: Request, asked: ChatRequest) -> Any:
         """Answer a question about a slide, whole or streamed (server-sent events)."""
-        if parts.instructor is None:
-            raise RequestError(
-                "This service has no language model: it was started without a tuned run.",
-                code="no_engine",
-            )
         if asked.model != (await about("instructor"))["id"]:
             raise RequestError(
                 "There is no chat model of this id; GET /v1/models lists them.",
@@ -411,12 +294,10 @@ def routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     return api
 
 
-_SlidePath = Annotated[str, Path(max_length=MAX_ID)]
-
-
 async def _embed_image(parts: Parts, image: Image, limits: Limits, *, patches: bool = False) -> Any:
     pixels = await asyncio.to_thread(read_image, image.data, pixels=limits.image_pixels)
-    embed = parts.embedder.patch_image if patches else parts.embedder.image
+    embedder = parts.need("embedder")
+    embed = embedder.patch_image if patches else embedder.image
     return await embed(pixels, mpp=image.mpp)
 
 

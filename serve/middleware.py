@@ -53,6 +53,8 @@ STATUS = {
     "unknown_model": 404,
     "no_thumbnail": 404,
     "no_engine": 404,
+    "no_model": 404,
+    "no_part": 404,
     "no_encoder": 404,
     "no_patches": 404,
     "not_found": 404,

@@ -13,9 +13,10 @@ from serve.audit import AuditLog
 from serve.auth import read_tokens
 from serve.embedder import Embedder
 from serve.grounding import Grounding
-from serve.ingress import Parts, make_app
+from serve.ingress import make_app
 from serve.limits import Limits
 from serve.proxy import Proofs
+from serve.routing import Parts
 from serve.search import Search
 from tests.unit.serve.service_fixture import World, bearer, make_world
 

@@ -44,7 +44,7 @@ SECRETS = (
 )  # fmt: skip
 """Words that must not leave: paths, patient, labels, captions, messages."""
 TOKENS = {
-    "all": ("read,search,chat,admin", "all-" + "a" * 40),
+    "all": ("read,search,chat,annotate,admin", "all-" + "a" * 40),
     "reader": ("read", "reader-" + "b" * 40),
     "finder": ("search", "finder-" + "c" * 40),
     "talker": ("chat", "talker-" + "d" * 40),

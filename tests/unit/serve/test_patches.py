@@ -22,7 +22,8 @@ from pathflip.search import Query, embed_texts, run_query
 from serve.auth import read_tokens
 from serve.config import ServeConfig, check_inputs
 from serve.embedder import PROMPTS_AT_ONCE, Embedder
-from serve.ingress import Parts, make_app
+from serve.ingress import make_app
+from serve.routing import Parts
 from serve.search import Search
 from tests.unit.serve.service_fixture import (
     PX,

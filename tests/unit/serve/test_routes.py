@@ -349,3 +349,35 @@ def test_openapi_names_every_route_and_its_errors(ask):
     ):
         assert schema["components"]["schemas"][name]["examples"], name
         assert schema["components"]["schemas"][name]["additionalProperties"] is False
+
+
+def test_a_service_without_a_run_says_so(parts, loop):
+    """Slides are listed and shown; whatever needs a model is a 404 that says why."""
+    import httpx
+
+    from serve.ingress import make_app
+    from serve.routing import Parts
+
+    app = make_app(Parts(search=parts.search))
+
+    async def ask_all():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            posts = {
+                "search": {"text": "necrosis"},
+                "classify": {"slide_ids": ["slide001"], "classes": {"a": ["a"], "b": ["b"]}},
+                "ground": {"slide_id": "slide001", "text": "necrosis"},
+                "segment": {"slide_id": "slide001", "classes": {"a": ["a"], "b": ["b"]}},
+                "embeddings": {"input": "necrosis"},
+            }
+            asked = {path: await http.post(f"/v1/{path}", json=body) for path, body in posts.items()}
+            return asked, [await http.get(path) for path in ("/v1/slides", "/v1/models", "/readyz")]
+
+    asked, others = loop.run_until_complete(ask_all())
+    found = {path: (answer.status_code, answer.json()["code"]) for path, answer in asked.items()}
+    assert found == dict.fromkeys(asked, (404, "no_model"))
+    assert "without a trained run" in asked["ground"].json()["message"]
+    assert [answer.status_code for answer in others] == [200, 200, 200]
+    assert len(others[0].json()["data"]) == SLIDES
+    assert others[1].json()["data"] == []
+    assert others[2].json()["parts"] == {"search": True}
