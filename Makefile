@@ -55,7 +55,7 @@ bench: $(STAMP)  ## measure ingest on slides it makes (ARGS=--json for one JSON 
 # torch's CPU wheels come from where UV_FIND_LINKS or UV_EXTRA_INDEX_URL points (docs/howto/install.md).
 UV = $(or $(shell command -v uv),$(wildcard .venv/bin/uv),$(error make lock needs uv: pip install uv))
 compile = $(UV) pip compile -q pyproject.toml requirements/build.in \
-	--extra ray --extra encoders --extra dev --extra $(1) \
+	--extra ray --extra encoders --extra mcp --extra dev --extra $(1) \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 

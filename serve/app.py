@@ -98,21 +98,26 @@ def bind_ingress(config: ServeConfig, inputs: ServiceInputs, parts: Mapping[str,
     """Bind the ingress to the applications of its parts."""
     from ray import serve
 
-    redactions = {
-        inputs.archive: "the archive", config.archive: "the archive", inputs.run: "the run",
-    }  # fmt: skip
-    if inputs.llm is not None:
-        redactions[inputs.llm] = "the language model"
-    if inputs.patches is not None:
-        redactions[inputs.patches.removeprefix("mrplip:")] = "the patch model"
     return _deployment(serve.ingress()(Ingress), "ingress", config).bind(
         parts,
         limits=config.limits,
         token_file=inputs.token_file,
         audit=inputs.audit,
-        redactions=redactions,
+        redactions=redactions(config, inputs),
         drain_s=config.drain_s,
     )
+
+
+def redactions(config: ServeConfig, inputs: ServiceInputs) -> dict[str, str]:
+    """{path or URI of the server: what clients are shown instead}."""
+    found = {
+        inputs.archive: "the archive", config.archive: "the archive", inputs.run: "the run",
+    }  # fmt: skip
+    if inputs.llm is not None:
+        found[inputs.llm] = "the language model"
+    if inputs.patches is not None:
+        found[inputs.patches.removeprefix("mrplip:")] = "the patch model"
+    return found
 
 
 def _deployment(part: Any, name: str, config: ServeConfig) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from contextlib import aclosing
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,11 +22,12 @@ from starlette.exceptions import HTTPException
 
 from pathflip import __version__
 from pathflip.errors import PathFLIPError
-from serve import slide_routes
+from serve import answers, slide_routes
 from serve.audit import AuditLog
 from serve.auth import Tokens
 from serve.chat import ChatChunks, count_tokens, events, to_engine_request
-from serve.limits import Limits, RequestError, read_image
+from serve.limits import Limits, RequestError
+from serve.mcp import Endpoint
 from serve.middleware import Guard, Metrics, problem, status_of
 from serve.proxy import Proofs
 from serve.routing import Parts, api_router, needs
@@ -42,7 +42,6 @@ from serve.schemas import (
     GroundRequest,
     GroundResponse,
     Health,
-    Image,
     ModelInfo,
     ModelList,
     Outlines,
@@ -93,6 +92,7 @@ def make_app(
     app.include_router(_routes(parts, limits, metrics))
     for module in MODULES:
         app.include_router(module.routes(parts, limits))
+    app.router.routes.append(Endpoint(parts, limits=limits, metrics=metrics).route())
     _shape_errors(app, parts, limits)
     return Guard(app, limits=limits, tokens=tokens, audit=audit, metrics=metrics, proofs=proofs)
 
@@ -142,21 +142,8 @@ def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     @api.post("/v1/search", dependencies=[needs("search")], response_model=SearchResponse)
     async def search(request: Request, asked: SearchRequest) -> Any:
         """Find slides, regions or patches by a text, a slide, a region or a picture."""
-        query = asked.model_dump(exclude={"image"})
-        made = None
-        if asked.image is not None:
-            patches = asked.level == "patch"
-            made = await _embed_image(parts, asked.image, limits, patches=patches)
-        elif asked.text is not None and asked.level == "patch":
-            made = await parts.need("embedder").patch_text(asked.text)
-        elif asked.text is not None and asked.mode != "text":
-            made = await parts.need("embedder").texts([asked.text])
-        if asked.slide_id is not None:
-            request.state.audit["asked"] = asked.slide_id
-        found = await parts.search.search(query, made)
-        shown = dict.fromkeys(row["slide_id"] for row in found["results"])
-        request.state.audit["slides"] = list(shown)
-        return JSONResponse(found)
+        audit = request.state.audit
+        return JSONResponse(await answers.found(parts, asked, limits=limits, audit=audit))
 
     @api.post("/v1/classify", dependencies=[needs("search")], response_model=ClassifyResponse)
     async def classify(request: Request, asked: ClassifyRequest) -> Any:
@@ -203,7 +190,7 @@ def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
                 code="unknown_model",
             )
         if asked.image is not None:
-            made = await _embed_image(parts, asked.image, limits)
+            made = await answers.embedded(parts, asked.image, limits)
         else:
             texts = [asked.input] if isinstance(asked.input, str) else list(asked.input or ())
             made = await parts.need("embedder").texts(texts)
@@ -282,23 +269,12 @@ def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
             body = events(chunks, first, stream, usage=usage, metrics=metrics, public=parts.public)
             return StreamingResponse(body, media_type="text/event-stream")
-        text, last = "", first
-        async with aclosing(stream):
-            text += first["text"]
-            async for last in stream:
-                text += last["text"]
+        text, last = await answers.whole(first, stream)
         count_tokens(metrics, last["usage"])
         return JSONResponse(chunks.whole(text, last))
 
     api.include_router(open_api)
     return api
-
-
-async def _embed_image(parts: Parts, image: Image, limits: Limits, *, patches: bool = False) -> Any:
-    pixels = await asyncio.to_thread(read_image, image.data, pixels=limits.image_pixels)
-    embedder = parts.need("embedder")
-    embed = embedder.patch_image if patches else embedder.image
-    return await embed(pixels, mpp=image.mpp)
 
 
 class _Ready:

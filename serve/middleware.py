@@ -43,6 +43,9 @@ OPEN = ("/healthz",)
 UNCOUNTED = ("/healthz", "/readyz", "/metrics")
 """Paths that are answered whatever the load."""
 
+AUDITED = ("/v1/", "/mcp")
+"""Beginnings of paths that show slides."""
+
 _PLACES = 8
 """Places of a program that a line of the log names at most."""
 _WITH_BODY = ("POST", "PUT", "PATCH")
@@ -55,6 +58,7 @@ STATUS = {
     "no_engine": 404,
     "no_model": 404,
     "no_part": 404,
+    "no_mcp": 404,
     "no_encoder": 404,
     "no_patches": 404,
     "not_found": 404,
@@ -74,6 +78,7 @@ STATUS = {
     "no_token": 401,
     "not_local": 403,
     "not_proxied": 403,
+    "origin": 403,
     "scope": 403,
     "busy": 429,
     "unavailable": 503,
@@ -256,7 +261,7 @@ class Guard:
         except Exception as error:  # the outermost line of a request
             ours = error if isinstance(error, PathFLIPError) else RequestError("", code="internal")
             if status_of(ours) == 500:
-                logger.error("request %s: %s", answer.request_id, _on_one_line(error))
+                logger.error("request %s: %s", answer.request_id, on_one_line(error))
             if not answer.complete:
                 await answer.refuse(ours, retry_s=self.limits.retry_s)
 
@@ -344,10 +349,10 @@ class _Answer:
             await response(self.scope, _nothing, self)
 
     def _write_audit(self, status: int) -> None:
-        """Write a line for a request under /v1 by a known client."""
+        """Write a line for a request under /v1, or of an agent, by a known client."""
         if self.guard.audit is None or self.client is None:
             return
-        if not self.scope["path"].startswith("/v1/"):
+        if not self.scope["path"].startswith(AUDITED):
             return
         peer = (self.scope.get("client") or ("",))[0]
         self.guard.audit.write(
@@ -368,7 +373,7 @@ class _Answer:
         metrics.seconds.labels(self.route).observe(time.perf_counter() - self.begun)
 
 
-def _on_one_line(error: Exception) -> str:
+def on_one_line(error: Exception) -> str:
     """Describe an error; one that is not ours with the innermost places it passed.
 
     In ASCII: what a client sent may be in the message, and must not begin a line of its own.

@@ -1,4 +1,4 @@
-"""Commands of the service: serve, audit."""
+"""Commands of the service: serve, mcp, audit."""
 
 from __future__ import annotations
 
@@ -75,6 +75,36 @@ def serve(
 
     with redirect_stdout(sys.stderr):
         local.run(settings, host=host, port=port, ready=ready)
+
+
+@app.command()
+def mcp(
+    archive: ArchiveOption,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Run whose model searches, grounds, answers.")
+    ] = None,
+    llm: Annotated[
+        str | None, typer.Option(help="Tuned run that answers; default: --run, if it is tuned.")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: OverrideOption = None,
+) -> None:
+    """Give a language model's agent eyes: tools over stdio, by the Model Context Protocol.
+
+    Without --run an agent lists slides, looks and measures. Stdout is the protocol's.
+    """
+    from pathflip.config import load_config
+
+    settings_module, agents, local = service("config"), service("mcp"), service("local_parts")
+    with redirect_stdout(sys.stderr):
+        settings = load_config(
+            settings_module.ServeConfig,
+            given=were_set(archive=archive, run=run, llm=llm),
+            file=config,
+            overrides=overrides or (),
+        )
+        parts = local.local_parts(settings)
+    agents.run_stdio(parts, limits=settings.limits)
 
 
 @audit_app.command("verify")
