@@ -50,6 +50,7 @@ export function ComparePage({ at }: { at: CompareRoute }) {
     shown.current = at;
     setSync(at.sync);
     for (const side of [0, 1] as const) views[side].moveTo(at.places[side] ?? views[side].whole());
+    if (!at.places[1]) match(views);
   }, [at, views]);
 
   useEffect(() => (views && sync ? join(views, leader) : undefined), [views, sync, turn]);

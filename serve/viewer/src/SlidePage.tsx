@@ -93,7 +93,7 @@ export function SlidePage({ at }: { at: SlideRoute }) {
             This slide cannot be shown. {notice.value?.kind === "error" ? notice.value.text : ""}
           </p>
         )}
-        <div class="minimap" id="minimap" ref={minimap} hidden={state !== "open"} />
+        <div class={`minimap${state === "open" ? "" : " waiting"}`} id="minimap" ref={minimap} />
         <ScaleStrip view={view} />
         {ruler?.kind.value && <Measuring ruler={ruler} view={view!} />}
       </main>

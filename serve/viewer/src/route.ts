@@ -157,9 +157,7 @@ export function remember(): void {
 
 /** Follow the browser's back, forward and typed addresses. */
 export function listen(): void {
-  const follow = () => {
+  addEventListener("popstate", () => {
     route.value = parse(location.hash);
-  };
-  addEventListener("popstate", follow);
-  addEventListener("hashchange", follow);
+  });
 }

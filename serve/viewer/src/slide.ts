@@ -44,6 +44,25 @@ type Click = (place: Point, event: PointerEvent | MouseEvent) => boolean | void;
 /** How far in one can go: CSS px per level-0 px. */
 const MOST_ZOOM = 8;
 
+/**
+ * Stand where OpenSeadragon looks for a style sheet of its own before it writes one into the page, which
+ * the page's policy refuses. An element of no known kind does nothing.
+ */
+function sparePolicy(): void {
+  const mark = "data-openseadragon-mobile-css";
+  if (document.querySelector(`style[${mark}]`)) return;
+  const stand = document.createElementNS("urn:pathflip", "style");
+  stand.setAttribute(mark, "true");
+  document.head.append(stand);
+}
+
+/** Whether WebGL is made by a graphics card; done by the processor it is slower than a plain canvas. */
+function hasGraphicsCard(): boolean {
+  const context = document.createElement("canvas").getContext("webgl2", { failIfMajorPerformanceCaveat: true });
+  context?.getExtension("WEBGL_lose_context")?.loseContext();
+  return context !== null;
+}
+
 /** One slide in one element. Positions are level-0 px; screen positions are CSS px in the element. */
 export class SlideView {
   readonly osd: OpenSeadragon.Viewer;
@@ -65,18 +84,21 @@ export class SlideView {
   /** `element` is where the slide goes, and must have a size; `navigator` is the minimap's. */
   constructor(element: HTMLElement, navigator: HTMLElement | null = null) {
     this.element = element;
+    sparePolicy();
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     this.osd = new OpenSeadragon.Viewer({
       element,
       prefixUrl: "",
       showNavigationControl: false,
       showNavigator: navigator !== null,
-      ...(navigator && { navigatorId: navigator.id, navigatorAutoFade: false, navigatorRotate: true }),
+      ...(navigator && { navigatorId: navigator.id, navigatorAutoFade: false, navigatorRotate: true, navigatorDisplayRegionColor: "#8e3fb0" }),
       animationTime: still ? 0 : 0.35,
       springStiffness: 10,
       blendTime: 0,
       immediateRender: false,
+      drawer: hasGraphicsCard() ? "webgl" : "canvas",
       imageLoaderLimit: 8,
+      maxTilesPerFrame: 8, // one, as is usual, makes a slow machine slower still
       maxImageCacheCount: 600,
       minZoomImageRatio: 0.5,
       maxZoomPixelRatio: MOST_ZOOM,
