@@ -59,8 +59,10 @@ function sparePolicy(): void {
 /** Whether WebGL is made by a graphics card; done by the processor it is slower than a plain canvas. */
 function hasGraphicsCard(): boolean {
   const context = document.createElement("canvas").getContext("webgl2", { failIfMajorPerformanceCaveat: true });
+  const names = context?.getExtension("WEBGL_debug_renderer_info");
+  const name = String((names && context?.getParameter(names.UNMASKED_RENDERER_WEBGL)) ?? "");
   context?.getExtension("WEBGL_lose_context")?.loseContext();
-  return context !== null;
+  return context !== null && !/swiftshader|llvmpipe|software|basic render/i.test(name);
 }
 
 /** One slide in one element. Positions are level-0 px; screen positions are CSS px in the element. */
