@@ -42,7 +42,8 @@ export type ColourMap = (value: number) => readonly [number, number, number];
 
 /** Longest side of a painted canvas, px. */
 export const MAX_SIDE = 2048;
-const CELL = 8;
+/** Side of a patch on it: single patches have sharp edges, colours that run need no more pixels. */
+const CELL = { single: 16, running: 8 };
 
 /**
  * Put patches on their grid.
@@ -131,7 +132,7 @@ export function paint(
 ): Painted {
   const { columns, rows, heat, tissue } = grid;
   const wanted = Math.floor(MAX_SIDE / Math.max(columns, rows));
-  const cell = Math.max(1, Math.min(CELL, wanted));
+  const cell = Math.max(1, Math.min(single ? CELL.single : CELL.running, wanted));
   const [width, height] = [columns * cell, rows * cell];
   const pixels = new Uint8ClampedArray(width * height * 4);
   const table = Array.from({ length: 256 }, (_, i) => map(i / 255));
@@ -170,16 +171,16 @@ function between(grid: Grid, x: number, y: number): number {
 
 // -- colours ---------------------------------------------------------------------------------------
 
-/** Colours of maps at equal steps; those between are interpolated. */
+/** Colours of maps at equal steps; those between are interpolated, to within 10 of 256 of OpenCV's. */
 const STEPS = {
   viridis:
     "440154 481a6c 472f7d 414487 39568c 31688e 2a788e 23888e 1f988b 22a884 35b779 54c568 7ad151 a5db36 d2e21b fde725",
   cividis:
-    "00224e 002f6f 1b3b6d 32486b 45556b 55626d 646f70 737d75 838a78 939977 a4a776 b6b671 c8c669 dbd65c efe54c fee838",
+    "00224e 002e6c 1e3a6f 35456c 47516c 575d6d 666970 757575 848279 948e77 a59c74 b7a96e c8b866 dbc75a eed649 fee838",
   inferno:
     "000004 0c0826 240c4f 420a68 5d126e 781c6d 932667 ae305c c73e4c dd513a ed6925 f8850f fca50a fac62d f2e661 fcffa4",
   turbo:
-    "30123b 4145ab 4675ed 39a2fc 1bcfd4 24eca6 61fc6c a4fc3b d1e834 f3c63a fe9b2d f36315 d93806 b11901 7a0402 7a0402",
+    "30123b 4143a7 4771e9 3e9bfe 22c5e2 1ae4b6 46f884 88ff4e b9f635 e1dd37 faba39 fd8d27 f05b12 d63506 af1801 7a0403",
 };
 
 export type MapName = keyof typeof STEPS | "single";

@@ -125,6 +125,8 @@ export function follow(view: SlideView): () => void {
         .map((key) => newLayer(slideId!, key));
       const colours = LAYER_COLOURS.filter((one) => !kept.some((layer) => layer.colour === one));
       made.forEach((layer, i) => (layer.colour = colours[i % colours.length] ?? layer.colour));
+      // Of several layers on each other, one sees which is which by one colour for each.
+      if (keys.length > 1) for (const layer of made) layer.look.map = "single";
       if (made.length || kept.length !== heatLayers.value.length)
         heatLayers.value = [...kept, ...made];
       for (const layer of heatLayers.value)

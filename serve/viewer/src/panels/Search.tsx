@@ -8,7 +8,7 @@ import { format, go, slideRoute } from "../route.ts";
 import type { Place } from "../route.ts";
 import type { SlideView } from "../slide.ts";
 import { layers, outlines, query, session, slide } from "../state.ts";
-import { Failed, Refused } from "./parts.tsx";
+import { Failed, Refused, scoreText } from "./parts.tsx";
 
 type Level = "region" | "slide" | "patch";
 type Mode = "vector" | "text" | "hybrid";
@@ -56,7 +56,7 @@ export function Search({ view }: { view: SlideView | null }) {
     if (!can?.search) return;
     if (hasPatches.value === null) void lookForPatches();
     // An address with a query is a link to its results.
-    if (query.value.trim() && query.value.trim() !== lastText) void searchText();
+    if (query.value.trim() && query.value.trim() !== lastText) void searchText(view);
   }, [can?.search]);
   useEffect(() => {
     if (view) outlineOpened(view);
@@ -75,7 +75,7 @@ export function Search({ view }: { view: SlideView | null }) {
         role="search"
         onSubmit={(event) => {
           event.preventDefault();
-          void searchText();
+          void searchText(view);
         }}
       >
         <label for="search-text">Search in words</label>
@@ -108,20 +108,27 @@ function LikeThis({ view }: { view: SlideView | null }) {
   if (!view || !slide.value) return null;
   const patches = level.value === "patch";
   return (
-    <div class="row" role="group" aria-label="Search by what is on screen">
+    <div class="line" role="group" aria-labelledby="search-like">
+      <span id="search-like">Like this</span>
       <button
         type="button"
+        aria-label="Like this region"
+        title="Regions like the one under the middle of the view"
         disabled={patches}
-        title="The region of the archive under the middle of the view"
         onClick={() => void likeRegion(view)}
       >
-        Like this region
+        region
       </button>
-      <button type="button" title="The picture in view" onClick={() => void likeView(view)}>
-        Like this view
+      <button
+        type="button"
+        aria-label="Like this view"
+        title="Places that look like the picture in view"
+        onClick={() => void likeView(view)}
+      >
+        view
       </button>
-      <button type="button" disabled={patches} onClick={() => void likeSlide()}>
-        Like this slide
+      <button type="button" aria-label="Like this slide" disabled={patches} onClick={() => void likeSlide(view)}>
+        slide
       </button>
     </div>
   );
@@ -260,9 +267,9 @@ function summary(): string {
   const count = about.results.length;
   const what = of_level === "region" ? "region" : of_level === "slide" ? "slide" : "patch";
   const plural = what === "patch" ? "patches" : `${what}s`;
-  const told = count === 0 ? `No ${plural} match` : `${count} ${count === 1 ? what : plural}`;
+  const told = count === 0 ? `No ${plural} found` : `${count} ${count === 1 ? what : plural}`;
   const partly = about.exhaustive === false ? " Only the patches of the best regions were compared." : "";
-  return `${told} for ${of}.${partly}`;
+  return `${told} ${of}.${partly}`.replace(/([.?!]”)\./, "$1");
 }
 
 // -- results ---------------------------------------------------------------------------------------
@@ -300,7 +307,7 @@ function Result({ one, view }: { one: Found; view: SlideView | null }) {
             <img src={picture} alt="" loading="lazy" decoding="async" onError={() => setMissing(true)} />
           )}
         </span>
-        <span class="score">{one.score.toFixed(3)}</span>
+        <span class="score">{scoreText(one.score)}</span>
         <span class="name">{one.slide_id}</span>
         {box && <span class="place">{placeText(one)}</span>}
       </button>
@@ -359,16 +366,18 @@ function outlineOpened(view: SlideView): void {
 
 // -- asking ----------------------------------------------------------------------------------------
 
-async function searchText(): Promise<void> {
+async function searchText(view: SlideView | null): Promise<void> {
   const text = query.value.trim();
   if (!text) return;
   lastText = text;
-  await search({ text }, `“${text}”`);
+  view?.removeOutline("query");
+  await search({ text }, `for “${text}”`);
 }
 
-async function likeSlide(): Promise<void> {
+async function likeSlide(view: SlideView): Promise<void> {
   const id = slide.value!.slide_id;
-  await search({ slide_id: id }, `slides like ${id}`);
+  view.removeOutline("query");
+  await search({ slide_id: id }, `like ${id}`);
 }
 
 async function likeRegion(view: SlideView): Promise<void> {
@@ -386,7 +395,7 @@ async function likeRegion(view: SlideView): Promise<void> {
       ); // prettier-ignore
     const { x0, y0, size0 } = region;
     view.outline("query", [{ x0, y0, w0: size0, h0: size0 }], { label: "Like this", dashed: true });
-    await ask({ region_id: region.region_id }, "the region in the middle of the view", signal);
+    await ask({ region_id: region.region_id }, "like the region in the middle of the view", signal);
   });
 }
 
@@ -401,13 +410,13 @@ async function likeView(view: SlideView): Promise<void> {
     if (box.w0 < 1 || box.h0 < 1)
       throw new Problem("There is nothing of the slide in view.", "no_view", 0);
     const side = Math.max(box.w0, box.h0);
-    const px = Math.max(1, Math.min(PICTURE_PX, Math.round(side)));
+    const px = Math.max(16, Math.min(PICTURE_PX, Math.round(side)));
     const answer = await fetch(viewPath(slide_id, box, px), { credentials: "same-origin", signal });
     if (!answer.ok)
       throw new Problem("The picture in view could not be read from the slide.", "view", answer.status);
     const data = await base64(await answer.blob());
     view.outline("query", [box], { label: "Like this", dashed: true });
-    await ask({ image: { data, mpp: (side * mpp) / px } }, "the picture in view", signal);
+    await ask({ image: { data, mpp: (side * mpp) / px } }, "like the picture in view", signal);
   });
 }
 
@@ -452,7 +461,8 @@ async function ask(sought: Sought, of: string, signal: AbortSignal): Promise<voi
   const others = about.results.filter(
     (one) => !("region_id" in sought && one.region_id === sought.region_id),
   );
-  found.value = { of, about: { ...about, results: others.slice(0, k.value) }, level: wanted };
+  const results = others.slice(0, k.value).map((one, i) => ({ ...one, rank: i + 1 }));
+  found.value = { of, about: { ...about, results }, level: wanted };
   opened.value = null;
 }
 

@@ -11,7 +11,7 @@ import type { Layer } from "../layers.ts";
 import { lengthLabel } from "../scalebar.ts";
 import type { SlideView } from "../slide.ts";
 import { layers, report, session } from "../state.ts";
-import { download, Failed, fileName, Refused, Swatch } from "./parts.tsx";
+import { download, Failed, fileName, Refused, scoreText, Swatch } from "./parts.tsx";
 
 const sentence = signal("");
 const contrast = signal("");
@@ -143,7 +143,7 @@ function LayerItem({ layer, view }: { layer: Layer; view: SlideView | null }) {
       {found && (
         <>
           <p class="hint">
-            Fit {found.score.toFixed(3)}
+            Fit {scoreText(found.score)}
             {found.boxes.length === 0 && ". No part of at least 4 patches stands out"}
           </p>
           <Boxes layer={layer} view={view} />

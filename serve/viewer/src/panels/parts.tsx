@@ -25,6 +25,11 @@ export function Failed({ text, children }: { text: string | null; children?: Com
   );
 }
 
+/** A score with a minus that is one. */
+export function scoreText(score: number): string {
+  return score.toFixed(3).replace("-", "\u2212");
+}
+
 /** A colour as a dot. */
 export function Swatch({ colour }: { colour: string }) {
   return (
@@ -46,5 +51,5 @@ export function download(name: string, document_: unknown): void {
 
 /** A name that every file system takes. */
 export function fileName(...parts: string[]): string {
-  return parts.map((part) => part.replace(/[^\p{L}\p{N}._-]+/gu, "_").slice(0, 80)).join("-");
+  return parts.map((part) => part.replace(/[^\p{L}\p{N}_-]+/gu, "_").replace(/_+$/, "").slice(0, 80)).join("-");
 }
