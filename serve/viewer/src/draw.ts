@@ -30,10 +30,12 @@ export class Drawing {
       autoSave: true,
       style: this.style(),
       userSelectAction: (annotation) => {
-        const feature = this.features.get(annotation.id);
-        return feature && this.editable(feature) ? UserSelectAction.EDIT : UserSelectAction.SELECT;
+        const feature = this.features.get(annotation.id); // none: it is being drawn
+        return !feature || this.editable(feature) ? UserSelectAction.EDIT : UserSelectAction.SELECT;
       },
     });
+    // Its undo would take back shapes without the service, which has saved them.
+    view.osd.element.addEventListener("keydown", noUndo, true);
     this.annotator.on("createAnnotation", (made) => {
       this.stop();
       const feature = newFeature(made.id, made.target.selector as unknown as Shape);
@@ -78,9 +80,11 @@ export class Drawing {
 
   select(id: string | null): void {
     const feature = id === null ? undefined : this.features.get(id);
-    if (!feature || !toShape(feature.geometry)) this.annotator.cancelSelected();
-    else if (!this.annotator.getSelected().some((one) => one.id === id))
-      this.annotator.setSelected(feature.id, this.editable(feature));
+    if (!feature || !toShape(feature.geometry)) return this.annotator.cancelSelected();
+    const { selected } = this.annotator.state.selection;
+    const editable = this.editable(feature);
+    if (selected.length !== 1 || selected[0]!.id !== id || Boolean(selected[0]!.editable) !== editable)
+      this.annotator.setSelected(feature.id, editable);
   }
 
   start(tool: DrawTool): void {
@@ -99,6 +103,10 @@ export class Drawing {
   destroy(): void {
     this.annotator.destroy();
   }
+}
+
+function noUndo(event: KeyboardEvent): void {
+  if ((event.ctrlKey || event.metaKey) && ["z", "y"].includes(event.key.toLowerCase())) event.stopPropagation();
 }
 
 function toAnnotation(feature: Feature, shape: Shape): ImageAnnotation {

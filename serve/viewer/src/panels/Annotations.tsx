@@ -14,6 +14,8 @@ import { download, Failed, fileName, Swatch } from "./parts.tsx";
 /** Rows of the list that are made at first, and with each press of the button below. */
 const ROWS = 100;
 
+const DOUBLE_MS = 600;
+
 const features = signal<Feature[]>([]);
 const selected = signal<string | null>(null);
 const tool = signal<DrawTool | "point" | "cross" | null>(null);
@@ -22,6 +24,8 @@ const failed = signal<{ text: string; reload: boolean } | null>(null);
 const saving = signal(0);
 /** Class that was given last: the next annotation has it too. */
 const lastClass = signal("");
+/** When something was drawn last. */
+let drawnAt = 0;
 
 export function Annotations({ view }: { view: SlideView | null }) {
   const [drawing, setDrawing] = useState<Drawing | null>(null);
@@ -65,12 +69,18 @@ export function Annotations({ view }: { view: SlideView | null }) {
   useEffect(() => view?.redraw(), [features.value, corners.value, tool.value, selected.value]);
   useEffect(() => {
     if (!view || !id) return;
-    return view.onClick((place) => {
+    const clicks = view.onClick((place) => {
       if (tool.value === "point") void drawn(id, point(place));
       else if (tool.value === "cross") corners.value = [...corners.value, place];
       else return false;
       return true;
     }, true);
+    // A double click ends a polygon: it does not zoom as well.
+    const doubles = view.onDoubleClick(() => tool.value !== null || performance.now() - drawnAt < DOUBLE_MS);
+    return () => {
+      clicks();
+      doubles();
+    };
   }, [view, id]);
 
   if (!view || !id) return <p class="hint">Opening the slide…</p>;
@@ -145,11 +155,11 @@ function Tools({ view, drawing, slideId }: ToolsProps) {
   );
   return (
     <>
-      <div class="row" role="group" aria-label="Draw">
+      <div class="tools-of-draw" role="group" aria-label="Draw">
         <Tool name="rectangle" label="Rectangle" off={!drawing} />
         <Tool name="polygon" label="Polygon" off={!drawing} />
         <Tool name="point" label="Point" />
-        <Tool name="cross" label="With keys" />
+        <Tool name="cross" label="By keys" />
       </div>
       <p class="hint">{HELP[tool.value ?? "none"]}</p>
       {tool.value === "cross" && <Cross view={view} slideId={slideId} onEnd={() => choose(null)} />}
@@ -328,7 +338,6 @@ function flyTo(view: SlideView, feature: Feature): void {
 function Editor({ feature, slideId }: { feature: Feature; slideId: string }) {
   const { name, classification, author, updated } = feature.properties;
   const [sure, setSure] = useState(false);
-  const classField = useRef<HTMLInputElement>(null);
   if (!editable(feature))
     return (
       <div class="editor">
@@ -341,25 +350,22 @@ function Editor({ feature, slideId }: { feature: Feature; slideId: string }) {
   const names = new Set([...CLASSES, ...features.value.map((one) => one.properties.classification)].map((one) => one?.name));
   return (
     <div class="editor">
-      <label for="draw-name">Name</label>
-      <input
+      <Field
         id="draw-name"
-        type="text"
-        maxLength={500}
+        label="Name"
+        most={500}
         value={name ?? ""}
-        onChange={(event) => void edit(slideId, feature.id, { name: event.currentTarget.value.trim() })}
+        set={(value) => void edit(slideId, feature.id, { name: value })}
       />
-      <label for="draw-class">Class</label>
-      <input
+      <Field
         id="draw-class"
-        ref={classField}
-        type="text"
-        maxLength={200}
+        label="Class"
+        most={200}
         list="draw-classes"
         value={classification?.name ?? ""}
-        onChange={(event) => {
-          lastClass.value = event.currentTarget.value.trim();
-          void edit(slideId, feature.id, { classification: classOf(lastClass.value, features.value) });
+        set={(value) => {
+          lastClass.value = value;
+          void edit(slideId, feature.id, { classification: classOf(value, features.value) });
         }}
       />
       <datalist id="draw-classes">
@@ -383,6 +389,40 @@ function Editor({ feature, slideId }: { feature: Feature; slideId: string }) {
         {updated && <span class="hint">Saved {dateText(updated)}</span>}
       </div>
     </div>
+  );
+}
+
+interface FieldProps {
+  id: string;
+  label: string;
+  most: number;
+  value: string;
+  list?: string;
+  set: (value: string) => void;
+}
+
+/** A text that is saved when it is left; what is typed stays while something else is saved. */
+function Field({ id, label, most, value, list, set }: FieldProps) {
+  const [draft, setDraft] = useState<string | null>(null);
+  return (
+    <>
+      <label for={id}>{label}</label>
+      <input
+        id={id}
+        type="text"
+        maxLength={most}
+        list={list}
+        value={draft ?? value}
+        onInput={(event) => setDraft(event.currentTarget.value)}
+        onBlur={() => {
+          if (draft !== null && draft.trim() !== value) set(draft.trim());
+          setDraft(null);
+        }}
+        onKeyDown={(event) => {
+          if (event.key === "Enter") event.currentTarget.blur();
+        }}
+      />
+    </>
   );
 }
 
@@ -452,6 +492,7 @@ async function drawn(slideId: string, feature: Feature): Promise<void> {
   const classification = classOf(lastClass.value, features.value);
   const properties = { ...feature.properties, ...(classification && { classification }) };
   const made = { ...feature, properties };
+  drawnAt = performance.now();
   features.value = [...features.value, made];
   tool.value = null;
   selected.value = made.id;

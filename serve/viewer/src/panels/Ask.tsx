@@ -37,6 +37,9 @@ const REMEMBERED = 31;
 const MAX_CHARACTERS = 20_000;
 const MAX_OPTIONS = 8;
 
+/** Letters by which the service names the options of a question. */
+const LETTERS = "ABCDEFGH";
+
 /** Conversations by slide, for as long as the page is open. */
 const talks = signal<Record<string, Turn[]>>({});
 const question = signal("");
@@ -348,6 +351,7 @@ async function ask(view: SlideView | null): Promise<void> {
     else {
       const told = error instanceof Problem ? error.message : "The answer broke off. Please ask again.";
       tell({ state: "failed", told });
+      question.value ||= turn.question; // to ask again
       if (!(error instanceof Problem)) console.error(error);
     }
   } finally {
@@ -383,5 +387,13 @@ async function choose(body: object, options: string[], signal: AbortSignal, tell
   // Left out, the model may abstain where it has learned to.
   const asked = { ...body, choices: options, ...(!mayAbstain.value && { abstain: false }) };
   const found = await api.post<Chosen>("/v1/chat/completions", asked, { signal });
-  tell({ state: "done", answer: found.choices[0]?.message.content ?? "", options: found.options ?? null });
+  const answer = found.choices[0]?.message.content ?? "";
+  tell({ state: "done", answer, options: found.options ? inWords(found.options, options) : null });
+}
+
+/** Scores by the options' texts in place of their letters. */
+function inWords({ choice, scores, abstain }: Options, options: readonly string[]): Options {
+  const text = (letter: string) => options[LETTERS.indexOf(letter)] ?? letter;
+  const named = Object.entries(scores).map(([letter, score]) => [text(letter), score] as const);
+  return { choice: choice === null ? null : text(choice), scores: Object.fromEntries(named), abstain };
 }
