@@ -7,7 +7,7 @@ import { format, note, slideRoute } from "./route.ts";
 import type { ArchiveRoute } from "./route.ts";
 import { round } from "./scalebar.ts";
 import { report } from "./state.ts";
-import { Account, Home, Icon, Thumbnail, Tool, store } from "./ui.tsx";
+import { Account, Dialog, Home, Icon, Thumbnail, Tool, store } from "./ui.tsx";
 
 const PAGE = 100; // slides a request
 const KEPT = 40; // pages in memory
@@ -154,6 +154,7 @@ function usePages({ q, label, status }: Filters): Pages {
 /** The rows in view, at their places in a list as high as all of them. */
 function Rows({ pages, layout }: { pages: Pages; layout: Layout }) {
   const scroller = useRef<HTMLDivElement>(null);
+  const [why, setWhy] = useState<SlideRow | null>(null);
   const [view, setView] = useState({ top: 0, width: 0, height: 0 });
   useEffect(() => {
     const element = scroller.current!;
@@ -171,7 +172,7 @@ function Rows({ pages, layout }: { pages: Pages; layout: Layout }) {
 
   const rem = Number.parseFloat(getComputedStyle(document.documentElement).fontSize) || 16;
   const total = pages.total ?? 0;
-  const columns = layout === "list" ? 1 : Math.max(1, Math.floor(view.width / (12.5 * rem)));
+  const columns = layout === "list" ? 1 : Math.max(view.width > 20 * rem ? 2 : 1, Math.floor(view.width / (12.5 * rem)));
   const high = layout === "list" ? 5 * rem : 13.5 * rem;
   const rows = Math.ceil(total / columns);
   const first = Math.max(0, Math.floor(view.top / high) - AHEAD);
@@ -184,7 +185,7 @@ function Rows({ pages, layout }: { pages: Pages; layout: Layout }) {
   }, [from, to, pages.key]);
 
   return (
-    <div class="scroller" ref={scroller} tabIndex={-1}>
+    <div class="scroller" ref={scroller} tabIndex={0} role="region" aria-label="Slides found">
       {pages.total === 0 && <p class="none">No slide fits. Take back a word, or look under another status.</p>}
       <ul class={`slides ${layout}`} style={{ height: `${rows * high}px` }}>
         {Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i).map((index) => (
@@ -199,15 +200,29 @@ function Rows({ pages, layout }: { pages: Pages; layout: Layout }) {
               height: `${high}px`,
             }}
           >
-            <Card row={pages.at(index)} />
+            <Card row={pages.at(index)} onWhy={setWhy} />
           </li>
         ))}
       </ul>
+      {why && <Why row={why} onClose={() => setWhy(null)} />}
     </div>
   );
 }
 
-function Card({ row }: { row: SlideRow | undefined }) {
+/** Why a slide is quarantined, in full. */
+function Why({ row, onClose }: { row: SlideRow; onClose: () => void }) {
+  return (
+    <Dialog title={row.slide_id} onClose={onClose}>
+      <p>This slide is quarantined: it is neither shown nor searched.</p>
+      <p>
+        {row.reason && <code class="fault">{row.reason}</code>} {row.message}
+      </p>
+      <p class="hint">When the cause is mended, the next ingest takes it up again.</p>
+    </Dialog>
+  );
+}
+
+function Card({ row, onWhy }: { row: SlideRow | undefined; onWhy: (row: SlideRow) => void }) {
   if (!row) return <span class="card waiting" aria-label="Loading" />;
   const ready = !row.status || row.status === "ready";
   const inside = (
@@ -225,7 +240,12 @@ function Card({ row }: { row: SlideRow | undefined }) {
       </span>
     </>
   );
-  if (row.status === "quarantined") return <div class="card">{inside}</div>;
+  if (row.status === "quarantined")
+    return (
+      <button type="button" class="card" onClick={() => onWhy(row)}>
+        {inside}
+      </button>
+    );
   return (
     <a class="card" href={format(slideRoute(row.slide_id))}>
       {inside}
@@ -236,7 +256,7 @@ function Card({ row }: { row: SlideRow | undefined }) {
 function Reason({ row }: { row: SlideRow }) {
   if (row.status === "empty") return <span class="sub">No tissue was found.</span>;
   return (
-    <span class="sub reason" title={row.message ?? ""}>
+    <span class="sub reason">
       {row.reason && <code>{row.reason}</code>} {row.message}
     </span>
   );

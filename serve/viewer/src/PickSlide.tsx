@@ -33,7 +33,7 @@ export function PickSlide({ title, except, onPick, onClose }: Props) {
     <Dialog title={title} onClose={onClose}>
       <label class="field">
         Name of the slide
-        <input type="search" value={words} spellcheck={false} onInput={(event) => setWords(event.currentTarget.value)} />
+        <input type="search" autofocus value={words} spellcheck={false} onInput={(event) => setWords(event.currentTarget.value)} />
       </label>
       <p class="hint" role="status">
         {offered ? (offered.length ? "" : "No other slide has this in its name.") : "Loading…"}

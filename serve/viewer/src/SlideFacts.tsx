@@ -31,10 +31,11 @@ export function SlideFacts({ view, ruler, row }: Props) {
 
 function Facts({ row, power }: { row: SlideRow; power: number | null }) {
   const facts: [string, string | null | undefined][] = [
-    ["Size", row.width && row.height && row.mpp ? sizeLabel(row.width, row.height, row.mpp) : null],
+    ["Size", row.width && row.height ? `${whole(row.width)} × ${whole(row.height)} px` : null],
+    ["", row.width && row.height && row.mpp ? `${mm(row.width, row.mpp)} × ${mm(row.height, row.mpp)} mm` : null],
     ["Scale", row.mpp ? `${mppLabel(row.mpp)}${power ? ` (${round(power, 3)}×)` : ""}` : null],
     ["Tissue", row.tissue_mm2 === null ? null : `${round(row.tissue_mm2, 3)} mm²`],
-    ["Regions", row.n_regions === null ? null : row.n_regions.toLocaleString("en-GB")],
+    ["Regions", row.n_regions === null ? null : whole(row.n_regions)],
     ["Scanner", row.vendor],
     ["Split", row.split],
     ["Patient", session.value?.can.patients ? row.patient_id : null],
@@ -58,9 +59,12 @@ function Facts({ row, power }: { row: SlideRow; power: number | null }) {
   );
 }
 
-function sizeLabel(width: number, height: number, mpp: number): string {
-  const [w, h] = [width, height].map((side) => side.toLocaleString("en-GB"));
-  return `${w} × ${h} px, ${round((width * mpp) / 1000, 3)} × ${round((height * mpp) / 1000, 3)} mm`;
+function whole(px: number): string {
+  return px.toLocaleString("en-GB");
+}
+
+function mm(px: number, mpp: number): string {
+  return round((px * mpp) / 1000, 3);
 }
 
 /** Outlines of the tissue and of the regions, fetched when first wanted. */

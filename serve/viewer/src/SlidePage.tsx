@@ -3,7 +3,7 @@
 import { effect, useSignal } from "@preact/signals";
 import type { FunctionComponent } from "preact";
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
-import { api, slidePath } from "./api.ts";
+import { api, Problem, slidePath } from "./api.ts";
 import type { SlideRow, TileInfo } from "./api.ts";
 import { HelpDialog, useKeys } from "./keys.tsx";
 import { Ruler } from "./measure.ts";
@@ -18,7 +18,7 @@ import { ScaleStrip, useScale } from "./Overlay.tsx";
 import { round } from "./scalebar.ts";
 import { SlideFacts } from "./SlideFacts.tsx";
 import { SlideView } from "./slide.ts";
-import { layers, notice, outlines, panel, query, report, session, slide, tell, view as inView } from "./state.ts";
+import { layers, outlines, panel, query, report, session, slide, tell, view as inView } from "./state.ts";
 import { Account, fullScreen, Home, Tool } from "./ui.tsx";
 
 const POWERS = [1.25, 2.5, 5, 10, 20, 40];
@@ -29,7 +29,7 @@ export function SlidePage({ at }: { at: SlideRoute }) {
   const minimap = useRef<HTMLDivElement>(null);
   const [view, setView] = useState<SlideView | null>(null);
   const [ruler, setRuler] = useState<Ruler | null>(null);
-  const [state, setState] = useState<"loading" | "open" | "failed">("loading");
+  const [failure, setFailure] = useState("");
   const [help, setHelp] = useState(false);
   const [pick, setPick] = useState(false);
 
@@ -40,14 +40,13 @@ export function SlidePage({ at }: { at: SlideRoute }) {
     const ready = () => {
       setView(made);
       setRuler(measuring);
-      setState("open");
     };
     takeOver(at);
     const calls = new AbortController();
     open(made, at, calls.signal).then(ready, (error: unknown) => {
       if (calls.signal.aborted) return;
-      setState("failed");
-      report(error);
+      if (error instanceof Problem) setFailure(error.message);
+      else report(error);
     });
     return () => {
       calls.abort();
@@ -72,8 +71,9 @@ export function SlidePage({ at }: { at: SlideRoute }) {
   useKeys({ view, ruler, onHelp: () => setHelp(true), onTurn: turn });
 
   const row = slide.value?.row;
+  const state = view ? "open" : failure ? "failed" : "loading";
   return (
-    <div class={`slide-page${panel.value ? " with-panel" : ""}`}>
+    <div class={`slide-page${panel.value && state !== "failed" ? " with-panel" : ""}`}>
       <header class="bar">
         <Home />
         <h1 title={at.id}>{at.id}</h1>
@@ -89,15 +89,15 @@ export function SlidePage({ at }: { at: SlideRoute }) {
         <div class="slide" ref={stage} data-state={state} />
         {state === "loading" && <p class="stage-word">Opening the slide…</p>}
         {state === "failed" && (
-          <p class="stage-word">
-            This slide cannot be shown. {notice.value?.kind === "error" ? notice.value.text : ""}
+          <p class="stage-word" role="alert">
+            This slide cannot be shown. {failure}
           </p>
         )}
         <div class={`minimap${state === "open" ? "" : " waiting"}`} id="minimap" ref={minimap} />
         <ScaleStrip view={view} />
         {ruler?.kind.value && <Measuring ruler={ruler} view={view!} />}
       </main>
-      <SidePanel view={view} ruler={ruler} row={row} />
+      {state !== "failed" && <SidePanel view={view} ruler={ruler} row={row} />}
       {help && <HelpDialog onClose={() => setHelp(false)} />}
       {pick && (
         <PickSlide

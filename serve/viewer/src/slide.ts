@@ -93,7 +93,7 @@ export class SlideView {
       prefixUrl: "",
       showNavigationControl: false,
       showNavigator: navigator !== null,
-      ...(navigator && { navigatorId: navigator.id, navigatorAutoFade: false, navigatorRotate: true, navigatorDisplayRegionColor: "#8e3fb0" }),
+      ...(navigator && { navigatorId: navigator.id, navigatorAutoFade: false, navigatorOpacity: 1, navigatorRotate: true, navigatorDisplayRegionColor: "#8e3fb0" }),
       animationTime: still ? 0 : 0.35,
       springStiffness: 10,
       blendTime: 0,
@@ -212,7 +212,7 @@ export class SlideView {
     const viewport = this.osd.viewport;
     const { clientWidth, clientHeight } = this.element;
     const by = viewport.deltaPointsFromPixels(new OpenSeadragon.Point(right * clientWidth, down * clientHeight));
-    viewport.panBy(by.rotate(-viewport.getRotation()));
+    viewport.panBy(by);
     viewport.applyConstraints();
   }
 
