@@ -20,12 +20,7 @@ export function ComparePage({ at }: { at: CompareRoute }) {
   const [views, setViews] = useState<Pair<SlideView> | null>(null);
   const [sync, setSync] = useState(at.sync);
   const [turn, setTurn] = useState((at.places[1]?.rot ?? 0) - (at.places[0]?.rot ?? 0));
-  const [active, setActive] = useState<0 | 1>(0); // the side that leads: the one last touched
-  const leader = useRef<0 | 1>(0);
-  const lead = (side: 0 | 1) => {
-    leader.current = side;
-    setActive(side);
-  };
+  const leader = useRef<0 | 1>(0); // the side that leads: the one last touched
   const [help, setHelp] = useState(false);
   const [pick, setPick] = useState<0 | 1 | null>(null);
   const ids: Pair<string> = [at.left, at.right];
@@ -58,20 +53,20 @@ export function ComparePage({ at }: { at: CompareRoute }) {
 
   const rotate = (degrees: number) => {
     if (!views) return;
-    lead(0);
+    leader.current = 0;
     setTurn(degrees);
     const left = views[0].place();
     views[1].turnTo(left.rot + degrees);
   };
   useKeys({
-    view: views?.[active] ?? null,
+    view: () => views?.[leader.current] ?? null,
     ruler: null,
     onHelp: () => setHelp(true),
-    onTurn: () => views?.[active].turnTo(views[active].place().rot + 90),
+    onTurn: () => views?.[leader.current].turnTo(views[leader.current].place().rot + 90),
   });
   const both = (act: (view: SlideView) => void) => {
     if (!views) return;
-    if (sync) act(views[active]);
+    if (sync) act(views[leader.current]);
     else for (const view of views) act(view);
   };
 
@@ -123,9 +118,9 @@ export function ComparePage({ at }: { at: CompareRoute }) {
             key={side}
             class="stage"
             aria-label={side ? "Right slide" : "Left slide"}
-            onFocusCapture={() => lead(side)}
-            onPointerDownCapture={() => lead(side)}
-            onWheelCapture={() => lead(side)}
+            onFocusCapture={() => (leader.current = side)}
+            onPointerDownCapture={() => (leader.current = side)}
+            onWheelCapture={() => (leader.current = side)}
           >
             <div class="slide" ref={stages[side]} data-state={views ? "open" : "loading"} />
             <p class="side-name">

@@ -68,7 +68,7 @@ export function SlidePage({ at }: { at: SlideRoute }) {
   useEffect(() => (view ? keepAddress(view, at.id) : undefined), [view]);
 
   const turn = useCallback(() => view?.turnTo(view.place().rot + 90), [view]);
-  useKeys({ view, ruler, onHelp: () => setHelp(true), onTurn: turn });
+  useKeys({ view: () => view, ruler, onHelp: () => setHelp(true), onTurn: turn });
 
   const row = slide.value?.row;
   const state = view ? "open" : failure ? "failed" : "loading";

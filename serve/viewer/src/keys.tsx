@@ -1,12 +1,13 @@
 /** The page's keys, and the window that explains them. */
 
-import { useEffect } from "preact/hooks";
+import { useEffect, useRef } from "preact/hooks";
 import type { Ruler } from "./measure.ts";
 import type { SlideView } from "./slide.ts";
 import { Dialog, fullScreen, hotkeys, store } from "./ui.tsx";
 
 interface Keys {
-  view: SlideView | null;
+  /** The view that keys act on, asked for at each key. */
+  view: () => SlideView | null;
   ruler: Ruler | null;
   onHelp: () => void;
   onTurn: () => void;
@@ -17,7 +18,9 @@ const OWN_ARROWS = "[role=tablist], [role=slider], [role=listbox], [role=radiogr
 const STEP = 0.2; // of the screen, for an arrow
 
 /** Keys of a slide, wherever the keyboard is, except in fields and open windows. */
-export function useKeys({ view, ruler, onHelp, onTurn }: Keys): void {
+export function useKeys(keys: Keys): void {
+  const latest = useRef(keys);
+  latest.current = keys;
   useEffect(() => {
     const pressed = (event: KeyboardEvent) => {
       const target = event.target instanceof Element ? event.target : document.body;
@@ -28,6 +31,8 @@ export function useKeys({ view, ruler, onHelp, onTurn }: Keys): void {
     };
 
     function act(event: KeyboardEvent, onSlide: boolean, target: Element): boolean {
+      const { ruler, onHelp, onTurn } = latest.current;
+      const view = latest.current.view();
       const measuring = Boolean(ruler?.kind.peek());
       if (measuring && event.key === "Escape") return done(ruler!.start(null));
       if (measuring && event.key === "Backspace") return done(ruler!.undo());
@@ -68,7 +73,7 @@ export function useKeys({ view, ruler, onHelp, onTurn }: Keys): void {
 
     addEventListener("keydown", pressed);
     return () => removeEventListener("keydown", pressed);
-  }, [view, ruler, onHelp, onTurn]);
+  }, []);
 }
 
 function done(_: void | undefined): true {
