@@ -63,6 +63,7 @@ export function ArchivePage({ at }: { at: ArchiveRoute }) {
             </select>
           </label>
           <p class="count" role="status">
+            {filters.label.trim() && !isLabel(filters.label) ? "Write a label as name=value. " : ""}
             {pages.total === null ? "Loading…" : count(pages.total)}
           </p>
           <Tool
@@ -83,6 +84,10 @@ export function ArchivePage({ at }: { at: ArchiveRoute }) {
 
 function count(total: number): string {
   return total === 1 ? "1 slide" : `${total.toLocaleString("en-GB")} slides`;
+}
+
+function isLabel(text: string): boolean {
+  return /^[^=]+=./.test(text.trim());
 }
 
 interface Pages {
@@ -106,7 +111,7 @@ function usePages({ q, label, status }: Filters): Pages {
     own.asked.add(number);
     const query = new URLSearchParams({ limit: String(PAGE), offset: String(number * PAGE), status });
     if (q.trim()) query.set("q", q.trim());
-    if (/^[^=]+=./.test(label.trim())) query.set("label", label.trim());
+    if (isLabel(label)) query.set("label", label.trim());
     api.get<SlideList>(`/v1/slides?${query}`, { signal: own.call.signal }).then(
       (found) => {
         own.rows.set(number, found.data);

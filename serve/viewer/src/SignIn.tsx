@@ -38,14 +38,14 @@ export function SignIn() {
           id="token"
           name="token"
           type="password"
-          autocomplete="current-password"
+          autocomplete="off"
           spellcheck={false}
           aria-describedby="token-help token-fault"
           aria-invalid={fault ? true : undefined}
           autofocus
         />
         <p id="token-help" class="hint">
-          Whoever runs this service gives it to you. It is not kept in this browser; you stay signed in for twelve hours.
+          Whoever runs this service gives it to you. This page does not keep it; you stay signed in for twelve hours.
         </p>
         <p id="token-fault" class="fault" role="alert">
           {fault}

@@ -43,11 +43,17 @@ export function SlidePage({ at }: { at: SlideRoute }) {
     };
     takeOver(at);
     const calls = new AbortController();
-    open(made, at, calls.signal).then(ready, (error: unknown) => {
+    const fail = (error: unknown) => {
       if (calls.signal.aborted) return;
       if (error instanceof Problem) setFailure(error.message);
       else report(error);
+    };
+    watchTiles(made, (problem) => {
+      made.close();
+      setView(null);
+      fail(problem);
     });
+    open(made, at, calls.signal).then(ready, fail);
     return () => {
       calls.abort();
       measuring.destroy();
@@ -121,6 +127,21 @@ async function open(view: SlideView, at: SlideRoute, signal: AbortSignal): Promi
   await view.open(info, at.place);
   slide.value = { ...info, row };
   inView.value = view.box();
+}
+
+/** Say why tiles do not come, one at a time; a slide whose file is another one now is taken away. */
+function watchTiles(view: SlideView, changed: (problem: Problem) => void): void {
+  let asking = false;
+  view.onLoss((path) => {
+    if (asking) return;
+    asking = true;
+    const again = () => setTimeout(() => (asking = false), 5000);
+    api.whyNot(path).then((problem) => {
+      again();
+      if (problem?.code === "source_changed") changed(problem);
+      else if (problem) report(problem);
+    }, again);
+  });
 }
 
 /** Make what the address says the state of the page. */

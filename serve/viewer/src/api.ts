@@ -169,6 +169,17 @@ export const api = {
   put: <T>(path: string, body: unknown, options?: Options) => json<T>("PUT", path, body, options),
   del: <T = void>(path: string, options?: Options) => json<T>("DELETE", path, undefined, options),
 
+  /** Why a picture did not come, asked for once more; null where it comes now. */
+  async whyNot(path: string): Promise<Problem | null> {
+    try {
+      await send("GET", path, undefined, {});
+      return null;
+    } catch (error) {
+      if (error instanceof Problem) return error;
+      throw error;
+    }
+  },
+
   /** The chunks of a streamed answer as they arrive; an error inside the stream is thrown. */
   async *stream(path: string, body: unknown, options: Options = {}): AsyncGenerator<ChatChunk> {
     const answer = await send("POST", path, body, {

@@ -79,6 +79,7 @@ export class SlideView {
   private readonly pointers = new Set<(place: Point) => void>();
   private readonly moves = new Set<() => void>();
   private readonly flights = new Set<() => void>();
+  private readonly losses = new Set<(path: string) => void>();
   private readonly sizes: ResizeObserver;
   private drawing = 0;
   private drawn = "";
@@ -100,6 +101,8 @@ export class SlideView {
       immediateRender: false,
       drawer: hasGraphicsCard() ? "webgl" : "canvas",
       imageLoaderLimit: 8,
+      tileRetryMax: 2, // a service with much to do says so, and asks to be asked again
+      tileRetryDelay: 1000,
       maxTilesPerFrame: 8, // one, as is usual, makes a slow machine slower still
       maxImageCacheCount: 600,
       minZoomImageRatio: 0.5,
@@ -331,6 +334,18 @@ export class SlideView {
     return kept(this.flights, then);
   }
 
+  /** When a tile does not come, after some tries; its address says why. */
+  onLoss(then: (path: string) => void): () => void {
+    return kept(this.losses, then);
+  }
+
+  /** Take the slide off the screen. */
+  close(): void {
+    this.osd.close();
+    this.info = null;
+    this.redraw();
+  }
+
   destroy(): void {
     this.sizes.disconnect();
     cancelAnimationFrame(this.drawing);
@@ -370,6 +385,10 @@ export class SlideView {
       this.draw();
       this.drawn = this.whereabouts();
       this.settle();
+    });
+    osd.addHandler("tile-load-failed", (event) => {
+      const path = String(event.tile.getUrl());
+      for (const then of this.losses) then(path);
     });
     osd.addHandler("animation-finish", () => this.settle());
     osd.world.addHandler("add-item", ({ item }) => item.addHandler("fully-loaded-change", () => this.settle()));

@@ -60,7 +60,7 @@ export function Tool({ icon, label, hotkey, pressed, disabled, onPress }: ToolPr
       class="tool"
       aria-label={label}
       title={hotkey ? `${label} (${hotkey})` : label}
-      aria-keyshortcuts={hotkey}
+      aria-keyshortcuts={hotkey === "+" ? "Plus" : hotkey}
       aria-pressed={pressed}
       disabled={disabled}
       onClick={onPress}
