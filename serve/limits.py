@@ -102,22 +102,26 @@ def _too_large(limits: Limits) -> RequestError:
     )
 
 
-def strict_json(body: bytes) -> Any:
+def strict_json(body: bytes, *, names: int = MAX_NAMES) -> Any:
     """Parse JSON that has one reading only.
+
+    Args:
+        body: The body of a request.
+        names: Most names of fields and entries of lists that are values of these.
 
     Raises:
         RequestError: It is not UTF-8 or not JSON, is nested too deeply, names a field twice, or
-            holds a number that is not finite or has thousands of digits, or more than
-            :data:`MAX_NAMES` names and entries, each of which could be an error of its own.
+            holds a number that is not finite or has thousands of digits, or more names and entries
+            than ``names``, each of which could be an error of its own.
     """
-    left = MAX_NAMES
+    left = names
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         nonlocal left
         left -= len(pairs) + sum(len(value) for _, value in pairs if isinstance(value, list))
         if left < 0:
             raise RequestError(
-                f"The body has more than {MAX_NAMES:,} names and entries of lists.",
+                f"The body has more than {names:,} names and entries of lists.",
                 code="too_large",
             )
         found = dict(pairs)

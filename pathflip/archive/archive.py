@@ -430,6 +430,8 @@ class Archive:
 
         import pyarrow.compute as pc
 
+        from pathflip.archive.annotations import AnnotationStore
+
         slides = self.slides(columns=["slide_id", "status", "n_patches"])
         ready = slides.filter(pc.field("status") == READY)
         regions = self._ready_rows("regions", ["slide_id"]).num_rows
@@ -455,6 +457,7 @@ class Archive:
             "encoders": encoders,
             "models": {name: entry["encoder"] for name, entry in self.models().items()},
             "captions": self.captions().filter(pc.field("text") != "").num_rows,
+            "annotations": AnnotationStore(self.uri).count(),
             "bytes": size,
             "status": dict(Counter(slides["status"].to_pylist())),
         }

@@ -111,7 +111,7 @@ def _merge(
     changed = False
     for tier in tiers:
         with guarded(uri, f"compact the table {table}"):
-            done = _merge_below(dataset, FRAGMENT_BYTES // tier, chosen)
+            done = merge_below(dataset, FRAGMENT_BYTES // tier, chosen)
         if done:
             changed, dataset = True, lock.open(table)
     if not changed:
@@ -128,7 +128,7 @@ def _merge(
         transactions.register(lock, made)
 
 
-def _merge_below(dataset: Any, size: int, chosen: Callable[[list[int], float], bool]) -> bool:
+def merge_below(dataset: Any, size: int, chosen: Callable[[list[int], float], bool]) -> bool:
     """Merge the fragments of a table that are smaller than a size in bytes."""
     from lance.optimize import Compaction
 

@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pathflip.archive.annotation_table import find_annotations
 from pathflip.archive.archive import Archive
 from pathflip.archive.schema import slides_schema
 from pathflip.archive.storage import guarded, is_local, rows_per_batch
-from pathflip.archive.tables import PICTURES, SLIDES
+from pathflip.archive.tables import ANNOTATIONS, PICTURES, SLIDES
 from pathflip.errors import ConfigError
 from pathflip.files import partial
 
@@ -50,6 +51,9 @@ def export_parquet(archive: Archive, folder: str | Path) -> dict[str, int]:
                 if archive.table(table).spec.per_slide and table != PICTURES:
                     (draft / table).mkdir(parents=True)
                     written[table] = _export_table(archive, table, draft / table)
+            if (drawn := find_annotations(archive.uri)) is not None:
+                (draft / ANNOTATIONS).mkdir(parents=True)
+                written[ANNOTATIONS] = _export_annotations(archive, drawn, draft / ANNOTATIONS)
             if target.exists():
                 target.rmdir()
             draft.rename(target)
@@ -89,3 +93,12 @@ def _export_table(archive: Archive, table: str, folder: Path) -> int:
         if writer is not None:
             writer.close()
     return total
+
+
+def _export_annotations(archive: Archive, dataset: Any, folder: Path) -> int:
+    import pyarrow.parquet as pq
+
+    with guarded(archive.uri, "read the annotations", damaged=is_local(archive.uri)):
+        rows = dataset.to_table(filter=pc.field("slide_id").isin(sorted(archive.ready_ids())))
+    pq.write_table(rows, folder / "part-00000.parquet")
+    return int(rows.num_rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pathflip.archive.annotation_table import maintain_annotations
 from pathflip.archive.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.compaction import day_ago, free_files, free_versions
@@ -20,7 +21,7 @@ def maintain(uri: str | Path) -> dict[str, Any]:
     Deletes versions that were replaced more than 24 hours ago, and files of that age that no
     version refers to: first of all, so that a full disk has room again. Readers keep their snapshot
     for that long. Then merges small fragments and builds or updates the indexes of
-    :mod:`pathflip.archive.indexes`.
+    :mod:`pathflip.archive.indexes`. Annotations may be saved meanwhile.
 
     Returns:
         {"fragments": {table: n}, "indexed": [table.column], "refused": {table.column: recall},
@@ -44,6 +45,7 @@ def maintain(uri: str | Path) -> dict[str, Any]:
             refreshed = refresh_indexes(committer.lock, table)
             indexed += refreshed.made
             refused |= refreshed.refused
+        fragments |= maintain_annotations(committer.lock)
         system, root = filesystem(where)
         known = known_digests(where)
         infos = system.get_file_info([f"{root}/{path}" for path in known])

@@ -62,7 +62,9 @@ class Salvager:
         self._child.wait()
         self._child = None
 
-    def decode(self, uri: str, table: str, fragment: int, folder: str) -> None:
+    def decode(
+        self, uri: str, table: str, fragment: int, folder: str, *, version: int | None = None
+    ) -> None:
         """Write a fragment's rows to ``folder``, as :func:`salvage` reads them.
 
         Raises:
@@ -72,7 +74,7 @@ class Salvager:
             self._child = _start()
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        order = json.dumps([uri, table, key_of(table), fragment, folder])
+        order = json.dumps([uri, table, key_of(table), fragment, folder, version])
         answer = b""
         try:
             self._child.stdin.write(order.encode() + b"\n")
@@ -86,9 +88,9 @@ class Salvager:
 
 
 def salvage(
-    salvager: Salvager, uri: str, table: str, fragment: int
+    salvager: Salvager, uri: str, table: str, fragment: int, *, version: int | None = None
 ) -> tuple[pa.Table | None, list[tuple[str, str | None]]]:
-    """Read a fragment that may be damaged.
+    """Read a fragment that may be damaged, of the newest version or of the one that is named.
 
     Returns:
         Its rows whose checksum is right (None when nothing could be read), and (key, slide_id) of
@@ -96,7 +98,7 @@ def salvage(
     """
     with tempfile.TemporaryDirectory(prefix="pathflip-salvage-") as folder:
         try:
-            salvager.decode(uri, table, fragment, folder)
+            salvager.decode(uri, table, fragment, folder, version=version)
             bad = json.loads(Path(folder, "bad.json").read_text())
             with pa.OSFile(str(Path(folder, "good.arrow"))) as source:
                 good = pa.ipc.open_file(source).read_all()
@@ -128,9 +130,13 @@ def _main() -> None:
         os.write(answers, _PANICKED if _decode(*json.loads(order)) else _GO_ON)
 
 
-def _decode(uri: str, table: str, key: str, number: int, folder: str) -> bool:
+def _decode(
+    uri: str, table: str, key: str, number: int, folder: str, version: int | None
+) -> bool:
     """Write the good rows and the names of the bad ones; return whether a read panicked."""
     dataset = open_table(uri, table)
+    if version is not None and version != dataset.version:
+        dataset = dataset.checkout_version(version)
     fragment = dataset.get_fragment(number)
     step, count = rows_per_batch(dataset.schema), fragment.count_rows()
     bad: list[tuple[Any, Any]] = []

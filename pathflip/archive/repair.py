@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pathflip.archive.annotation_table import count_again
 from pathflip.archive.commit import Committer
+from pathflip.archive.damage import Report
 from pathflip.archive.fragments import create_table
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.recover import Salvager, salvage
@@ -31,7 +33,7 @@ from pathflip.archive.storage import (
     table_uri,
 )
 from pathflip.archive.tables import META, Table, count_columns, spec_of, specs_of, tables_of
-from pathflip.archive.verify import Report, verify_with
+from pathflip.archive.verify import verify_with
 from pathflip.errors import ArchiveError
 
 
@@ -63,7 +65,7 @@ def repair(uri: str | Path) -> Repaired:
       moved aside. Versions older than the repair may no longer open.
     * A slide that has lost rows of a table computed after ingest (vectors of a trained model)
       loses its other rows there too, and the command that computed them does so again. Captions
-      that are lost have to be imported again.
+      that are lost have to be imported again, and annotations that are lost drawn again.
     * A ready slide that has lost rows written by ingest: all of its rows are deleted, and its row
       in ``slides`` becomes ``quarantined``, reason ``damaged_rows``, with an empty fingerprint, so
       that the same ingest command processes it again. A slide whose own row is lost is unknown to
@@ -106,6 +108,7 @@ def _repaired(salvager: Salvager, where: str) -> Repaired:
                 _move_aside(where, Path(where, path))
                 actions.append(f"Moved the damaged file {path} aside.")
         actions += _complete_meta(where)
+        actions += count_again(where)
         if actions:
             report = verify_with(salvager, where)
     with Committer(where) as committer:

@@ -323,6 +323,39 @@ def tree_texts_schema() -> pa.Schema:
     )
 
 
+def annotations_schema() -> pa.Schema:
+    """Return the schema of ``annotations``, the objects that people draw on slides.
+
+    ``geometry`` is GeoJSON, level-0 px; ``x0``, ``y0``, ``x1``, ``y1`` its bounds and ``points``
+    the number of its points; ``colour`` is #rrggbb or null; ``revision`` counts saves. ``sha256``
+    is the digest of the slide it was drawn on. The row with the empty key counts the commits of the
+    table, see :mod:`pathflip.archive.annotations`.
+    """
+    text, f64, moment = pa.string(), pa.float64(), pa.timestamp("us", tz="UTC")
+    return _schema(
+        "annotation_id",
+        [
+            ("annotation_id", text),
+            ("slide_id", text),
+            ("sha256", text),
+            ("author", text),
+            ("name", text),
+            ("class", text),
+            ("colour", text),
+            ("object_type", text),
+            ("geometry", text),
+            ("x0", f64),
+            ("y0", f64),
+            ("x1", f64),
+            ("y1", f64),
+            ("points", pa.int32()),
+            ("revision", pa.int64()),
+            ("created", moment),
+            ("updated", moment),
+        ],
+    )
+
+
 def files_schema() -> pa.Schema:
     """Return the schema of ``files``; paths are relative to the archive."""
     return _schema(

@@ -5,7 +5,9 @@ table means adding a row there.
 
 Some tables exist in every archive (``setting`` is None). The others exist once the settings of the
 archive (its table ``meta``) name them: ``<setting>`` for a single table, ``<setting>:<name>`` for
-each table of a family such as ``features_<encoder>``.
+each table of a family such as ``features_<encoder>``. Tables that are written without the archive's
+lock (``unlocked``) are named by no setting, since settings are written under it: they exist once
+they are there.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from pathflip.archive.schema import (
+    annotations_schema,
     captions_schema,
     embeddings_schema,
     features_schema,
@@ -34,6 +37,7 @@ from pathflip.archive.schema import (
 from pathflip.archive.settings import entries_of, slots_of
 
 META, SLIDES, FILES, PICTURES = "meta", "slides", "files", "pictures"
+ANNOTATIONS = "annotations"
 INGEST = "ingest"
 
 SchemaOf = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, str]], pa.Schema]
@@ -66,6 +70,10 @@ class TableSpec:
             part of the slide: it is ready when they are complete.
         setting: Key in the settings that names the table; None if every archive has it.
         entry_field: Field of a family's entry that holds the table's name.
+        unlocked: Whether any number of processes write it without the archive's lock. What
+            a holder of the lock does to all tables leaves it alone: it is in no snapshot of
+            :class:`pathflip.archive.Archive`, no fence and no commit of an ingest; its module has
+            writers, readers and maintenance of its own.
         wide: Whether rows take up to a megabyte, so that files are limited by bytes, not rows.
         indexes: {column: kind}: ``VECTOR``, a vector index once the table is large, or
             ``INVERTED``, words. Columns that filters name are indexed in every table.
@@ -86,6 +94,7 @@ class TableSpec:
     made_by: str = INGEST
     setting: str | None = None
     entry_field: str = "table"
+    unlocked: bool = False
     wide: bool = False
     indexes: Mapping[str, str] = field(default_factory=dict)
     since: int = 1
@@ -183,6 +192,11 @@ TABLES: tuple[TableSpec, ...] = (
         schema=lambda settings, entry, noted: tree_texts_schema(),
         on_grid=True, made_by="archive import", setting="tree_texts", wide=True, since=3,
     ),
+    TableSpec(
+        name=ANNOTATIONS, key="annotation_id",
+        schema=lambda settings, entry, noted: annotations_schema(),
+        made_by="annotations import", unlocked=True, since=4,
+    ),
 )  # fmt: skip
 """All tables. ``slides`` is opened before the tables whose rows it makes visible."""
 
@@ -232,9 +246,14 @@ class Table:
 
 
 def tables_of(settings: Mapping[str, Any]) -> dict[str, Table]:
-    """Return {name: table} of all tables in an archive with these settings."""
+    """Return {name: table} of all tables in an archive with these settings.
+
+    Tables that are written without the lock are not among them; see :func:`unlocked_tables`.
+    """
     found: dict[str, Table] = {}
     for spec in TABLES:
+        if spec.unlocked:
+            continue
         if spec.setting is None:
             found[spec.name] = Table(name=spec.name, spec=spec)
         elif not spec.family:
@@ -246,6 +265,11 @@ def tables_of(settings: Mapping[str, Any]) -> dict[str, Table]:
                 if name := entry.get(spec.entry_field):
                     found[name] = Table(name=name, spec=spec, owner=owner, entry=entry)
     return found
+
+
+def unlocked_tables() -> list[Table]:
+    """Return the tables that an archive may have whatever its settings say."""
+    return [Table(name=spec.name, spec=spec) for spec in TABLES if spec.unlocked]
 
 
 def names_of(setting: str, name: str) -> dict[str, str]:

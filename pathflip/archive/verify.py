@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pathflip.archive.archive import READY
+from pathflip.archive.annotation_table import COUNTER, find_annotations
+from pathflip.archive.damage import Damage, Report
 from pathflip.archive.keys import Keys, RowKeys, Tally, keys_in
 from pathflip.archive.recover import Salvager, salvage
 from pathflip.archive.schema import intact_rows
@@ -42,7 +44,15 @@ from pathflip.archive.storage import (
     rows_per_batch,
 )
 from pathflip.archive.suspects import suspected
-from pathflip.archive.tables import SLIDES, Table, key_of, spec_of, tables_of
+from pathflip.archive.tables import (
+    ANNOTATIONS,
+    SLIDES,
+    Table,
+    key_of,
+    spec_of,
+    tables_of,
+    unlocked_tables,
+)
 from pathflip.errors import ArchiveError
 
 THREADS = min(8, len(os.sched_getaffinity(0)))
@@ -54,62 +64,6 @@ _OLD = " Only older versions refer to it."
 _MISSING = "The file is missing."
 
 _Held = dict[str, dict[str, set[str]]]  # table -> slide -> keys
-
-
-@dataclass(frozen=True, kw_only=True)
-class Damage:
-    """A damaged file, row or table.
-
-    Attributes:
-        table: The table.
-        kind: ``table`` (cannot be opened), ``file`` (gone, or its digest differs), ``row`` (its
-            checksum differs), ``missing`` (row of a ready slide is not there), ``duplicate``.
-        id: The row's key, or the file's path relative to the archive.
-        detail: One sentence.
-        slide_id: The slide the row belongs to, where known.
-        fragment: The Lance fragment it lies in; None for files only older versions refer to.
-    """
-
-    table: str
-    kind: str
-    id: str
-    detail: str
-    slide_id: str | None = None
-    fragment: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """Result of :func:`verify`.
-
-    Attributes:
-        damaged: All damage; tables first, then files.
-        slides: Ready slides with rows lost or damaged.
-        reindex: {table computed after ingest: slides with rows lost or damaged there}.
-        notes: Remarks that are no damage.
-        files: Data files whose digest was checked.
-        rows: Rows whose checksum was checked.
-        bytes: Bytes of those files.
-        seconds: Wall time.
-    """
-
-    damaged: list[Damage]
-    slides: list[str]
-    reindex: dict[str, list[str]]
-    notes: list[str]
-    files: int
-    rows: int
-    bytes: int
-    seconds: float
-
-    @property
-    def ok(self) -> bool:
-        """True when nothing is damaged."""
-        return not self.damaged
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {"ok": self.ok, **asdict(self)}
 
 
 @dataclass(kw_only=True)
@@ -126,6 +80,7 @@ class _Scan:
     flawed: dict[str, set[str]] = field(default_factory=dict)  # table -> their slides
     incomplete: set[str] = field(default_factory=set)
     reindex: dict[str, set[str]] = field(default_factory=dict)
+    opened: dict[str, Any] = field(default_factory=dict)  # the version of each table
     salvager: Salvager
     salvaged: dict[tuple[str, int], tuple[Any, list[tuple[str, str | None]]]] = field(
         default_factory=dict
@@ -142,7 +97,7 @@ def verify(uri: str | Path) -> Report:
     Checks the digests of all data files, including those that only older versions refer to (repair
     falls back on them), the checksums of all rows, fragment by fragment, and that every ready slide
     has exactly its rows in every table. Changes nothing and takes no lock: run it while no job
-    writes to the archive.
+    writes to the archive. Annotations may be saved meanwhile.
 
     Raises:
         ArchiveError: If there is no archive at ``uri``. Damage is reported, never raised.
@@ -172,7 +127,7 @@ def _verified(scan: _Scan, where: str) -> Report:
     known = _trusted_digests(where, scan)
     for table in sorted(tables):
         try:
-            dataset = open_table(where, table)
+            dataset = scan.opened[table] = open_table(where, table)
             with guarded(where, f"list the files of table {table}", damaged=True):
                 paths = data_paths(dataset, table)
         except ArchiveError as error:
@@ -181,8 +136,15 @@ def _verified(scan: _Scan, where: str) -> Report:
         _check_table(where, table, dataset, paths, known, scan)
     if settings_fault and not any(damage.table == "meta" for damage in scan.damaged):
         scan.damaged.append(Damage(table="meta", kind="table", id="meta", detail=settings_fault))
+    if ANNOTATIONS in tables and COUNTER not in scan.keys.slides:
+        scan.damaged.append(
+            Damage(
+                table=ANNOTATIONS, kind="missing", id=COUNTER,
+                detail="The row that counts the table's commits is not there.",
+            )
+        )  # fmt: skip
     _check_old_files(where, known, scan)
-    _check_keys(where, named, tables, set(entries_of(meta, "encoder")), scan)
+    _check_keys(named, tables, set(entries_of(meta, "encoder")), scan)
     order = {"table": 0, "file": 1}
     scan.damaged.sort(key=lambda d: (order.get(d.kind, 2), d.table, d.id, d.kind))
     return Report(
@@ -198,8 +160,10 @@ def _verified(scan: _Scan, where: str) -> Report:
 
 
 def _unnamed(uri: str, named: Mapping[str, Table], scan: _Scan) -> dict[str, Table]:
-    """Return the tables of a local archive that its settings do not name, or no longer."""
+    """Return the tables that the settings do not name: never, or no longer."""
     found: dict[str, Table] = {}
+    if not is_local(uri) and find_annotations(uri) is not None:
+        found = {table.name: table for table in unlocked_tables()}
     for name in local_tables(uri) if is_local(uri) else ():
         if name in named:
             continue
@@ -213,7 +177,7 @@ def _unnamed(uri: str, named: Mapping[str, Table], scan: _Scan) -> dict[str, Tab
 def _trusted_digests(uri: str, scan: _Scan) -> dict[str, tuple[str, int]]:
     """Return the digests of all files, from rows of ``files`` that are intact themselves."""
     try:
-        dataset = open_table(uri, "files")
+        dataset = scan.opened["files"] = open_table(uri, "files")
         with guarded(uri, "read the table files", damaged=True):
             known = own_digests(dataset.config())
             numbers = {number: path for path, number in data_paths(dataset, "files").items()}
@@ -236,7 +200,10 @@ def _salvaged(
     uri: str, table: str, fragment: int, scan: _Scan
 ) -> tuple[pa.Table | None, list[tuple[str, str | None]]]:
     if (table, fragment) not in scan.salvaged:
-        scan.salvaged[table, fragment] = salvage(scan.salvager, uri, table, fragment)
+        version = scan.opened[table].version
+        scan.salvaged[table, fragment] = salvage(
+            scan.salvager, uri, table, fragment, version=version
+        )
     return scan.salvaged[table, fragment]
 
 
@@ -248,25 +215,29 @@ def _check_table(
     known: dict[str, tuple[str, int]],
     scan: _Scan,
 ) -> None:
-    key = key_of(table)
+    key, spec = key_of(table), spec_of(table)
+    unlocked = spec is not None and spec.unlocked
     suspect: set[int] = set()
-    undigested = 0
+    undigested: set[int] = set()
     for path, fault in _file_faults(uri, sorted(paths), known, scan):
-        undigested += path not in known
+        if path not in known:
+            undigested.add(paths[path])
         if fault:
             suspect.add(paths[path])
             scan.damaged.append(
                 Damage(table=table, kind="file", id=path, detail=fault, fragment=paths[path])
             )
-    if undigested and known:
+    if undigested and known and not unlocked:
         scan.notes.append(
-            f"{undigested} files of table {table} have no digest yet; the next ingest or "
+            f"{len(undigested)} files of table {table} have no digest yet; the next ingest or "
             "maintain digests them."
         )
     for fragment in dataset.get_fragments():
         number = fragment.fragment_id
         bad: list[tuple[str, str | None]] = []
-        if number not in suspect:
+        # Only maintain digests files of such a table: their bytes are trusted no further.
+        aside = number in suspect or (unlocked and number in undigested)
+        if not aside:
             try:
                 for good, wrong in _checked(fragment, dataset.schema, table, key, scan):
                     bad += [(row, None) for row in wrong]
@@ -287,6 +258,13 @@ def _check_table(
             if rows is not None:
                 _note_rows(table, keys_in(rows, table, key), scan)
                 scan.rows += rows.num_rows + len(bad)
+            read = 0 if rows is None else rows.num_rows + len(bad)
+            if number not in suspect and read < fragment.count_rows():
+                path = next((p for p, n in paths.items() if n == number), table)
+                detail = f"Only {read} of its {fragment.count_rows()} rows can be read."
+                scan.damaged.append(
+                    Damage(table=table, kind="file", id=path, detail=detail, fragment=number)
+                )
         scan.bad[table, number] = {row for row, _ in bad}
         scan.damaged += [
             Damage(
@@ -386,7 +364,6 @@ def _table_of(path: str) -> str:
 
 
 def _check_keys(
-    uri: str,
     named: Mapping[str, Table],
     tables: Mapping[str, Table],
     encoders: Collection[str],
@@ -400,7 +377,7 @@ def _check_keys(
     )
     for start in range(0, len(suspects), _SLIDES_AT_ONCE):
         slides = suspects[start : start + _SLIDES_AT_ONCE]
-        held = _held(uri, tables, slides, scan)
+        held = _held(tables, slides, scan)
         own = {slide: scan.slides[slide] for slide in slides if slide in scan.slides}
         _check_slides(named, held, encoders, own, scan)
         waiting += _check_derived(named, held, own, scan)
@@ -429,12 +406,12 @@ def _note_hidden(tallies: Mapping[str, Tally], scan: _Scan) -> None:
             )
 
 
-def _held(uri: str, tables: Mapping[str, Table], slides: Sequence[str], scan: _Scan) -> _Held:
+def _held(tables: Mapping[str, Table], slides: Sequence[str], scan: _Scan) -> _Held:
     """Return the keys of good rows of some slides, read again, and report duplicates."""
     held: _Held = {}
     for table in scan.keys.tables():
         rows: Counter[tuple[str, str]] = Counter()
-        dataset, key = open_table(uri, table), key_of(table)
+        dataset, key = scan.opened[table], key_of(table)
         for fragment in dataset.get_fragments():
             bad = scan.bad.get((table, fragment.fragment_id), ())
             for found in _read_again(fragment, dataset.schema, table, key, slides, scan):

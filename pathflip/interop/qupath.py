@@ -1,4 +1,4 @@
-"""QuPath GeoJSON: tissue and regions out, a user's annotations in.
+"""QuPath GeoJSON: tissue, regions and annotations out, a user's annotations in.
 
 Coordinates in these files are full-resolution pixels of QuPath's image. QuPath crops a slide that
 states bounds (MRXS and some others) to them, pathflip does not; so every function here takes the
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pathflip.errors import ConfigError
 from pathflip.files import replacing
 from pathflip.geometry import Tiling, edge
+from pathflip.interop.annotations import Annotation, collection_of, read_collection
 from pathflip.interop.tables import clean
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1 << 30
 """Largest GeoJSON text read; a zip that unpacks to more is refused before it is unpacked."""
+MAX_OF_FILE = 10_000
+"""Annotations read from one file."""
 
 _IDS = uuid.UUID("6f0d9a53-5c0e-5d0b-9a55-0b0e6f7c1d2a")
 _TISSUE = {"name": "Tissue", "color": [46, 160, 67]}
@@ -183,13 +186,17 @@ def export_archive(
                 bounds_y0=slide["bounds_y0"] or 0,
             )
         except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written: {error.strerror or error}.",
-                hint="Give a folder with room that you may write to.",
-                code="export",
-            ) from error
+            raise _unwritten(path, error) from error
         written.append(path)
     return written
+
+
+def _unwritten(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written: {error.strerror or error}.",
+        hint="Give a folder with room that you may write to.",
+        code="export",
+    )
 
 
 def read_geojson(path: str | Path, *, bounds_x0: int = 0, bounds_y0: int = 0) -> list[QuPathObject]:
@@ -238,6 +245,74 @@ def read_geojson(path: str | Path, *, bounds_x0: int = 0, bounds_y0: int = 0) ->
             hint="Unpack it by hand and give the .geojson file.",
             code="geojson",
         ) from error
+
+
+def read_annotations(
+    path: str | Path,
+    *,
+    slide_id: str,
+    author: str,
+    width: int | None,
+    height: int | None,
+    bounds_x0: float = 0,
+    bounds_y0: float = 0,
+) -> list[Annotation]:
+    """Read the objects of a GeoJSON file as annotations of a slide; strict about what they hold.
+
+    Args:
+        path: The file, as :func:`read_geojson` takes it.
+        slide_id: The slide.
+        author: Author of all of them.
+        width: Level-0 width of the slide; None where it is not known.
+        height: Level-0 height.
+        bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
+        bounds_y0: Top likewise.
+
+    Raises:
+        ConfigError: The file cannot be read, or an object of it cannot be used (``geojson``).
+    """
+    path = Path(path)
+    try:
+        features = [one for text in _texts(path) for one in _features(text)]
+        return read_collection(
+            features, slide_id=slide_id, author=author, width=width, height=height,
+            offset=(bounds_x0, bounds_y0), most_features=MAX_OF_FILE,
+        )  # fmt: skip
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint, code=error.code) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}.",
+            hint="Check the path and its permissions.",
+            code="geojson",
+        ) from error
+    except (ValueError, TypeError, KeyError, RecursionError, zipfile.BadZipFile, zlib.error,
+            EOFError, NotImplementedError, RuntimeError) as error:  # fmt: skip
+        raise ConfigError(
+            f"{path} is not GeoJSON that pathflip understands: {error}.",
+            hint="Export it from QuPath with File > Export objects as GeoJSON.",
+            code="geojson",
+        ) from error
+
+
+def write_annotations(
+    path: str | Path,
+    annotations: Sequence[Annotation],
+    *,
+    bounds_x0: float = 0,
+    bounds_y0: float = 0,
+) -> None:
+    """Write annotations of one slide for QuPath; the file is replaced as a whole or not at all.
+
+    Raises:
+        ConfigError: It cannot be written (``export``).
+    """
+    document = collection_of(annotations, offset=(bounds_x0, bounds_y0))
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _write_atomic(Path(path), document)
+    except OSError as error:
+        raise _unwritten(Path(path), error) from error
 
 
 def read_tissue(
@@ -411,7 +486,11 @@ def _features(text: bytes) -> Sequence[dict[str, Any]]:
         document = document["features"] if whole else [document]
     if not isinstance(document, list):
         raise ValueError("its top level is neither an object nor an array")
-    return [item if item["type"] == "Feature" else {"geometry": item} for item in document]
+    return [item if item["type"] == "Feature" else _bare(item) for item in document]
+
+
+def _bare(geometry: Any) -> dict[str, Any]:
+    return {"type": "Feature", "geometry": geometry}
 
 
 def _object(feature: Mapping[str, Any], offset: NDArray[np.float64]) -> QuPathObject:
