@@ -50,8 +50,8 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
 
     @api.put(
         "/v1/slides/{slide_id}/annotations/{annotation_id}", dependencies=[needs("annotate")],
-        openapi_extra=_body("A GeoJSON feature; `properties.revision` is the revision that was read "
-                            "last, 0 of a new annotation."),
+        openapi_extra=_body("A GeoJSON feature; `properties.revision` is the revision that was "
+                            "read last, 0 of a new annotation."),
     )  # fmt: skip
     async def put(request: Request, slide_id: SlidePath, annotation_id: _UUID) -> Any:
         """Save an annotation; the answer is the feature as it is stored, on disk."""

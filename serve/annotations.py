@@ -106,9 +106,7 @@ class Annotations:
         self._saved()
         return saved
 
-    async def delete(
-        self, slide_id: str, annotation_id: str, *, author: str, anyone: bool
-    ) -> None:
+    async def delete(self, slide_id: str, annotation_id: str, *, author: str, anyone: bool) -> None:
         """Remove an annotation; see :meth:`put`.
 
         Raises:

@@ -11,6 +11,7 @@ deployment      serves
 ``embedder``    vectors of texts and pictures (:mod:`serve.embedder`)
 ``search``      search and slides of the archive (:mod:`serve.search`)
 ``grounding``   heatmaps and classes (:mod:`serve.grounding`)
+``annotations`` what clients draw on slides (:mod:`serve.annotations`)
 ``instructor``  answers (:mod:`serve.chat_engine`); only with a language model
 ==============  ===========================================================
 """
@@ -68,6 +69,7 @@ def application(config: ServeConfig, inputs: ServiceInputs) -> Any:
 
 def bind_parts(config: ServeConfig, inputs: ServiceInputs) -> dict[str, Any]:
     """Bind every deployment but the ingress: {name: application}."""
+    from serve.annotations import Annotations
     from serve.embedder import Embedder
     from serve.grounding import Grounding
     from serve.search import Search
@@ -83,6 +85,9 @@ def bind_parts(config: ServeConfig, inputs: ServiceInputs) -> dict[str, Any]:
         ),
         "grounding": _deployment(Grounding, "grounding", config).bind(
             archive, run, device=config.device, refresh_s=config.refresh_s
+        ),
+        "annotations": _deployment(Annotations, "annotations", config).bind(
+            archive, refresh_s=config.refresh_s
         ),
     }  # fmt: skip
     if inputs.chat:

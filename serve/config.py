@@ -122,7 +122,7 @@ class ServeConfig:
         labels: Whether clients may filter by labels of slides; they never see one.
         drain_s: Seconds that running answers have when a replica or the service is stopped.
         limits: Limits of one ingress replica.
-        ingress, embedder, search, grounding, instructor: Replicas of each deployment.
+        ingress, embedder, search, grounding, annotations, instructor: Replicas of each deployment.
         engine: Settings of the chat engine.
     """
 
@@ -149,13 +149,14 @@ class ServeConfig:
     grounding: Replicas = field(
         default_factory=lambda: Replicas(max_replicas=4, target=64, max_ongoing=128)
     )
+    annotations: Replicas = field(default_factory=lambda: Replicas(max_replicas=2, target=8))
     instructor: Replicas = field(
         default_factory=lambda: Replicas(max_replicas=2, target=16, max_ongoing=64, cpus=0.75)
     )
     engine: ChatConfig = field(default_factory=ChatConfig)
 
 
-DEPLOYMENTS = ("ingress", "embedder", "search", "grounding", "instructor")
+DEPLOYMENTS = ("ingress", "embedder", "search", "grounding", "annotations", "instructor")
 """Deployments of the service; the last only with a language model."""
 
 

@@ -51,11 +51,15 @@ def find_annotations(uri: str, *, session: Any = None) -> Any:
     except ArchiveError as error:
         if error.code == "missing_table":
             return None
-        if is_local(uri) and not newest_known_version(uri, ANNOTATIONS):
-            # Another process is making it, or was killed while it did: there is no version yet.
-            if not any(Path(table_uri(uri, ANNOTATIONS), "_versions").glob("*.manifest")):
-                return None
+        if is_local(uri) and not _has_version(uri):
+            return None  # another process is making it, or was killed while it did
         raise
+
+
+def _has_version(uri: str) -> bool:
+    """Return whether a local table has a version, or had one."""
+    folder = Path(table_uri(uri, ANNOTATIONS), "_versions")
+    return newest_known_version(uri, ANNOTATIONS) > 0 or any(folder.glob("*.manifest"))
 
 
 def make_table(uri: str) -> None:
@@ -177,7 +181,9 @@ def commit_rows(
     if rows:
         changed = pa.concat_tables([rows_table(rows), changed])
     merge = (
-        dataset.merge_insert("annotation_id").when_matched_update_all().when_not_matched_insert_all()
+        dataset.merge_insert("annotation_id")
+        .when_matched_update_all()
+        .when_not_matched_insert_all()
     )
     if gone:
         merge = merge.when_not_matched_by_source_delete(sql_in("annotation_id", gone))

@@ -325,9 +325,7 @@ class AnnotationStore:
             with guarded(self.uri, "look for new annotations"):
                 if known.version == known.latest_version:
                     return known
-        self._known = find_annotations(
-            self.uri, session=None if known is None else known.session()
-        )
+        self._known = find_annotations(self.uri, session=None if known is None else known.session())
         return self._known
 
     def _stored(self, dataset: Any, keys: Sequence[str]) -> dict[str, Annotation]:
@@ -358,8 +356,8 @@ class AnnotationStore:
             count, points = count + len(own), points + sum(one.shape.points for one in own)
             if count > MAX_OF_AUTHOR or points > MAX_POINTS_OF_AUTHOR:
                 raise ArchiveError(
-                    f"A slide holds at most {MAX_OF_AUTHOR:,} annotations of {MAX_POINTS_OF_AUTHOR:,} "
-                    "points of one author.",
+                    f"A slide holds at most {MAX_OF_AUTHOR:,} annotations of one author, and "
+                    f"{MAX_POINTS_OF_AUTHOR:,} points of them.",
                     hint="Remove some of them, or simplify shapes.",
                     code="too_many_annotations",
                 )

@@ -130,9 +130,7 @@ def _main() -> None:
         os.write(answers, _PANICKED if _decode(*json.loads(order)) else _GO_ON)
 
 
-def _decode(
-    uri: str, table: str, key: str, number: int, folder: str, version: int | None
-) -> bool:
+def _decode(uri: str, table: str, key: str, number: int, folder: str, version: int | None) -> bool:
     """Write the good rows and the names of the bad ones; return whether a read panicked."""
     dataset = open_table(uri, table)
     if version is not None and version != dataset.version:

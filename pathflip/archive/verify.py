@@ -24,8 +24,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pathflip.archive.archive import READY
 from pathflip.archive.annotation_table import COUNTER, find_annotations
+from pathflip.archive.archive import READY
 from pathflip.archive.damage import Damage, Report
 from pathflip.archive.keys import Keys, RowKeys, Tally, keys_in
 from pathflip.archive.recover import Salvager, salvage

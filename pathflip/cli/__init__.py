@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import typer
 
-from pathflip.cli import annotations, answer, archive, evaluation, search, serve, train, trees
+from pathflip.cli import annotate, answer, archive, evaluation, search, serve, train, trees
 from pathflip.cli.process import own_process
 from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for part in (archive, annotations, trees, search, train, evaluation, answer, serve):
+for part in (archive, annotate, trees, search, train, evaluation, answer, serve):
     app.add_typer(part.app)
 
 _INTERRUPTED = 130  # what typer makes of KeyboardInterrupt, without a word

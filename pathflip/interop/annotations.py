@@ -18,6 +18,7 @@ import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NoReturn
@@ -295,9 +296,7 @@ closed)}."""
 class _Reader:
     """Reads coordinates, counting points and noting their bounds."""
 
-    def __init__(
-        self, *, width: int | None, height: int | None, offset: Offset, most: int
-    ) -> None:
+    def __init__(self, *, width: int | None, height: int | None, offset: Offset, most: int) -> None:
         longest = max(width or 0, height or 0)
         margin = max(_MARGIN_PX, _MARGIN * longest)
         sides = (width, height)
@@ -358,10 +357,8 @@ class _Reader:
 def _class_of(value: Any) -> tuple[str, str | None]:
     """Return name and colour of a class as QuPath writes it, now or formerly."""
     if isinstance(value, str) and value.lstrip().startswith("{") and len(value) < 4 * MAX_CLASS:
-        try:
+        with suppress(ValueError, RecursionError):
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            pass
     if value is None or isinstance(value, str):
         return _text(value, what="class", most=MAX_CLASS), None
     if not isinstance(value, dict):

@@ -84,11 +84,11 @@ def annotations_export(
         if state == "ok":
             by_slide.setdefault(one.slide_id, []).append(one)
     files = []
-    for slide_id, annotations in sorted(by_slide.items()):
+    for slide_id, drawn in sorted(by_slide.items()):
         path = Path(out).expanduser() / f"{slide_id}.geojson"
         if not dry_run:
             x0, y0 = Ground.all(opened)[slide_id].offset
-            write_annotations(path, annotations, bounds_x0=x0, bounds_y0=y0)
+            write_annotations(path, drawn, bounds_x0=x0, bounds_y0=y0)
         files.append(str(path))
     states = Counter(state for _, state in found)
     document: dict[str, Any] = {
@@ -136,8 +136,8 @@ def annotations_import(
             bounds_x0=x0, bounds_y0=y0,
         )))  # fmt: skip
     counts: Counter[str] = Counter(new=0, changed=0, unchanged=0)
-    for ground, annotations in read:
-        saved = store.put_all(annotations, ground=ground, by=author, dry_run=dry_run)
+    for ground, drawn in read:
+        saved = store.put_all(drawn, ground=ground, by=author, dry_run=dry_run)
         for name in counts:
             counts[name] += len(getattr(saved, name))
     if not dry_run:
