@@ -105,8 +105,8 @@ class Annotation:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def read_features(document: Any, *, most: int = MAX_FEATURES) -> list[Mapping[str, Any]]:
-    """Return the features of a FeatureCollection, a list of features or a single one.
+def read_features(document: Any, *, most: int = MAX_FEATURES) -> list[Any]:
+    """Return the features of a FeatureCollection, a list of features or a single one, unread.
 
     Raises:
         ConfigError: It is none of these, or has too many features (``geojson``).
@@ -119,9 +119,6 @@ def read_features(document: Any, *, most: int = MAX_FEATURES) -> list[Mapping[st
         _refuse("This is no FeatureCollection and no list of features.")
     if len(document) > most:
         _refuse(f"There are {len(document):,} features; at most {most:,} are read at once.")
-    for number, feature in enumerate(document, start=1):
-        if not isinstance(feature, dict):
-            _refuse(f"Feature {number} is no object.")
     return document
 
 
@@ -177,7 +174,7 @@ def read_collection(
 
 
 def read_feature(
-    feature: Mapping[str, Any],
+    feature: Any,
     *,
     slide_id: str,
     author: str,
@@ -192,7 +189,7 @@ def read_feature(
     What QuPath writes and is not kept (measurements, planes, a nucleus) is passed over.
 
     Args:
-        feature: A GeoJSON feature.
+        feature: GeoJSON feature, of whatever type it may be.
         slide_id: See :func:`read_collection`.
         author: See there.
         width: See there.
@@ -204,8 +201,8 @@ def read_feature(
     Raises:
         ConfigError: It cannot be used (``geojson``).
     """
-    if feature.get("type") != "Feature":
-        _refuse("It has no type Feature.")
+    if not isinstance(feature, dict) or feature.get("type") != "Feature":
+        _refuse("It is no object of type Feature.")
     properties = feature.get("properties")
     if properties is None:
         properties = {}

@@ -19,7 +19,7 @@ def test_a_clean_archive_has_nothing_to_report(uri):
 
 def test_every_one_of_20_bit_flips_in_data_files_of_all_tables_is_reported(uri, monkeypatch):
     """Damage of any file, anywhere in it, one at a time; what is left is another test's."""
-    monkeypatch.setattr("pathflip.archive.verify.salvage", lambda *_: (None, []))
+    monkeypatch.setattr("pathflip.archive.verify.salvage", lambda *_, **__: (None, []))
     chance = random.Random(11)
     files = sorted(uri.glob("*.lance/data/*.lance"))
     tables = sorted({path.parent.parent for path in files})

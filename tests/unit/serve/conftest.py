@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.annotations import Annotations
 from serve.audit import AuditLog
 from serve.auth import read_tokens
 from serve.embedder import Embedder
@@ -35,6 +36,7 @@ def parts(world: World) -> Parts:
         embedder=Embedder(archive, run),
         search=Search(archive, model=world.loaded.name, fingerprint=world.loaded.fingerprint),
         grounding=Grounding(archive, run),
+        annotations=Annotations(archive),
         redactions={archive: "the archive", run: "the run"},
     )
 

@@ -48,6 +48,8 @@ TOKENS = {
     "reader": ("read", "reader-" + "b" * 40),
     "finder": ("search", "finder-" + "c" * 40),
     "talker": ("chat", "talker-" + "d" * 40),
+    "ann": ("read,annotate", "ann-" + "e" * 40),
+    "bob": ("read,annotate", "bob-" + "f" * 40),
 }
 
 

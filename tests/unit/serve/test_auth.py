@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 
 import pytest
 
@@ -20,6 +21,10 @@ ROUTES = {
     ("GET", "/v1/slides"): "read",
     ("GET", "/v1/slides/slide001"): "read",
     ("GET", "/v1/slides/slide001/thumbnail"): "read",
+    ("GET", "/v1/slides/slide001/annotations"): "read",
+    ("PUT", f"/v1/slides/slide001/annotations/{uuid.UUID(int=7)}"): "annotate",
+    ("DELETE", f"/v1/slides/slide001/annotations/{uuid.UUID(int=7)}"): "annotate",
+    ("POST", "/v1/slides/slide001/annotations/import"): "annotate",
     ("POST", "/v1/search"): "search",
     ("POST", "/v1/classify"): "search",
     ("POST", "/v1/ground"): "search",
@@ -33,6 +38,8 @@ BODIES = {
     "/v1/ground": {"slide_id": "slide001", "text": "a"},
     "/v1/segment": {"slide_id": "slide001", "classes": {"a": ["a"], "b": ["b"]}},
     "/v1/embeddings": {"input": "a"},
+    f"/v1/slides/slide001/annotations/{uuid.UUID(int=7)}": {},
+    "/v1/slides/slide001/annotations/import": {},
     "/v1/chat/completions": {
         "model": "m", "slide_id": "slide001", "messages": [{"role": "user", "content": "a"}],
     },
@@ -102,10 +109,11 @@ def test_every_route_wants_its_scope_and_no_other(ask, route, scope):
         answer = ask(method, path, who=None, headers=headers, **options)
         assert (answer.status_code, answer.json()["code"]) == (401, "no_token")
         assert answer.headers["www-authenticate"] == "Bearer"
-    owner = {"read": "reader", "search": "finder", "chat": "talker", "admin": "all"}
+    owners = {"read": "reader", "search": "finder", "chat": "talker", "annotate": "ann"}
     for own in SCOPES:
-        answer = ask(method, path, who=owner[own], **options)
-        if scope in (None, own) or owner[own] == "all":
+        who = owners.get(own, "all")
+        answer = ask(method, path, who=who, **options)
+        if scope is None or scope in TOKENS[who][0].split(","):
             assert answer.status_code not in (401, 403)
         else:
             assert (answer.status_code, answer.json()["code"]) == (403, "scope")

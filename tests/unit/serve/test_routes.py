@@ -320,7 +320,7 @@ def test_health_and_metrics(ask):
     assert ask("GET", "/healthz", who=None).json() == {"status": "ok"}
     assert ask("HEAD", "/healthz", who=None).status_code == 200
     up = ask("GET", "/readyz").json()
-    assert up == {"status": "ok", "parts": dict.fromkeys(("embedder", "search", "grounding"), True)}
+    assert up == {"status": "ok", "parts": dict.fromkeys(PARTS, True)}
     ask("GET", "/v1/slides/slide001")
     text = ask("GET", "/metrics").text
     assert (
@@ -329,11 +329,16 @@ def test_health_and_metrics(ask):
     assert "slide001" not in text
 
 
+PARTS = ("embedder", "search", "grounding", "annotations")
+
+
 def test_openapi_names_every_route_and_its_errors(ask):
     schema = ask("GET", "/openapi.json").json()
     assert set(schema["paths"]) == {
         "/healthz", "/readyz", "/metrics", "/v1/slides", "/v1/slides/{slide_id}",
-        "/v1/slides/{slide_id}/thumbnail", "/v1/search", "/v1/classify", "/v1/ground",
+        "/v1/slides/{slide_id}/thumbnail", "/v1/slides/{slide_id}/annotations",
+        "/v1/slides/{slide_id}/annotations/{annotation_id}",
+        "/v1/slides/{slide_id}/annotations/import", "/v1/search", "/v1/classify", "/v1/ground",
         "/v1/segment", "/v1/embeddings", "/v1/models", "/v1/models/{model_id}",
         "/v1/chat/completions",
     }  # fmt: skip
@@ -370,7 +375,9 @@ def test_a_service_without_a_run_says_so(parts, loop):
                 "segment": {"slide_id": "slide001", "classes": {"a": ["a"], "b": ["b"]}},
                 "embeddings": {"input": "necrosis"},
             }
-            asked = {path: await http.post(f"/v1/{path}", json=body) for path, body in posts.items()}
+            asked = {
+                path: await http.post(f"/v1/{path}", json=body) for path, body in posts.items()
+            }
             return asked, [await http.get(path) for path in ("/v1/slides", "/v1/models", "/readyz")]
 
     asked, others = loop.run_until_complete(ask_all())
