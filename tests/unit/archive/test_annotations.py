@@ -336,7 +336,7 @@ def test_saves_go_on_while_a_dead_writers_lease_is_taken(tmp_path, monkeypatch):
 
 
 def test_a_killed_ingest_takes_no_annotation_with_it(uri):
-    """What it left in the other tables the next one deletes."""
+    """The next one deletes its rows in the other tables."""
     store = AnnotationStore(uri)
     saved = {store.put(drawn(), ground=GROUND, by="ann").annotation_id for _ in range(3)}
     with Committer(uri) as committer:
