@@ -32,7 +32,7 @@ def failing(folder: Path, plan: dict[str, tuple[str, str]], *, times: int = 99) 
 
     Args:
         folder: A new folder; see :func:`failed`.
-        plan: {name of a slide: (request: ``plan`` or ``read``, name of a function below)}.
+        plan: {name of a slide: (request: ``plan``, ``read`` or ``tile``, a function below)}.
         times: Failures of each slide, after which it is read as any other.
     """
     folder.mkdir()
@@ -124,6 +124,11 @@ class FailingReader(reader_child.ReaderChild):
         """Answer ``SlideReader.start_read``, or fail."""
         self._fail("read", request)
         return super().read(request, blobs)
+
+    def tile(self, request: dict[str, Any], blobs: list[bytes]) -> reader_child.Answer:
+        """Answer ``SlideReader.tile``, or fail."""
+        self._fail("tile", request)
+        return super().tile(request, blobs)
 
     def _fail(self, asked: str, request: dict[str, Any]) -> None:
         path, folder = Path(request["path"]), Path(os.environ[FOLDER])

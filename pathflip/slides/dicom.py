@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import openslide
 from numpy.typing import NDArray
 
+from pathflip.errors import SlideError
+from pathflip.slides.sources import dicom_files, is_other_dicom
 from pathflip.slides.tiles import TiledLevel, jpeg_codec, jpeg_colours
 
 _JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
@@ -156,6 +159,33 @@ def unread_dicom(message: str) -> str:
     if found := re.search(r"Attribute (\w+) value (\S+) != (\S+)", message):
         return f"has {found[1]} {found[2].rstrip(',')} and not {found[3].rstrip('.,')}"
     return ""
+
+
+def check_one_series(folder: Path) -> None:
+    """Refuse a folder of several series, and one of which OpenSlide would leave a level out.
+
+    Raises:
+        SlideError: ``several_series``, ``unreadable``.
+    """
+    series = set()
+    for file in dicom_files(folder):
+        try:
+            with openslide.OpenSlide(str(file)) as opened:
+                series.add(opened.properties.get("dicom.SeriesInstanceUID"))
+        except openslide.OpenSlideError as error:
+            if is_other_dicom(file):
+                continue
+            raise SlideError(
+                f"{file.name}, one of the files of {folder.name}, is cut off or damaged: {error}.",
+                hint="Copy it again from its source; without it the slide lacks a level.",
+                code="unreadable",
+            ) from error
+    if len(series) > 1:
+        raise SlideError(
+            f"{folder.name} holds {len(series)} DICOM series.",
+            hint="Put each series into a folder of its own.",
+            code="several_series",
+        )
 
 
 class _NoLayoutError(Exception):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pathflip.errors import SlideError
 from pathflip.slides.resample import Scratch, resize_area
 from pathflip.slides.structure import ReadLevel
-from pathflip.slides.tiles import TiledLevel
+from pathflip.slides.tiles import JpegCodec, TiledLevel
 
 DAMAGED_RGB = (205, 130, 180)
 """Colour of damaged tiles on overviews: tissue to the mask, and plain to see on a thumbnail."""
@@ -57,19 +57,42 @@ class Tiles:
         """
         if out is None:
             out = np.empty((self.tile_h, self.tile_w, 3), np.uint8)
+        data = self._stored(tile)
+        try:
+            pixels = self.level.codec.decode(data, shrink=self.shrink, out=out)
+        except (ValueError, RuntimeError) as error:
+            raise _damaged(tile, error) from error
+        if pixels.shape != out.shape or not np.may_share_memory(pixels, out):
+            raise SlideError(f"tile {tile} has the wrong size", code="bad_tile")
+        return pixels
+
+    def jpeg(self, tile: int) -> bytes | None:
+        """Return one tile as a JPEG, as it is stored; None if it is not, or of an unusual kind.
+
+        Raises:
+            SlideError: ``bad_tile``, as of :meth:`decode`.
+        """
+        level, codec = self.level, self.level.codec
+        if not isinstance(codec, JpegCodec):
+            return None
+        try:
+            return codec.portable(self._stored(tile), width=level.tile_w, height=level.tile_h)
+        except (ValueError, RuntimeError) as error:
+            raise _damaged(tile, error) from error
+
+    def _stored(self, tile: int) -> bytes:
+        """Return the bytes of one tile."""
         count = int(self.level.counts[tile])
         if not 0 <= count <= 2 * self.level.tile_w * self.level.tile_h * 3 + _MOST_BESIDE:
             raise SlideError(f"tile {tile} is said to have {count} bytes", code="bad_tile")
         data = os.pread(self._file, count, int(self.level.offsets[tile]))
         if len(data) != count:
             raise SlideError(f"tile {tile} is cut off", code="bad_tile")
-        try:
-            pixels = self.level.codec.decode(data, shrink=self.shrink, out=out)
-        except (ValueError, RuntimeError) as error:
-            raise SlideError(f"tile {tile} is damaged: {error}", code="bad_tile") from error
-        if pixels.shape != out.shape or not np.may_share_memory(pixels, out):
-            raise SlideError(f"tile {tile} has the wrong size", code="bad_tile")
-        return pixels
+        return data
+
+
+def _damaged(tile: int, error: Exception) -> SlideError:
+    return SlideError(f"tile {tile} is damaged: {error}", code="bad_tile")
 
 
 class HalvedTiles(Tiles):

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
 from pathflip.geometry import Regions, Tiling
+from pathflip.slides.pyramid import Pyramid, picture_size
 from pathflip.slides.reader_messages import read_message, unpack_regions, write_message
 
 
@@ -91,6 +92,7 @@ class SlideReader:
         halving: See ``Slide``.
         buffers: Reads that the shared memory holds, each of patches · px² · 3 bytes. With two, a
             read may begin while the pixels of the one before it are in use.
+        slides: Slides that the process keeps open.
 
     Every method raises SlideError: the slide's own reason code, ``timeout`` when the deadline
     passed, ``reader_crash`` when the process died.
@@ -100,9 +102,15 @@ class SlideReader:
     """Module that the process runs."""
 
     def __init__(
-        self, *, patches: int = 256, px: int = 256, halving: str = "exact", buffers: int = 1
+        self,
+        *,
+        patches: int = 256,
+        px: int = 256,
+        halving: str = "exact",
+        buffers: int = 1,
+        slides: int = 2,
     ) -> None:
-        self._halving = halving
+        self._halving, self._slides = halving, slides
         self._capacity = patches * px * px * 3
         self._buffers, self._buffer = buffers, 0  # the last one that a read was given
         self._memory = os.memfd_create("pathflip-patches", os.MFD_CLOEXEC)
@@ -211,18 +219,92 @@ class SlideReader:
         *,
         x0: int,
         y0: int,
-        size0: int,
+        size0: int | tuple[int, int],
         px: int,
         slide_mpp: float | None = None,
+        expected: tuple[int, int] | None = None,
         timeout_s: float = 30.0,
     ) -> bytes:
-        """JPEG of a square of ``size0`` level-0 px, shown ``px`` pixels wide."""
-        _, blobs = self._ask(
-            {"op": "view", "path": path, "mpp": slide_mpp, "box": [x0, y0, size0], "px": px,
-             "halving": self._halving},
-            timeout_s,
-        )  # fmt: skip
+        """JPEG of a rectangle of level-0 px, its longer side ``px`` pixels; white off the slide.
+
+        Args:
+            path: The slide.
+            x0: Left edge, level-0 px.
+            y0: Top edge.
+            size0: Side, or (width, height), level-0 px.
+            px: Pixels of the longer side.
+            slide_mpp: µm per level-0 pixel, if the file's own is missing or wrong.
+            expected: Bytes and mtime_ns that the slide must still have (``source_changed``).
+            timeout_s: Deadline.
+        """
+        w0, h0 = (size0, size0) if isinstance(size0, int) else size0
+        request = self._about(path, slide_mpp, expected)
+        request |= {"op": "view", "box": [x0, y0, w0, h0], "size_px": picture_size(w0, h0, px)}
+        _, blobs = self._ask(request, timeout_s)
         return blobs[0]
+
+    def pyramid(
+        self,
+        path: str,
+        *,
+        slide_mpp: float | None = None,
+        expected: tuple[int, int] | None = None,
+        timeout_s: float = 30.0,
+    ) -> tuple[Pyramid, float | None, str]:
+        """Pyramid of a slide's tiles, its µm per level-0 pixel or None, and where that came from.
+
+        Args:
+            path: The slide.
+            slide_mpp: See :meth:`view`, as the others.
+            expected: See there.
+            timeout_s: Deadline.
+        """
+        request = self._about(path, slide_mpp, expected) | {"op": "pyramid"}
+        answer, _ = self._ask(request, timeout_s)
+        sizes = {name: answer[name] for name in ("width", "height", "tile_w", "tile_h")}
+        return Pyramid(**sizes), answer["mpp"], answer["mpp_source"]
+
+    def tile(
+        self,
+        path: str,
+        level: int,
+        column: int,
+        row: int,
+        *,
+        slide_mpp: float | None = None,
+        expected: tuple[int, int] | None = None,
+        timeout_s: float = 30.0,
+    ) -> tuple[bytes, bool]:
+        """JPEG of a tile of :meth:`pyramid`, and whether it is one that the slide itself holds.
+
+        Args:
+            path: The slide.
+            level: Level of the pyramid.
+            column: Place of the tile.
+            row: Place of the tile.
+            slide_mpp: See :meth:`view`, as the others.
+            expected: See there.
+            timeout_s: Deadline.
+
+        Raises:
+            SlideError: Also ``unknown_tile``; ``bad_tile`` where the file is damaged.
+        """
+        request = self._about(path, slide_mpp, expected)
+        request |= {"op": "tile", "tile": [level, column, row]}
+        answer, blobs = self._ask(request, timeout_s)
+        return blobs[0], bool(answer["stored"])
+
+    def check_unchanged(
+        self, path: str, *, expected: tuple[int, int], timeout_s: float = 30.0
+    ) -> None:
+        """Refuse a slide whose bytes and mtime_ns are not these (``source_changed``)."""
+        request = self._about(path, None, expected) | {"op": "unchanged"}
+        self._ask(request, timeout_s)
+
+    def _about(
+        self, path: str, slide_mpp: float | None, expected: tuple[int, int] | None
+    ) -> dict[str, Any]:
+        return {"path": path, "mpp": slide_mpp, "halving": self._halving, "expected": expected}
 
     def close(self) -> None:
         """Stop the process and release the shared memory."""
@@ -244,7 +326,10 @@ class SlideReader:
         root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
             [sys.executable, "-m", self.program]
-            + [str(number) for number in (theirs.fileno(), self._memory, len(self._map))],
+            + [
+                str(number)
+                for number in (theirs.fileno(), self._memory, len(self._map), self._slides)
+            ],
             pass_fds=(theirs.fileno(), self._memory),
             env={**os.environ, **threads, "PYTHONPATH": root, "MALLOC_ARENA_MAX": "2"},
             stdin=subprocess.DEVNULL,

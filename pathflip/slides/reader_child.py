@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,20 @@ from pathflip.geometry import Tiling
 from pathflip.slides.reader_messages import pack_regions, read_message, write_message
 
 if TYPE_CHECKING:
+    from pathflip.slides.pyramid import Pyramid
     from pathflip.slides.slide import Slide
+    from pathflip.slides.sources import Source
 
 MEMORY_LIMIT_BYTES = 3 << 30
 """Address space of a reader beside the memory that it shares with its owner."""
-OPEN_SLIDES = 2
 MAX_ENLARGED = 0.03
 """Share that a slide may be coarser than the tiling: a cohort's scanners differ by that much."""
 THUMBNAIL_PX = 1024
+TILE_QUALITY = 97
+"""JPEG quality of tiles: no picture then differs by 2 grey levels on average. At 85 those that are
+all noise, as tissue is far away, differ by 5."""
+SMALL_TILE = 1 << 12
+"""Pixels of tiles that get the best quality there is: of so few, one poor block is a large part."""
 DARK, PALE = 40, 215
 """Grey levels: all channels of a pixel below the one, or above the other."""
 
@@ -44,26 +51,25 @@ class ReaderChild:
 
     Args:
         memory: Memory shared with the owner, for pixels.
+        slides: Slides that are kept open.
     """
 
-    def __init__(self, memory: memoryview) -> None:
-        self.memory = memory
+    def __init__(self, memory: memoryview, slides: int = 2) -> None:
+        self.memory, self.kept = memory, slides
         self.slides: OrderedDict[tuple[Any, ...], Slide] = OrderedDict()
 
     def slide(self, request: dict[str, Any]) -> Slide:
         """The open slide of a request; opened again if its file changed."""
         from pathflip.slides.slide import Slide
-        from pathflip.slides.sources import stat_source
 
-        path = Path(request["path"])
-        found = stat_source(path)
+        path, found = Path(request["path"]), _expected(request)
         key = (found, request["mpp"], request["halving"])
         if key in self.slides:
             self.slides.move_to_end(key)
             return self.slides[key]
         slide = Slide(path, mpp=request["mpp"], halving=request["halving"])
         self.slides[key] = slide
-        while len(self.slides) > OPEN_SLIDES:
+        while len(self.slides) > self.kept:
             self.slides.popitem(last=False)[1].close()
         return slide
 
@@ -146,9 +152,68 @@ class ReaderChild:
 
     def view(self, request: dict[str, Any], _: list[bytes]) -> Answer:
         """Answer ``SlideReader.view``."""
+        slide, box = self.slide(request), request["box"]
+        return {}, [_jpeg(slide.shown(*box, size_px=tuple(request["size_px"])))]
+
+    def pyramid(self, request: dict[str, Any], _: list[bytes]) -> Answer:
+        """Answer ``SlideReader.pyramid``."""
         slide = self.slide(request)
-        x0, y0, size0 = request["box"]
-        return {}, [_jpeg(slide.shown(x0, y0, size0, px=request["px"]))]
+        try:
+            mpp, source = slide.mpp, slide.scale.source
+        except SlideError:  # its pixels can be looked at all the same
+            mpp, source = None, ""
+        return asdict(_pyramid(slide)) | {"mpp": mpp, "mpp_source": source}, []
+
+    def tile(self, request: dict[str, Any], _: list[bytes]) -> Answer:
+        """Answer ``SlideReader.tile``."""
+        slide = self.slide(request)
+        place = _pyramid(slide)
+        level, column, row = request["tile"]
+        if not place.has(level, column, row):
+            raise SlideError(f"{slide.path.name} has no such tile.", code="unknown_tile")
+        tile = place.tile(level, column, row)
+        size_px = tile.width, tile.height
+        stored = slide.stored_jpeg(tile.x0, tile.y0, size_px, factor=tile.scale0)
+        if stored is not None:
+            return {"stored": True}, [stored]
+        pixels = slide.shrunk(tile.x0, tile.y0, size_px, factor=tile.scale0)
+        quality = TILE_QUALITY if tile.width * tile.height > SMALL_TILE else 100
+        return {"stored": False}, [_jpeg(pixels, quality=quality)]
+
+    def unchanged(self, request: dict[str, Any], _: list[bytes]) -> Answer:
+        """Answer ``SlideReader.check_unchanged``."""
+        _expected(request)
+        return {}, []
+
+
+def _expected(request: dict[str, Any]) -> Source:
+    """Return size and time of a request's slide.
+
+    Raises:
+        SlideError: ``source_changed``: they are not those that the request expects.
+    """
+    from pathflip.slides.sources import stat_source
+
+    path, expected = Path(request["path"]), request.get("expected")
+    found = stat_source(path)
+    if expected is not None and [found.bytes, found.mtime_ns] != expected:
+        there = found.bytes >= 0
+        raise SlideError(
+            f"{path.name} is not the file that was ingested any more."
+            if there
+            else f"The file of {path.name} is not where it was.",
+            hint="Ingest it again." if there else "Put it back, or ingest it from where it is now.",
+            code="source_changed",
+        )
+    return found
+
+
+def _pyramid(slide: Slide) -> Pyramid:
+    """Return the pyramid that viewers are given of a slide."""
+    from pathflip.slides.pyramid import Pyramid, own_tile
+
+    tile_w, tile_h = own_tile(slide.jpeg_tile)
+    return Pyramid(width=slide.width, height=slide.height, tile_w=tile_w, tile_h=tile_h)
 
 
 def _about(slide: Slide) -> dict[str, Any]:
@@ -192,10 +257,10 @@ def _thumbnail(slide: Slide, overview: NDArray[np.uint8], mpp: float) -> tuple[b
     return _jpeg(np.asarray(small, np.uint8)), mpp * factor
 
 
-def _jpeg(rgb: NDArray[np.uint8]) -> bytes:
+def _jpeg(rgb: NDArray[np.uint8], *, quality: int = 85) -> bytes:
     import simplejpeg
 
-    data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=85)
+    data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=quality)
     return data
 
 
@@ -220,6 +285,9 @@ def _serve(connection: socket.socket, child: ReaderChild) -> None:
         "check": child.check,
         "read": child.read,
         "view": child.view,
+        "pyramid": child.pyramid,
+        "tile": child.tile,
+        "unchanged": child.unchanged,
     }
     while True:
         with ready:
@@ -253,10 +321,10 @@ def _failure(code: str, message: str, hint: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the child: arguments are the socket, the shared memory and its size."""
+    """Run the child: arguments are the socket, the shared memory, its size, slides kept open."""
     import resource
 
-    connection_fd, memory_fd, capacity = (int(argument) for argument in arguments)
+    connection_fd, memory_fd, capacity, slides = (int(argument) for argument in arguments)
     limit = MEMORY_LIMIT_BYTES + capacity
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -264,7 +332,7 @@ def main(arguments: list[str]) -> None:
 
     cv2.setNumThreads(1)
     memory = mmap.mmap(memory_fd, capacity)
-    _serve(socket.socket(fileno=connection_fd), ReaderChild(memoryview(memory)))
+    _serve(socket.socket(fileno=connection_fd), ReaderChild(memoryview(memory), slides))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pathflip.display import jpeg
 from pathflip.errors import SlideError
-from pathflip.slides.dicom import dicom_levels, stated_colours, unread_dicom
+from pathflip.slides.dicom import check_one_series, dicom_levels, stated_colours
 from pathflip.slides.direct import (
     DAMAGED_RGB,
     HalvedTiles,
@@ -35,25 +35,11 @@ from pathflip.slides.direct import (
     shrink_for,
 )
 from pathflip.slides.direct import read_patches as read_direct
+from pathflip.slides.opening import open_file
 from pathflip.slides.resample import on_white, resize_area, resize_exact
 from pathflip.slides.scale import Scale, resolve_scale
-from pathflip.slides.sources import (
-    OPENSLIDE_FLOOR,
-    dicom_files,
-    is_dicom,
-    is_other_dicom,
-    openable,
-    version_numbers,
-)
-from pathflip.slides.structure import (
-    Doubt,
-    LevelTrust,
-    colour_doubts,
-    compression_name,
-    pixel_doubts,
-    tag_doubts,
-    unsupported_doubt,
-)
+from pathflip.slides.sources import dicom_files, openable
+from pathflip.slides.structure import Doubt, LevelTrust, colour_doubts, pixel_doubts, tag_doubts
 from pathflip.slides.tiff import (
     TiffLayout,
     by_level,
@@ -62,7 +48,7 @@ from pathflip.slides.tiff import (
     read_layout,
     tiled_levels,
 )
-from pathflip.slides.tiles import TiledLevel
+from pathflip.slides.tiles import JpegCodec, TiledLevel
 
 Halving = Literal["exact", "dct"]
 
@@ -106,10 +92,10 @@ class Slide:
         self._source = openable(self.path)
         layout = read_layout(self._source)
         check_limits(layout)
-        self._handle = self._open(layout)
+        self._handle = open_file(self._source, name=self.path.name, layout=layout)
         handle = self._handle
         if self.path.is_dir():
-            self._check_one_series()
+            check_one_series(self.path)
         self.width, self.height = handle.dimensions
         self.vendor = handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         self.bounds_x0 = int(handle.properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0))
@@ -261,9 +247,48 @@ class Slide:
         out_w, out_h = max(1, round(self.width / scale)), max(1, round(self.height / scale))
         return self._read_scaled(0, 0, self.width, self.height, out_w, out_h, tolerant=True)
 
-    def shown(self, x0: int, y0: int, size0: int, *, px: int) -> NDArray[np.uint8]:
-        """Read a square of ``size0`` level-0 px as a picture, uint8 RGB [px, px, 3]."""
-        return self._read_scaled(x0, y0, size0, size0, px, px, tolerant=True)
+    def shown(
+        self, x0: int, y0: int, w0: int, h0: int, *, size_px: tuple[int, int]
+    ) -> NDArray[np.uint8]:
+        """Read a rectangle of level-0 px as a picture of (width, height), uint8 RGB [h, w, 3]."""
+        return self._read_scaled(x0, y0, w0, h0, *size_px, tolerant=True)
+
+    def shrunk(
+        self, x0: int, y0: int, size_px: tuple[int, int], *, factor: int
+    ) -> NDArray[np.uint8]:
+        """Read (width, height) pixels of ``factor`` level-0 px each way, as :meth:`read` does.
+
+        The resolution need not be known. What is damaged under many pixels is painted as tissue.
+        """
+        (w, h), coarse = size_px, factor >= 4 * self._downsamples[self.level_for(factor)]
+        return self._read_scaled(x0, y0, w * factor, h * factor, w, h, tolerant=coarse)
+
+    def stored_jpeg(
+        self, x0: int, y0: int, size_px: tuple[int, int], *, factor: int
+    ) -> bytes | None:
+        """Return the stored JPEG tile whose pixels :meth:`shrunk` would return; None if none is it.
+
+        Raises:
+            SlideError: ``bad_tile``: there is one, and it is damaged.
+        """
+        number = self.level_for(factor)
+        level, downsample = self._direct_level(number), self._downsamples[number]
+        if level is None or size_px != (level.tile_w, level.tile_h):
+            return None
+        left, top = round(x0 / downsample), round(y0 / downsample)
+        read = [math.ceil(side * factor / downsample - 1e-6) for side in size_px]
+        (column, x), (row, y) = divmod(left, level.tile_w), divmod(top, level.tile_h)
+        inside = left + level.tile_w <= level.width and top + level.tile_h <= level.height
+        if x or y or not inside or tuple(read) != size_px:
+            return None
+        return Tiles(self._files[level.file], level).jpeg(row * level.across + column)
+
+    @property
+    def jpeg_tile(self) -> tuple[int, int] | None:
+        """(width, height) of the JPEG tiles of level 0; None if it has none that are read."""
+        level = self._direct_level(0)
+        is_jpeg = level is not None and isinstance(level.codec, JpegCodec)
+        return (level.tile_w, level.tile_h) if level is not None and is_jpeg else None
 
     def overview(self, mpp: float) -> NDArray[np.uint8]:
         """Read the whole slide at an exact coarse resolution, as uint8 RGB [h, w, 3].
@@ -285,51 +310,6 @@ class Slide:
         return max((level for level in fitting if level < usable), default=0)
 
     # -- OpenSlide -------------------------------------------------------------------------------
-
-    def _open(self, layout: TiffLayout | None = None) -> openslide.OpenSlide:
-        version = openslide.__library_version__
-        if version_numbers(version) < OPENSLIDE_FLOOR:
-            raise SlideError(
-                f"{self.path.name} is not opened by OpenSlide {version}, which crafted files make "
-                "write out of bounds (CVE-2026-48977, CVE-2026-54604).",
-                hint="pip install openslide-bin==4.0.1.2 (distribution packages are old).",
-                code="unsupported",
-            )
-        try:
-            return openslide.OpenSlide(str(self._source))
-        except openslide.OpenSlideUnsupportedFormatError as error:
-            if layout is not None and (unsupported := unsupported_doubt(layout)):
-                raise unsupported.error() from error
-            raise SlideError(
-                f"{self.path.name} is in no format OpenSlide knows.",
-                hint="It may be truncated, or an ordinary image: convert it to a tiled pyramid.",
-                code="unreadable",
-            ) from error
-        except openslide.OpenSlideError as error:
-            if is_dicom(self._source) and (unread := unread_dicom(str(error))):
-                raise SlideError(
-                    f"{self.path.name} {unread}, which OpenSlide does not read.",
-                    hint="Convert it to frames of baseline JPEG, one plane and one optical path.",
-                    code="unsupported",
-                ) from error
-            if layout is not None and "nsupported TIFF compression" in str(error):
-                raise SlideError(
-                    f"{self.path.name} is compressed by {compression_name(layout)}, which "
-                    "OpenSlide does not read in this format.",
-                    hint="Convert it to JPEG or deflate, with vips tiffsave for example.",
-                    code="unsupported",
-                ) from error
-            if "TIFF tag: 258" in str(error):  # BitsPerSample, which is 1 where it is missing
-                raise SlideError(
-                    f"{self.path.name} holds black or white, a bit a pixel.",
-                    hint="Convert it to a pyramid of 8-bit RGB, with vips tiffsave for example.",
-                    code="unsupported",
-                ) from error
-            raise SlideError(
-                f"{self.path.name} cannot be opened: {error}.",
-                hint="The file is damaged; copy it again from its source.",
-                code="unreadable",
-            ) from error
 
     def _trust(self, layout: TiffLayout) -> list[str]:
         """Refuse what would be read wrong, choose the levels used, and say what is not.
@@ -374,33 +354,6 @@ class Slide:
         series = self._handle.properties.get("dicom.SeriesInstanceUID", "")
         return dicom_files(self._source.parent), series
 
-    def _check_one_series(self) -> None:
-        """Refuse several series, and one of which OpenSlide would leave a level out.
-
-        Raises:
-            SlideError: ``several_series``, ``unreadable``.
-        """
-        series = set()
-        for file in dicom_files(self.path):
-            try:
-                with openslide.OpenSlide(str(file)) as opened:
-                    series.add(opened.properties.get("dicom.SeriesInstanceUID"))
-            except openslide.OpenSlideError as error:
-                if is_other_dicom(file):
-                    continue
-                raise SlideError(
-                    f"{file.name}, one of the files of {self.path.name}, is cut off or damaged: "
-                    f"{error}.",
-                    hint="Copy it again from its source; without it the slide lacks a level.",
-                    code="unreadable",
-                ) from error
-        if len(series) > 1:
-            raise SlideError(
-                f"{self.path.name} holds {len(series)} DICOM series.",
-                hint="Put each series into a folder of its own.",
-                code="several_series",
-            )
-
     def _level_rect(self, level: int, x0: int, y0: int, w: int, h: int) -> NDArray[np.uint8]:
         """Read ``w`` x ``h`` pixels of a level from a level-0 corner: RGB, white outside."""
         if (layout := self._direct_level(level)) is not None:
@@ -415,7 +368,7 @@ class Slide:
         except openslide.OpenSlideError as error:
             # OpenSlide's errors latch: the handle is dead for good after one bad tile.
             self._handle.close()
-            self._handle = self._open()
+            self._handle = open_file(self._source, name=self.path.name)
             raise SlideError(
                 f"{self.path.name} is damaged at ({x0}, {y0}): {error}", code="bad_tile"
             ) from error

@@ -7,6 +7,7 @@ and undoes the predictor too.
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -28,6 +29,14 @@ _J2K = b"\xff\x4f\xff\x51"
 _J2K_SIZES = struct.Struct(">4s4x8IH9s")
 _BYTES = bytes((7, 1, 1)) * 3
 """Three components of unsigned bytes, none of them subsampled."""
+_ADOBE = bytes.fromhex("ffee000e41646f6265006400000000")
+"""Marker of colours but for its last byte: 0 for R, G, B, 1 for Y, Cb, Cr."""
+_SOF, _SOS, _EOI = (0xC0, 0xC1), 0xDA, 0xD9
+_USED = (0xC4, 0xDB, 0xDD, *_SOF)
+"""Segments that a sequential JPEG is decoded by: tables, restart interval, frame."""
+_UNUSED = (*range(0xE0, 0xF0), 0xFE)
+"""Segments of applications, and comments: they may say anything, names included."""
+_AFTER_SCAN = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 
 
 class Codec(Protocol):
@@ -108,14 +117,7 @@ class JpegCodec:
 
     def decode(self, data: bytes, *, shrink: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """See :class:`Codec`. Scaling is done in the DCT domain."""
-        if self.items:
-            data = _joined(data)
-        if data[:2] != SOI:
-            raise ValueError("no JPEG")
-        start = 2
-        if self.rgb and data[2:4] == _JFIF:  # whose colours are Y, Cb, Cr: OpenSlide overrules it
-            start += 2 + int.from_bytes(data[4:6], "big")
-        stream = self.header + data[start:]
+        stream = self._stream(data)
         if shrink == 1:
             pixels = simplejpeg.decode_jpeg(stream, buffer=out)
         else:
@@ -126,6 +128,84 @@ class JpegCodec:
                 stream, min_height=height, min_width=width, min_factor=shrink, buffer=out
             )
         return np.asarray(pixels)
+
+    def portable(self, data: bytes, *, width: int, height: int) -> bytes | None:
+        """Return a tile as a JPEG that every program shows in the colours of :meth:`decode`.
+
+        It has the tile's pixels as they are stored, their tables and the marker of their colours,
+        and nothing else: no comment, no EXIF, no profile. The pixels are decoded once, at an eighth
+        of the size, which reads every bit of them.
+
+        Args:
+            data: The tile's bytes.
+            width: Width that the tile must have, px.
+            height: Height likewise.
+
+        Returns:
+            The JPEG; None of a kind that is better encoded anew, a progressive one for example.
+
+        Raises:
+            ValueError, RuntimeError: The bytes are damaged.
+        """
+        found = _portable(self._stream(data), width, height)
+        if found is not None:
+            shrink = 8 if width % 8 == height % 8 == 0 else 1
+            out = np.empty((height // shrink, width // shrink, 3), np.uint8)
+            if self.decode(data, shrink=shrink, out=out).shape != out.shape:
+                raise ValueError("its size is another")
+        return found
+
+    def _stream(self, data: bytes) -> bytes:
+        """Return a tile's bytes as a JPEG of its own."""
+        if self.items:
+            data = _joined(data)
+        if data[:2] != SOI:
+            raise ValueError("no JPEG")
+        start = 2
+        if self.rgb and data[2:4] == _JFIF:  # whose colours are Y, Cb, Cr: OpenSlide overrules it
+            start += 2 + int.from_bytes(data[4:6], "big")
+        return self.header + data[start:]
+
+
+def _portable(stream: bytes, width: int, height: int) -> bytes | None:
+    """Return a stream without what is not needed; None unless it is sequential and of one scan.
+
+    The colours are those libjpeg finds: JFIF means Y, Cb, Cr, else the last marker of Adobe's says
+    it (jdapimin.c, default_decompress_parms).
+    """
+    at, kept, jfif, transform, sized = 2, [], False, 1, False
+    while True:
+        if stream[at : at + 1] != b"\xff" or at + 4 > len(stream):
+            raise ValueError("a marker is not where it should be")
+        marker, end = stream[at + 1], at + 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # filling
+            at += 1
+            continue
+        if end < at + 4 or end > len(stream):
+            raise ValueError("it is cut off")
+        body = stream[at + 4 : end]
+        if marker == _SOS:
+            break
+        if marker in _SOF:
+            if body[1:5] != height.to_bytes(2, "big") + width.to_bytes(2, "big"):
+                raise ValueError("its size is another")
+            sized = body[0] == 8 and body[5] == 3
+        elif marker == 0xE0 and len(body) >= 14 and body.startswith(b"JFIF\0"):
+            jfif = True
+        elif marker == 0xEE and len(body) >= 12 and body.startswith(b"Adobe"):
+            transform = body[11]
+        elif marker not in (*_USED, *_UNUSED):
+            return None
+        if marker in _USED:
+            kept.append(stream[at:end])
+        at = end
+    after = _AFTER_SCAN.search(stream, end)
+    if after is None:
+        raise ValueError("it is cut off")
+    if not sized or body[:1] != b"\x03" or after[1][0] != _EOI or transform not in (0, 1):
+        return None
+    colours = bytes((1 if jfif else transform,))
+    return b"".join((SOI, _ADOBE, colours, *kept, stream[at : after.end()]))
 
 
 def _joined(data: bytes) -> bytes:
@@ -190,7 +270,7 @@ def jpeg_codec(*, rgb: bool, tables: bytes = b"", items: bool = False) -> JpegCo
         tables: JPEG tables that the tiles share, as a stream without a picture.
         items: Whether a tile is stored as items of DICOM.
     """
-    adobe = bytes.fromhex("ffee000e41646f6265006400000000") + (b"\x00" if rgb else b"\x01")
+    adobe = _ADOBE + (b"\x00" if rgb else b"\x01")
     return JpegCodec(header=(tables[:-2] if tables else SOI) + adobe, rgb=rgb, items=items)
 
 

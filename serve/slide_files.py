@@ -1,0 +1,324 @@
+"""Files behind slide ids: those of an archive, or a few that were named.
+
+:class:`Tiles <serve.tiles.Tiles>` asks one of the two classes here where a slide's pixels are, in
+which state its file must be to be shown, and for its outlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
+from pathflip.errors import ArchiveError
+from pathflip.slides.objects import is_remote
+from pathflip.slides.sources import Source, changed, stat_slide
+from pathflip.slides.staging import Stage
+from serve.limits import RequestError
+
+if TYPE_CHECKING:
+    from pathflip.archive import Archive
+
+_COLUMNS = ["slide_id", "uri", "bytes", "mtime_ns", "sha256", "mpp", "mpp_source"]
+_MOST_POINTS = 20_000
+"""Points of a slide's outlines from which on they are simplified by a pixel of the mask."""
+COPIES = 4
+"""Slides of object stores that are held as files after they were looked at."""
+COPY_S = 15.0
+"""Seconds that a request waits for such a copy."""
+CHECK_S = 30.0
+"""Seconds after which an object is looked at again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideFile:
+    """File of a slide.
+
+    Attributes:
+        slide_id: Id of the slide.
+        uri: Path, or address in an object store.
+        bytes, mtime_ns: Size and time that it must have.
+        content: Digest that tells its content from others'.
+        mpp: µm per level-0 px; None if only the file says it.
+        mpp_source: Origin of ``mpp``, as the archive has it; "override" overrules the file.
+    """
+
+    slide_id: str
+    uri: str
+    bytes: int
+    mtime_ns: int
+    content: str
+    mpp: float | None = None
+    mpp_source: str = ""
+
+    @property
+    def override(self) -> float | None:
+        """µm per level-0 px that readers are told; None if the file says it."""
+        return self.mpp if self.mpp_source == "override" else None
+
+
+class SlideFiles(Protocol):
+    """Files behind slide ids."""
+
+    async def check(self) -> None:
+        """Raise an error if no slide could be found at present."""
+
+    async def find(self, slide_id: str) -> SlideFile:
+        """Return the file of a slide.
+
+        Raises:
+            ArchiveError: ``unknown_slide``.
+        """
+
+    async def outlines(self, slide_id: str) -> dict[str, Any]:
+        """Return {"tissue": GeoJSON MultiPolygon or None, "regions": [...]}, in level-0 px.
+
+        Raises:
+            ArchiveError: ``unknown_slide``.
+        """
+
+
+class ArchiveSlides:
+    """The ready slides of an archive.
+
+    Args:
+        archive: URI of the archive; it is opened when a slide is first asked for.
+        refresh_s: Seconds until new commits are looked for.
+    """
+
+    def __init__(self, archive: str, *, refresh_s: float = 30.0) -> None:
+        self.archive, self.refresh_s = archive, refresh_s
+        self._snapshot: ArchiveSnapshot | None = None
+        self._opening = asyncio.Lock()
+
+    async def check(self) -> None:
+        """Raise an error if the archive cannot be read."""
+        archive = await self._newest()
+        await asyncio.to_thread(lambda: archive.dataset("slides").to_table(limit=1))
+
+    async def find(self, slide_id: str) -> SlideFile:
+        """Return the file of a ready slide, as it was when it was ingested."""
+        archive = await self._newest()
+        known: dict[str, SlideFile] = archive.cached("serve/files", dict, of=("slides",))
+        if slide_id not in known:
+            await asyncio.to_thread(ready_row, archive, slide_id)
+            row = await asyncio.to_thread(self._row, archive, slide_id)
+            known[slide_id] = _file_of(row)
+        return known[slide_id]
+
+    async def outlines(self, slide_id: str) -> dict[str, Any]:
+        """Return the outlines of a slide's tissue and its regions, as they were ingested."""
+        archive = await self._newest()
+        await asyncio.to_thread(ready_row, archive, slide_id)
+        return await asyncio.to_thread(_outlines, archive, slide_id)
+
+    async def _newest(self) -> Archive:
+        async with self._opening:
+            if self._snapshot is None:
+                self._snapshot = await asyncio.to_thread(
+                    ArchiveSnapshot, self.archive, refresh_s=self.refresh_s
+                )
+        return await self._snapshot.newest_async()
+
+    @staticmethod
+    def _row(archive: Archive, slide_id: str) -> dict[str, Any]:
+        row: dict[str, Any] = archive.slides(columns=_COLUMNS, slide_ids=[slide_id]).to_pylist()[0]
+        return row
+
+
+class FileSlides:
+    """Slides by their files, without an archive; each must stay as it is when first asked for.
+
+    Args:
+        paths: {slide id: path, or address in an object store}.
+        mpp: µm per level-0 px where the file's own is missing or wrong: {slide id: value}.
+    """
+
+    def __init__(
+        self, paths: Mapping[str, str | Path], *, mpp: Mapping[str, float] | None = None
+    ) -> None:
+        self.paths = {slide: str(path) for slide, path in paths.items()}
+        self.mpp = dict(mpp or {})
+        self._known: dict[str, SlideFile] = {}
+
+    async def check(self) -> None:
+        """Do nothing: there is no store that could be away."""
+
+    async def find(self, slide_id: str) -> SlideFile:
+        """Return the file of a slide, as it was when it was first asked for."""
+        if slide_id not in self.paths:
+            raise ArchiveError("There is no such slide.", code="unknown_slide")
+        if slide_id not in self._known:
+            source = await asyncio.to_thread(stat_slide, self.paths[slide_id])
+            given = self.mpp.get(slide_id)
+            self._known.setdefault(
+                slide_id,
+                SlideFile(
+                    slide_id=slide_id, uri=source.uri, bytes=source.bytes,
+                    mtime_ns=source.mtime_ns, content=_digest(source), mpp=given,
+                    mpp_source="override" if given else "",
+                ),
+            )  # fmt: skip
+        return self._known[slide_id]
+
+    async def outlines(self, slide_id: str) -> dict[str, Any]:
+        """Return nothing: a file has no outlines."""
+        await self.find(slide_id)
+        return {"tissue": None, "regions": []}
+
+
+def _file_of(row: Mapping[str, Any]) -> SlideFile:
+    size, mtime = row["bytes"], row["mtime_ns"]
+    source = Source(
+        uri=row["uri"],
+        bytes=-1 if size is None else size,
+        mtime_ns=0 if mtime is None else mtime,
+    )
+    return SlideFile(
+        slide_id=row["slide_id"], uri=source.uri, bytes=source.bytes, mtime_ns=source.mtime_ns,
+        content=row["sha256"] or _digest(source), mpp=row["mpp"],
+        mpp_source=row["mpp_source"] or "",
+    )  # fmt: skip
+
+
+def _digest(source: Source) -> str:
+    return hashlib.sha256(repr(source).encode(errors="surrogateescape")).hexdigest()
+
+
+def _outlines(archive: Archive, slide_id: str) -> dict[str, Any]:
+    from pathflip.slides.tissue import TissueMask
+
+    row = archive.slide(slide_id)
+    regions = archive.regions(slide_id, columns=["region_id", "x0", "y0", "size0"]).to_pylist()
+    tissue = None
+    if row["tissue_png"] and row["tissue_mpp"]:
+        mask = TissueMask.from_png(row["tissue_png"], mpp=row["tissue_mpp"], slide_mpp=row["mpp"])
+        tissue = _multi_polygon(mask.polygons(), mask.mpp / mask.slide_mpp)
+    return {"tissue": tissue, "regions": regions}
+
+
+def _multi_polygon(polygons: list[Any], px0: float) -> dict[str, Any]:
+    """Return polygons as GeoJSON; simplified by ``px0`` level-0 px where they have many points."""
+    import cv2
+    import numpy as np
+
+    points = sum(len(ring) for outer, holes in polygons for ring in (outer, *holes))
+
+    def ring_of(ring: Any) -> list[list[float]]:
+        if points > _MOST_POINTS:
+            ring = cv2.approxPolyDP(ring.astype(np.float32)[:, None], px0, closed=True)[:, 0]
+        closed: list[list[float]] = np.round(np.concatenate([ring, ring[:1]]), 2).tolist()
+        return closed
+
+    coordinates = []
+    for outer, holes in polygons:
+        rings = [ring_of(outer), *map(ring_of, holes)]
+        coordinates.append([rings[0], *(ring for ring in rings[1:] if len(ring) > 3)])
+    kept = [rings for rings in coordinates if len(rings[0]) > 3]
+    return {"type": "MultiPolygon", "coordinates": kept}
+
+
+@dataclass
+class _Copy:
+    """A copy of a slide that is held, when its object was looked at, and who reads it."""
+
+    path: str
+    held: ExitStack
+    checked: float
+    users: int = 0
+    last: float = field(default_factory=time.monotonic)
+
+
+class Copies:
+    """Slides as files: where they lie, or copies of those in object stores.
+
+    A copy is held for a while after it was read, so that the next tile finds it.
+
+    Args:
+        stage: Copies of this machine; by default those of the environment.
+    """
+
+    def __init__(self, stage: Stage | None = None) -> None:
+        self._stage = stage
+        self._held: dict[str, _Copy] = {}
+        self._coming: dict[str, asyncio.Task[_Copy]] = {}
+
+    @asynccontextmanager
+    async def open(self, file: SlideFile) -> AsyncIterator[str]:
+        """Yield the path of a slide, which stays as long as the block lasts.
+
+        Raises:
+            SlideError: See :meth:`pathflip.slides.staging.Stage.open`.
+            RequestError: ``unavailable``: it is still being copied.
+        """
+        if not is_remote(file.uri):
+            yield file.uri
+            return
+        copy = await self._copy(file)
+        copy.users += 1
+        try:
+            yield copy.path
+        finally:
+            copy.users -= 1
+            copy.last = time.monotonic()
+            await self._drop(COPIES)
+
+    async def close(self) -> None:
+        """Let go of all copies."""
+        await self._drop(0)
+
+    async def _copy(self, file: SlideFile) -> _Copy:
+        key = file.content
+        copy = self._held.get(key)
+        if copy is not None and time.monotonic() - copy.checked > CHECK_S:
+            if await asyncio.to_thread(stat_slide, file.uri) != _source(file):
+                raise changed(file.uri)
+            copy.checked = time.monotonic()
+        if copy is not None:
+            return copy
+        if key not in self._coming:
+            self._coming[key] = asyncio.create_task(self._fetch(key, file))
+            self._coming[key].add_done_callback(_retrieved)
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._coming[key]), COPY_S)
+        except TimeoutError:
+            raise RequestError(
+                "The slide is being copied from its object store; ask again.", code="unavailable"
+            ) from None
+
+    async def _fetch(self, key: str, file: SlideFile) -> _Copy:
+        def enter() -> _Copy:
+            stack, stage = ExitStack(), self._stage or Stage()
+            staged = stack.enter_context(stage.open(_source(file)))
+            return _Copy(path=str(staged.path), held=stack, checked=time.monotonic())
+
+        try:
+            self._held[key] = await asyncio.to_thread(enter)
+            return self._held[key]
+        finally:
+            del self._coming[key]
+
+    async def _drop(self, most: int) -> None:
+        """Let go of copies that nobody reads, those read longest ago first."""
+        idle = sorted(
+            (key for key, copy in self._held.items() if not copy.users),
+            key=lambda key: self._held[key].last,
+        )
+        for key in idle[: max(0, len(self._held) - most)]:
+            await asyncio.to_thread(self._held.pop(key).held.close)
+
+
+def _source(file: SlideFile) -> Source:
+    return Source(uri=file.uri, bytes=file.bytes, mtime_ns=file.mtime_ns)
+
+
+def _retrieved(task: asyncio.Task[Any]) -> None:
+    """Take a task's error, so that one nobody waits for is no warning."""
+    if not task.cancelled():
+        task.exception()
