@@ -12,6 +12,7 @@ deployment      serves
 ``search``      search and slides of the archive (:mod:`serve.search`)
 ``grounding``   heatmaps and classes (:mod:`serve.grounding`)
 ``annotations`` what clients draw on slides (:mod:`serve.annotations`)
+``tiles``       pixels of slides (:mod:`serve.tiles`)
 ``instructor``  answers (:mod:`serve.chat_engine`); only with a language model
 ==============  ===========================================================
 """
@@ -73,6 +74,7 @@ def bind_parts(config: ServeConfig, inputs: ServiceInputs) -> dict[str, Any]:
     from serve.embedder import Embedder
     from serve.grounding import Grounding
     from serve.search import Search
+    from serve.tiles import Tiles
 
     archive, run = inputs.archive, inputs.run
     parts = {
@@ -88,6 +90,9 @@ def bind_parts(config: ServeConfig, inputs: ServiceInputs) -> dict[str, Any]:
         ),
         "annotations": _deployment(Annotations, "annotations", config).bind(
             archive, refresh_s=config.refresh_s
+        ),
+        "tiles": _deployment(Tiles, "tiles", config).bind(
+            archive, config=config.reading, refresh_s=config.refresh_s
         ),
     }  # fmt: skip
     if inputs.chat:

@@ -20,6 +20,7 @@ from pathflip.vllm_engine import EngineConfig, context_length
 from serve.auth import read_tokens
 from serve.fake_engine import FakeEngineConfig
 from serve.limits import Limits
+from serve.reader_pool import ReadingConfig
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
@@ -122,8 +123,10 @@ class ServeConfig:
         labels: Whether clients may filter by labels of slides; they never see one.
         drain_s: Seconds that running answers have when a replica or the service is stopped.
         limits: Limits of one ingress replica.
-        ingress, embedder, search, grounding, annotations, instructor: Replicas of each deployment.
+        ingress, embedder, search, grounding, annotations, tiles, instructor: Replicas of each
+            deployment.
         engine: Settings of the chat engine.
+        reading: Readers of slides behind the tiles.
     """
 
     archive: str
@@ -153,10 +156,15 @@ class ServeConfig:
     instructor: Replicas = field(
         default_factory=lambda: Replicas(max_replicas=2, target=16, max_ongoing=64, cpus=0.75)
     )
+    # Readers keep slides open and tiles are kept as well: several replicas would share neither.
+    tiles: Replicas = field(
+        default_factory=lambda: Replicas(target=256, max_ongoing=512, max_queued=512)
+    )
     engine: ChatConfig = field(default_factory=ChatConfig)
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
 
 
-DEPLOYMENTS = ("ingress", "embedder", "search", "grounding", "annotations", "instructor")
+DEPLOYMENTS = ("ingress", "embedder", "search", "grounding", "annotations", "tiles", "instructor")
 """Deployments of the service; the last only with a language model."""
 
 
@@ -348,6 +356,11 @@ def _check_numbers(config: ServeConfig) -> None:
                 hint="It is the number of concurrent requests per replica that scaling aims for.",
             )
     at_least |= {  # EngineConfig checks its own
+        "reading.readers": (config.reading.readers, 0),
+        "reading.slides": (config.reading.slides, 1),
+        "reading.timeout_s": (config.reading.timeout_s, 1),
+        "reading.queued": (config.reading.queued, 1),
+        "reading.cache_mb": (config.reading.cache_mb, 0),
         "engine.prefix_cache_mb": (config.engine.prefix_cache_mb, 0),
         "engine.flush_s": (config.engine.flush_s, 0),
     }

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from pathflip import __version__
 from pathflip.errors import PathFLIPError
-from serve import annotation_routes, answers, slide_routes
+from serve import annotation_routes, answers, slide_routes, tile_routes
 from serve.audit import AuditLog
 from serve.auth import Tokens
 from serve.chat import ChatChunks, count_tokens, events, to_engine_request
@@ -51,7 +51,7 @@ from serve.schemas import (
     SegmentResponse,
 )
 
-MODULES = (slide_routes, annotation_routes)
+MODULES = (slide_routes, annotation_routes, tile_routes)
 """Modules with further routes, each by its function ``routes(parts, limits)``."""
 READY_S = 5.0
 """Seconds a part has to answer a readiness check."""

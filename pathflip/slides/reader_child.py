@@ -158,11 +158,12 @@ class ReaderChild:
     def pyramid(self, request: dict[str, Any], _: list[bytes]) -> Answer:
         """Answer ``SlideReader.pyramid``."""
         slide = self.slide(request)
+        scale: dict[str, Any]
         try:
-            mpp, source = slide.mpp, slide.scale.source
+            scale = {"mpp": slide.mpp, "mpp_source": slide.scale.source}
         except SlideError:  # its pixels can be looked at all the same
-            mpp, source = None, ""
-        return asdict(_pyramid(slide)) | {"mpp": mpp, "mpp_source": source}, []
+            scale = {"mpp": None, "mpp_source": ""}
+        return asdict(_pyramid(slide)) | scale, []
 
     def tile(self, request: dict[str, Any], _: list[bytes]) -> Answer:
         """Answer ``SlideReader.tile``."""

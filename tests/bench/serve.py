@@ -405,7 +405,7 @@ def scale(tuned: Tuned) -> Report:
     return report
 
 
-PARTS = ("ingress", "embedder", "search", "grounding", "instructor")
+PARTS = ("ingress", "embedder", "search", "grounding", "tiles", "instructor")
 
 
 def startup(tuned: Tuned, rounds: int) -> Report:
