@@ -214,14 +214,20 @@ function Rows({ pages, layout }: { pages: Pages; layout: Layout }) {
   );
 }
 
-/** Why a slide is quarantined, in full. */
+/** Why a slide cannot be opened, in full. */
 function Why({ row, onClose }: { row: SlideRow; onClose: () => void }) {
   return (
     <Dialog title={row.slide_id} onClose={onClose}>
-      <p>This slide is quarantined: it is neither shown nor searched.</p>
-      <p>
-        {row.reason && <code class="fault">{row.reason}</code>} {row.message}
-      </p>
+      {row.status === "empty" ? (
+        <p>No tissue was found on this slide, so it is not searched.</p>
+      ) : (
+        <p>This slide is quarantined: it is neither shown nor searched.</p>
+      )}
+      {(row.reason || row.message) && (
+        <p>
+          {row.reason && <code class="fault">{row.reason}</code>} {row.message}
+        </p>
+      )}
       <p class="hint">When the cause is mended, the next ingest takes it up again.</p>
     </Dialog>
   );
@@ -245,7 +251,7 @@ function Card({ row, onWhy }: { row: SlideRow | undefined; onWhy: (row: SlideRow
       </span>
     </>
   );
-  if (row.status === "quarantined")
+  if (!ready)
     return (
       <button type="button" class="card" onClick={() => onWhy(row)}>
         {inside}
@@ -272,7 +278,6 @@ function sub(row: SlideRow): string {
     row.mpp ? `${round(row.mpp, 3)} µm/px` : "",
     row.tissue_mm2 === null ? "" : `${round(row.tissue_mm2, 3)} mm²`,
     row.split ?? "",
-    ...Object.values(row.labels ?? {}).filter((value) => value !== null).map(String),
   ];
   return parts.filter(Boolean).join(" · ");
 }

@@ -39,7 +39,6 @@ function Facts({ row, power }: { row: SlideRow; power: number | null }) {
     ["Scanner", row.vendor],
     ["Split", row.split],
     ["Patient", session.value?.can.patients ? row.patient_id : null],
-    ...Object.entries(row.labels ?? {}).map(([name, value]): [string, string | null] => [name, value === null ? null : String(value)]),
   ];
   return (
     <section aria-labelledby="facts">

@@ -27,7 +27,6 @@ export interface SlideRow {
   status?: Status;
   reason?: string | null;
   message?: string | null;
-  labels?: Record<string, string | number | null> | null;
 }
 
 export interface SlideList {

@@ -71,6 +71,7 @@ export class SlideView {
   readonly element: HTMLElement;
   info: TileInfo | null = null;
   private readonly canvas: HTMLCanvasElement;
+  private readonly navigator: HTMLElement | null;
   private readonly layers = new Map<string, Layer>();
   private readonly outlines = new Map<string, Outline>();
   private readonly painters = new Set<(context: CanvasRenderingContext2D) => void>();
@@ -87,6 +88,7 @@ export class SlideView {
   /** `element` is where the slide goes, and must have a size; `navigator` is the minimap's. */
   constructor(element: HTMLElement, navigator: HTMLElement | null = null) {
     this.element = element;
+    this.navigator = navigator;
     sparePolicy();
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     this.osd = new OpenSeadragon.Viewer({
@@ -134,6 +136,7 @@ export class SlideView {
   open(info: TileInfo, at: Place | null = null): Promise<void> {
     this.info = info;
     this.element.setAttribute("aria-label", `Slide ${info.slide_id}`);
+    this.navigator?.style.setProperty("--aspect", String(info.width / info.height));
     this.layers.clear();
     this.outlines.clear();
     const source = {
