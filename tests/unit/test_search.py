@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.filters import Filter
 from pathflip.errors import ArchiveError, ConfigError
-from pathflip.search import NoPatientError, Query, run_query
+from pathflip.search import NoPatientError, Query, find, run_query
 from tests.unit.archive import cohort, models
 
 SLIDES = range(8)
@@ -198,3 +200,57 @@ def test_parts_that_do_not_go_together(asked: dict[str, Any], told: str) -> None
 def test_the_archive_is_not_needed_to_check_a_query(tmp_path: Path) -> None:
     assert Query(text="a", mode="text", level="slide").k == 10
     assert list(tmp_path.iterdir()) == []
+
+
+# -- from Python -----------------------------------------------------------------------------------
+
+WORDS = np.random.default_rng(5).standard_normal(models.DIM)
+"""Vector of every text."""
+
+
+def run_of(**changes: Any) -> Any:
+    """A run of the fixtures' model, as far as a search asks it."""
+
+    def encode_text(texts: list[str]) -> torch.Tensor:
+        return torch.tensor(np.tile(WORDS, (len(texts), 1)))
+
+    known = {"name": models.MODEL, "fingerprint": "f" * 64, "encoder": models.ENCODER}
+    known |= {"path": Path("runs/mini"), "tiling": cohort.TILING}
+    return SimpleNamespace(model=SimpleNamespace(encode_text=encode_text), **known | changes)
+
+
+@pytest.mark.parametrize("level", ["region", "slide"])
+def test_words_are_embedded_by_the_run(archive: Archive, level: str) -> None:
+    found = find(archive, "necrosis", run=run_of(), level=level, k=5)
+    assert_found(found.rows, ranked(WORDS, model=True, level=level)[:5])
+    assert len(found) == 5
+    assert repr(found) == f"SearchResults(5 for 'necrosis' in {archive.uri!r})"
+
+
+def test_a_slide_is_looked_for_in_the_space_that_is_named(archive: Archive) -> None:
+    for run in (None, run_of()):
+        found = find(archive, slide="slide003", run=run, level="slide", exclude_same_slide=True)
+        model = run is not None
+        truth = ranked("slide003", model=model, level="slide", keep=lambda r: r["id"] != "slide003")
+        assert_found(found.rows, truth[:10])
+
+
+def test_words_of_captions_need_no_model(archive: Archive) -> None:
+    found = find(archive, "necrosis", mode="text", level="slide")
+    assert found.rows.equals(run_query(archive, Query(text="necrosis", mode="text", level="slide")))
+    assert find(archive, "necrosis", run=run_of(), mode="text", level="slide").rows.equals(
+        found.rows
+    )
+
+
+def test_what_cannot_be_found_says_why(archive: Archive) -> None:
+    for sought, code in (
+        (lambda: find(archive, " ", run=run_of()), "config"),
+        (lambda: find(archive, "necrosis"), "config"),
+        (lambda: find(archive, "necrosis", slide="slide003", run=run_of()), "config"),
+        (lambda: find(archive, "necrosis", run=run_of(name="other_1")), "not_indexed"),
+        (lambda: find(archive, "necrosis", run=run_of(fingerprint="0" * 64)), "wrong_model"),
+    ):  # fmt: skip
+        with pytest.raises((ConfigError, ArchiveError)) as caught:
+            sought()
+        assert caught.value.code == code
