@@ -20,6 +20,7 @@ deployment      serves
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
@@ -115,6 +116,7 @@ def bind_ingress(config: ServeConfig, inputs: ServiceInputs, parts: Mapping[str,
         audit=inputs.audit,
         redactions=redactions(config, inputs),
         drain_s=config.drain_s,
+        session_key=os.urandom(32),
     )
 
 
@@ -306,6 +308,7 @@ class Ingress:
         audit: Folder of the audit log.
         redactions: {path or URI of the server: what to show instead} in messages.
         drain_s: Seconds that running answers have when the replica is stopped.
+        session_key: Secret of sessions, the same in all replicas; with HAProxy it has another.
     """
 
     def __init__(
@@ -317,6 +320,7 @@ class Ingress:
         audit: str,
         redactions: Mapping[str, str],
         drain_s: float,
+        session_key: bytes,
     ) -> None:
         from serve import logs
         from serve.audit import AuditLog
@@ -332,7 +336,7 @@ class Ingress:
             for name, handle in parts.items()
         }
         tokens = None if token_file is None else read_tokens(token_file)
-        proxy.admit(None if tokens is None else (digest for digest, _ in tokens.digests))
+        proxy.admit(None if tokens is None else {one.name: own for own, one in tokens.digests})
         self._audit, self._drain_s = AuditLog(audit), drain_s
         self._app = make_app(
             Parts(**clients, redactions=redactions),
@@ -340,6 +344,7 @@ class Ingress:
             tokens=tokens,
             audit=self._audit,
             proofs=proxy.Proofs.here(),
+            session_key=session_key,
         )
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import time
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from starlette.exceptions import HTTPException
 
 from pathflip import __version__
 from pathflip.errors import PathFLIPError
-from serve import annotation_routes, answers, slide_routes, tile_routes
+from serve import annotation_routes, answers, pages, sign_in, slide_routes, tile_routes
 from serve.audit import AuditLog
 from serve.auth import Tokens
 from serve.chat import ChatChunks, count_tokens, events, to_engine_request
@@ -50,8 +51,9 @@ from serve.schemas import (
     SegmentRequest,
     SegmentResponse,
 )
+from serve.sign_in import SignIn
 
-MODULES = (slide_routes, annotation_routes, tile_routes)
+MODULES = (pages, sign_in, slide_routes, annotation_routes, tile_routes)
 """Modules with further routes, each by its function ``routes(parts, limits)``."""
 READY_S = 5.0
 """Seconds a part has to answer a readiness check."""
@@ -68,6 +70,8 @@ def make_app(
     tokens: Tokens | None = None,
     audit: AuditLog | None = None,
     proofs: Proofs | None = None,
+    session_key: bytes | None = None,
+    framed: bool = False,
 ) -> Guard:
     """Assemble the service as an ASGI application.
 
@@ -77,6 +81,9 @@ def make_app(
         tokens: Clients and their tokens; None answers this machine alone.
         audit: Audit log; None writes none.
         proofs: Secrets shared with the proxy in front (:mod:`serve.proxy`); None for no proxy.
+        session_key: Secret of sessions that replicas share where there is no proxy; by default
+            drawn for this replica.
+        framed: Whether pages of this machine may show the viewer in a frame.
     """
     limits = limits or Limits()
     metrics = Metrics()
@@ -94,7 +101,19 @@ def make_app(
         app.include_router(module.routes(parts, limits))
     app.router.routes.append(Endpoint(parts, limits=limits, metrics=metrics).route())
     _shape_errors(app, parts, limits)
-    return Guard(app, limits=limits, tokens=tokens, audit=audit, metrics=metrics, proofs=proofs)
+    sessions = None
+    if tokens is not None:
+        key = os.urandom(32) if session_key is None else session_key
+        sessions = SignIn(
+            tokens,
+            key=key if proofs is None else proofs.sessions.encode(),
+            ended=None if audit is None else audit.path.with_name("ended-sessions"),
+        )
+    app.state.sign_in = sessions
+    return Guard(
+        app, limits=limits, tokens=tokens, audit=audit, metrics=metrics, proofs=proofs,
+        sign_in=sessions, framed=framed,
+    )  # fmt: skip
 
 
 def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:

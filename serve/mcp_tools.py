@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pathflip import measure
 from serve.limits import Limits, RequestError
-from serve.schemas import MAX_ID, SlideInfo
+from serve.schemas import MAX_ID
+from serve.slide_routes import SlideInfo
 
 if TYPE_CHECKING:
     from serve.middleware import Metrics
@@ -185,9 +186,9 @@ class Slides(Result):
 
 
 async def _list_slides(asked: ListSlides, call: Call) -> Answered:
-    rows, following = await call.parts.search.slides(after=asked.after, limit=asked.limit)
-    call.audit["slides"] = [row["slide_id"] for row in rows]
-    return Answered(document=Slides(slides=rows, next=following))
+    page = await call.parts.search.slides(after=asked.after, limit=asked.limit)
+    call.audit["slides"] = [row["slide_id"] for row in page.rows]
+    return Answered(document=Slides(slides=page.rows, next=page.following))
 
 
 class OneSlide(Arguments):

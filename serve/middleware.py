@@ -28,7 +28,9 @@ from pathflip.errors import ArchiveError, PathFLIPError
 from serve.audit import AuditError, AuditLog
 from serve.auth import LOCAL, Client, Tokens, is_local
 from serve.limits import Limits, RequestError, read_body
+from serve.pages import POLICY, is_page
 from serve.proxy import ANSWERED_BY, ASKED_BY, Proofs
+from serve.sign_in import SignIn, check_site
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/healthz",)
-"""Paths that need no token."""
+"""Paths that need no token, beside those of the page (:func:`serve.pages.is_page`)."""
 UNCOUNTED = ("/healthz", "/readyz", "/metrics")
 """Paths that are answered whatever the load."""
 
@@ -64,6 +66,7 @@ STATUS = {
     "too_many_annotations": 422,
     "no_part": 404,
     "no_mcp": 404,
+    "no_tokens": 404,
     "no_encoder": 404,
     "no_patches": 404,
     "not_found": 404,
@@ -86,6 +89,7 @@ STATUS = {
     "not_proxied": 403,
     "origin": 403,
     "scope": 403,
+    "cross_site": 403,
     "busy": 429,
     "unavailable": 503,
     "engine_dead": 503,
@@ -99,12 +103,23 @@ _SERVER_FAULTS = (ArchiveError, AuditError)  # 500 unless STATUS has their code
 _RETRY = (429, 503, 504)
 
 _REQUEST_ID = (b"request-id", b"x-request-id")
-_HEADERS = (
+_POLICY = b"content-security-policy"
+_ALL_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'; sandbox"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
+)
+_UNFRAMED = (b"x-frame-options", b"DENY")
+_HEADERS = (
+    *_ALL_HEADERS, _UNFRAMED, (_POLICY, b"default-src 'none'; frame-ancestors 'none'; sandbox"),
+)  # fmt: skip
+_PAGE_HEADERS = (
+    *_ALL_HEADERS, _UNFRAMED, (_POLICY, POLICY.format("'none'").encode()),
+    (b"cross-origin-opener-policy", b"same-origin"),
+)  # fmt: skip
+_FRAMED_HEADERS = (
+    *_ALL_HEADERS,
+    (_POLICY, POLICY.format("http://127.0.0.1:* http://localhost:*").encode()),
 )
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -181,8 +196,8 @@ def problem(
 class Guard:
     """ASGI middleware around all routes.
 
-    Routes find in ``scope["state"]``: ``client``, ``request_id``, and a dict ``audit`` to which
-    they add the ids they show.
+    Routes find in ``scope["state"]``: ``client``, ``session`` where it signed in by cookie,
+    ``request_id``, and a dict ``audit`` to which they add the ids they show.
 
     Args:
         app: The application of the routes.
@@ -191,6 +206,8 @@ class Guard:
         audit: Audit log; None writes none.
         metrics: Counts requests.
         proofs: Secrets shared with the proxy in front (:mod:`serve.proxy`); None for no proxy.
+        sign_in: Sessions of the clients that have tokens; None knows none.
+        framed: Whether pages of this machine may show the viewer in a frame.
     """
 
     def __init__(
@@ -202,9 +219,12 @@ class Guard:
         audit: AuditLog | None,
         metrics: Metrics,
         proofs: Proofs | None = None,
+        sign_in: SignIn | None = None,
+        framed: bool = False,
     ) -> None:
-        self.app, self.limits, self.tokens = app, limits, tokens
+        self.app, self.limits, self.tokens, self.sign_in = app, limits, tokens, sign_in
         self.audit, self.metrics, self.proofs = audit, metrics, proofs
+        self.page_headers = _FRAMED_HEADERS if framed else _PAGE_HEADERS
         self.running, self.stopping = 0, False
 
     async def drain(self, seconds: float) -> None:
@@ -245,7 +265,7 @@ class Guard:
                         code="not_proxied",
                     )
                 answer.proof = self.proofs.answers.encode()
-            if scope["path"] not in OPEN:
+            if scope["path"] not in OPEN and not is_page(scope["method"], scope["path"]):
                 answer.client = self._client(scope, headers)
                 scope["state"]["client"] = answer.client
             if scope["path"] not in UNCOUNTED:
@@ -279,7 +299,15 @@ class Guard:
                     code="not_local",
                 )
             return LOCAL
-        client = self.tokens.client(headers.get("authorization"))
+        authorization = headers.get("authorization")
+        client = self.tokens.client(authorization)
+        if authorization is None and self.sign_in is not None:
+            session = self.sign_in.find(headers.getlist("cookie"))
+            if session is not None:
+                check_site(scope["method"], headers)
+                scope["state"]["session"] = session
+                scope["state"]["audit"]["session"] = session.id
+                return session.client
         if client is None:
             raise RequestError("Send a valid token: Authorization: Bearer TOKEN.", code="no_token")
         return client
@@ -314,12 +342,14 @@ class _Answer:
             self._write_audit(message["status"])
             self.status = message["status"]
             self.guard.metrics.first.labels(self.route).observe(time.perf_counter() - self.begun)
-            own = {name for name, _ in _HEADERS} | set(_REQUEST_ID)
+            page = is_page(self.scope["method"], self.scope["path"])
+            added = self.guard.page_headers if page else _HEADERS
+            own = {name for name, _ in added} | set(_REQUEST_ID)
             sent = [(k, v) for k, v in message.get("headers", ()) if k.lower() not in own]
             if not any(name.lower() == b"cache-control" for name, _ in sent):
                 sent.append((b"cache-control", b"no-store"))
             # OpenAI's clients read the second name.
-            sent += [*_HEADERS, *((name, self.request_id.encode()) for name in _REQUEST_ID)]
+            sent += [*added, *((name, self.request_id.encode()) for name in _REQUEST_ID)]
             if self.proof is not None:
                 sent.append((ANSWERED_BY.encode(), self.proof))
             message = {**message, "headers": sent}

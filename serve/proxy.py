@@ -17,6 +17,7 @@ Read in this order: :func:`environment`, :class:`Proofs`, :func:`admit`, :func:`
 from __future__ import annotations
 
 # HAProxy's every start and reload imports this module while Ray waits: it imports little.
+import base64
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ import re
 import resource
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,9 @@ ADDRESS_CONNECTIONS = 1024
 """Most connections of one address, but not of this machine's, where a reverse proxy may be."""
 ADDRESS_OPEN_RATE = 100
 """Most requests in a second that one address makes to paths that need no token."""
+ADDRESS_PAGE_RATE = 300
+"""Most requests in a second that one address makes to the page and its files: 30 pages at once, of
+a clinic behind one address. They come from memory."""
 
 SECRET = "PATHFLIP_PROXY_SECRET"
 """Environment variable with the secret of one service's HAProxy and ingress replicas."""
@@ -57,7 +61,7 @@ _DROPPED = re.compile(r"\s*(log\s|option httplog|option splice-request|server .*
 _HARDENED = "# hardened"
 _ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
 _CONFIG = "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"
-_TOKENS = "tokens"  # name of the file of digests
+_TOKENS, _CLIENTS = "tokens", "clients"  # files of digests, and of names and digests
 _NOTHING_UP = "    http-request deny deny_status 503"
 _ERRORS = {
     400: ("Bad Request", "bad_request", "The request is not HTTP/1.1."),
@@ -125,15 +129,17 @@ def environment(folder: str | Path) -> dict[str, str]:
 class Proofs(NamedTuple):
     """Digests of the secret by which HAProxy and ingress know each other.
 
-    Whoever listens at a port that a replica had is shown the first, which does not tell the second.
+    Whoever listens at a port that a replica had is shown the first, which does not tell the others.
 
     Attributes:
         asks: Proof that HAProxy adds to every request.
         answers: Proof that the ingress adds to every response.
+        sessions: Key of session cookies (:mod:`serve.sign_in`); never sent.
     """
 
     asks: str
     answers: str
+    sessions: str
 
     @classmethod
     def of(cls, secret: str) -> Proofs:
@@ -148,15 +154,18 @@ class Proofs(NamedTuple):
         return cls.of(secret) if secret and os.environ.get(_ENABLED) == "1" else None
 
 
-def admit(digests: Iterable[bytes] | None) -> None:
+def admit(clients: Mapping[str, bytes] | None) -> None:
     """Tell HAProxy of this machine which tokens there are, for its next start or reload.
 
     Args:
-        digests: SHA-256 digests of all tokens; None where none is needed.
+        clients: {name of a client: SHA-256 digest of its token}; None where none is needed.
     """
     if Proofs.here() is not None:
-        lines = "".join(f"{digest.hex()}\n" for digest in digests or ())
-        write_private(Path(os.environ[_CONFIG]).with_name(_TOKENS), lines)
+        known = (clients or {}).items()
+        config = Path(os.environ[_CONFIG])
+        named = "".join(f"{name} {digest.hex()}\n" for name, digest in known)
+        write_private(config.with_name(_CLIENTS), named)
+        write_private(config.with_name(_TOKENS), "".join(f"{d.hex()}\n" for _, d in known))
 
 
 def harden(config: str, folder: Path) -> str:
@@ -173,8 +182,8 @@ def harden(config: str, folder: Path) -> str:
         spliced, which would hide that a client has left; Serve's fallback is not asked; requests
         carry :class:`Proofs`, and an answer without its proof is replaced by a 503; an answer has
         one request id, the ingress's. Heads have :data:`HEAD_S` seconds, addresses a number of
-        connections; what has none of the tokens of :func:`admit` ends here, and so does a body on
-        a path that needs none.
+        connections; what has neither one of the tokens of :func:`admit` nor a session of one ends
+        here, and so does a body on a path that needs none.
     """
     if _HARDENED in config:
         return config
@@ -199,12 +208,16 @@ def harden(config: str, folder: Path) -> str:
             ]
         if line == section == "frontend http_frontend":
             lines += _frontend(folder)
-    return "\n".join([*lines, *_OPEN_TABLE, ""])
+    return "\n".join([*lines, *_OPEN_TABLES, ""])
 
 
-_OPEN_TABLE = (
-    "backend pathflip_open",
-    "    stick-table type ipv6 size 100k expire 10s store http_req_rate(1s)",
+_OPEN_TABLES = tuple(
+    line
+    for name in ("pathflip_open", "pathflip_page")
+    for line in (
+        f"backend {name}",
+        "    stick-table type ipv6 size 100k expire 10s store http_req_rate(1s)",
+    )
 )
 
 
@@ -219,23 +232,34 @@ def _frontend(folder: Path) -> list[str]:
         " !{ src 127.0.0.0/8 ::1 }",
         "acl pathflip_open path /healthz",
         "acl pathflip_open path_beg /-/",
+        "acl pathflip_page path /",
+        "acl pathflip_page path_beg /assets/",
         "acl pathflip_body req.hdr(content-length) -m reg [1-9]",  # of any size
         "acl pathflip_body req.hdr(transfer-encoding) -m found",
         "acl pathflip_method method GET HEAD POST PUT PATCH DELETE OPTIONS",
+        "acl pathflip_reads method GET HEAD",
         "http-request set-var(txn.pathflip_id) uuid(),regsub(-,,g)",
         # The ingress's server answers others, and WebSockets, without a proof.
         _refuse(405, "if !pathflip_method or !{ path_beg / }"),
         "http-request del-header upgrade",
         "http-request track-sc1 src table pathflip_open if pathflip_open",
+        "http-request track-sc1 src table pathflip_page if pathflip_page",
         _refuse(413, "if pathflip_open pathflip_body"),
+        _refuse(413, "if pathflip_page pathflip_reads pathflip_body"),
         _refuse(429, f"if pathflip_open {{ sc1_http_req_rate gt {ADDRESS_OPEN_RATE} }}"),
+        _refuse(429, f"if pathflip_page {{ sc1_http_req_rate gt {ADDRESS_PAGE_RATE} }}"),
     ]
     tokens = folder / _TOKENS
     if tokens.exists() and tokens.stat().st_size:
         rules += [
             "acl pathflip_known req.fhdr(authorization),word(2,' '),sha2(256),hex,lower"
             f" -m str -f {tokens}",
-            _refuse(401, "unless pathflip_open or pathflip_known"),
+            *_sessions(folder / _CLIENTS, proofs.sessions),
+            _refuse(
+                401,
+                "unless pathflip_open or pathflip_page pathflip_reads or pathflip_known"
+                " or pathflip_session",
+            ),
         ]
     rules += [
         "http-request set-header x-forwarded-for %[src]",
@@ -247,6 +271,33 @@ def _frontend(folder: Path) -> list[str]:
         "http-response set-header x-request-id %[res.hdr(request-id)]",
     ]
     return [f"    {rule}" for rule in rules]
+
+
+def _sessions(clients: Path, key: str) -> list[str]:
+    """Rules that know a session cookie as :class:`serve.sign_in.SignIn` does.
+
+    That one was ended early is not known here; the ingress refuses it.
+    """
+    value, own = "req.cook(pathflip_session)", "if { req.cook(pathflip_session) -m found }"
+    text = "str(session)" + "".join(
+        f",concat(:,txn.pathflip_{part})" for part in ("name", "until", "number", "digest")
+    )
+    signed = f"hmac(sha256,{base64.b64encode(key.encode()).decode()}),hex,lower"
+    return [
+        *(
+            f"http-request set-var(txn.pathflip_{part}) {value},field({number},:) {own}"
+            for number, part in enumerate(("name", "until", "number", "shown"), start=1)
+        ),
+        f"http-request set-var(txn.pathflip_digest) "
+        f"var(txn.pathflip_name),map_str({clients}) {own}",
+        f"http-request set-var(txn.pathflip_proof) {text},{signed} "
+        "if { var(txn.pathflip_digest) -m found }",
+        "http-request set-var(txn.pathflip_now) date()",
+        "acl pathflip_signed var(txn.pathflip_proof),secure_memcmp(txn.pathflip_shown) -m bool",
+        "acl pathflip_lasts var(txn.pathflip_until),sub(txn.pathflip_now) -m int gt 0",
+        "http-request set-var(txn.pathflip_session) bool(true) if pathflip_signed pathflip_lasts",
+        "acl pathflip_session var(txn.pathflip_session) -m bool",
+    ]
 
 
 def _refuse(status: int, condition: str) -> str:

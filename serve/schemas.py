@@ -38,25 +38,29 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 Variant = Literal["attn", "region_only", "cosine", "product"]
 
 
-class _In(BaseModel):
+class In(BaseModel):
+    """A request, or a part of one: nothing but its fields, of the very types."""
+
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-class _Out(BaseModel):
+class Out(BaseModel):
+    """An answer, or a part of one."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 # -- errors ---------------------------------------------------------------------------------------
 
 
-class Fault(_Out):
+class Fault(Out):
     """One thing wrong with a request."""
 
     where: str = Field(examples=["body.k"])
     what: str = Field(examples=["Input should be less than or equal to 1000"])
 
 
-class Problem(_Out):
+class Problem(Out):
     """An error (RFC 9457), as application/problem+json."""
 
     type: Literal["about:blank"] = "about:blank"
@@ -76,7 +80,7 @@ class Problem(_Out):
 # -- search ---------------------------------------------------------------------------------------
 
 
-class Image(_In):
+class Image(In):
     """A picture of tissue: its bytes and its scale. Never a path or an address."""
 
     data: str = Field(
@@ -88,7 +92,7 @@ class Image(_In):
     )
 
 
-class Condition(_In):
+class Condition(In):
     """A filter: a column, an operator, a value."""
 
     field: (
@@ -120,7 +124,7 @@ _QUERY_FAULTS = {
 }
 
 
-class SearchRequest(_In):
+class SearchRequest(In):
     """Finds slides, regions or patches like a text, a slide, a region or a picture.
 
     Give exactly one. Patches are found by a text or a picture.
@@ -168,7 +172,7 @@ class SearchRequest(_In):
         return self
 
 
-class Found(_Out):
+class Found(Out):
     """A slide, region or patch that was found."""
 
     rank: int
@@ -181,7 +185,7 @@ class Found(_Out):
     mpp: float | None = Field(description="µm per level-0 px.")
 
 
-class SearchResponse(_Out):
+class SearchResponse(Out):
     """Results, best first."""
 
     model: str
@@ -189,33 +193,6 @@ class SearchResponse(_Out):
         None, description="Of patches: whether all were compared, or those of the best regions."
     )
     results: list[Found]
-
-
-# -- slides ---------------------------------------------------------------------------------------
-
-
-class SlideInfo(_Out):
-    """Public metadata of a slide; nothing else of it leaves the archive."""
-
-    slide_id: str
-    width: int | None = Field(description="Level-0 px.")
-    height: int | None
-    mpp: float | None = Field(description="µm per level-0 px.")
-    vendor: str | None
-    split: str | None
-    n_regions: int | None
-    n_patches: int | None
-    tissue_mm2: float | None
-    patient_id: str | None = Field(
-        None, description="Only where the service is set to show patients."
-    )
-
-
-class SlideList(_Out):
-    """A page of slides, by id."""
-
-    data: list[SlideInfo]
-    next: str | None = Field(description="Give it as `after` for the next page.")
 
 
 # -- classify, ground -----------------------------------------------------------------------------
@@ -238,7 +215,7 @@ Classes = Annotated[
 ]
 
 
-class ClassifyRequest(_In):
+class ClassifyRequest(In):
     """Scores slides against the words of classes."""
 
     model_config = ConfigDict(
@@ -258,7 +235,7 @@ class ClassifyRequest(_In):
     score: Literal["global", "local", "sum"] = "global"
 
 
-class Classified(_Out):
+class Classified(Out):
     """The scores of one slide."""
 
     slide_id: str
@@ -266,14 +243,14 @@ class Classified(_Out):
     scores: dict[str, float] = Field(description="{class: cosine}")
 
 
-class ClassifyResponse(_Out):
+class ClassifyResponse(Out):
     """One row per slide, by id."""
 
     model: str
     results: list[Classified]
 
 
-class GroundRequest(_In):
+class GroundRequest(In):
     """Locates a text on a slide."""
 
     model_config = ConfigDict(
@@ -298,7 +275,7 @@ class GroundRequest(_In):
     )
 
 
-class Box(_Out):
+class Box(Out):
     """Box around a hot part of a slide, in level-0 px and µm."""
 
     x0: int
@@ -313,7 +290,7 @@ class Box(_Out):
     patches: int
 
 
-class GroundResponse(_Out):
+class GroundResponse(Out):
     """Heatmap of a text on a slide."""
 
     model: str
@@ -331,7 +308,7 @@ class GroundResponse(_Out):
 # -- segment --------------------------------------------------------------------------------------
 
 
-class SegmentRequest(_In):
+class SegmentRequest(In):
     """Cuts a slide into areas of classes, by its patches and the words of the classes."""
 
     model_config = ConfigDict(
@@ -360,7 +337,7 @@ class SegmentedArea(Box):
     label: str
 
 
-class SegmentResponse(_Out):
+class SegmentResponse(Out):
     """Areas of classes on a slide."""
 
     model: str
@@ -371,7 +348,7 @@ class SegmentResponse(_Out):
     areas: list[SegmentedArea] = Field(description="By class, then from top to bottom.")
 
 
-class Outlines(_Out):
+class Outlines(Out):
     """Areas as a GeoJSON FeatureCollection, in level-0 px."""
 
     type: Literal["FeatureCollection"]
@@ -381,7 +358,7 @@ class Outlines(_Out):
 # -- embeddings (OpenAI) --------------------------------------------------------------------------
 
 
-class EmbeddingsRequest(_In):
+class EmbeddingsRequest(In):
     """Vectors of texts or of a picture; the OpenAI shape, and ``image``."""
 
     model_config = ConfigDict(
@@ -401,7 +378,7 @@ class EmbeddingsRequest(_In):
         return self
 
 
-class Embedding(_Out):
+class Embedding(Out):
     """One vector: numbers, or little-endian float32 in base64."""
 
     object: Literal["embedding"] = "embedding"
@@ -409,7 +386,7 @@ class Embedding(_Out):
     embedding: list[float] | str
 
 
-class Usage(_Out):
+class Usage(Out):
     """Token counts."""
 
     prompt_tokens: int
@@ -417,7 +394,7 @@ class Usage(_Out):
     completion_tokens: int | None = None
 
 
-class EmbeddingsResponse(_Out):
+class EmbeddingsResponse(Out):
     """Vectors in the order of the inputs."""
 
     object: Literal["list"] = "list"
@@ -429,14 +406,14 @@ class EmbeddingsResponse(_Out):
 # -- chat (OpenAI) --------------------------------------------------------------------------------
 
 
-class TextPart(_In):
+class TextPart(In):
     """A part of a message; text is the only kind there is."""
 
     type: Literal["text"]
     text: str = Field(max_length=MAX_CONTENT)
 
 
-class Message(_In):
+class Message(In):
     """A turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -458,7 +435,7 @@ class Message(_In):
         return "\n".join(part.text for part in self.content)
 
 
-class RegionBox(_In):
+class RegionBox(In):
     """A square of the slide, level-0 px: only its regions are looked at."""
 
     x0: Pixel
@@ -466,13 +443,13 @@ class RegionBox(_In):
     size0: Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class StreamOptions(_In):
+class StreamOptions(In):
     """Stream options, as in OpenAI's API."""
 
     include_usage: bool | None = False
 
 
-class TextFormat(_In):
+class TextFormat(In):
     """Format of an answer; text is the only one there is."""
 
     type: Literal["text"]
@@ -481,7 +458,7 @@ class TextFormat(_In):
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
-class ChatRequest(_In):
+class ChatRequest(In):
     """A question about a slide; the OpenAI shape, with ``slide_id`` and ``region``."""
 
     model_config = ConfigDict(
@@ -537,14 +514,14 @@ class ChatRequest(_In):
         return self
 
 
-class Said(_Out):
+class Said(Out):
     """The answer."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
-class Choice(_Out):
+class Choice(Out):
     """The one answer there is."""
 
     index: Literal[0] = 0
@@ -553,7 +530,7 @@ class Choice(_Out):
     logprobs: None = None
 
 
-class Options(_Out):
+class Options(Out):
     """Choice among the options of a question, as of ``pathflip ask``; null: it abstains."""
 
     choice: str | None
@@ -561,7 +538,7 @@ class Options(_Out):
     abstain: float | None
 
 
-class ChatResponse(_Out):
+class ChatResponse(Out):
     """A chat completion; ``options`` where the request has choices."""
 
     id: str
@@ -573,7 +550,7 @@ class ChatResponse(_Out):
     options: Options | None = None
 
 
-class ModelInfo(_Out):
+class ModelInfo(Out):
     """A model that answers here."""
 
     id: str
@@ -585,14 +562,14 @@ class ModelInfo(_Out):
     max_model_len: int | None = None
 
 
-class ModelList(_Out):
+class ModelList(Out):
     """The models."""
 
     object: Literal["list"] = "list"
     data: list[ModelInfo]
 
 
-class Health(_Out):
+class Health(Out):
     """State of the service, and of each part."""
 
     status: Literal["ok", "down"]

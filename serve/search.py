@@ -9,7 +9,6 @@ each time (docs/howto/serve.md).
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
 from pathflip.errors import ConfigError, PathFLIPError
 from pathflip.heatmap import encode_png
 from serve.limits import RequestError
+from serve.slide_list import HIDDEN, Page, SlideList
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
@@ -29,7 +29,9 @@ T = TypeVar("T")
 SHOWN = (
     "slide_id", "width", "height", "mpp", "vendor", "split", "n_regions", "n_patches", "tissue_mm2",
 )  # fmt: skip
-"""Columns of a slide that clients may see; no other leaves the archive."""
+"""Columns of a slide that clients may see; no other leaves the archive but :data:`STATE`."""
+STATE = ("status", "reason", "message")
+"""Columns that say why a slide is not ready; the message without names of files."""
 THREADS = 8
 SCANS = 2
 """Searches for patches at a time: each compares up to millions, and others do not wait for it."""
@@ -43,7 +45,8 @@ class Search:
 
     Args:
         archive: URI of the archive.
-        model: Name of the trained model whose embeddings are searched.
+        model: Name of the trained model whose embeddings are searched; None for the archive's
+            encoder, by which nothing is found by words.
         fingerprint: The model's; embeddings of another are refused.
         refresh_s: Seconds until new commits are looked for.
         patients: Whether clients may filter by patient and see patients' ids.
@@ -54,8 +57,8 @@ class Search:
         self,
         archive: str,
         *,
-        model: str,
-        fingerprint: str,
+        model: str | None = None,
+        fingerprint: str | None = None,
         refresh_s: float = 30.0,
         patients: bool = False,
         labels: bool = True,
@@ -75,17 +78,24 @@ class Search:
         await asyncio.to_thread(lambda: archive.dataset("slides").to_table(limit=1))
         return {"slides": len(_ready(archive))}
 
+    async def offers(self) -> dict[str, bool]:
+        """Tell whether there are vectors of its model, and whether patients' ids are shown."""
+        archive = await self.snapshot.newest_async()
+        return {"indexed": self.model in archive.models(), "patients": self.patients}
+
     # -- slides -----------------------------------------------------------------------------------
 
-    async def slides(self, *, after: str, limit: int) -> tuple[list[dict[str, Any]], str | None]:
-        """A page of slides by id, and the id after which the next page begins."""
+    async def slides(self, *, limit: int, label: str = "", **filters: Any) -> Page:
+        """A page of slides by id; see :meth:`serve.slide_list.SlideList.page`.
+
+        Raises:
+            RequestError: ``labels``: this service does not filter by labels.
+        """
+        if label and not self.labels:
+            raise RequestError("This service does not filter by labels.", code="labels")
         archive = await self.snapshot.newest_async()
-        rows = await self._run(self._rows, archive)
-        ids = _ready(archive)
-        start = bisect_right(ids, after)
-        page = ids[start : start + limit]
-        more = page[-1] if start + limit < len(ids) else None
-        return [rows[slide] for slide in page], more
+        listed = await self._run(self._list, archive)
+        return listed.page(limit=limit, label=label, **filters)
 
     async def slide(self, slide_id: str) -> dict[str, Any]:
         """Public metadata of a slide.
@@ -95,8 +105,8 @@ class Search:
         """
         archive = await self.snapshot.newest_async()
         ready_row(archive, slide_id)
-        rows = await self._run(self._rows, archive)
-        return rows[slide_id]
+        listed = await self._run(self._list, archive)
+        return listed.rows[slide_id]
 
     async def thumbnail(self, slide_id: str) -> bytes:
         """The JPEG of a slide's thumbnail.
@@ -112,11 +122,10 @@ class Search:
             raise RequestError("The archive has no thumbnail of this slide.", code="no_thumbnail")
         return data
 
-    def _rows(self, archive: Archive) -> dict[str, dict[str, Any]]:
-        def read() -> dict[str, dict[str, Any]]:
+    def _list(self, archive: Archive) -> SlideList:
+        def read() -> SlideList:
             columns = [*SHOWN, *(["patient_id"] if self.patients else [])]
-            rows = archive.slides("ready", columns=columns).to_pylist()
-            return {row["slide_id"]: row for row in rows}
+            return SlideList(archive.slides(columns=[*columns, *STATE, *HIDDEN]).to_pylist())
 
         return archive.cached("serve/slides", read, of=("slides",))
 
@@ -161,7 +170,7 @@ class Search:
 
     def _warm(self, archive: Archive) -> None:
         """Read what requests need into a newer state: a search of each kind that came of late."""
-        self._rows(archive)
+        self._list(archive)
         _ready(archive)
         for request, embedded in list(self._recent.values()):
             with suppress(PathFLIPError):  # the slide it is about may be gone

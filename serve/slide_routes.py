@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import Field
 
 from serve.limits import Limits
 from serve.routing import JPEG, Parts, SlidePath, api_router, needs
-from serve.schemas import MAX_ID, MAX_RESULTS, SlideInfo, SlideList
+from serve.schemas import MAX_ID, MAX_RESULTS, Out
+
+_MOST = 2**31  # slides of an archive
+
+
+class SlideInfo(Out):
+    """Public metadata of a slide; nothing else of it leaves the archive."""
+
+    slide_id: str
+    width: int | None = Field(description="Level-0 px.")
+    height: int | None
+    mpp: float | None = Field(description="µm per level-0 px.")
+    vendor: str | None
+    split: str | None
+    n_regions: int | None
+    n_patches: int | None
+    tissue_mm2: float | None
+    patient_id: str | None = Field(
+        None, description="Only where the service is set to show patients."
+    )
+    status: Literal["ready", "quarantined", "empty"]
+    reason: str | None = Field(None, description="Code of why a slide is not ready.")
+    message: str | None = Field(None, description="The same as a sentence, without names of files.")
+
+
+class SlideList(Out):
+    """A page of slides, by id."""
+
+    data: list[SlideInfo]
+    next: str | None = Field(description="Give it as `after` for the next page.")
+    total: int = Field(description="Number of slides on all pages.")
 
 
 def routes(parts: Parts, limits: Limits) -> APIRouter:
@@ -23,11 +54,19 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
         request: Request,
         limit: Annotated[int, Query(ge=1, le=MAX_RESULTS)] = 100,
         after: Annotated[str, Query(max_length=MAX_ID)] = "",
+        offset: Annotated[int, Query(ge=0, le=_MOST)] = 0,
+        q: Annotated[str, Query(max_length=MAX_ID)] = "",
+        label: Annotated[str, Query(max_length=MAX_ID, pattern="^$|^[^=]+=")] = "",
+        split: Annotated[str, Query(max_length=MAX_ID)] = "",
+        status: Literal["ready", "quarantined", "empty", "all"] = "ready",
     ) -> Any:
-        """The slides of the archive, by id."""
-        rows, following = await parts.search.slides(after=after, limit=limit)
+        """The slides of the archive, by id; a part of them by id, label, split or status."""
+        page = await parts.search.slides(
+            limit=limit, after=after, offset=offset, q=q, label=label, split=split, status=status
+        )
+        rows = [_public(parts, row) for row in page.rows]
         request.state.audit["slides"] = [row["slide_id"] for row in rows]
-        return {"data": rows, "next": following}
+        return {"data": rows, "next": page.following, "total": page.total}
 
     @api.get(
         "/v1/slides/{slide_id}", dependencies=[needs("read")], response_model=SlideInfo,
@@ -50,3 +89,9 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
         return Response(data, media_type="image/jpeg")
 
     return api
+
+
+def _public(parts: Parts, row: dict[str, Any]) -> dict[str, Any]:
+    if not row.get("message"):
+        return row
+    return row | {"message": parts.public(row["message"])}

@@ -18,6 +18,9 @@ ROUTES = {
     ("GET", "/v1/models"): None,
     ("GET", "/v1/models/m"): None,
     ("GET", "/metrics"): "admin",
+    ("GET", "/v1/session"): None,
+    ("POST", "/v1/session"): None,
+    ("DELETE", "/v1/session"): None,
     ("GET", "/v1/slides"): "read",
     ("GET", "/v1/slides/slide001"): "read",
     ("GET", "/v1/slides/slide001/thumbnail"): "read",
@@ -38,6 +41,7 @@ ROUTES = {
     ("POST", "/v1/chat/completions"): "chat",
 }
 BODIES = {
+    "/v1/session": {},
     "/v1/search": {"text": "a"},
     "/v1/classify": {"slide_ids": ["slide001"], "classes": {"a": ["a"], "b": ["b"]}},
     "/v1/ground": {"slide_id": "slide001", "text": "a"},
@@ -125,14 +129,19 @@ def test_every_route_wants_its_scope_and_no_other(ask, route, scope):
 
 
 def test_unknown_paths_tell_nothing_without_a_token(ask):
-    for path in ("/", "/docs", "/v1/nothing", "/v1/slides/slide001/label", "/pause"):
+    for path in (
+        "/docs", "/v1/nothing", "/assets", "/index.html", "/v1/assets/x.js", "/pause",
+        "/v1/slides/slide001/label",
+    ):  # fmt: skip
         assert ask("GET", path, who=None).status_code == 401
         assert ask("GET", path).status_code == 404
 
 
-def test_only_healthz_is_open(ask):
+def test_only_healthz_and_the_page_are_open(ask):
     assert ask("GET", "/healthz", who=None).status_code == 200
-    for path in ("/healthz/", "/healthz/../v1/slides", "//healthz", "/HEALTHZ", "/healthz%00"):
+    for path in (
+        "/healthz/", "/healthz/../v1/slides", "/HEALTHZ", "/healthz%00", "/assets", "/ASSETS/a.js",
+    ):  # fmt: skip
         assert ask("GET", path, who=None).status_code == 401
 
 

@@ -40,7 +40,7 @@ from serve.grounding import Grounding
 from serve.search import Search
 archive, run = sys.argv[1:]
 parts = Search(archive, model="m", fingerprint="f"), Embedder(archive, run), Grounding(archive, run)
-parts[0]._rows(parts[0].snapshot.archive)
+parts[0]._list(parts[0].snapshot.archive)
 heavy = {"pandas", "transformers", "sklearn", "scipy", "vllm"}
 print(json.dumps(sorted(heavy & set(sys.modules))))
 """

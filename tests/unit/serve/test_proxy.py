@@ -177,7 +177,7 @@ def test_nobody_else_answers(variables: dict[str, str], tmp_path: Path, says: st
         "nothing": Behind,
         "another's": knowing("another's"),
         "what it was asked with": type(
-            "Echo", (Behind,), {"proofs": proxy.Proofs(asks=knows.asks, answers=knows.asks)}
+            "Echo", (Behind,), {"proofs": knows._replace(answers=knows.asks)}
         ),
     }[says]
     stranger.asked = []
@@ -285,7 +285,7 @@ def guarded(
     """HAProxy before an ingress; yields its port and what is behind. With a token, it is known."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    proxy.admit([hashlib.sha256(token.encode()).digest()] if token else None)
+    proxy.admit({"lab": hashlib.sha256(token.encode()).digest()} if token else None)
     own = knowing(variables[proxy.SECRET])
     with (
         ThreadingHTTPServer(("127.0.0.1", 0), own) as behind,
@@ -315,7 +315,10 @@ def test_a_token_is_asked_for_before_anything_is_read(
         url = f"http://127.0.0.1:{port}"
         for shown in (None, "Bearer", "Bearer wrong", f"Bearer {token}x", token, "Bearer ,"):
             fields = {} if shown is None else {"Authorization": shown}
-            for asked in (path, "/", "/readyz", "/healthz/", "//healthz", "/HEALTHZ"):
+            for asked in (
+                path, "/readyz", "/healthz/", "//healthz", "/HEALTHZ", "//", "/assets",
+                "//assets/a.js", "/ASSETS/a.js",
+            ):  # fmt: skip
                 answer = httpx.get(url + asked, headers=fields)
                 assert (answer.status_code, answer.json()["code"]) == (401, "no_token")
                 assert answer.headers["content-type"] == "application/problem+json"

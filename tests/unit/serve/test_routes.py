@@ -50,6 +50,7 @@ def test_one_slide(ask):
     assert row == {
         "slide_id": "slide001", "width": 384, "height": 128, "mpp": 0.5, "vendor": "aperio",
         "split": "test", "n_regions": 3, "n_patches": 12, "tissue_mm2": 0.1,
+        "status": "ready",
     }  # fmt: skip
 
 
@@ -340,7 +341,7 @@ def test_openapi_names_every_route_and_its_errors(ask):
         "/v1/slides/{slide_id}/annotations/{annotation_id}",
         "/v1/slides/{slide_id}/annotations/import", "/v1/search", "/v1/classify", "/v1/ground",
         "/v1/segment", "/v1/embeddings", "/v1/models", "/v1/models/{model_id}",
-        "/v1/chat/completions",
+        "/v1/chat/completions", "/v1/session",
     }  # fmt: skip
     for path, methods in schema["paths"].items():
         for method in methods.values():
