@@ -9,6 +9,8 @@ VENV := .venv$(if $(GPU),-gpu)
 LOCK := requirements/$(if $(GPU),gpu,cpu).lock
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+VIEWER := serve/viewer
+PAGE := $(VIEWER)/dist/.built
 
 # One thread per library: parallelism belongs to Ray. A Ray that these commands start asks for a
 # token of its own, kept in the environment's folder, and never joins somebody else's cluster.
@@ -18,7 +20,7 @@ export RAY_AUTH_TOKEN_PATH := $(CURDIR)/$(VENV)/.ray-token
 export RAY_USAGE_STATS_ENABLED := 0
 unexport RAY_ADDRESS RAY_AUTH_TOKEN
 
-.PHONY: help demo test check check-units lint format bench lock install clean
+.PHONY: help demo test check check-units lint format bench viewer lock install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /\1\t/' | expand -t 10
@@ -26,11 +28,11 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make .venv with the pinned versions (the other targets do this by themselves)
 
-demo: $(STAMP)  ## run the whole path on generated slides, or on yours: make demo SLIDES=folder; FULL=1 makes more of them and patch trees, SERVE=1 asks the service
+demo: $(STAMP) $(if $(SERVE),$(PAGE))  ## run the whole path on generated slides, or on yours: make demo SLIDES=folder; FULL=1 makes more of them and patch trees, SERVE=1 asks the service and keeps it for you to look
 	@$(PY) -m jobs.demo $(if $(SLIDES),--slides "$(SLIDES)") $(if $(FULL),--full) $(if $(SERVE),--serve) $(ARGS) || \
 	{ code=$$?; [ $$code -eq 3 ] || exit $$code; }  # 3: slides were quarantined, as the table says
 
-test: $(STAMP)  ## run the tests (ARGS="tests/unit -k grid" narrows them)
+test: $(STAMP) $(PAGE)  ## run the tests (ARGS="tests/unit -k grid" narrows them)
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 $(ARGS)
 
 # The two at once, one core each; -O keeps what they print apart.
@@ -52,10 +54,22 @@ format: $(STAMP)  ## rewrite files to the house style
 bench: $(STAMP)  ## measure ingest on slides it makes (ARGS=--json for one JSON document)
 	@$(PY) -m tests.bench.ingest $(ARGS)
 
+viewer: $(PAGE)  ## build the page of the service (the first time fetches its packages from npm)
+
+# Node.js comes with the environment. What is fresh is not made again, and nothing is contacted.
+$(PAGE): $(VIEWER)/node_modules/.installed $(wildcard $(VIEWER)/*.html $(VIEWER)/*.json $(VIEWER)/*.ts) $(shell find $(VIEWER)/src -type f)
+	@echo "Building the page of the service in $(VIEWER)/dist."
+	@bash requirements/npm.sh $(VENV) run --silent build
+	@touch $@
+
+$(VIEWER)/node_modules/.installed: $(VIEWER)/package-lock.json $(VIEWER)/.npmrc | $(STAMP)
+	@bash requirements/npm.sh $(VENV) ci --ignore-scripts --no-progress --loglevel=error
+	@touch $@
+
 # torch's CPU wheels come from where UV_FIND_LINKS or UV_EXTRA_INDEX_URL points (docs/howto/install.md).
 UV = $(or $(shell command -v uv),$(wildcard .venv/bin/uv),$(error make lock needs uv: pip install uv))
 compile = $(UV) pip compile -q pyproject.toml requirements/build.in \
-	--extra ray --extra encoders --extra mcp --extra dev --extra $(1) \
+	--extra ray --extra encoders --extra mcp --extra viewer --extra dev --extra $(1) \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
@@ -66,7 +80,7 @@ lock:  ## re-make both locks (ARGS=--upgrade takes newer versions)
 		--overrides requirements/overrides-cpu.txt -o requirements/cpu.lock $(ARGS)
 
 clean:  ## remove caches and build outputs; environments and archives stay
-	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist $(VIEWER)/dist $(VIEWER)/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A fresh stamp means nothing is contacted. Variables the script reads (PYTHON, TORCH_INDEX) can be
