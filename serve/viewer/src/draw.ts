@@ -21,7 +21,11 @@ interface Events {
 export class Drawing {
   private readonly annotator: OpenSeadragonAnnotator;
   private features = new Map<string, Feature>();
-  private editable: (feature: Feature) => boolean;
+  /** Geometry of each shape as it was told to this page or by it, to notice one that comes from elsewhere. */
+  private told = new Map<string, string>();
+  private dragging = false;
+  private readonly stops: () => void;
+  private readonly editable: (feature: Feature) => boolean;
 
   constructor(view: SlideView, editable: (feature: Feature) => boolean, events: Events) {
     this.editable = editable;
@@ -40,13 +44,31 @@ export class Drawing {
       this.stop();
       const feature = newFeature(made.id, made.target.selector as unknown as Shape);
       this.features.set(feature.id, feature);
+      this.told.set(feature.id, JSON.stringify(feature.geometry));
       events.drawn(feature);
     });
-    this.annotator.on("updateAnnotation", (now, before) => {
+    // Annotorious tells of changes while a corner is dragged, too: one drag is one change here.
+    const changed = (now: ImageAnnotation | undefined) => {
+      if (!now || this.dragging) return;
       const geometry = toGeometry(now.target.selector as unknown as Shape);
-      const old = toGeometry(before.target.selector as unknown as Shape);
-      if (JSON.stringify(geometry) !== JSON.stringify(old)) events.moved(now.id, geometry);
-    });
+      const text = JSON.stringify(geometry);
+      if (!this.features.has(now.id) || text === this.told.get(now.id)) return;
+      this.told.set(now.id, text);
+      events.moved(now.id, geometry);
+    };
+    const down = () => (this.dragging = true);
+    const up = () => {
+      this.dragging = false;
+      setTimeout(() => changed(this.annotator.getSelected()[0]));
+    };
+    view.osd.element.addEventListener("pointerdown", down, true);
+    addEventListener("pointerup", up);
+    addEventListener("pointercancel", up);
+    this.stops = () => {
+      removeEventListener("pointerup", up);
+      removeEventListener("pointercancel", up);
+    };
+    this.annotator.on("updateAnnotation", changed);
     this.annotator.on("selectionChanged", ([first]) => events.selected(first?.id ?? null));
   }
 
@@ -54,17 +76,19 @@ export class Drawing {
   show(features: readonly Feature[]): void {
     const before = this.features;
     this.features = new Map(features.map((one) => [one.id, one]));
-    const gone = [...before.keys()].filter((id) => !this.features.has(id));
-    for (const id of gone) this.annotator.removeAnnotation(id);
+    for (const id of before.keys()) {
+      if (this.features.has(id)) continue;
+      this.annotator.removeAnnotation(id);
+      this.told.delete(id);
+    }
     for (const feature of features) {
-      if (before.get(feature.id) === feature) continue;
       const shape = toShape(feature.geometry);
-      if (!shape) continue;
-      const known = this.annotator.getAnnotationById(feature.id);
-      const annotation = toAnnotation(feature, shape);
-      if (!known) this.annotator.addAnnotation(annotation);
-      else if (JSON.stringify(toGeometry(known.target.selector as unknown as Shape)) !== JSON.stringify(feature.geometry))
-        this.annotator.updateAnnotation(annotation);
+      const text = JSON.stringify(feature.geometry);
+      // While somebody drags a corner, an answer about the corner before must not move it back.
+      if (!shape || this.told.get(feature.id) === text) continue;
+      if (this.told.has(feature.id)) this.annotator.updateAnnotation(toAnnotation(feature, shape));
+      else this.annotator.addAnnotation(toAnnotation(feature, shape));
+      this.told.set(feature.id, text);
     }
     this.annotator.setStyle(this.style()); // classes, and so colours, may be others
   }
@@ -100,8 +124,9 @@ export class Drawing {
     this.annotator.setDrawingEnabled(false);
   }
 
-  destroy(): void {
-    this.annotator.destroy();
+  /** Forget the view, which is going. */
+  leave(): void {
+    this.stops();
   }
 }
 

@@ -20,8 +20,10 @@ const features = signal<Feature[]>([]);
 const selected = signal<string | null>(null);
 const tool = signal<DrawTool | "point" | "cross" | null>(null);
 const corners = signal<Point[]>([]);
-const failed = signal<{ text: string; reload: boolean } | null>(null);
+const failed = signal<{ text: string; then: "load" | "save" | null } | null>(null);
 const saving = signal(0);
+/** Annotations with a change that could not be saved. */
+const unsaved = signal<ReadonlySet<string>>(new Set());
 /** Class that was given last: the next annotation has it too. */
 const lastClass = signal("");
 /** When something was drawn last. */
@@ -36,6 +38,7 @@ export function Annotations({ view }: { view: SlideView | null }) {
     if (!view || id === undefined) return;
     features.value = [];
     selected.value = tool.value = failed.value = null;
+    unsaved.value = new Set();
     corners.value = [];
     let made: Drawing | null = null;
     let ended = false;
@@ -53,11 +56,12 @@ export function Annotations({ view }: { view: SlideView | null }) {
       },
       (error: unknown) => {
         console.error(error);
-        failed.value = { text: "Drawing needs WebGL, which this browser does not offer. Points can be set.", reload: false };
+        failed.value = { text: "Drawing needs WebGL, which this browser does not offer. Points can be set.", then: null };
       },
     );
     return () => {
       ended = true;
+      made?.leave();
       setDrawing(null);
       tool.value = null;
     };
@@ -97,9 +101,14 @@ export function Annotations({ view }: { view: SlideView | null }) {
         {saving.value > 0 ? "Saving…" : status()}
       </p>
       <Failed text={failed.value?.text ?? null}>
-        {failed.value?.reload && (
+        {failed.value?.then === "load" && (
           <button type="button" class="small" onClick={() => void load(id)}>
             Load the annotations again
+          </button>
+        )}
+        {failed.value?.then === "save" && (
+          <button type="button" class="small" onClick={() => unsaved.value.forEach((one) => void put(id, one))}>
+            Save again
           </button>
         )}
       </Failed>
@@ -112,8 +121,9 @@ export function Annotations({ view }: { view: SlideView | null }) {
 function status(): string {
   const count = features.value.length;
   if (!count) return "Nothing is drawn on this slide yet.";
-  const changed = features.value.some((one) => (one.properties.revision ?? 0) > 0);
-  return `${count} ${count === 1 ? "annotation" : "annotations"}${changed ? ", all saved" : ""}.`;
+  const lost = unsaved.value.size;
+  const told = lost === 0 ? "all saved" : lost === 1 ? "one not saved" : `${lost} not saved`;
+  return `${count} ${count === 1 ? "annotation" : "annotations"}, ${told}.`;
 }
 
 /** Whether this client may change a feature: its own, and with the scope `admin` everybody's. */
@@ -466,25 +476,28 @@ function Files({ slideId }: { slideId: string }) {
 
 // -- the service -----------------------------------------------------------------------------------
 
-function report(error: unknown, doing: string): void {
+/** Say what went wrong, and offer to load again, or to save again what is not saved. */
+function report(error: unknown, doing: string, then: "load" | "save" | null): void {
   if (!(error instanceof Problem)) {
     console.error(error);
-    failed.value = { text: `${doing} failed. Please try again.`, reload: true };
+    failed.value = { text: `${doing} failed.`, then };
   } else if (error.code === "stale") {
     const text =
       "This annotation has been changed elsewhere since you loaded it, so your change is not saved. " +
       "Load the annotations again, then change it anew.";
-    failed.value = { text, reload: true };
-  } else failed.value = { text: error.message, reload: error.status === 0 };
+    failed.value = { text, then: "load" };
+  } else failed.value = { text: error.message, then };
 }
 
 async function load(slideId: string): Promise<void> {
   failed.value = null;
   try {
     const found = await api.get<FeatureCollection>(slidePath(slideId, "annotations"));
-    if (slide.value?.slide_id === slideId) features.value = found.features;
+    if (slide.value?.slide_id !== slideId) return;
+    features.value = found.features;
+    unsaved.value = new Set();
   } catch (error) {
-    report(error, "Loading the annotations");
+    report(error, "Loading the annotations", "load");
   }
 }
 
@@ -531,12 +544,20 @@ async function putNow(slideId: string, id: string): Promise<void> {
       const known = { ...(author && { author }), ...(revision !== undefined && { revision }), ...(updated && { updated }) };
       return { ...one, properties: { ...one.properties, ...known } };
     });
-    if (failed.value && !failed.value.reload) failed.value = null;
+    mark(id, false);
+    if (!unsaved.value.size) failed.value = null;
   } catch (error) {
-    report(error, "Saving");
+    mark(id, true);
+    report(error, "Saving", "save");
   } finally {
     saving.value--;
   }
+}
+
+function mark(id: string, lost: boolean): void {
+  if (unsaved.value.has(id) === lost) return;
+  const others = [...unsaved.value].filter((one) => one !== id);
+  unsaved.value = new Set(lost ? [...others, id] : others);
 }
 
 async function remove(slideId: string, feature: Feature): Promise<void> {
@@ -544,10 +565,11 @@ async function remove(slideId: string, feature: Feature): Promise<void> {
   try {
     await api.del(slidePath(slideId, "annotations", feature.id));
     features.value = features.value.filter((one) => one.id !== feature.id);
+    mark(feature.id, false);
     if (selected.value === feature.id) selected.value = null;
     tell("The annotation is deleted.");
   } catch (error) {
-    report(error, "Deleting");
+    report(error, "Deleting", null);
   }
 }
 
@@ -557,7 +579,7 @@ async function save(slideId: string): Promise<void> {
     const objects = await api.get<object>(`${slidePath(slideId, "annotations")}?qupath=true`);
     download(`${fileName(slideId, "annotations")}.geojson`, objects);
   } catch (error) {
-    report(error, "Saving the file");
+    report(error, "Saving the file", null);
   }
 }
 
@@ -570,7 +592,7 @@ async function take(slideId: string, file: File): Promise<void> {
     await load(slideId);
     tell(`${imported} ${imported === 1 ? "annotation was" : "annotations were"} loaded.`);
   } catch (error) {
-    if (error instanceof Problem) report(error, "Loading the file");
-    else failed.value = { text: error instanceof Error ? error.message : "The file could not be read.", reload: false };
+    if (error instanceof Problem) report(error, "Loading the file", null);
+    else failed.value = { text: error instanceof Error ? error.message : "The file could not be read.", then: null };
   }
 }
