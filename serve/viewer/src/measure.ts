@@ -151,7 +151,7 @@ export class Ruler {
   private draw(context: CanvasRenderingContext2D): void {
     for (const measure of this.done.value) {
       this.line(context, measure.points, measure.kind === "area");
-      this.tag(context, measure.points, String(this.done.value.indexOf(measure) + 1));
+      this.view.write(context, String(this.done.value.indexOf(measure) + 1), measure.points[0]!, "#ffdd00");
     }
     if (!this.kind.value) return;
     const points = this.hover ? [...this.points.value, this.hover] : this.points.value;
@@ -188,17 +188,6 @@ export class Ruler {
       context.strokeStyle = "#000";
       context.stroke();
     }
-  }
-
-  private tag(context: CanvasRenderingContext2D, points: Point[], text: string): void {
-    const [x, y] = this.view.toScreen(...points[0]!);
-    context.font = "600 13px system-ui, sans-serif";
-    const width = context.measureText(text).width + 10;
-    context.fillStyle = "rgb(0 0 0 / 80%)";
-    context.fillRect(x + 6, y - 22, width, 18);
-    context.fillStyle = "#ffdd00";
-    context.textBaseline = "middle";
-    context.fillText(text, x + 11, y - 12.5);
   }
 
   /** The cross in the middle, where the keyboard sets points. */

@@ -41,6 +41,9 @@ interface Outline extends OutlineStyle {
 
 type Click = (place: Point, event: PointerEvent | MouseEvent) => boolean | void;
 
+/** Font of what is written over a slide. */
+const LABEL_FONT = '600 13px "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif';
+
 /** How far in one can go: CSS px per level-0 px. */
 const MOST_ZOOM = 8;
 
@@ -136,7 +139,6 @@ export class SlideView {
   open(info: TileInfo, at: Place | null = null): Promise<void> {
     this.info = info;
     this.element.setAttribute("aria-label", `Slide ${info.slide_id}`);
-    this.navigator?.style.setProperty("--aspect", String(info.width / info.height));
     this.layers.clear();
     this.outlines.clear();
     const source = {
@@ -153,13 +155,22 @@ export class SlideView {
     };
     return new Promise((resolve, reject) => {
       this.osd.addOnceHandler("open", () => {
-        if (at) this.moveTo(at);
-        else this.moveTo(this.whole());
+        this.moveTo(at ?? this.whole());
+        this.fitNavigator();
         resolve();
       });
       this.osd.addOnceHandler("open-failed", (event) => reject(new Error(String(event.message))));
       this.osd.open({ tileSource: source } as unknown as OpenSeadragon.TileSourceSpecifier);
     });
+  }
+
+  /** Give the minimap the shape of the slide. */
+  private fitNavigator(): void {
+    const navigator = this.osd.navigator as (OpenSeadragon.Navigator & { updateSize(): void }) | undefined;
+    if (!this.navigator || !this.info || !navigator) return;
+    this.navigator.style.setProperty("--aspect", String(this.info.width / this.info.height));
+    navigator.updateSize();
+    navigator.update(this.osd.viewport);
   }
 
   /** The place that shows the whole slide. */
@@ -464,15 +475,18 @@ export class SlideView {
       context.stroke(path);
     }
     context.setLineDash([]);
-    if (!outline.label) return;
-    const [x, y] = this.toScreen(...outline.labelAt);
-    context.font = "600 13px system-ui, sans-serif";
-    const box = context.measureText(outline.label).width + 10;
+    if (outline.label) this.write(context, outline.label, outline.labelAt);
+  }
+
+  /** Write a few words at a place of the slide, above and right of it, in {@link paint}. */
+  write(context: CanvasRenderingContext2D, text: string, at: Point, colour = "#fff"): void {
+    const [x, y] = this.toScreen(...at);
+    context.font = LABEL_FONT;
     context.fillStyle = "rgb(0 0 0 / 78%)";
-    context.fillRect(x, y - 22, box, 20);
-    context.fillStyle = "#fff";
+    context.fillRect(x, y - 22, context.measureText(text).width + 10, 20);
+    context.fillStyle = colour;
     context.textBaseline = "middle";
-    context.fillText(outline.label, x + 5, y - 11.5);
+    context.fillText(text, x + 5, y - 11.5);
   }
 
   /** From level-0 px less `from` to the screen, `dpr` times CSS px. */
