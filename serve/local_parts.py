@@ -9,54 +9,97 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pathflip.errors import ConfigError
 from serve.app import redactions
 from serve.config import ServeConfig, check_inputs
+from serve.limits import Limits
 from serve.routing import Parts
 
 if TYPE_CHECKING:
     from pathflip.slide_qa import SlideQA
 
 
-def local_parts(config: ServeConfig) -> Parts:
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Settings of the tools for one agent.
+
+    Args:
+        archive: URI of the archive.
+        run: Run whose model searches, grounds and classifies; None for none.
+        llm: Tuned run that answers questions, or the present place of the base model of ``run``.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        refresh_s: Seconds after which a commit to the archive is noticed at the latest.
+        patients: Whether an agent may filter by patient and see patients' ids.
+        labels: Whether an agent may filter by labels of slides.
+        limits: Limits of an answer.
+    """
+
+    archive: str
+    run: str | None = None
+    llm: str | None = None
+    device: str = "auto"
+    refresh_s: float = 30.0
+    patients: bool = False
+    labels: bool = True
+    limits: Limits = field(default_factory=Limits)
+
+
+def local_parts(config: AgentConfig) -> Parts:
     """Open the parts that the settings name.
 
     Raises:
         PathFLIPError: See :func:`serve.config.check_inputs`.
+        ConfigError: A language model is named, and no run.
     """
     from serve.search import Search
+    from serve.tiles import Tiles
 
-    inputs = check_inputs(config)
-    archive, run = inputs.archive, inputs.run
-    turn = asyncio.Lock()
+    seen = {"refresh_s": config.refresh_s, "patients": config.patients, "labels": config.labels}
+    if config.run is None:
+        if config.llm is not None:
+            raise ConfigError("A language model needs a run.", hint="Give --run, too.")
+        from pathflip.archive import Archive
+        from pathflip.archive.storage import normalise
+
+        archive = Archive(normalise(config.archive)).uri
+        return Parts(
+            search=Search(archive, **seen),
+            tiles=Tiles(archive, refresh_s=config.refresh_s),
+            redactions=dict.fromkeys((archive, config.archive), "the archive"),
+        )
+    settings = ServeConfig(
+        archive=config.archive, run=config.run, llm=config.llm, device=config.device, **seen
+    )
+    inputs = check_inputs(settings)
+    archive, run, turn = inputs.archive, inputs.run, asyncio.Lock()
 
     def embedder() -> Any:
         from serve.embedder import Embedder
 
-        return Embedder(
-            archive, run, encoder=config.encoder, device=config.device, patches=inputs.patches
-        )
+        return Embedder(archive, run, device=config.device)
 
     def grounding() -> Any:
         from serve.grounding import Grounding
 
         return Grounding(archive, run, device=config.device, refresh_s=config.refresh_s)
 
+    answers = None
+    if inputs.chat:
+        answers = LocalAnswers(
+            archive, run, llm=inputs.llm, device=config.device, refresh_s=config.refresh_s
+        )
     return Parts(
-        search=Search(
-            archive, model=inputs.model, fingerprint=inputs.fingerprint,
-            refresh_s=config.refresh_s, patients=config.patients, labels=config.labels,
-        ),
+        search=Search(archive, model=inputs.model, fingerprint=inputs.fingerprint, **seen),
         embedder=Later(embedder, turn),
         grounding=Later(grounding, turn),
-        instructor=None if not inputs.chat else LocalAnswers(
-            archive, run, llm=inputs.llm, device=config.device, refresh_s=config.refresh_s
-        ),
-        redactions=redactions(config, inputs),
-    )  # fmt: skip
+        instructor=answers,
+        tiles=Tiles(archive, refresh_s=config.refresh_s),
+        redactions=redactions(settings, inputs),
+    )
 
 
 class Later:

@@ -86,6 +86,10 @@ def mcp(
     llm: Annotated[
         str | None, typer.Option(help="Tuned run that answers; default: --run, if it is tuned.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, or auto for a GPU if there is one; default: auto."),
+    ] = None,
     config: ConfigOption = None,
     overrides: OverrideOption = None,
 ) -> None:
@@ -95,11 +99,11 @@ def mcp(
     """
     from pathflip.config import load_config
 
-    settings_module, agents, local = service("config"), service("mcp"), service("local_parts")
+    agents, local = service("mcp"), service("local_parts")
     with redirect_stdout(sys.stderr):
         settings = load_config(
-            settings_module.ServeConfig,
-            given=were_set(archive=archive, run=run, llm=llm),
+            local.AgentConfig,
+            given=were_set(archive=archive, run=run, llm=llm, device=device),
             file=config,
             overrides=overrides or (),
         )
