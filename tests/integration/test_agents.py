@@ -17,7 +17,7 @@ import pytest
 from mcp import MCPError
 from numpy.typing import NDArray
 
-from pathflip import Slide
+from pathflip import Archive, Slide
 from pathflip.slide_qa import SlideQA
 from pathflip.synth.atlas import Atlas
 from pathflip.synth.scene import lay_out, polygons, render, sample_scenes
@@ -71,9 +71,14 @@ def planted(job_here: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
             if lesion.finding == LESION
             for shape in polygons(mask, mpp=scene.mpp)
         ]
-    result = job_here(home / "slides", home / "archive", "encoder=texture")
-    assert result.slides["ready"] == len(SCENES)
-    return Planted(archive=home / "archive", slides=files, outlines=outlines)
+    made = job_here(home / "slides", home / "archive", "encoder=texture")
+    assert made.slides["ready"] == len(SCENES)
+    ids = {name: Archive(home / "archive").resolve(name) for name in files}
+    return Planted(
+        archive=home / "archive",
+        slides={ids[name]: path for name, path in files.items()},
+        outlines={ids[name]: rings for name, rings in outlines.items()},
+    )
 
 
 def parts_of(archive: Path) -> Parts:
@@ -182,13 +187,12 @@ def test_a_slide_that_is_gone_is_an_error_of_that_slide(
     planted: Planted, job_here: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "slides").mkdir()
-    copies = {}
-    for name, path in list(planted.slides.items())[:2]:
-        copies[name] = tmp_path / "slides" / path.name
-        copies[name].write_bytes(path.read_bytes())
+    copies = [tmp_path / "slides" / path.name for path in planted.slides.values()][:2]
+    for path, copy in zip(planted.slides.values(), copies, strict=False):
+        copy.write_bytes(path.read_bytes())
     job_here(tmp_path / "slides", tmp_path / "archive", "encoder=texture")
-    gone, there = copies
-    copies[gone].unlink()
+    gone, there = (Archive(tmp_path / "archive").resolve(copy.name) for copy in copies)
+    copies[0].unlink()
 
     async def use(client: Any) -> None:
         square = {"x0": 0, "y0": 0, "size_um": 100, "px": 64}
@@ -196,7 +200,7 @@ def test_a_slide_that_is_gone_is_an_error_of_that_slide(
             code, text = await fault(client, "view", slide=gone, **square)
             assert code == "source_changed"
             assert str(tmp_path) not in text
-            assert copies[gone].name not in text
+            assert copies[0].name not in text
         await result(client, "view", slide=there, **square)
 
     run(tmp_path / "archive", "http", use, tmp_path)
@@ -209,9 +213,9 @@ def test_a_slide_that_is_gone_is_an_error_of_that_slide(
 class Pathologist:
     """A scripted agent. It knows one thing: lymphocytes side by side are blue, and not pink.
 
-    It sees pictures alone. In one of 64 pixels for the whole slide it notes the bluest places, looks
-    at each ever closer, and outlines what is blue at the bluest. What pictures say of their place
-    is all it knows of the slide.
+    It sees pictures alone. In one of 64 pixels for the whole slide it notes the bluest places,
+    looks at each ever closer, and outlines what is blue at the bluest. All it knows of places is
+    told by the pictures.
 
     Attributes:
         client: The agent's connection.
@@ -328,8 +332,6 @@ def test_answers_over_stdio_are_those_of_the_library(tuned: Tuned) -> None:
     """With a tuned run an agent asks the slide's model: the same answer as in this process."""
     question = "What is seen?"
     qa = SlideQA.from_run(tuned.run)
-    from pathflip import Archive
-
     archive = Archive(tuned.archive)
     whole = qa.ask(archive, "slide001", question, max_new_tokens=40)
     part = qa.ask(archive, "slide001", question, region=(0, 512, 512), max_new_tokens=40)
