@@ -67,7 +67,7 @@ def local_parts(config: AgentConfig) -> Parts:
 
         archive = Archive(normalise(config.archive)).uri
         return Parts(
-            search=Search(archive, model="", fingerprint="", **seen),
+            search=Search(archive, **seen),
             tiles=Tiles(archive, refresh_s=config.refresh_s),
             redactions=dict.fromkeys((archive, config.archive), "the archive"),
         )

@@ -14,9 +14,7 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -29,6 +27,7 @@ from serve.auth import SCOPES
 from serve.limits import Limits, RequestError, strict_json
 from serve.mcp_tools import Answered, Call, Tool
 from serve.middleware import Message, Metrics, Receive, Scope, Send, on_one_line, status_of
+from serve.sign_in import check_site
 
 if TYPE_CHECKING:
     from mcp.server.context import ServerRequestContext
@@ -234,12 +233,13 @@ class Endpoint:
         """Answer one message.
 
         Raises:
-            RequestError: ``origin``, ``too_large``, ``bad_json``; ``no_mcp``: the package is not
-                installed.
+            RequestError: ``cross_site``, ``too_large``, ``bad_json``; ``no_mcp``: there is no
+                package ``mcp``.
         """
         scope["route"] = self
         request = Request(scope, receive)
-        check_origin(request.headers)
+        if {"origin", "sec-fetch-site"} & set(request.headers):  # a browser's
+            check_site("POST", request.headers)
         body = await request.body()
         if len(body) > MAX_BODY:
             raise RequestError(f"A message has at most {MAX_BODY:,} bytes.", code="too_large")
@@ -279,23 +279,6 @@ class Endpoint:
             # A line for each request would hold addresses and ids.
             logging.getLogger("mcp").setLevel(logging.ERROR)
         return self._server
-
-
-def check_origin(headers: Mapping[str, str]) -> None:
-    """Refuse what a page of another site sent, as the protocol asks of servers.
-
-    Raises:
-        RequestError: ``origin``.
-    """
-    origin = headers.get("origin")
-    if origin is None:
-        return
-    try:
-        own = urlsplit(origin).netloc.lower() == headers.get("host", "").lower() != ""
-    except ValueError:
-        own = False
-    if not own:
-        raise RequestError("Pages of other sites are not answered.", code="origin")
 
 
 # -- stdio ----------------------------------------------------------------------------------------

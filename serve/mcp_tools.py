@@ -176,6 +176,11 @@ class ListSlides(Arguments):
     after: str = Field(
         "", max_length=MAX_ID, description="Begin after this id: what `next` of the last call said."
     )
+    contains: str = Field("", max_length=MAX_ID, description="Part of the id, in any case.")
+    split: str = Field("", max_length=MAX_ID, description="Split, as train, val, test.")
+    label: Annotated[str, Field(max_length=MAX_ID, pattern="=")] | None = Field(
+        None, description="Label of slides and its value, as 'organ=colon'."
+    )
 
 
 class Slides(Result):
@@ -183,12 +188,16 @@ class Slides(Result):
 
     slides: list[SlideInfo]
     next: str | None = Field(description="Give it as `after` to go on; null: these were the last.")
+    total: int = Field(description="Number of slides on all pages.")
 
 
 async def _list_slides(asked: ListSlides, call: Call) -> Answered:
-    page = await call.parts.search.slides(after=asked.after, limit=asked.limit)
+    page = await call.parts.search.slides(
+        limit=asked.limit, after=asked.after, q=asked.contains, split=asked.split,
+        label=asked.label or "",
+    )  # fmt: skip
     call.audit["slides"] = [row["slide_id"] for row in page.rows]
-    return Answered(document=Slides(slides=page.rows, next=page.following))
+    return Answered(document=Slides(slides=page.rows, next=page.following, total=page.total))
 
 
 class OneSlide(Arguments):
@@ -370,8 +379,9 @@ TOOLS = (
     Tool(
         name="list_slides",
         title="List slides",
-        description="List the slides of the archive by id, with their size in level-0 pixels, "
-        "mpp (µm per level-0 pixel) and area of tissue. Long lists come in pages.",
+        description="List slides of the archive by id, all of them or those whose id, split or "
+        "label is asked for, with their size in level-0 pixels, mpp (µm per level-0 pixel) and "
+        "area of tissue. Long lists come in pages.",
         scope="read",
         parts=("search",),
         arguments=ListSlides,

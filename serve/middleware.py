@@ -87,7 +87,6 @@ STATUS = {
     "no_token": 401,
     "not_local": 403,
     "not_proxied": 403,
-    "origin": 403,
     "scope": 403,
     "cross_site": 403,
     "busy": 429,

@@ -84,7 +84,7 @@ def planted(job_here: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
 def parts_of(archive: Path) -> Parts:
     """The parts of a service without a trained run."""
     return Parts(
-        search=Search(str(archive), model="", fingerprint=""),
+        search=Search(str(archive)),
         tiles=Tiles(str(archive)),
         redactions={str(archive): "the archive"},
     )

@@ -119,6 +119,19 @@ def test_slides_as_the_route_lists_them(agent, ask, mode):
         found = await result(client, "list_slides", limit=2)
         more = await result(client, "list_slides", limit=100, after=found["next"])
         assert more["next"] is None
+        assert found["total"] == more["total"] == SLIDES
+        for asked, numbers in (
+            ({"contains": "E00"}, range(SLIDES)),
+            ({"contains": "3"}, [3]),
+            ({"split": "test"}, [1, 3]),
+            ({"label": "grade=1"}, [0, 2, 4]),
+            ({"split": "test", "label": "grade=1"}, []),
+        ):
+            some = await result(client, "list_slides", **asked)
+            assert [row["slide_id"] for row in some["slides"]] == [slide_id(n) for n in numbers]
+        assert await fault(client, "list_slides", label="grade") == (
+            "invalid", "invalid: The arguments do not fit. label: String should match pattern '='"
+        )  # fmt: skip
         return found["slides"] + more["slides"]
 
     assert agent(use, mode=mode) == ask("GET", "/v1/slides").json()["data"]
@@ -374,8 +387,9 @@ def test_the_guard_stands_before_it(serving):
     for status, code, options in (
         (401, "no_token", ping | {"who": None}),
         (415, "media_type", {"content": json.dumps(PING), "headers": ACCEPT}),
-        (403, "origin", ping | {"headers": ACCEPT | {"Origin": "https://evil.example"}}),
-        (403, "origin", ping | {"headers": ACCEPT | {"Origin": "null"}}),
+        (403, "cross_site", ping | {"headers": ACCEPT | {"Origin": "https://evil.example"}}),
+        (403, "cross_site", ping | {"headers": ACCEPT | {"Origin": "null"}}),
+        (403, "cross_site", ping | {"headers": ACCEPT | {"Sec-Fetch-Site": "same-site"}}),
         (413, "too_large", {"json": PING | {"params": {"x": "x" * MAX_BODY}}, "headers": ACCEPT}),
     ):
         answer = ask("POST", "/mcp", **options)
