@@ -58,7 +58,11 @@ def local_parts(config: AgentConfig) -> Parts:
     from serve.search import Search
     from serve.tiles import Tiles
 
-    seen = {"refresh_s": config.refresh_s, "patients": config.patients, "labels": config.labels}
+    seen: dict[str, Any] = {
+        "refresh_s": config.refresh_s,
+        "patients": config.patients,
+        "labels": config.labels,
+    }
     if config.run is None:
         if config.llm is not None:
             raise ConfigError("A language model needs a run.", hint="Give --run, too.")
