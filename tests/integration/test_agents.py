@@ -357,7 +357,7 @@ def test_answers_over_stdio_are_those_of_the_library(tuned: Tuned) -> None:
 
 
 def test_only_messages_are_on_standard_output(planted: Planted, tmp_path: Path) -> None:
-    """What handlers and children print goes to standard error; a closed input ends the process."""
+    """Handlers and children print on standard error; a closed input ends the process."""
     import subprocess
 
     noisy = tmp_path / "sitecustomize.py"
