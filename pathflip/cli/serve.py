@@ -1,4 +1,4 @@
-"""Commands of the service: serve, mcp, audit."""
+"""Commands of the service: view, serve, mcp, audit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from pathflip.cli.options import (
     ArchiveOption,
     ConfigOption,
+    DeviceOption,
     JsonOption,
     OverrideOption,
     print_json,
@@ -18,6 +19,7 @@ from pathflip.cli.options import (
     show_table,
     were_set,
 )
+from pathflip.cli.process import open_archive
 
 app = typer.Typer()
 audit_app = typer.Typer(help="The audit log of the service.", no_args_is_help=True)
@@ -70,7 +72,8 @@ def serve(
             else:
                 patches = document["patches"]
                 also = f", patches by {patches}" if patches else ""
-                print(f"pathflip serves {document['archive']} at {document['url']}{also}")
+                url = document["url"]
+                print(f"pathflip serves {document['archive']} at {url}{also}; the viewer: {url}/")
             out.flush()
 
     with redirect_stdout(sys.stderr):
@@ -109,6 +112,66 @@ def mcp(
         )
         parts = local.local_parts(settings)
     agents.run_stdio(parts, limits=settings.limits)
+
+
+@app.command()
+def view(
+    slide: Annotated[
+        str | None,
+        typer.Argument(
+            help="Slide of the archive, by id or file name; without --archive a file or a folder.",
+        ),
+    ] = None,
+    archive: Annotated[
+        str | None, typer.Option("--archive", help="Archive: a folder, or s3://, gs://, az://.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Run whose model searches and grounds.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port to listen on, 0 for any; default: 8000 if it is free.", min=0, max=65535
+        ),
+    ] = None,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open a browser where there is one.")
+    ] = True,
+    embed: Annotated[bool, typer.Option("--embed", hidden=True)] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at slides in a browser: an archive's, a file, or a folder of them, until Ctrl-C."""
+    out = sys.stdout
+
+    def ready(document: dict[str, Any]) -> None:
+        with redirect_stdout(out):
+            if as_json:
+                print_json(document)
+            else:
+                print(f"Look at {document['url']} (Ctrl-C ends it)")
+            out.flush()
+        if browser and not embed:
+            _open_browser(document["url"])
+
+    with redirect_stdout(sys.stderr):
+        if archive is not None:
+            open_archive(archive)  # imports what opens archives, and nothing that it can do without
+        service("view").view(
+            slide, archive=archive, run=run, device=device, port=port, embed=embed, ready=ready
+        )
+
+
+def _open_browser(url: str) -> None:
+    """Open a browser with a window; one in the terminal would take its place."""
+    import os
+    import webbrowser
+
+    windows = sys.platform == "darwin" or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    )
+    if windows:
+        webbrowser.open(url)
 
 
 @audit_app.command("verify")

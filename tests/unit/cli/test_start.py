@@ -32,6 +32,7 @@ run()
 """
 ARROW = ("pandas", "ray", "torch", "transformers", "scipy", "sklearn", "sympy", "lancedb", "cv2")
 MODEL = ("pandas", "ray", "transformers", "scipy", "sklearn", "sympy", "lancedb", "torch._dynamo")
+SHOWN = ARROW[:-1]
 LLM = ("pandas", "ray", "scipy", "sklearn", "lancedb", "vllm", "cv2", "boto3", "botocore", "triton")
 BUDGETS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "help": ("--help", 215, (*ARROW, "pyarrow", "numpy")),
@@ -44,6 +45,11 @@ BUDGETS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "search text": ("search necrosis --archive {archive} --run {run} --json", 1700, MODEL),
     "ground": (
         "ground slide003 necrosis --archive {archive} --run {run} --device cpu --json", 1700, MODEL
+    ),
+    # It ends with its standard input.
+    "view": ("view slide003 --archive {archive} --json --embed --port 0", 1100, SHOWN),
+    "view with a run": (
+        "view slide003 --archive {archive} --run {run} --json --embed --port 0", 1200, SHOWN
     ),
     "ask": (
         "ask slide003 Organ? --choices colon|lung --archive {archive} --run {run} --device cpu "
@@ -86,6 +92,7 @@ def test_a_command_imports_what_it_needs(
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(modules), *arguments], cwd=ROOT, capture_output=True,
         text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     if "--json" in arguments:
