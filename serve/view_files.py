@@ -77,7 +77,7 @@ class FileList:
         return SlideList(self._rows.values()).page(**asked)
 
     async def slide(self, slide_id: str) -> dict[str, Any]:
-        """What is known of a slide.
+        """Row of a slide, as far as it is known.
 
         Raises:
             ArchiveError: ``unknown_slide``: there is none, or it cannot be opened.
