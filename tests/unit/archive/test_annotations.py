@@ -270,6 +270,20 @@ def test_merging_and_saving_at_once_lose_nothing(uri, monkeypatch):
     assert verify(uri).damaged == []
 
 
+def test_writers_on_an_object_store_lose_and_double_nothing(bucket):
+    """Where a commit is a conditional write, and two processes share no lock at all."""
+    uri = f"{bucket}/a"
+    cohort.build(uri, 0)
+    running = [start(uri, name, 3) for name in ("one", "two")]
+    told = [process.communicate(timeout=240)[0].split() for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    found = {one.annotation_id: one for one in AnnotationStore(uri).all()}
+    assert {key for lines in told for key in lines} == set(found)
+    assert len(found) == 7
+    assert found[SHARED].revision == int(found[SHARED].name.split()[0]) == 6
+    assert verify(uri).damaged == []
+
+
 # -- beside jobs ----------------------------------------------------------------------------------
 
 
@@ -333,6 +347,15 @@ def test_saves_go_on_while_a_dead_writers_lease_is_taken(tmp_path, monkeypatch):
     assert ids(store) == saved
     assert Archive(uri).stats()["slides"] == 3
     assert verify(uri).damaged == []
+
+
+def test_a_save_makes_no_service_read_the_archive_anew(uri):
+    """Snapshots of search are of what jobs write."""
+    AnnotationStore(uri).put(drawn(), ground=GROUND, by="ann")
+    archive = Archive(uri)
+    AnnotationStore(uri).put(drawn(), ground=GROUND, by="ann")
+    assert archive.is_newest()
+    assert "annotations" not in archive.tables()
 
 
 def test_a_killed_ingest_takes_no_annotation_with_it(uri):

@@ -19,7 +19,8 @@ COMMANDS = [
     ["archive", "repair"], ["archive", "maintain"], ["archive", "export"], ["archive", "import"],
     ["pretrain"], ["tune"], ["make-llm"], ["index"], ["caption"], ["ask"], ["decompose"],
     ["classify"], ["ground"], ["evaluate", "all"], ["evaluate", "ablations"], ["serve"],
-    ["audit", "verify"],
+    ["audit", "verify"], ["annotations", "list"], ["annotations", "export"],
+    ["annotations", "import"], ["annotations", "remove"],
 ]  # fmt: skip
 
 

@@ -72,6 +72,8 @@ def test_a_language_model_is_not_made_over_another_folder(
         ["ask", "--run", "{tmp}/none", "--questions", "{tmp}/none.csv", "--out", "{tmp}/o.jsonl"],
         ["archive", "import", "--captions", "{tmp}/none.csv"],
         ["archive", "import", "--labels", "{tmp}/none.csv"],
+        ["annotations", "import", "{tmp}/none.geojson", "--author", "ann"],
+        ["annotations", "remove"],
         ["archive", "import", "--tree-captions", "{tmp}/none.jsonl"],
         ["trees", "keywords", "--terms", "{tmp}/none.txt"],
         ["trees", "keywords"],
