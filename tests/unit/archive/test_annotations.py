@@ -271,7 +271,7 @@ def test_merging_and_saving_at_once_lose_nothing(uri, monkeypatch):
 
 
 def test_writers_on_an_object_store_lose_and_double_nothing(bucket):
-    """Where a commit is a conditional write, and two processes share no lock at all."""
+    """Commits there are conditional writes, and two processes share no lock at all."""
     uri = f"{bucket}/a"
     cohort.build(uri, 0)
     running = [start(uri, name, 3) for name in ("one", "two")]

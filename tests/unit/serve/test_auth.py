@@ -47,8 +47,10 @@ BODIES = {
     "/v1/ground": {"slide_id": "slide001", "text": "a"},
     "/v1/segment": {"slide_id": "slide001", "classes": {"a": ["a"], "b": ["b"]}},
     "/v1/embeddings": {"input": "a"},
-    f"/v1/slides/slide001/annotations/{uuid.UUID(int=7)}": {},
-    "/v1/slides/slide001/annotations/import": {},
+    f"/v1/slides/slide001/annotations/{uuid.UUID(int=7)}": {
+        "type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]},
+    },
+    "/v1/slides/slide001/annotations/import": {"type": "FeatureCollection", "features": []},
     "/v1/chat/completions": {
         "model": "m", "slide_id": "slide001", "messages": [{"role": "user", "content": "a"}],
     },
