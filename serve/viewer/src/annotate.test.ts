@@ -35,6 +35,19 @@ test("every area comes back as it was", () => {
   assert.equal(toShape({ type: "Point", coordinates: [1, 2] }), null);
 });
 
+test("a turned rectangle is the polygon of its corners", () => {
+  const bounds = { minX: 0, minY: 0, maxX: 0, maxY: 0 };
+  const turned = toGeometry({ type: "RECTANGLE", geometry: { bounds, x: 10, y: 20, w: 40, h: 20, rot: Math.PI / 6 } });
+  const points = (turned.coordinates as Point[][])[0]!;
+  assert.equal(area(turned).toFixed(0), "800");
+  // Its middle stays, its upper side points 30 degrees down to the right, as the slide's y runs down.
+  const middle = [0, 1].map((axis) => points.slice(0, 4).reduce((sum, at) => sum + at[axis]!, 0) / 4);
+  assert.deepEqual(middle.map(Math.round), [30, 30]);
+  const [[ax, ay], [bx, by]] = [points[0]!, points[1]!];
+  assert.ok(Math.abs(Math.atan2(by - ay, bx - ax) - Math.PI / 6) < 1e-3);
+  assert.equal(toShape(turned)?.type, "POLYGON");
+});
+
 test("coordinates are written to a hundredth of a pixel and closed", () => {
   const points: Point[] = [[0.123456, 1], [10.5, 1], [3, 9.999]]; // prettier-ignore
   const geometry = toGeometry({ type: "POLYGON", geometry: { bounds: { minX: 0, minY: 1, maxX: 10, maxY: 10 }, points } });

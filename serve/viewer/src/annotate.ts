@@ -55,7 +55,11 @@ interface Bounds {
 
 /** Shapes as Annotorious draws them. */
 export type Shape =
-  | { type: "RECTANGLE"; geometry: { bounds: Bounds; x: number; y: number; w: number; h: number } }
+  | {
+      type: "RECTANGLE";
+      /** `rot` turns it about its middle, in radians. */
+      geometry: { bounds: Bounds; x: number; y: number; w: number; h: number; rot?: number };
+    }
   | { type: "POLYGON"; geometry: { bounds: Bounds; points: Point[] } }
   | {
       type: "MULTIPOLYGON";
@@ -108,8 +112,12 @@ export function colourOf(feature: Feature): string {
 /** The geometry of a shape, level-0 px to a hundredth, as pathflip writes them. */
 export function toGeometry(shape: Shape): Geometry {
   if (shape.type === "RECTANGLE") {
-    const { x, y, w, h } = shape.geometry;
-    const corners: Point[] = [[x, y], [x + w, y], [x + w, y + h], [x, y + h]]; // prettier-ignore
+    const { x, y, w, h, rot = 0 } = shape.geometry;
+    const [sin, cos] = [Math.sin(rot), Math.cos(rot)];
+    const corners = ([[-1, -1], [1, -1], [1, 1], [-1, 1]] as const).map(([right, down]): Point => {
+      const [dx, dy] = [(right * w) / 2, (down * h) / 2];
+      return [x + w / 2 + dx * cos - dy * sin, y + h / 2 + dx * sin + dy * cos];
+    });
     return { type: "Polygon", coordinates: [ring(corners)] };
   }
   if (shape.type === "POLYGON") return { type: "Polygon", coordinates: [ring(shape.geometry.points)] };
