@@ -64,7 +64,10 @@ export class Drawing {
     view.osd.element.addEventListener("pointerdown", down, true);
     addEventListener("pointerup", up);
     addEventListener("pointercancel", up);
+    const named = new MutationObserver(() => nameHandles(view.osd.canvas));
+    named.observe(view.osd.canvas, { childList: true, subtree: true });
     this.stops = () => {
+      named.disconnect();
       removeEventListener("pointerup", up);
       removeEventListener("pointercancel", up);
     };
@@ -97,7 +100,7 @@ export class Drawing {
     return (annotation, state) => {
       const feature = this.features.get(annotation.id);
       const colour = (feature ? colourOf(feature) : "#ff0000") as `#${string}`;
-      const fillOpacity = state?.selected ? 0.25 : state?.hovered ? 0.2 : 0.1;
+      const fillOpacity = state?.hovered && !state.selected ? 0.2 : 0.1;
       return { fill: colour, fillOpacity, stroke: colour, strokeOpacity: 1, strokeWidth: 2 };
     };
   }
@@ -128,6 +131,12 @@ export class Drawing {
   leave(): void {
     this.stops();
   }
+}
+
+/** Handles are buttons, and Annotorious gives them no names. */
+function nameHandles(canvas: HTMLElement): void {
+  for (const handle of canvas.querySelectorAll('[role="button"]:not([aria-label])'))
+    handle.setAttribute("aria-label", "Handle of the selected annotation");
 }
 
 function noUndo(event: KeyboardEvent): void {

@@ -1,10 +1,10 @@
 /** Where: a sentence as heat over the slide, with the boxes around its hottest parts. */
 
 import { signal } from "@preact/signals";
-import { useEffect, useId } from "preact/hooks";
+import { useEffect, useId, useRef } from "preact/hooks";
 import { api } from "../api.ts";
 import type { HotBox } from "../api.ts";
-import { MAPS } from "../heat.ts";
+import { colourMap, MAPS, paint } from "../heat.ts";
 import type { MapName } from "../heat.ts";
 import { change, follow, heatLayers, MAX_LAYERS, removeLayer, retry, showWhere, solo } from "../layers.ts";
 import type { Layer } from "../layers.ts";
@@ -12,6 +12,9 @@ import { lengthLabel } from "../scalebar.ts";
 import type { SlideView } from "../slide.ts";
 import { layers, report, session } from "../state.ts";
 import { download, Failed, fileName, Refused, scoreText, Swatch } from "./parts.tsx";
+
+/** Colours of the ramp. */
+const STEPS = 64;
 
 const sentence = signal("");
 const contrast = signal("");
@@ -146,11 +149,33 @@ function LayerItem({ layer, view }: { layer: Layer; view: SlideView | null }) {
             Fit {scoreText(found.score)}
             {found.boxes.length === 0 && ". No part of at least 4 patches stands out"}
           </p>
+          {look.map !== "single" && <Ramp layer={layer} />}
           <Boxes layer={layer} view={view} />
           <Looks layer={layer} />
         </>
       )}
     </li>
+  );
+}
+
+/** The colours from cold to hot, as they are seen over white. */
+function Ramp({ layer: { look, colour } }: { layer: Layer }) {
+  const canvas = useRef<HTMLCanvasElement>(null);
+  useEffect(() => {
+    const heat = Float64Array.from({ length: STEPS }, (_, i) => i / (STEPS - 1));
+    const place = { x0: 0, y0: 0, w0: STEPS, h0: 1 };
+    const grid = { columns: STEPS, rows: 1, heat, tissue: new Uint8Array(STEPS).fill(1), place };
+    const map = colourMap(look.map, colour);
+    const { width, height, pixels } = paint(grid, { map, threshold: look.threshold, single: true });
+    Object.assign(canvas.current!, { width, height });
+    canvas.current!.getContext("2d")!.putImageData(new ImageData(pixels, width, height), 0, 0);
+  }, [look.map, look.threshold, colour]);
+  return (
+    <div class="ramp">
+      <span>cold</span>
+      <canvas ref={canvas} aria-hidden="true" />
+      <span>hottest</span>
+    </div>
   );
 }
 
@@ -223,10 +248,10 @@ function Looks({ layer }: { layer: Layer }) {
         outline boxes
       </label>
       <div class="row">
-        <button type="button" aria-label={`Save the boxes of “${text}” for QuPath`} onClick={() => void save(layer, false)}>
+        <button type="button" aria-label={`Save boxes for QuPath, of “${text}”`} onClick={() => void save(layer, false)}>
           Save boxes for QuPath
         </button>
-        <button type="button" aria-label={`Save boxes and patches of “${text}” for QuPath`} onClick={() => void save(layer, true)}>
+        <button type="button" aria-label={`Boxes and patches for QuPath, of “${text}”`} onClick={() => void save(layer, true)}>
           Boxes and patches
         </button>
       </div>
