@@ -218,11 +218,11 @@ function Rows({ pages, layout }: { pages: Pages; layout: Layout }) {
 function Why({ row, onClose }: { row: SlideRow; onClose: () => void }) {
   return (
     <Dialog title={row.slide_id} onClose={onClose}>
-      {row.status === "empty" ? (
-        <p>No tissue was found on this slide, so it is not searched.</p>
-      ) : (
-        <p>This slide is quarantined: it is neither shown nor searched.</p>
-      )}
+      <p>
+        {row.status === "empty"
+          ? "This slide has no tissue, so it is not searched."
+          : "This slide is quarantined: it is neither shown nor searched."}
+      </p>
       {(row.reason || row.message) && (
         <p>
           {row.reason && <code class="fault">{row.reason}</code>} {row.message}
@@ -265,7 +265,6 @@ function Card({ row, onWhy }: { row: SlideRow | undefined; onWhy: (row: SlideRow
 }
 
 function Reason({ row }: { row: SlideRow }) {
-  if (row.status === "empty") return <span class="sub">No tissue was found.</span>;
   return (
     <span class="sub reason">
       {row.reason && <code>{row.reason}</code>} {row.message}
