@@ -3,11 +3,12 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import { api } from "./api.ts";
 import type { SlideList, SlideRow } from "./api.ts";
+import { Search } from "./panels/Search.tsx";
 import { format, note, slideRoute } from "./route.ts";
 import type { ArchiveRoute } from "./route.ts";
 import { round } from "./scalebar.ts";
-import { report } from "./state.ts";
-import { Account, Dialog, Home, Icon, Thumbnail, Tool, store } from "./ui.tsx";
+import { report, session } from "./state.ts";
+import { Account, Dialog, Home, Icon, store, stored, Thumbnail, Tool } from "./ui.tsx";
 
 const PAGE = 100; // slides a request
 const KEPT = 40; // pages in memory
@@ -23,7 +24,9 @@ interface Filters {
 
 export function ArchivePage({ at }: { at: ArchiveRoute }) {
   const [filters, setFilters] = useState<Filters>(at);
-  const [layout, setLayout] = useState<Layout>(() => (localStorage.getItem("pathflip.layout") === "list" ? "list" : "grid"));
+  const [layout, setLayout] = useState<Layout>(() => (stored("pathflip.layout") === "list" ? "list" : "grid"));
+  const maySearch = session.value?.can.search ?? false;
+  const [searching, setSearching] = useState(() => maySearch && matchMedia("(min-width: 64rem)").matches);
   const pages = usePages(filters);
 
   // The browser's back and forward.
@@ -35,12 +38,13 @@ export function ArchivePage({ at }: { at: ArchiveRoute }) {
   };
 
   return (
-    <div class="archive-page">
+    <div class={`archive-page${searching ? " with-panel" : ""}`}>
       <header class="bar">
         <Home />
         <h1>Archive</h1>
         <div class="tools">
           <Account />
+          {maySearch && <Tool icon="search" label="Search by words" pressed={searching} onPress={() => setSearching(!searching)} />}
         </div>
       </header>
       <main class="archive">
@@ -78,6 +82,13 @@ export function ArchivePage({ at }: { at: ArchiveRoute }) {
         </form>
         <Rows pages={pages} layout={layout} />
       </main>
+      {searching && (
+        <aside class="panel" aria-label="Search by words">
+          <div class="panel-body">
+            <Search view={null} />
+          </div>
+        </aside>
+      )}
     </div>
   );
 }
@@ -156,6 +167,9 @@ function usePages({ q, label, status }: Filters): Pages {
   };
 }
 
+/** Which list was shown last, and how far down. */
+const left = { key: "", top: 0 };
+
 /** The rows in view, at their places in a list as high as all of them. */
 function Rows({ pages, layout }: { pages: Pages; layout: Layout }) {
   const scroller = useRef<HTMLDivElement>(null);
@@ -164,16 +178,26 @@ function Rows({ pages, layout }: { pages: Pages; layout: Layout }) {
   useEffect(() => {
     const element = scroller.current!;
     const update = () => setView({ top: element.scrollTop, width: element.clientWidth, height: element.clientHeight });
+    const scrolled = () => {
+      left.top = element.scrollTop;
+      update();
+    };
     update();
     const sizes = new ResizeObserver(update);
     sizes.observe(element);
-    element.addEventListener("scroll", update, { passive: true });
+    element.addEventListener("scroll", scrolled, { passive: true });
     return () => {
       sizes.disconnect();
-      element.removeEventListener("scroll", update);
+      element.removeEventListener("scroll", scrolled);
     };
   }, []);
-  useEffect(() => scroller.current?.scrollTo(0, 0), [pages.key]);
+  // Back from a slide, the list is where it was; another list begins at its top.
+  const loaded = pages.total !== null;
+  useEffect(() => {
+    if (!loaded || !pages.key) return;
+    scroller.current!.scrollTo(0, left.key === pages.key ? left.top : 0);
+    left.key = pages.key;
+  }, [pages.key, loaded, layout]);
 
   const rem = Number.parseFloat(getComputedStyle(document.documentElement).fontSize) || 16;
   const total = pages.total ?? 0;

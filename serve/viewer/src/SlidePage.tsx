@@ -204,7 +204,10 @@ interface ToolbarProps {
 
 function Toolbar({ view, ruler, onTurn, onCompare, onHelp }: ToolbarProps) {
   const off = !view;
-  const toggle = (kind: "length" | "area") => ruler?.start(ruler.kind.peek() === kind ? null : kind);
+  const toggle = (kind: "length" | "area") => {
+    ruler?.start(ruler.kind.peek() === kind ? null : kind);
+    if (ruler?.kind.peek()) view?.element.focus(); // where Space and Enter set points
+  };
   return (
     <div class="tools" role="group" aria-label="Tools">
       <span class="tool-group">

@@ -28,6 +28,7 @@ const PATHS = {
   plus: "M12 5v14M5 12h14",
   remove: "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13",
   rotate: "M19 12a7 7 0 1 1-2.5-5.4M17 3v4h-4",
+  search: "M10.5 4a6.5 6.5 0 1 0 0 13 6.5 6.5 0 0 0 0-13zM15.5 15.5L20 20",
   signOut: "M14 5H5v14h9M10 12h11M17 8l4 4-4 4",
   swap: "M4 8h14l-3-3M20 16H6l3 3",
 } as const;
@@ -129,7 +130,7 @@ export function Notices() {
 
 type Theme = "light" | "dark";
 
-function stored(name: string): string | null {
+export function stored(name: string): string | null {
   try {
     return localStorage.getItem(name);
   } catch {
