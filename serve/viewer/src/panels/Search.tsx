@@ -342,7 +342,7 @@ function placeText({ x0, y0, size0, mpp }: Found): string {
 function placeOf(one: Found, view: SlideView | null): Place | null {
   const box = boxOf(one);
   if (!box) return null;
-  const { clientWidth = 1, clientHeight = 1 } = view?.element ?? {};
+  const { clientWidth = innerWidth, clientHeight = innerHeight } = view?.element ?? {};
   const wide = Math.max(1, clientWidth / Math.max(1, clientHeight));
   return { x: box.x0 + box.w0 / 2, y: box.y0 + box.h0 / 2, w: box.w0 * 1.1 * wide, rot: 0 };
 }
