@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,8 @@ def demo(
         print(f"Open {found.page}, too, and try:")
         for words in found.commands:
             print(f"  {program()} {' '.join(map(quoted, words))}")
+    print("Look at the slides in a browser (docs/howto/viewer.md; make viewer builds its page):")
+    print(f"  {program()} view {slide} {where}")
     print("And the service, which answers what OpenAI clients ask (docs/howto/serve.md):")
     print(f"  {program()} serve {where} --llm {quoted(tuned)}")
     if serve:
@@ -170,6 +173,8 @@ def _own_slides(out: Path, source: Path, stages: Stages) -> int:
         )
     print_summary(archive, result, stages.seconds, planted=())
     print(f"Open {report}" + (f", then try: {command}" if command else "."))
+    print("Look at the slides in a browser (make viewer builds its page):")
+    print(f"  {program()} view --archive {quoted(archive.uri)}")
     return result.exit_code
 
 
@@ -314,7 +319,10 @@ def _captioned(archive: str, folder: str) -> dict[str, Any]:
 
 
 def _ask_the_service(archive: str, run: str, tuned: str, slide: str) -> None:
-    """Start the service as a user would, ask it about a slide with OpenAI's client, and end it."""
+    """Start the service as a user would and ask it about a slide with OpenAI's client.
+
+    Then its page is there to look at, until Ctrl-C where somebody sits at a terminal.
+    """
     import socket
 
     from openai import OpenAI
@@ -346,6 +354,11 @@ def _ask_the_service(archive: str, run: str, tuned: str, slide: str) -> None:
                 extra_body={"slide_id": slide},
             )
             print(f"  {answer.choices[0].message.content}")
+            print(f"The viewer: {url}/#/slide/{slide}", flush=True)
+            if sys.stdin.isatty():
+                print("It is there until Ctrl-C.", flush=True)
+                with suppress(KeyboardInterrupt):
+                    service.wait()
         finally:
             service.send_signal(signal.SIGTERM)
 
