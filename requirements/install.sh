@@ -44,16 +44,31 @@ make_venv() {
 # No bytecode: Python writes it at the first import, and most modules are never imported. Compiling
 # them all took three quarters of the install (docs/notes/performance.md; requirements/bytecode.py).
 #
-# uv is faster but reads none of pip's settings, and several indexes mean something else to it: the
-# first that has a package, not the best version. Where pip is told where to look, or how to get
-# there, pip installs.
-settings='(index-url|find-links|no-index|trusted-host|cert|proxy|keyring-provider|constraint)='
-if command -v uv >/dev/null && ! [[ $("$python" -m pip config list) =~ $settings ]]; then
-  installer=uv from=--default-index
-  install() { uv pip install --python "$python" --no-deps "$@"; }
-else
-  installer=pip from=--index-url
-  install() { "$python" -m pip --disable-pip-version-check install --no-deps --no-compile "$@"; }
+# uv takes a fifth of pip's time. It is the one on PATH, or the lock's own, which pip installs first.
+# It reads none of pip's settings: uv_options.py translates them, and where it cannot, pip installs.
+installer=pip from=--index-url sources=()
+install() { "$python" -m pip --disable-pip-version-check install --no-deps --no-compile "$@"; }
+
+settings=$("$python" -m pip config list)
+if options=$("$python" "${BASH_SOURCE[0]%/*}/uv_options.py" <<<"$settings"); then
+  pin=$(grep '^uv=' "$lock" || true)
+  uv=$(command -v uv || true)
+  if [[ ! $uv && $pin ]] && install -q "$pin"; then
+    uv=$venv/bin/uv
+  fi
+  if [[ $uv ]]; then
+    installer=uv from=--default-index
+    mapfile -t sources < <(printf '%s' "$options")
+    cert=$(sed -n "s/^[^=]*\.cert='\(.*\)'$/\1/p" <<<"$settings" | tail -n 1)
+    [[ ! $cert ]] || export SSL_CERT_FILE=$cert
+    install() {
+      local given=() option
+      for option in "${sources[@]}"; do  # an index that is given replaces pip's
+        [[ " $* " == *" $from "* && $option == "$from="* ]] || given+=("$option")
+      done
+      "$uv" pip install --python "$python" --no-deps "${given[@]}" "$@"
+    }
+  fi
 fi
 echo "Installing the versions pinned in $lock with $installer (once, some minutes)."
 

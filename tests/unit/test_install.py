@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
 import venv
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "requirements" / "install.sh"
 CPU = "2.13.0+cpu"
 GPU = "2.13.0"
-UV = shutil.which("uv")
+UV = Path(sys.executable).with_name("uv")
 Install = Callable[..., subprocess.CompletedProcess[str]]
 Installed = Callable[[], set[str]]
-needs_uv = pytest.mark.skipif(UV is None, reason="uv is not installed")
+needs_uv = pytest.mark.skipif(not UV.exists(), reason="uv is not installed")
 
 
 def wheel(name: str, version: str) -> bytes:
@@ -109,9 +110,12 @@ def install(second: Index, tmp_path: Path) -> Install:
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "pip").symlink_to(Path(pip.__file__).parent)
 
-    def run(torch: str = CPU, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        torch: str = CPU, *, pins: Sequence[str] = (), **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         lock = tmp_path / "cpu.lock"
-        lock.write_text(f"steady==1.0\ntorch=={torch}\n", encoding="utf-8")
+        lines = ["steady==1.0", f"torch=={torch}", *pins]
+        lock.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         plain = {
             "PATH": "/usr/bin:/bin",
             "HOME": str(tmp_path),
@@ -164,23 +168,24 @@ def fake_uv(tmp_path: Path) -> Path:
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_the_second_index_is_never_asked_where_pip_finds_torch_as_it_is_configured(
+@pytest.mark.parametrize("by", ["pip", pytest.param("uv", marks=needs_uv)])
+def test_the_second_index_is_never_asked_where_torch_is_found_as_pip_is_configured(
     main: Index,
     second: Index,
     install: Install,
     installed: Installed,
-    fake_uv: Path,
     tmp_path: Path,
     settings: dict[str, str],
+    by: str,
 ) -> None:
     main.add("torch", GPU, CPU)
     (tmp_path / "pip.conf").write_text(f"[install]\nindex-url = {main.url}\n", encoding="utf-8")
     pip = {name: value.format(main=main.url, folder=tmp_path) for name, value in settings.items()}
-    done = install(PATH=f"{fake_uv}:/usr/bin:/bin", **pip)
+    done = install(PATH=f"{UV.parent if by == 'uv' else '/bin'}:/usr/bin:/bin", **pip)
     assert done.returncode == 0, done.stderr
+    assert f"with {by} " in done.stdout
     assert installed() == {f"torch-{CPU}", "steady-1.0"}
     assert second.asked == []
-    assert not (tmp_path / "uv.log").exists(), "uv does not read pip's settings"
 
 
 def test_torch_alone_comes_from_the_second_index(
@@ -251,12 +256,56 @@ def test_uv_installs_where_pip_has_no_sources_of_its_own(
     assert pins == "steady===1.0"
 
 
+def test_pip_installs_where_uv_has_no_equal_for_a_setting(
+    main: Index, install: Install, installed: Installed, fake_uv: Path, tmp_path: Path
+) -> None:
+    main.add("torch", CPU)
+    done = install(
+        PATH=f"{fake_uv}:/usr/bin:/bin", PIP_INDEX_URL=main.url, PIP_TRUSTED_HOST="127.0.0.1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert installed() == {f"torch-{CPU}", "steady-1.0"}
+    assert not (tmp_path / "uv.log").exists()
+
+
+@needs_uv
+def test_the_best_of_all_indexes_is_taken(
+    main: Index, second: Index, install: Install, installed: Installed
+) -> None:
+    """Left to itself, uv stops at the first index that has a package at all."""
+    main.add("torch", CPU)
+    second.add("steady", "0.9")
+    done = install(
+        PATH=f"{UV.parent}:/usr/bin:/bin", PIP_INDEX_URL=main.url, PIP_EXTRA_INDEX_URL=second.url
+    )
+    assert done.returncode == 0, done.stderr
+    assert "with uv " in done.stdout
+    assert installed() == {f"torch-{CPU}", "steady-1.0"}
+    assert any(path.startswith("/steady") for path in second.asked)
+
+
+@needs_uv
+def test_pip_installs_the_uv_of_the_lock_first(
+    main: Index, install: Install, installed: Installed, tmp_path: Path
+) -> None:
+    main.add("torch", CPU)
+    packed = io.BytesIO(wheel("uv", "0.1"))
+    with zipfile.ZipFile(packed, "a") as archive:
+        script = zipfile.ZipInfo("uv-0.1.data/scripts/uv")
+        script.external_attr = 0o100755 << 16  # a file that may be executed
+        archive.writestr(script, f'#!/bin/sh\nexec {UV} "$@"\n')
+    main.wheels["uv-0.1-py3-none-any.whl"] = packed.getvalue()
+    done = install(pins=("uv==0.1",), PIP_INDEX_URL=main.url)
+    assert done.returncode == 0, done.stderr
+    assert "with uv " in done.stdout
+    assert installed() == {f"torch-{CPU}", "steady-1.0", "uv-0.1"}
+
+
 @needs_uv
 def test_uv_looks_in_both_places_as_pip_does(
     main: Index, second: Index, install: Install, installed: Installed
 ) -> None:
-    assert UV
-    uv = {"PATH": f"{Path(UV).parent}:/usr/bin:/bin", "UV_DEFAULT_INDEX": main.url}
+    uv = {"PATH": f"{UV.parent}:/usr/bin:/bin", "UV_DEFAULT_INDEX": main.url}
     main.add("torch", GPU)
     second.wheels.pop(f"torch-{CPU}-py3-none-any.whl")
     done = install(**uv)
@@ -270,6 +319,36 @@ def test_uv_looks_in_both_places_as_pip_does(
     assert "with uv" in done.stdout
     assert installed() == {f"torch-{CPU}", "steady-1.0"}
     assert {path.split("/")[1] for path in second.asked} == {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "options"),
+    [
+        ([], []),
+        (["global.timeout='180'", "global.proxy=''"], []),
+        (
+            [
+                "global.find-links='/a'",
+                ":env:.find-links='/b /c'",
+                "install.index-url='https://m/s'",
+            ],
+            ["--default-index=https://m/s", "--find-links=/b", "--find-links=/c"],
+        ),
+        (
+            ["install.extra-index-url='\\nhttps://a\\nhttps://b'", ":env:.no-index='1'"],
+            ["--index=https://a", "--index=https://b", "--no-index"],
+        ),
+        (
+            [":env:.constraint='pins.txt'"],
+            ["--constraints=pins.txt"],
+        ),
+        (["global.index-url='https://m/s'", "global.proxy='https://p'"], None),
+        (["install.keyring-provider='subprocess'"], None),
+    ],
+)
+def test_settings_of_pip_as_options_of_uv(lines: list[str], options: list[str] | None) -> None:
+    found = runpy.run_path(str(SCRIPT.with_name("uv_options.py")))["uv_options"](lines)
+    assert found == ([*options, "--index-strategy=unsafe-best-match"] if options else options)
 
 
 # ---- Python ---------------------------------------------------------------------------------
