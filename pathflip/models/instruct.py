@@ -34,7 +34,13 @@ from pathflip.models.chat_template import (
     multiple_choice,
     question_example,
 )
-from pathflip.models.llm import fingerprint_of, load_llm, read_adapter, with_adapter
+from pathflip.models.llm import (
+    fingerprint_of,
+    load_llm,
+    read_adapter,
+    shown_if_long,
+    with_adapter,
+)
 from pathflip.models.pathflip import PathFLIP, Texts
 from pathflip.models.prompt_encoder import InstructConfig, PromptEncoder
 from pathflip.models.text_tower import evaluating
@@ -222,7 +228,8 @@ class PathFLIPInstruct(PromptEncoder):
         kept = about.eos_token_id, about.pad_token_id
         about.eos_token_id, about.pad_token_id = self.eos_ids, self.pad_id
         try:
-            llm.save_pretrained(str(folder))
+            with shown_if_long(sum(own.nbytes for own in llm.parameters())):
+                llm.save_pretrained(str(folder))
         finally:
             about.eos_token_id, about.pad_token_id = kept
         self.tokenizer.save_pretrained(str(folder))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from pathflip.models.prompt_encoder import InstructConfig
 LORA_TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
+
+
+_LONG_BYTES = 1 << 30
+"""Bytes of weights that take more than a second or two to load."""
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -46,15 +52,35 @@ def load_llm(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(folder), use_safetensors=True, dtype=torch.float32, trust_remote_code=False
-        )
+        with shown_if_long(sum(path.stat().st_size for path in folder.glob("*.safetensors"))):
+            return AutoModelForCausalLM.from_pretrained(
+                str(folder), use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as error:  # safetensors and transformers raise many kinds on damaged files
         raise CheckpointError(
             f"The language model {folder} cannot be loaded: {str(error).splitlines()[0]}",
             hint="It needs config.json, *.safetensors and the tokenizer's files of a Qwen3.",
             code="llm",
         ) from error
+
+
+@contextmanager
+def shown_if_long(size: int) -> Iterator[None]:
+    """Keep ``transformers`` from drawing a bar for weights that load or save in a moment.
+
+    Args:
+        size: Bytes of the weights.
+    """
+    from transformers.utils import logging
+
+    if size >= _LONG_BYTES or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def with_adapter(llm: Any, config: InstructConfig) -> Any:

@@ -29,6 +29,7 @@ import torch
 from pathflip.checkpoints import read_note, verify_whole, write_whole
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from pathflip.models.chat_template import CAPTION_INSTRUCTION, TURN_END, Prompter
+from pathflip.models.llm import shown_if_long
 from pathflip.models.small_lessons import Asked, Lessons
 from pathflip.models.small_step import Row, pack, packed_loss, product_dtype
 from pathflip.progress import Progress, Report
@@ -202,7 +203,8 @@ def make(
 
     def fill(part: Path) -> None:
         tokenizer.save_pretrained(str(part))
-        llm.save_pretrained(str(part))
+        with shown_if_long(0):
+            llm.save_pretrained(str(part))
 
     write_whole(folder, fill, **about)
     return {"made": True, **about, "seconds": time.monotonic() - began}

@@ -186,20 +186,43 @@ def _cards(
     archive: Archive, rows: Sequence[dict[str, Any]], folder: Path, *, first: int
 ) -> list[dict[str, Any]]:
     """Return the contents of ready slides' cards; their thumbnails become files in ``folder``."""
+    import pyarrow.compute as pc
+
+    from pathflip.archive.schema import PICTURE_COLUMNS
+
+    if not rows:
+        return []
+    ids = [row["slide_id"] for row in rows]
+    pictures = archive.slides(slide_ids=ids, columns=["slide_id", *PICTURE_COLUMNS])
+    regions = archive.dataset("regions").to_table(
+        columns=["slide_id", *_REGION_COLUMNS], filter=pc.field("slide_id").isin(ids)
+    )
+    regions = regions.sort_by("region_id")
     return [
-        _card(archive, row, folder / f"{number:04}.jpg")
-        for number, row in enumerate(rows, start=first + 1)
+        _card(
+            {**row, **images},
+            regions.filter(pc.field("slide_id") == row["slide_id"]),
+            folder / f"{number:04}.jpg",
+            tiling=Tiling(**archive.tiling()),
+        )
+        for number, (row, images) in enumerate(
+            zip(rows, pictures.to_pylist(), strict=True), start=first + 1
+        )
     ]
 
 
-def _card(archive: Archive, row: dict[str, Any], picture: Path) -> dict[str, Any]:
-    columns = ["rx", "ry", "n_patches", "n_bad", "patch_mask", "patch_blur", "patch_pen"]
-    regions = archive.regions(row["slide_id"], columns=columns)
-    kept = _matrix(regions["patch_mask"], archive.slots) != 0
-    blur = _matrix(regions["patch_blur"], archive.slots)[kept]
-    pen = _matrix(regions["patch_pen"], archive.slots)[kept]
-    images = archive.slide(row["slide_id"])
-    view = slide_view(images, CARD_PX)
+_REGION_COLUMNS = (
+    "region_id", "rx", "ry", "n_patches", "n_bad", "patch_mask", "patch_blur", "patch_pen",
+)  # fmt: skip
+
+
+def _card(
+    row: dict[str, Any], regions: pa.Table, picture: Path, *, tiling: Tiling
+) -> dict[str, Any]:
+    kept = _matrix(regions["patch_mask"], tiling.slots) != 0
+    blur = _matrix(regions["patch_blur"], tiling.slots)[kept]
+    pen = _matrix(regions["patch_pen"], tiling.slots)[kept]
+    view = slide_view(row, CARD_PX)
     if view is not None:
         with reported(picture):
             picture.parent.mkdir(parents=True, exist_ok=True)
@@ -208,8 +231,8 @@ def _card(archive: Archive, row: dict[str, Any], picture: Path) -> dict[str, Any
     return {
         **row,
         "view": view,
-        "outline": _outline(images, row["width"] / CARD_PX) if view else "",
-        "rects": _region_rects(archive.tiling(), regions, mpp=row["mpp"]),
+        "outline": _outline(row, row["width"] / CARD_PX) if view else "",
+        "rects": _region_rects(tiling, regions, mpp=row["mpp"]),
         "blur": float(np.median(blur)) if len(blur) else 0.0,
         "pen": float(pen.mean()) if len(pen) else 0.0,
         "penned": int((pen > 0.05).sum()),
@@ -217,10 +240,9 @@ def _card(archive: Archive, row: dict[str, Any], picture: Path) -> dict[str, Any
 
 
 def _region_rects(
-    tiling: dict[str, Any], regions: pa.Table, *, mpp: float
+    cut: Tiling, regions: pa.Table, *, mpp: float
 ) -> list[tuple[int, int, int, int, str]]:
     """Return (x0, y0, w0, h0, name) of each region, level-0 px, on the grid's own lines."""
-    cut = Tiling(**tiling)
     rx, ry = regions["rx"].to_numpy(), regions["ry"].to_numpy()
 
     def line(index: NDArray[Any]) -> NDArray[np.int64]:
