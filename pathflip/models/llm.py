@@ -71,8 +71,9 @@ def shown_if_long(size: int) -> Iterator[None]:
     Args:
         size: Bytes of the weights.
     """
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging  # it has no types
     if size >= _LONG_BYTES or not logging.is_progress_bar_enabled():
         yield
         return
