@@ -297,7 +297,7 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
         by_slide: dict[int, list[dict[str, Any]]] = {}
         for slide, entry in asked:
             by_slide.setdefault(slide, []).append(entry)
-        rows: dict[bool, list[Any]] = {False: [], True: []}  # by whether it may abstain
+        questions: dict[bool, list[ChoiceQuestion]] = {False: [], True: []}  # may it abstain?
         truth: dict[bool, list[int]] = {False: [], True: []}
         for slide, entries in by_slide.items():
             batch = dataset.batch([slide], epoch=0, validating=True).to(model.device)
@@ -306,15 +306,20 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
             for entry in entries:
                 choices = tuple(entry["choices"])
                 known = entry["answer"] in choices
-                place = choices.index(entry["answer"]) if known else len(choices)
                 for abstain in (False, True):
                     if offers_abstention(model, choices) if abstain else known:
-                        question = ChoiceQuestion(
-                            prefix=prefix, question=entry["question"], choices=choices,
-                            abstain=abstain,
+                        questions[abstain].append(
+                            ChoiceQuestion(
+                                prefix=prefix, question=entry["question"], choices=choices,
+                                abstain=abstain,
+                            )
                         )  # fmt: skip
-                        rows[abstain] += [score_choices(model, [question], mode=mode)[0][0]]
+                        place = choices.index(entry["answer"]) if known else len(choices)
                         truth[abstain].append(place)
+        rows = {
+            abstain: [scores[0] for scores in score_choices(model, own, mode=mode)]
+            for abstain, own in questions.items()
+        }
         model.to("cpu")
         found = fit_temperature(rows[False], truth[False], mode=mode)
         beyond = len(asked) - answered
