@@ -22,6 +22,8 @@ const tool = signal<DrawTool | "point" | "cross" | null>(null);
 const corners = signal<Point[]>([]);
 const failed = signal<{ text: string; then: "load" | "save" | null } | null>(null);
 const saving = signal(0);
+/** Annotations of other bytes of this slide, which are not shown. */
+const outdated = signal(0);
 /** Annotations with a change that could not be saved. */
 const unsaved = signal<ReadonlySet<string>>(new Set());
 /** Class that was given last: the next annotation has it too. */
@@ -100,6 +102,12 @@ export function Annotations({ view }: { view: SlideView | null }) {
       <p role="status" class="hint">
         {saving.value > 0 ? "Saving…" : status()}
       </p>
+      {outdated.value > 0 && (
+        <p class="hint">
+          {outdated.value} {outdated.value === 1 ? "annotation was" : "annotations were"} drawn on another file of this
+          slide. They are not shown, as their places would not be true.
+        </p>
+      )}
       <Failed text={failed.value?.text ?? null}>
         {failed.value?.then === "load" && (
           <button type="button" class="small" onClick={() => void load(id)}>
@@ -120,7 +128,10 @@ export function Annotations({ view }: { view: SlideView | null }) {
 
 function status(): string {
   const count = features.value.length;
-  if (!count) return "Nothing is drawn on this slide yet.";
+  if (!count) {
+    const all = session.value?.scopes.includes("admin");
+    return all ? "Nothing is drawn on this slide yet." : "You have drawn nothing on this slide yet.";
+  }
   const lost = unsaved.value.size;
   const told = lost === 0 ? "all saved" : lost === 1 ? "one not saved" : `${lost} not saved`;
   return `${count} ${count === 1 ? "annotation" : "annotations"}, ${told}.`;
@@ -492,9 +503,10 @@ function report(error: unknown, doing: string, then: "load" | "save" | null): vo
 async function load(slideId: string): Promise<void> {
   failed.value = null;
   try {
-    const found = await api.get<FeatureCollection>(slidePath(slideId, "annotations"));
+    const found = await api.get<FeatureCollection & { outdated?: number }>(slidePath(slideId, "annotations"));
     if (slide.value?.slide_id !== slideId) return;
     features.value = found.features;
+    outdated.value = found.outdated ?? 0;
     unsaved.value = new Set();
   } catch (error) {
     report(error, "Loading the annotations", "load");
