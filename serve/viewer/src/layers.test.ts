@@ -5,8 +5,9 @@ import type { Layer } from "./layers.ts";
 import { layers } from "./state.ts";
 
 test("a sentence and its contrast are one string of the address and come back", () => {
-  for (const pair of [["necrosis", null], ["necrosis", "tissue"], ["a ~ b", "c"]] as const) {
-    const key = layerKey(...pair);
+  const pairs = [["necrosis", null], ["necrosis", "tissue"], ["a ~ b", "c"]] as const; // prettier-ignore
+  for (const [text, contrast] of pairs) {
+    const key = layerKey(text, contrast);
     assert.equal(layerKey(fromKey(key).text, fromKey(key).contrast), key);
   }
   assert.deepEqual(fromKey("There is mucin. ~ tissue"), { text: "There is mucin.", contrast: "tissue" });
