@@ -61,7 +61,10 @@ class SlideList:
             for name, value in json.loads(row.get("labels") or "{}").items():
                 self._labelled.setdefault(f"{name}={value}", set()).add(slide)
         self._ids = list(self.rows)
-        self._ready = [slide for slide, row in self.rows.items() if row["status"] == "ready"]
+        self._of_status: dict[str, list[str]] = {status: [] for status in STATUSES}
+        for slide, row in self.rows.items():
+            self._of_status[row["status"]].append(slide)
+        self._of_status["all"] = self._ids
 
     def page(
         self,
@@ -92,17 +95,15 @@ class SlideList:
         return Page([self.rows[slide] for slide in page], more, len(found))
 
     def _filtered(self, q: str, label: str, split: str, status: str) -> Sequence[str]:
-        found: Sequence[str] = self._ready if status == "ready" else self._ids
+        found: Sequence[str] = self._of_status[status]
         if q:
-            # Ids and folded ids are in one order, those of ready slides are among them.
+            # Ids and folded ids are in one order.
             of = self.rows
             found = [
                 slide
                 for slide, folded in zip(self._ids, self._folded, strict=True)
-                if q in folded and (status != "ready" or of[slide]["status"] == "ready")
+                if q in folded and status in ("all", of[slide]["status"])
             ]
-        if status not in ("ready", "all"):
-            found = [slide for slide in found if self.rows[slide]["status"] == status]
         if label:
             labelled = self._labelled.get(label, set())
             found = [slide for slide in found if slide in labelled]
