@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -94,6 +95,15 @@ def png(picture: NDArray[np.uint8], kind: str = "PNG", **options: Any) -> str:
 def bearer(name: str) -> dict[str, str]:
     """The header of a client."""
     return {"Authorization": f"Bearer {TOKENS[name][1]}"}
+
+
+def signed_in(url: str, name: str) -> httpx.Client:
+    """A client of a running service that asks as its page does: by a session, without the token."""
+    client = httpx.Client(base_url=url, headers={"Sec-Fetch-Site": "same-origin"}, timeout=60)
+    assert client.get("/").headers["content-type"].startswith("text/html")
+    assert client.post("/v1/session", json={}, headers=bearer(name)).status_code == 204
+    assert client.get("/v1/session").json()["name"] == name
+    return client
 
 
 def write_tokens(path: Path) -> Path:
