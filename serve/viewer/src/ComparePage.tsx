@@ -8,7 +8,7 @@ import { ScaleStrip } from "./Overlay.tsx";
 import { PickSlide } from "./PickSlide.tsx";
 import { format, go, note, slideRoute } from "./route.ts";
 import type { CompareRoute, Place } from "./route.ts";
-import { SlideView } from "./slide.ts";
+import { explainLosses, SlideView } from "./slide.ts";
 import { report } from "./state.ts";
 import { follow } from "./step.ts";
 import { Account, Home, Tool } from "./ui.tsx";
@@ -26,15 +26,23 @@ export function ComparePage({ at }: { at: CompareRoute }) {
   const ids: Pair<string> = [at.left, at.right];
 
   useEffect(() => {
-    const made = stages.map((stage) => new SlideView(stage.current!)) as Pair<SlideView>;
-    let gone = false;
-    Promise.all(made.map((view, side) => open(view, ids[side]!, at.places[side]!))).then(() => {
-      if (gone) return;
-      if (!at.places[1]) match(made);
-      setViews(made);
-    }, report);
+    const calls = new AbortController();
+    let made: SlideView[] = [];
+    Promise.all(ids.map((id) => api.get<TileInfo>(slidePath(id, "tiles"), { signal: calls.signal })))
+      .then(async (infos) => {
+        made = infos.map((info, side) => new SlideView(stages[side]!.current!, info));
+        for (const view of made) explainLosses(view, report);
+        await Promise.all(made.map((view, side) => view.open(at.places[side])));
+        if (calls.signal.aborted) return;
+        const pair = made as Pair<SlideView>;
+        if (!at.places[1]) match(pair);
+        setViews(pair);
+      })
+      .catch((error: unknown) => {
+        if (!calls.signal.aborted) report(error);
+      });
     return () => {
-      gone = true;
+      calls.abort();
       for (const view of made) view.destroy();
     };
   }, []);
@@ -148,14 +156,10 @@ export function ComparePage({ at }: { at: CompareRoute }) {
   );
 }
 
-async function open(view: SlideView, id: string, place: Place | null): Promise<void> {
-  await view.open(await api.get<TileInfo>(slidePath(id, "tiles")), place);
-}
-
 /** Give the right view the left one's µm per pixel, about the middle of its slide. */
 function match([left, right]: Pair<SlideView>): void {
-  const um = left.info!.mpp * left.place().w;
-  const width = (um * right.element.clientWidth) / left.element.clientWidth / right.info!.mpp;
+  const um = left.info.mpp * left.place().w;
+  const width = (um * right.element.clientWidth) / left.element.clientWidth / right.info.mpp;
   right.moveTo({ ...right.whole(), w: width, rot: left.place().rot });
 }
 
@@ -169,8 +173,8 @@ function join(views: Pair<SlideView>, leader: { current: 0 | 1 }): () => void {
       const between = {
         from: start[side],
         to: start[side ? 0 : 1],
-        fromMpp: own.info!.mpp,
-        toMpp: other.info!.mpp,
+        fromMpp: own.info.mpp,
+        toMpp: other.info.mpp,
       };
       other.moveTo(follow(own.placeNow(), between, [own.element.clientWidth, other.element.clientWidth]));
     }),

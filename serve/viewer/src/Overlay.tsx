@@ -11,7 +11,7 @@ export function useScale(view: SlideView | null): number | null {
   const [scale, setScale] = useState<number | null>(null);
   useEffect(() => {
     if (!view) return;
-    const update = () => setScale(view.info ? view.info.mpp * view.level0PerPixel() : null);
+    const update = () => setScale(view.info.mpp * view.level0PerPixel());
     update();
     return view.onMove(update);
   }, [view]);
@@ -23,7 +23,7 @@ export function ScaleStrip({ view }: { view: SlideView | null }) {
   const umPerPx = useScale(view);
   const [at, setAt] = useState<[number, number] | null>(null);
   useEffect(() => view?.onPointer(setAt), [view]);
-  if (!view?.info || umPerPx === null) return null;
+  if (!view || umPerPx === null) return null;
   const bar = scaleBar(umPerPx, WIDEST);
   const inside = at && at[0] >= 0 && at[1] >= 0 && at[0] < view.info.width && at[1] < view.info.height;
   return (

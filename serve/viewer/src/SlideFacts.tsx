@@ -21,7 +21,7 @@ interface Props {
 export function SlideFacts({ view, ruler, row }: Props) {
   return (
     <>
-      {row && <Facts row={row} power={view?.info?.power ?? null} />}
+      {row && <Facts row={row} power={view?.info.power ?? null} />}
       <Overlays view={view} />
       <Picture view={view} />
       {ruler && view && <Measures ruler={ruler} view={view} />}
@@ -72,7 +72,7 @@ function Overlays({ view }: { view: SlideView | null }) {
   const regions = useSignal(false);
   const wanted = tissue.value || regions.value;
   useEffect(() => {
-    if (!view?.info || !wanted || outlines.peek()) return;
+    if (!view || !wanted || outlines.peek()) return;
     api.get<Outlines>(slidePath(view.info.slide_id, "outlines")).then((found) => (outlines.value = found), report);
   }, [view, wanted]);
   const found = outlines.value;

@@ -17,7 +17,7 @@ import type { PanelName, SlideRoute } from "./route.ts";
 import { ScaleStrip, useScale } from "./Overlay.tsx";
 import { round } from "./scalebar.ts";
 import { SlideFacts } from "./SlideFacts.tsx";
-import { SlideView } from "./slide.ts";
+import { explainLosses, SlideView } from "./slide.ts";
 import { layers, outlines, panel, query, report, session, slide, tell, view as inView } from "./state.ts";
 import { Account, fullScreen, Home, Tool } from "./ui.tsx";
 
@@ -35,29 +35,42 @@ export function SlidePage({ at }: { at: SlideRoute }) {
 
   // One viewer for as long as this slide is shown; another slide is another SlidePage.
   useEffect(() => {
-    const made = new SlideView(stage.current!, minimap.current);
-    const measuring = new Ruler(made, tell);
-    const ready = () => {
-      setView(made);
-      setRuler(measuring);
-    };
-    takeOver(at);
     const calls = new AbortController();
+    let made: SlideView | null = null;
+    const stop = () => {
+      made?.destroy();
+      made = null;
+    };
     const fail = (error: unknown) => {
       if (calls.signal.aborted) return;
       if (error instanceof Problem) setFailure(error.message);
       else report(error);
     };
-    watchTiles(made, (problem) => {
-      made.close();
-      setView(null);
-      fail(problem);
-    });
-    open(made, at, calls.signal).then(ready, fail);
+    const begin = async () => {
+      const [info, row] = await Promise.all([
+        api.get<TileInfo>(slidePath(at.id, "tiles"), { signal: calls.signal }),
+        api.get<SlideRow>(slidePath(at.id), { signal: calls.signal }),
+      ]);
+      const view = (made = new SlideView(stage.current!, info, minimap.current));
+      explainLosses(view, (problem) => {
+        if (problem.code !== "source_changed") return report(problem);
+        // Another file under the same name: its places would not be true.
+        setView(null);
+        stop();
+        fail(problem);
+      });
+      await view.open(at.place);
+      if (calls.signal.aborted) return;
+      slide.value = { ...info, row };
+      inView.value = view.box();
+      setRuler(new Ruler(view, tell));
+      setView(view);
+    };
+    takeOver(at);
+    begin().catch(fail);
     return () => {
       calls.abort();
-      measuring.destroy();
-      made.destroy();
+      stop();
       slide.value = inView.value = outlines.value = null;
     };
   }, []);
@@ -117,31 +130,6 @@ export function SlidePage({ at }: { at: SlideRoute }) {
       )}
     </div>
   );
-}
-
-async function open(view: SlideView, at: SlideRoute, signal: AbortSignal): Promise<void> {
-  const [info, row] = await Promise.all([
-    api.get<TileInfo>(slidePath(at.id, "tiles"), { signal }),
-    api.get<SlideRow>(slidePath(at.id), { signal }),
-  ]);
-  await view.open(info, at.place);
-  slide.value = { ...info, row };
-  inView.value = view.box();
-}
-
-/** Say why tiles do not come, one at a time; a slide whose file is another one now is taken away. */
-function watchTiles(view: SlideView, changed: (problem: Problem) => void): void {
-  let asking = false;
-  view.onLoss((path) => {
-    if (asking) return;
-    asking = true;
-    const again = () => setTimeout(() => (asking = false), 5000);
-    api.whyNot(path).then((problem) => {
-      again();
-      if (problem?.code === "source_changed") changed(problem);
-      else if (problem) report(problem);
-    }, again);
-  });
 }
 
 /** Make what the address says the state of the page. */
@@ -240,7 +228,7 @@ function Magnification({ view }: { view: SlideView | null }) {
   const choose = (event: { currentTarget: HTMLSelectElement }) => {
     const power = Number(event.currentTarget.value);
     event.currentTarget.value = "";
-    if (!view?.info || !power) return;
+    if (!view || !power) return;
     view.moveTo({ ...view.place(), w: (view.element.clientWidth * 10) / power / view.info.mpp }, false);
   };
   return (

@@ -7,7 +7,7 @@ import { ComparePage } from "./ComparePage.tsx";
 import { listen, route } from "./route.ts";
 import { SignIn } from "./SignIn.tsx";
 import { SlidePage } from "./SlidePage.tsx";
-import { loadSession, session } from "./state.ts";
+import { loadSession, report, session } from "./state.ts";
 import { Notices, startTheme } from "./ui.tsx";
 import "./style.css";
 
@@ -23,6 +23,10 @@ function Page() {
   if (at.page === "compare") return <ComparePage key={`${at.left}\n${at.right}`} at={at} />;
   return <ArchivePage at={at} />;
 }
+
+// What fails without anybody waiting for it is said too, rather than a page that stands still.
+addEventListener("error", (event) => event.error && report(event.error));
+addEventListener("unhandledrejection", (event) => report(event.reason));
 
 startTheme();
 listen();

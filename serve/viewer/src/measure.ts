@@ -55,14 +55,13 @@ export function crossesItself(points: Point[]): boolean {
 
 let made = 0;
 
-/** Measuring on one view: takes its clicks while a kind is chosen. */
+/** Measuring on one view, for as long as it is there: takes its clicks while a kind is chosen. */
 export class Ruler {
   /** The kind being measured; null: none. */
   readonly kind = signal<Kind | null>(null);
   readonly points = signal<Point[]>([]);
   readonly done = signal<Measure[]>([]);
   private hover: Point | null = null;
-  private readonly stops: (() => void)[] = [];
   private readonly view: SlideView;
   private readonly refuse: (sentence: string) => void;
 
@@ -70,24 +69,22 @@ export class Ruler {
   constructor(view: SlideView, refuse: (sentence: string) => void) {
     this.view = view;
     this.refuse = refuse;
-    this.stops.push(
-      view.onClick((place) => {
-        if (!this.kind.value) return false;
-        this.add(place);
-        return true;
-      }, true),
-      view.onDoubleClick(() => {
-        if (!this.kind.value) return false;
-        this.finish();
-        return true;
-      }),
-      view.onPointer((place) => {
-        if (!this.kind.value) return;
-        this.hover = place;
-        view.redraw();
-      }),
-      view.paint((context) => this.draw(context)),
-    );
+    view.onClick((place) => {
+      if (!this.kind.value) return false;
+      this.add(place);
+      return true;
+    }, true);
+    view.onDoubleClick(() => {
+      if (!this.kind.value) return false;
+      this.finish();
+      return true;
+    });
+    view.onPointer((place) => {
+      if (!this.kind.value) return;
+      this.hover = place;
+      view.redraw();
+    });
+    view.paint((context) => this.draw(context));
   }
 
   /** Measure this kind from now on; null: stop. What is begun is dropped. */
@@ -120,8 +117,8 @@ export class Ruler {
   finish(): void {
     const kind = this.kind.value;
     const points = this.points.value;
-    const mpp = this.view.info?.mpp;
-    if (!kind || !mpp) return;
+    const mpp = this.view.info.mpp;
+    if (!kind) return;
     if (points.length < (kind === "length" ? 2 : 3)) return this.refuse("Set more points first.");
     if (kind === "area" && crossesItself(points))
       return this.refuse("The outline crosses itself, so it has no area. Take back a point with Backspace.");
@@ -140,12 +137,8 @@ export class Ruler {
   /** The value of what is being drawn, with the pointer as its next point. */
   label(): string {
     const points = this.hover ? [...this.points.value, this.hover] : this.points.value;
-    const mpp = this.view.info?.mpp ?? 0;
+    const mpp = this.view.info.mpp;
     return this.kind.value === "area" ? areaLabel(areaUm2(points, mpp)) : lengthLabel(lengthUm(points, mpp));
-  }
-
-  destroy(): void {
-    for (const stop of this.stops) stop();
   }
 
   private draw(context: CanvasRenderingContext2D): void {

@@ -1,8 +1,8 @@
 /** A slide on the screen: OpenSeadragon, with everything else in level-0 pixels. */
 
 import OpenSeadragon from "openseadragon";
-import { slidePath } from "./api.ts";
-import type { Box, Ring, TileInfo } from "./api.ts";
+import { api, slidePath } from "./api.ts";
+import type { Box, Problem, Ring, TileInfo } from "./api.ts";
 import type { Place } from "./route.ts";
 
 type Point = [number, number];
@@ -44,6 +44,9 @@ type Click = (place: Point, event: PointerEvent | MouseEvent) => boolean | void;
 /** Font of what is written over a slide. */
 const LABEL_FONT = '600 13px "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif';
 
+/** Bytes of decoded tiles that are kept: some screens full. */
+const MOST_CACHE = 256 << 20;
+
 /** How far in one can go: CSS px per level-0 px. */
 const MOST_ZOOM = 8;
 
@@ -72,7 +75,7 @@ function hasGraphicsCard(): boolean {
 export class SlideView {
   readonly osd: OpenSeadragon.Viewer;
   readonly element: HTMLElement;
-  info: TileInfo | null = null;
+  readonly info: TileInfo;
   private readonly canvas: HTMLCanvasElement;
   private readonly navigator: HTMLElement | null;
   private readonly layers = new Map<string, Layer>();
@@ -87,10 +90,12 @@ export class SlideView {
   private readonly sizes: ResizeObserver;
   private drawing = 0;
   private drawn = "";
+  private gone = false;
 
   /** `element` is where the slide goes, and must have a size; `navigator` is the minimap's. */
-  constructor(element: HTMLElement, navigator: HTMLElement | null = null) {
+  constructor(element: HTMLElement, info: TileInfo, navigator: HTMLElement | null = null) {
     this.element = element;
+    this.info = info;
     this.navigator = navigator;
     sparePolicy();
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -109,7 +114,7 @@ export class SlideView {
       tileRetryMax: 2, // a service with much to do says so, and asks to be asked again
       tileRetryDelay: 1000,
       maxTilesPerFrame: 8, // one, as is usual, makes a slow machine slower still
-      maxImageCacheCount: 600,
+      maxImageCacheCount: Math.ceil(MOST_CACHE / (4 * info.tile_w * info.tile_h)),
       minZoomImageRatio: 0.5,
       maxZoomPixelRatio: MOST_ZOOM,
       visibilityRatio: 0.1,
@@ -122,6 +127,7 @@ export class SlideView {
     this.osd.canvas.removeAttribute("tabindex"); // the element itself takes the keyboard, and has a name
     element.tabIndex = 0;
     element.setAttribute("role", "application");
+    element.setAttribute("aria-label", `Slide ${info.slide_id}`);
     element.setAttribute("aria-busy", "true");
     element.addEventListener("pointerdown", () => element.focus({ preventScroll: true }));
     this.canvas = document.createElement("canvas");
@@ -135,12 +141,9 @@ export class SlideView {
 
   // -- opening and moving -------------------------------------------------------------------------
 
-  /** Show a slide, at a place or as a whole. Rejects where its tiles cannot be shown. */
-  open(info: TileInfo, at: Place | null = null): Promise<void> {
-    this.info = info;
-    this.element.setAttribute("aria-label", `Slide ${info.slide_id}`);
-    this.layers.clear();
-    this.outlines.clear();
+  /** Show the slide, at a place or as a whole. */
+  open(at: Place | null = null): Promise<void> {
+    const { info } = this;
     const source = {
       width: info.width,
       height: info.height,
@@ -167,7 +170,7 @@ export class SlideView {
   /** Give the minimap the shape of the slide. */
   private fitNavigator(): void {
     const navigator = this.osd.navigator as (OpenSeadragon.Navigator & { updateSize(): void }) | undefined;
-    if (!this.navigator || !this.info || !navigator) return;
+    if (!this.navigator || !navigator) return;
     this.navigator.style.setProperty("--aspect", String(this.info.width / this.info.height));
     navigator.updateSize();
     navigator.update(this.osd.viewport);
@@ -175,7 +178,7 @@ export class SlideView {
 
   /** The place that shows the whole slide. */
   whole(): Place {
-    const { width, height } = this.info ?? { width: 1, height: 1 };
+    const { width, height } = this.info;
     const { clientWidth, clientHeight } = this.element;
     const aspect = clientWidth / Math.max(1, clientHeight);
     return { x: width / 2, y: height / 2, w: Math.max(width, height * aspect) * 1.04, rot: 0 };
@@ -184,7 +187,7 @@ export class SlideView {
   /** Where the view is: a permalink's numbers. */
   place(): Place {
     const viewport = this.osd.viewport;
-    const scale = this.info?.width ?? 1;
+    const scale = this.info.width;
     const centre = viewport.getCenter(false);
     const rot = ((viewport.getRotation() % 360) + 360) % 360;
     return { x: centre.x * scale, y: centre.y * scale, w: scale / viewport.getZoom(false), rot };
@@ -193,7 +196,7 @@ export class SlideView {
   /** Where a view in motion is at this moment. */
   placeNow(): Place {
     const viewport = this.osd.viewport;
-    const scale = this.info?.width ?? 1;
+    const scale = this.info.width;
     const centre = viewport.getCenter(true);
     return { x: centre.x * scale, y: centre.y * scale, w: scale / viewport.getZoom(true), rot: viewport.getRotation(true) };
   }
@@ -201,7 +204,7 @@ export class SlideView {
   /** Show exactly this place, at once or in motion. */
   moveTo(place: Place, immediately = true): void {
     const viewport = this.osd.viewport;
-    const scale = this.info?.width ?? 1;
+    const scale = this.info.width;
     viewport.setRotation(place.rot, true);
     viewport.zoomTo(scale / place.w, undefined, immediately);
     viewport.panTo(new OpenSeadragon.Point(place.x / scale, place.y / scale), immediately);
@@ -239,25 +242,25 @@ export class SlideView {
 
   /** What is in view, level-0 px; of a turned view, the box around it. */
   box(): Box {
-    const scale = this.info?.width ?? 1;
+    const scale = this.info.width;
     const bounds = this.osd.viewport.getBounds(true).getBoundingBox();
     return { x0: bounds.x * scale, y0: bounds.y * scale, w0: bounds.width * scale, h0: bounds.height * scale };
   }
 
   /** Level-0 px per CSS px, as shown now. */
   level0PerPixel(): number {
-    const scale = this.info?.width ?? 1;
+    const scale = this.info.width;
     return scale / (this.osd.viewport.getZoom(true) * Math.max(1, this.element.clientWidth));
   }
 
   toScreen(x0: number, y0: number): Point {
-    const scale = this.info?.width ?? 1;
+    const scale = this.info.width;
     const at = this.osd.viewport.pixelFromPoint(new OpenSeadragon.Point(x0 / scale, y0 / scale), true);
     return [at.x, at.y];
   }
 
   fromScreen(x: number, y: number): Point {
-    const scale = this.info?.width ?? 1;
+    const scale = this.info.width;
     const at = this.osd.viewport.pointFromPixel(new OpenSeadragon.Point(x, y), true);
     return [at.x * scale, at.y * scale];
   }
@@ -354,16 +357,12 @@ export class SlideView {
   }
 
   /** Take the slide off the screen. */
-  close(): void {
-    this.osd.close();
-    this.info = null;
-    this.redraw();
-  }
-
   destroy(): void {
+    this.gone = true;
     this.sizes.disconnect();
     cancelAnimationFrame(this.drawing);
     this.osd.destroy();
+    for (const name of ["role", "aria-label", "aria-busy", "tabindex", "data-view"]) this.element.removeAttribute(name);
   }
 
   private listen(): void {
@@ -384,7 +383,7 @@ export class SlideView {
       (event as { preventDefault?: boolean }).preventDefault = false;
     });
     this.element.addEventListener("pointermove", (event) => {
-      if (!this.pointers.size || !this.info) return;
+      if (!this.pointers.size) return;
       const at = this.element.getBoundingClientRect();
       const place = this.fromScreen(event.clientX - at.x, event.clientY - at.y);
       for (const then of this.pointers) then(place);
@@ -415,7 +414,6 @@ export class SlideView {
 
   /** Tell assistive technology, and tests, what is in view and whether it is all there. */
   private settle(): void {
-    if (!this.info) return;
     const image = this.osd.world.getItemAt(0);
     const [now, then] = [this.placeNow(), this.place()];
     const moving = now.x !== then.x || now.y !== then.y || now.w !== then.w;
@@ -427,7 +425,7 @@ export class SlideView {
 
   /** Draw the layers anew with the next frame. */
   redraw(): void {
-    if (this.drawing) return;
+    if (this.drawing || this.gone) return;
     this.drawing = requestAnimationFrame(() => {
       this.drawing = 0;
       this.draw();
@@ -446,7 +444,7 @@ export class SlideView {
     if (!context) return;
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, width, height);
-    if (!this.info || !this.osd.world.getItemCount()) return;
+    if (!this.osd.world.getItemCount()) return;
     for (const layer of this.layers.values()) {
       const { x0, y0, w0, h0 } = layer.box;
       context.globalAlpha = layer.opacity;
@@ -497,6 +495,20 @@ export class SlideView {
     const [a, b] = [scale * Math.cos(turn), scale * Math.sin(turn)];
     return new DOMMatrix([a, b, -b, a, x * dpr, y * dpr]);
   }
+}
+
+/** Say why tiles do not come, at most every five seconds. */
+export function explainLosses(view: SlideView, say: (problem: Problem) => void): void {
+  let asking = false;
+  view.onLoss((path) => {
+    if (asking) return;
+    asking = true;
+    const again = () => setTimeout(() => (asking = false), 5000);
+    api.whyNot(path).then((problem) => {
+      again();
+      if (problem) say(problem);
+    }, again);
+  });
 }
 
 function rad(degrees: number): number {
