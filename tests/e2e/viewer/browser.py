@@ -73,7 +73,8 @@ class Viewer:
     expected: list[str] = field(default_factory=list)
 
     def open(self, address: str = "#/") -> Viewer:
-        """Go to an address of the page."""
+        """Load the page anew at an address: another fragment alone would load nothing."""
+        self.page.goto("about:blank")
         self.page.goto(f"{self.url}/{address}")
         return self
 

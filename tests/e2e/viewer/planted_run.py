@@ -46,7 +46,8 @@ def patches_by_content(archive: Archive, lesions: Path) -> tuple[Content, Conten
     """
     tiling = Tiling(**archive.tiling())
     found, plain = defaultdict(list), defaultdict(list)
-    for row in archive.slides("ready", columns=["slide_id", "uri", "mpp", "labels"]).to_pylist():
+    rows = archive.slides("ready", columns=["slide_id", "uri", "mpp", "labels"])
+    for row in rows.sort_by("slide_id").to_pylist():  # not in the order in which they were done
         file = lesions / f"{Path(row['uri']).stem}.geojson"
         if not file.exists():  # no slide of the cohort
             continue

@@ -26,7 +26,7 @@ from tests.serving import make_base, make_run
 COHORT = 7
 """Slides with planted lesions; s00005 has 0.25 µm/px, the others 0.5."""
 COLUMNS = ("slide_id", "uri", "status", "reason", "width", "height", "mpp", "split", "labels")
-ANSWER = "Coagulative necrosis is present. Lymphoid aggregates are present."
+ANSWER = "Mucin pools are present. Coagulative necrosis is present."
 TOKENS = {
     "all": ("read,search,chat,annotate,admin", "all-" + "a" * 40),
     "viewer": ("read", "viewer-" + "b" * 40),
@@ -42,20 +42,21 @@ class World:
     Attributes:
         folder: Everything below it; ``slides`` and ``lesions`` are the cohort's.
         archive: The archive's folder.
-        run: Run that finds the lesions.
-        tuned: Tuned run whose language model is replaced by a script.
+        run: Run that finds the lesions, if there is one.
+        tuned: Tuned run, if there is one, whose language model is replaced by a script.
         hold: While this file is there, answers stop after their first word.
     """
 
     folder: Path
     archive: Path
-    run: Path
-    tuned: Path
+    run: Path | None
+    tuned: Path | None
     hold: Path
 
     @cached_property
     def loaded(self) -> Run:
         """The run."""
+        assert self.run is not None
         return load_run(self.run)
 
     @cached_property
@@ -180,28 +181,36 @@ def serving(world: World) -> Iterator[Services]:
         )
     finally:
         for server in servers:
-            server.should_exit = server.force_exit = True
+            server.should_exit = True
         thread.join(30)
         audit.close()
 
 
 def _parts(world: World) -> Any:
+    from serve.annotations import Annotations
     from serve.chat_engine import ChatEngine
     from serve.config import ChatConfig
     from serve.embedder import Embedder
     from serve.fake_engine import FakeEngineConfig
     from serve.grounding import Grounding
-    from serve.ingress import Parts
+    from serve.routing import Parts
     from serve.search import Search
+    from serve.tiles import Tiles
 
-    archive, run = str(world.archive), str(world.run)
+    archive = str(world.archive)
+    shared = {"tiles": Tiles(archive), "annotations": Annotations(archive)}
+    redactions = {archive: "the archive"}
+    if world.run is None or world.tuned is None:
+        return Parts(search=Search(archive), redactions=redactions, **shared)
+    run = str(world.run)
     fake = FakeEngineConfig(text=ANSWER, hold=str(world.hold))
     return Parts(
-        embedder=Embedder(archive, run),
         search=Search(archive, model=world.loaded.name, fingerprint=world.loaded.fingerprint),
+        embedder=Embedder(archive, run),
         grounding=Grounding(archive, run),
         instructor=ChatEngine(
             archive, str(world.tuned), config=ChatConfig(backend="fake", fake=fake)
         ),
-        redactions={archive: "the archive", run: "the run"},
+        redactions=redactions | {run: "the run"},
+        **shared,
     )
