@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from select import select
 from typing import IO, Any
 from urllib.parse import quote, urlencode
@@ -28,8 +30,8 @@ ENDING_S = 5.0
 TOLD_BYTES = 2000
 """Most of what a server that did not start has said that is repeated."""
 
-_servers: dict[str, _Server] = {}
-"""Servers of this process by the archive's URI."""
+_servers: dict[tuple[str, str | None], _Server] = {}
+"""Servers of this process by URI of the archive and folder of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ def open_viewer(
     uri: str,
     slide_id: str | None = None,
     *,
+    run: str | Path | None = None,
     region: tuple[int, int, int] | None = None,
     height: int = 600,
 ) -> Viewer:
@@ -68,15 +71,17 @@ def open_viewer(
     Args:
         uri: URI of the archive.
         slide_id: Id of the slide.
+        run: Folder of the run that searches and grounds in the page.
         region: Square to fly to: x0, y0 and side, level-0 px.
         height: Height of the frame, px.
 
     Raises:
         ConfigError: The server did not start (``not_started``).
     """
-    server = _servers.get(uri)
+    key = uri, None if run is None else os.path.abspath(run)
+    server = _servers.get(key)
     if server is None or not server.runs:
-        server = _servers[uri] = _Server(uri)
+        server = _servers[key] = _Server(*key)
     if slide_id is None:
         return Viewer(url=f"{server.url}#/", height=height)
     at = ""
@@ -100,14 +105,16 @@ class _Server:
 
     Args:
         uri: URI of the archive.
+        run: Folder of a run.
 
     Attributes:
         url: Address of its page, without a fragment.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, run: str | None) -> None:
         command = [sys.executable, "-m", "pathflip.cli", "view", "--archive", uri, "--json",
                    "--no-browser", "--embed", "--port", "0"]  # fmt: skip
+        command += [] if run is None else ["--run", run]
         with tempfile.TemporaryFile() as told:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told

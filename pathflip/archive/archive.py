@@ -75,6 +75,7 @@ class Archive:
         self,
         slide: str | None = None,
         *,
+        run: str | Path | None = None,
         region: tuple[int, int, int] | None = None,
         height: int = 600,
     ) -> Viewer:
@@ -85,6 +86,7 @@ class Archive:
 
         Args:
             slide: The slide, see :meth:`slide`.
+            run: Folder of the run that searches and grounds in the viewer.
             region: Square to fly to: x0, y0 and side, level-0 px.
             height: Height of the frame, px.
 
@@ -95,7 +97,7 @@ class Archive:
         from pathflip.viewer import open_viewer
 
         slide_id = None if slide is None else self.resolve(slide)
-        return open_viewer(self.uri, slide_id, region=region, height=height)
+        return open_viewer(self.uri, slide_id, run=run, region=region, height=height)
 
     def refresh(self) -> None:
         """Move to the newest committed state, with what is known of tables that did not change."""
