@@ -8,14 +8,18 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cv2
+import httpx
+import nbformat
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 
 from jobs.demo import Size, demo, main
 from jobs.demo_patches import NODE_PX, PARENT_UM, patches
@@ -275,3 +279,60 @@ def test_own_slides_are_only_read_and_never_mixed_in(made: Path, tmp_path: Path)
     theirs = Archive(made / "archive-2").slides(columns=["uri"])["uri"].to_pylist()
     assert sorted(theirs) == sorted(str(path) for path in own.iterdir())
     assert len(Archive(made / "archive").slides(columns=["uri"])) == COHORT + 3
+
+
+# -- the notebook of the docs ----------------------------------------------------------------------
+
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "howto" / "notebook.ipynb"
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=30).status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def html_of(cell: Any) -> str:
+    (shown,) = [one["data"]["text/html"] for one in cell["outputs"] if "data" in one]
+    return "".join(shown)
+
+
+def test_the_notebook_runs_on_what_the_demo_left(made: Path, tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    own = {"PATHFLIP_DEMO": made, "IPYTHONDIR": tmp_path, "JUPYTER_RUNTIME_DIR": tmp_path}
+    where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where)
+    with client.setup_kernel(env=os.environ | {name: str(path) for name, path in own.items()}):
+        for number, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, number)  # raises what the cell raises
+        cells = {cell["id"]: cell for cell in notebook.cells}
+        (shown,) = re.findall(r'src="(http://127[^"]+)"', html_of(cells["view"]))
+        page = f"{shown.partition('#')[0]}v1/slides"
+        assert answers(page)
+    deadline = time.monotonic() + 30
+    while answers(page):  # the kernel has ended, and its server with it
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+    archive = Archive(made / "notebook")
+    with (made / "labels.csv").open(encoding="utf-8") as file:
+        tested = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    assert len(archive.ready_ids()) == min(8, len(tested))
+    named = r'<img src="(data:image/[^"]+)" alt="result \d, (\S+) at (\d+), (\d+)"'
+    pictures = re.findall(named, html_of(cells["search"]))
+    assert len(pictures) == 5
+    for picture, slide_id, x0, y0 in pictures:
+        seen = decoded(picture)
+        with Slide(archive.slide(slide_id)["uri"]) as slide:
+            truth = slide.read(int(x0), int(y0), len(seen), mpp=256 / len(seen))
+        assert np.abs(seen.astype(int) - truth).mean() < 5
+    heat = decoded(re.findall(r'<img src="(data:image/[^"]+)"', html_of(cells["ground"]))[0])
+    assert max(heat.shape) <= 640
+    table = str(cells["ask"]["outputs"][0]["data"]["text/plain"])
+    scores = re.findall(r" (\d\.\d+)$", table, re.MULTILINE)
+    assert len(scores) == 4
+    assert sum(map(float, scores)) <= 1.001  # less where the model abstains
