@@ -10,7 +10,8 @@ many hosts. Lance lets two commits pass that insert rows at the same time, even 
 refuses one of two that change the same row. Therefore every commit also changes one row, the
 counter (its key is empty, its ``revision`` the number of commits): of two that were prepared on the
 same version one is refused, reads the newest version, checks its revisions against that and tries
-again. No row is doubled or lost, and the counter tells how many commits there were.
+again. No row is doubled or lost, and the counter tells how many commits there were. On one machine
+writers also take turns, by a lock that each holds for a commit: nothing rests on it but speed.
 
 **On disk.** In a folder the new data files are flushed before the commit and the manifest after it,
 so what was acknowledged survives a crash of the machine; an object store acknowledges a write when
@@ -48,6 +49,7 @@ from pathflip.archive.annotation_table import (
     merge_fragments,
     read_counter,
     row_of,
+    turn,
 )
 from pathflip.archive.settings import read_meta
 from pathflip.archive.storage import guarded, is_failure, is_local, normalise, sql_in
@@ -364,7 +366,7 @@ class AnnotationStore:
 
     def _commit(self, plan: Callable[[Any], _Change[T]]) -> T:
         """Plan a change on the newest version and commit it, again where another came between."""
-        with self._writing:  # threads of a process need not refuse each other
+        with self._writing, turn(self.uri):  # writers need not refuse each other
             last, pause = time.monotonic() + WAIT_S, 0.01
             while True:
                 dataset = self._newest()

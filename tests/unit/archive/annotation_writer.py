@@ -52,7 +52,18 @@ def add_one(store: AnnotationStore, by: str) -> None:
             store.put(new, ground=GROUND, by=by, anyone=True)
             return
         except ArchiveError as error:
-            if error.code != "stale":
+            if error.code not in ("stale", "busy"):
+                raise
+
+
+def save(store: AnnotationStore, by: str, name: str) -> str:
+    """Save a new annotation, again where it was refused because others wrote all the time."""
+    new = drawn(author=by, name=name)
+    while True:
+        try:
+            return store.put(new, ground=GROUND, by=by).annotation_id
+        except ArchiveError as error:
+            if error.code != "busy":
                 raise
 
 
@@ -61,8 +72,7 @@ def main() -> None:
     uri, by, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
     store = AnnotationStore(uri)
     for number in range(count):
-        saved = store.put(drawn(author=by, name=f"{by} {number}"), ground=GROUND, by=by)
-        print(saved.annotation_id, flush=True)
+        print(save(store, by, f"{by} {number}"), flush=True)
         add_one(store, by)
         print(SHARED, flush=True)
 
