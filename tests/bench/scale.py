@@ -92,7 +92,7 @@ def slide_id(n: int) -> str:
 def make_chunk(uri: str, table: str, n: int, source: Any, pictures: tuple[bytes, bytes]) -> Any:
     """Return what a worker would send of a slide; its features are written."""
     from jobs.ingest.rows import Chunk, SlideRecord, fixed
-    from jobs.ray_data import to_ipc
+    from jobs.worker import to_ipc
     from pathflip.archive.fragments import write_fragment
 
     rng, name = np.random.default_rng(n), slide_id(n)

@@ -231,6 +231,50 @@ def test_a_circle_is_found(sources: dict[str, str], circle: bool) -> None:
         assert found[0] == found[-1]
 
 
+def names_in(tree: ast.Module) -> set[str]:
+    """Names that a module defines or imports, wherever in it that is."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return found
+
+
+def test_what_tests_and_benchmarks_import_of_ours_is_there() -> None:
+    """Types are checked in our packages alone, and most benchmarks run in no test."""
+    paths = {
+        path: path.relative_to(ROOT).with_suffix("").parts
+        for package in (*PACKAGES, "tests")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    dotted = {".".join(p[:-1] if p[-1] == "__init__" else p): path for path, p in paths.items()}
+    known: dict[str, set[str]] = {}
+    missing = []
+    for path, parts in paths.items():
+        if parts[0] != "tests":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
+                continue
+            module = node.module
+            if module.partition(".")[0] not in (*PACKAGES, "tests"):
+                continue
+            if module not in known and module in dotted:
+                text = dotted[module].read_text(encoding="utf-8")
+                known[module] = names_in(ast.parse(text))
+            missing += [
+                f"{path.relative_to(ROOT)}:{node.lineno} {module}.{alias.name}"
+                for alias in node.names
+                if alias.name not in known.get(module, ())
+                and f"{module}.{alias.name}" not in dotted
+            ]
+    assert missing == []
+
+
 def test_no_file_is_long() -> None:
     """A file answers one question: split before 600 lines (CONTRIBUTING.md)."""
     files = [file for package in (*PACKAGES, "tests") for file in (ROOT / package).rglob("*.py")]
