@@ -27,6 +27,7 @@ from jobs.pretrain import AnyPretrainConfig, plan, pretrain, resolve, settings_o
 from pathflip.archive import Archive
 from pathflip.archive.storage import normalise
 from pathflip.checkpoints import load_run
+from pathflip.cpus import cpus_here
 from pathflip.errors import ConfigError, TrainingError
 from pathflip.evaluation.patch_suite import evaluate_patches
 from pathflip.evaluation.prompts import read_tasks
@@ -467,7 +468,7 @@ def _train_beside(
     progress: Report | None,
 ) -> None:
     """Train several at a time, each in a process of its own with its share of the cores."""
-    cores = max(1, len(os.sched_getaffinity(0)) // parallel)
+    cores = max(1, cpus_here() // parallel)
 
     def one(key: tuple[str, int]) -> None:
         run = folders[key]

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from pathflip import private_ray
+from pathflip.cpus import cpus_here
 from pathflip.errors import ConfigError
 from pathflip.files import PrivateFolder
 
 Place = Literal["local", "ray", "cluster"]
 """Engine of a job: processes of this machine, a Ray on this machine alone, or a Ray cluster."""
 _GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,16 +120,6 @@ def available(device: str, *, place: Place) -> Available:
             code="no_gpu",
         )
     return Available(cpus=cpus, gpus=gpus, use_gpu=gpus > 0 or device == "cuda")
-
-
-def cpus_here() -> int:
-    """Return the CPUs this process may use, by its affinity and its container's quota."""
-    cpus = len(os.sched_getaffinity(0))
-    try:
-        quota, _, period = _QUOTA.read_text().partition(" ")
-        return max(1, min(cpus, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return cpus
 
 
 def gpus_here() -> int:

@@ -31,6 +31,7 @@ from jobs.demo_print import print_results, print_summary, program, quoted
 from jobs.demo_slides import PLANTED, archive_for, make_slides, sample_search
 from jobs.demo_stages import Stages
 from jobs.ingest.config import IngestConfig
+from pathflip.cpus import cpus_here
 from pathflip.errors import ConfigError, PathFLIPError
 from pathflip.evaluation.prompts import read_tasks
 from pathflip.geometry import Tiling
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 REGION_UM, PATCH_UM = 256.0, 32.0
 """The cohort's slides are small, so its regions are: 16 a slide, of 64 patches."""
 PRESET, TUNE_PRESET = "pathflip/mini", "instruct/mini"
-_CORES = f"cpus_per_worker={min(2, os.cpu_count() or 1)}"
+_CORES = f"cpus_per_worker={min(2, cpus_here())}"
 """Cores of the one worker of each training: more gain nothing on models of this size."""
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from jobs import cluster
 from jobs.cluster import Place
 from jobs.worker import from_ipc, to_ipc
+from pathflip.cpus import cpus_here
 from pathflip.errors import CheckpointError, PathFLIPError, from_dict
 
 T = TypeVar("T")
@@ -80,7 +81,7 @@ def run_stages(
         from jobs import local
 
         gpus = cluster.gpus_here() if any(stage.num_gpus for stage in stages) else 0
-        yield from local.run(rows, stages, cpus=cluster.cpus_here(), gpus=gpus)
+        yield from local.run(rows, stages, cpus=cpus_here(), gpus=gpus)
     else:
         from jobs import ray_data
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 from jobs.tree_actor import SlideTask, wanted_nodes
 from pathflip.archive import Archive, vectors
 from pathflip.archive.trees import TREES, read_trees, tree_encoders, tree_settings
+from pathflip.cpus import cpus_here
 from pathflip.errors import ConfigError
 from pathflip.geometry import TreeSpec, choose_parents, tree_levels, tree_tissue
 from pathflip.slides.tissue import TissueMask
@@ -99,7 +99,7 @@ def make_plan(
         own, faulty = (roots.get(row["slide_id"], {}) for roots in (good, bad))
         return row, *_chosen(row, choice, {**own, **faulty}, faulty if retry else {}, count_nodes)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cpus_here()) as pool:
         for rows in _ready_slides(archive):
             for row, new, nodes in pool.map(choose, rows):
                 slide, count = row["slide_id"], len(good.get(row["slide_id"], ()))

@@ -13,7 +13,6 @@ is quarantined in ``trees`` with its reason, and read again only with ``retry``.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -41,6 +40,7 @@ from pathflip.archive.trees import (
     tree_settings,
 )
 from pathflip.config import check_positive
+from pathflip.cpus import cpus_here
 from pathflip.encoders import EncoderInfo, encoder_info
 from pathflip.encoders.mrplip import is_patch_model
 from pathflip.errors import ConfigError
@@ -374,7 +374,7 @@ def _estimate(
         added += new * (BYTES_OF_A_TREE + 2 * TREE_NODES * sum(dims.values()))
         added += stored * 2 * TREE_NODES * sum(dims[name] for name in task.lacking)
     node_s, problems = _time_a_node(archive, plan, choice, config, infos)
-    workers = config.actors or len(os.sched_getaffinity(0))
+    workers = config.actors or cpus_here()
     return TreesResult(
         trees=sum(plan.trees),
         nodes=plan.nodes,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pathflip.cpus import cpus_here
 from pathflip.slides.sources import OPENSLIDE_FLOOR, version_numbers
 
 FLOORS = {"ray": (2, 54), "torch": (2, 6), "lancedb": (0, 40), "pylance": (14, 0)}
@@ -114,7 +115,7 @@ def _torch() -> Check:
 
 def _memory() -> Check:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    cpus = len(os.sched_getaffinity(0))
+    cpus = cpus_here()
     need = 1.0 + 0.5 * cpus
     return Check(
         name="memory",

@@ -9,7 +9,6 @@ died is refused for a while, so that one hostile file does not keep the readers 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from pathflip.cpus import cpus_here
 from pathflip.errors import SlideError
 from pathflip.slides.reader import SlideReader
 from serve.limits import RequestError
@@ -94,7 +94,7 @@ class ReaderPool:
 
     def __init__(self, config: ReadingConfig) -> None:
         self.config = config
-        count = config.readers or max(1, min(4, os.cpu_count() or 1))
+        count = config.readers or min(4, cpus_here())
         self._workers = [_Worker(number, config.slides) for number in range(count)]
         self._free: deque[_Worker] = deque(self._workers)
         self._waiting: deque[_Waiting] = deque()

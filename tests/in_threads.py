@@ -13,6 +13,7 @@ def in_threads() -> Iterator[None]:
     with (
         mock.patch("jobs.cluster.connect", return_value="local"),
         mock.patch("jobs.cluster.cpus_here", return_value=1),
+        mock.patch("jobs.stages.cpus_here", return_value=1),
         mock.patch("jobs.local._in_thread", return_value=True),
     ):
         yield

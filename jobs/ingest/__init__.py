@@ -53,6 +53,7 @@ from jobs.stages import ActorPool, ended, run_stages
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
+from pathflip.cpus import cpus_here
 from pathflip.encoders import EncoderInfo, load_encoder
 from pathflip.errors import ArchiveError, ConfigError, SlideError
 from pathflip.geometry import patch_rects
@@ -242,7 +243,7 @@ def dry_run(
                     )
                 )
     width = sum(info.dim for info in encoders)
-    workers = config.actors or len(os.sched_getaffinity(0))
+    workers = config.actors or cpus_here()
     return DryRun(
         slides=counts,
         regions=regions,

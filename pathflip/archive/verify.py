@@ -12,7 +12,6 @@ code panic, abort or hang.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -53,9 +52,10 @@ from pathflip.archive.tables import (
     tables_of,
     unlocked_tables,
 )
+from pathflip.cpus import cpus_here
 from pathflip.errors import ArchiveError
 
-THREADS = min(8, len(os.sched_getaffinity(0)))
+THREADS = min(8, cpus_here())
 """Files digested, and batches of rows checked, at the same time."""
 _BATCH_BYTES = 8 << 20
 _SLIDES_AT_ONCE = 1000

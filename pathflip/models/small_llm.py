@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from pathflip.checkpoints import read_note, verify_whole, write_whole
+from pathflip.cpus import cpus_here
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from pathflip.models.chat_template import CAPTION_INSTRUCTION, TURN_END, Prompter
 from pathflip.models.llm import shown_if_long
@@ -371,7 +371,7 @@ def _train(
 
     llm.train()
     losses: list[float] = []
-    cores = min(2, len(os.sched_getaffinity(0)))
+    cores = min(2, cpus_here())
     with _one_thread_a_product(), ThreadPoolExecutor(cores) as pool:
         for epoch in range(config.epochs):
             order = np.random.default_rng([config.seed, epoch]).permutation(texts)

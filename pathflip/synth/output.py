@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 import cv2
 
+from pathflip.cpus import cpus_here
 from pathflip.errors import ConfigError
 from pathflip.files import write_file
 
@@ -50,7 +50,7 @@ def make_folders(root: Path, *names: str) -> None:
 
 def worker_count(processes: int | None, items: int) -> int:
     """Return how many processes draw; with 1 the caller's own does."""
-    return max(1, min(processes or len(os.sched_getaffinity(0)), items))
+    return max(1, min(processes or cpus_here(), items))
 
 
 def draw_all(
