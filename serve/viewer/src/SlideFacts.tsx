@@ -93,6 +93,9 @@ function Overlays({ view }: { view: SlideView | null }) {
         <input type="checkbox" checked={regions.value} onChange={(event) => (regions.value = event.currentTarget.checked)} />
         Regions
       </label>
+      <p class="hint" role="status">
+        {wanted && found && !found.tissue && !found.regions.length && "None are known: this slide was not ingested."}
+      </p>
     </section>
   );
 }

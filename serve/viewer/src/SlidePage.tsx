@@ -294,11 +294,12 @@ const PARTS: Record<Exclude<PanelName, "slide">, FunctionComponent<{ view: Slide
 
 /** Whether this client may use a panel: what it may not do is not shown. */
 function mayUse(name: PanelName): boolean {
-  const can = session.value?.can;
+  const { can, scopes = [] } = session.value ?? {};
   if (name === "search") return can?.search ?? false;
   if (name === "where") return can?.ground ?? false;
   if (name === "ask") return Boolean(can?.chat);
-  if (name === "draw") return session.value?.scopes.includes("read") ?? false; // to look at, at least
+  // A client with the scope who still may not draw is on a service without annotations.
+  if (name === "draw") return can?.annotate || (!scopes.includes("annotate") && scopes.includes("read"));
   return true;
 }
 
