@@ -60,6 +60,7 @@ class FileList:
             for slide, path in paths.items()
         }
         self._opening: dict[str, asyncio.Task[None]] = {}
+        self._listed: tuple[int, SlideList] | None = None  # made when so many were opened
         self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def describe(self) -> dict[str, Any]:
@@ -73,8 +74,10 @@ class FileList:
     async def slides(self, **asked: Any) -> Page:
         """A page of slides by id; see :meth:`serve.slide_list.SlideList.page`."""
         opening = [self._open(slide) for slide in self._rows]
-        await asyncio.wait(opening, timeout=LIST_S)
-        return SlideList(self._rows.values()).page(**asked)
+        opened, _ = await asyncio.wait(opening, timeout=LIST_S)
+        if self._listed is None or self._listed[0] != len(opened):
+            self._listed = len(opened), SlideList(self._rows.values())
+        return self._listed[1].page(**asked)
 
     async def slide(self, slide_id: str) -> dict[str, Any]:
         """Row of a slide, as far as it is known.

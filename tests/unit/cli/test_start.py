@@ -47,9 +47,9 @@ BUDGETS: dict[str, tuple[str, int, tuple[str, ...]]] = {
         "ground slide003 necrosis --archive {archive} --run {run} --device cpu --json", 1700, MODEL
     ),
     # It ends with its standard input.
-    "view": ("view slide003 --archive {archive} --json --embed --port 0", 1100, SHOWN),
+    "view": ("view slide003 --archive {archive} --json --embed --port 0", 960, SHOWN),
     "view with a run": (
-        "view slide003 --archive {archive} --run {run} --json --embed --port 0", 1200, SHOWN
+        "view slide003 --archive {archive} --run {run} --json --embed --port 0", 1000, SHOWN
     ),
     "ask": (
         "ask slide003 Organ? --choices colon|lung --archive {archive} --run {run} --device cpu "
