@@ -80,20 +80,25 @@ export class Drawing {
     const before = this.features;
     this.features = new Map(features.map((one) => [one.id, one]));
     for (const id of before.keys()) {
-      if (this.features.has(id)) continue;
-      this.annotator.removeAnnotation(id);
-      this.told.delete(id);
+      if (!this.features.has(id) && this.told.delete(id)) this.annotator.removeAnnotation(id);
     }
+    const added: ImageAnnotation[] = [];
     for (const feature of features) {
+      if (before.get(feature.id)?.geometry === feature.geometry) continue;
       const shape = toShape(feature.geometry);
       const text = JSON.stringify(feature.geometry);
       // While somebody drags a corner, an answer about the corner before must not move it back.
       if (!shape || this.told.get(feature.id) === text) continue;
       if (this.told.has(feature.id)) this.annotator.updateAnnotation(toAnnotation(feature, shape));
-      else this.annotator.addAnnotation(toAnnotation(feature, shape));
+      else added.push(toAnnotation(feature, shape));
       this.told.set(feature.id, text);
     }
-    this.annotator.setStyle(this.style()); // classes, and so colours, may be others
+    if (added.length) this.annotator.setAnnotations(added, false); // all at once: each draws all anew
+    const recoloured = features.some((one) => {
+      const old = before.get(one.id);
+      return old !== undefined && colourOf(old) !== colourOf(one);
+    });
+    if (recoloured) this.annotator.setStyle(this.style()); // it draws all anew
   }
 
   private style(): DrawingStyleExpression<ImageAnnotation> {

@@ -40,7 +40,7 @@ export interface Painted {
 
 export type ColourMap = (value: number) => readonly [number, number, number];
 
-/** Longest side of a painted canvas, px. */
+/** Longest side of a painted canvas, px, unless there are more patches. */
 export const MAX_SIDE = 2048;
 /** Side of a patch on it: single patches have sharp edges, colours that run need no more pixels. */
 const CELL = { single: 16, running: 8 };
@@ -130,43 +130,82 @@ export function paint(
   grid: Grid,
   { map, threshold = 0, single = false }: { map: ColourMap; threshold?: number; single?: boolean },
 ): Painted {
-  const { columns, rows, heat, tissue } = grid;
-  const wanted = Math.floor(MAX_SIDE / Math.max(columns, rows));
-  const cell = Math.max(1, Math.min(single ? CELL.single : CELL.running, wanted));
-  const [width, height] = [columns * cell, rows * cell];
-  const pixels = new Uint8ClampedArray(width * height * 4);
-  const table = Array.from({ length: 256 }, (_, i) => map(i / 255));
-  for (let y = 0; y < height; y++) {
-    const row = Math.floor(y / cell);
-    for (let x = 0; x < width; x++) {
-      const column = Math.floor(x / cell);
-      const here = row * columns + column;
-      if (!tissue[here]) continue;
-      const value = single
-        ? heat[here]!
-        : between(grid, (x + 0.5) / cell - 0.5, (y + 0.5) / cell - 0.5);
-      if (value < threshold) continue;
-      const [red, green, blue] = table[Math.round(value * 255)]!;
-      pixels.set([red, green, blue, Math.round(value * 255)], (y * width + x) * 4);
-    }
-  }
+  const { width, height, values } = spread(grid, single);
+  const colours = new Uint8ClampedArray(4 * 256);
+  for (let value = Math.max(1, Math.ceil(threshold * 255 - 0.5)); value < 256; value++)
+    colours.set([...map(value / 255), value], 4 * value);
+  // A pixel is one number, whatever the order of its bytes: that is the same on both sides.
+  const table = new Uint32Array(colours.buffer);
+  const pixels = new Uint8ClampedArray(4 * width * height);
+  const whole = new Uint32Array(pixels.buffer);
+  for (let i = 0; i < whole.length; i++) whole[i] = table[values[i]!]!;
   return { width, height, pixels };
 }
 
-/** Heat at a point of the grid, in cells from the first one's centre, among patches of tissue. */
-function between(grid: Grid, x: number, y: number): number {
+interface Spread {
+  width: number;
+  height: number;
+  /** Heat of each pixel in 255ths, 0 off tissue. */
+  values: Uint8Array;
+}
+
+/** Pixels of grids that were painted: another colour or threshold needs no others. */
+const spreads = new WeakMap<Grid, Partial<Record<"single" | "running", Spread>>>();
+
+function spread(grid: Grid, single: boolean): Spread {
+  const kind = single ? "single" : "running";
+  const known = spreads.get(grid) ?? {};
+  spreads.set(grid, known);
+  return (known[kind] ??= single ? patchwise(grid) : running(grid));
+}
+
+function cellOf({ columns, rows }: Grid, most: number): number {
+  return Math.max(1, Math.min(most, Math.floor(MAX_SIDE / Math.max(columns, rows))));
+}
+
+function patchwise(grid: Grid): Spread {
+  const { columns, rows, heat } = grid;
+  const cell = cellOf(grid, CELL.single);
+  const [width, height] = [columns * cell, rows * cell];
+  const values = new Uint8Array(width * height);
+  for (let row = 0; row < rows; row++) {
+    const first = row * cell * width;
+    for (let column = 0; column < columns; column++)
+      values.fill(Math.round(heat[row * columns + column]! * 255), first + column * cell, first + (column + 1) * cell);
+    for (let line = 1; line < cell; line++) values.copyWithin(first + line * width, first, first + width);
+  }
+  return { width, height, values };
+}
+
+/** Heat interpolated among the four patches around a pixel, as far as they are tissue. */
+function running(grid: Grid): Spread {
   const { columns, rows, heat, tissue } = grid;
-  const [left, top] = [Math.floor(x), Math.floor(y)];
-  let [sum, weights] = [0, 0];
-  for (let row = Math.max(0, top); row <= Math.min(rows - 1, top + 1); row++) {
-    for (let column = Math.max(0, left); column <= Math.min(columns - 1, left + 1); column++) {
-      const cell = row * columns + column;
-      const weight = (1 - Math.abs(x - column)) * (1 - Math.abs(y - row)) * tissue[cell]!;
-      sum += heat[cell]! * weight;
-      weights += weight;
+  const cell = cellOf(grid, CELL.running);
+  const [width, height] = [columns * cell, rows * cell];
+  const values = new Uint8Array(width * height);
+  for (let y = 0; y < height; y++) {
+    const v = (y + 0.5) / cell - 0.5;
+    const top = Math.floor(v);
+    const down = v - top;
+    const upper = Math.max(0, top) * columns;
+    const lower = Math.min(rows - 1, top + 1) * columns;
+    const own = Math.floor(y / cell) * columns;
+    for (let x = 0; x < width; x++) {
+      if (!tissue[own + Math.floor(x / cell)]) continue;
+      const u = (x + 0.5) / cell - 0.5;
+      const left = Math.floor(u);
+      const right = u - left;
+      const from = Math.max(0, left);
+      const to = Math.min(columns - 1, left + 1);
+      const a = (1 - right) * (1 - down) * tissue[upper + from]!;
+      const b = right * (1 - down) * tissue[upper + to]!;
+      const c = (1 - right) * down * tissue[lower + from]!;
+      const d = right * down * tissue[lower + to]!;
+      const sum = a * heat[upper + from]! + b * heat[upper + to]! + c * heat[lower + from]! + d * heat[lower + to]!;
+      values[y * width + x] = Math.round((255 * sum) / (a + b + c + d));
     }
   }
-  return weights > 0 ? sum / weights : 0;
+  return { width, height, values };
 }
 
 // -- colours ---------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ export function Annotations({ view }: { view: SlideView | null }) {
     const clicks = view.onClick((place) => {
       if (tool.value === "point") void drawn(id, point(place));
       else if (tool.value === "cross") corners.value = [...corners.value, place];
+      else if (tool.value === null) return selectMark(view, place);
       else return false;
       return true;
     }, true);
@@ -237,6 +238,19 @@ function polygon(points: Point[]): Feature {
 function isMark(id: string | null): boolean {
   const feature = features.value.find((one) => one.id === id);
   return feature !== undefined && toShape(feature.geometry) === null;
+}
+
+/** Select the point that was clicked at; areas are Annotorious's. */
+function selectMark(view: SlideView, place: Point): boolean {
+  const reach = 9 * view.level0PerPixel();
+  const near = ([x, y]: Point) => Math.hypot(x - place[0], y - place[1]) <= reach;
+  const found = features.value.find(({ geometry }) => {
+    if (geometry.type === "Point") return near(geometry.coordinates);
+    return geometry.type === "MultiPoint" && geometry.coordinates.some(near);
+  });
+  if (found) selected.value = found.id;
+  else if (isMark(selected.value)) selected.value = null;
+  return found !== undefined;
 }
 
 /** Paint what is no area, and what is being drawn with keys. */

@@ -478,6 +478,7 @@ async function guarded(work: (signal: AbortSignal) => Promise<void>): Promise<vo
   } catch (error) {
     if (mine.signal.aborted) return;
     failed.value = error instanceof Problem ? error.message : "The search failed. Please try again.";
+    found.value = null; // what is there is of another question
     if (!(error instanceof Problem)) console.error(error);
   } finally {
     if (running === mine) busy.value = false;
