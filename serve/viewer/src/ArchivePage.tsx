@@ -271,7 +271,7 @@ function Card({ row, onWhy }: { row: SlideRow | undefined; onWhy: (row: SlideRow
       )}
       <span class="card-text">
         <strong>{row.slide_id}</strong>
-        {ready ? <span class="sub">{sub(row)}</span> : <Reason row={row} />}
+        {ready ? <Facts row={row} /> : <Reason row={row} />}
       </span>
     </>
   );
@@ -296,11 +296,18 @@ function Reason({ row }: { row: SlideRow }) {
   );
 }
 
-function sub(row: SlideRow): string {
-  const parts = [
+/** What is known of a slide, in a line: what does not fit is left out. */
+function Facts({ row }: { row: SlideRow }) {
+  const facts = [
     row.mpp ? `${round(row.mpp, 3)} µm/px` : "",
     row.tissue_mm2 === null ? "" : `${round(row.tissue_mm2, 3)} mm²`,
     row.split ?? "",
   ];
-  return parts.filter(Boolean).join(" · ");
+  return (
+    <span class="sub facts-line">
+      {facts.filter(Boolean).map((fact) => (
+        <span key={fact}>{fact}</span>
+      ))}
+    </span>
+  );
 }

@@ -89,6 +89,11 @@ export function SlidePage({ at }: { at: SlideRoute }) {
   const turn = useCallback(() => view?.turnTo(view.place().rot + 90), [view]);
   useKeys({ view: () => view, ruler, onHelp: () => setHelp(true), onTurn: turn });
 
+  // The minimap says nothing while all of the slide is in view, and would cover some of it.
+  const { x0 = 0, y0 = 0, w0 = 0, h0 = 0 } = inView.value ?? {};
+  const { width = 0, height = 0 } = slide.value ?? {};
+  const whole = x0 <= 0 && y0 <= 0 && x0 + w0 >= width && y0 + h0 >= height;
+
   const row = slide.value?.row;
   const state = view ? "open" : failure ? "failed" : "loading";
   return (
@@ -112,7 +117,7 @@ export function SlidePage({ at }: { at: SlideRoute }) {
             This slide cannot be shown. {failure}
           </p>
         )}
-        <div class={`minimap${state === "open" ? "" : " waiting"}`} id="minimap" ref={minimap} />
+        <div class={`minimap${whole ? " waiting" : ""}`} id="minimap" ref={minimap} />
         <ScaleStrip view={view} />
         {ruler?.kind.value && <Measuring ruler={ruler} view={view!} />}
       </main>
