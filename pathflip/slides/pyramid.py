@@ -15,6 +15,8 @@ MAX_SIDE = 2**36
 """Longest side of a slide, px."""
 TILE_PX = 256
 """Side of a tile where the slide has none of its own that can be shown as they are."""
+OVERVIEW_PX = 4096
+"""Longest side of a level that may be held in full, a power of two."""
 OWN_PX = (128, 1024)
 """Least and most side of a slide's own tiles that are taken over."""
 
@@ -72,6 +74,11 @@ class Pyramid:
     def min_level(self) -> int:
         """Number of the largest level that is one tile."""
         return max(level for level in self.levels() if self.grid(level) == (1, 1))
+
+    @property
+    def overview_level(self) -> int:
+        """Number of the finest level of at most ``OVERVIEW_PX`` px a side, or the last."""
+        return min(self.max_level, OVERVIEW_PX.bit_length() - 1)
 
     def levels(self) -> range:
         """Numbers of all levels, from the one pixel on."""

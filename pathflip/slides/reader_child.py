@@ -13,9 +13,10 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from pathflip.geometry import Tiling
 from pathflip.slides.reader_messages import pack_regions, read_message, write_message
 
 if TYPE_CHECKING:
-    from pathflip.slides.pyramid import Pyramid
+    from pathflip.slides.pyramid import Pyramid, Tile
     from pathflip.slides.slide import Slide
     from pathflip.slides.sources import Source
 
@@ -39,6 +40,8 @@ TILE_QUALITY = 97
 all noise, as tissue is far away, differ by 5."""
 SMALL_TILE = 1 << 12
 """Pixels of tiles that get the best quality there is: of so few, one poor block is a large part."""
+FAR, OVERVIEWS = 8, 2
+"""Times that a level is finer than one which is then read whole; of how many slides one is kept."""
 DARK, PALE = 40, 215
 """Grey levels: all channels of a pixel below the one, or above the other."""
 
@@ -57,6 +60,7 @@ class ReaderChild:
     def __init__(self, memory: memoryview, slides: int = 2) -> None:
         self.memory, self.kept = memory, slides
         self.slides: OrderedDict[tuple[Any, ...], Slide] = OrderedDict()
+        self.overviews: WeakKeyDictionary[Slide, _Overview] = WeakKeyDictionary()
 
     def slide(self, request: dict[str, Any]) -> Slide:
         """The open slide of a request; opened again if its file changed."""
@@ -177,14 +181,55 @@ class ReaderChild:
         stored = slide.stored_jpeg(tile.x0, tile.y0, size_px, factor=tile.scale0)
         if stored is not None:
             return {"stored": True}, [stored]
-        pixels = slide.shrunk(tile.x0, tile.y0, size_px, factor=tile.scale0)
+        whole = self._overview(slide, place) if level <= place.overview_level else None
+        if whole is not None:
+            pixels = whole.tile(tile)
+        else:
+            pixels = slide.shrunk(tile.x0, tile.y0, size_px, factor=tile.scale0)
         quality = TILE_QUALITY if tile.width * tile.height > SMALL_TILE else 100
         return {"stored": False}, [_jpeg(pixels, quality=quality)]
+
+    def _overview(self, slide: Slide, place: Pyramid) -> _Overview | None:
+        """Return a whole coarse level of a slide that stores none near it; it is read once."""
+        scale0 = place.scale0(place.overview_level)
+        if slide.stored_scale(scale0) * FAR > scale0:
+            return None
+        if slide not in self.overviews:
+            if len(self.overviews) >= OVERVIEWS:
+                self.overviews.clear()
+            size_px = place.size(place.overview_level)
+            pixels = slide.shrunk(0, 0, size_px, factor=scale0)
+            self.overviews[slide] = _Overview(pixels=pixels, scale0=scale0)
+        return self.overviews[slide]
 
     def unchanged(self, request: dict[str, Any], _: list[bytes]) -> Answer:
         """Answer ``SlideReader.check_unchanged``."""
         _expected(request)
         return {}, []
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Overview:
+    """A level of a pyramid in full.
+
+    Attributes:
+        pixels: uint8 RGB [h, w, 3].
+        scale0: Level-0 px per pixel.
+    """
+
+    pixels: NDArray[np.uint8]
+    scale0: int
+
+    def tile(self, tile: Tile) -> NDArray[np.uint8]:
+        """Return a tile of this level or a coarser one, by area averages."""
+        from pathflip.slides.resample import resize_area
+
+        step = tile.scale0 // self.scale0
+        x, y = tile.x0 // self.scale0, tile.y0 // self.scale0
+        part = np.full((tile.height * step, tile.width * step, 3), 255, np.uint8)
+        there = self.pixels[y : y + len(part), x : x + part.shape[1]]
+        part[: there.shape[0], : there.shape[1]] = there
+        return resize_area(part, width=tile.width, height=tile.height)
 
 
 def _expected(request: dict[str, Any]) -> Source:

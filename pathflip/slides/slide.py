@@ -260,8 +260,12 @@ class Slide:
 
         The resolution need not be known. What is damaged under many pixels is painted as tissue.
         """
-        (w, h), coarse = size_px, factor >= 4 * self._downsamples[self.level_for(factor)]
+        (w, h), coarse = size_px, factor >= 4 * self.stored_scale(factor)
         return self._read_scaled(x0, y0, w * factor, h * factor, w, h, tolerant=coarse)
+
+    def stored_scale(self, factor: float) -> float:
+        """Level-0 px per pixel of the stored level that is read for pixels of ``factor``."""
+        return self._downsamples[self.level_for(factor)]
 
     def stored_jpeg(
         self, x0: int, y0: int, size_px: tuple[int, int], *, factor: int

@@ -8,6 +8,7 @@ with the client. Both sides of a ratio run on the same prompts in one run, takin
 * ``search``: ``/v1/search`` over a million regions, alone and 32 at once, beside LanceDB's query;
 * ``during_ingest``: ``/v1/search`` while slides are committed to the archive, beside a calm minute;
 * ``grounding``: ``/v1/classify`` and ``/v1/ground``, alone and 64 at once;
+* ``tiles``: tiles a CPU-second beside other libraries', and 64 viewers that pan;
 * ``overload``: ten times as many clients as answers at once: statuses, memory, what comes after;
 * ``scale``: one replica to two under load, one of two killed, a new version under open streams;
 * ``startup``: what a start of the engine costs as vLLM does it and as it is done here.
@@ -40,6 +41,7 @@ from serve import proxy
 from tests.bench.ingest import rounded, say
 from tests.bench.serve_grounding import grounding
 from tests.bench.serve_search import during_ingest, search
+from tests.bench.serve_tiles import tiles
 from tests.faults import command_line, descendants, resident_bytes
 from tests.serving import Service, Tuned, cpu_s, make_tuned, start_service
 
@@ -405,7 +407,7 @@ def scale(tuned: Tuned) -> Report:
     return report
 
 
-PARTS = ("ingress", "embedder", "search", "grounding", "tiles", "instructor")
+PARTS = ("ingress", "embedder", "search", "grounding", "annotations", "tiles", "instructor")
 
 
 def startup(tuned: Tuned, rounds: int) -> Report:
@@ -446,8 +448,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = (
-        "throughput", "first_token", "search", "during_ingest", "grounding", "overload", "scale",
-        "startup",
+        "throughput", "first_token", "search", "during_ingest", "grounding", "tiles", "overload",
+        "scale", "startup",
     )  # fmt: skip
     parser.add_argument("--only", action="append", choices=parts, default=[])
     parser.add_argument("--rows", type=int, default=1_000_000, help="regions that are searched")
@@ -489,6 +491,7 @@ def main() -> None:
                 Path(folder) / "during", 60_000 if args.quick else 200_000, 8 if args.quick else 30
             ),
             "grounding": lambda: grounding(Path(folder) / "grounding", 3 if args.quick else 20),
+            "tiles": lambda: tiles(Path(folder) / "tiles", quick=args.quick),
             "overload": lambda: overload(tuned, 10 if args.quick else 60),
             "scale": lambda: scale(tuned),
         }

@@ -56,17 +56,24 @@ def grounding(folder: Path, seconds: float) -> dict[str, Any]:
 
 def make_inputs(folder: Path) -> tuple[str, str]:
     """Make archive and run below a folder."""
+    from pathflip.archive import Archive
+    from tests.archives import make_archive
+
+    dim = 131
+    uri = make_archive(folder / "archive", slides=SLIDES, regions=(16, 32), dim=dim, tiling=TILING)
+    texts = Archive(uri).captions()["text"].to_pylist()
+    return str(uri), make_run(folder / "run", uri, texts=texts, dim=dim)
+
+
+def make_run(folder: Path, uri: Path, *, texts: list[str], dim: int) -> str:
+    """Make a run, untrained, that fits an archive with features of encoder ``tex``."""
     import torch
 
     from pathflip.archive import Archive
     from pathflip.checkpoints import write_whole
     from pathflip.models import PathFLIP
-    from tests.archives import make_archive
 
-    dim = 131
-    uri = make_archive(folder / "archive", slides=SLIDES, regions=(16, 32), dim=dim, tiling=TILING)
     archive = Archive(uri)
-    texts = archive.captions()["text"].to_pylist()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = PathFLIP.from_preset("pathflip/mini", feature_dim=dim, texts=texts).eval()
@@ -81,8 +88,8 @@ def make_inputs(folder: Path) -> tuple[str, str]:
         model.save_pretrained(part)
         (part / "pathflip.json").write_text(json.dumps(about))
 
-    write_whole(folder / "run" / "model", fill)
-    return str(uri), str(folder / "run")
+    write_whole(folder / "model", fill)
+    return str(folder)
 
 
 @contextmanager

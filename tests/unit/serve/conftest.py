@@ -17,8 +17,10 @@ from serve.grounding import Grounding
 from serve.ingress import make_app
 from serve.limits import Limits
 from serve.proxy import Proofs
+from serve.reader_pool import ReadingConfig
 from serve.routing import Parts
 from serve.search import Search
+from serve.tiles import Tiles
 from tests.unit.serve.service_fixture import World, bearer, make_world
 
 Ask = Callable[..., httpx.Response]
@@ -37,6 +39,7 @@ def parts(world: World) -> Parts:
         search=Search(archive, model=world.loaded.name, fingerprint=world.loaded.fingerprint),
         grounding=Grounding(archive, run),
         annotations=Annotations(archive),
+        tiles=Tiles(archive, config=ReadingConfig(readers=1)),
         redactions={archive: "the archive", run: "the run"},
     )
 

@@ -330,7 +330,7 @@ def test_health_and_metrics(ask):
     assert "slide001" not in text
 
 
-PARTS = ("embedder", "search", "grounding", "annotations")
+PARTS = ("embedder", "search", "grounding", "tiles", "annotations")
 
 
 def test_openapi_names_every_route_and_its_errors(ask):
@@ -339,7 +339,10 @@ def test_openapi_names_every_route_and_its_errors(ask):
         "/healthz", "/readyz", "/metrics", "/v1/slides", "/v1/slides/{slide_id}",
         "/v1/slides/{slide_id}/thumbnail", "/v1/slides/{slide_id}/annotations",
         "/v1/slides/{slide_id}/annotations/{annotation_id}",
-        "/v1/slides/{slide_id}/annotations/import", "/v1/search", "/v1/classify", "/v1/ground",
+        "/v1/slides/{slide_id}/annotations/import", "/v1/slides/{slide_id}/tiles",
+        "/v1/slides/{slide_id}/tiles.dzi", "/v1/slides/{slide_id}/tiles/{level}/{x}_{y}.jpg",
+        "/v1/slides/{slide_id}/view", "/v1/slides/{slide_id}/outlines", "/v1/search",
+        "/v1/classify", "/v1/ground",
         "/v1/segment", "/v1/embeddings", "/v1/models", "/v1/models/{model_id}",
         "/v1/chat/completions", "/v1/session",
     }  # fmt: skip

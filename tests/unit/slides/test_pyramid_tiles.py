@@ -148,6 +148,30 @@ def test_what_is_stored_is_not_encoded_again(reader: SlideReader, tmp_path: Path
     assert {level: count for level, count in own.items() if count} == {10: 16, 9: 4}
 
 
+@pytest.mark.parametrize("compression", ["jpeg", "deflate"])
+def test_coarse_tiles_of_a_slide_without_a_pyramid(
+    compression: str, reader: SlideReader, tmp_path: Path
+) -> None:
+    """They are cut from one overview; the truth is the tile that the slide repeats."""
+    path, block = tmp_path / "flat.tif", picture(256, 256)
+    across, down = 132, 6
+    tifffile.imwrite(
+        path, (block for _ in range(across * down)), shape=(down * 256, across * 256, 3),
+        dtype=np.uint8, tile=(256, 256), photometric="rgb", compression=compression,
+    )  # fmt: skip
+    pyramid, _, _ = reader.pyramid(str(path), slide_mpp=MPP)
+    assert (pyramid.max_level, pyramid.overview_level) == (16, 12)
+    for level in (12, 11, 10, 8):
+        scale0 = pyramid.scale0(level)
+        lines = np.arange(256 // scale0 + 1.0) * scale0
+        truth = averages(block, lines, lines)
+        for tile in pyramid.tiles(level):
+            data, _ = reader.tile(str(path), level, tile.column, tile.row, slide_mpp=MPP)
+            repeats = -(-tile.height // len(truth)), -(-tile.width // len(truth)), 1
+            expected = np.tile(truth, repeats)[: tile.height, : tile.width]
+            assert np.abs(decoded(data) - expected).mean() <= 3, (level, tile)
+
+
 # -- streams of stored tiles -----------------------------------------------------------------------
 
 SECRET = b"DOE^JANE 19561224"
