@@ -66,7 +66,7 @@ def tiles(folder: Path, *, quick: bool) -> Report:
 
 
 def per_cpu_s(folder: Path, *, side: int, rounds: int, each: int) -> Report:
-    """Tiles a CPU-second of every side, and ours over theirs."""
+    """Measure tiles for each CPU-second of every side, and ours over theirs."""
     from pathflip.synth import make_slide
 
     folder.mkdir(parents=True)
@@ -162,7 +162,7 @@ def _large_image(
 
 
 def measure(name: str, path: str, *, each: int, levels: int) -> Report:
-    """Tiles a CPU-second of one side, in this process and its children."""
+    """Measure tiles for each CPU-second of one side, in this process and its children."""
     from tests.faults import descendants
 
     makers = {"pathflip": _pathflip, "deepzoom": _deepzoom, "large_image": _large_image}
