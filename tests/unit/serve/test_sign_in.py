@@ -56,7 +56,7 @@ def test_a_token_is_exchanged_for_a_cookie(ask):
     left = datetime.fromisoformat(told["expires"]).timestamp() - time.time()
     assert SESSION_S - 60 < left <= SESSION_S
     assert told["can"] == {
-        "search": True, "ground": True, "chat": None, "annotate": False, "patients": False,
+        "search": True, "ground": True, "chat": None, "annotate": True, "patients": False,
     }  # fmt: skip
     assert ask("GET", "/v1/slides", **by(value)).status_code == 200
     assert ask("POST", "/v1/search", json=SEARCH, **by(value)).status_code == 200
