@@ -1,7 +1,7 @@
 /** A slide: the picture first, one toolbar above it, one panel beside it. */
 
 import { effect, useSignal } from "@preact/signals";
-import type { FunctionComponent } from "preact";
+import type { FunctionComponent, RefObject } from "preact";
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import { api, Problem, slidePath } from "./api.ts";
 import type { SlideRow, TileInfo } from "./api.ts";
@@ -89,11 +89,6 @@ export function SlidePage({ at }: { at: SlideRoute }) {
   const turn = useCallback(() => view?.turnTo(view.place().rot + 90), [view]);
   useKeys({ view: () => view, ruler, onHelp: () => setHelp(true), onTurn: turn });
 
-  // The minimap says nothing while all of the slide is in view, and would cover some of it.
-  const { x0 = 0, y0 = 0, w0 = 0, h0 = 0 } = inView.value ?? {};
-  const { width = 0, height = 0 } = slide.value ?? {};
-  const whole = x0 <= 0 && y0 <= 0 && x0 + w0 >= width && y0 + h0 >= height;
-
   const row = slide.value?.row;
   const state = view ? "open" : failure ? "failed" : "loading";
   return (
@@ -117,7 +112,7 @@ export function SlidePage({ at }: { at: SlideRoute }) {
             This slide cannot be shown. {failure}
           </p>
         )}
-        <div class={`minimap${whole ? " waiting" : ""}`} id="minimap" ref={minimap} />
+        <Minimap element={minimap} />
         <ScaleStrip view={view} />
         {ruler?.kind.value && <Measuring ruler={ruler} view={view!} />}
       </main>
@@ -135,6 +130,14 @@ export function SlidePage({ at }: { at: SlideRoute }) {
       )}
     </div>
   );
+}
+
+/** The minimap's element: hidden while all of the slide is in view, when it would only cover some of it. */
+function Minimap({ element }: { element: RefObject<HTMLDivElement | null> }) {
+  const { x0 = 0, y0 = 0, w0 = 0, h0 = 0 } = inView.value ?? {};
+  const { width = 0, height = 0 } = slide.value ?? {};
+  const whole = x0 <= 0 && y0 <= 0 && x0 + w0 >= width && y0 + h0 >= height;
+  return <div class={`minimap${whole ? " waiting" : ""}`} id="minimap" ref={element} />;
 }
 
 /** Make what the address says the state of the page. */
