@@ -149,10 +149,11 @@ class JpegCodec:
         """
         found = _portable(self._stream(data), width, height)
         if found is not None:
-            shrink = 8 if width % 8 == height % 8 == 0 else 1
-            out = np.empty((height // shrink, width // shrink, 3), np.uint8)
-            if self.decode(data, shrink=shrink, out=out).shape != out.shape:
-                raise ValueError("its size is another")
+            out = np.empty((-(-height // 8), -(-width // 8), 1), np.uint8)
+            simplejpeg.decode_jpeg(
+                found, colorspace="GRAY", min_height=out.shape[0], min_width=out.shape[1],
+                min_factor=8, buffer=out,
+            )  # fmt: skip
         return found
 
     def _stream(self, data: bytes) -> bytes:
@@ -199,13 +200,19 @@ def _portable(stream: bytes, width: int, height: int) -> bytes | None:
         if marker in _USED:
             kept.append(stream[at:end])
         at = end
-    after = _AFTER_SCAN.search(stream, end)
-    if after is None:
-        raise ValueError("it is cut off")
-    if not sized or body[:1] != b"\x03" or after[1][0] != _EOI or transform not in (0, 1):
+    last = stream.find(b"\xff\xd9", end)
+    # Of most streams counting says it, ten times as fast: each 0xFF but the last is a stuffed byte.
+    if last < 0 or stream.count(b"\xff", end, last) != stream.count(b"\xff\0", end, last):
+        after = _AFTER_SCAN.search(stream, end)
+        if after is None:
+            raise ValueError("it is cut off")
+        if after[1][0] != _EOI:
+            return None
+        last = after.end() - 2
+    if not sized or body[:1] != b"\x03" or transform not in (0, 1):
         return None
     colours = bytes((1 if jfif else transform,))
-    return b"".join((SOI, _ADOBE, colours, *kept, stream[at : after.end()]))
+    return b"".join((SOI, _ADOBE, colours, *kept, stream[at : last + 2]))
 
 
 def _joined(data: bytes) -> bytes:
