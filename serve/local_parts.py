@@ -17,6 +17,7 @@ from pathflip.errors import ConfigError
 from serve.app import redactions
 from serve.config import ServeConfig, check_inputs
 from serve.limits import Limits
+from serve.reader_pool import ReadingConfig
 from serve.routing import Parts
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class AgentConfig:
         patients: Whether an agent may filter by patient and see patients' ids.
         labels: Whether an agent may filter by labels of slides.
         limits: Limits of an answer.
+        reading: Readers of slides.
     """
 
     archive: str
@@ -46,6 +48,8 @@ class AgentConfig:
     patients: bool = False
     labels: bool = True
     limits: Limits = field(default_factory=Limits)
+    # One agent looks at one place after the other.
+    reading: ReadingConfig = field(default_factory=lambda: ReadingConfig(readers=1, cache_mb=32))
 
 
 def local_parts(config: AgentConfig) -> Parts:
@@ -55,6 +59,8 @@ def local_parts(config: AgentConfig) -> Parts:
         PathFLIPError: See :func:`serve.config.check_inputs`.
         ConfigError: A language model is named, and no run.
     """
+    from pathflip.archive import Archive
+    from pathflip.archive.storage import normalise
     from serve.search import Search
     from serve.tiles import Tiles
 
@@ -63,23 +69,21 @@ def local_parts(config: AgentConfig) -> Parts:
         "patients": config.patients,
         "labels": config.labels,
     }
+    archive = Archive(normalise(config.archive)).uri
+    tiles = Tiles(archive, config=config.reading, refresh_s=config.refresh_s)
     if config.run is None:
         if config.llm is not None:
             raise ConfigError("A language model needs a run.", hint="Give --run, too.")
-        from pathflip.archive import Archive
-        from pathflip.archive.storage import normalise
-
-        archive = Archive(normalise(config.archive)).uri
         return Parts(
             search=Search(archive, **seen),
-            tiles=Tiles(archive, refresh_s=config.refresh_s),
+            tiles=tiles,
             redactions=dict.fromkeys((archive, config.archive), "the archive"),
         )
     settings = ServeConfig(
         archive=config.archive, run=config.run, llm=config.llm, device=config.device, **seen
     )
     inputs = check_inputs(settings)
-    archive, run, turn = inputs.archive, inputs.run, asyncio.Lock()
+    run, turn = inputs.run, asyncio.Lock()
 
     def embedder() -> Any:
         from serve.embedder import Embedder
@@ -101,7 +105,7 @@ def local_parts(config: AgentConfig) -> Parts:
         embedder=Later(embedder, turn),
         grounding=Later(grounding, turn),
         instructor=answers,
-        tiles=Tiles(archive, refresh_s=config.refresh_s),
+        tiles=tiles,
         redactions=redactions(settings, inputs),
     )
 

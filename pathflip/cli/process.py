@@ -57,12 +57,17 @@ def open_archive(uri: str) -> Any:
     """
     global _answers
     _answers = True
-    if _own and "pandas" not in sys.modules:
-        with without_pandas():
-            import pyarrow  # noqa: F401
+    import_arrow()
     from pathflip import Archive
 
     return Archive(uri)
+
+
+def import_arrow() -> None:
+    """Import Arrow, and no pandas, into the process of a command."""
+    if _own and "pandas" not in sys.modules:
+        with without_pandas():
+            import pyarrow  # noqa: F401
 
 
 @contextmanager

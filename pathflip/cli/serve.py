@@ -19,6 +19,7 @@ from pathflip.cli.options import (
     show_table,
     were_set,
 )
+from pathflip.cli.process import import_arrow
 from pathflip.cli.process import open_archive
 
 app = typer.Typer()
@@ -102,6 +103,7 @@ def mcp(
     """
     from pathflip.config import load_config
 
+    import_arrow()
     agents, local = service("mcp"), service("local_parts")
     with redirect_stdout(sys.stderr):
         settings = load_config(

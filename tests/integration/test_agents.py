@@ -24,6 +24,7 @@ from pathflip.synth.scene import lay_out, polygons, render, sample_scenes
 from pathflip.synth.tiff import write_slide
 from serve.auth import read_tokens
 from serve.ingress import make_app
+from serve.reader_pool import ReadingConfig
 from serve.routing import Parts
 from serve.search import Search
 from serve.tiles import Tiles
@@ -34,6 +35,8 @@ from tests.unit.serve.service_fixture import bearer, write_tokens
 pytestmark = pytest.mark.timeout(300)
 
 LESION = "lymphoid"
+PATIENT_S = 120
+"""Seconds a reader has on a machine that does much else."""
 SCENES = (4, 7, 11)
 """Of these slides the second has strokes of a pen, darker than its lesion; the third is finer."""
 
@@ -85,7 +88,7 @@ def parts_of(archive: Path) -> Parts:
     """The parts of a service without a trained run."""
     return Parts(
         search=Search(str(archive)),
-        tiles=Tiles(str(archive)),
+        tiles=Tiles(str(archive), config=ReadingConfig(timeout_s=PATIENT_S)),
         redactions={str(archive): "the archive"},
     )
 
@@ -127,7 +130,8 @@ def run(archive: Path, transport: str, use: Callable[[Any], Any], folder: Path) 
 
     async def main() -> Any:
         if transport == "stdio":
-            async with over_stdio("--archive", str(archive)) as client:
+            slow = "-o", f"reading.timeout_s={PATIENT_S}"
+            async with over_stdio("--archive", str(archive), *slow) as client:
                 return await use(client)
         parts = parts_of(archive)
         app = make_app(parts, tokens=read_tokens(write_tokens(folder / "tokens")))

@@ -6,6 +6,8 @@ import base64
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -507,3 +509,9 @@ def test_requests_of_many_agents_do_not_mix(parts, world, loop):
             return await asyncio.gather(*(one(url, number) for number in range(12)))
 
     assert loop.run_until_complete(main()) == [6, 3] * 6
+
+
+def test_the_package_is_imported_when_an_agent_comes():
+    code = "import sys, serve.ingress, serve.app; print({'mcp', 'mcp_types'} & {*sys.modules})"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "set()"
