@@ -19,8 +19,7 @@ from pathflip.cli.options import (
     show_table,
     were_set,
 )
-from pathflip.cli.process import import_arrow
-from pathflip.cli.process import open_archive
+from pathflip.cli.process import import_arrow, open_archive
 
 app = typer.Typer()
 audit_app = typer.Typer(help="The audit log of the service.", no_args_is_help=True)
