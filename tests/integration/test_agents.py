@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 from mcp import MCPError
@@ -24,12 +25,13 @@ from pathflip.synth.scene import lay_out, polygons, render, sample_scenes
 from pathflip.synth.tiff import write_slide
 from serve.auth import read_tokens
 from serve.ingress import make_app
+from serve.mcp import TOOLS
 from serve.reader_pool import ReadingConfig
 from serve.routing import Parts
 from serve.search import Search
 from serve.tiles import Tiles
-from tests.agents import fault, listening, over_http, over_stdio, pictures, result, texts
-from tests.serving import Tuned
+from tests.agents import MODES, fault, listening, over_http, over_stdio, pictures, result, texts
+from tests.serving import Service, Tuned
 from tests.unit.serve.service_fixture import bearer, write_tokens
 
 pytestmark = pytest.mark.timeout(300)
@@ -327,6 +329,46 @@ def test_an_agent_finds_the_lesion_by_zooming(
             assert 0.5 < found["area_um2"] / area < 2, (story, area)
 
     run(planted.archive, transport, use, tmp_path)
+
+
+# -- the whole service ----------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_agents_come_through_the_proxy(service: Service) -> None:
+    """Through HAProxy to parts that are other processes, and every call is audited."""
+    asked = {"slide_id": "slide001", "text": "mucin"}
+    with httpx.Client(base_url=service.url, timeout=60) as http:
+        listed = http.get("/v1/slides").json()["data"]
+        score = http.post("/v1/ground", json=asked).json()["score"]
+        told = http.post("/v1/chat/completions", json=service.body(slide_id="slide001")).json()
+
+    async def use(mode: str) -> None:
+        async with over_http(service.url, mode=mode) as agent:
+            named = {tool.name for tool in (await agent.list_tools()).tools}
+            assert named == {tool.name for tool in TOOLS}
+            assert (await result(agent, "list_slides"))["slides"] == listed
+            grounded = await result(agent, "ground", slide="slide001", text="mucin")
+            assert grounded["score"] == score
+            answer = await result(agent, "ask", slide="slide001", question="What is seen?")
+            assert answer["answer"] == told["choices"][0]["message"]["content"]
+            points = [[0, 0], [30, 40]]
+            line = await result(agent, "measure", slide="slide001", points=points)
+            assert line["length_um"] == pytest.approx(50 * line["mpp"], abs=1e-3)
+            code, _ = await fault(agent, "describe_slide", slide="slide999")
+            assert code == "unknown_slide"
+
+    for mode in MODES:
+        asyncio.run(use(mode))
+        files = (service.tuned.run / "audit").glob("*.jsonl")
+        newest = max(files, key=lambda file: file.stat().st_mtime_ns)
+        lines = [json.loads(line) for line in newest.read_text().splitlines()]
+        calls = [line for line in lines if line["action"] == "POST /mcp" and "tool" in line]
+        seen = [(line["who"], line["tool"], line.get("error")) for line in calls[-5:]]
+        assert seen == [
+            ("local", "list_slides", None), ("local", "ground", None), ("local", "ask", None),
+            ("local", "measure", None), ("local", "describe_slide", "unknown_slide"),
+        ]  # fmt: skip
 
 
 # -- stdio ----------------------------------------------------------------------------------------

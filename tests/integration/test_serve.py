@@ -33,9 +33,7 @@ from pathflip.search import Query, embed_texts, run_query
 from serve.audit import verify
 from serve.embedder import Embedder
 from serve.limits import Limits
-from serve.mcp import TOOLS
 from serve.proxy import SECRET
-from tests.agents import MODES, fault, over_http, pictures, result
 from tests.attacks import HALF, head, held
 from tests.faults import (
     command_line,
@@ -199,41 +197,6 @@ def test_every_route_over_http(served: Process, http: httpx.Client) -> None:
     wrong = {"where": "body.k", "what": "Input should be greater than or equal to 1"}
     assert answer.json()["errors"] == [wrong]
     assert httpx.get(served.ready["url"] + "/healthz", timeout=60).status_code == 200
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_agents_come_through_the_proxy(served: Process, http: httpx.Client, mode: str) -> None:
-    """With a token, to parts that are other processes; the slides' files are not there."""
-
-    async def use() -> None:
-        async with over_http(served.ready["url"], bearer("all"), mode=mode) as agent:
-            named = {tool.name for tool in (await agent.list_tools()).tools}
-            assert named == {tool.name for tool in TOOLS} - {"ask"}
-            found = await result(agent, "list_slides")
-            assert found["slides"] == http.get("/v1/slides").json()["data"]
-            asked = {"text": "mucin", "level": "slide", "k": 2, "pictures": 2}
-            answer = await agent.call_tool("search", asked)
-            assert len(pictures(answer)) == len(answer.structured_content["pictures"]) > 0
-            grounded = await result(agent, "ground", slide="slide001", text="mucin")
-            body = {"slide_id": "slide001", "text": "mucin"}
-            assert grounded["score"] == http.post("/v1/ground", json=body).json()["score"]
-            square = {"x0": 0, "y0": 0, "size_um": 64}
-            code, text = await fault(agent, "view", slide="slide001", **square)
-            assert code == "source_changed"
-            assert not any(secret in text for secret in SECRETS)
-            code, _ = await fault(agent, "describe_slide", slide="slide999")
-            assert code == "unknown_slide"
-
-    asyncio.run(use())
-    assert httpx.post(served.ready["url"] + "/mcp", json={}, timeout=60).status_code == 401
-    files = served.audit.glob("*.jsonl")
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    calls = [line for line in lines if line["action"] == "POST /mcp" and "tool" in line]
-    told = [(line["who"], line["tool"], line.get("error")) for line in calls[-5:]]
-    assert told == [
-        ("all", "list_slides", None), ("all", "search", None), ("all", "ground", None),
-        ("all", "view", "source_changed"), ("all", "describe_slide", "unknown_slide"),
-    ]  # fmt: skip
 
 
 def test_what_clients_get_wrong_is_in_no_log(served: Process, http: httpx.Client) -> None:
