@@ -352,9 +352,7 @@ def test_agents_come_through_the_proxy(service: Service) -> None:
             assert grounded["score"] == score
             answer = await result(agent, "ask", slide="slide001", question="What is seen?")
             assert answer["answer"] == told["choices"][0]["message"]["content"]
-            points = [[0, 0], [30, 40]]
-            line = await result(agent, "measure", slide="slide001", points=points)
-            assert line["length_um"] == pytest.approx(50 * line["mpp"], abs=1e-3)
+            assert (await result(agent, "describe_slide", slide="slide001"))["mpp"] == 0.5
             code, _ = await fault(agent, "describe_slide", slide="slide999")
             assert code == "unknown_slide"
 
@@ -367,7 +365,7 @@ def test_agents_come_through_the_proxy(service: Service) -> None:
         seen = [(line["who"], line["tool"], line.get("error")) for line in calls[-5:]]
         assert seen == [
             ("local", "list_slides", None), ("local", "ground", None), ("local", "ask", None),
-            ("local", "measure", None), ("local", "describe_slide", "unknown_slide"),
+            ("local", "describe_slide", None), ("local", "describe_slide", "unknown_slide"),
         ]  # fmt: skip
 
 
