@@ -67,6 +67,21 @@ class Call:
         self.audit["slides"] = [slide_id]
         return row
 
+    async def placed(self, slide_id: str) -> dict[str, Any]:
+        """The same of a slide on which places are asked for.
+
+        Raises:
+            RequestError: ``no_size``.
+        """
+        row = await self.slide(slide_id)
+        if None in (row["width"], row["height"], row["mpp"]):
+            raise RequestError(
+                "The archive does not know the size of this slide.",
+                hint="It holds features that were imported without their slide.",
+                code="no_size",
+            )
+        return row
+
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
@@ -271,7 +286,7 @@ class Viewed(Result):
 
 
 async def _view(asked: View, call: Call) -> Answered:
-    row = await call.slide(asked.slide)
+    row = await call.placed(asked.slide)
     x0, y0, size0 = round(asked.x0), round(asked.y0), round(asked.size_um / row["mpp"])
     if size0 < LEAST_SIDE0:
         raise RequestError(
@@ -343,7 +358,7 @@ class Measured(Result):
 
 
 async def _measure(asked: Measure, call: Call) -> Answered:
-    row = await call.slide(asked.slide)
+    row = await call.placed(asked.slide)
     points = [(x, y) for x, y in asked.points]
     if not all(0 <= x <= row["width"] and 0 <= y <= row["height"] for x, y in points):
         raise _outside(row, "A point is not on the slide.")

@@ -25,6 +25,8 @@ from serve.fake_engine import FakeEngine
 from serve.ingress import make_app
 from serve.limits import Limits
 from serve.mcp import MAX_BODY, TOOLS
+from serve.routing import Parts
+from serve.search import Search
 from tests.agents import MODES, fault, listening, over_http, pictures, result, texts
 from tests.unit.serve.service_fixture import SECRETS, SLIDES, bearer, slide_id
 from tests.unit.serve.test_hostile import PATHS, watched
@@ -312,6 +314,17 @@ def test_errors_say_cause_and_hint(agent):
     assert "exactly one of text" in found["nothing"][1]
     assert "limit" in found["many"][1]
     assert "/etc" not in found["unknown"][1]
+
+
+def test_a_slide_without_a_size_has_no_places(agent, tuned):
+    """Its features were imported, its pixels are elsewhere."""
+
+    async def use(client):
+        assert (await result(client, "describe_slide", slide="slide001"))["width_um"] is None
+        return await fault(client, "measure", slide="slide001", points=[[0, 0], [1, 1]])
+
+    code, _ = agent(use, parts=Parts(search=Search(str(tuned.archive))))
+    assert code == "no_size"
 
 
 def test_a_token_without_the_scope_is_told_so(agent):
