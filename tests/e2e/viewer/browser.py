@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
-PATIENCE_MS = 30_000
+PATIENCE_MS = 60_000
 """How long a state is waited for: two test processes and a browser share two cores."""
 BUILT = Path(__file__).resolve().parents[3] / "serve" / "viewer" / "dist" / "index.html"
 FLAGS = (
@@ -114,8 +114,8 @@ class Viewer:
             error for error in self.errors
             if not any(re.search(pattern, error) for pattern in self.expected)
         ]  # fmt: skip
-        assert left == [], "errors in the console"
-        assert self.beyond == [], "requests beyond the service"
+        assert not left, "errors in the console: " + "\n".join(left)
+        assert not self.beyond, "requests beyond the service: " + "\n".join(self.beyond)
 
 
 def decoded(png: bytes) -> NDArray[np.uint8]:

@@ -25,12 +25,12 @@ from pathflip.training.config import resolve
 from pathflip.training.trainer import train
 from tests.bench.planted import PlantedContrastive, Regions, corpus_of
 
-SLIDES, REGIONS, LESION_SLOTS = 240, 4, 24
+SLIDES, REGIONS, LESION_SLOTS = 240, 12, 24
 FINDINGS = ("tumour", "necrosis", "lymphoid", "mucin", "keratin", "calcification", "fibrosis")
 """What it learns to find, of all that is planted."""
 SETTINGS = (
     "steps=300", "batch_size=8", "lr=0.003", "best=last", "val_every=1000", "log_every=1000",
-    "save_every=1000", "max_regions=4", "num_subcaptions=4", "model.d=64", "model.hidden=64",
+    "save_every=1000", "max_regions=12", "num_subcaptions=4", "model.d=64", "model.hidden=64",
     "model.ffn=128", "model.num_queries=8", "model.text_hidden=64", "model.text_ffn=64",
     "model.text_heads=2", "model.vocab_size=256",
 )  # fmt: skip

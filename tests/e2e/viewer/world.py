@@ -18,6 +18,7 @@ from typing import Any
 
 from pathflip.archive import Archive
 from pathflip.checkpoints import Run, load_run
+from pathflip.evaluation.ground_slide import GroundingResult, ground_slide
 from pathflip.interop.qupath import QuPathObject, read_geojson
 from pathflip.search import Query, embed_texts, run_query
 from tests.e2e.viewer.planted_run import make_planted_run
@@ -86,9 +87,15 @@ class World:
         found: list[dict[str, Any]] = run_query(archive, asked).to_pylist()
         return found
 
+    def grounded(self, stem: str, text: str) -> GroundingResult:
+        """Locate a text on a slide by the library."""
+        archive = Archive(self.archive)
+        return ground_slide(archive, self.loaded, self.id(stem), text, images=False)
+
     def lesions(self, stem: str) -> list[QuPathObject]:
         """Return what is planted on a slide."""
-        return read_geojson(self.folder / "lesions" / f"{stem}.geojson")
+        file = self.folder / "lesions" / f"{stem}.geojson"
+        return read_geojson(file) if file.exists() else []
 
 
 def make_world(folder: Path, ingest: Callable[..., Any]) -> World:
