@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 PATIENCE_MS = 60_000
 """How long a state is waited for: two test processes and a browser share two cores."""
 BUILT = Path(__file__).resolve().parents[3] / "serve" / "viewer" / "dist" / "index.html"
+FRAMES = """async () => {
+    for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame);
+}"""
 FLAGS = (
     "--disable-gpu-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
     "--hide-scrollbars", "--force-color-profile=srgb", "--disable-lcd-text",
@@ -106,7 +109,9 @@ class Viewer:
 
     def picture(self, number: int = 0) -> NDArray[np.uint8]:
         """Return what the slide's element shows, RGB [h, w, 3], without what lies over it."""
-        return decoded(self.still(number).locator("canvas").first.screenshot())
+        slide = self.still(number)
+        self.page.evaluate(FRAMES)  # what lies over the slide is drawn with the next frames
+        return decoded(slide.locator("canvas").first.screenshot())
 
     def verdict(self) -> None:
         """Fail if the page did what it must not."""
