@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from jobs import worker
+from jobs.cluster import PATIENT
 from jobs.worker import GONE, from_ipc, to_ipc
 from pathflip.errors import PathFLIPError, from_dict
 
@@ -265,7 +266,7 @@ def _start(
         pass_fds=(theirs.fileno(),),
         env={
             "OMP_NUM_THREADS": str(max(1, int(stage.num_cpus))),
-            "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait would otherwise spin
+            **PATIENT,
             "LANCE_LOG": "error",
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),

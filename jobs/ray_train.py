@@ -241,7 +241,7 @@ def _train_on_ray(objective: Objective[Any, Any], run: Path, workers: Workers) -
             logging_config=train_api.LoggingConfig(log_level="ERROR"),
             # Threads that wait would otherwise spin: beside other work on two cores, a step of a
             # small model took 1.7 CPU-seconds instead of 0.2.
-            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+            worker_runtime_env={"env_vars": cluster.PATIENT},
         ),
     )
     try:
