@@ -18,7 +18,7 @@ from pathflip.files import PrivateFolder
 Place = Literal["local", "ray", "cluster"]
 """Engine of a job: processes of this machine, a Ray on this machine alone, or a Ray cluster."""
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
-"""Variables of workers: threads of theirs that wait sleep soon, so that other work has the cores, but
+"""Variables of workers: their threads sleep while they wait, so that other work has the cores, but
 not at once: waking up between the products of a small model took more time than these."""
 _GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")
 
