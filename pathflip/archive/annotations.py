@@ -69,6 +69,7 @@ WAIT_S = 30.0
 """Seconds for which a save tries again while others write; then it is refused (``busy``)."""
 MERGE_FROM = 64
 """Fragments from which on :meth:`AnnotationStore.tidy` merges."""
+_COPIES = 4  # ids that are tried for a copy: more than one where others made theirs of the same
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -246,8 +247,9 @@ class AnnotationStore:
     ) -> Saved:
         """Save annotations of one slide in one commit, whatever their revision.
 
-        An id that is somebody else's is replaced by one of the author's own, so that a file which
-        one exported and another imports makes copies, always the same ones.
+        An id that is somebody else's, or of another slide, is replaced by one of the author's own
+        on this slide, so that a file which one exported and another imports makes copies, always
+        the same ones. Where the file has such a copy as well, that is what is saved.
 
         Args:
             annotations: The annotations, each id once.
@@ -260,15 +262,11 @@ class AnnotationStore:
         """
 
         def plan(dataset: Any) -> _Change[Saved]:
-            ids = [one.annotation_id for one in annotations]
-            stored = self._stored(dataset, [*ids, *(own_id(key, by) for key in ids)])
+            own, stored = self._own(dataset, annotations, ground=ground, by=by)
             new, changed, unchanged = list[str](), list[str](), list[str]()
             write = []
-            for given in annotations:
-                one, old = given, stored.get(given.annotation_id)
-                if old is not None and not (_may(old, by=by, anyone=False) and _on(ground, old)):
-                    one = replace(given, annotation_id=own_id(given.annotation_id, by))
-                    old = stored.get(one.annotation_id)
+            for one in own:
+                old = stored.get(one.annotation_id)
                 now = _saved(one, over=old, ground=ground, by=by)
                 if old is not None and now.drawn_as(old):
                     unchanged.append(now.annotation_id)
@@ -340,6 +338,40 @@ class AnnotationStore:
                 for row in dataset.to_table(columns=COLUMNS, filter=where).to_pylist():
                     found[row["annotation_id"]] = annotation_of(row)
         return found
+
+    def _own(
+        self, dataset: Any, annotations: Sequence[Annotation], *, ground: Ground, by: str
+    ) -> tuple[list[Annotation], dict[str, Annotation]]:
+        """Give annotations ids that an author may save under on a slide.
+
+        Returns:
+            The annotations, each id once, and what is stored under these ids.
+
+        Raises:
+            ArchiveError: Ids of copies are somebody else's, too (``unknown_annotation``).
+        """
+        keys = [one.annotation_id for one in annotations]
+        stored = self._stored(dataset, keys)
+        for _ in range(_COPIES):
+            kept = {
+                key
+                for key in keys
+                if (old := stored.get(key)) is None
+                or (_may(old, by=by, anyone=False) and _on(ground, old))
+            }
+            taken = [number for number, key in enumerate(keys) if key not in kept]
+            if not taken:
+                once = dict[str, Annotation]()
+                # Those that have kept their own ids go before copies of others under these ids.
+                for key, one in sorted(
+                    zip(keys, annotations, strict=True), key=lambda of: of[0] != of[1].annotation_id
+                ):
+                    once.setdefault(key, replace(one, annotation_id=key))
+                return [once.pop(key) for key in keys if key in once], stored
+            for number in taken:
+                keys[number] = own_id(keys[number], by, ground.sha256 or ground.slide_id)
+            stored |= self._stored(dataset, [keys[number] for number in taken])
+        raise _unknown()
 
     def _check_room(self, dataset: Any, write: Sequence[Annotation]) -> None:
         """Refuse what would be too many annotations, or points, of one author on one slide."""

@@ -414,9 +414,15 @@ def _uuid_of(value: Any) -> str:
         return ""
 
 
-def own_id(annotation_id: str, author: str) -> str:
-    """Return the id of an author's own copy of somebody else's annotation, always the same."""
-    return str(uuid.uuid5(_IDS, f"{author}/{annotation_id}"))
+def own_id(annotation_id: str, author: str, slide: str) -> str:
+    """Return the id of an author's own copy of an annotation, always the same.
+
+    Args:
+        annotation_id: The annotation, which is somebody else's or of another slide.
+        author: The author.
+        slide: Digest or id of the slide that the copy is on.
+    """
+    return str(uuid.uuid5(_IDS, f"{author}/{slide}/{annotation_id}"))
 
 
 def _refuse(message: str, hint: str = "") -> NoReturn:

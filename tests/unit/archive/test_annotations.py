@@ -182,6 +182,47 @@ def test_importing_again_changes_nothing_and_another_author_gets_copies(uri):
     assert Counter(row["author"] for row in stored(uri)) == {"ann": 5, "bob": 5}
 
 
+def test_one_file_on_three_slides_is_there_three_times(uri):
+    store = AnnotationStore(uri)
+    given = drawn(name="given")
+    grounds = [GROUND, *(Ground(slide_id=f"s{n}", sha256=n * 64) for n in "bc")]
+    saved = [store.put_all([given], ground=ground, by="ann").new for ground in grounds]
+    assert len({key for keys in saved for key in keys}) == 3
+    for ground, keys in zip(grounds, saved, strict=True):
+        assert ids(store, ground) == set(keys)
+        assert store.put_all([given], ground=ground, by="ann").unchanged == keys
+
+
+def test_a_file_with_an_annotation_and_ones_own_copy_of_it_doubles_nothing(uri):
+    store = AnnotationStore(uri)
+    theirs = store.put(drawn(name="theirs"), ground=GROUND, by="ann")
+    (key,) = store.put_all([theirs], ground=GROUND, by="bob").new
+    (copy,) = store.on_slide(GROUND, author="bob").annotations
+    mine = store.put(replace(copy, name="mine"), ground=GROUND, by="bob")
+    both = [theirs, mine]  # as an administrator exports them
+    assert store.put_all(both, ground=GROUND, by="bob").unchanged == [key]
+    assert store.on_slide(GROUND, author="bob").annotations == [mine]
+    store.delete(key, ground=GROUND, by="bob")
+    assert store.put_all(both, ground=GROUND, by="bob").new == [key]
+    assert sorted(row["name"] for row in stored(uri)) == ["mine", "theirs"]
+
+
+def test_an_id_that_others_took_before_does_not_give_them_a_copy(uri):
+    store = AnnotationStore(uri)
+    theirs = store.put(drawn(), ground=GROUND, by="eve")
+    (expected,) = store.put_all([theirs], ground=GROUND, by="ann", dry_run=True).new
+    store.put(drawn(expected, name="trap"), ground=GROUND, by="eve")
+    (key,) = store.put_all([replace(theirs, name="secret")], ground=GROUND, by="ann").new
+    assert {one.name for one in store.on_slide(GROUND, author="eve").annotations} == {"", "trap"}
+    assert [one.name for one in store.on_slide(GROUND, author="ann").annotations] == ["secret"]
+    assert key != expected
+    with pytest.raises(ArchiveError) as error:
+        for _ in range(annotations._COPIES):
+            (expected,) = store.put_all([theirs], ground=GROUND, by="bob", dry_run=True).new
+            store.put(drawn(expected), ground=GROUND, by="eve")
+    assert error.value.code == "unknown_annotation"
+
+
 def test_an_author_has_so_many_on_a_slide(uri, monkeypatch):
     monkeypatch.setattr(annotations, "MAX_OF_AUTHOR", 3)
     store = AnnotationStore(uri)

@@ -228,7 +228,9 @@ def test_features_without_an_id_get_the_same_one_each_time_and_twins_one_each():
     assert len(set(first)) == 3
     bob = read_collection([feature], **(WHERE | {"author": "bob"}))
     assert bob[0].annotation_id not in first
-    assert own_id(first[0], "bob") == own_id(first[0], "bob") != own_id(first[0], "eve")
+    copies = [own_id(first[0], by, on) for by in ("bob", "eve") for on in ("a", "b")]
+    assert len(set(copies)) == 4
+    assert own_id(first[0], "bob", "a") == copies[0]
 
 
 def test_an_id_that_is_there_twice_is_refused():
