@@ -26,6 +26,9 @@ from pathflip.slides.resample import picture_pixels
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
+MAX_MARKS = 1 << 20
+"""Commas and opening brackets of a body, so most values that parsing can make of it: a body of
+``[],[],…`` becomes twenty times its size before any of it can be counted."""
 MAX_NAMES = 10_000
 """Names of fields and entries of lists in one body; a valid one has fewer than 4,000."""
 _IMAGE_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
@@ -112,8 +115,11 @@ def strict_json(body: bytes, *, names: int = MAX_NAMES) -> Any:
     Raises:
         RequestError: It is not UTF-8 or not JSON, is nested too deeply, names a field twice, or
             holds a number that is not finite or has thousands of digits, or more names and entries
-            than ``names``, each of which could be an error of its own.
+            than ``names``, each of which could be an error of its own, or more values than
+            :data:`MAX_MARKS`.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_MARKS:
+        raise RequestError(f"The body has more than {MAX_MARKS:,} values.", code="too_large")
     left = names
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,7 +43,8 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = ("/healthz",)
 """Paths that need no token, beside those of the page (:func:`serve.pages.is_page`)."""
 UNCOUNTED = ("/healthz", "/readyz", "/metrics")
-"""Paths that are answered whatever the load."""
+"""Paths that are answered whatever the load, as is the page: whoever reads it slowly, without a
+token, takes no place of a client that has one."""
 
 AUDITED = ("/v1/", "/mcp")
 """Beginnings of paths that show slides."""
@@ -151,6 +152,11 @@ class Metrics:
         )
 
 
+def _is_counted(scope: Scope) -> bool:
+    """Return whether a request is one of those of which only so many may run."""
+    return scope["path"] not in UNCOUNTED and not is_page(scope["method"], scope["path"])
+
+
 def status_of(error: PathFLIPError) -> int:
     """HTTP status of an error of ours."""
     if error.code in STATUS:
@@ -243,7 +249,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         answer = _Answer(self, scope, send)
-        counted = scope["path"] not in UNCOUNTED
+        counted = _is_counted(scope)
         self.running += counted
         self.metrics.in_flight.inc(counted)
         try:
@@ -267,7 +273,7 @@ class Guard:
             if scope["path"] not in OPEN and not is_page(scope["method"], scope["path"]):
                 answer.client = self._client(scope, headers)
                 scope["state"]["client"] = answer.client
-            if scope["path"] not in UNCOUNTED:
+            if _is_counted(scope):
                 if self.stopping:
                     raise RequestError("The service is stopping.", code="unavailable")
                 if self.running > self.limits.concurrent:

@@ -56,6 +56,18 @@ def test_names_are_counted_while_they_are_read(ask, make):
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
 
 
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"0", b"[[]]"])
+def test_a_body_of_empty_lists_is_refused_before_it_is_parsed(value):
+    body = b'{"a":[' + b",".join([value] * (2 << 20)) + b"]}"
+    tracemalloc.start()
+    with pytest.raises(RequestError) as caught:
+        strict_json(body, names=1 << 30)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.code == "too_large"
+    assert peak < 1 << 20
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"])),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from serve import pages
+from serve.limits import Limits
 
 SCRIPT = "export const names = [" + ",".join(f'"name{n}"' for n in range(400)) + "];\n"
 FILES = {
@@ -128,3 +129,12 @@ def test_a_page_that_is_not_built_says_how(serving, tmp_path, monkeypatch):
     os.utime(tmp_path / "dist" / "index.html", ns=(1, 1))
     assert ask("GET", "/", who=None).text == "two"
     assert ask("GET", "/assets/b-2.js", who=None).text == "2"
+
+
+@pytest.mark.usefixtures("dist")
+def test_readers_of_the_page_take_no_place_of_a_client(serving):
+    ask = serving(limits=Limits(concurrent=0))
+    assert ask("GET", "/v1/slides").status_code == 429
+    assert ask("GET", "/", who=None).status_code == 200
+    assert ask("GET", "/assets/app-1a2b3c4d.js", who=None).status_code == 200
+    assert ask.app.running == 0
