@@ -44,9 +44,8 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
         found = await parts.need("annotations").features(
             slide_id, author=None if "admin" in client.scopes else client.name, qupath=qupath
         )
-        ids = [feature["id"] for feature in found["features"]]
-        request.state.audit |= {"slides": [slide_id], "annotations": ids[:_AUDITED]}
-        return JSONResponse(found)
+        request.state.audit |= {"slides": [slide_id], "annotations": found["ids"][:_AUDITED]}
+        return Response(found["json"], media_type="application/json")
 
     @api.put(
         "/v1/slides/{slide_id}/annotations/{annotation_id}", dependencies=[needs("annotate")],

@@ -8,6 +8,7 @@ the table's files: a replica sees at once what another has saved.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
 from pathflip.errors import PathFLIPError
 from pathflip.interop.annotations import (
     NO_OFFSET,
-    collection_of,
     feature_of,
     read_collection,
     read_feature,
@@ -57,7 +57,7 @@ class Annotations:
     async def features(
         self, slide_id: str, *, author: str | None, qupath: bool = False
     ) -> dict[str, Any]:
-        """FeatureCollection of a slide's annotations.
+        """FeatureCollection of a slide's annotations, written feature by feature beside requests.
 
         Args:
             slide_id: The slide.
@@ -65,16 +65,29 @@ class Annotations:
             qupath: Whether coordinates are QuPath's.
 
         Returns:
-            The collection, and in it ``outdated``: the number of annotations that were drawn on
-            other pixels under the same id, and are not listed.
+            {"ids": those of the annotations, "json": the collection as JSON in UTF-8}. In it
+            ``outdated`` is the number of annotations that were drawn on other pixels under the
+            same id, and are not listed.
 
         Raises:
             ArchiveError: ``unknown_slide``.
         """
         ground = await self._ground(slide_id)
-        found = await self._run(lambda: self._store.on_slide(ground, author=author))
-        made = collection_of(found.annotations, offset=ground.offset if qupath else NO_OFFSET)
-        return made | {"outdated": len(found.outdated)}
+        offset = ground.offset if qupath else NO_OFFSET
+
+        def write() -> dict[str, Any]:
+            found = self._store.on_slide(ground, author=author)
+            features = (
+                json.dumps(feature_of(one, offset=offset), ensure_ascii=False, allow_nan=False)
+                for one in found.annotations
+            )
+            text = (
+                f'{{"type": "FeatureCollection", "features": [{", ".join(features)}], '
+                f'"outdated": {len(found.outdated)}}}'
+            )
+            return {"ids": [one.annotation_id for one in found.annotations], "json": text.encode()}
+
+        return await self._run(write)
 
     async def put(
         self, slide_id: str, annotation_id: str, feature: Any, *, author: str, anyone: bool
