@@ -23,6 +23,8 @@ LIST_S = 2.0
 AT_ONCE = 8
 """Files that are opened at a time; tiles are asked for beside them."""
 THUMBNAIL_PX = 512
+_FOR_NOW = ("busy", "unavailable")
+"""Codes of what says nothing about a file: it is opened again when it is asked for again."""
 _UNKNOWN = (
     "width", "height", "mpp", "vendor", "split", "n_regions", "n_patches", "tissue_mm2", "reason",
     "message", *HIDDEN,
@@ -60,7 +62,7 @@ class FileList:
             for slide, path in paths.items()
         }
         self._opening: dict[str, asyncio.Task[None]] = {}
-        self._listed: tuple[int, SlideList] | None = None  # made when so many were opened
+        self._listed: SlideList | None = None  # made anew when something was opened
         self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def describe(self) -> dict[str, Any]:
@@ -74,20 +76,23 @@ class FileList:
     async def slides(self, **asked: Any) -> Page:
         """A page of slides by id; see :meth:`serve.slide_list.SlideList.page`."""
         opening = [self._open(slide) for slide in self._rows]
-        opened, _ = await asyncio.wait(opening, timeout=LIST_S)
-        if self._listed is None or self._listed[0] != len(opened):
-            self._listed = len(opened), SlideList(self._rows.values())
-        return self._listed[1].page(**asked)
+        await asyncio.wait(opening, timeout=LIST_S)
+        if self._listed is None:
+            self._listed = SlideList(self._rows.values())
+        return self._listed.page(**asked)
 
     async def slide(self, slide_id: str) -> dict[str, Any]:
         """Row of a slide, as far as it is known.
 
         Raises:
             ArchiveError: ``unknown_slide``: there is none, or it cannot be opened.
+            RequestError: ``unavailable``: it could not be opened yet.
         """
         if slide_id in self._rows:
             await asyncio.shield(self._open(slide_id))
         row = self._rows.get(slide_id)
+        if row is not None and slide_id not in self._opening:
+            raise RequestError("The slide is still being opened; ask again.", code="unavailable")
         if row is None or row["status"] != "ready":
             raise ArchiveError("There is no such slide.", code="unknown_slide")
         return SlideList([row]).rows[slide_id]
@@ -120,6 +125,10 @@ class FileList:
             try:
                 info = await self._tiles.info(slide)
             except PathFLIPError as error:
+                if error.code in _FOR_NOW:
+                    del self._opening[slide]
+                    return
                 row |= {"status": "quarantined", "reason": error.code, "message": error.message}
             else:
                 row |= {name: info[name] for name in ("width", "height", "mpp")}
+            self._listed = None

@@ -20,8 +20,11 @@ from PIL import Image
 
 from pathflip.synth import make_slide
 from serve.ingress import make_app
+from serve.reader_pool import ReadingConfig
+from serve.slide_files import FileSlides
+from serve.tiles import Tiles
 from serve.view import _parts
-from serve.view_files import ids_of
+from serve.view_files import FileList, ids_of
 from tests.faults import until
 from tests.unit.serve.service_fixture import SLIDES, World, slide_id
 
@@ -200,6 +203,26 @@ def test_what_cannot_be_shown(
     assert done.returncode == 2
     assert says in done.stderr
     assert done.stdout == ""
+
+
+def test_a_file_that_could_not_be_opened_yet_is_not_given_up(folder: Path, loop: Any) -> None:
+    paths = {name: str(folder / name) for name in ("colon 7.tif", "lung.svs", "more/lung.svs")}
+    tiles = Tiles(FileSlides(paths), config=ReadingConfig(readers=1, queued=0))
+    files = FileList(paths, tiles)
+
+    async def look() -> tuple[list[dict[str, Any]], ...]:
+        try:
+            first = (await files.slides(limit=9, status="all")).rows
+            for _ in paths:
+                await files.slides(limit=9)
+            return first, (await files.slides(limit=9, status="all")).rows
+        finally:
+            await tiles.close()
+
+    first, then = loop.run_until_complete(look())
+    assert {row["status"] for row in first} == {"ready"}
+    assert None in {row["width"] for row in first}
+    assert [row["width"] for row in then] == [900, 1500, 1500]
 
 
 def test_ids_are_names_of_files() -> None:
