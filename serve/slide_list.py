@@ -120,6 +120,8 @@ def _without_names(row: Mapping[str, Any]) -> str | None:
         return None
     uris = [uri for uri in (row.get("uri"), *(row.get("aliases") or ())) if uri]
     names = {name for uri in uris for name in (uri, PurePosixPath(uri).name) if name}
+    # Of what lies beside a slide, as MRXS has it, the folder and the name say as much.
+    names |= {f"{folder}/" for uri in uris if len(folder := uri.rpartition("/")[0]) > 1}
     for name in sorted(names, key=len, reverse=True):
         text = re.sub(re.escape(name) + r"[^\s'\",;:]*", "the slide", text)
     return text

@@ -72,6 +72,7 @@ class ReaderChild:
             self.slides.move_to_end(key)
             return self.slides[key]
         slide = Slide(path, mpp=request["mpp"], halving=request["halving"])
+        _expected(request)  # else a file put there meanwhile would be kept as the one before
         self.slides[key] = slide
         while len(self.slides) > self.kept:
             self.slides.popitem(last=False)[1].close()

@@ -101,11 +101,16 @@ def test_what_is_shown_of_a_slide_that_is_not_ready() -> None:
         ("J DOE.svs has no levels, J DOE.svs", "the slide has no levels, the slide"),
         ("/d/J DOE.svs/a/DOE.dcm is cut short", "the slide is cut short"),
         ("the same as /c/other DOE.svs.", "the same as the slide"),
+        ("Can't open /d/e f/J.mrxs/a.dat: gone", "Can't open the slide: gone"),
         (None, None),
     ],
 )
 def test_names_of_files_are_taken_out(message: str | None, shown: str | None) -> None:
-    row = made(0) | {"uri": "/d/J DOE.svs", "aliases": ["/c/other DOE.svs"], "status": "empty"}
+    row = made(0) | {
+        "uri": "/d/J DOE.svs",
+        "aliases": ["/c/other DOE.svs", "/d/e f/J.mrxs"],
+        "status": "empty",
+    }
     (listed,) = SlideList([row | {"message": message}]).rows.values()
     assert listed["message"] == shown
 
