@@ -41,8 +41,9 @@ COOKIE = "pathflip_session"
 """Name of the cookie."""
 SESSION_S = 12 * 3600
 """Seconds until a session expires."""
-MAX_ENDED = 10_000
-"""Most sessions that were ended before they expired and are remembered."""
+MAX_ENDED = 1_000
+"""Most sessions of one client that were ended before they expired and are remembered: whoever ends
+more keeps only others of the same token from ending theirs."""
 _VALUE = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9]{1,12}):([0-9a-f]{32}):([0-9a-f]{64})")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
@@ -104,7 +105,7 @@ class SignIn:
     def __init__(self, tokens: Tokens, *, key: bytes, ended: Path | None = None) -> None:
         self._known = {client.name: (digest, client) for digest, client in tokens.digests}
         self._key, self._folder = key, ended
-        self._ended: dict[str, int] = {}
+        self._ended: dict[str, int] = {}  # by the name of its note
 
     def start(self, client: Client) -> tuple[str, Session]:
         """Start a session; return the value of its cookie, and the session."""
@@ -133,7 +134,7 @@ class SignIn:
         proof = self._proof(name, until, number, digest)
         if not hmac.compare_digest(proof, shown) or client is None:
             return None
-        if int(until) <= time.time() or self._has_ended(number):
+        if int(until) <= time.time() or self._has_ended(_note(name, number)):
             return None
         return Session(client=client, until=int(until), id=number)
 
@@ -141,36 +142,41 @@ class SignIn:
         """End a session before it expires.
 
         Raises:
-            RequestError: ``busy``: too many were ended within the last hours.
+            RequestError: ``busy``: too many of this client were ended within the last hours.
         """
-        now = time.time()
-        self._ended = {number: until for number, until in self._ended.items() if until > now}
-        if len(self._ended) >= MAX_ENDED:
-            raise RequestError("Too many sessions were ended.", code="busy")
+        now, own = time.time(), _note(session.client.name, "")
+        note = own + session.id
+        self._ended = {one: until for one, until in self._ended.items() if until > now}
+        kept = {one for one in self._ended if one.startswith(own)}
         if self._folder is not None:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            kept = 0
             for file in self._folder.iterdir():
                 with suppress(FileNotFoundError):  # another replica was first
                     if file.stat().st_mtime <= now:
                         file.unlink()
-                    else:
-                        kept += 1
-            if kept >= MAX_ENDED:
-                raise RequestError("Too many sessions were ended.", code="busy")
-            noted = self._folder / session.id
+                    elif file.name.startswith(own):
+                        kept.add(file.name)
+        if len(kept) >= MAX_ENDED:
+            raise RequestError("Too many sessions of this token were ended.", code="busy")
+        if self._folder is not None:
+            noted = self._folder / note
             noted.touch(mode=0o600)
             os.utime(noted, (session.until, session.until))
-        self._ended[session.id] = session.until
+        self._ended[note] = session.until
 
-    def _has_ended(self, number: str) -> bool:
-        if number in self._ended:
+    def _has_ended(self, note: str) -> bool:
+        if note in self._ended:
             return True
-        return self._folder is not None and (self._folder / number).exists()
+        return self._folder is not None and (self._folder / note).exists()
 
     def _proof(self, name: str, until: int | str, number: str, digest: bytes) -> str:
         text = session_text(name, until, number, digest)
         return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _note(name: str, number: str) -> str:
+    """Return the name under which it is noted that a client's session ended."""
+    return f"{name}:{number}"
 
 
 def check_site(method: str, headers: Mapping[str, str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from serve import sign_in
 from serve.audit import AuditLog
 from serve.auth import Client, Tokens, read_tokens
+from serve.limits import RequestError
 from serve.proxy import ASKED_BY, Proofs
 from serve.sign_in import COOKIE, SESSION_S, SignIn
 from tests.unit.serve.service_fixture import TOKENS, bearer
@@ -204,11 +205,28 @@ def test_what_was_ended_is_forgotten_once_it_has_expired(tmp_path, monkeypatch):
     client = Client(name="lab", scopes=frozenset({"read"}))
     old, new = made.start(client)[1], made.start(client)[1]
     made.end(old)
-    assert [file.name for file in folder.iterdir()] == [old.id]
+    assert [file.name for file in folder.iterdir()] == [f"lab:{old.id}"]
     now = time.time()
     monkeypatch.setattr(sign_in.time, "time", lambda: now + SESSION_S + 5)
     made.end(new)
-    assert old.id not in {file.name for file in folder.iterdir()}
+    assert [file.name for file in folder.iterdir()] == [f"lab:{new.id}"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_who_signs_out_all_the_time_keeps_nobody_else_from_it(tmp_path, monkeypatch, shared):
+    monkeypatch.setattr(sign_in, "MAX_ENDED", 3)
+    made = SignIn(known(lab="t", lab2="u"), key=b"k", ended=tmp_path / "e" if shared else None)
+    lab, other = (Client(name=name, scopes=frozenset({"read"})) for name in ("lab", "lab2"))
+    for _ in range(3):
+        made.end(made.start(lab)[1])
+    with pytest.raises(RequestError) as error:
+        made.end(made.start(lab)[1])
+    assert error.value.code == "busy"
+    value, session = made.start(other)
+    cookies = [f"{COOKIE}={value}"]
+    assert made.find(cookies) == session
+    made.end(session)
+    assert made.find(cookies) is None
 
 
 # -- pages of others ------------------------------------------------------------------------------
