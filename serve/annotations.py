@@ -77,13 +77,16 @@ class Annotations:
 
         def write() -> dict[str, Any]:
             found = self._store.on_slide(ground, author=author)
-            features = (
-                json.dumps(feature_of(one, offset=offset), ensure_ascii=False, allow_nan=False)
+            features = ",".join(
+                json.dumps(
+                    feature_of(one, offset=offset), ensure_ascii=False, allow_nan=False,
+                    separators=(",", ":"),
+                )
                 for one in found.annotations
-            )
+            )  # fmt: skip
             text = (
-                f'{{"type": "FeatureCollection", "features": [{", ".join(features)}], '
-                f'"outdated": {len(found.outdated)}}}'
+                f'{{"type":"FeatureCollection","features":[{features}],'
+                f'"outdated":{len(found.outdated)}}}'
             )
             return {"ids": [one.annotation_id for one in found.annotations], "json": text.encode()}
 

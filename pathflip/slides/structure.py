@@ -41,6 +41,9 @@ _WINDOW, _MARGIN = 128, 16
 _LEAST = 2 * _MARGIN + 16
 """Side of a level, px, up to which too little would be left to compare."""
 _WINDOWS = 2
+_MOST_COARSER = 32
+"""Times that a level is coarser than the one before it and still compared with it: a window would
+be sixteen megapixels. What cannot be compared may be a picture of the label, stored in tiles."""
 _MAX_SHIFT = 2.0
 _FLAT = 6.0
 """Standard deviation of grey levels below which there is nothing to compare."""
@@ -457,8 +460,8 @@ def _shift(
     finer = level - 1
     side = min(_WINDOW, *sizes[level])
     scale = [sizes[finer][i] / sizes[level][i] for i in (0, 1)]
-    if max(scale) > 32:  # a window would be sixteen megapixels
-        return None
+    if max(scale) > _MOST_COARSER:
+        return f"is {max(scale):.0f} times coarser than level {finer}, too much to be compared"
     if max(scale) > 8:
         side = min(side, _WINDOW // 2)
     place = [min(corner[i], sizes[level][i] - side) for i in (0, 1)]

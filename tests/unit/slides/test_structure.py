@@ -472,3 +472,18 @@ def test_check_tells_what_would_be_used(tmp_path: Path) -> None:
         with pytest.raises(SlideError, match="CIE Lab") as caught:
             reader.check(str(path), timeout_s=60)
     assert caught.value.code == "not_rgb"
+
+
+def test_a_picture_that_is_too_coarse_to_be_compared_is_no_level(tmp_path):
+    """Such as one of the label, which has the slide's proportions by chance."""
+    whole = picture(5120, 2560)
+    label = np.full((64, 128, 3), 255, np.uint8)
+    label[::4] = 0
+    path = write_pyramid(tmp_path / "a.tif", [whole, label], None)
+    assert openslide.OpenSlide(path).level_count == 2
+    with Slide(path) as slide:
+        shown = slide.shrunk(0, 0, (128, 64), factor=40)
+        assert slide.level_dimensions == ((5120, 2560),)
+        assert "40 times coarser than level 0" in slide.reader_note
+    truth = whole.reshape(64, 40, 128, 40, 3).mean((1, 3))
+    assert np.abs(shown - truth).mean() < 2
