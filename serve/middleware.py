@@ -303,6 +303,8 @@ class Guard:
                     "Without tokens, only requests from this machine to localhost are answered.",
                     code="not_local",
                 )
+            if {"origin", "sec-fetch-site"} & set(headers.keys()):  # a browser's
+                check_site(scope["method"], headers)
             return LOCAL
         authorization = headers.get("authorization")
         client = self.tokens.client(authorization)

@@ -180,7 +180,7 @@ def _note(name: str, number: str) -> str:
 
 
 def check_site(method: str, headers: Mapping[str, str]) -> None:
-    """Refuse what a page of another origin made the browser ask, whose cookie came along.
+    """Refuse what a page of another origin made the browser ask, by the client's rights.
 
     Browsers say so in ``Sec-Fetch-Site``, or in ``Origin`` where the service has no TLS.
 
@@ -199,7 +199,7 @@ def check_site(method: str, headers: Mapping[str, str]) -> None:
         own = method in _SAFE
     if not own:
         raise RequestError(
-            "This request came from another page; a session is for this page alone.",
+            "This request came from another page; the service answers its own alone.",
             code="cross_site",
         )
 

@@ -271,6 +271,21 @@ def test_reading_by_address_is_fine_and_from_another_page_is_not(ask):
     assert ask("GET", "/v1/slides", who=None, headers={"Cookie": cookie}).status_code == 200
 
 
+def test_without_tokens_other_pages_are_refused_as_well(serving):
+    ask = serving(tokens=False)
+    for site, status in (
+        ("same-origin", 200),
+        ("none", 200),
+        ("same-site", 403),
+        ("cross-site", 403),
+    ):
+        asked = {"Sec-Fetch-Site": site}
+        assert ask("GET", "/v1/slides", headers=asked).status_code == status
+        assert ask("GET", "/", headers=asked).status_code != 403
+    assert ask("GET", "/v1/slides", headers={"Origin": "http://evil.org"}).status_code == 403
+    assert ask("GET", "/v1/slides").status_code == 200
+
+
 def test_a_form_cannot_use_a_session(ask):
     cookie = signed_in(ask)
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
