@@ -19,6 +19,7 @@ import httpx
 import nbformat
 import numpy as np
 import pytest
+import yaml
 from nbclient import NotebookClient
 
 from jobs.demo import Size, demo, main
@@ -32,7 +33,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # its setup is the who
 COHORT = 24
 SHORT = Size(
     slides=COHORT,
-    training=("epochs=1", "batch_size=8", "max_workers=1"),
+    training=("epochs=1", "batch_size=8"),
     language=("epochs=1", "hidden=64", "layers=1", "heads=2", "kv_heads=2"),
     tuning=("epochs=1", "batch_size=8"),
 )
@@ -142,12 +143,14 @@ def test_the_answers_are_shown_beside_the_truth(made: Path) -> None:
     assert (made / "tuned" / "llm" / "model.safetensors").exists()
 
 
-def test_settings_reach_the_workers(made: Path) -> None:
-    workers = {
-        name: json.loads((made / name / "attempt.json").read_bytes())["workers"]
-        for name in ("run", "tuned")
-    }
-    assert workers == {"run": 1, "tuned": min(2, os.cpu_count() or 1)}
+def test_settings_reach_the_trainings(made: Path) -> None:
+    for name in ("run", "tuned"):
+        config = yaml.safe_load((made / name / "config.yaml").read_text(encoding="utf-8"))
+        assert (config["epochs"], config["batch_size"]) == (1, 8)
+        attempt = json.loads((made / name / "attempt.json").read_bytes())
+        assert attempt["workers"] == 1  # a process of this machine, and no Ray
+    llm = json.loads((made / "llm" / "config.json").read_bytes())
+    assert (llm["hidden_size"], llm["num_hidden_layers"]) == (64, 1)
 
 
 def test_the_page_of_patches_says_what_was_measured(trees: Path) -> None:
