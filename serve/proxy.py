@@ -55,6 +55,8 @@ SECRET = "PATHFLIP_PROXY_SECRET"
 ASKED_BY, ANSWERED_BY = "x-pathflip-proxy", "x-pathflip-ingress"
 """Headers with the proof of HAProxy in requests and of the ingress in responses."""
 
+FREE_PORTS = (20_000, 30_000)
+"""Ports to choose from, between those of Ray's workers and those of replicas and connections."""
 OWN_SOCKET = ".own"
 """Ending of the socket where HAProxy takes commands; Ray's is :mod:`serve.proxy_process`'s."""
 _DROPPED = re.compile(r"\s*(log\s|option httplog|option splice-request|server .* backup$)")
@@ -370,12 +372,17 @@ def _secret(file: Path) -> str:
 
 
 def _free_port() -> int:
-    """Find a port nobody listens at."""
+    """Find a port nobody listens at, none of those that the kernel gives to connections.
+
+    One of these could be taken by a connection before Serve listens at it.
+    """
     import socket
 
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = FREE_PORTS[0] + int.from_bytes(os.urandom(4)) % (FREE_PORTS[1] - FREE_PORTS[0])
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 if __name__ == "__main__":
