@@ -78,6 +78,8 @@ def test_tools_are_those_of_the_scopes_and_parts(agent, parts, chat, mode):
     async def names(client):
         return [tool.name for tool in (await client.list_tools()).tools]
 
+    assert "view" in agent(names, who="reader", mode=mode, parts=parts)
+    parts, chat = replace(parts, tiles=None), replace(chat, tiles=None)
     for who, own, expected in (
         ("all", parts, [*READ, *SEARCH]),
         ("reader", parts, READ),
@@ -343,13 +345,13 @@ def test_a_token_without_the_scope_is_told_so(agent):
     assert (code, "scope read" in text, plain.is_error) == ("scope", True, False)
 
 
-def test_an_unknown_tool_is_an_error_of_the_protocol(agent):
+def test_an_unknown_tool_is_an_error_of_the_protocol(agent, parts):
     async def use(client):
         for name in ("view", "ask", "nothing", "../list_slides"):  # no part, no part, no tool
             with pytest.raises(MCPError, match="no tool of this name"):
                 await client.call_tool(name, {})
 
-    agent(use)
+    agent(use, parts=replace(parts, tiles=None))
 
 
 def test_ids_are_no_paths(agent):
@@ -521,7 +523,7 @@ def test_requests_of_many_agents_do_not_mix(parts, world, loop):
         async with listening(app) as url:
             return await asyncio.gather(*(one(url, number) for number in range(12)))
 
-    assert loop.run_until_complete(main()) == [6, 3] * 6
+    assert loop.run_until_complete(main()) == [7, 4] * 6
 
 
 def test_the_package_is_imported_when_an_agent_comes():
