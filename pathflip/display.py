@@ -25,7 +25,7 @@ THUMBNAILS = 6
 """Slides of an archive that are shown."""
 THUMBNAIL_PX = 120
 QUALITY = 85
-"""Of JPEG."""
+"""JPEG quality of pictures."""
 
 _PAGE = """\
 <div style="max-width:60em">

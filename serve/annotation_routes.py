@@ -8,19 +8,17 @@ annotations are in no log and no audit line: those have ids.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from pathflip.interop.annotations import MAX_FEATURES, MAX_POINTS, annotation_uuid
-from serve.limits import Limits, strict_json
-from serve.routing import Parts, SlidePath, api_router, needs
+from serve.limits import Limits
+from serve.routing import Parts, SlidePath, api_router, needs, strict_body
 
 MAX_NAMES = 4 * MAX_POINTS
 """Names of fields and entries of lists in a body: a line of so many points has one for each."""
-_LONG_BODY = 64 << 10  # bytes of JSON from which it is parsed in a thread
 _AUDITED = 100  # ids in an audit line
 
 _UUID = Annotated[str, Path(max_length=64, description="UUID of the annotation.")]
@@ -58,7 +56,7 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
         key = annotation_uuid(annotation_id)
         request.state.audit |= {"slides": [slide_id], "annotations": [key]}
         saved = await parts.need("annotations").put(
-            slide_id, key, await _geojson(request),
+            slide_id, key, await strict_body(request, names=MAX_NAMES),
             author=client.name, anyone="admin" in client.scopes,
         )  # fmt: skip
         return JSONResponse(saved)
@@ -86,20 +84,15 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
         """Save all annotations of a FeatureCollection, or none; again changes nothing."""
         request.state.audit["slides"] = [slide_id]
         counts = await parts.need("annotations").add(
-            slide_id, await _geojson(request), author=request.state.client.name, qupath=qupath
+            slide_id,
+            await strict_body(request, names=MAX_NAMES),
+            author=request.state.client.name,
+            qupath=qupath,
         )
         request.state.audit["imported"] = counts["imported"]
         return JSONResponse(counts)
 
     return api
-
-
-async def _geojson(request: Request) -> Any:
-    """Parse a body that may hold many more lists than other requests do."""
-    body = await request.body()
-    if len(body) < _LONG_BODY:
-        return strict_json(body, names=MAX_NAMES)
-    return await asyncio.to_thread(strict_json, body, names=MAX_NAMES)
 
 
 def _body(what: str) -> dict[str, Any]:

@@ -83,31 +83,47 @@ def local_parts(config: AgentConfig) -> Parts:
         archive=config.archive, run=config.run, llm=config.llm, device=config.device, **seen
     )
     inputs = check_inputs(settings)
-    run, turn = inputs.run, asyncio.Lock()
+    answers = None
+    if inputs.chat:
+        answers = LocalAnswers(
+            archive, inputs.run, llm=inputs.llm, device=config.device, refresh_s=config.refresh_s
+        )
+    return Parts(
+        search=Search(archive, model=inputs.model, fingerprint=inputs.fingerprint, **seen),
+        instructor=answers,
+        tiles=tiles,
+        redactions=redactions(settings, inputs),
+        **model_parts(archive, inputs.run, device=config.device, refresh_s=config.refresh_s),
+    )
+
+
+def model_parts(
+    archive: str, run: str, *, device: str, refresh_s: float = 30.0
+) -> dict[str, Later]:
+    """Make the parts that hold a run's model; each loads it when it is first asked.
+
+    Args:
+        archive: URI of the archive.
+        run: Folder of the run.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        refresh_s: Seconds until new commits are looked for.
+
+    Returns:
+        ``embedder`` and ``grounding`` of :class:`serve.routing.Parts`.
+    """
 
     def embedder() -> Any:
         from serve.embedder import Embedder
 
-        return Embedder(archive, run, device=config.device)
+        return Embedder(archive, run, device=device)
 
     def grounding() -> Any:
         from serve.grounding import Grounding
 
-        return Grounding(archive, run, device=config.device, refresh_s=config.refresh_s)
+        return Grounding(archive, run, device=device, refresh_s=refresh_s)
 
-    answers = None
-    if inputs.chat:
-        answers = LocalAnswers(
-            archive, run, llm=inputs.llm, device=config.device, refresh_s=config.refresh_s
-        )
-    return Parts(
-        search=Search(archive, model=inputs.model, fingerprint=inputs.fingerprint, **seen),
-        embedder=Later(embedder, turn),
-        grounding=Later(grounding, turn),
-        instructor=answers,
-        tiles=tiles,
-        redactions=redactions(settings, inputs),
-    )
+    turn = asyncio.Lock()
+    return {"embedder": Later(embedder, turn), "grounding": Later(grounding, turn)}
 
 
 class Later:

@@ -58,7 +58,7 @@ with x0, y0 and px0: its pixel (u, v) is at level-0 x = x0 + u * px0, y = y0 + v
 Begin with list_slides, or with search where there is one. Look at the whole slide with \
 describe_slide, then at ever smaller squares with view: 5,000 µm a side show the architecture, \
 1,000 µm glands and vessels, 250 µm single cells. Where ground is listed, it says where to look."""
-"""What a model is told of all tools at once."""
+"""Instructions that a model is given with the tools."""
 
 
 _INSTALL = "Install it: pip install 'pathflip[mcp]'."

@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from serve.limits import RequestError, strict_json
+from serve.limits import MAX_NAMES, RequestError, strict_json
 from serve.schemas import MAX_ID, Problem
 
 JPEG: dict[str, Any] = {"content": {"image/jpeg": {"schema": {"type": "string"}}}}
@@ -106,10 +106,15 @@ def needs(scope: str | None) -> Any:
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        body = await self.body()
-        if len(body) < _LONG_BODY:
-            return strict_json(body)
-        return await asyncio.to_thread(strict_json, body)
+        return await strict_body(self)
+
+
+async def strict_body(request: Request, *, names: int = MAX_NAMES) -> Any:
+    """Parse a body by :func:`serve.limits.strict_json`, a long one in a thread."""
+    body = await request.body()
+    if len(body) < _LONG_BODY:
+        return strict_json(body, names=names)
+    return await asyncio.to_thread(strict_json, body, names=names)
 
 
 class _Route(APIRoute):

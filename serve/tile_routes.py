@@ -19,7 +19,7 @@ _MAX_LEVEL = 36
 _MAX_TILES = 2**31
 _MAX_TAGS = 8192  # characters of If-None-Match
 CACHED = "private, max-age=3600"
-"""How long browsers may keep a tile; shared caches may not."""
+"""Cache-Control of a tile: browsers may keep it for an hour, shared caches may not."""
 _XML: dict[str, Any] = {"content": {"application/xml": {"schema": {"type": "string"}}}}
 _TAG = re.compile(r'"[^"]*"')
 

@@ -135,11 +135,12 @@ def _parts(
     if run is not None:
         from pathflip.checkpoints import describe_run
         from pathflip.compat import check_fits
+        from serve.local_parts import model_parts
 
         described = describe_run(run)
         check_fits(opened, described)
         model, fingerprint = described.name, described.fingerprint
-        models = _models(uri, run, device)
+        models = model_parts(uri, run, device=device)
     tiles = Tiles(uri)
     parts = Parts(
         search=Search(uri, model=model, fingerprint=fingerprint),
@@ -149,25 +150,6 @@ def _parts(
         **models,
     )
     return parts, tiles, shown, len(opened.ready_ids())
-
-
-def _models(archive: str, run: str, device: str) -> dict[str, Any]:
-    """Make the parts that hold a model; each loads it when it is first asked."""
-    from serve.local_parts import Later
-
-    turn = asyncio.Lock()
-
-    def embedder() -> Any:
-        from serve.embedder import Embedder
-
-        return Embedder(archive, run, device=device)
-
-    def grounding() -> Any:
-        from serve.grounding import Grounding
-
-        return Grounding(archive, run, device=device)
-
-    return {"embedder": Later(embedder, turn), "grounding": Later(grounding, turn)}
 
 
 def _parts_of_files(source: str) -> tuple[Parts, Tiles, str | None, int]:

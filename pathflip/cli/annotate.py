@@ -180,22 +180,21 @@ def _chosen(
     """
     from dataclasses import replace
 
-    from pathflip.archive.annotations import AnnotationStore
+    from pathflip.archive.annotations import AnnotationStore, Ground
 
-    rows = archive.slides(columns=["slide_id", "sha256"]).to_pylist()
-    digests = {row["slide_id"]: row["sha256"] for row in rows}
-    by_digest = {row["sha256"]: row["slide_id"] for row in rows if row["sha256"]}
+    grounds = Ground.all(archive)
+    by_digest = {ground.sha256: slide for slide, ground in grounds.items() if ground.sha256}
     wanted = None if slides is None else {_slide_id(archive, name) for name in slides}
     found = []
     for one in AnnotationStore(archive.uri).all(author=author):
         state = "ok"
-        digest = digests.get(one.slide_id)
-        if one.slide_id not in digests or (digest and one.sha256 and digest != one.sha256):
+        ground = grounds.get(one.slide_id)
+        if ground is None or not ground.bears(one):
             heir = by_digest.get(one.sha256) if one.sha256 else None
             if heir is not None:
                 one = replace(one, slide_id=heir)
             else:
-                state = "outdated" if one.slide_id in digests else "no slide"
+                state = "no slide" if ground is None else "outdated"
         if wanted is None or one.slide_id in wanted:
             found.append((one, state))
     return found

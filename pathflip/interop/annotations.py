@@ -36,7 +36,7 @@ NO_OFFSET = (0.0, 0.0)
 
 _PLACES = 2  # a hundredth of a level-0 pixel, as in pathflip.interop.qupath
 _MARGIN_PX, _MARGIN = 1000.0, 0.1
-"""How far an object may reach beyond the slide: drawn at its edge, it often does."""
+"""Reach of an object beyond the slide, level-0 px or share of its longer side."""
 _IDS = uuid.UUID("0d3f1c0e-6e0f-5d5c-9d0a-4c3a2f7e8b11")
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 

@@ -40,7 +40,7 @@ LESION = "lymphoid"
 PATIENT_S = 120
 """Seconds a reader has on a machine that does much else."""
 SCENES = (4, 7, 11)
-"""Of these slides the second has strokes of a pen, darker than its lesion; the third is finer."""
+"""Scenes of the slides: the second has pen strokes darker than its lesion, the third is finer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -155,10 +155,10 @@ def test_what_is_allowed_passes(path: str, source: str) -> None:
 # -- structure ------------------------------------------------------------------------------------
 
 
-def modules() -> dict[str, Path]:
+def modules(packages: Sequence[str] = PACKAGES) -> dict[str, Path]:
     """Every module of ours by its dotted name."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         for file in sorted((ROOT / package).rglob("*.py")):
             name = file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
             found[name.removesuffix(".__init__")] = file
@@ -246,17 +246,10 @@ def names_in(tree: ast.Module) -> set[str]:
 
 def test_what_tests_and_benchmarks_import_of_ours_is_there() -> None:
     """Types are checked in our packages alone, and most benchmarks run in no test."""
-    paths = {
-        path: path.relative_to(ROOT).with_suffix("").parts
-        for package in (*PACKAGES, "tests")
-        for path in (ROOT / package).rglob("*.py")
-    }
-    dotted = {".".join(p[:-1] if p[-1] == "__init__" else p): path for path, p in paths.items()}
+    dotted = modules((*PACKAGES, "tests"))
     known: dict[str, set[str]] = {}
     missing = []
-    for path, parts in paths.items():
-        if parts[0] != "tests":
-            continue
+    for path in modules(("tests",)).values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
                 continue

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
 PATIENCE_MS = 60_000
-"""How long a state is waited for: two test processes and a browser share two cores."""
+"""Longest wait for a state: two test processes and a browser share two cores."""
 BUILT = Path(__file__).resolve().parents[3] / "serve" / "viewer" / "dist" / "index.html"
 FRAMES = """async () => {
     for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame);

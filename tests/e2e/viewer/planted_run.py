@@ -27,7 +27,7 @@ from tests.bench.planted import PlantedContrastive, Regions, corpus_of
 
 SLIDES, REGIONS, LESION_SLOTS = 240, 12, 24
 FINDINGS = ("tumour", "necrosis", "lymphoid", "mucin", "keratin", "calcification", "fibrosis")
-"""What it learns to find, of all that is planted."""
+"""Findings that the run learns, of all that are planted."""
 SETTINGS = (
     "steps=300", "batch_size=8", "lr=0.003", "best=last", "val_every=1000", "log_every=1000",
     "save_every=1000", "max_regions=12", "num_subcaptions=4", "model.d=64", "model.hidden=64",

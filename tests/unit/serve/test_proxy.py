@@ -334,6 +334,18 @@ def test_a_token_is_asked_for_before_anything_is_read(
         assert httpx.get(f"{url}/healthz").status_code == 200
 
 
+def assert_bounded(client: httpx.Client, path: str, *, rate: int) -> None:
+    """A path is answered, and one who asks much faster than the rate is told to wait."""
+    told = {}
+    for _ in range(50 * rate):
+        answer = client.get(path)
+        told[answer.status_code] = answer
+        if answer.status_code == 429:
+            break
+    assert set(told) == {200, 429}
+    assert told[429].headers["retry-after"] == "1"
+
+
 def test_open_paths_have_no_body_and_a_rate(
     variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,14 +360,7 @@ def test_open_paths_have_no_body_and_a_rate(
                 with held(port, head("GET", "/healthz", length), 20) as every:
                     until(lambda: ended(every) == len(every), seconds=20, what="they are ended")
             assert "/healthz" not in behind.asked
-            told = {}
-            for _ in range(50 * proxy.ADDRESS_OPEN_RATE):
-                answer = client.get("/healthz")
-                told[answer.status_code] = answer
-                if answer.status_code == 429:
-                    break
-            assert set(told) == {200, 429}
-            assert told[429].headers["retry-after"] == "1"
+            assert_bounded(client, "/healthz", rate=proxy.ADDRESS_OPEN_RATE)
             assert client.get("/v1/models").status_code == 200, "others are not meant"
 
 

@@ -66,7 +66,7 @@ FRAMES = {
     "unmarked": RGB_FRAMES,
 }
 HELD = dict.fromkeys(FRAMES, "RGB") | dict.fromkeys(list(FRAMES)[:4], "YBR_FULL_422")
-"""What was encoded."""
+"""{frames: colours that were encoded}."""
 
 
 def series(folder: Path, **changes: Any) -> Path:
