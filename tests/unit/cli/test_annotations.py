@@ -79,8 +79,11 @@ def test_files_go_in_and_come_out_as_they_were(uri, tmp_path, capsys):
     assert done == {k: v for k, v in dry.items() if k != "dry_run"}
     assert (done["annotations"], done["outdated"], done["without_slide"]) == (3, 0, 0)
     for file in files:
-        given, made = (json.loads(p.read_text())["features"] for p in (file, out / file.name))
-        assert [(f["id"], f["geometry"]) for f in given] == [(f["id"], f["geometry"]) for f in made]
+        given, made = (
+            {f["id"]: f["geometry"] for f in json.loads(p.read_text())["features"]}
+            for p in (file, out / file.name)
+        )
+        assert given == made
 
 
 def test_annotations_of_slides_that_are_gone_are_told_and_kept(uri, tmp_path, capsys):
