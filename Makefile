@@ -20,7 +20,7 @@ export RAY_AUTH_TOKEN_PATH := $(CURDIR)/$(VENV)/.ray-token
 export RAY_USAGE_STATS_ENABLED := 0
 unexport RAY_ADDRESS RAY_AUTH_TOKEN
 
-.PHONY: help demo test check check-units lint format bench viewer lock install clean
+.PHONY: help demo test check check-units lint format bench viewer wheel lock install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /\1\t/' | expand -t 10
@@ -66,10 +66,13 @@ $(VIEWER)/node_modules/.installed: $(VIEWER)/package-lock.json $(VIEWER)/.npmrc 
 	@bash requirements/npm.sh $(VENV) ci --ignore-scripts --no-progress --loglevel=error
 	@touch $@
 
+wheel: $(STAMP) $(PAGE)  ## build dist/pathflip-VERSION.whl, the page of the service in it
+	@$(PY) -m hatchling build -t wheel -d dist
+
 # torch's CPU wheels come from where UV_FIND_LINKS or UV_EXTRA_INDEX_URL points (docs/howto/install.md).
 UV = $(or $(shell command -v uv),$(wildcard .venv/bin/uv),$(error make lock needs uv: pip install uv))
 compile = $(UV) pip compile -q pyproject.toml requirements/build.in \
-	--extra ray --extra encoders --extra mcp --extra viewer --extra dev --extra $(1) \
+	--extra serve --extra encoders --extra dev --extra $(1) \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 

@@ -53,7 +53,8 @@ def connect(address: str | None = None) -> Place:
             connected to already, else ``local``.
 
     Raises:
-        ConfigError: The named cluster does not answer.
+        ConfigError: The named cluster does not answer (``no_cluster``); Ray is not installed
+            (``no_ray``).
     """
     if address == "local":
         return "local"
@@ -62,7 +63,15 @@ def connect(address: str | None = None) -> Place:
         if address is None:
             return "local"
         private_ray.set_environment()  # which Ray reads when it is imported
-    import ray
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "This runs on Ray, which is not installed here.",
+            hint="Install it: pip install 'pathflip[ray]'; or leave --ray, --address and "
+            "RAY_ADDRESS out to run in processes of this machine.",
+            code="no_ray",
+        ) from error
 
     if ray.is_initialized():
         return "cluster" if named else "ray"

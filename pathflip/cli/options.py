@@ -59,26 +59,24 @@ ResamplesOption = Annotated[int, typer.Option(help="Bootstrap resamples, over pa
 
 
 def job(name: str) -> Any:
-    """Import a module of jobs/, which is not part of the installed wheel."""
-    return _checked_out(f"jobs.{name}")
+    """Import a module of jobs/, whose packages may not be installed."""
+    return _imported(f"jobs.{name}")
 
 
 def service(name: str) -> Any:
-    """Import a module of serve/, which is not part of the installed wheel."""
-    return _checked_out(f"serve.{name}")
+    """Import a module of serve/, whose packages may not be installed."""
+    return _imported(f"serve.{name}")
 
 
-def _checked_out(module: str) -> Any:
+def _imported(module: str) -> Any:
     import importlib
 
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing in ("ray", "fastapi"):
-            hint = "Install it: pip install 'pathflip[ray]'."
-        else:
-            hint = "Run it from a checkout of pathflip or from its image."
+        extra = {"ray": "ray", "mcp": "mcp"}.get(missing, "viewer")
+        hint = f"Install it: pip install 'pathflip[{extra}]'."
         raise ConfigError(
             f"This command needs {missing}, which is not installed here.", hint=hint
         ) from error

@@ -12,5 +12,6 @@ export default defineConfig({
     assetsInlineLimit: 0, // the page's policy has no data: for scripts and styles
     modulePreload: { polyfill: false },
     chunkSizeWarningLimit: 1024,
+    license: { fileName: "licenses.md" }, // of the packages that are in the scripts
   },
 });

@@ -296,12 +296,6 @@ def test_the_standard_platform_module_wins_in_a_checkout() -> None:
     assert not Path(file.strip()).is_relative_to(ROOT / "platform")
 
 
-def test_the_wheel_carries_pathflip_alone() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["packages"] == ["pathflip"]
-
-
 def test_importing_pathflip_stays_light() -> None:
     if not (ROOT / "pathflip" / "cli").exists():
         pytest.skip("pathflip/cli is not there yet")
