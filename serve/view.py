@@ -18,15 +18,13 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
-from pathflip.errors import ConfigError
+from pathflip.errors import ConfigError, SlideError
+from serve.limits import RequestError
 from serve.pages import DIST
 from serve.routing import Parts
-
-if TYPE_CHECKING:
-    from serve.tiles import Tiles
 
 HOST, PORT = "127.0.0.1", 8000
 STOP_S = 2
@@ -59,10 +57,12 @@ def view(
     Raises:
         ConfigError: There is neither slide nor archive, or a run without an archive; no slide is
             found (``no_slides``, ``missing_source``); the port is taken (``port``).
+        SlideError: The only file that was named cannot be opened.
         ArchiveError, CheckpointError: The archive or the run cannot be opened, or they do not
             belong together; there is no such slide.
     """
-    parts, tiles, shown, slides = _parts(slide, archive=archive, run=run, device=device)
+    parts, shown, slides = _parts(slide, archive=archive, run=run, device=device)
+    only = shown if archive is None else None
     ended = threading.Event()
     with _listen(port) as listening:
         page = f"http://{HOST}:{listening.getsockname()[1]}/"
@@ -72,7 +72,7 @@ def view(
 
         def serve() -> None:
             try:
-                asyncio.run(_serve(server, listening, tiles))
+                asyncio.run(_serve(server, listening, parts, only=only))
             except BaseException as error:  # it is raised by the main thread
                 failed.append(error)
             finally:
@@ -108,8 +108,8 @@ def view(
 
 def _parts(
     slide: str | None, *, archive: str | None, run: str | None, device: str
-) -> tuple[Parts, Tiles, str | None, int]:
-    """Make the parts; return them, that of pixels, the slide to show, and the number of slides."""
+) -> tuple[Parts, str | None, int]:
+    """Make the parts; return them, the slide to show, and the number of slides."""
     if archive is None:
         if run is not None:
             raise ConfigError(
@@ -141,18 +141,17 @@ def _parts(
         check_fits(opened, described)
         model, fingerprint = described.name, described.fingerprint
         models = model_parts(uri, run, device=device)
-    tiles = Tiles(uri)
     parts = Parts(
         search=Search(uri, model=model, fingerprint=fingerprint),
-        tiles=tiles,
+        tiles=Tiles(uri),
         annotations=Annotations(uri),
         redactions={uri: "the archive", archive: "the archive"} | ({run: "the run"} if run else {}),
         **models,
     )
-    return parts, tiles, shown, len(opened.ready_ids())
+    return parts, shown, len(opened.ready_ids())
 
 
-def _parts_of_files(source: str) -> tuple[Parts, Tiles, str | None, int]:
+def _parts_of_files(source: str) -> tuple[Parts, str | None, int]:
     from pathflip.slides.sources import discover
     from serve.slide_files import FileSlides
     from serve.tiles import Tiles
@@ -163,7 +162,7 @@ def _parts_of_files(source: str) -> tuple[Parts, Tiles, str | None, int]:
     shown = next(iter(paths)) if len(paths) == 1 else None
     redactions = {path: "the slide" for path in paths.values()}
     parts = Parts(search=FileList(paths, tiles), tiles=tiles, redactions=redactions)
-    return parts, tiles, shown, len(paths)
+    return parts, shown, len(paths)
 
 
 def _listen(port: int | None) -> socket.socket:
@@ -198,12 +197,22 @@ def _server(parts: Parts, *, embed: bool) -> Any:
     return uvicorn.Server(config)
 
 
-async def _serve(server: Any, listening: socket.socket, tiles: Tiles) -> None:
+async def _serve(server: Any, listening: socket.socket, parts: Parts, *, only: str | None) -> None:
+    """Serve; a file that is all there is to see is opened before, so that its error ends this."""
     # In this thread uvicorn takes no signals, which the main thread has.
     try:
+        if only is not None:
+            try:
+                await parts.search.slide(only)
+            except SlideError as error:
+                raise SlideError(
+                    f"{only} cannot be shown: {error.message}", code=error.code
+                ) from None
+            except RequestError:
+                pass  # it takes long, and the page says so
         await server.serve(sockets=[listening])
     finally:
-        await tiles.close()
+        await parts.tiles.close()
 
 
 def _end_with_input(ended: threading.Event) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pathflip.errors import ArchiveError, PathFLIPError
+from pathflip.errors import ArchiveError, PathFLIPError, SlideError
 from pathflip.slides.sources import SUFFIXES
 from serve.limits import RequestError
 from serve.slide_list import HIDDEN, Page, SlideList
@@ -23,8 +23,9 @@ LIST_S = 2.0
 AT_ONCE = 8
 """Files that are opened at a time; tiles are asked for beside them."""
 THUMBNAIL_PX = 512
-_FOR_NOW = ("busy", "unavailable")
+FOR_NOW = ("busy", "unavailable")
 """Codes of what says nothing about a file: it is opened again when it is asked for again."""
+_UNREAD = "The file is missing, empty or not readable with these permissions."
 _UNKNOWN = (
     "width", "height", "mpp", "vendor", "split", "n_regions", "n_patches", "tissue_mm2", "reason",
     "message", *HIDDEN,
@@ -85,23 +86,25 @@ class FileList:
         """Row of a slide, as far as it is known.
 
         Raises:
-            ArchiveError: ``unknown_slide``: there is none, or it cannot be opened.
+            ArchiveError: ``unknown_slide``.
+            SlideError: It cannot be opened: its reason.
             RequestError: ``unavailable``: it could not be opened yet.
         """
-        if slide_id in self._rows:
-            await asyncio.shield(self._open(slide_id))
         row = self._rows.get(slide_id)
-        if row is not None and slide_id not in self._opening:
-            raise RequestError("The slide is still being opened; ask again.", code="unavailable")
-        if row is None or row["status"] != "ready":
+        if row is None:
             raise ArchiveError("There is no such slide.", code="unknown_slide")
+        await asyncio.shield(self._open(slide_id))
+        if slide_id not in self._opening:
+            raise RequestError("The slide is still being opened; ask again.", code="unavailable")
+        if row["status"] != "ready":
+            raise SlideError(row["message"], code=row["reason"])
         return SlideList([row]).rows[slide_id]
 
     async def thumbnail(self, slide_id: str) -> bytes:
         """JPEG of the whole slide.
 
         Raises:
-            ArchiveError: ``unknown_slide``.
+            ArchiveError, SlideError, RequestError: See :meth:`slide`.
         """
         row = await self.slide(slide_id)
         return await self._tiles.view(
@@ -125,10 +128,13 @@ class FileList:
             try:
                 info = await self._tiles.info(slide)
             except PathFLIPError as error:
-                if error.code in _FOR_NOW:
+                if error.code in FOR_NOW:
                     del self._opening[slide]
                     return
-                row |= {"status": "quarantined", "reason": error.code, "message": error.message}
+                code, message = error.code, error.message
+                if code == "source_changed":  # it never was another
+                    code, message = "not_a_file", _UNREAD
+                row |= {"status": "quarantined", "reason": code, "message": message}
             else:
                 row |= {name: info[name] for name in ("width", "height", "mpp")}
             self._listed = None

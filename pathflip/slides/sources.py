@@ -79,11 +79,12 @@ def discover(sources: Sequence[str], *, skipped: list[str] | None = None) -> lis
 
     Args:
         sources: Files, folders, objects and prefixes of object stores.
-        skipped: List to which the other files of the folders are added.
+        skipped: List to which the other files of the folders are added, and folders in them that
+            cannot be read.
 
     Raises:
-        ConfigError: A source does not exist, or a folder holds no slide at all; an object store
-            cannot be listed (``access_denied``, ``store_failed``).
+        ConfigError: A source does not exist, a folder cannot be read or holds no slide at all; an
+            object store cannot be listed (``access_denied``, ``store_failed``).
     """
     found: dict[str, Source] = {}
     skipped = skipped if skipped is not None else []
@@ -173,8 +174,17 @@ def dicom_files(folder: Path) -> list[Path]:
 
 
 def _walk(root: Path, skipped: list[str]) -> Iterator[Path]:
+    def closed(error: OSError) -> None:
+        if error.filename == str(root):
+            raise ConfigError(
+                f"{root} cannot be read: {error.strerror}.",
+                hint="Check the permissions of the folder.",
+                code="missing_source",
+            ) from error
+        skipped.append(str(error.filename))
+
     seen: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=closed, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a loop of links
             folders.clear()

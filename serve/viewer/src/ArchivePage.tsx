@@ -13,6 +13,7 @@ import { Account, Dialog, Home, Icon, store, stored, Thumbnail, Tool } from "./u
 const PAGE = 100; // slides a request
 const KEPT = 40; // pages in memory
 const AHEAD = 2; // rows above and below the screen
+const OPENING = 1500; // ms after which files that were being opened are asked for again
 
 type Layout = "grid" | "list";
 
@@ -28,6 +29,7 @@ export function ArchivePage({ at }: { at: ArchiveRoute }) {
   const maySearch = session.value?.can.search ?? false;
   const [searching, setSearching] = useState(() => maySearch && matchMedia("(min-width: 64rem)").matches);
   const pages = usePages(filters);
+  const hidden = useQuarantined(filters, pages.total);
 
   // The browser's back and forward.
   useEffect(() => setFilters(at), [at]);
@@ -70,6 +72,11 @@ export function ArchivePage({ at }: { at: ArchiveRoute }) {
             {filters.label.trim() && !isLabel(filters.label) ? "Write a label as name=value. " : ""}
             {pages.total === null ? "Loading…" : count(pages.total)}
           </p>
+          {filters.status === "ready" && hidden > 0 && (
+            <button type="button" class="plain hidden-slides" onClick={() => change({ status: "quarantined" })}>
+              {hidden.toLocaleString("en-GB")} quarantined
+            </button>
+          )}
           <Tool
             icon={layout === "grid" ? "list" : "grid"}
             label={layout === "grid" ? "Show as a list" : "Show as pictures"}
@@ -101,6 +108,32 @@ function isLabel(text: string): boolean {
   return /^[^=]+=./.test(text.trim());
 }
 
+/** How many slides that the filters fit are quarantined, once it is known how many are not. */
+function useQuarantined({ q, label }: Filters, ready: number | null): number {
+  const [number, setNumber] = useState(0);
+  const wanted = filtered({ q, label, status: "quarantined" });
+  useEffect(() => {
+    if (ready === null) return;
+    const call = new AbortController();
+    const ask = () =>
+      api.get<SlideList>(`/v1/slides?limit=1&${wanted}`, { signal: call.signal }).then((found) => setNumber(found.total), () => {});
+    const timer = setTimeout(ask, 300); // after the last letter
+    return () => {
+      clearTimeout(timer);
+      call.abort();
+    };
+  }, [String(wanted), ready]);
+  return number;
+}
+
+/** The filters as the service takes them. */
+function filtered({ q, label, status }: Filters): URLSearchParams {
+  const query = new URLSearchParams({ status });
+  if (q.trim()) query.set("q", q.trim());
+  if (isLabel(label)) query.set("label", label.trim());
+  return query;
+}
+
 interface Pages {
   total: number | null;
   at: (index: number) => SlideRow | undefined;
@@ -120,12 +153,13 @@ function usePages({ q, label, status }: Filters): Pages {
     const own = state.current;
     if (own.asked.has(number)) return;
     own.asked.add(number);
-    const query = new URLSearchParams({ limit: String(PAGE), offset: String(number * PAGE), status });
-    if (q.trim()) query.set("q", q.trim());
-    if (isLabel(label)) query.set("label", label.trim());
+    const query = `limit=${PAGE}&offset=${number * PAGE}&${filtered({ q, label, status })}`;
     api.get<SlideList>(`/v1/slides?${query}`, { signal: own.call.signal }).then(
       (found) => {
         own.rows.set(number, found.data);
+        // Files without an archive are opened one after the other: some of these are still to come.
+        if (found.data.some((row) => row.status === "ready" && row.width === null))
+          setTimeout(() => own === state.current && (own.asked.delete(number), fetchPage(number)), OPENING);
         for (const old of own.rows.keys()) {
           if (own.rows.size <= KEPT) break;
           if (Math.abs(old - number) > KEPT / 2) {

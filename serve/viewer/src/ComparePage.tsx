@@ -158,9 +158,15 @@ export function ComparePage({ at }: { at: CompareRoute }) {
 
 /** Give the right view the left one's µm per pixel, about the middle of its slide. */
 function match([left, right]: Pair<SlideView>): void {
-  const um = left.info.mpp * left.place().w;
-  const width = (um * right.element.clientWidth) / left.element.clientWidth / right.info.mpp;
+  const [fromMpp, toMpp] = scales(left, right);
+  const width = (left.place().w * fromMpp * right.element.clientWidth) / left.element.clientWidth / toMpp;
   right.moveTo({ ...right.whole(), w: width, rot: left.place().rot });
+}
+
+/** µm per level-0 px of two views; where one is unknown, their pixels count as equal. */
+function scales(one: SlideView, other: SlideView): Pair<number> {
+  const [a, b] = [one.info.mpp, other.info.mpp];
+  return a === null || b === null ? [1, 1] : [a, b];
 }
 
 /** From here on the two move as one; returns how to part them. */
@@ -170,12 +176,8 @@ function join(views: Pair<SlideView>, leader: { current: 0 | 1 }): () => void {
     views[side].onMove(() => {
       if (leader.current !== side) return;
       const [own, other] = [views[side], views[side ? 0 : 1]];
-      const between = {
-        from: start[side],
-        to: start[side ? 0 : 1],
-        fromMpp: own.info.mpp,
-        toMpp: other.info.mpp,
-      };
+      const [fromMpp, toMpp] = scales(own, other);
+      const between = { from: start[side], to: start[side ? 0 : 1], fromMpp, toMpp };
       other.moveTo(follow(own.placeNow(), between, [own.element.clientWidth, other.element.clientWidth]));
     }),
   );

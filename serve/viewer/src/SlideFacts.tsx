@@ -5,7 +5,7 @@ import { useEffect } from "preact/hooks";
 import { api, slidePath } from "./api.ts";
 import type { Outlines, SlideRow } from "./api.ts";
 import type { Measure, Ruler } from "./measure.ts";
-import { areaLabel, lengthLabel, mppLabel, round } from "./scalebar.ts";
+import { mppLabel, round } from "./scalebar.ts";
 import type { Adjustment, SlideView } from "./slide.ts";
 import { outlines, report, session } from "./state.ts";
 import { Tool } from "./ui.tsx";
@@ -33,7 +33,7 @@ function Facts({ row, power }: { row: SlideRow; power: number | null }) {
   const facts: [string, string | null | undefined][] = [
     ["Size", row.width && row.height ? `${whole(row.width)} × ${whole(row.height)} px` : null],
     ["", row.width && row.height && row.mpp ? `${mm(row.width, row.mpp)} × ${mm(row.height, row.mpp)} mm` : null],
-    ["Scale", row.mpp ? `${mppLabel(row.mpp)}${power ? ` (${round(power, 3)}×)` : ""}` : null],
+    ["Scale", row.mpp ? `${mppLabel(row.mpp)}${power ? ` (${round(power, 3)}×)` : ""}` : "not stated in the file"],
     ["Tissue", row.tissue_mm2 === null ? null : `${round(row.tissue_mm2, 3)} mm²`],
     ["Regions", row.n_regions === null ? null : whole(row.n_regions)],
     ["Scanner", row.vendor],
@@ -165,7 +165,7 @@ function Measures({ ruler, view }: { ruler: Ruler; view: SlideView }) {
           <li key={measure.id}>
             <button type="button" class="plain" onClick={() => flyTo(view, measure)}>
               <span class="number">{index + 1}</span> {measure.kind === "length" ? "Length" : "Area"}{" "}
-              <strong>{measure.kind === "length" ? lengthLabel(measure.value) : areaLabel(measure.value)}</strong>
+              <strong>{measure.label}</strong>
             </button>
             <Tool icon="remove" label={`Remove measure ${index + 1}`} onPress={() => ruler.remove(measure.id)} />
           </li>

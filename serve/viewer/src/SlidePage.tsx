@@ -15,13 +15,14 @@ import { PickSlide } from "./PickSlide.tsx";
 import { go, note, remember } from "./route.ts";
 import type { PanelName, SlideRoute } from "./route.ts";
 import { ScaleStrip, useScale } from "./Overlay.tsx";
-import { round } from "./scalebar.ts";
+import { powerLabel, round } from "./scalebar.ts";
 import { SlideFacts } from "./SlideFacts.tsx";
 import { explainLosses, SlideView } from "./slide.ts";
 import { layers, outlines, panel, query, report, session, slide, tell, view as inView } from "./state.ts";
 import { Account, fullScreen, Home, Tool } from "./ui.tsx";
 
 const POWERS = [1.25, 2.5, 5, 10, 20, 40];
+const PERCENTS = [12.5, 25, 50, 100, 200];
 const NARROW = "(max-width: 45rem)";
 
 export function SlidePage({ at }: { at: SlideRoute }) {
@@ -47,10 +48,10 @@ export function SlidePage({ at }: { at: SlideRoute }) {
       else report(error);
     };
     const begin = async () => {
-      const [info, row] = await Promise.all([
-        api.get<TileInfo>(slidePath(at.id, "tiles"), { signal: calls.signal }),
-        api.get<SlideRow>(slidePath(at.id), { signal: calls.signal }),
-      ]);
+      const asked = api.get<TileInfo>(slidePath(at.id, "tiles"), { signal: calls.signal });
+      asked.catch(() => {}); // where both fail, the slide's own reason is the one to read
+      const row = await api.get<SlideRow>(slidePath(at.id), { signal: calls.signal });
+      const info = await asked;
       const view = (made = new SlideView(stage.current!, info, minimap.current));
       explainLosses(view, (problem) => {
         if (problem.code !== "source_changed") return report(problem);
@@ -109,7 +110,7 @@ export function SlidePage({ at }: { at: SlideRoute }) {
         {state === "loading" && <p class="stage-word">Opening the slide…</p>}
         {state === "failed" && (
           <p class="stage-word" role="alert">
-            This slide cannot be shown. {failure}
+            This slide cannot be shown. {failure} <a href="#/">All slides</a>
           </p>
         )}
         <Minimap element={minimap} />
@@ -229,22 +230,25 @@ function Toolbar({ view, ruler, onTurn, onCompare, onHelp }: ToolbarProps) {
   );
 }
 
-/** Go to a magnification; shows the one there is. */
+/** Go to a magnification; shows the one there is. A slide without a scale has pixels alone, in per cent. */
 function Magnification({ view }: { view: SlideView | null }) {
-  const umPerPx = useScale(view);
-  const now = umPerPx ? `${round(10 / umPerPx, 3)}×` : "–";
+  const px0 = useScale(view);
+  const mpp = view?.info.mpp ?? null;
+  const now = px0 === null ? "–" : mpp === null ? `${round(100 / px0, 3)} %` : powerLabel(mpp * px0);
   const choose = (event: { currentTarget: HTMLSelectElement }) => {
     const power = Number(event.currentTarget.value);
     event.currentTarget.value = "";
     if (!view || !power) return;
-    view.moveTo({ ...view.place(), w: (view.element.clientWidth * 10) / power / view.info.mpp }, false);
+    const px = mpp === null ? 100 / power : 10 / power / mpp;
+    view.moveTo({ ...view.place(), w: view.element.clientWidth * px }, false);
   };
   return (
     <select class="magnification" aria-label="Magnification" disabled={!view} value="" onChange={choose}>
       <option value="">{now}</option>
-      {POWERS.map((power) => (
+      {(mpp === null ? PERCENTS : POWERS).map((power) => (
         <option key={power} value={power}>
-          {power}×
+          {power}
+          {mpp === null ? " %" : "×"}
         </option>
       ))}
     </select>

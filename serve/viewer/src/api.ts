@@ -40,8 +40,10 @@ export interface TileInfo {
   slide_id: string;
   width: number;
   height: number;
-  mpp: number;
-  power: number;
+  /** µm per level-0 px; null where nothing says it. */
+  mpp: number | null;
+  /** 10 / mpp. */
+  power: number | null;
   tile_w: number;
   tile_h: number;
   min_level: number;

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { areaUm2, crossesItself, lengthUm } from "./measure.ts";
+import { areaUm2, crossesItself, lengthUm, measured } from "./measure.ts";
 import type { Point } from "./measure.ts";
 
 const turned = (points: Point[], degrees: number, far: number): Point[] => {
@@ -28,6 +28,14 @@ test("a polygon of many corners has the area of the circle it follows", () => {
   const polygon = (n / 2) * 500 ** 2 * Math.sin((2 * Math.PI) / n); // closed form of the regular n-gon
   assert.ok(Math.abs(areaUm2(circle, 0.5) - polygon / 4) < 1e-6 * polygon);
   assert.ok(Math.abs(areaUm2(circle.toReversed(), 0.5) - polygon / 4) < 1e-6 * polygon);
+});
+
+test("a measure is in µm, and in pixels where nothing says how large those are", () => {
+  const square: Point[] = [[0, 0], [300, 0], [300, 300], [0, 300]];
+  assert.equal(measured("length", square, 0.5), "450 µm");
+  assert.equal(measured("area", square, 0.5), "22,500 µm²");
+  assert.equal(measured("length", square, null), "900 px");
+  assert.equal(measured("area", square, null), "90,000 px²");
 });
 
 test("too few points measure nothing", () => {

@@ -1,7 +1,7 @@
 /** Lengths and areas on a slide, drawn point by point. */
 
 import { signal } from "@preact/signals";
-import { areaLabel, lengthLabel } from "./scalebar.ts";
+import { areaLabel, lengthLabel, round } from "./scalebar.ts";
 import type { SlideView } from "./slide.ts";
 
 /** A place in level-0 px. */
@@ -13,8 +13,8 @@ export interface Measure {
   id: number;
   kind: Kind;
   points: Point[];
-  /** µm, or µm² of an area. */
-  value: number;
+  /** Its length or its area. */
+  label: string;
 }
 
 /** Length of a line through points, µm. */
@@ -36,6 +36,13 @@ export function areaUm2(points: Point[], mpp: number): number {
     twice += (a[0] - ox) * (b[1] - oy) - (b[0] - ox) * (a[1] - oy);
   }
   return (Math.abs(twice) / 2) * mpp ** 2;
+}
+
+/** A length or an area in words; in pixels on a slide whose scale nothing says. */
+export function measured(kind: Kind, points: Point[], mpp: number | null): string {
+  const value = (kind === "length" ? lengthUm : areaUm2)(points, mpp ?? 1);
+  if (mpp === null) return `${round(value, 4)} px${kind === "length" ? "" : "²"}`;
+  return kind === "length" ? lengthLabel(value) : areaLabel(value);
 }
 
 /** Whether two sides of a polygon cross, so that its area means nothing. */
@@ -117,13 +124,12 @@ export class Ruler {
   finish(): void {
     const kind = this.kind.value;
     const points = this.points.value;
-    const mpp = this.view.info.mpp;
     if (!kind) return;
     if (points.length < (kind === "length" ? 2 : 3)) return this.refuse("Set more points first.");
     if (kind === "area" && crossesItself(points))
       return this.refuse("The outline crosses itself, so it has no area. Take back a point with Backspace.");
-    const value = kind === "length" ? lengthUm(points, mpp) : areaUm2(points, mpp);
-    this.done.value = [...this.done.value, { id: ++made, kind, points, value }];
+    const label = measured(kind, points, this.view.info.mpp);
+    this.done.value = [...this.done.value, { id: ++made, kind, points, label }];
     this.points.value = [];
     this.hover = null;
     this.view.redraw();
@@ -137,8 +143,7 @@ export class Ruler {
   /** The value of what is being drawn, with the pointer as its next point. */
   label(): string {
     const points = this.hover ? [...this.points.value, this.hover] : this.points.value;
-    const mpp = this.view.info.mpp;
-    return this.kind.value === "area" ? areaLabel(areaUm2(points, mpp)) : lengthLabel(lengthUm(points, mpp));
+    return measured(this.kind.value ?? "length", points, this.view.info.mpp);
   }
 
   private draw(context: CanvasRenderingContext2D): void {

@@ -52,7 +52,7 @@ def viewing(*words: str, **options: Any) -> Iterator[tuple[dict[str, Any], subpr
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two slides of one name, another, and two files that are none."""
+    """Two slides of one name, another, and three files that are none."""
     folder = tmp_path_factory.mktemp("slides")
     make_slide(folder / "lung.svs", width=1500, height=1000, mpp=0.5, seed=1)
     (folder / "more").mkdir()
@@ -60,31 +60,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_slide(folder / "colon 7.tif", width=900, height=700, mpp=0.5, seed=2)
     (folder / "broken.svs").write_bytes(b"not a slide" * 100)
     (folder / "cut.svs").write_bytes((folder / "lung.svs").read_bytes()[:3000])
+    (folder / "empty.svs").touch()
     return folder
 
 
 def test_a_folder_without_an_archive(folder: Path) -> None:
     with viewing(str(folder)) as (told, process):
         assert told["url"] == told["page"] + "#/"
-        assert told["slides"] == 5
+        assert told["slides"] == 6
         with httpx.Client(base_url=told["page"], timeout=60) as http:
 
             def known() -> bool:
-                return bool(http.get("/v1/slides?status=quarantined").json()["total"] == 2)
+                return bool(http.get("/v1/slides?status=quarantined").json()["total"] == 3)
 
             until(known, seconds=60, what="all files were opened")
             listed = http.get("/v1/slides?status=all").json()
-            assert listed["total"] == 5
+            assert listed["total"] == 6
             rows = {row["slide_id"]: row for row in listed["data"]}
-            assert set(rows) == {"lung", "lung-2", "colon_7", "broken", "cut"}
+            assert set(rows) == {"lung", "lung-2", "colon_7", "broken", "cut", "empty"}
             ready = {name for name, row in rows.items() if row["status"] == "ready"}
             assert ready == {"lung", "lung-2", "colon_7"}
             assert (rows["lung"]["width"], rows["lung"]["height"]) == (1500, 1000)
-            for name in ("broken", "cut"):
-                assert rows[name]["status"] == "quarantined"
-                assert rows[name]["reason"]
-                assert rows[name]["message"]
-                assert http.get(f"/v1/slides/{name}").status_code == 404
+            for name, reason in (
+                ("broken", "unreadable"), ("cut", "unreadable"), ("empty", "not_a_file")
+            ):  # fmt: skip
+                assert (rows[name]["status"], rows[name]["reason"]) == ("quarantined", reason)
+                answer = http.get(f"/v1/slides/{name}")
+                assert (answer.status_code, answer.json()["code"]) == (422, reason)
+                assert answer.json()["detail"] == rows[name]["message"]
+            assert "empty" in rows["empty"]["message"]
+            assert http.get("/v1/slides/none").status_code == 404
             assert str(folder) not in json.dumps(listed)
             assert http.get("/v1/slides").json()["total"] == 3
             assert http.get("/v1/slides?q=LUNG").json()["total"] == 2
@@ -119,6 +124,16 @@ def test_one_file_is_opened_at_once(folder: Path) -> None:
         assert told["url"] == told["page"] + "#/slide/colon_7"
         process.terminate()
         assert process.wait(30) == 0
+
+
+def test_one_file_that_cannot_be_opened(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pathflip.cli", "view", str(folder / "broken.svs")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "broken cannot be shown: OpenSlide cannot open the file" in done.stderr
 
 
 def test_in_a_frame_it_ends_with_whoever_started_it(folder: Path) -> None:
@@ -156,7 +171,7 @@ def test_an_archive(world: World) -> None:
 
 
 def test_with_a_run_words_are_searched_and_located(world: World, loop: Any, ask: Any) -> None:
-    parts, tiles, shown, slides = _parts(
+    parts, shown, slides = _parts(
         None, archive=str(world.archive), run=str(world.run), device="cpu"
     )
     assert (shown, slides) == (None, SLIDES)
@@ -177,7 +192,7 @@ def test_with_a_run_words_are_searched_and_located(world: World, loop: Any, ask:
     can = loop.run_until_complete(asked("/v1/session", {}))["can"]
     assert can["search"] is True
     assert can["ground"] is True
-    loop.run_until_complete(tiles.close())
+    loop.run_until_complete(parts.tiles.close())
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,18 @@ def test_refuses_what_holds_no_slides(tmp_path):
         discover([str(tmp_path / "missing")])
 
 
+def test_says_which_folders_cannot_be_read(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root reads every folder")
+    (tmp_path / "a.svs").write_bytes(b"x")
+    (tmp_path / "closed").mkdir(mode=0)
+    skipped = []
+    assert names(discover([str(tmp_path)], skipped=skipped)) == ["a.svs"]
+    assert skipped == [str(tmp_path / "closed")]
+    with pytest.raises(ConfigError, match="closed cannot be read: Permission denied"):
+        discover([str(tmp_path / "closed")])
+
+
 def test_digest_is_sha256_of_the_file(tmp_path):
     data = os.urandom(3_000_000)
     (tmp_path / "a.svs").write_bytes(data)

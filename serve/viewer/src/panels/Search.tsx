@@ -400,7 +400,7 @@ async function likeRegion(view: SlideView): Promise<void> {
 }
 
 async function likeView(view: SlideView): Promise<void> {
-  const { slide_id, width, height, mpp } = slide.value!;
+  const { slide_id, width, height, mpp } = slide.value!; // of an archive, so it has a scale
   await guarded(async (signal) => {
     const seen = view.box();
     const [left, top] = [Math.max(0, seen.x0), Math.max(0, seen.y0)];
@@ -416,7 +416,7 @@ async function likeView(view: SlideView): Promise<void> {
       throw new Problem("The picture in view could not be read from the slide.", "view", answer.status);
     const data = await base64(await answer.blob());
     view.outline("query", [box], { label: "Like this", dashed: true });
-    await ask({ image: { data, mpp: (side * mpp) / px } }, "like the picture in view", signal);
+    await ask({ image: { data, mpp: (side * mpp!) / px } }, "like the picture in view", signal);
   });
 }
 
