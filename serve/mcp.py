@@ -23,7 +23,7 @@ from starlette.routing import Route
 from pathflip import __version__
 from pathflip.errors import ConfigError, PathFLIPError
 from serve import mcp_model_tools, mcp_tools
-from serve.auth import SCOPES
+from serve.auth import LOCAL, Client
 from serve.limits import Limits, RequestError, strict_json
 from serve.mcp_tools import Answered, Call, Tool
 from serve.middleware import Message, Metrics, Receive, Scope, Send, on_one_line, status_of
@@ -88,21 +88,24 @@ def make_server(parts: Parts, *, limits: Limits, metrics: Metrics | None = None)
     async def list_tools(
         context: ServerRequestContext[Any], _: PaginatedRequestParams | None
     ) -> ListToolsResult:
-        scopes, _state = _client(context)
+        scopes = _client(context)[0].scopes
         return ListToolsResult(tools=[told[name] for name in tools if tools[name].scope in scopes])
 
     async def call_tool(
         context: ServerRequestContext[Any], params: CallToolRequestParams
     ) -> CallToolResult:
-        scopes, state = _client(context)
+        client, state = _client(context)
         tool = tools.get(params.name)
         if tool is None:
             raise MCPError(INVALID_PARAMS, "There is no tool of this name; tools/list names them.")
         audit = state["audit"]
         audit["tool"] = tool.name
-        call = Call(parts=parts, limits=limits, scopes=scopes, audit=audit, metrics=metrics)
+        call = Call(
+            parts=parts, limits=limits, client=client.name, scopes=client.scopes, audit=audit,
+            metrics=metrics,
+        )  # fmt: skip
         try:
-            if tool.scope not in scopes:
+            if tool.scope not in client.scopes:
                 raise RequestError(f"This token lacks the scope {tool.scope}.", code="scope")
             asked = tool.arguments.model_validate(params.arguments or {})
             return _result(await tool.run(asked, call))
@@ -121,15 +124,15 @@ def make_server(parts: Parts, *, limits: Limits, metrics: Metrics | None = None)
     )
 
 
-def _client(context: ServerRequestContext[Any]) -> tuple[frozenset[str], dict[str, Any]]:
-    """Scopes of the client, and what :class:`serve.middleware.Guard` knows of its request.
+def _client(context: ServerRequestContext[Any]) -> tuple[Client, dict[str, Any]]:
+    """The client, and what :class:`serve.middleware.Guard` knows of its request.
 
     Over stdio there is no request: whoever started the process may do what it can.
     """
     if context.request is None:
-        return frozenset(SCOPES), {"audit": {}}
+        return LOCAL, {"audit": {}}
     state: dict[str, Any] = context.request.scope["state"]
-    return state["client"].scopes, state
+    return state["client"], state
 
 
 def _told(tool: Tool) -> ToolInfo:

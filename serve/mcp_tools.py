@@ -50,13 +50,15 @@ class Call:
     Attributes:
         parts: The parts.
         limits: Limits of an answer.
-        scopes: Scopes of the client.
+        client: Name of the client.
+        scopes: Its scopes.
         audit: Entry of the audit log, to which ids are added.
         metrics: Counts the tokens of answers; None counts none.
     """
 
     parts: Parts
     limits: Limits
+    client: str
     scopes: frozenset[str]
     audit: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics | None = None
@@ -316,7 +318,7 @@ async def square_of(call: Call, slide_id: str, x0: int, y0: int, size0: int, px:
     """JPEG of a square of a slide; nothing finer than the slide itself."""
     tiles = call.parts.need("tiles")
     data: bytes = await tiles.view(
-        slide_id, x0=x0, y0=y0, w0=size0, h0=size0, px=min(px, size0)
+        slide_id, x0=x0, y0=y0, w0=size0, h0=size0, px=min(px, size0), client=call.client
     )  # fmt: skip
     return data
 

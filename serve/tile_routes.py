@@ -91,7 +91,7 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
     @api.get("/v1/slides/{slide_id}/tiles", dependencies=read, response_model=TileInfo)
     async def tiles(request: Request, slide_id: SlidePath) -> Any:
         """Geometry of a slide's tiles."""
-        found = await parts.need("tiles").info(slide_id)
+        found = await parts.need("tiles").info(slide_id, client=request.state.client.name)
         request.state.audit["slides"] = [slide_id]
         return JSONResponse(found)
 
@@ -99,7 +99,7 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
              responses={200: _XML})  # fmt: skip
     async def dzi(request: Request, slide_id: SlidePath) -> Response:
         """Geometry of a slide's tiles as Deep Zoom's XML, for viewers that read that."""
-        found = await parts.need("tiles").info(slide_id)
+        found = await parts.need("tiles").info(slide_id, client=request.state.client.name)
         if found["tile_w"] != found["tile_h"]:
             raise RequestError("Deep Zoom has no tiles that are not square.", code="no_dzi")
         request.state.audit["slides"] = [slide_id]
@@ -124,7 +124,9 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
     ) -> Response:
         """One tile; a client that has it gets 304."""
         known = _TAG.findall(request.headers.get("if-none-match", "")[:_MAX_TAGS])
-        tag, data = await parts.need("tiles").tile(slide_id, level, x, y, known=known)
+        tag, data = await parts.need("tiles").tile(
+            slide_id, level, x, y, known=known, client=request.state.client.name
+        )
         request.state.audit["slides"] = [slide_id]
         headers = {"ETag": tag, "Cache-Control": CACHED}
         if data is None:
@@ -143,7 +145,9 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
         px: Annotated[int, Query(ge=MIN_VIEW_PX, le=MAX_VIEW_PX)] = 512,
     ) -> Response:
         """A picture of any rectangle, its longer side of so many pixels; white off the slide."""
-        data = await parts.need("tiles").view(slide_id, x0=x0, y0=y0, w0=w0, h0=h0, px=px)
+        data = await parts.need("tiles").view(
+            slide_id, x0=x0, y0=y0, w0=w0, h0=h0, px=px, client=request.state.client.name
+        )
         request.state.audit["slides"] = [slide_id]
         return Response(data, media_type="image/jpeg")
 

@@ -20,7 +20,7 @@ from pathflip.errors import REASONS, SlideError
 from pathflip.slides.pyramid import Pyramid
 from pathflip.slides.reader import SlideReader
 from serve.limits import RequestError
-from serve.reader_pool import ReaderPool, ReadingConfig
+from serve.reader_pool import LONG_PX, ReaderPool, ReadingConfig
 from serve.slide_files import ArchiveSlides, Copies, SlideFile, SlideFiles
 
 T = TypeVar("T")
@@ -42,6 +42,7 @@ _SAID = {
     "reader_crash": "The slide's file makes its reader crash.",
     "timeout": "Reading the slide takes too long.",
     "unknown_tile": "The slide has no such tile.",
+    "too_many_pixels": "The slide stores no small level, and too much of it is in this picture.",
     "source_changed": "The slide's file is not the one that was ingested: it moved, is gone or "
     "has changed.",
 }
@@ -120,8 +121,12 @@ class Tiles:
         await asyncio.to_thread(self._pool.close)
         await self._copies.close()
 
-    async def info(self, slide_id: str) -> dict[str, Any]:
+    async def info(self, slide_id: str, *, client: str = "") -> dict[str, Any]:
         """Geometry of a slide's tiles, see :class:`serve.tile_routes.TileInfo`.
+
+        Args:
+            slide_id: The slide.
+            client: Name of the client who asks, for :class:`serve.reader_pool.ReaderPool`.
 
         Raises:
             ArchiveError: ``unknown_slide``.
@@ -129,11 +134,11 @@ class Tiles:
         """
         file = await self._slides.find(slide_id)
         if file.content in self._pyramids:
-            await self._look(file)
+            await self._look(file, client)
         else:
             known = await self._shared(
                 f"info {file.content}",
-                lambda: self._read(file, lambda reader, path: reader.pyramid(
+                lambda: self._read(file, client, lambda reader, path, _: reader.pyramid(
                     path, slide_mpp=file.override, expected=(file.bytes, file.mtime_ns),
                     timeout_s=self.config.timeout_s,
                 )),
@@ -162,7 +167,14 @@ class Tiles:
         }
 
     async def tile(
-        self, slide_id: str, level: int, column: int, row: int, *, known: Collection[str] = ()
+        self,
+        slide_id: str,
+        level: int,
+        column: int,
+        row: int,
+        *,
+        known: Collection[str] = (),
+        client: str = "",
     ) -> tuple[str, bytes | None]:
         """Return a tile's ETag and its JPEG; None instead of the JPEG if the client has it.
 
@@ -172,10 +184,12 @@ class Tiles:
             column: Place of the tile.
             row: Place of the tile.
             known: ETags of what the client has.
+            client: Name of the client.
 
         Raises:
             ArchiveError: ``unknown_slide``.
-            SlideError: ``unknown_tile``, ``source_changed``, or the code of what a reader refuses.
+            SlideError: ``unknown_tile``, ``source_changed``, ``too_many_pixels``, or the code of
+                what a reader refuses.
             RequestError: ``busy``.
         """
         file = await self._slides.find(slide_id)
@@ -183,19 +197,23 @@ class Tiles:
         key = f"{file.content} {level} {column} {row}"
         kept = self.cache.get(key)
         if kept is not None or tag in known:
-            await self._look(file)
+            await self._look(file, client)
             return tag, None if tag in known else kept
-        return tag, await self._shared(key, lambda: self._make(file, key, level, column, row))
+        place = level, column, row
+        return tag, await self._shared(key, lambda: self._make(file, key, place, client))
 
-    async def view(self, slide_id: str, *, x0: int, y0: int, w0: int, h0: int, px: int) -> bytes:
+    async def view(
+        self, slide_id: str, *, x0: int, y0: int, w0: int, h0: int, px: int, client: str = ""
+    ) -> bytes:
         """JPEG of a rectangle of level-0 px, its longer side ``px`` pixels; white off the slide.
 
         Raises:
             ArchiveError: ``unknown_slide``.
             RequestError: ``bad_view``: it is too narrow, or far from the slide; ``busy``.
-            SlideError: ``source_changed``, or the code of what a reader refuses.
+            SlideError: ``source_changed``, ``too_many_pixels``, or the code of what a reader
+                refuses.
         """
-        info = await self.info(slide_id)
+        info = await self.info(slide_id, client=client)
         reach = MAX_BEYOND * max(info["width"], info["height"])
         if not MIN_VIEW_PX <= px <= MAX_VIEW_PX or min(w0, h0) < 1:
             raise RequestError(
@@ -212,9 +230,10 @@ class Tiles:
         file = await self._slides.find(slide_id)
         return await self._shared(
             f"view {file.content} {x0} {y0} {w0} {h0} {px}",
-            lambda: self._read(file, lambda reader, path: reader.view(
+            lambda: self._read(file, client, lambda reader, path, most_px: reader.view(
                 path, x0=x0, y0=y0, size0=(w0, h0), px=px, slide_mpp=file.override,
-                expected=(file.bytes, file.mtime_ns), timeout_s=self.config.timeout_s,
+                expected=(file.bytes, file.mtime_ns), most_px=most_px,
+                timeout_s=self.config.timeout_s,
             )),
         )  # fmt: skip
 
@@ -226,31 +245,52 @@ class Tiles:
         """
         return await self._slides.outlines(slide_id)
 
-    async def _make(self, file: SlideFile, key: str, level: int, column: int, row: int) -> bytes:
-        data, _ = await self._read(file, lambda reader, path: reader.tile(
-            path, level, column, row, slide_mpp=file.override,
-            expected=(file.bytes, file.mtime_ns), timeout_s=self.config.timeout_s,
+    async def _make(
+        self, file: SlideFile, key: str, place: tuple[int, int, int], client: str
+    ) -> bytes:
+        data, _ = await self._read(file, client, lambda reader, path, most_px: reader.tile(
+            path, *place, slide_mpp=file.override, expected=(file.bytes, file.mtime_ns),
+            most_px=most_px, timeout_s=self.config.timeout_s,
         ))  # fmt: skip
         self.cache.put(key, data)
         return data
 
-    async def _look(self, file: SlideFile) -> None:
+    async def _look(self, file: SlideFile, client: str) -> None:
         """Refuse a slide whose file is another one than was ingested."""
         if time.monotonic() - self._seen.get(file.content, -CHECK_S) < CHECK_S:
             return
         await self._shared(
             f"look {file.content}",
-            lambda: self._read(file, lambda reader, path: reader.check_unchanged(
+            lambda: self._read(file, client, lambda reader, path, _: reader.check_unchanged(
                 path, expected=(file.bytes, file.mtime_ns), timeout_s=self.config.timeout_s
             )),
         )  # fmt: skip
 
-    async def _read(self, file: SlideFile, ask: Callable[[SlideReader, str], T]) -> T:
-        """Ask a reader for something of a slide; its errors name the slide by its id alone."""
+    async def _read(
+        self, file: SlideFile, client: str, ask: Callable[[SlideReader, str, int], T]
+    ) -> T:
+        """Ask a reader for something of a slide; its errors name the slide by its id alone.
+
+        Args:
+            file: The slide.
+            client: Name of the client.
+            ask: Asks a reader, with the slide's path and the most pixels it may decode: few at
+                first, so that what takes long is known before it begins.
+        """
         began = time.monotonic()
         try:
             async with self._copies.open(file) as path:
-                found = await self._pool.run(path, lambda reader: ask(reader, path))
+                try:
+                    found = await self._pool.run(
+                        path, lambda reader: ask(reader, path, LONG_PX), client=client
+                    )
+                except SlideError as error:
+                    if error.code != "too_many_pixels":
+                        raise
+                    most_px = self.config.most_px
+                    found = await self._pool.run(
+                        path, lambda reader: ask(reader, path, most_px), client=client, long=True
+                    )
         except SlideError as error:
             if error.code in _GONE:
                 self._seen.pop(file.content, None)

@@ -223,6 +223,7 @@ class SlideReader:
         px: int,
         slide_mpp: float | None = None,
         expected: tuple[int, int] | None = None,
+        most_px: int | None = None,
         timeout_s: float = 30.0,
     ) -> bytes:
         """JPEG of a rectangle of level-0 px, its longer side ``px`` pixels; white off the slide.
@@ -235,11 +236,13 @@ class SlideReader:
             px: Pixels of the longer side.
             slide_mpp: µm per level-0 pixel, if the file's own is missing or wrong.
             expected: Bytes and mtime_ns that the slide must still have (``source_changed``).
+            most_px: Most pixels to decode for it, about (``too_many_pixels``); None for any number.
             timeout_s: Deadline.
         """
         w0, h0 = (size0, size0) if isinstance(size0, int) else size0
         request = self._about(path, slide_mpp, expected)
         request |= {"op": "view", "box": [x0, y0, w0, h0], "size_px": picture_size(w0, h0, px)}
+        request["most_px"] = most_px
         _, blobs = self._ask(request, timeout_s)
         return blobs[0]
 
@@ -273,6 +276,7 @@ class SlideReader:
         *,
         slide_mpp: float | None = None,
         expected: tuple[int, int] | None = None,
+        most_px: int | None = None,
         timeout_s: float = 30.0,
     ) -> tuple[bytes, bool]:
         """JPEG of a tile of :meth:`pyramid`, and whether it is one that the slide itself holds.
@@ -284,13 +288,14 @@ class SlideReader:
             row: Place of the tile.
             slide_mpp: See :meth:`view`, as the others.
             expected: See there.
+            most_px: See there.
             timeout_s: Deadline.
 
         Raises:
             SlideError: Also ``unknown_tile``; ``bad_tile`` where the file is damaged.
         """
         request = self._about(path, slide_mpp, expected)
-        request |= {"op": "tile", "tile": [level, column, row]}
+        request |= {"op": "tile", "tile": [level, column, row], "most_px": most_px}
         answer, blobs = self._ask(request, timeout_s)
         return blobs[0], bool(answer["stored"])
 

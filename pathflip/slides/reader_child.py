@@ -157,8 +157,9 @@ class ReaderChild:
 
     def view(self, request: dict[str, Any], _: list[bytes]) -> Answer:
         """Answer ``SlideReader.view``."""
-        slide, box = self.slide(request), request["box"]
-        return {}, [_jpeg(slide.shown(*box, size_px=tuple(request["size_px"])))]
+        slide, box, size_px = self.slide(request), request["box"], tuple(request["size_px"])
+        _check_work(request, slide, slide.decoded_px(*box[2:], size_px=size_px))
+        return {}, [_jpeg(slide.shown(*box, size_px=size_px))]
 
     def pyramid(self, request: dict[str, Any], _: list[bytes]) -> Answer:
         """Answer ``SlideReader.pyramid``."""
@@ -182,23 +183,36 @@ class ReaderChild:
         stored = slide.stored_jpeg(tile.x0, tile.y0, size_px, factor=tile.scale0)
         if stored is not None:
             return {"stored": True}, [stored]
-        whole = self._overview(slide, place) if level <= place.overview_level else None
+        whole = None
+        if level <= place.overview_level:
+            whole = self._overview(slide, place, most_px=request.get("most_px"))
         if whole is not None:
             pixels = whole.tile(tile)
         else:
+            w0, h0 = tile.width * tile.scale0, tile.height * tile.scale0
+            _check_work(request, slide, slide.decoded_px(w0, h0, size_px=size_px))
             pixels = slide.shrunk(tile.x0, tile.y0, size_px, factor=tile.scale0)
         quality = TILE_QUALITY if tile.width * tile.height > SMALL_TILE else 100
         return {"stored": False}, [_jpeg(pixels, quality=quality)]
 
-    def _overview(self, slide: Slide, place: Pyramid) -> _Overview | None:
-        """Return a whole coarse level of a slide that stores none near it; it is read once."""
+    def _overview(self, slide: Slide, place: Pyramid, *, most_px: int | None) -> _Overview | None:
+        """Return a whole coarse level of a slide that stores none near it; it is read once.
+
+        Args:
+            slide: The slide.
+            place: Its pyramid.
+            most_px: Most pixels to decode for it; None for any number.
+        """
         scale0 = place.scale0(place.overview_level)
         if slide.stored_scale(scale0) * FAR > scale0:
             return None
         if slide not in self.overviews:
+            size_px = place.size(place.overview_level)
+            work = slide.decoded_px(size_px[0] * scale0, size_px[1] * scale0, size_px=size_px)
+            if most_px is not None and work > most_px:
+                return None
             if len(self.overviews) >= OVERVIEWS:
                 self.overviews.clear()
-            size_px = place.size(place.overview_level)
             pixels = slide.shrunk(0, 0, size_px, factor=scale0)
             self.overviews[slide] = _Overview(pixels=pixels, scale0=scale0)
         return self.overviews[slide]
@@ -253,6 +267,18 @@ def _expected(request: dict[str, Any]) -> Source:
             code="source_changed",
         )
     return found
+
+
+def _check_work(request: dict[str, Any], slide: Slide, px: int) -> None:
+    """Refuse to decode more pixels than a request may (``too_many_pixels``)."""
+    most = request.get("most_px")
+    if most is not None and px > most:
+        raise SlideError(
+            f"{slide.path.name} stores no smaller level for this: {px:,} pixels would have to be "
+            f"decoded, and {most:,} may be.",
+            hint="Ask for a smaller part of the slide.",
+            code="too_many_pixels",
+        )
 
 
 def _pyramid(slide: Slide) -> Pyramid:

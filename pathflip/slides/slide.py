@@ -263,6 +263,14 @@ class Slide:
         (w, h), coarse = size_px, factor >= 4 * self.stored_scale(factor)
         return self._read_scaled(x0, y0, w * factor, h * factor, w, h, tolerant=coarse)
 
+    def decoded_px(self, w0: float, h0: float, *, size_px: tuple[int, int]) -> int:
+        """Return about how many pixels :meth:`shown` decodes for a rectangle of level-0 px.
+
+        A JPEG tile that is decoded at a smaller size counts a fourth: that takes as long.
+        """
+        level, shrink = self._source_of(min(w0 / size_px[0], h0 / size_px[1]))
+        return round(w0 * h0 / self._downsamples[level] ** 2 / (4 if shrink > 2 else 1))
+
     def stored_scale(self, factor: float) -> float:
         """Level-0 px per pixel of the stored level that is read for pixels of ``factor``."""
         return self._downsamples[self.level_for(factor)]
@@ -395,18 +403,10 @@ class Slide:
         ``tolerant`` paints what is damaged as tissue instead of raising: for overviews, so that
         what lies there is still looked at on the level it is read from.
         """
-        ratio = min(w0 / out_w, h0 / out_h)
-        level = self.level_for(ratio)
+        level, shrink = self._source_of(min(w0 / out_w, h0 / out_h))
         downsample = self._downsamples[level]
         tiles = None
         if (layout := self._direct_level(level)) is not None:
-            shrink = shrink_for(ratio / downsample) if ratio / downsample >= 2 else 1
-            # Shrinking in the DCT domain is for overviews; twice finer reads stay exact.
-            while shrink > 1 and (
-                not layout.can_shrink(shrink)
-                or (shrink == 2 and self._halving == "exact" and ratio / downsample < 4)
-            ):
-                shrink //= 2
             tiles = Tiles(self._files[layout.file], layout, shrink=shrink)
             downsample *= shrink
         x_scale, y_scale = w0 / out_w / downsample, h0 / out_h / downsample
@@ -431,6 +431,22 @@ class Slide:
                 strip, x_scale=x_scale, y_scale=y_scale, width=out_w, height=rows
             )
         return out
+
+    def _source_of(self, ratio: float) -> tuple[int, int]:
+        """Return the level that is read at ``ratio``, and how far its tiles shrink as decoded."""
+        level = self.level_for(ratio)
+        times = ratio / self._downsamples[level]
+        layout = self._direct_level(level)
+        if layout is None or times < 2:
+            return level, 1
+        shrink = shrink_for(times)
+        # Shrinking in the DCT domain is for overviews; twice finer reads stay exact.
+        while shrink > 1 and (
+            not layout.can_shrink(shrink)
+            or (shrink == 2 and self._halving == "exact" and times < 4)
+        ):
+            shrink //= 2
+        return level, shrink
 
     def _tolerant_rect(self, level: int, x0: int, y0: int, w: int, h: int) -> NDArray[np.uint8]:
         try:
