@@ -346,7 +346,7 @@ def _warn_of_spellings(file: str, people: Sequence[Entry[dict[str, Any]]]) -> No
 
 
 def list_outlines(folder: str, *, classes: Sequence[str] = ()) -> list[Entry[Outline]]:
-    """List the tissue outlines in a folder: files of GeoJSON, also zipped, named like slides.
+    """List the tissue outlines in a folder: files of annotations, named like slides.
 
     Args:
         folder: The folder.
@@ -362,7 +362,7 @@ def list_outlines(folder: str, *, classes: Sequence[str] = ()) -> list[Entry[Out
     if not files:
         raise ConfigError(
             f"{folder} holds no outlines.",
-            hint="Give a folder of <slide name>.geojson, .json or .zip files with --tissue.",
+            hint="Give a folder of <slide name>.geojson, .zip, .xml or .annotations with --tissue.",
         )
     return [
         Entry(

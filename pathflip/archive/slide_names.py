@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
+from pathflip.interop.annotations import FILE_ENDINGS
 from pathflip.interop.tables import clean, known_patient, loosely
 from pathflip.slides.sources import DICOM_SUFFIX, SUFFIXES
 
@@ -27,10 +28,9 @@ Row = TypeVar("Row")
 NAME_COLUMNS = ("slide_id", "uri", "aliases", "patient_id")
 """Columns of the slides table that :meth:`SlideNames.from_rows` reads."""
 
-_OUTLINE_ENDINGS = (".geojson", ".json", ".zip")
 _ENDINGS = (
     *SUFFIXES, DICOM_SUFFIX, ".ome", ".bif", ".qptiff", ".vsi", ".isyntax", ".zarr",
-    ".csv", ".pt", ".h5", ".npy", ".npz", ".parquet", ".jpg", ".jpeg", ".png", *_OUTLINE_ENDINGS,
+    ".csv", ".pt", ".h5", ".npy", ".npz", ".parquet", ".jpg", ".jpeg", ".png", *FILE_ENDINGS,
 )  # fmt: skip
 _UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)
 
@@ -222,15 +222,15 @@ def shortened(name: str) -> list[str]:
 def outline_files(folder: str | Path) -> list[Path]:
     """Return the files in a folder that may hold outlines of slides, sorted; none if it is none.
 
-    They are what :func:`pathflip.interop.qupath.read_geojson` reads, whatever the case of their
-    ending: GeoJSON, also zipped.
+    They are what :func:`pathflip.interop.annotation_files.read_objects` reads, by their ending,
+    whatever its case.
     """
     if not Path(folder).is_dir():
         return []
     return sorted(
         path
         for path in Path(folder).iterdir()
-        if path.name.lower().endswith(_OUTLINE_ENDINGS) and path.is_file()
+        if path.name.lower().endswith(FILE_ENDINGS) and path.is_file()
     )
 
 

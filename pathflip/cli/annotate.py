@@ -18,6 +18,7 @@ from pathflip.cli.options import (
 )
 from pathflip.cli.process import open_archive
 from pathflip.errors import ConfigError
+from pathflip.interop.annotations import FILE_ENDINGS
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
@@ -105,7 +106,10 @@ def annotations_export(
 def annotations_import(
     archive: ArchiveOption,
     files: Annotated[
-        list[str], typer.Argument(help="GeoJSON of QuPath, named after their slides.")
+        list[str],
+        typer.Argument(
+            help="Files of QuPath, ASAP, Aperio ImageScope or HALO, named after their slides."
+        ),
     ],
     author: Annotated[str, typer.Option(help="Their author: the name of a token.")],
     slide: Annotated[
@@ -114,9 +118,9 @@ def annotations_import(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add annotations from QuPath GeoJSON; importing a file again changes nothing."""
+    """Add annotations of QuPath, ASAP, ImageScope or HALO; a second time changes nothing."""
     from pathflip.archive.annotations import AnnotationStore, Ground
-    from pathflip.interop.qupath import read_annotations
+    from pathflip.interop.annotation_files import read_annotations
 
     if not _AUTHOR.fullmatch(author):
         raise ConfigError(
@@ -126,15 +130,17 @@ def annotations_import(
     if slide is not None and len(files) > 1:
         raise ConfigError("--slide is of one file.", hint="Give the files one by one.")
     opened, store = open_archive(archive), AnnotationStore(archive)
-    read = []
+    read, left_out = [], Counter[str]()
     for file in files:  # all are read before anything is written
         slide_id = opened.resolve(slide or _stem(file))
         ground = Ground.all(opened)[slide_id]
         x0, y0 = ground.offset
-        read.append((ground, read_annotations(
+        drawn, passed = read_annotations(
             file, slide_id=slide_id, author=author, width=ground.width, height=ground.height,
             bounds_x0=x0, bounds_y0=y0,
-        )))  # fmt: skip
+        )  # fmt: skip
+        read.append((ground, drawn))
+        left_out += passed
     counts: Counter[str] = Counter(new=0, changed=0, unchanged=0)
     for ground, drawn in read:
         saved = store.put_all(drawn, ground=ground, by=author, dry_run=dry_run)
@@ -142,7 +148,8 @@ def annotations_import(
             counts[name] += len(getattr(saved, name))
     if not dry_run:
         store.tidy()
-    document = {"files": len(files), **counts} | ({"dry_run": True} if dry_run else {})
+    document: dict[str, Any] = {"files": len(files), **counts, "left_out": dict(left_out)}
+    document |= {"dry_run": True} if dry_run else {}
     show_document(document, "imported", as_json=as_json, dry_run=dry_run)
 
 
@@ -214,6 +221,7 @@ def _slide_id(archive: Archive, name: str) -> str:
 def _stem(file: str) -> str:
     """Return the name of the slide that a file is named after."""
     name = Path(file).name
-    for ending in (".zip", ".json", ".geojson"):
-        name = name.removesuffix(ending)
+    for ending in (".zip", *FILE_ENDINGS):
+        if name.lower().endswith(ending):
+            name = name[: -len(ending)]
     return name

@@ -61,7 +61,8 @@ def ingest(
         typer.Option(help="Questions about slides: CSV or JSON (docs/reference/data-model.md)."),
     ] = None,
     tissue: Annotated[
-        str | None, typer.Option(help="Folder of your own <slide>.geojson tissue outlines.")
+        str | None,
+        typer.Option(help="Folder of your own tissue outlines, <slide>.geojson or .xml."),
     ] = None,
     add_encoder: Annotated[
         bool | None,

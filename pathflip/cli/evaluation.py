@@ -229,7 +229,7 @@ def evaluate_grounding(
     run: RunOption,
     truth: Annotated[
         str | None,
-        typer.Option(help="Folder of <slide>.geojson; default: lesions/ beside the slides."),
+        typer.Option(help="Folder of outlines named like slides; default: lesions/ beside them."),
     ] = None,
     tasks: TasksOption = None,
     split: SplitOption = "test",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames, outline_files
 from pathflip.compat import check_fits
@@ -31,9 +31,9 @@ from pathflip.evaluation.encode import Batch, SlideRow, batches, list_slides
 from pathflip.evaluation.prompts import Suite
 from pathflip.geometry import Tiling
 from pathflip.heatmap import heatmap_grid, patch_heat, slide_rects, smooth
-from pathflip.interop.qupath import read_geojson
+from pathflip.interop.annotation_files import read_objects
 from pathflip.progress import Report
-from pathflip.slides.outlines import Polygon
+from pathflip.slides.outlines import Polygon, inside
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
@@ -88,26 +88,6 @@ def check_variant(name: str) -> Variant:
             f"There is no grounding variant {name!r}.", hint=f"Use {', '.join(VARIANTS)}."
         )
     return name
-
-
-def inside(points: ArrayLike, polygons: Sequence[Polygon]) -> NDArray[np.bool_]:
-    """Return the mask of points that lie in any of the polygons and in no hole of it.
-
-    A ring holds what it goes round (non-zero rule), as :func:`pathflip.slides.outlines.fill` has
-    it; exact in floating point, and a point on an edge may fall either way.
-
-    Args:
-        points: (x, y) [k, 2], in the polygons' frame.
-        polygons: Polygons, each an outer ring and hole rings.
-    """
-    points = np.asarray(points, np.float64).reshape(-1, 2)
-    found = np.zeros(len(points), np.bool_)
-    for outer, holes in polygons:
-        within = _in_ring(points, outer)
-        for hole in holes:
-            within &= ~_in_ring(points, hole)
-        found |= within
-    return found
 
 
 def chance_ap(right: int, patches: int) -> float:
@@ -333,7 +313,7 @@ def read_outlines(
     paths, folders = _outline_paths(archive, {slide.slide_id for slide in slides}, truth)
     for slide_id, path in sorted(paths.items()):
         x0, y0 = bounds[slide_id]
-        for item in read_geojson(path, bounds_x0=x0, bounds_y0=y0):
+        for item in read_objects(path, bounds_x0=x0, bounds_y0=y0):
             if item.classification in findings and item.polygons:
                 mine = found.setdefault(slide_id, {})
                 mine.setdefault(item.classification, []).extend(item.polygons)
@@ -402,20 +382,4 @@ def _means(pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any
             )
             for key in keys
         }
-    return found
-
-
-def _in_ring(points: NDArray[np.float64], ring: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Test points [k, 2] against one ring [e, 2] by the non-zero rule."""
-    lows, highs = ring.min(axis=0), ring.max(axis=0)
-    found: NDArray[np.bool_] = ((points >= lows) & (points <= highs)).all(axis=1)
-    near = np.flatnonzero(found)
-    x, y = points[near, 0, None], points[near, 1, None]
-    x1, y1 = ring.T
-    x2, y2 = np.roll(x1, -1), np.roll(y1, -1)
-    crosses = (y1 > y) != (y2 > y)  # [k, e]; a vertex belongs to the edge above it
-    with np.errstate(divide="ignore", invalid="ignore"):
-        at = x1 + (y - y1) * (x2 - x1) / (y2 - y1)
-    turns = np.where(crosses & (x < at), np.sign(y2 - y1), 0)
-    found[near] = turns.sum(axis=1) != 0
     return found

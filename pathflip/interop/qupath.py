@@ -1,12 +1,11 @@
-"""QuPath GeoJSON: tissue, regions and annotations out, a user's annotations in.
+"""QuPath GeoJSON: tissue, regions and annotations out, features in.
 
 Coordinates in these files are full-resolution pixels of QuPath's image. QuPath crops a slide that
-states bounds (MRXS and some others) to them, pathflip does not; so every function here takes the
-slide's ``bounds_x0`` and ``bounds_y0``, subtracts them on the way out and adds them on the way in.
+states bounds (MRXS and some others) to them, pathflip does not; so every function that writes takes
+the slide's ``bounds_x0`` and ``bounds_y0`` and subtracts them, and who reads adds them.
 
-The schema is that of QuPath's ``PathObjectTypeAdapters``, 0.4 and later; files of before 0.4 (type
-in ``id``, measurements as a list) and files with a classification written as a JSON string are
-read too.
+The schema is that of QuPath's ``PathObjectTypeAdapters``, 0.4 and later. What a feature read here
+holds is read by :mod:`pathflip.interop.annotation_files`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,53 +26,19 @@ from numpy.typing import NDArray
 from pathflip.errors import ConfigError
 from pathflip.files import replacing
 from pathflip.geometry import Tiling, edge
-from pathflip.interop.annotations import Annotation, collection_of, read_collection
-from pathflip.interop.tables import clean
+from pathflip.interop.annotations import Annotation, collection_of
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
-    from pathflip.slides.outlines import Polygon
     from pathflip.slides.tissue import TissueMask
 
 MAX_BYTES = 1 << 30
 """Largest GeoJSON text read; a zip that unpacks to more is refused before it is unpacked."""
-MAX_OF_FILE = 10_000
-"""Annotations read from one file."""
 
 _IDS = uuid.UUID("6f0d9a53-5c0e-5d0b-9a55-0b0e6f7c1d2a")
 _TISSUE = {"name": "Tissue", "color": [46, 160, 67]}
-_NO_TISSUE = {
-    "artifact", "artifacts", "artefact", "artefacts", "background", "hole", "holes", "fold",
-    "folds", "glass", "blur", "ink", "pen", "marker", "debris", "bubble",
-}  # fmt: skip
 _REGION = {"name": "Region", "color": [31, 111, 235]}
 _ROW_KEYS = frozenset({"rx", "ry", "x0", "y0", "size0", "mpp"})
-_OLD_TYPES = {
-    "PathAnnotationObject": "annotation",
-    "PathDetectionObject": "detection",
-    "PathTileObject": "tile",
-    "PathCellObject": "cell",
-    "TMACoreObject": "tmaCore",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuPathObject:
-    """One object of a GeoJSON file.
-
-    Attributes:
-        polygons: Its area, level-0 px; empty for points and lines.
-        object_type: ``annotation``, ``detection``, ``tile``, ``cell`` or ``tmaCore``.
-        name: Its name, or "".
-        classification: Its class, or ""; nested classes joined by ": " as QuPath shows them.
-        measurements: Its finite measurements.
-    """
-
-    polygons: list[Polygon]
-    object_type: str = "annotation"
-    name: str = ""
-    classification: str = ""
-    measurements: dict[str, float] = field(default_factory=dict)
 
 
 def export_slide(
@@ -199,102 +163,6 @@ def _unwritten(path: Path, error: OSError) -> ConfigError:
     )
 
 
-def read_geojson(path: str | Path, *, bounds_x0: int = 0, bounds_y0: int = 0) -> list[QuPathObject]:
-    """Read the objects of a GeoJSON file.
-
-    Takes a FeatureCollection, a bare array of features, one feature, one geometry, or a ``.zip``
-    holding such files.
-
-    Args:
-        path: The file.
-        bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
-        bounds_y0: Top likewise.
-
-    Returns:
-        Its objects in order, coordinates in level-0 px.
-
-    Raises:
-        ConfigError: The file is missing, is no GeoJSON, or a polygon in it is malformed.
-    """
-    path = Path(path)
-    offset = np.array([bounds_x0, bounds_y0], np.float64)
-    try:
-        return [_object(feature, offset) for text in _texts(path) for feature in _features(text)]
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror or error}.",
-            hint="Check the path and its permissions.",
-            code="geojson",
-        ) from error
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise ConfigError(
-            f"{path} is not GeoJSON that pathflip understands: {error}.",
-            hint="Export it from QuPath with File > Export objects as GeoJSON.",
-            code="geojson",
-        ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(
-            f"{path} is not a zip file that can be unpacked: {error}.",
-            hint="Unpack it by hand and give the .geojson file.",
-            code="geojson",
-        ) from error
-
-
-def read_annotations(
-    path: str | Path,
-    *,
-    slide_id: str,
-    author: str,
-    width: int | None,
-    height: int | None,
-    bounds_x0: float = 0,
-    bounds_y0: float = 0,
-) -> list[Annotation]:
-    """Read the objects of a GeoJSON file as annotations of a slide; strict about what they hold.
-
-    Args:
-        path: The file, as :func:`read_geojson` takes it.
-        slide_id: The slide.
-        author: Author of all of them.
-        width: Level-0 width of the slide; None where it is not known.
-        height: Level-0 height.
-        bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
-        bounds_y0: Top likewise.
-
-    Raises:
-        ConfigError: The file cannot be read, or an object of it cannot be used (``geojson``).
-    """
-    path = Path(path)
-    try:
-        features = [one for text in _texts(path) for one in _features(text)]
-        return read_collection(
-            features, slide_id=slide_id, author=author, width=width, height=height,
-            offset=(bounds_x0, bounds_y0), most_features=MAX_OF_FILE,
-        )  # fmt: skip
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error.message}", hint=error.hint, code=error.code) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror or error}.",
-            hint="Check the path and its permissions.",
-            code="geojson",
-        ) from error
-    except (ValueError, TypeError, KeyError, RecursionError, zipfile.BadZipFile, zlib.error,
-            EOFError, NotImplementedError, RuntimeError) as error:  # fmt: skip
-        raise ConfigError(
-            f"{path} is not GeoJSON that pathflip understands: {error}.",
-            hint="Export it from QuPath with File > Export objects as GeoJSON.",
-            code="geojson",
-        ) from error
-
-
 def write_annotations(
     path: str | Path,
     annotations: Sequence[Annotation],
@@ -313,94 +181,6 @@ def write_annotations(
         _write_atomic(Path(path), document)
     except OSError as error:
         raise _unwritten(Path(path), error) from error
-
-
-def read_tissue(
-    path: str | Path,
-    *,
-    width: int,
-    height: int,
-    slide_mpp: float,
-    mpp: float | None = None,
-    bounds_x0: int = 0,
-    bounds_y0: int = 0,
-    classes: Sequence[str] = (),
-) -> TissueMask:
-    """Read a user's annotations as a tissue mask.
-
-    All polygons of annotations together; if the file has none, all polygons. A pixel is tissue if
-    its centre is inside. Areas of classes that :func:`is_ignored` are cut out of the others.
-
-    Args:
-        path: GeoJSON, see :func:`read_geojson`.
-        width: Level-0 width of the slide, px.
-        height: Level-0 height of the slide, px.
-        slide_mpp: Level-0 µm/px.
-        mpp: µm per pixel of the mask; that of ``TissueConfig`` by default.
-        bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
-        bounds_y0: Top likewise.
-        classes: Classes that are tissue; all that are not ignored by default.
-
-    Raises:
-        ConfigError: Not GeoJSON, no polygon of tissue in it, or none on the slide.
-    """
-    from pathflip.slides.tissue import TissueConfig, TissueMask
-
-    objects = read_geojson(path, bounds_x0=bounds_x0, bounds_y0=bounds_y0)
-    objects = [one for one in objects if one.polygons]
-    annotations = [one for one in objects if one.object_type == "annotation"]
-    outlines = annotations or objects
-    wanted = {clean(name).casefold() for name in classes}
-    kept = [
-        one
-        for one in outlines
-        if not is_ignored(one.classification)
-        and (not wanted or one.classification.casefold() in wanted)
-    ]
-    polygons = [polygon for one in kept for polygon in one.polygons]
-    if not polygons:
-        there = sorted({one.classification or "no class" for one in outlines})
-        raise ConfigError(
-            f"{path} holds no polygon{' of tissue' if there else ''}.",
-            hint=f"Its areas are of: {', '.join(there)}."
-            if there
-            else "Export annotations that are areas, not points or lines.",
-            code="geojson",
-        )
-    if all(
-        (outer.max(axis=0) <= 0).any() or (outer.min(axis=0) >= (width, height)).any()
-        for outer, _ in polygons
-    ):
-        raise ConfigError(
-            f"No polygon of {path} lies on the slide of {width} x {height} px.",
-            hint="Check that it belongs to this slide and is in full-resolution pixels.",
-            code="geojson",
-        )
-    mpp = TissueConfig().mpp if mpp is None else mpp
-
-    def fill(drawn: list[Polygon]) -> TissueMask:
-        return TissueMask.from_polygons(
-            drawn, width=width, height=height, slide_mpp=slide_mpp, mpp=mpp
-        )
-
-    tissue = fill(polygons)
-    ignored = [one for one in outlines if is_ignored(one.classification)]
-    if ignored:
-        without = fill([polygon for one in ignored for polygon in one.polygons])
-        tissue = TissueMask(tissue.mask & ~without.mask, mpp, slide_mpp)
-    return tissue
-
-
-def is_ignored(classification: str) -> bool:
-    """Return whether a class says that an area is no tissue.
-
-    Those are QuPath's ignored classes, which end in ``*``, but ``Region*``, which marks a place to
-    look at; and areas called artifact, background, hole, fold and so on.
-    """
-    return any(
-        (part.endswith("*") and part != "region*") or part in _NO_TISSUE
-        for part in map(clean, classification.casefold().split(":"))
-    )
 
 
 def _feature(
@@ -454,6 +234,40 @@ def _write_atomic(path: Path, document: Mapping[str, Any]) -> None:
         json.dump(document, file, allow_nan=False, separators=(",", ":"))
 
 
+def geojson_features(path: Path) -> list[Any]:
+    """Read the features of a GeoJSON file, unread.
+
+    Takes a FeatureCollection, a bare array of features, one feature, one geometry, or a ``.zip``
+    holding such files.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: It is no GeoJSON (``geojson``).
+        OSError: It cannot be opened.
+    """
+    try:
+        return [feature for text in _texts(path) for feature in _features(text)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise not_geojson(path, error) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(
+            f"{path} is not a zip file that can be unpacked: {error}.",
+            hint="Unpack it by hand and give the .geojson file.",
+            code="geojson",
+        ) from error
+
+
+def not_geojson(path: Path, error: Exception) -> ConfigError:
+    """Return the error of a file whose GeoJSON cannot be used."""
+    return ConfigError(
+        f"{path} is not GeoJSON that pathflip understands: {error}.",
+        hint="Export it from QuPath with File > Export objects as GeoJSON.",
+        code="geojson",
+    )
+
+
 def _texts(path: Path) -> Iterable[bytes]:
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
@@ -491,65 +305,3 @@ def _features(text: bytes) -> Sequence[dict[str, Any]]:
 
 def _bare(geometry: Any) -> dict[str, Any]:
     return {"type": "Feature", "geometry": geometry}
-
-
-def _object(feature: Mapping[str, Any], offset: NDArray[np.float64]) -> QuPathObject:
-    properties = feature.get("properties") or {}
-    kind = properties.get("objectType") or _OLD_TYPES.get(str(feature.get("id")), "annotation")
-    measurements = properties.get("measurements") or {}
-    if isinstance(measurements, list):
-        measurements = {entry["name"]: entry["value"] for entry in measurements}
-    return QuPathObject(
-        polygons=list(_polygons(feature.get("geometry"), offset)),
-        object_type=str(kind),
-        name=str(properties.get("name") or ""),
-        classification=_class_name(properties.get("classification")),
-        measurements={
-            str(key): float(value)
-            for key, value in measurements.items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        },
-    )
-
-
-def _class_name(value: Any) -> str:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return str(value)
-    if not isinstance(value, dict):
-        return ""
-    return str(value.get("name") or ": ".join(map(str, value.get("names") or [])))
-
-
-def _polygons(geometry: Any, offset: NDArray[np.float64]) -> Iterable[Polygon]:
-    if geometry is None:
-        return
-    kind = geometry["type"]
-    if kind == "GeometryCollection":
-        for part in geometry["geometries"]:
-            yield from _polygons(part, offset)
-    elif kind in ("Polygon", "MultiPolygon"):
-        coordinates = geometry["coordinates"]
-        for rings in [coordinates] if kind == "Polygon" else coordinates:
-            if rings:
-                outer, *holes = (_points(ring, offset) for ring in rings)
-                yield outer, holes
-    elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
-        raise ValueError(f"unknown geometry type {kind!r}")
-
-
-def _points(ring: Any, offset: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One ring; a third coordinate (QuPath's plane) is dropped."""
-    points = np.array([position[:2] for position in ring], np.float64)
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError("a polygon has a ring that is no list of (x, y)")
-    points = points + offset
-    if not (np.abs(points) < 1e9).all():
-        raise ValueError("a polygon has a coordinate that is no pixel of a slide")
-    if len(points) > 1 and (points[0] == points[-1]).all():
-        points = points[:-1]
-    if len(points) < 3:
-        raise ValueError("a polygon has a ring of fewer than three points")
-    return points

@@ -365,7 +365,8 @@ def _example(
     import cv2
 
     from pathflip.evaluation.ground_slide import ground_slide
-    from pathflip.evaluation.grounding import inside, point
+    from pathflip.evaluation.grounding import point
+    from pathflip.slides.outlines import inside
 
     found = ground_slide(archive, run, slide_id, text)
     centres = found.rects[:, :2] + found.rects[:, 2:] / 2

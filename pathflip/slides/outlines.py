@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Polygon = tuple[NDArray[np.float64], list[NDArray[np.float64]]]
 """Outer ring and hole rings, (x, y) [k, 2] each, first point not repeated."""
+
+_AT_ONCE = 1 << 21  # pairs of points and edges that are compared at once
+_OVERLAP_WORK = 1 << 26  # pairs above which an overlap of boxes counts as one of rings
 
 
 def trace(mask: NDArray[np.bool_]) -> list[Polygon]:
@@ -160,3 +163,82 @@ def _fill_ring(
     np.add.at(turns, (row - top, col - left), down)
     np.cumsum(turns, axis=1, out=turns)  # how often the ring goes round each pixel
     return (top, left), turns[:, :-1] != 0
+
+
+# -- points in rings ------------------------------------------------------------------------------
+
+
+def inside(points: ArrayLike, polygons: Sequence[Polygon]) -> NDArray[np.bool_]:
+    """Return the mask of points that lie in any of the polygons and in no hole of it.
+
+    A ring holds what it goes round (non-zero rule), as :func:`fill` has it; exact in floating
+    point, and a point on an edge may fall either way.
+
+    Args:
+        points: (x, y) [k, 2], in the polygons' frame.
+        polygons: Polygons, each an outer ring and hole rings.
+    """
+    points = np.asarray(points, np.float64).reshape(-1, 2)
+    found = np.zeros(len(points), np.bool_)
+    for outer, holes in polygons:
+        within = _in_ring(points, outer)
+        for hole in holes:
+            within &= ~_in_ring(points, hole)
+        found |= within
+    return found
+
+
+def overlaps(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    """Return whether two rings have some area in common, by their points and the edges that cross.
+
+    Rings of very many points count as overlapping where their boxes do.
+
+    Args:
+        one: Ring, (x, y) [k, 2].
+        other: Ring in the same frame.
+    """
+    if (one.max(axis=0) <= other.min(axis=0)).any() or (other.max(axis=0) <= one.min(axis=0)).any():
+        return False
+    if len(one) * len(other) > _OVERLAP_WORK:
+        return True
+    return bool(_in_ring(other, one).any() or _in_ring(one, other).any() or _cross(one, other))
+
+
+def _in_ring(points: NDArray[np.float64], ring: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Test points [k, 2] against one ring [e, 2] by the non-zero rule."""
+    lows, highs = ring.min(axis=0), ring.max(axis=0)
+    found: NDArray[np.bool_] = ((points >= lows) & (points <= highs)).all(axis=1)
+    near = np.flatnonzero(found)
+    x1, y1 = ring.T
+    x2, y2 = np.roll(x1, -1), np.roll(y1, -1)
+    step = max(1, _AT_ONCE // len(ring))
+    for start in range(0, len(near), step):
+        here = near[start : start + step]
+        x, y = points[here, 0, None], points[here, 1, None]
+        crosses = (y1 > y) != (y2 > y)  # [k, e]; a vertex belongs to the edge above it
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = x1 + (y - y1) * (x2 - x1) / (y2 - y1)
+        turns = np.where(crosses & (x < at), np.sign(y2 - y1), 0)
+        found[here] = turns.sum(axis=1) != 0
+    return found
+
+
+def _cross(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    """Return whether an edge of one ring crosses one of another, away from its ends."""
+    c, d = other, np.roll(other, -1, axis=0)
+    step = max(1, _AT_ONCE // len(other))
+    starts, ends = one, np.roll(one, -1, axis=0)
+    for begin in range(0, len(one), step):
+        a, b = starts[begin : begin + step, None], ends[begin : begin + step, None]
+        sides = _side(a, b, c) * _side(a, b, d)
+        if ((sides < 0) & (_side(c, d, a) * _side(c, d, b) < 0)).any():
+            return True
+    return False
+
+
+def _side(
+    a: NDArray[np.float64], b: NDArray[np.float64], point: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return on which side of the line from a to b a point lies: the sign of the cross product."""
+    along, to = b - a, point - a
+    return np.sign(along[..., 0] * to[..., 1] - along[..., 1] * to[..., 0])

@@ -87,7 +87,7 @@ class ReaderChild:
     def plan(self, request: dict[str, Any], _: list[bytes]) -> Answer:
         """Answer ``SlideReader.plan``."""
         from pathflip.geometry import plan_regions
-        from pathflip.interop.qupath import read_tissue
+        from pathflip.interop.annotation_files import read_tissue
         from pathflip.slides.slide import EQUAL_SCALE
         from pathflip.slides.tissue import TissueConfig, find_tissue
 

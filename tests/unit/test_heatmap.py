@@ -29,7 +29,7 @@ from pathflip.heatmap import (
     write_geojson,
     write_png,
 )
-from pathflip.interop.qupath import read_geojson
+from pathflip.interop.annotation_files import read_objects
 
 TILING = Tiling(region_um=128.0, patch_um=32.0, mpp=0.5)
 
@@ -186,7 +186,7 @@ def test_files_read_back(tmp_path: Path) -> None:
     write_geojson(file, document)
     assert file.read_bytes() == first
     assert json.loads(first)["type"] == "FeatureCollection"
-    objects = read_geojson(file, bounds_x0=10, bounds_y0=20)
+    objects = read_objects(file, bounds_x0=10, bounds_y0=20)
     assert [item.object_type for item in objects] == ["annotation", *["tile"] * 16]
     assert {item.classification for item in objects} == {"necrosis"}
     corners = objects[0].polygons[0][0]

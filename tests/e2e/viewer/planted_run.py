@@ -18,7 +18,7 @@ from pathflip.archive import Archive
 from pathflip.evaluation.grounding import inside
 from pathflip.geometry import Tiling
 from pathflip.heatmap import slide_rects
-from pathflip.interop.qupath import read_geojson
+from pathflip.interop.annotation_files import read_objects
 from pathflip.synth.text import FORMS, ORGAN_NAMES
 from pathflip.training import run_dir
 from pathflip.training.config import resolve
@@ -58,7 +58,7 @@ def patches_by_content(archive: Archive, lesions: Path) -> tuple[Content, Conten
         seen = features[mask]
         corners = rects[:, None, :2] + rects[:, None, 2:] * CORNERS
         touched = np.zeros(len(rects), np.bool_)
-        for lesion in read_geojson(file):
+        for lesion in read_objects(file):
             within = inside(corners.reshape(-1, 2), lesion.polygons).reshape(-1, 4)
             found[lesion.classification].append(seen[within.all(1)])
             touched |= within.any(1)

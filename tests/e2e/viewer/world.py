@@ -19,7 +19,7 @@ from typing import Any
 from pathflip.archive import Archive
 from pathflip.checkpoints import Run, load_run
 from pathflip.evaluation.ground_slide import GroundingResult, ground_slide
-from pathflip.interop.qupath import QuPathObject, read_geojson
+from pathflip.interop.annotation_files import DrawnObject, read_objects
 from pathflip.search import Query, embed_texts, run_query
 from tests.e2e.viewer.planted_run import make_planted_run
 from tests.serving import make_base, make_run
@@ -92,10 +92,10 @@ class World:
         archive = Archive(self.archive)
         return ground_slide(archive, self.loaded, self.id(stem), text, images=False)
 
-    def lesions(self, stem: str) -> list[QuPathObject]:
+    def lesions(self, stem: str) -> list[DrawnObject]:
         """Return what is planted on a slide."""
         file = self.folder / "lesions" / f"{stem}.geojson"
-        return read_geojson(file) if file.exists() else []
+        return read_objects(file) if file.exists() else []
 
 
 def make_world(folder: Path, ingest: Callable[..., Any]) -> World:

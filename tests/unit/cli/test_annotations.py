@@ -59,7 +59,7 @@ def test_files_go_in_and_come_out_as_they_were(uri, tmp_path, capsys):
     files = [tmp_path / f"slide00{n}.geojson" for n in (0, 1)]
     ids = [*write(files[0], (1, 2), (3, 4)), *write(files[1], (5, 6))]
     command = ["annotations", "import", *files, "--archive", uri, "--author", "ann"]
-    counts = {"files": 2, "new": 3, "changed": 0, "unchanged": 0}
+    counts = {"files": 2, "new": 3, "changed": 0, "unchanged": 0, "left_out": {}}
     assert shell(capsys, *command, "--dry-run")[1] == counts | {"dry_run": True}
     assert not (uri / "annotations.lance").exists()
     assert shell(capsys, *command)[1] == counts
@@ -84,6 +84,20 @@ def test_files_go_in_and_come_out_as_they_were(uri, tmp_path, capsys):
             for p in (file, out / file.name)
         )
         assert given == made
+
+
+def test_files_of_other_tools_count_from_the_corner_of_the_slide(uri, tmp_path, capsys):
+    file = tmp_path / "slide001.tif.annotations"
+    pin = '<Region Type="Pin"><Vertices><V X="5" Y="6"/></Vertices></Region>'
+    file.write_text(
+        f'<Annotations><Annotation Name="Mitosis"><Regions>{pin}<Region Type="Polygon"/></Regions>'
+        "</Annotation></Annotations>"
+    )
+    command = ["annotations", "import", file, "--archive", uri, "--author", "ann"]
+    done = shell(capsys, *command)[1]
+    assert (done["new"], done["left_out"]) == (1, {"areas with fewer than three points": 1})
+    [row] = shell(capsys, "annotations", "list", "--archive", uri)[1]["annotations"]
+    assert (row["slide"], row["x0"], row["y0"], row["class"]) == ("slide001", 5, 6, "Mitosis")
 
 
 def test_annotations_of_slides_that_are_gone_are_told_and_kept(uri, tmp_path, capsys):

@@ -15,7 +15,7 @@ import yaml
 from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.cli import main
-from pathflip.interop.qupath import read_geojson
+from pathflip.interop.annotation_files import read_objects
 from tests.unit.evaluation import planted
 
 TASKS = {
@@ -128,7 +128,7 @@ def test_ground_writes_what_it_says(
     assert picture.shape == (128, 128, 3)
     assert np.abs(picture.astype(int) - 230).max() > 80
     command(capsys, *arguments, "--out", str(tmp_path / "a.geojson"), "--min-patches", "2")
-    first, *tiles = read_geojson(tmp_path / "a.geojson")
+    first, *tiles = read_objects(tmp_path / "a.geojson")
     assert first.polygons[0][0].min(axis=0).tolist() == [box["x0"], box["y0"]]
     assert len(tiles) == len(found["patches"])
     code, said = command(capsys, *arguments, "--out", str(tmp_path / "a.tiff"))

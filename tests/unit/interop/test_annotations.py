@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pathflip.errors import ConfigError
-from pathflip.interop import qupath
+from pathflip.interop import annotation_files, qupath
 from pathflip.interop.annotations import (
     MAX_POINTS,
     Annotation,
@@ -118,7 +118,7 @@ def test_areas_are_those_that_the_reader_of_tissue_finds(polygons, tmp_path_fact
     )  # fmt: skip
     file = tmp_path_factory.mktemp("areas") / "a.geojson"
     qupath.write_annotations(file, [one], bounds_x0=100, bounds_y0=50)
-    [read] = qupath.read_geojson(file, bounds_x0=100, bounds_y0=50)
+    [read] = annotation_files.read_objects(file, bounds_x0=100, bounds_y0=50)
     assert len(read.polygons) == len(polygons)
     for (outer, holes), rings in zip(read.polygons, polygons, strict=True):
         np.testing.assert_allclose(outer, rings[0][:-1], atol=0.011)
@@ -263,13 +263,13 @@ def test_files_and_zips_are_read_and_faults_name_the_file(tmp_path):
         archive.writestr("a.geojson", document)
     bare.write_text(json.dumps(feature["geometry"]))
     for file in (plain, packed, bare):
-        [one] = qupath.read_annotations(file, **WHERE)
+        [one], _ = annotation_files.read_annotations(file, **WHERE)
         assert one.shape.geometry["coordinates"] == [1, 2]
     for content in (b"", b"{", b"[1]", b"\xff\xfe", b"PK\x03\x04", b'{"type":"Feature"}'):
         plain.write_bytes(content)
         with pytest.raises(ConfigError) as error:
-            qupath.read_annotations(plain, **WHERE)
+            annotation_files.read_annotations(plain, **WHERE)
         assert error.value.code == "geojson"
         assert str(plain) in error.value.message
     with pytest.raises(ConfigError, match="cannot be read"):
-        qupath.read_annotations(tmp_path / "none", **WHERE)
+        annotation_files.read_annotations(tmp_path / "none", **WHERE)

@@ -14,7 +14,8 @@ import pytest
 
 from pathflip.errors import ConfigError
 from pathflip.geometry import Tiling, patch_rects, plan_regions
-from pathflip.interop.qupath import export_archive, export_slide, read_geojson, read_tissue
+from pathflip.interop.annotation_files import read_objects, read_tissue
+from pathflip.interop.qupath import export_archive, export_slide
 from pathflip.slides.tissue import TissueMask
 
 MPP = 0.2738
@@ -185,7 +186,7 @@ def test_an_archive_is_exported_slide_by_slide(tmp_path: Path) -> None:
     for path, bounds in zip(written, ({}, {"bounds_x0": 96, "bounds_y0": 32}), strict=True):
         back = read_tissue(path, **frame, **bounds)
         assert np.array_equal(back.mask, archive.tissue.mask)
-        tiles = [one for one in read_geojson(path) if one.object_type == "tile"]
+        tiles = [one for one in read_objects(path) if one.object_type == "tile"]
         assert len(tiles) == len(archive.rows)
         assert set(tiles[0].measurements) == {"tissue_fraction", "n_patches", "n_bad"}
 
@@ -202,7 +203,7 @@ def test_rows_of_an_empty_slide_and_odd_values(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"type": "FeatureCollection", "features": []}
     row = {"rx": 1, "ry": 0, "blur": float("nan"), "note": "x", "flag": True, "pen": None, "n": 2}
     assert export_slide(path, tissue=None, regions=[row], **args) == 1
-    (tile,) = read_geojson(path)
+    (tile,) = read_objects(path)
     assert tile.measurements == {"n": 2.0}
     assert tile.polygons[0][0].tolist() == [[4096, 0], [8192, 0], [8192, 4096], [4096, 4096]]
 
@@ -221,7 +222,7 @@ def test_rows_of_an_empty_slide_and_odd_values(tmp_path: Path) -> None:
     ],
 )
 def test_every_common_form_is_read(tmp_path: Path, document: Any) -> None:
-    (one,) = read_geojson(write(tmp_path, document))
+    (one,) = read_objects(write(tmp_path, document))
     ((outer, holes),) = one.polygons
     assert outer.tolist() == SQUARE[0][:-1]
     assert [hole.tolist() for hole in holes] == [HOLE[:-1]]
@@ -234,7 +235,7 @@ def test_a_zip_is_read_by_content(tmp_path: Path) -> None:
         archive.writestr("objects.geojson", json.dumps([FEATURE, FEATURE]))
         archive.writestr("__MACOSX/._objects.geojson", b"\x00\x05")
         archive.writestr("readme.txt", "x")
-    assert len(read_geojson(path)) == 2
+    assert len(read_objects(path)) == 2
     assert read_tissue(path, width=100, height=80, slide_mpp=8.0).mask.sum() == 7600
 
 
@@ -251,7 +252,7 @@ def test_old_and_foreign_properties_are_read(tmp_path: Path) -> None:
     foreign = {**FEATURE, "properties": {"tissue_id": 0, "classification": '{"name": "Stroma"}'}}
     nested = {**FEATURE, "properties": {"classification": {"names": ["Tumor", "Positive"]}}}
     plain = {**FEATURE, "properties": {"name": "mine", "classification": "Necrosis"}}
-    first, *others = read_geojson(write(tmp_path, [old, foreign, nested, plain]))
+    first, *others = read_objects(write(tmp_path, [old, foreign, nested, plain]))
     assert (first.object_type, first.classification) == ("tile", "Tumor")
     assert first.measurements == {"score": 0.5}
     assert [one.classification for one in others] == ["Stroma", "Tumor: Positive", "Necrosis"]
@@ -259,7 +260,7 @@ def test_old_and_foreign_properties_are_read(tmp_path: Path) -> None:
 
 
 def test_bounds_are_added_on_the_way_in(tmp_path: Path) -> None:
-    (one,) = read_geojson(write(tmp_path, FEATURE), bounds_x0=7, bounds_y0=11)
+    (one,) = read_objects(write(tmp_path, FEATURE), bounds_x0=7, bounds_y0=11)
     assert one.polygons[0][0][0].tolist() == [7, 11]
 
 
@@ -325,7 +326,7 @@ def test_classes_can_be_chosen(tmp_path: Path) -> None:
 )
 def test_a_file_without_a_polygon_is_no_tissue(tmp_path: Path, document: Any) -> None:
     path = write(tmp_path, document)
-    assert all(not one.polygons for one in read_geojson(path))
+    assert all(not one.polygons for one in read_objects(path))
     with pytest.raises(ConfigError, match=r"objects\.geojson holds no polygon"):
         read_tissue(path, width=100, height=80, slide_mpp=0.5)
 
@@ -358,32 +359,32 @@ def test_a_file_without_a_polygon_is_no_tissue(tmp_path: Path, document: Any) ->
 )
 def test_what_is_no_geojson_is_named(tmp_path: Path, document: str) -> None:
     with pytest.raises(ConfigError, match=r"objects\.geojson") as caught:
-        read_geojson(write(tmp_path, document))
+        read_objects(write(tmp_path, document))
     assert caught.value.hint
 
 
 def test_missing_binary_and_broken_zip_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="absent"):
-        read_geojson(tmp_path / "absent.geojson")
+        read_objects(tmp_path / "absent.geojson")
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_geojson(tmp_path)
+        read_objects(tmp_path)
     (tmp_path / "image.geojson").write_bytes(b"\xff\xd8\xff\xe0" * 9)
     with pytest.raises(ConfigError, match="image"):
-        read_geojson(tmp_path / "image.geojson")
+        read_objects(tmp_path / "image.geojson")
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04" + b"\0" * 50)
     with pytest.raises(ConfigError, match="broken"):
-        read_geojson(tmp_path / "broken.zip")
+        read_objects(tmp_path / "broken.zip")
     with zipfile.ZipFile(tmp_path / "damaged.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.geojson", json.dumps([FEATURE] * 50))
     data = bytearray((tmp_path / "damaged.zip").read_bytes())
     data[45:60] = b"\xff" * 15
     (tmp_path / "damaged.zip").write_bytes(data)
     with pytest.raises(ConfigError, match="damaged"):
-        read_geojson(tmp_path / "damaged.zip")
+        read_objects(tmp_path / "damaged.zip")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
         archive.writestr("a.txt", "x")
     with pytest.raises(ConfigError, match=r"no \.geojson"):
-        read_geojson(tmp_path / "empty.zip")
+        read_objects(tmp_path / "empty.zip")
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(
@@ -395,4 +396,4 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(
         archive.writestr("a.geojson", b" " * (2 << 20))
     assert path.stat().st_size < 10_000
     with pytest.raises(ConfigError, match="unpacks to more"):
-        read_geojson(path)
+        read_objects(path)

@@ -9,8 +9,8 @@ import uuid
 import pytest
 
 from pathflip.archive.commit import Committer
+from pathflip.interop.annotation_files import read_objects
 from pathflip.interop.annotations import MAX_FEATURES, MAX_POINTS
-from pathflip.interop.qupath import read_geojson
 from serve.audit import AuditLog
 from tests.unit.serve.service_fixture import PX, REGIONS, SIDE, slide_id
 
@@ -78,7 +78,7 @@ class TestOneSlide:
         assert list(listed(ask, "ann").values()) == [saved]
         file = tmp_path / "a.geojson"
         file.write_text(ask("GET", place(), who="ann").text)
-        [read] = read_geojson(file)  # an independent reader of the same files
+        [read] = read_objects(file)  # an independent reader of the same files
         [(outer, [hole])] = read.polygons
         assert (outer.tolist(), hole.tolist()) == (RING[:-1], HOLE[:-1])
         assert (read.name, read.classification) == (SECRET, "Tumor")

@@ -14,7 +14,7 @@ from pathflip.archive.search import search, stored_vector
 from pathflip.archive.textsearch import search_text
 from pathflip.evaluation.classify import classify
 from pathflip.evaluation.ground_slide import ground_slide
-from pathflip.interop.qupath import read_geojson
+from pathflip.interop.annotation_files import read_objects
 from serve.limits import RequestError
 from serve.schemas import SearchRequest
 from serve.search import Search
@@ -205,7 +205,7 @@ def test_grounded_boxes_are_objects_of_qupath(ask, tmp_path):
         answer = ask("POST", "/v1/ground", json=asked | more)
         file = tmp_path / f"{patches}.geojson"
         file.write_bytes(answer.content)
-        objects = read_geojson(file)
+        objects = read_objects(file)
         found = [one for one in objects if one.object_type == "annotation"]
         for one, box in zip(found, boxes, strict=True):
             ((corners, holes),) = one.polygons

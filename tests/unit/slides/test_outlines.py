@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
 from pathflip.evaluation.grounding import inside
-from pathflip.interop.qupath import read_tissue
+from pathflip.interop.annotation_files import read_tissue
 from pathflip.slides.tissue import TissueMask
 
 masks = arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12)))
