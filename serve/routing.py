@@ -26,6 +26,7 @@ JPEG: dict[str, Any] = {"content": {"image/jpeg": {"schema": {"type": "string"}}
 SlidePath = Annotated[str, Path(max_length=MAX_ID)]
 """Slide id in the path of a route."""
 
+_MAX_TAGS = 8192  # characters of If-None-Match
 _LONG_BODY = 64 << 10  # bytes of JSON from which it is parsed in a thread
 _PROBLEM = {"content": {"application/problem+json": {}}, "model": Problem}
 _MISSING = {
@@ -102,6 +103,11 @@ def needs(scope: str | None) -> Any:
             raise RequestError(f"This token lacks the scope {scope}.", code="scope")
 
     return Depends(check)
+
+
+def known_tags(request: Request) -> list[str]:
+    """Return the ETags of what the client has."""
+    return re.findall(r'"[^"]*"', request.headers.get("if-none-match", "")[:_MAX_TAGS])
 
 
 class _StrictRequest(Request):

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
+from pathflip.display import shrunk
 from pathflip.errors import ConfigError, PathFLIPError
 from pathflip.heatmap import encode_png
 from serve.limits import RequestError
@@ -108,8 +109,8 @@ class Search:
         listed = await self._run(self._list, archive)
         return listed.rows[slide_id]
 
-    async def thumbnail(self, slide_id: str) -> bytes:
-        """The JPEG of a slide's thumbnail.
+    async def thumbnail(self, slide_id: str, *, px: int | None = None) -> bytes:
+        """The JPEG of a slide's thumbnail, its longer side at most ``px`` pixels.
 
         Raises:
             ArchiveError: ``unknown_slide``.
@@ -120,7 +121,7 @@ class Search:
         data: bytes | None = (await self._run(archive.slide, slide_id))["thumbnail"]
         if not data or not data.startswith(_JPEG):
             raise RequestError("The archive has no thumbnail of this slide.", code="no_thumbnail")
-        return data
+        return data if px is None else await self._run(shrunk, data, px) or data
 
     def _list(self, archive: Archive) -> SlideList:
         def read() -> SlideList:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 from serve.limits import Limits
-from serve.routing import JPEG, Parts, SlidePath, api_router, needs
+from serve.routing import JPEG, Parts, SlidePath, api_router, known_tags, needs
 from serve.schemas import MAX_ID, MAX_RESULTS, Out
 
 _MOST = 2**31  # slides of an archive
+KEPT = "private, no-cache"
+"""Cache-Control of a thumbnail: browsers keep it, and ask each time whether it is still the one."""
 
 
 class SlideInfo(Out):
@@ -80,13 +83,25 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
 
     @api.get(
         "/v1/slides/{slide_id}/thumbnail", dependencies=[needs("read")], response_class=Response,
-        responses={200: JPEG},
+        responses={200: JPEG, 304: {"description": "Not modified"}},
     )  # fmt: skip
-    async def thumbnail(request: Request, slide_id: SlidePath) -> Response:
-        """A small picture of a slide's tissue; never of its label."""
-        data = await parts.search.thumbnail(slide_id)
+    async def thumbnail(
+        request: Request,
+        slide_id: SlidePath,
+        px: Annotated[
+            int | None,
+            Query(
+                ge=16, le=1024, description="Longer side at most; left out, the picture as stored."
+            ),
+        ] = None,
+    ) -> Response:
+        """A small picture of a slide's tissue, never of its label; 304 to a client that has it."""
+        data = await parts.search.thumbnail(slide_id, px=px)
         request.state.audit["slides"] = [slide_id]
-        return Response(data, media_type="image/jpeg")
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()[:20]}"', "Cache-Control": KEPT}
+        if headers["ETag"] in known_tags(request):
+            return Response(status_code=304, headers=headers)
+        return Response(data, media_type="image/jpeg", headers=headers)
 
     return api
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -10,18 +9,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve.limits import Limits, RequestError
-from serve.routing import JPEG, Parts, SlidePath, api_router, needs
+from serve.routing import JPEG, Parts, SlidePath, api_router, known_tags, needs
 from serve.tiles import MAX_VIEW_PX, MIN_VIEW_PX
 
 MAX_PX = 2**36
 """Most level-0 px of a place or size."""
 _MAX_LEVEL = 36
 _MAX_TILES = 2**31
-_MAX_TAGS = 8192  # characters of If-None-Match
 CACHED = "private, max-age=3600"
 """Cache-Control of a tile: browsers may keep it for an hour, shared caches may not."""
 _XML: dict[str, Any] = {"content": {"application/xml": {"schema": {"type": "string"}}}}
-_TAG = re.compile(r'"[^"]*"')
 
 
 class _Out(BaseModel):
@@ -123,7 +120,7 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
         request: Request, slide_id: SlidePath, level: _Level, x: _Place, y: _Place
     ) -> Response:
         """One tile; a client that has it gets 304."""
-        known = _TAG.findall(request.headers.get("if-none-match", "")[:_MAX_TAGS])
+        known = known_tags(request)
         tag, data = await parts.need("tiles").tile(
             slide_id, level, x, y, known=known, client=request.state.client.name
         )

@@ -100,15 +100,15 @@ class FileList:
             raise SlideError(row["message"], code=row["reason"])
         return SlideList([row]).rows[slide_id]
 
-    async def thumbnail(self, slide_id: str) -> bytes:
-        """JPEG of the whole slide.
+    async def thumbnail(self, slide_id: str, *, px: int | None = None) -> bytes:
+        """JPEG of the whole slide, its longer side ``px`` pixels.
 
         Raises:
             ArchiveError, SlideError, RequestError: See :meth:`slide`.
         """
         row = await self.slide(slide_id)
         return await self._tiles.view(
-            slide_id, x0=0, y0=0, w0=row["width"], h0=row["height"], px=THUMBNAIL_PX
+            slide_id, x0=0, y0=0, w0=row["width"], h0=row["height"], px=px or THUMBNAIL_PX
         )
 
     async def search(self, *_: Any) -> NoReturn:

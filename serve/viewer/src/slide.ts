@@ -478,10 +478,14 @@ export class SlideView {
 
   /** Write a few words at a place of the slide, above and right of it, in {@link paint}. */
   write(context: CanvasRenderingContext2D, text: string, at: Point, colour = "#fff"): void {
-    const [x, y] = this.toScreen(...at);
     context.font = LABEL_FONT;
+    const width = context.measureText(text).width + 10;
+    const [x0, y0] = this.toScreen(...at);
+    // Of a place in view all of the label is: at the upper edge it stands below the place.
+    const x = x0 > this.element.clientWidth ? x0 : Math.max(0, Math.min(x0, this.element.clientWidth - width));
+    const y = y0 >= 0 && y0 < 22 ? 22 : y0;
     context.fillStyle = "rgb(0 0 0 / 78%)";
-    context.fillRect(x, y - 22, context.measureText(text).width + 10, 20);
+    context.fillRect(x, y - 22, width, 20);
     context.fillStyle = colour;
     context.textBaseline = "middle";
     context.fillText(text, x + 5, y - 11.5);

@@ -219,13 +219,16 @@ export function Home() {
   );
 }
 
+/** Enough for a card on a screen of two pixels per CSS pixel. */
+const THUMBNAIL_PX = 320;
+
 /** A slide's picture; an empty frame where it has none. */
 export function Thumbnail({ id, shown = true }: { id: string; shown?: boolean }) {
   return (
     <span class="thumb">
       {shown && (
         <img
-          src={slidePath(id, "thumbnail")}
+          src={`${slidePath(id, "thumbnail")}?px=${THUMBNAIL_PX}`}
           alt=""
           loading="lazy"
           decoding="async"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 
+import cv2
 import numpy as np
 import pytest
 
@@ -57,7 +58,22 @@ def test_one_slide(ask):
 def test_thumbnail_is_the_archives(ask, world):
     answer = ask("GET", "/v1/slides/slide001/thumbnail")
     assert answer.headers["content-type"] == "image/jpeg"
-    assert answer.content == Archive(world.archive).slide("slide001")["thumbnail"]
+    stored = Archive(world.archive).slide("slide001")["thumbnail"]
+    assert answer.content == stored
+    again = {"If-None-Match": answer.headers["etag"]}
+    kept = ask("GET", "/v1/slides/slide001/thumbnail", headers=again)
+    assert (kept.status_code, kept.content) == (304, b"")
+    small = ask("GET", "/v1/slides/slide001/thumbnail?px=32", headers=again)
+    pictures = [
+        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        for data in (small.content, stored)
+    ]
+    (height, width), shape = pictures[1].shape[:2], pictures[0].shape
+    assert shape[:2] == (round(32 * height / width), 32)
+    wanted = cv2.resize(pictures[1], shape[1::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(pictures[0].astype(int) - wanted).mean() < 6
+    for px in (0, 2000):
+        assert ask("GET", f"/v1/slides/slide001/thumbnail?px={px}").status_code == 422
     answer = ask("GET", f"/v1/slides/{slide_id(SLIDES - 1)}/thumbnail")
     assert (answer.status_code, answer.json()["code"]) == (404, "no_thumbnail")
 
