@@ -40,8 +40,9 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
         """A slide's annotations as a FeatureCollection that QuPath reads."""
         client = request.state.client
         found = await parts.need("annotations").features(
-            slide_id, author=None if "admin" in client.scopes else client.name, qupath=qupath
-        )
+            slide_id, author=None if "admin" in client.scopes else client.name, qupath=qupath,
+            client=client.name,
+        )  # fmt: skip
         request.state.audit |= {"slides": [slide_id], "annotations": found["ids"][:_AUDITED]}
         return Response(found["json"], media_type="application/json")
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from pathflip.archive.annotations import AnnotationStore, Ground
@@ -23,11 +25,18 @@ from pathflip.interop.annotations import (
     read_collection,
     read_feature,
 )
+from serve.limits import RequestError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 THREADS = 4
+THREADS_OF_CLIENT = 2
+"""Threads of these that one client has at a time: others do not wait for its long files."""
+BYTES_AN_HOUR = 256 << 20
+"""Bytes that one client may have a replica write in an hour, about. What was replaced or removed
+stays on disk for a day, so bounds of what is there do not bound it."""
+_BYTES_OF_SAVE, _BYTES_OF_POINT = 16 << 10, 24
 TIDY_AFTER = 32
 """Saves of a replica after which it looks whether fragments are to be merged."""
 
@@ -47,6 +56,8 @@ class Annotations:
         self.snapshot = ArchiveSnapshot(archive, refresh_s=refresh_s)
         self._store = AnnotationStore(archive)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="annotations")
+        self._turns: dict[str, asyncio.Semaphore] = {}
+        self._written: dict[str, tuple[float, float]] = {}  # bytes of late, and when that was
         self._saves = 0
         self._tidying: asyncio.Future[None] | None = None
 
@@ -55,7 +66,7 @@ class Annotations:
         return {"annotations": await self._run(self._store.count)}
 
     async def features(
-        self, slide_id: str, *, author: str | None, qupath: bool = False
+        self, slide_id: str, *, author: str | None, qupath: bool = False, client: str = ""
     ) -> dict[str, Any]:
         """FeatureCollection of a slide's annotations, written feature by feature beside requests.
 
@@ -63,6 +74,7 @@ class Annotations:
             slide_id: The slide.
             author: Author whose annotations are listed; None for everybody's.
             qupath: Whether coordinates are QuPath's.
+            client: Name of the client.
 
         Returns:
             {"ids": those of the annotations, "json": the collection as JSON in UTF-8}. In it
@@ -90,7 +102,8 @@ class Annotations:
             )
             return {"ids": [one.annotation_id for one in found.annotations], "json": text.encode()}
 
-        return await self._run(write)
+        async with self._turn(client):
+            return await self._run(write)
 
     async def put(
         self, slide_id: str, annotation_id: str, feature: Any, *, author: str, anyone: bool
@@ -108,18 +121,21 @@ class Annotations:
             ArchiveError: ``unknown_slide``, ``unknown_annotation``, ``stale``,
                 ``too_many_annotations``, ``busy``.
             ConfigError: The feature cannot be used (``geojson``).
+            RequestError: ``busy``: the client has saved too much in the last hour.
         """
         ground = await self._ground(slide_id)
 
-        def save() -> dict[str, Any]:
+        def save() -> tuple[dict[str, Any], int]:
             drawn = read_feature(
                 feature, slide_id=slide_id, author=author, annotation_id=annotation_id,
                 width=ground.width, height=ground.height,
             )  # fmt: skip
-            return feature_of(self._store.put(drawn, ground=ground, by=author, anyone=anyone))
+            saved = self._store.put(drawn, ground=ground, by=author, anyone=anyone)
+            return feature_of(saved), drawn.shape.points
 
-        saved = await self._run(save)
-        self._saved()
+        async with self._turn(author, saves=True):
+            saved, points = await self._run(save)
+        self._saved(author, points)
         return saved
 
     async def delete(self, slide_id: str, annotation_id: str, *, author: str, anyone: bool) -> None:
@@ -127,12 +143,14 @@ class Annotations:
 
         Raises:
             ArchiveError: ``unknown_slide``, ``unknown_annotation``, ``busy``.
+            RequestError: See there.
         """
         ground = await self._ground(slide_id)
-        await self._run(
-            lambda: self._store.delete(annotation_id, ground=ground, by=author, anyone=anyone)
-        )
-        self._saved()
+        async with self._turn(author, saves=True):
+            await self._run(
+                lambda: self._store.delete(annotation_id, ground=ground, by=author, anyone=anyone)
+            )
+        self._saved(author, 0)
 
     async def add(
         self, slide_id: str, document: Any, *, author: str, qupath: bool = False
@@ -149,12 +167,12 @@ class Annotations:
             {"imported", "new", "changed", "unchanged"}: numbers of annotations.
 
         Raises:
-            ArchiveError: See :meth:`put`.
+            ArchiveError, RequestError: See :meth:`put`.
             ConfigError: A feature cannot be used (``geojson``).
         """
         ground = await self._ground(slide_id)
 
-        def save() -> dict[str, int]:
+        def save() -> tuple[dict[str, int], int]:
             drawn = read_collection(
                 document, slide_id=slide_id, author=author, width=ground.width,
                 height=ground.height, offset=ground.offset if qupath else NO_OFFSET,
@@ -162,10 +180,12 @@ class Annotations:
             saved = self._store.put_all(drawn, ground=ground, by=author)
             names = ("new", "changed", "unchanged")
             counts = {name: len(getattr(saved, name)) for name in names}
-            return {"imported": sum(counts.values()), **counts}
+            points = sum(one.shape.points for one in drawn)
+            return {"imported": sum(counts.values()), **counts}, points
 
-        counts = await self._run(save)
-        self._saved()
+        async with self._turn(author, saves=True):
+            counts, points = await self._run(save)
+        self._saved(author, points)
         return counts
 
     # -- pieces -----------------------------------------------------------------------------------
@@ -180,8 +200,28 @@ class Annotations:
         ready_row(archive, slide_id)
         return (await self._run(lambda: Ground.all(archive)))[slide_id]
 
-    def _saved(self) -> None:
-        """Merge fragments now and then, after the answer to whoever saved."""
+    @asynccontextmanager
+    async def _turn(self, client: str, *, saves: bool = False) -> AsyncIterator[None]:
+        """Wait until a client may have a thread; one that has written too much may not save."""
+        turn = self._turns.setdefault(client, asyncio.Semaphore(THREADS_OF_CLIENT))
+        async with turn:
+            if saves and self._lately(client) > BYTES_AN_HOUR:
+                raise RequestError(
+                    "Too much was saved under this name within the last hour.",
+                    hint="Try again in some minutes; what was saved stays.",
+                    code="busy",
+                )
+            yield
+
+    def _lately(self, client: str) -> float:
+        """Return about how many bytes a client has had written lately: they ebb away in an hour."""
+        written, at = self._written.get(client, (0.0, 0.0))
+        return max(0.0, written - (time.monotonic() - at) / 3600 * BYTES_AN_HOUR)
+
+    def _saved(self, client: str, points: int) -> None:
+        """Count what was written; merge fragments now and then, after the answer to who saved."""
+        written = self._lately(client) + _BYTES_OF_SAVE + points * _BYTES_OF_POINT
+        self._written[client] = written, time.monotonic()
         self._saves += 1
         if self._saves % TIDY_AFTER == 0 and (self._tidying is None or self._tidying.done()):
             self._tidying = asyncio.ensure_future(self._tidy())

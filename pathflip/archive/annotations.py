@@ -31,7 +31,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pyarrow.compute as pc
 
+from pathflip.archive.annotation_room import check_room
 from pathflip.archive.annotation_table import (
     COLUMNS,
     COUNTER,
@@ -61,10 +62,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_OF_AUTHOR = 10_000
-"""Annotations of one author on one slide."""
-MAX_POINTS_OF_AUTHOR = 1_000_000
-"""Points of these together."""
+
 WAIT_S = 30.0
 """Seconds for which a save tries again while others write; then it is refused (``busy``)."""
 MERGE_FROM = 64
@@ -237,7 +235,9 @@ class AnnotationStore:
             if one.revision != (0 if stored is None else stored.revision):
                 raise _stale(stored)
             new = _saved(one, over=stored, ground=ground, by=by)
-            self._check_room(dataset, [new])
+            self._check_room(
+                dataset, [new], stored={} if stored is None else {new.annotation_id: stored}
+            )
             return _Change(result=new, rows=[row_of(new)])
 
         return self._commit(plan)
@@ -273,7 +273,7 @@ class AnnotationStore:
                     continue
                 (new if old is None else changed).append(now.annotation_id)
                 write.append(now)
-            self._check_room(dataset, write)
+            self._check_room(dataset, write, stored=stored)
             saved = Saved(new=new, changed=changed, unchanged=unchanged)
             return _Change(result=saved, rows=[] if dry_run else [row_of(one) for one in write])
 
@@ -373,28 +373,26 @@ class AnnotationStore:
             stored |= self._stored(dataset, [keys[number] for number in taken])
         raise _unknown()
 
-    def _check_room(self, dataset: Any, write: Sequence[Annotation]) -> None:
-        """Refuse what would be too many annotations, or points, of one author on one slide."""
-        for author in sorted({one.author for one in write}):
-            own = [one for one in write if one.author == author]
-            ids, count, points = {one.annotation_id for one in own}, 0, 0
-            if dataset is not None:
-                where = pc.field("slide_id") == own[0].slide_id
-                with guarded(self.uri, "count the annotations", damaged=is_local(self.uri)):
-                    there = dataset.to_table(
-                        columns=["annotation_id", "points"],
-                        filter=where & (pc.field("author") == author),
-                    )
-                rows = [row for row in there.to_pylist() if row["annotation_id"] not in ids]
-                count, points = len(rows), sum(row["points"] for row in rows)
-            count, points = count + len(own), points + sum(one.shape.points for one in own)
-            if count > MAX_OF_AUTHOR or points > MAX_POINTS_OF_AUTHOR:
-                raise ArchiveError(
-                    f"A slide holds at most {MAX_OF_AUTHOR:,} annotations of one author, and "
-                    f"{MAX_POINTS_OF_AUTHOR:,} points of them.",
-                    hint="Remove some of them, or simplify shapes.",
-                    code="too_many_annotations",
-                )
+    def _check_room(
+        self, dataset: Any, write: Sequence[Annotation], *, stored: Mapping[str, Annotation]
+    ) -> None:
+        """Refuse what would be too many annotations, or points.
+
+        Args:
+            dataset: The newest version.
+            write: Annotations of one slide that are to be saved.
+            stored: Those that they replace, and perhaps others, by id.
+
+        Raises:
+            ArchiveError: ``too_many_annotations``.
+        """
+        with guarded(self.uri, "count the annotations", damaged=is_local(self.uri)):
+            there = None if dataset is None else dataset.to_table(
+                columns=["author", "slide_id", "points"],
+                filter=pc.field("annotation_id") != COUNTER,
+            )  # fmt: skip
+        old = [stored[one.annotation_id] for one in write if one.annotation_id in stored]
+        check_room(there, more=write, less=old)
 
     def _commit(self, plan: Callable[[Any], _Change[T]]) -> T:
         """Plan a change on the newest version and commit it, again where another came between."""

@@ -16,7 +16,13 @@ import lance
 import pyarrow.parquet as pq
 import pytest
 
-from pathflip.archive import Archive, annotation_table, annotations, lease, transactions
+from pathflip.archive import (
+    Archive,
+    annotation_table,
+    annotations,
+    lease,
+    transactions,
+)
 from pathflip.archive.annotation_table import read_counter
 from pathflip.archive.annotations import AnnotationStore, Ground
 from pathflip.archive.commit import Committer
@@ -222,21 +228,6 @@ def test_an_id_that_others_took_before_does_not_give_them_a_copy(uri):
     with pytest.raises(ArchiveError) as error:
         store.put_all([theirs], ground=GROUND, by="bob")
     assert error.value.code == "unknown_annotation"
-
-
-def test_an_author_has_so_many_on_a_slide(uri, monkeypatch):
-    monkeypatch.setattr(annotations, "MAX_OF_AUTHOR", 3)
-    store = AnnotationStore(uri)
-    store.put_all([drawn(), drawn()], ground=GROUND, by="ann")
-    last = store.put(drawn(), ground=GROUND, by="ann")
-    with pytest.raises(ArchiveError) as error:
-        store.put(drawn(), ground=GROUND, by="ann")
-    assert error.value.code == "too_many_annotations"
-    store.put(replace(last, name="changed"), ground=GROUND, by="ann")  # one it has already
-    store.put(drawn(author="bob"), ground=GROUND, by="bob")
-    monkeypatch.setattr(annotations, "MAX_POINTS_OF_AUTHOR", 7)
-    with pytest.raises(ArchiveError):
-        store.put_all([drawn(author="bob")], ground=GROUND, by="bob")
 
 
 def test_fragments_are_merged(uri, monkeypatch):

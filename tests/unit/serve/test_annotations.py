@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import threading
 import uuid
 
 import pytest
 
+import serve.annotations
+from pathflip.archive import annotation_room
+from pathflip.archive.annotation_room import Room
 from pathflip.archive.commit import Committer
 from pathflip.interop.annotation_files import read_objects
 from pathflip.interop.annotations import MAX_FEATURES, MAX_POINTS
+from serve.annotations import Annotations
 from serve.audit import AuditLog
 from tests.unit.serve.service_fixture import PX, REGIONS, SIDE, slide_id
 
@@ -270,3 +276,60 @@ def test_a_web_page_of_another_site_cannot_save(ask):
         headers={"Content-Type": "text/plain"},
     )  # fmt: skip
     assert (answer.status_code, answer.json()["code"]) == (415, "media_type")
+
+
+def test_a_full_archive_is_said_so(ask, monkeypatch):
+    monkeypatch.setattr(annotation_room, "ARCHIVE", Room(count=0, points=0))
+    answer = ask("PUT", place(key=str(uuid.uuid4())), who="ann", json=feature())
+    assert (answer.status_code, answer.json()["code"]) == (422, "too_many_annotations")
+    assert "Remove some of them" in answer.json()["message"]
+
+
+def test_who_saves_all_the_time_is_slowed_down_alone(ask, parts, monkeypatch):
+    """Old versions stay on disk for a day, so bounds of what is there are not enough."""
+    monkeypatch.setattr(parts.annotations, "_written", {})
+    monkeypatch.setattr(serve.annotations, "BYTES_AN_HOUR", 40 << 10)
+    key, saved = str(uuid.uuid4()), []
+    for revision in range(6):
+        answer = ask("PUT", place(key=key), who="ann", json=feature(revision=revision))
+        saved.append(answer.status_code)
+    assert saved == [200, 200, 200, 429, 429, 429]
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert "within the last hour" in answer.json()["message"]
+    refused = [
+        ask("DELETE", place(key=key), who="ann").status_code,
+        ask("POST", place(key="import"), who="ann", json=[feature()]).status_code,
+    ]
+    assert refused == [429, 429]
+    assert set(listed(ask, "ann")) == {key}
+    other = new(ask, "bob")
+    monkeypatch.setattr(serve.annotations, "BYTES_AN_HOUR", 1 << 50)  # in this hour it has ebbed
+    assert ask("DELETE", place(key=key), who="ann").status_code == 204
+    assert ask("DELETE", place(key=other["id"]), who="bob").status_code == 204
+
+
+def test_one_client_has_two_threads_at_a_time(world, loop, monkeypatch):
+    part, go, began = Annotations(world.archive), threading.Event(), []
+    on_slide = part._store.on_slide
+
+    def slow(ground, *, author):
+        began.append(author)
+        assert go.wait(60)
+        return on_slide(ground, author=author)
+
+    monkeypatch.setattr(part._store, "on_slide", slow)
+
+    async def ask():
+        asked = [
+            asyncio.create_task(part.features(SLIDE, author=author, client=author))
+            for author in ["greedy"] * 6 + ["modest"]
+        ]
+        async with asyncio.timeout(60):
+            while len(began) < 3:
+                await asyncio.sleep(0.01)
+        assert sorted(began) == ["greedy", "greedy", "modest"]
+        go.set()
+        await asyncio.gather(*asked)
+
+    loop.run_until_complete(ask())
+    assert len(began) == 7
