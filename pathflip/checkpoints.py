@@ -406,16 +406,18 @@ def load_run(
 
     Args:
         run: The run folder, or the ``model`` folder of one.
-        device: Device of the model.
+        device: Device of the model: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         family: Family the model must be of: ``pathflip``, a model of slides, or ``mrplip``, one of
             patches.
 
     Raises:
         CheckpointError: If there is no finished model (``missing``, ``incomplete``), a file of it
             is not what was written (``damaged``), or it is of another family (``other_kind``).
+        EncoderError: ``no_gpu`` where torch does not see the device.
     """
     path, folder, about = _open_run(run, family)
     with _collection_paused():
+        from pathflip.encoders.neural import pick_device
         from pathflip.models import MRPLIP, PathFLIP
 
     kind = about.get("kind", "contrastive")
@@ -434,7 +436,7 @@ def load_run(
     config = own / "config.yaml"
     found: dict[str, Any] = {
         "name": model_name(about.get("run", own.name), fingerprint),
-        "model": model.to(device).eval(),
+        "model": model.to(pick_device(device)).eval(),
         "fingerprint": fingerprint,
         "encoder": about["encoder"],
         "config": _read_yaml(config) if config.exists() else {},

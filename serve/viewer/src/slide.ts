@@ -482,7 +482,7 @@ export class SlideView {
     const width = context.measureText(text).width + 10;
     const [x0, y0] = this.toScreen(...at);
     // Of a place in view all of the label is: at the upper edge it stands below the place.
-    const x = x0 > this.element.clientWidth ? x0 : Math.max(0, Math.min(x0, this.element.clientWidth - width));
+    const x = x0 > this.element.clientWidth ? x0 : Math.min(x0, this.element.clientWidth - width);
     const y = y0 >= 0 && y0 < 22 ? 22 : y0;
     context.fillStyle = "rgb(0 0 0 / 78%)";
     context.fillRect(x, y - 22, width, 20);

@@ -172,7 +172,7 @@ def test_an_archive(world: World) -> None:
 
 def test_with_a_run_words_are_searched_and_located(world: World, loop: Any, ask: Any) -> None:
     parts, shown, slides = _parts(
-        None, archive=str(world.archive), run=str(world.run), device="cpu"
+        None, archive=str(world.archive), run=str(world.run), device="auto"
     )
     assert (shown, slides) == (None, SLIDES)
     app = make_app(parts)
