@@ -13,7 +13,17 @@ from typing import NoReturn
 
 import typer
 
-from pathflip.cli import annotate, answer, archive, evaluation, search, serve, train, trees
+from pathflip.cli import (
+    annotate,
+    answer,
+    archive,
+    datasets,
+    evaluation,
+    search,
+    serve,
+    train,
+    trees,
+)
 from pathflip.cli.process import own_process
 from pathflip.errors import ArchiveError, ConfigError, EncoderError, PathFLIPError
 
@@ -25,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for part in (archive, annotate, trees, search, train, evaluation, answer, serve):
+for part in (archive, datasets, annotate, trees, search, train, evaluation, answer, serve):
     app.add_typer(part.app)
 
 _INTERRUPTED = 130  # what typer makes of KeyboardInterrupt, without a word

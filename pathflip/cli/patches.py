@@ -91,7 +91,7 @@ def evaluate_tiles(
         _show_confusion(document["pe"], list(chosen.classes))
         if out is not None:
             print(f"Written: {out}")
-    _tell_refused(document["refused"], "tile", as_json=as_json)
+    tell_refused(document["refused"], "tile", as_json=as_json)
 
 
 @app.command("probe")
@@ -145,7 +145,7 @@ def evaluate_probe(
         _show_probe(document, document["model"], seeds)
         if words:
             _show_probe(document["guided"], f"text-guided by {len(words)} keywords", seeds)
-    _tell_refused(document["refused"], "tile", as_json=as_json)
+    tell_refused(document["refused"], "tile", as_json=as_json)
 
 
 @app.command("pairs")
@@ -357,7 +357,7 @@ def evaluate_segment(
         show_table(f"{title}, {document['windows']:,} windows", columns, rows)
         if out is not None:
             print(f"Written: {out}")
-    _tell_refused(document["failed"], "slide", as_json=as_json)
+    tell_refused(document["failed"], "slide", as_json=as_json)
 
 
 def _tile_task(task: str | None, classes: str | None, mpp: float | None) -> Any:
@@ -421,7 +421,7 @@ def _show_confusion(found: dict[str, Any], names: list[str]) -> None:
     show_table("confusion", ("true class", *names), rows)
 
 
-def _tell_refused(refused: list[dict[str, str]], what: str, *, as_json: bool) -> None:
+def tell_refused(refused: list[dict[str, str]], what: str, *, as_json: bool) -> None:
     """List what could not be used, and exit with 3 if there is any."""
     if not refused:
         return

@@ -7,7 +7,7 @@ SlideBench CSV         ID,Slide,Tumor,Question,Caption
 SlideInstruction JSON  a list (or lines) of {image, conversations}; the first answer is the caption,
                        further turns and entries of the slide are questions about it
 alignment JSON         {image, caption, fine_grained_concepts: [{visual_description}]}
-PathText folder        <case>/annotation, a JSON string; goes to every slide of the case
+PathText folder        [cancer/]<case>/annotation, a JSON string; goes to every slide of the case
 =====================  ==========================================================================
 """
 
@@ -302,7 +302,7 @@ def _check_caption(file: Path, line: int, text: str) -> None:
 
 
 def _folder(folder: Path) -> Iterator[CaptionRow]:
-    for file in sorted(folder.glob("*/annotation*")):
+    for file in sorted((*folder.glob("*/annotation*"), *folder.glob("*/*/annotation*"))):
         try:
             text = json.loads(read_text(file))
         except json.JSONDecodeError as error:

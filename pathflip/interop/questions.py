@@ -6,6 +6,7 @@ plain CSV, TSV         columns slide (or case_id), question, answer and, where t
                        choices: options separated by ``|`` or ``;``, or a list in brackets
 SlideInstruction JSON  a list (or lines) of {image, conversations}; every turn is a question
 WSI-Bench JSON         the same, with the options in the question: ``… A) one B) two``
+WSI-Bench JSON lines   {image, question, T-answer, metadata}: open questions, with their topic
 WSI-VQA JSON           {Id, Question, Choice, Answer}; goes to every slide of the case
 JSON lines             {slide, question, options, answer, kind, split}, as ``pathflip synth``
                        writes; options may be {"A": …, "B": …}
@@ -275,6 +276,8 @@ def _json(file: Path) -> Iterator[Question]:
         lower = {str(key).lower(): value for key, value in entry.items()}
         slide = next((lower[name] for name in SLIDE_COLUMNS if name in lower), None)
         is_case = slide is None
+        wsi_bench = "t-answer" in lower
+        categories = ("metadata",) if wsi_bench else _CATEGORIES
         given: Any = next((lower[name] for name in _CHOICES if lower.get(name)), [])
         choices = _options(given)
         if choices is None:
@@ -284,9 +287,9 @@ def _json(file: Path) -> Iterator[Question]:
             line,
             slide=lower.get("id") if is_case else slide,
             question=lower.get("question"),
-            answer=_text(lower.get("answer")),
+            answer=_text(lower.get("t-answer" if wsi_bench else "answer")),
             choices=[clean(choice) for choice in choices],
-            category=next((lower[name] for name in _CATEGORIES if lower.get(name)), ""),
+            category=next((lower[name] for name in categories if lower.get(name)), ""),
             split=lower.get("split"),
             is_case=is_case,
         )

@@ -21,6 +21,8 @@ COMMANDS = [
     ["classify"], ["ground"], ["evaluate", "all"], ["evaluate", "ablations"], ["serve"],
     ["audit", "verify"], ["annotations", "list"], ["annotations", "export"],
     ["annotations", "import"], ["annotations", "remove"],
+    ["datasets", "list"], ["datasets", "show"], ["datasets", "check"],
+    ["datasets", "prepare"],
 ]  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def make_world(folder: Path, *, patches: bool = False) -> World:
         spec = f"mrplip:{folder / 'patches-secret'}"
         make_run(folder / "patches-secret", TEXTURE, parent_um=256.0, node_px=128)
     _make_archive(archive, patches=spec)
-    _make_run(run)
+    make_slide_run(run)
     loaded = load_run(run)
     _index(archive, loaded)
     tokens = write_tokens(folder / "tokens")
@@ -238,7 +238,8 @@ def _unit(vector: NDArray[Any]) -> NDArray[np.float32]:
     return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
-def _make_run(folder: Path) -> None:
+def make_slide_run(folder: Path) -> None:
+    """Write a run of an untrained slide model that reads the archive's features."""
     import torch
 
     from pathflip.encoders.texture import TextureEncoder
