@@ -49,7 +49,7 @@ def test_its_commands_are_commands(card: Card) -> None:
 
 
 def accepted(words: list[str]) -> bool:
-    """Whether the command line takes these words."""
+    """Parse words as the command line does; it raises where they are no command."""
     command = COMMAND
     assert words.pop(0) == "pathflip"
     names = []

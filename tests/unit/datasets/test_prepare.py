@@ -16,10 +16,10 @@ from pathflip.datasets.prepare import READERS, prepare
 from pathflip.datasets.prepared import Options
 from pathflip.errors import ConfigError
 from pathflip.evaluation.prompts import read_tasks
+from pathflip.interop.annotation_files import read_objects
 from pathflip.interop.captions import read_captions
 from pathflip.interop.labels import read_labels, read_patients
 from pathflip.interop.questions import read_questions
-from pathflip.interop.qupath import read_geojson
 from pathflip.slides.slide import Slide
 from tests.unit.datasets import small_copies
 
@@ -55,7 +55,7 @@ def test_bcnb_becomes_labels_tasks_outlines_and_slides(tmp_path: Path) -> None:
         assert tasks["er"].is_positive(row.labels["er"]) is (row.labels["er"] == "Positive")
         for name in ("aln_status", "molecular_subtype", "histological_grading"):
             assert row.labels.get(name) in (None, *tasks[name].classes)
-    (drawn,) = read_geojson(tmp_path / "out" / "outlines" / "1.geojson")
+    (drawn,) = read_objects(tmp_path / "out" / "outlines" / "1.geojson")
     assert drawn.classification == "tumour"
     assert drawn.polygons[0][0].tolist()[:3] == [[10, 20], [90, 20], [90, 100]]
     with Slide(tmp_path / "out" / "slides" / "1.tif") as slide:
@@ -194,7 +194,7 @@ def test_refpath_becomes_outlines_with_a_task_for_each_sentence(tmp_path: Path) 
         "patients.csv": 2, "tasks.yaml": 2, "outlines": 2, "slides": 2,
     }  # fmt: skip
     assert document["passed"] == {"boxes without their picture": 1}
-    (drawn,) = read_geojson(tmp_path / "out" / "outlines" / "8006.geojson")
+    (drawn,) = read_objects(tmp_path / "out" / "outlines" / "8006.geojson")
     corners = drawn.polygons[0][0]
     assert [*corners.min(axis=0), *corners.max(axis=0)] == [10, 20, 60, 90]
     tasks = read_tasks(tmp_path / "out" / "tasks.yaml").tasks
