@@ -25,6 +25,7 @@ import numpy as np
 from jobs import cluster
 from jobs.pretrain import AnyPretrainConfig, plan, pretrain, resolve, settings_of
 from pathflip.archive import Archive
+from pathflip.archive.slide_names import outline_files
 from pathflip.archive.storage import normalise
 from pathflip.checkpoints import load_run
 from pathflip.cpus import cpus_here
@@ -377,7 +378,7 @@ def _stamps(archive: Archive, truth: str | None) -> str:
     uris = archive.slides("ready", ["uri"])["uri"].to_pylist()
     near = {Path(uri).parent.parent / "lesions" for uri in uris}
     folders = [Path(truth)] if truth is not None else sorted(near)
-    files = [path for folder in folders for path in sorted(folder.glob("*.geojson"))]
+    files = [path for folder in folders for path in outline_files(folder)]
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stamps).encode()).hexdigest()
 

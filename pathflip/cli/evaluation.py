@@ -268,10 +268,20 @@ def evaluate_grounding(
     run: RunOption,
     truth: Annotated[
         str | None,
-        typer.Option(help="Folder of outlines named like slides; default: lesions/ beside them."),
+        typer.Option(
+            help="Folder of outlines named like slides, or a table of boxes; default: lesions/ "
+            "beside the slides."
+        ),
     ] = None,
     tasks: TasksOption = None,
     split: SplitOption = "test",
+    iou: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Overlap from which on a box counts as found; may be repeated.",
+            show_default="0.1, 0.3, 0.5",
+        ),
+    ] = None,
     variant: Annotated[
         list[str] | None,
         typer.Option(help="attn, region_only, cosine, product or all; may be repeated."),
@@ -282,8 +292,9 @@ def evaluate_grounding(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure whether heat lies in outlined lesions: pointing game, patch AP, exact chance."""
+    """Measure whether heat lies in outlined lesions: pointing game, patch AP, overlap of boxes."""
     from pathflip import Archive
+    from pathflip.evaluation.boxes import THRESHOLDS
     from pathflip.evaluation.grounding import VARIANTS, grounding, queries_of
     from pathflip.evaluation.prompts import read_tasks
     from pathflip.evaluation.zeroshot import default_tasks
@@ -300,8 +311,8 @@ def evaluate_grounding(
     with working() as progress:
         document = grounding(
             opened, open_run(run, device=device), queries, truth=truth, split=split,
-            variants=variants, contrast=contrast, resamples=resamples, seed=seed,
-            progress=progress,
+            variants=variants, contrast=contrast, thresholds=iou or THRESHOLDS,
+            resamples=resamples, seed=seed, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(document)
@@ -316,6 +327,22 @@ def evaluate_grounding(
         ]
         columns = ("finding", *keys, "smoothed pointing", "smoothed ap")
         show_table(f"{name} on {split}", columns, rows)
+        rows = [row for what, one in shown if one["boxes"] for row in _box_rows(what, one["boxes"])]
+        of_boxes = ("finding", "boxes", "value", "95 % from", "to", "chance")
+        show_table(f"{name} on {split}, boxes", of_boxes, rows)
+
+
+def _box_rows(finding: str, found: dict[str, Any]) -> list[list[Any]]:
+    """Return the measures of a finding's boxes, a row each, with interval and chance."""
+    ci = found["ci"] or {"iou": None, "hit": {}, "recall": {}}
+    low, high = ci["iou"] or (None, None)
+    rows = [[finding, "iou", found["iou"], low, high, found["iou_chance"]]]
+    for key in ("hit", "recall"):
+        for at, value in found[key].items():
+            low, high = ci[key].get(at) or (None, None)
+            chance = found[f"{key}_chance"][at]
+            rows.append([finding, f"{key} at {at}", value, low, high, chance])
+    return rows
 
 
 @evaluate_app.command("vqa")

@@ -8,7 +8,8 @@ tissue gets heat. A patch is right when its centre lies in an outline of that fi
 
 Both are averaged over (slide, finding) pairs. Their chance levels are exact for the same pairs:
 the share of right patches, and the mean AP of a random order. Heat is measured as the model gives
-it, and again smoothed as the map that is drawn (``smoothed``).
+it, and again smoothed as the map that is drawn (``smoothed``). The boxes of that map are measured
+against those of the outlines (:mod:`pathflip.evaluation.boxes`).
 
 Shapes: B slides of a batch, N regions, M patch slots, P patches of a slide, L texts.
 """
@@ -27,10 +28,26 @@ from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames, outline_files
 from pathflip.compat import check_fits
 from pathflip.errors import ConfigError
 from pathflip.evaluation import bootstrap
+from pathflip.evaluation.boxes import (
+    THRESHOLDS,
+    BoxScore,
+    bounding_boxes,
+    check_thresholds,
+    read_boxes,
+    score_boxes,
+    summarise_boxes,
+)
 from pathflip.evaluation.encode import Batch, SlideRow, batches, list_slides
 from pathflip.evaluation.prompts import Suite
 from pathflip.geometry import Tiling
-from pathflip.heatmap import heatmap_grid, patch_heat, slide_rects, smooth
+from pathflip.heatmap import (
+    find_boxes,
+    heatmap_grid,
+    normalise,
+    patch_heat,
+    slide_rects,
+    smooth,
+)
 from pathflip.interop.annotation_files import read_objects
 from pathflip.progress import Report
 from pathflip.slides.outlines import Polygon, inside
@@ -54,6 +71,7 @@ class Pair:
         pointing: Whether the hottest patch is right; a share where several tie.
         patch_ap: Average precision.
         smooth_pointing, smooth_patch_ap: The same of smoothed heat.
+        boxes: Overlap of the map's boxes with those of the outlines; None where not measured.
     """
 
     slide_id: str
@@ -65,6 +83,7 @@ class Pair:
     patch_ap: float
     smooth_pointing: float
     smooth_patch_ap: float
+    boxes: BoxScore | None = None
 
     @property
     def pointing_chance(self) -> float:
@@ -127,6 +146,7 @@ class Grounder:
         tiling: Tiling of the archive.
         variants: Variants of the heat; see :meth:`pathflip.models.PathFLIP.ground`.
         contrast: Neutral prompt whose heat is subtracted, or None.
+        thresholds: Overlaps from which on a box counts as found.
     """
 
     def __init__(
@@ -138,6 +158,7 @@ class Grounder:
         tiling: Tiling,
         variants: Sequence[Variant] = VARIANTS[:1],
         contrast: str | None = None,
+        thresholds: Sequence[float] = THRESHOLDS,
     ) -> None:
         self._model = run.model
         self._queries = dict(queries)
@@ -145,6 +166,7 @@ class Grounder:
         self._tiling = tiling
         self._variants = tuple(variants)
         self._contrast = contrast
+        self._thresholds = check_thresholds(thresholds)
         self.pairs: dict[str, list[Pair]] = {variant: [] for variant in self._variants}
         self.skipped = 0
         """Outlines in which no patch's centre lies."""
@@ -179,7 +201,14 @@ class Grounder:
                     grid = heatmap_grid(
                         heat[i, k, :num], here, batch.region_xy[i], self._tiling, mpp=slide.mpp
                     )
-                    drawn = patch_heat(smooth(grid), here, batch.region_xy[i], self._tiling)
+                    smoothed = smooth(grid)
+                    drawn = patch_heat(smoothed, here, batch.region_xy[i], self._tiling)
+                    boxes = score_boxes(
+                        find_boxes(normalise(smoothed), heat=grid),
+                        bounding_boxes(found[finding]),
+                        centres=centres,
+                        thresholds=self._thresholds,
+                    )
                     pointing, patch_ap = measure(heat[i, k, :num][here], right)
                     smooth_pointing, smooth_patch_ap = measure(drawn, right)
                     self.pairs[variant].append(
@@ -193,13 +222,14 @@ class Grounder:
                             patch_ap=patch_ap,
                             smooth_pointing=smooth_pointing,
                             smooth_patch_ap=smooth_patch_ap,
+                            boxes=boxes,
                         )
                     )
 
     def result(self, *, resamples: int = bootstrap.RESAMPLES, seed: int = 0) -> dict[str, Any]:
         """Return the metrics of all pairs, as :func:`grounding` does."""
         by_variant = {
-            variant: summarise(pairs, resamples=resamples, seed=seed)
+            variant: summarise(pairs, thresholds=self._thresholds, resamples=resamples, seed=seed)
             for variant, pairs in self.pairs.items()
         }
         first = self._variants[0]
@@ -211,25 +241,39 @@ class Grounder:
 
 
 def summarise(
-    pairs: Sequence[Pair], *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
+    pairs: Sequence[Pair],
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    resamples: int = bootstrap.RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Average over pairs, of all and of each finding, with intervals by resampling patients.
 
     Returns:
         {"pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "n", "slides", "ci",
-        "smoothed": {"pointing", "patch_ap"}, "findings": {finding: the same}}; ``n`` counts pairs.
+        "smoothed": {"pointing", "patch_ap"}, "boxes": as
+        :func:`~pathflip.evaluation.boxes.summarise_boxes` does, "findings": {finding: the same}};
+        ``n`` counts pairs.
     """
     if not pairs:
         return {"n": 0, "slides": 0, "findings": {}} | dict.fromkeys(
-            ("pointing", "pointing_chance", "patch_ap", "patch_ap_chance", "smoothed", "ci")
+            (
+                "pointing",
+                "pointing_chance",
+                "patch_ap",
+                "patch_ap_chance",
+                "smoothed",
+                "boxes",
+                "ci",
+            )
         )
-    found = _means(pairs, resamples=resamples, seed=seed)
+
+    def means(some: Sequence[Pair]) -> dict[str, Any]:
+        return _means(some, thresholds=thresholds, resamples=resamples, seed=seed)
+
     findings = sorted({pair.finding for pair in pairs})
-    found["findings"] = {
-        name: _means([p for p in pairs if p.finding == name], resamples=resamples, seed=seed)
-        for name in findings
-    }
-    return found
+    by_finding = {name: means([p for p in pairs if p.finding == name]) for name in findings}
+    return means(pairs) | {"findings": by_finding}
 
 
 def grounding(
@@ -241,6 +285,7 @@ def grounding(
     split: str = "test",
     variants: Sequence[str] = VARIANTS[:1],
     contrast: str | None = None,
+    thresholds: Sequence[float] = THRESHOLDS,
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
     progress: Report | None = None,
@@ -251,10 +296,11 @@ def grounding(
         archive: Archive with slides and features.
         run: Run of the model.
         queries: {finding: text}; a finding is an outline's classification.
-        truth: Folder of ``<slide stem>.geojson``; ``lesions`` beside the slides' folder by default.
+        truth: Outlines or boxes, see :func:`read_outlines`.
         split: Split to measure; ``all`` for every slide.
         variants: Variants of the heat; the first is the headline.
         contrast: Neutral prompt whose heat is subtracted.
+        thresholds: Overlaps from which on a box counts as found.
         resamples: Number of bootstrap resamples of patients.
         seed: Seed of the resamples.
         progress: Called while slides are read.
@@ -278,6 +324,7 @@ def grounding(
         tiling=Tiling(**archive.tiling()),
         variants=known,
         contrast=contrast,
+        thresholds=thresholds,
     )
     for batch in batches(
         archive, slides, encoder=name, device=run.model.device, what="ground", progress=progress
@@ -299,8 +346,9 @@ def read_outlines(
         archive: Archive of the slides.
         slides: Slides to find outlines of.
         findings: Classes to read; outlines of other classes are ignored.
-        truth: Folder of ``<slide name>.geojson``; by default ``lesions`` beside the folder of each
-            slide.
+        truth: Folder of files of outlines (:mod:`pathflip.interop.annotation_files`) named like
+            their slides, or a table of boxes (:func:`~pathflip.evaluation.boxes.read_boxes`); by
+            default the folder ``lesions`` beside the folder of each slide.
 
     Raises:
         ConfigError: No slide has one, or the name of one is that of several slides.
@@ -310,7 +358,13 @@ def read_outlines(
         for row in archive.slides("ready", ["slide_id", "bounds_x0", "bounds_y0"]).to_pylist()
     }
     found: dict[str, dict[str, list[Polygon]]] = {}
-    paths, folders = _outline_paths(archive, {slide.slide_id for slide in slides}, truth)
+    wanted = {slide.slide_id for slide in slides}
+    if truth is not None and Path(truth).is_file():
+        names = SlideNames.from_rows(archive.slides(columns=NAME_COLUMNS).to_pylist())
+        found = read_boxes(truth, names=names, slides=wanted, findings=findings)
+        paths, folders = dict[str, Path](), list[Path]()
+    else:
+        paths, folders = _outline_paths(archive, wanted, truth)
     for slide_id, path in sorted(paths.items()):
         x0, y0 = bounds[slide_id]
         for item in read_objects(path, bounds_x0=x0, bounds_y0=y0):
@@ -321,7 +375,7 @@ def read_outlines(
         looked = folders[0] if folders else truth
         raise ConfigError(
             f"No outline of {', '.join(sorted(findings)) or 'anything'} was found in {looked}.",
-            hint="Give the folder of <slide>.geojson files with --truth.",
+            hint="Give the folder of <slide>.geojson files, or a table of boxes, with --truth.",
             code="no_truth",
         )
     return found
@@ -360,7 +414,9 @@ def queries_of(suite: Suite) -> dict[str, str]:
     }
 
 
-def _means(pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any]:
+def _means(
+    pairs: Sequence[Pair], *, thresholds: Sequence[float], resamples: int, seed: int
+) -> dict[str, Any]:
     keys = ("pointing", "patch_ap")
     values = {key: np.array([getattr(pair, key) for pair in pairs]) for key in keys}
     found: dict[str, Any] = {}
@@ -371,8 +427,9 @@ def _means(pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any
         key: float(np.mean([getattr(pair, f"smooth_{key}") for pair in pairs])) for key in keys
     }
     found |= {"n": len(pairs), "slides": len({pair.slide_id for pair in pairs}), "ci": None}
+    patients = [pair.patient_id or pair.slide_id for pair in pairs]
+    weights = None
     if resamples:
-        patients = [pair.patient_id or pair.slide_id for pair in pairs]
         weights = bootstrap.patient_weights(patients, resamples=resamples, seed=seed)
         found["ci"] = {
             key: bootstrap.interval(
@@ -382,4 +439,10 @@ def _means(pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any
             )
             for key in keys
         }
+    boxes = [pair.boxes for pair in pairs if pair.boxes is not None]
+    found["boxes"] = None
+    if len(boxes) == len(pairs):
+        found["boxes"] = summarise_boxes(
+            boxes, thresholds=thresholds, patients=patients, weights=weights
+        )
     return found
