@@ -29,7 +29,8 @@ WITHOUT_CLUSTER = (
     "tests/unit/", "tests/integration/test_training", "tests/integration/test_tuning",
     "tests/integration/test_serve.py", "tests/integration/test_serve_life.py",
     "tests/integration/test_ledger.py", "tests/integration/test_staged_slides.py",
-    "tests/integration/test_interruptions.py", "tests/e2e/viewer/",
+    "tests/integration/test_interruptions.py", "tests/integration/test_slurm.py",
+    "tests/e2e/viewer/",
 )  # fmt: skip
 """Where no test uses the session's Ray: the process that hands out tests knows no fixtures."""
 SAME = (
