@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import shlex
-import subprocess
-import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,9 +18,11 @@ from packaging.utils import canonicalize_name
 from pathflip.errors import PathFLIPError
 
 ROOT = Path(__file__).resolve().parents[2]
-YAMLS = sorted([*ROOT.glob("*.y*ml"), *(ROOT / "platform").rglob("*.y*ml")])
-RAYJOB = ROOT / "platform" / "kuberay" / "rayjob-ingest.yaml"
-POLICY = ROOT / "platform" / "kuberay" / "networkpolicy.yaml"
+YAMLS = sorted(
+    path
+    for path in (*ROOT.glob("*.y*ml"), *(ROOT / "platform").rglob("*.y*ml"))
+    if path.parent.name != "templates"
+)
 DOCKERFILE = ROOT / "platform" / "image" / "Dockerfile"
 
 
@@ -108,131 +106,6 @@ def test_cluster_yaml_is_closed_and_its_head_idle() -> None:
         assert local.startswith("~") or (ROOT / local).exists(), local
     for path in re.findall(r"~/pathflip/(requirements/\S+)", " ".join(config["setup_commands"])):
         assert (ROOT / path).is_file(), path
-
-
-# ---- KubeRay --------------------------------------------------------------------------------
-
-
-def templates(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (who, pod template) for the head and every worker group."""
-    cluster = job["spec"]["rayClusterSpec"]
-    yield "head", cluster["headGroupSpec"]["template"]
-    for group in cluster["workerGroupSpecs"]:
-        yield group["groupName"], group["template"]
-
-
-def rayjob_faults(job: dict[str, Any]) -> list[str]:
-    """Return what would leave the cluster open, idle for ever, or unable to read and write."""
-    found = []
-    cluster = job["spec"]["rayClusterSpec"]
-    if cluster.get("authOptions", {}).get("mode") != "token":
-        found.append("no token mode")
-    if cluster["rayVersion"] != lock("cpu")["ray"]:
-        found.append("rayVersion differs from the lock")
-    if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
-        found.append("work is scheduled on the head")
-    for group in cluster["workerGroupSpecs"]:
-        if not 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] >= 1:
-            found.append(f"{group['groupName']}: replicas out of order")
-    paths = [word for word in shlex.split(job["spec"]["entrypoint"]) if word.startswith("/")]
-    for who, template in templates(job):
-        spec = template["spec"]
-        (container,) = spec["containers"]
-        env = {entry["name"]: entry["value"] for entry in container["env"]}
-        if env.get("RAY_AUTH_MODE") != "token":
-            found.append(f"{who}: RAY_AUTH_MODE is not token")
-        drain = float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "inf"))
-        if spec.get("terminationGracePeriodSeconds", 30) <= drain:
-            found.append(f"{who}: killed before it has drained")
-        limits, requests = container["resources"]["limits"], container["resources"]["requests"]
-        if not {"cpu", "memory"} <= set(limits) or limits["memory"] != requests["memory"]:
-            found.append(f"{who}: cpu and memory are not bounded")
-        if who == "gpu" and limits.get("nvidia.com/gpu", 0) < 1:
-            found.append(f"{who}: no GPU")
-        if not spec.get("securityContext", {}).get("runAsNonRoot"):
-            found.append(f"{who}: may run as root")
-        security = container.get("securityContext", {})
-        if security.get("allowPrivilegeEscalation") is not False or "ALL" not in security.get(
-            "capabilities", {}
-        ).get("drop", []):
-            found.append(f"{who}: keeps privileges")
-        volumes = {volume["name"] for volume in spec["volumes"]}
-        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-        if not set(mounts.values()) <= volumes:
-            found.append(f"{who}: mounts an unknown volume")
-        for path in paths:
-            if not any(path == at or path.startswith(at + "/") for at in mounts):
-                found.append(f"{who}: {path} is on no volume")
-    return found
-
-
-def test_rayjob_is_safe_and_complete() -> None:
-    assert rayjob_faults(load(RAYJOB)) == []
-    assert [who for who, _ in templates(load(RAYJOB))] == ["head", "cpu", "gpu"]
-
-
-@pytest.mark.parametrize(
-    ("plant", "fault"),
-    [
-        (lambda s: s.pop("authOptions"), "no token mode"),
-        (lambda s: s["headGroupSpec"]["rayStartParams"].clear(), "on the head"),
-        (lambda s: s["workerGroupSpecs"][0].update(minReplicas=9), "replicas"),
-        (lambda s: s["workerGroupSpecs"][1].update(maxReplicas=0), "replicas"),
-        (
-            lambda s: s["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["env"].clear(),
-            "RAY_AUTH_MODE",
-        ),
-        (
-            lambda s: s["headGroupSpec"]["template"]["spec"].update(
-                terminationGracePeriodSeconds=60
-            ),
-            "drained",
-        ),
-        (
-            lambda s: s["workerGroupSpecs"][0]["template"]["spec"]["containers"][0][
-                "volumeMounts"
-            ].pop(),
-            "/archive/main is on no volume",
-        ),
-        (lambda s: s["headGroupSpec"]["template"]["spec"].pop("securityContext"), "root"),
-        (lambda s: s.update(rayVersion="2.9.0"), "lock"),
-    ],
-)
-def test_a_fault_planted_in_the_rayjob_is_found(
-    plant: Callable[[dict[str, Any]], Any], fault: str
-) -> None:
-    job = load(RAYJOB)
-    plant(job["spec"]["rayClusterSpec"])
-    assert any(fault in found for found in rayjob_faults(job))
-
-
-def test_network_policy_covers_every_pod_of_the_job() -> None:
-    job, policy = load(RAYJOB), load(POLICY)
-    selector = policy["spec"]["podSelector"]["matchLabels"].items()
-    pods = [*templates(job), ("submitter", job["spec"]["submitterPodTemplate"])]
-    for who, template in pods:
-        assert selector <= template["metadata"]["labels"].items(), who
-    assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
-    # An entry without `from` would let everybody in.
-    assert all(rule.get("from") for rule in policy["spec"]["ingress"])
-
-
-def test_rayjob_entrypoint_is_one_our_command_line_accepts() -> None:
-    python, m, module, *words = shlex.split(load(RAYJOB)["spec"]["entrypoint"])
-    assert (python, m) == ("python", "-m")
-    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for flag in (word for word in words if word.startswith("--")):
-        assert re.search(rf"{flag}\b", done.stdout), f"{module} does not know {flag}"
 
 
 # ---- Serve ----------------------------------------------------------------------------------
