@@ -30,7 +30,7 @@ NAME_COLUMNS = ("slide_id", "uri", "aliases", "patient_id")
 
 _ENDINGS = (
     *SUFFIXES, DICOM_SUFFIX, ".ome", ".bif", ".qptiff", ".vsi", ".isyntax", ".zarr",
-    ".csv", ".pt", ".h5", ".npy", ".npz", ".parquet", ".jpg", ".jpeg", ".png", *FILE_ENDINGS,
+    ".csv", ".pt", ".h5", ".npy", ".npz", ".jpg", ".jpeg", ".png", *FILE_ENDINGS,
 )  # fmt: skip
 _UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)
 

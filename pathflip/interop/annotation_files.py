@@ -7,6 +7,7 @@ everything after that is the same for all:
 |---|---|
 | JSON, or a zip of such files | :func:`pathflip.interop.qupath.geojson_features` |
 | XML | :mod:`pathflip.interop.annotation_xml`: ASAP, Aperio ImageScope, HALO |
+| Parquet | :mod:`pathflip.interop.annotation_parquet`: GeoParquet |
 
 :func:`read_annotations` is strict, since what it reads is stored and shown to others; truth and
 tissue (:func:`read_objects`, :func:`read_tissue`) take areas and pass over all else.
@@ -177,7 +178,8 @@ def _read(path: Path, use: Callable[[Features], T]) -> tuple[Features, T]:
     except NotAnnotations as error:
         raise ConfigError(
             f"{path} is no file of annotations that pathflip reads: {error}.",
-            hint="It reads GeoJSON of QuPath and XML of ASAP, Aperio ImageScope and HALO.",
+            hint="It reads GeoJSON of QuPath, XML of ASAP, Aperio ImageScope and HALO, and "
+            "GeoParquet.",
             code="annotations",
         ) from error
     try:
@@ -185,6 +187,11 @@ def _read(path: Path, use: Callable[[Features], T]) -> tuple[Features, T]:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
             RecursionError) as error:  # fmt: skip
         raise not_geojson(path, error) from error
+
+
+def _features(read: tuple[str, list[dict[str, Any]], Counter[str]]) -> Features:
+    name, features, left_out = read
+    return Features(format=name, features=features, left_out=left_out)
 
 
 def _features_of(path: Path) -> Features:
@@ -196,8 +203,11 @@ def _features_of(path: Path) -> Features:
         for mark in _MARKS:
             start = start.removeprefix(mark)
         if start.replace(b"\0", b"").lstrip().startswith(b"<"):
-            name, features, left_out = read_xml(file)
-            return Features(format=name, features=features, left_out=left_out)
+            return _features(read_xml(file))
+    if head.startswith(b"PAR1"):
+        from pathflip.interop.annotation_parquet import read_parquet
+
+        return _features(read_parquet(path))
     return Features(format="GeoJSON", features=geojson_features(path), from_bounds=True)
 
 
