@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -36,31 +37,34 @@ class Embedder:
 
     Args:
         archive: URI of the archive whose encoder and tiling pictures are embedded with.
-        run: Folder of the run.
+        run: Folder of the run; or the run, where another part has loaded it.
         encoder: Spec to load the patch encoder by, such as ``uni2=/path``; the name the run was
             trained with by default. Where it cannot be loaded, only pictures are refused.
         device: ``cpu``, ``cuda`` or ``auto``.
         patches: Spec of the patch model (``mrplip:RUN``) whose features are searched and segmented
             by words; None for none. Where its base encoder cannot be loaded, its pictures are
             refused.
+        computing: Lock of the run, where another part has it, too.
     """
 
     def __init__(
         self,
         archive: str,
-        run: str,
+        run: str | Run,
         *,
         encoder: str | None = None,
         device: str = "cpu",
         patches: str | None = None,
+        computing: threading.Lock | None = None,
     ) -> None:
         from pathflip.archive import Archive
-        from pathflip.checkpoints import load_run
+        from pathflip.checkpoints import Run, load_run
         from pathflip.compat import check_fits
         from pathflip.geometry import Tiling
 
         opened = Archive(archive)
-        self.run: Run = load_run(run, device=device)
+        self.run: Run = run if isinstance(run, Run) else load_run(run, device=device)
+        self.computing = computing or threading.Lock()
         name = check_fits(opened, self.run)
         self.tiling = Tiling(**opened.tiling())
         self.encoder: Encoder | None = None
@@ -264,8 +268,9 @@ class Embedder:
 
         if not all(text.strip() for text in texts):
             raise ConfigError("A text is empty.")
-        vectors = embed_texts(self.run, texts)
-        tokens = self.run.model.tokenizer(texts, truncation=False)["input_ids"]
+        with self.computing:
+            vectors = embed_texts(self.run, texts)
+            tokens = self.run.model.tokenizer(texts, truncation=False)["input_ids"]
         return self._answer(vectors, sum(map(len, tokens)))
 
     def _image(self, pixels: NDArray[np.uint8], mpp: float) -> dict[str, Any]:
@@ -274,7 +279,8 @@ class Embedder:
 
         assert self.encoder is not None
         regions = picture_regions(pixels, encoder=self.encoder, tiling=self.tiling, mpp=mpp)
-        vector = embed_regions(self.run, regions, slots=self.tiling.slots)
+        with self.computing:
+            vector = embed_regions(self.run, regions, slots=self.tiling.slots)
         return self._answer(vector[None], 0)
 
     def _answer(self, vectors: NDArray[np.float32], tokens: int) -> dict[str, Any]:

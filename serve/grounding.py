@@ -8,6 +8,7 @@ through the text tower in one pass, and a slide that several ask about is read a
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,22 +54,30 @@ class Grounding:
 
     Args:
         archive: URI of the archive.
-        run: Folder of the run.
+        run: Folder of the run; or the run, where another part has loaded it.
         device: ``cpu``, ``cuda`` or ``auto``.
         refresh_s: Seconds until new commits are looked for.
+        computing: Lock of the run, where another part has it, too.
     """
 
     def __init__(
-        self, archive: str, run: str, *, device: str = "cpu", refresh_s: float = 30.0
+        self,
+        archive: str,
+        run: str | Run,
+        *,
+        device: str = "cpu",
+        refresh_s: float = 30.0,
+        computing: threading.Lock | None = None,
     ) -> None:
-        from pathflip.checkpoints import load_run
+        from pathflip.checkpoints import Run, load_run
         from pathflip.compat import check_fits
         from pathflip.evaluation.encoding_cache import EncodingCache
 
         self.snapshot = ArchiveSnapshot(
             archive, refresh_s=refresh_s, warm=lambda newer: self.cache.look_up(newer)
         )
-        self.run: Run = load_run(run, device=device)
+        self.run: Run = run if isinstance(run, Run) else load_run(run, device=device)
+        self._computing = computing or threading.Lock()
         check_fits(self.snapshot.archive, self.run)
         self.cache: EncodingCache = EncodingCache(self.run)
         # One batch at a time: the model fills its processor, and tokenizers are not thread-safe.
@@ -165,13 +174,14 @@ class Grounding:
         shared = [text for one in wanted if len(one.texts) <= SHARED_TEXTS for text in one.texts]
         # A text that cannot be encoded must not fail the others: its own question meets it again.
         if shared:
-            with suppress(Exception):
+            with suppress(Exception), self._computing:
                 self.cache.texts(shared)
         for question in sorted(wanted, key=self._cost):
             if question.answer.cancelled():
                 continue
             try:
-                done = question.answer.set_result, question.work()
+                with self._computing:
+                    done = question.answer.set_result, question.work()
             except Exception as error:  # the requester's, not the worker's
                 done = question.answer.set_exception, error
             loop.call_soon_threadsafe(_tell, question.answer, *done)

@@ -58,6 +58,11 @@ class Limits:
     image_pixels: int = 16 << 20
     retry_s: int = 1
 
+    @property
+    def of_client(self) -> int:
+        """Most running requests of one client, where there are several: three quarters of all."""
+        return self.concurrent - self.concurrent // 4
+
 
 class RequestError(PathFLIPError):
     """A request that is refused; ``code`` decides the status (:mod:`serve.middleware`)."""

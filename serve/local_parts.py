@@ -8,8 +8,10 @@ greeted at once and pays for no model it does not ask. Answers come from
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from serve.reader_pool import ReadingConfig
 from serve.routing import Parts
 
 if TYPE_CHECKING:
+    from pathflip.checkpoints import Run
     from pathflip.slide_qa import SlideQA
 
 
@@ -100,7 +103,7 @@ def local_parts(config: AgentConfig) -> Parts:
 def model_parts(
     archive: str, run: str, *, device: str, refresh_s: float = 30.0
 ) -> dict[str, Later]:
-    """Make the parts that hold a run's model; each loads it when it is first asked.
+    """Make the parts that hold a run's model, which is loaded once, when one is first asked.
 
     Args:
         archive: URI of the archive.
@@ -112,17 +115,23 @@ def model_parts(
         ``embedder`` and ``grounding`` of :class:`serve.routing.Parts`.
     """
 
+    @cache
+    def loaded() -> Run:
+        from pathflip.checkpoints import load_run
+
+        return load_run(run, device=device)
+
     def embedder() -> Any:
         from serve.embedder import Embedder
 
-        return Embedder(archive, run, device=device)
+        return Embedder(archive, loaded(), device=device, computing=computing)
 
     def grounding() -> Any:
         from serve.grounding import Grounding
 
-        return Grounding(archive, run, device=device, refresh_s=refresh_s)
+        return Grounding(archive, loaded(), device=device, refresh_s=refresh_s, computing=computing)
 
-    turn = asyncio.Lock()
+    turn, computing = asyncio.Lock(), threading.Lock()
     return {"embedder": Later(embedder, turn), "grounding": Later(grounding, turn)}
 
 

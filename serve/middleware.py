@@ -9,6 +9,7 @@ the size of the body (:mod:`serve.limits`), then writes the line in the audit lo
 from __future__ import annotations
 
 import asyncio
+import collections
 import hmac
 import json
 import logging
@@ -231,6 +232,10 @@ class Guard:
         self.audit, self.metrics, self.proofs = audit, metrics, proofs
         self.page_headers = _FRAMED_HEADERS if framed else _PAGE_HEADERS
         self.running, self.stopping = 0, False
+        self.of_client = collections.Counter[str]()
+        self.most_of_client = limits.concurrent
+        if tokens is not None and len(tokens.digests) > 1:
+            self.most_of_client = limits.of_client
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests and wait for running ones, at most so many seconds."""
@@ -255,6 +260,8 @@ class Guard:
         try:
             await self._answer(answer, scope, receive)
         finally:
+            if answer.place is not None:
+                self.of_client[answer.place] -= 1
             self.running -= counted
             self.metrics.in_flight.dec(counted)
             answer.count()
@@ -278,6 +285,7 @@ class Guard:
                     raise RequestError("The service is stopping.", code="unavailable")
                 if self.running > self.limits.concurrent:
                     raise RequestError("Too many concurrent requests.", code="busy")
+                self._take_place(answer)
             # What no route reads is not read here either: it would be held, and counted nowhere.
             body: bytes | None = b""
             if scope["method"] in _WITH_BODY:
@@ -295,6 +303,15 @@ class Guard:
                 logger.error("request %s: %s", answer.request_id, on_one_line(error))
             if not answer.complete:
                 await answer.refuse(ours, retry_s=self.limits.retry_s)
+
+    def _take_place(self, answer: _Answer) -> None:
+        """Count a request to its client, and leave some places to the others."""
+        assert answer.client is not None
+        name = answer.client.name
+        if self.of_client[name] >= self.most_of_client:
+            raise RequestError("Too many concurrent requests of this token.", code="busy")
+        self.of_client[name] += 1
+        answer.place = name
 
     def _client(self, scope: Scope, headers: Headers) -> Client:
         if self.tokens is None:
@@ -334,6 +351,7 @@ class _Answer:
         self.guard, self.scope, self._send = guard, scope, send
         self.request_id = uuid.uuid4().hex
         self.client: Client | None = None
+        self.place: str | None = None  # client to whom it is counted
         self.proof: bytes | None = None
         self.deadline: asyncio.Timeout | None = None
         self.status, self.complete = 0, False

@@ -184,6 +184,44 @@ def test_one_request_too_many_is_told_to_come_back(serving, loop):
     assert after.status_code == 200
 
 
+def test_one_token_leaves_places_to_the_others(serving, loop):
+    """Six of eight places at most are one token's, whatever it asks for; a page needs none."""
+    app = serving(limits=Limits(concurrent=8)).app
+    blocked = asyncio.Event()
+
+    async def held():
+        yield b"{"
+        await blocked.wait()
+        yield b'"text": "a"}'
+
+    async def run():
+        transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1", timeout=60
+        ) as http:
+
+            def ask(who, content):
+                headers = bearer(who) | {"Content-Type": "application/json"}
+                return http.post("/v1/search", content=content, headers=headers)
+
+            greedy = [asyncio.create_task(ask("all", held())) for _ in range(6)]
+            while app.running < 6:
+                await asyncio.sleep(0)
+            refused = await ask("all", b'{"text": "a"}')
+            other = [await http.get("/v1/slides", headers=bearer("reader")) for _ in range(3)]
+            blocked.set()
+            done = await asyncio.gather(*greedy)
+            again = await ask("all", b'{"text": "a"}')
+        return refused, other, [*done, again]
+
+    refused, other, done = loop.run_until_complete(run())
+    assert (refused.status_code, refused.json()["code"]) == (429, "busy")
+    assert "token" in refused.json()["message"]
+    assert [answer.status_code for answer in other] == [200] * 3
+    assert [answer.status_code for answer in done] == [200] * 7
+    assert not +app.of_client
+
+
 def test_draining_waits_for_what_is_at_work_and_takes_nothing_more(serving, loop):
     app = serving().app
     blocked = asyncio.Event()

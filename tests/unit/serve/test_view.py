@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -170,6 +171,15 @@ def test_an_archive(world: World) -> None:
             assert http.get("/readyz").status_code == 200
 
 
+def same(one: Any, other: Any) -> bool:
+    """Return whether documents are equal, numbers nearly: batches of texts round otherwise."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == (pytest.approx(other, abs=1e-3) if isinstance(one, float) else other))
+
+
 def test_with_a_run_words_are_searched_and_located(world: World, loop: Any, ask: Any) -> None:
     parts, shown, slides = _parts(
         None, archive=str(world.archive), run=str(world.run), device="auto"
@@ -189,6 +199,18 @@ def test_with_a_run_words_are_searched_and_located(world: World, loop: Any, ask:
         ("/v1/ground", {"slide_id": slide_id(1), "text": "necrosis"}),
     ):
         assert loop.run_until_complete(asked(path, body)) == ask("POST", path, json=body).json()
+    # Both parts have one model between them, and take turns at it.
+    assert parts.embedder._part.run is parts.grounding._part.run
+    texts = [f"mucin and necrosis, {number} of them" for number in range(6)]
+    bodies = [("/v1/search", {"text": text, "k": 2}) for text in texts]
+    bodies += [("/v1/ground", {"slide_id": slide_id(1), "text": text}) for text in texts]
+
+    async def all_at_once() -> list[Any]:
+        return await asyncio.gather(*(asked(*one) for one in bodies))
+
+    found = loop.run_until_complete(all_at_once())
+    for (path, body), answer in zip(bodies, found, strict=True):
+        assert same(answer, ask("POST", path, json=body).json())
     can = loop.run_until_complete(asked("/v1/session", {}))["can"]
     assert can["search"] is True
     assert can["ground"] is True
