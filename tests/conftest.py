@@ -30,6 +30,7 @@ WITHOUT_CLUSTER = (
     "tests/integration/test_serve.py", "tests/integration/test_serve_life.py",
     "tests/integration/test_ledger.py", "tests/integration/test_staged_slides.py",
     "tests/integration/test_interruptions.py", "tests/integration/test_slurm.py",
+    "tests/integration/test_sky.py",
     "tests/e2e/viewer/",
 )  # fmt: skip
 """Where no test uses the session's Ray: the process that hands out tests knows no fixtures."""

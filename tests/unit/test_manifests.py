@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -11,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from pathflip.cli import app
 from pathflip.errors import PathFLIPError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +28,7 @@ YAMLS = sorted(
     for path in (*ROOT.glob("*.y*ml"), *(ROOT / "platform").rglob("*.y*ml"))
     if path.parent.name != "templates"
 )
+QUIET: dict[str, Any] = {"capture_output": True, "timeout": 60, "check": False}
 DOCKERFILE = ROOT / "platform" / "image" / "Dockerfile"
 
 
@@ -160,6 +166,137 @@ def test_a_fault_planted_in_a_serve_configuration_is_found(
     plant(config)
     with pytest.raises((ValueError, PathFLIPError)):
         accept_serve(config)
+
+
+# ---- Docker Compose -------------------------------------------------------------------------
+
+COMPOSE = ROOT / "platform" / "compose" / "compose.yaml"
+GIVEN = {
+    "PATHFLIP_USER": "1000:1000",
+    "PATHFLIP_SLIDES": "/slides",
+    "PATHFLIP_ARCHIVE": "/archive",
+    "PATHFLIP_TOKENS": "/home/me/tokens",
+}
+
+
+def substituted(text: str, given: dict[str, str]) -> str:
+    """Text with Compose's variables: ``${A}``, ``${A:-default}``, ``${A:?why it is needed}``."""
+
+    def value(match: re.Match[str]) -> str:
+        name, operator, word = match.groups()
+        if name in given:
+            return given[name]
+        assert operator != ":?", f"{name}: {word}"
+        return word
+
+    return re.sub(r"(?<!\$)\$\{(\w+)(:[-?])?([^}]*)\}", value, text)
+
+
+def compose_faults(service: dict[str, Any]) -> list[str]:
+    """Return what would let a container, or a stranger, do more than it needs."""
+    found = []
+    if service.get("cap_drop") != ["ALL"] or "no-new-privileges:true" not in service.get(
+        "security_opt", []
+    ):
+        found.append("keeps privileges")
+    if service.get("user", "0").partition(":")[0] in {"0", "root"}:
+        found.append("runs as root")
+    if service.get("privileged") or service.get("network_mode") == "host":
+        found.append("is on the host")
+    if not service.get("mem_limit") or not service.get("pids_limit"):
+        found.append("is not bounded")
+    if not all(port.startswith("127.0.0.1:") for port in service.get("ports", [])):
+        found.append("listens to others")
+    mounts = {mount["target"]: mount for mount in service["volumes"]}
+    if not mounts["/slides"].get("read_only"):
+        found.append("may write slides")
+    if any(re.search("SECRET|TOKEN|PASSWORD", name) for name in service["environment"]):
+        found.append("has a secret in its environment")
+    return found
+
+
+def compose() -> dict[str, Any]:
+    """Return the services of the Compose file, with variables given."""
+    config = yaml.safe_load(substituted(COMPOSE.read_text("utf-8"), GIVEN))
+    services: dict[str, Any] = config["services"]
+    assert config["secrets"] == {"tokens": {"file": GIVEN["PATHFLIP_TOKENS"]}}
+    return services
+
+
+def test_compose_is_safe_and_its_service_one_the_command_line_accepts() -> None:
+    services = compose()
+    assert {name: compose_faults(service) for name, service in services.items()} == {
+        "serve": [],
+        "job": [],
+    }
+    assert services["job"]["profiles"], "it would be started with the service"
+    program, name, *words = services["serve"]["command"]
+    assert program == "pathflip"
+    typer.main.get_command(app).commands[name].make_context(name, list(words))  # type: ignore[attr-defined]
+    assert "--token-file=/run/secrets/tokens" in words
+    assert services["serve"]["secrets"] == ["tokens"]
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_compose_says_what_it_needs(name: str) -> None:
+    given = {key: value for key, value in GIVEN.items() if key != name}
+    with pytest.raises(AssertionError, match=name):
+        substituted(COMPOSE.read_text("utf-8"), given)
+
+
+@pytest.mark.parametrize(
+    ("plant", "fault"),
+    [
+        (lambda s: s.pop("cap_drop"), "privileges"),
+        (lambda s: s.update(user="0:0"), "root"),
+        (lambda s: s.pop("mem_limit"), "bounded"),
+        (lambda s: s.update(ports=["8000:8000"]), "listens"),
+        (lambda s: s["volumes"][0].pop("read_only"), "slides"),
+        (lambda s: s["environment"].update(HF_TOKEN="x"), "secret"),
+        (lambda s: s.update(network_mode="host"), "host"),
+    ],
+)
+def test_a_fault_planted_in_compose_is_found(
+    plant: Callable[[dict[str, Any]], Any], fault: str
+) -> None:
+    service = copy.deepcopy(compose()["serve"])
+    plant(service)
+    assert any(fault in found for found in compose_faults(service))
+
+
+def test_docker_accepts_the_compose_files() -> None:
+    docker = ["docker", "compose"]
+    if not shutil.which("docker") or subprocess.run([*docker, "version"], **QUIET).returncode:
+        pytest.skip("docker compose is not installed")
+    for more in ([], ["-f", str(COMPOSE.with_name("gpu.yaml"))]):
+        words = [*docker, "-f", str(COMPOSE), *more, "config", "--quiet"]
+        subprocess.run(words, env={**os.environ, **GIVEN}, check=True, timeout=60)
+
+
+def test_the_gpu_file_changes_services_that_are_there() -> None:
+    more = yaml.safe_load(COMPOSE.with_name("gpu.yaml").read_text("utf-8"))["services"]
+    assert more.keys() == compose().keys()
+    for service in more.values():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device["capabilities"] == ["gpu"]
+
+
+# ---- SkyPilot -------------------------------------------------------------------------------
+
+
+def test_skypilot_task_holds_no_secret_and_its_command_is_accepted() -> None:
+    task = yaml.safe_load((ROOT / "platform" / "sky" / "pathflip.yaml").read_text("utf-8"))
+    assert set(task["secrets"].values()) == {None}
+    assert not [name for name in task["envs"] if re.search("SECRET|TOKEN|PASSWORD|KEY", name)]
+    assert "RAY_AUTH_MODE=token" in task["run"]
+    assert "ray stop" not in task["run"], "it would stop SkyPilot's own Ray"
+    for path in re.findall(r"requirements/\S+", task["setup"]):
+        assert (ROOT / path).is_file(), path
+    command = task["envs"]["COMMAND"].split()
+    words = command[command.index("--") + 1 :]
+    assert words[:3] == ["python", "-m", "jobs.ingest"]
+    typer.main.get_command(app).commands["ingest"].make_context("ingest", words[3:])  # type: ignore[attr-defined]
+    assert subprocess.run(["bash", "-n", "-c", task["run"]], **QUIET).returncode == 0
 
 
 # ---- image ----------------------------------------------------------------------------------
