@@ -339,11 +339,11 @@ def _ask_the_service(archive: str, run: str, tuned: str, slide: str) -> None:
         try:
             assert service.stdout is not None
             line = service.stdout.readline()
-            if not line:
+            url = json.loads(line or "{}").get("url")
+            if url is None:
                 raise ConfigError(
                     "The service did not start.", hint="What it said is above.", code="not_started"
                 )
-            url = json.loads(line)["url"]
             client = OpenAI(base_url=f"{url}/v1", api_key="none needed on this machine")
             model = client.models.list().data[0].id
             question = "How many foci of necrosis are there?"

@@ -57,6 +57,8 @@ ASKED_BY, ANSWERED_BY = "x-pathflip-proxy", "x-pathflip-ingress"
 
 FREE_PORTS = (20_000, 30_000)
 """Ports to choose from, between those of Ray's workers and those of replicas and connections."""
+MAX_FOLDER = 107 - len("/admin.sock") - 57
+"""Longest path of HAProxy's folder: a socket's has 107 characters, and Ray adds a node's id."""
 OWN_SOCKET = ".own"
 """Ending of the socket where HAProxy takes commands; Ray's is :mod:`serve.proxy_process`'s."""
 _DROPPED = re.compile(r"\s*(log\s|option httplog|option splice-request|server .* backup$)")
@@ -82,7 +84,7 @@ def environment(folder: str | Path) -> dict[str, str]:
 
     Args:
         folder: One that only this user can read, on the machine where Serve's proxy will run. Its
-            path is at most 60 characters long: sockets are in it.
+            path has at most :data:`MAX_FOLDER` characters: sockets are below it.
 
     Returns:
         Variables to set before ``ray.init`` or ``ray start``; none where Ray brings no HAProxy or
@@ -388,5 +390,7 @@ def _free_port() -> int:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m serve.proxy FOLDER")
+    if len(os.path.abspath(sys.argv[1])) > MAX_FOLDER:
+        sys.exit(f"The path of the folder has more than {MAX_FOLDER} characters. Choose a shorter.")
     for name, value in environment(sys.argv[1]).items():
         print(f"export {name}={shlex.quote(value)}")

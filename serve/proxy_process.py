@@ -142,7 +142,8 @@ class Supervisor:
     def _listen(self, waited: select.poll) -> None:
         """Take over Ray's socket once HAProxy is up."""
         if self.listener is None and running_pid(self.own) == self.process.pid:
-            made = self.public.with_name(f"{self.public.name}.{os.getpid()}")
+            # Shorter than the name it gets: the path of a socket has no room for more.
+            made = self.public.with_name(f".{os.getpid():x}")
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(str(made))
             made.chmod(0o600)

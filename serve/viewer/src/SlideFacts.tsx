@@ -36,7 +36,7 @@ function Facts({ row, power }: { row: SlideRow; power: number | null }) {
     ["Scale", row.mpp ? `${mppLabel(row.mpp)}${power ? ` (${round(power, 3)}×)` : ""}` : "not stated in the file"],
     ["Tissue", row.tissue_mm2 === null ? null : `${round(row.tissue_mm2, 3)} mm²`],
     ["Regions", row.n_regions === null ? null : whole(row.n_regions)],
-    ["Scanner", row.vendor],
+    ["Format", row.vendor],
     ["Split", row.split],
     ["Patient", session.value?.can.patients ? row.patient_id : null],
   ];

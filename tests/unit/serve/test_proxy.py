@@ -110,6 +110,16 @@ def test_nobody_else_is_told_or_obeyed(variables: dict[str, str], tmp_path: Path
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+def test_the_longest_path_of_a_socket_fits(variables: dict[str, str], tmp_path: Path) -> None:
+    folder, port = tmp_path / "p", free_port()
+    written = of_ray(folder, port, free_port())
+    deep = folder / ("n" * (107 - len(f"{folder}//admin.sock")))  # as Ray's folder of a node
+    deep.mkdir()
+    (folder / "proxy.cfg").write_text(written.replace(f"{folder}/admin.sock", f"{deep}/admin.sock"))
+    with started(folder, variables["RAY_SERVE_HAPROXY_BINARY_PATH"], port):
+        until((deep / "admin.sock").exists, seconds=20, what="Ray's socket")
+
+
 class Behind(BaseHTTPRequestHandler):
     """Tells who it was told the client is; HAProxy asks it as well, whether it is up.
 
