@@ -154,6 +154,38 @@ def annotations_import(
     show_document(document, "imported", as_json=as_json, dry_run=dry_run)
 
 
+@annotations_app.command("regions")
+def annotations_regions(
+    archive: ArchiveOption,
+    out: Annotated[str, typer.Option(help="Table to write, CSV.")],
+    of_class: Annotated[
+        list[str] | None, typer.Option("--class", help="Only of this class; may be repeated.")
+    ] = None,
+    min_share: Annotated[
+        float, typer.Option(help="Share of a region's area from which on it has the label.")
+    ] = 0.5,
+    slide: SlideOption = None,
+    author: AuthorOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Label regions by what was drawn on them: the share of their area under each class."""
+    from pathflip.annotated_regions import label_regions, write_labels
+
+    opened = open_archive(archive)
+    drawn = [one for one, state in _chosen(opened, slide, author) if state == "ok"]
+    labels = label_regions(opened, drawn, classes=of_class or (), min_share=min_share)
+    write_labels(out, labels)
+    document: dict[str, Any] = {
+        "out": out,
+        "slides": len({one.slide_id for one in labels}),
+        "regions": len(labels),
+        "min_share": min_share,
+        "labels": dict(sorted(Counter(one.label for one in labels if one.label).items())),
+        "without_label": sum(not one.label for one in labels),
+    }
+    show_document(document, "labelled", as_json=as_json)
+
+
 @annotations_app.command("remove")
 def annotations_remove(
     archive: ArchiveOption,

@@ -287,6 +287,11 @@ def read_tissue(
     return tissue
 
 
+def polygons_of(geometry: Mapping[str, Any]) -> list[Polygon]:
+    """Return the polygons of a checked GeoJSON geometry; none of points and lines."""
+    return list(_polygons(geometry, np.zeros(2)))
+
+
 def is_ignored(classification: str) -> bool:
     """Return whether a class says that an area is no tissue.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pathflip.archive import Archive
 from pathflip.archive.annotations import AnnotationStore
 from pathflip.archive.commit import Committer
 from pathflip.cli import main
@@ -98,6 +99,25 @@ def test_files_of_other_tools_count_from_the_corner_of_the_slide(uri, tmp_path, 
     assert (done["new"], done["left_out"]) == (1, {"areas with fewer than three points": 1})
     [row] = shell(capsys, "annotations", "list", "--archive", uri)[1]["annotations"]
     assert (row["slide"], row["x0"], row["y0"], row["class"]) == ("slide001", 5, 6, "Mitosis")
+
+
+def test_regions_are_labelled_by_the_share_drawn_on_them(uri, tmp_path, capsys):
+    out = tmp_path / "labels.csv"
+    command = ["annotations", "regions", "--archive", uri, "--out", out]
+    assert shell(capsys, *command)[0] == 2
+    assert not out.exists()
+    ring = [[0, 0], [4000, 0], [4000, 3000], [0, 3000], [0, 0]]
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
+               "properties": {"classification": {"name": "=Tumor"}}}  # fmt: skip
+    (tmp_path / "slide000.geojson").write_text(json.dumps(feature))
+    file = tmp_path / "slide000.geojson"
+    shell(capsys, "annotations", "import", file, "--archive", uri, "--author", "ann")
+    done = shell(capsys, *command)[1]
+    regions = Archive(uri).regions("slide000").num_rows
+    assert (done["slides"], done["labels"]) == (1, {"=Tumor": regions})
+    heading, first, *_ = out.read_text().splitlines()
+    assert heading == "region_id,slide_id,patient_id,rx,ry,label,share,share of =Tumor"
+    assert first.endswith(",'=Tumor,1.0000,1.0000")
 
 
 def test_annotations_of_slides_that_are_gone_are_told_and_kept(uri, tmp_path, capsys):
