@@ -6,6 +6,8 @@ Only safetensors are used: a pickle runs whatever its author put in it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +46,7 @@ def local_weights(folder: Path, *, name: str) -> Weights:
     if not safetensors_of(folder):
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
         if pickles:
-            raise _pickled(name, f"the folder {folder} holds {pickles[0]}")
+            raise pickled(name, f"the folder {folder} holds {pickles[0]}")
         raise EncoderError(
             f"Encoder {name}: the folder {folder} holds no .safetensors file.",
             hint="Give the folder that holds model.safetensors.",
@@ -88,17 +90,30 @@ def hub_weights(
             return Weights(revision=folder.name, folder=folder)
     except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
         pass
-    elsewhere = f"or download them elsewhere and name the folder: {name}=/path/to/folder."
-    try:
+    with hub_errors(name, repository):
         api = huggingface_hub.HfApi()
         info = api.model_info(repository, revision=revision)
         files = [file.rfilename for file in info.siblings or ()]
         if not any(f.endswith(".safetensors") and "/" not in f for f in files):
-            raise _pickled(name, f"{repository} on the hub offers no .safetensors file")
+            raise pickled(name, f"{repository} on the hub offers no .safetensors file")
         if not download:
             api.auth_check(repository)
             return Weights(revision=str(info.sha), folder=None)
         return Weights(revision=str(info.sha), folder=snapshot(info.sha, offline=False))
+
+
+@contextmanager
+def hub_errors(name: str, repository: str) -> Iterator[None]:
+    """Say what failed when the hub was asked for a repository, and what to do.
+
+    Raises:
+        EncoderError: ``gated_weights``, ``missing_weights``.
+    """
+    from huggingface_hub import errors
+
+    elsewhere = f"or download them elsewhere and name the folder: {name}=/path/to/folder."
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise EncoderError(
             f"The weights of {name} ({repository}) are gated and this account has no access.",
@@ -110,6 +125,12 @@ def hub_weights(
         raise EncoderError(
             f"The hub has no model {repository}, or it is private.",
             hint="Check the spelling, log in with 'hf auth login', " + elsewhere,
+            code="missing_weights",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise EncoderError(
+            f"The hub's {repository} has no such revision.",
+            hint="Check what stands after the @.",
             code="missing_weights",
         ) from error
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
@@ -135,7 +156,8 @@ def _unreachable(name: str, repository: str, elsewhere: str) -> EncoderError:
     )
 
 
-def _pickled(name: str, what: str) -> EncoderError:
+def pickled(name: str, what: str) -> EncoderError:
+    """Return the error for weights that are there as pickles alone."""
     return EncoderError(
         f"Encoder {name}: {what}, and pathflip loads no pickles.",
         hint="Convert the weights to safetensors (docs/reference/encoders.md shows how) and name "

@@ -1,0 +1,127 @@
+"""Weights in one folder, by the hub's own client from a stand-in of the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub import Hub, Repository, serving
+
+ROOT = Path(__file__).resolve().parents[3]
+BIG = bytes(range(256)) * 4096
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    config = {"config.json": b'{"model_type": "dinov2"}'}
+    repositories = {
+        "owkin/phikon-v2": Repository(
+            files=config | {"model.safetensors": BIG, "pytorch_model.bin": b"a pickle"}
+        ),
+        "q/llm": Repository(
+            files=config | {"tokenizer.json": b"{}", "model.safetensors": b"small", "run.py": b"1"},
+            licence="mit",
+        ),
+        "q/gated": Repository(files=config | {"model.safetensors": b"x"}, gated=True),
+        "q/pickles": Repository(files=config | {"pytorch_model.bin": b"a pickle"}),
+    }
+    with serving(repositories) as made:
+        yield made
+
+
+class Models:
+    """``pathflip models`` on a folder, in processes that know the stand-in of the hub."""
+
+    def __init__(self, hub: Hub, folder: Path) -> None:
+        self.folder = folder
+        self._environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
+            "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+
+    def __call__(self, *arguments: str) -> tuple[int, dict[str, Any]]:
+        command = [sys.executable, "-m", "pathflip.cli", "models", *arguments]
+        command += ["--folder", str(self.folder), "--json"]
+        done = subprocess.run(command, env=self._environment, capture_output=True, check=False)
+        return done.returncode, json.loads(done.stdout)
+
+
+@pytest.fixture
+def models(hub: Hub, tmp_path: Path) -> Models:
+    hub.sent.clear()
+    return Models(hub, tmp_path / "weights")
+
+
+def test_weights_come_with_their_licences_and_are_found_without_the_hub(
+    hub: Hub, models: Models
+) -> None:
+    both = ("phikon_v2", "q/llm")
+    code, plan = models("pull", *both, "--dry-run")
+    assert (code, models.folder.exists(), hub.sent) == (0, False, [])
+    assert [one["bytes"] for one in plan["models"]] == [len(BIG) + 24, 31]
+    code, refused = models("pull", *both)
+    assert (code, refused["error"]["code"], models.folder.exists()) == (2, "licence", False)
+    assert "phikon_v2 (Owkin non-commercial licence)" in refused["error"]["message"]
+    code, _ = models("pull", *both, "--accept-licences")
+    # No pickle and no code comes; of equal files one is enough.
+    assert (code, {name.rpartition("/")[2] for name in hub.sent}) == (
+        0, {"config.json", "model.safetensors", "tokenizer.json"},
+    )  # fmt: skip
+    assert [one["fetched"] for one in models("pull", *both, "--accept-licences")[1]["models"]] == [
+        0,
+        0,
+    ]
+    held = models("list")[1]["held"]
+    commits = [hub.repositories[name].commit for name in ("owkin/phikon-v2", "q/llm")]
+    assert [(one["name"], one["revision"]) for one in held] == list(zip(both, commits, strict=True))
+    assert models("verify") == (0, {"folder": str(models.folder), "faults": []})
+
+    code = "from pathflip.encoders import encoder_info; print(encoder_info('phikon_v2').revision)"
+    offline = {"HF_HUB_CACHE": str(models.folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | offline, capture_output=True, check=True
+    )
+    assert done.stdout.decode().strip() == f"{commits[0]}-u8"
+
+    snapshot = models.folder / "models--q--llm" / "snapshots" / commits[1]
+    (snapshot / "tokenizer.json").unlink()
+    damaged = (snapshot / "model.safetensors").resolve()
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"smalm")
+    code, found = models("verify", "q/llm")
+    assert code == 1
+    assert {(fault["file"], fault["code"]) for fault in found["faults"]} == {
+        ("tokenizer.json", "missing"), ("model.safetensors", "damaged"),
+    }  # fmt: skip
+    assert models("verify", "phikon_v2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("q/gated", "gated_weights"),
+        ("q/pickles", "pickle_weights"),
+        ("q/none", "missing_weights"),
+        ("q/llm@other", "missing_weights"),
+        ("nobody", "unknown_encoder"),
+    ],
+)
+def test_one_that_cannot_be_had_keeps_all_out(
+    hub: Hub, models: Models, name: str, code: str
+) -> None:
+    status, document = models("pull", "q/llm", name, "--accept-licences")
+    assert (status, document["error"]["code"]) == (2, code)
+    assert (hub.sent, models.folder.exists()) == ([], False)
+
+
+def test_a_revision_that_is_named_is_the_folders(hub: Hub, models: Models) -> None:
+    commit = hub.repositories["q/llm"].commit
+    assert models("pull", f"q/llm@{commit}")[0] == 0
+    assert (models.folder / "models--q--llm" / "refs" / "main").read_text() == commit
+    assert models("verify", "q/gated")[1]["error"]["code"] == "missing_weights"
