@@ -114,8 +114,9 @@ class SlideReader:
         self._capacity = patches * px * px * 3
         self._buffers, self._buffer = buffers, 0  # the last one that a read was given
         self._memory = os.memfd_create("pathflip-patches", os.MFD_CLOEXEC)
-        os.ftruncate(self._memory, buffers * self._capacity)
-        self._map = mmap.mmap(self._memory, buffers * self._capacity)
+        size = buffers * self._capacity + 1  # the last byte: the process has begun on its request
+        os.ftruncate(self._memory, size)
+        self._map = mmap.mmap(self._memory, size)
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the reader
@@ -369,6 +370,7 @@ class SlideReader:
         connection = self._start()
         deadline = time.monotonic() + timeout_s
         self._pending = _Request(header=header, blobs=blobs, timeout_s=timeout_s, deadline=deadline)
+        self._map[-1] = 0
         with suppress(OSError):  # a process that is gone is noticed when its answer is waited for
             write_message(connection, header, blobs)
 
@@ -376,10 +378,7 @@ class SlideReader:
         request = self._pending
         if request is None or self._socket is None:
             raise ValueError("nothing was asked")
-        started = False
         try:
-            read_message(self._socket, deadline=request.deadline)
-            started = True
             answer, blobs = read_message(self._socket, deadline=request.deadline)
         except TimeoutError:
             self._stop()
@@ -390,7 +389,7 @@ class SlideReader:
             ) from None
         except (EOFError, OSError):
             # A new process that dies at once would be replaced for ever: that one counts.
-            if not started and self._served:
+            if not self._map[-1] and self._served:
                 self._stop()
                 return self._ask(request.header, request.timeout_s, *request.blobs)
             raise self._crashed(request) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import socket
 import sys
 import threading
@@ -53,7 +54,8 @@ class ReaderChild:
     """Answers requests one by one, keeping the last slides open.
 
     Args:
-        memory: Memory shared with the owner, for pixels.
+        memory: Memory shared with the owner, for pixels; the last byte is 1 from when a request is
+            begun.
         slides: Slides that are kept open.
     """
 
@@ -338,20 +340,14 @@ def _jpeg(rgb: NDArray[np.uint8], *, quality: int = 85) -> bytes:
 
 
 def _serve(connection: socket.socket, child: ReaderChild) -> None:
-    requests: list[tuple[dict[str, Any], list[bytes]]] = []
-    ready = threading.Condition()
+    owner = select.poll()
+    owner.register(connection, select.POLLHUP)
 
-    def listen() -> None:
-        try:
-            while True:
-                request = read_message(connection)
-                with ready:
-                    requests.append(request)
-                    ready.notify()
-        except (EOFError, OSError):
-            os._exit(0)  # the owner is gone, whatever C code the main thread is in
+    def watch() -> None:
+        owner.poll()
+        os._exit(0)  # the owner is gone, whatever C code the main thread is in
 
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
     operations: dict[str, Callable[[dict[str, Any], list[bytes]], Answer]] = {
         "digest": child.digest,
         "plan": child.plan,
@@ -363,11 +359,11 @@ def _serve(connection: socket.socket, child: ReaderChild) -> None:
         "unchanged": child.unchanged,
     }
     while True:
-        with ready:
-            while not requests:
-                ready.wait()
-            request, blobs = requests.pop(0)
-        write_message(connection, {"started": True})
+        try:
+            request, blobs = read_message(connection)
+        except (EOFError, OSError):
+            os._exit(0)
+        child.memory[-1] = 1
         try:
             answer, out = operations[request["op"]](request, blobs)
         except SlideError as error:

@@ -1,8 +1,9 @@
 """Messages between a ``SlideReader`` and its process.
 
-A message is a 4-byte length, a JSON header, then the blobs whose sizes the header lists. The
-process answers a request with two messages: ``{"started": true}`` once it begins to work on it,
-then the result or ``{"error": {code, message, hint}}``.
+A message is two lengths, a JSON header, then the blobs whose sizes the header lists. The process
+answers a request with one message, the result or ``{"error": {code, message, hint}}``; no request
+comes before the last was answered. That it has begun to work on one it says by the last byte of the
+memory it shares with its owner, since a message more would wake both once more.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import numpy as np
 
 from pathflip.geometry import Regions
 
-_HEADER = struct.Struct(">I")
+_LENGTHS = struct.Struct(">IQ")
+"""Bytes of the header, and of all blobs."""
+_PART = 1 << 16
 
 
 def write_message(
     connection: socket.socket, header: dict[str, Any], blobs: Sequence[bytes] = ()
 ) -> None:
     """Send a header, JSON, and the blobs that go with it."""
-    text = json.dumps({**header, "blobs": [len(blob) for blob in blobs]}).encode()
-    connection.sendall(b"".join((_HEADER.pack(len(text)), text, *blobs)))
+    sizes = [len(blob) for blob in blobs]
+    text = json.dumps({**header, "blobs": sizes}).encode()
+    connection.sendall(b"".join((_LENGTHS.pack(len(text), sum(sizes)), text, *blobs)))
 
 
 def read_message(
@@ -43,24 +47,27 @@ def read_message(
         TimeoutError: The deadline passed.
         EOFError: The other end is gone.
     """
-    (length,) = _HEADER.unpack(_exactly(connection, _HEADER.size, deadline))
-    header = json.loads(_exactly(connection, length, deadline))
-    return header, [_exactly(connection, size, deadline) for size in header["blobs"]]
-
-
-def _exactly(connection: socket.socket, size: int, deadline: float | None) -> bytes:
-    parts = bytearray()
-    while len(parts) < size:
+    data, size = bytearray(), _LENGTHS.size
+    while len(data) < size:
         if deadline is not None:
             # An answer that waited for us came in time, however late we collect it.
             left = max(0.0, deadline - time.monotonic())
             if not select.select([connection], [], [], left)[0]:
                 raise TimeoutError
-        part = connection.recv(min(size - len(parts), 1 << 20))
+        part = connection.recv(max(_PART, min(size - len(data), 16 * _PART)))
         if not part:
             raise EOFError
-        parts += part
-    return bytes(parts)
+        data += part
+        if size == _LENGTHS.size <= len(data):
+            size += sum(_LENGTHS.unpack_from(data))
+    length, _ = _LENGTHS.unpack_from(data)
+    whole, at = memoryview(data), _LENGTHS.size + length
+    header = json.loads(bytes(whole[_LENGTHS.size : at]))
+    blobs = []
+    for own in header["blobs"]:
+        blobs.append(bytes(whole[at : at + own]))
+        at += own
+    return header, blobs
 
 
 def pack_regions(regions: Regions) -> list[bytes]:
