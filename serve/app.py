@@ -2,17 +2,18 @@
 
 ``pathflip serve`` runs it on this machine (:mod:`serve.local`). The parts are ordinary classes;
 here each becomes a deployment with its own replicas, which the ingress reaches through a
-:class:`DeploymentClient`.
+:class:`DeploymentClient`. Only that of pixels is in the ingress itself: a tile takes less than a call
+to another process, and slides are read in processes of their own anyway.
 
 ==============  ===========================================================
 deployment      serves
 ==============  ===========================================================
-``ingress``     HTTP: tokens, limits, audit log, routes (:mod:`serve.ingress`)
+``ingress``     HTTP: tokens, limits, audit log, routes (:mod:`serve.ingress`); pixels of slides
+                (:mod:`serve.tiles`)
 ``embedder``    vectors of texts and pictures (:mod:`serve.embedder`)
 ``search``      search and slides of the archive (:mod:`serve.search`)
 ``grounding``   heatmaps and classes (:mod:`serve.grounding`)
 ``annotations`` what clients draw on slides (:mod:`serve.annotations`)
-``tiles``       pixels of slides (:mod:`serve.tiles`)
 ``instructor``  answers (:mod:`serve.chat_engine`); only with a language model
 ==============  ===========================================================
 """
@@ -30,11 +31,13 @@ from serve import proxy
 from serve.auth import read_tokens
 from serve.config import Replicas, ServeConfig, ServiceInputs, check_inputs, from_arguments
 from serve.limits import Limits, RequestError
+from serve.reader_pool import ReadingConfig
 
 NAME = "pathflip"
 """Name of the Ray Serve application."""
 ASK_S = 1.0
 """Seconds after which a call that is not answered asks whether anybody is there to answer it."""
+_FAILED = ("UNHEALTHY", "DEPLOY_FAILED")
 
 
 def build(args: Mapping[str, Any]) -> Any:
@@ -75,7 +78,6 @@ def bind_parts(config: ServeConfig, inputs: ServiceInputs) -> dict[str, Any]:
     from serve.embedder import Embedder
     from serve.grounding import Grounding
     from serve.search import Search
-    from serve.tiles import Tiles
 
     archive, run = inputs.archive, inputs.run
     parts = {
@@ -91,9 +93,6 @@ def bind_parts(config: ServeConfig, inputs: ServiceInputs) -> dict[str, Any]:
         ),
         "annotations": _deployment(Annotations, "annotations", config).bind(
             archive, refresh_s=config.refresh_s
-        ),
-        "tiles": _deployment(Tiles, "tiles", config).bind(
-            archive, config=config.reading, refresh_s=config.refresh_s
         ),
     }  # fmt: skip
     if inputs.chat:
@@ -111,6 +110,9 @@ def bind_ingress(config: ServeConfig, inputs: ServiceInputs, parts: Mapping[str,
 
     return _deployment(serve.ingress()(Ingress), "ingress", config).bind(
         parts,
+        archive=inputs.archive,
+        reading=config.reading,
+        refresh_s=config.refresh_s,
         limits=config.limits,
         token_file=inputs.token_file,
         audit=inputs.audit,
@@ -186,12 +188,20 @@ class Failures:
 
 def _has_failed(status: Any) -> bool:
     there = {state for state, count in status.replica_states.items() if count} - {"STARTING"}
-    return not there and status.status in ("UNHEALTHY", "DEPLOY_FAILED")
+    return not there and status.status in _FAILED
 
 
 def _statuses() -> Mapping[str, Any]:
-    from ray import serve
+    """Return the deployments with their replicas if one of them is not well, else none.
 
+    Serve's public status holds every setting of every deployment, 0.1 to 0.2 CPU seconds each time.
+    """
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    brief = _get_global_client().get_serve_status(NAME).deployment_statuses
+    if not any(one.status in _FAILED for one in brief):
+        return {}
     return serve.status().applications[NAME].deployments
 
 
@@ -303,6 +313,9 @@ class Ingress:
 
     Args:
         parts: {name: handle}.
+        archive: URI of the archive whose slides are shown.
+        reading: Readers of slides.
+        refresh_s: Seconds until new commits to the archive are looked for.
         limits: Limits of this replica.
         token_file: Clients and their tokens; None answers this machine alone.
         audit: Folder of the audit log.
@@ -315,6 +328,9 @@ class Ingress:
         self,
         parts: Mapping[str, Any],
         *,
+        archive: str,
+        reading: ReadingConfig,
+        refresh_s: float,
         limits: Limits,
         token_file: str | None,
         audit: str,
@@ -326,6 +342,7 @@ class Ingress:
         from serve.audit import AuditLog
         from serve.ingress import make_app
         from serve.routing import Parts
+        from serve.tiles import Tiles
 
         logs.set_up()
         failures = Failures(_statuses)
@@ -339,7 +356,11 @@ class Ingress:
         proxy.admit(None if tokens is None else {one.name: own for own, one in tokens.digests})
         self._audit, self._drain_s = AuditLog(audit), drain_s
         self._app = make_app(
-            Parts(**clients, redactions=redactions),
+            Parts(
+                **clients,
+                tiles=Tiles(archive, config=reading, refresh_s=refresh_s),
+                redactions=redactions,
+            ),
             limits=limits,
             tokens=tokens,
             audit=self._audit,

@@ -123,10 +123,9 @@ class ServeConfig:
         labels: Whether clients may filter by labels of slides; they never see one.
         drain_s: Seconds that running answers have when a replica or the service is stopped.
         limits: Limits of one ingress replica.
-        ingress, embedder, search, grounding, annotations, tiles, instructor: Replicas of each
-            deployment.
+        ingress, embedder, search, grounding, annotations, instructor: Replicas of each deployment.
         engine: Settings of the chat engine.
-        reading: Readers of slides behind the tiles.
+        reading: Readers of slides of one ingress replica.
     """
 
     archive: str
@@ -156,15 +155,11 @@ class ServeConfig:
     instructor: Replicas = field(
         default_factory=lambda: Replicas(max_replicas=2, target=16, max_ongoing=64, cpus=0.75)
     )
-    # Readers keep slides open and tiles are kept as well: several replicas would share neither.
-    tiles: Replicas = field(
-        default_factory=lambda: Replicas(target=256, max_ongoing=512, max_queued=512)
-    )
     engine: ChatConfig = field(default_factory=ChatConfig)
     reading: ReadingConfig = field(default_factory=ReadingConfig)
 
 
-DEPLOYMENTS = ("ingress", "embedder", "search", "grounding", "annotations", "tiles", "instructor")
+DEPLOYMENTS = ("ingress", "embedder", "search", "grounding", "annotations", "instructor")
 """Deployments of the service; the last only with a language model."""
 
 

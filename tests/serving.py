@@ -193,7 +193,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-PARTS = ("ingress", "embedder", "search", "grounding", "annotations", "tiles", "instructor")
+PARTS = ("ingress", "embedder", "search", "grounding", "annotations", "instructor")
 
 
 class Deployed:

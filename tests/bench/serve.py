@@ -407,7 +407,7 @@ def scale(tuned: Tuned) -> Report:
     return report
 
 
-PARTS = ("ingress", "embedder", "search", "grounding", "annotations", "tiles", "instructor")
+PARTS = ("ingress", "embedder", "search", "grounding", "annotations", "instructor")
 
 
 def startup(tuned: Tuned, rounds: int) -> Report:

@@ -288,7 +288,7 @@ def _unless(answer: httpx.Response, right: Callable[[Any], Any]) -> str:
 
 def role(line: str) -> str:
     """Name the part that a process is, by its command line."""
-    for part in ("ingress", "embedder", "search", "grounding", "tiles", "instructor"):
+    for part in ("ingress", "embedder", "search", "grounding", "instructor"):
         if f"ServeReplica:pathflip:{part}" in line:
             return part
     for words, name in (

@@ -139,7 +139,7 @@ def test_serve_accepts_its_configurations(path: Path) -> None:
     assert settings.audit
     assert not schema.logging_config.enable_access_log, "paths hold ids of slides"
     assert schema.http_options.request_timeout_s > settings.limits.stream_s
-    for name in ("ingress", "embedder", "search", "grounding", "tiles", "instructor"):
+    for name in ("ingress", "embedder", "search", "grounding", "instructor"):
         replicas = getattr(settings, name)
         DeploymentSchema.model_validate({"name": name, **replicas.options(settings.drain_s)})
         assert 1 <= replicas.min_replicas <= replicas.max_replicas
