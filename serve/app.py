@@ -2,8 +2,8 @@
 
 ``pathflip serve`` runs it on this machine (:mod:`serve.local`). The parts are ordinary classes;
 here each becomes a deployment with its own replicas, which the ingress reaches through a
-:class:`DeploymentClient`. Only that of pixels is in the ingress itself: a tile takes less than a call
-to another process, and slides are read in processes of their own anyway.
+:class:`DeploymentClient`. Only that of pixels is in the ingress itself: a call to another replica
+takes more than a tile, and slides are read in processes of their own anyway.
 
 ==============  ===========================================================
 deployment      serves

@@ -42,6 +42,7 @@ Report = dict[str, Any]
 Place = tuple[int, int, int]
 
 VIEWERS, SLIDES, PX = 64, 8, 256
+REST_S = 5.0
 SCREEN = (7, 4)
 SIDES = ("pathflip", "deepzoom", "large_image")
 LARGE_IMAGE = "PATHFLIP_BENCH_LARGE_IMAGE"
@@ -305,10 +306,14 @@ async def _pan(url: str, seconds: float) -> Report:
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         for slide in range(SLIDES):  # the readers are there, and slides were opened once
             await client.get(f"/v1/slides/slide{slide:03d}/tiles")
+    before = _service_cpu()
+    await asyncio.sleep(REST_S)
+    rest = sum(_service_cpu().values()) - sum(before.values())
     end = time.perf_counter() + seconds
-    before, began = _service_cpu(), time.perf_counter()
+    before, began, own = _service_cpu(), time.perf_counter(), time.process_time()
     await asyncio.gather(*(viewer(number) for number in range(VIEWERS)))
-    wall, cpu = time.perf_counter() - began, _service_cpu() - before
+    wall, own, after = time.perf_counter() - began, time.process_time() - own, _service_cpu()
+    cpu = {name: after[name] - before[name] for name in after}
     counted = sum(status.values())
     return {
         "viewers": VIEWERS,
@@ -321,7 +326,10 @@ async def _pan(url: str, seconds: float) -> Report:
         "pan_p95_ms": _percentile(pan_ms, 95),
         "open_p95_ms": _percentile(opened_ms, 95),
         "tile_kb": size / counted / 1024,
-        "service_cpu_ms_per_tile": 1e3 * cpu / counted,
+        "service_cpu_ms_per_tile": 1e3 * sum(cpu.values()) / counted,
+        "cpu_ms_per_tile": {name: 1e3 * spent / counted for name, spent in cpu.items()},
+        "viewers_cpu_ms_per_tile": 1e3 * own / counted,
+        "service_cpu_ms_per_s_at_rest": 1e3 * rest / REST_S,
     }
 
 
@@ -329,16 +337,21 @@ def _percentile(values: list[float], share: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * share // 100)]
 
 
-def _service_cpu() -> float:
-    """CPU seconds of the service's processes, readers included."""
+def _service_cpu() -> Counter[str]:
+    """CPU seconds of the service's processes, by what they are."""
     from tests.faults import command_line, descendants
 
-    words = ("ServeReplica", "haproxy", "pathflip.slides.reader_child", "ProxyActor")
-    return sum(
-        cpu_s(pid)
-        for pid in descendants(os.getpid())
-        if any(word in command_line(pid) for word in words)
-    )
+    words = {
+        "pathflip.slides.reader_child": "readers", "pathflip:ingress": "ingress",
+        "haproxy": "proxy", "ProxyActor": "others", "ServeReplica": "others",
+    }  # fmt: skip
+    spent: Counter[str] = Counter()
+    for pid in descendants(os.getpid()):
+        line = command_line(pid)
+        name = next((name for word, name in words.items() if word in line), None)
+        if name is not None:
+            spent[name] += cpu_s(pid)  # type: ignore[assignment]
+    return spent
 
 
 def main() -> None:

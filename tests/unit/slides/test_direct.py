@@ -11,9 +11,10 @@ import cv2
 import numpy as np
 import openslide
 import pytest
+from numpy.typing import NDArray
 
 from pathflip.errors import SlideError
-from pathflip.slides.direct import Tiles, shrink_for
+from pathflip.slides.direct import Tiles, disagreement, read_rect, shrink_for
 from pathflip.slides.tiff import read_layout, tiled_levels
 from pathflip.slides.tiles import JpegCodec, TiledLevel, jpeg_codec
 
@@ -54,6 +55,41 @@ def test_a_tile_is_decoded_into_the_given_buffer(ycbcr: tuple[int, TiledLevel]) 
     assert np.shares_memory(out, again)
     assert out.std() > 10
     assert np.array_equal(out, Tiles(file, level).decode(tile))
+
+
+@pytest.mark.parametrize(
+    ("downsample", "change", "differs"),
+    [
+        (16.0, 0, False), (16.0, 1, True),  # corners on whole pixels: equal, to the grey level
+        (16.00005, 0, False), (16.00005, 1, True),  # others: moved by a step, and the first tile
+        (16.00005, 20, True),
+    ],
+)  # fmt: skip
+def test_pixels_may_differ_from_openslides_by_a_step_between_pixels_where_it_takes_one(
+    ycbcr: tuple[int, TiledLevel], downsample: float, change: int, differs: bool
+) -> None:
+    """937 px of 15000 are 16.0085 times fewer: the corners of tiles are on no pixel of the slide."""
+    tiles = Tiles(*ycbcr)
+    asked = []
+
+    def read(number: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
+        off = [abs(round(at * downsample) / downsample - at) for at in (x, y)]
+        asked.append((x, y))
+        shown = read_rect(tiles, x, y, w + 1, h + 1).astype(np.float64)
+        for axis, share in enumerate(off[::-1]):  # y, x; bilinear, in steps of 1/128 px
+            moved = np.ceil(share * 128 - 1e-6) / 128
+            shown += moved * (np.roll(shown, -1, axis) - shown)
+        shown = np.rint(shown[:h, :w])
+        if change == 20 or not any(off):
+            shown[3, 5, 1] += change if shown[3, 5, 1] < 128 else -change
+        return shown.astype(np.uint8)
+
+    found = disagreement(tiles, 1, downsample=downsample, read=read)
+    assert found is not None
+    assert bool(found) == differs, found
+    if not differs and downsample % 1:
+        assert len(asked) == 2, "the first tile has a corner that is met exactly"
+        assert asked[0] != asked[1] == (0, 0)
 
 
 @pytest.mark.parametrize("shrink", [2, 4, 8])
