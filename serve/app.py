@@ -199,7 +199,8 @@ def _statuses() -> Mapping[str, Any]:
     from ray import serve
     from ray.serve.context import _get_global_client
 
-    brief = _get_global_client().get_serve_status(NAME).deployment_statuses
+    client = _get_global_client()  # None only where it is asked not to raise
+    brief = [] if client is None else client.get_serve_status(NAME).deployment_statuses
     if not any(one.status in _FAILED for one in brief):
         return {}
     return serve.status().applications[NAME].deployments
