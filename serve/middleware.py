@@ -73,6 +73,8 @@ STATUS = {
     "no_patches": 404,
     "not_found": 404,
     "source_changed": 409,
+    "store_failed": 503,
+    "stage_failed": 503,
     "not_indexed": 409,
     "wrong_model": 409,
     "wrong_encoder": 409,

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
 from pathflip.errors import ArchiveError
-from pathflip.slides.objects import is_remote
-from pathflip.slides.sources import Source, changed, stat_slide
-from pathflip.slides.staging import Stage
-from serve.limits import RequestError
+from pathflip.slides.sources import Source, stat_slide
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
@@ -28,12 +23,6 @@ if TYPE_CHECKING:
 _COLUMNS = ["slide_id", "uri", "bytes", "mtime_ns", "sha256", "mpp", "mpp_source"]
 _MOST_POINTS = 20_000
 """Points of a slide's outlines from which on they are simplified by a pixel of the mask."""
-COPIES = 4
-"""Slides of object stores that are held as files after they were looked at."""
-COPY_S = 15.0
-"""Seconds that a request waits for such a copy."""
-CHECK_S = 30.0
-"""Seconds after which an object is looked at again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +36,7 @@ class SlideFile:
         content: Digest that tells its content from others'.
         mpp: µm per level-0 px; None if only the file says it.
         mpp_source: Origin of ``mpp``, as the archive has it; "override" overrules the file.
+        sha256: Digest that a copy must have; None where none is known.
     """
 
     slide_id: str
@@ -56,6 +46,7 @@ class SlideFile:
     content: str
     mpp: float | None = None
     mpp_source: str = ""
+    sha256: str | None = None
 
     @property
     def override(self) -> float | None:
@@ -183,7 +174,7 @@ def _file_of(row: Mapping[str, Any]) -> SlideFile:
     return SlideFile(
         slide_id=row["slide_id"], uri=source.uri, bytes=source.bytes, mtime_ns=source.mtime_ns,
         content=row["sha256"] or _digest(source), mpp=row["mpp"],
-        mpp_source=row["mpp_source"] or "",
+        mpp_source=row["mpp_source"] or "", sha256=row["sha256"],
     )  # fmt: skip
 
 
@@ -222,103 +213,3 @@ def _multi_polygon(polygons: list[Any], px0: float) -> dict[str, Any]:
         coordinates.append([rings[0], *(ring for ring in rings[1:] if len(ring) > 3)])
     kept = [rings for rings in coordinates if len(rings[0]) > 3]
     return {"type": "MultiPolygon", "coordinates": kept}
-
-
-@dataclass
-class _Copy:
-    """A copy of a slide that is held, when its object was looked at, and who reads it."""
-
-    path: str
-    held: ExitStack
-    checked: float
-    users: int = 0
-    last: float = field(default_factory=time.monotonic)
-
-
-class Copies:
-    """Slides as files: where they lie, or copies of those in object stores.
-
-    A copy is held for a while after it was read, so that the next tile finds it.
-
-    Args:
-        stage: Copies of this machine; by default those of the environment.
-    """
-
-    def __init__(self, stage: Stage | None = None) -> None:
-        self._stage = stage
-        self._held: dict[str, _Copy] = {}
-        self._coming: dict[str, asyncio.Task[_Copy]] = {}
-
-    @asynccontextmanager
-    async def open(self, file: SlideFile) -> AsyncIterator[str]:
-        """Yield the path of a slide, which stays as long as the block lasts.
-
-        Raises:
-            SlideError: See :meth:`pathflip.slides.staging.Stage.open`.
-            RequestError: ``unavailable``: it is still being copied.
-        """
-        if not is_remote(file.uri):
-            yield file.uri
-            return
-        copy = await self._copy(file)
-        copy.users += 1
-        try:
-            yield copy.path
-        finally:
-            copy.users -= 1
-            copy.last = time.monotonic()
-            await self._drop(COPIES)
-
-    async def close(self) -> None:
-        """Let go of all copies."""
-        await self._drop(0)
-
-    async def _copy(self, file: SlideFile) -> _Copy:
-        key = file.content
-        copy = self._held.get(key)
-        if copy is not None and time.monotonic() - copy.checked > CHECK_S:
-            if await asyncio.to_thread(stat_slide, file.uri) != _source(file):
-                raise changed(file.uri)
-            copy.checked = time.monotonic()
-        if copy is not None:
-            return copy
-        if key not in self._coming:
-            self._coming[key] = asyncio.create_task(self._fetch(key, file))
-            self._coming[key].add_done_callback(_retrieved)
-        try:
-            return await asyncio.wait_for(asyncio.shield(self._coming[key]), COPY_S)
-        except TimeoutError:
-            raise RequestError(
-                "The slide is being copied from its object store; ask again.", code="unavailable"
-            ) from None
-
-    async def _fetch(self, key: str, file: SlideFile) -> _Copy:
-        def enter() -> _Copy:
-            stack, stage = ExitStack(), self._stage or Stage()
-            staged = stack.enter_context(stage.open(_source(file)))
-            return _Copy(path=str(staged.path), held=stack, checked=time.monotonic())
-
-        try:
-            self._held[key] = await asyncio.to_thread(enter)
-            return self._held[key]
-        finally:
-            del self._coming[key]
-
-    async def _drop(self, most: int) -> None:
-        """Let go of copies that nobody reads, those read longest ago first."""
-        idle = sorted(
-            (key for key, copy in self._held.items() if not copy.users),
-            key=lambda key: self._held[key].last,
-        )
-        for key in idle[: max(0, len(self._held) - most)]:
-            await asyncio.to_thread(self._held.pop(key).held.close)
-
-
-def _source(file: SlideFile) -> Source:
-    return Source(uri=file.uri, bytes=file.bytes, mtime_ns=file.mtime_ns)
-
-
-def _retrieved(task: asyncio.Task[Any]) -> None:
-    """Take a task's error, so that one nobody waits for is no warning."""
-    if not task.cancelled():
-        task.exception()

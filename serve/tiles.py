@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 from pathflip.errors import REASONS, SlideError
 from pathflip.slides.pyramid import Pyramid
 from pathflip.slides.reader import SlideReader
+from serve.copies import Copies
 from serve.limits import RequestError
 from serve.reader_pool import LONG_PX, ReaderPool, ReadingConfig
-from serve.slide_files import ArchiveSlides, Copies, SlideFile, SlideFiles
+from serve.slide_files import ArchiveSlides, SlideFile, SlideFiles
 
 T = TypeVar("T")
 
@@ -279,7 +280,7 @@ class Tiles:
         """
         began = time.monotonic()
         try:
-            async with self._copies.open(file) as path:
+            async with self._copies.open(file, client=client) as path:
                 try:
                     found = await self._pool.run(
                         path, lambda reader: ask(reader, path, LONG_PX), client=client
