@@ -4,7 +4,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { api } from "./api.ts";
 import type { SlideList, SlideRow } from "./api.ts";
 import { Search } from "./panels/Search.tsx";
-import { format, note, slideRoute } from "./route.ts";
+import { format, isLabel, note, slideRoute } from "./route.ts";
 import type { ArchiveRoute } from "./route.ts";
 import { round } from "./scalebar.ts";
 import { report, session } from "./state.ts";
@@ -102,10 +102,6 @@ export function ArchivePage({ at }: { at: ArchiveRoute }) {
 
 function count(total: number): string {
   return total === 1 ? "1 slide" : `${total.toLocaleString("en-GB")} slides`;
-}
-
-function isLabel(text: string): boolean {
-  return /^[^=]+=./.test(text.trim());
 }
 
 /** How many slides that the filters fit are quarantined, once it is known how many are not. */

@@ -6,11 +6,11 @@ import { api, slidePath } from "./api.ts";
 import type { Outlines, SlideRow } from "./api.ts";
 import type { Measure, Ruler } from "./measure.ts";
 import { mppLabel, round } from "./scalebar.ts";
-import type { Adjustment, SlideView } from "./slide.ts";
-import { outlines, report, session } from "./state.ts";
+import { PLAIN } from "./route.ts";
+import type { Adjustment } from "./route.ts";
+import type { SlideView } from "./slide.ts";
+import { outlines, picture, report, session } from "./state.ts";
 import { Tool } from "./ui.tsx";
-
-const PLAIN: Adjustment = { brightness: 1, contrast: 1, gamma: 1 };
 
 interface Props {
   view: SlideView | null;
@@ -23,7 +23,7 @@ export function SlideFacts({ view, ruler, row }: Props) {
     <>
       {row && <Facts row={row} power={view?.info.power ?? null} />}
       <Overlays view={view} />
-      <Picture view={view} />
+      <Picture />
       {ruler && view && <Measures ruler={ruler} view={view} />}
     </>
   );
@@ -100,32 +100,37 @@ function Overlays({ view }: { view: SlideView | null }) {
   );
 }
 
-function Picture({ view }: { view: SlideView | null }) {
-  const now = useSignal(PLAIN);
-  const set = (change: Partial<Adjustment>) => {
-    now.value = { ...now.value, ...change };
-    view?.adjust(now.value);
-  };
-  const { brightness, contrast, gamma } = now.value;
+function Picture() {
+  const set = (change: Partial<Adjustment>) => (picture.value = { ...picture.value, ...change });
+  const { brightness, contrast, gamma } = picture.value;
+  const plain = brightness === 1 && contrast === 1 && gamma === 1;
   return (
     <section aria-labelledby="picture">
       <h2 id="picture">Picture</h2>
       <Slide label="Brightness" value={brightness} min={0.3} max={2} onChange={(brightness) => set({ brightness })} />
       <Slide label="Contrast" value={contrast} min={0.3} max={3} onChange={(contrast) => set({ contrast })} />
       <Slide label="Gamma" value={gamma} min={0.3} max={3} onChange={(gamma) => set({ gamma })} />
-      <button type="button" disabled={now.value === PLAIN} onClick={() => ((now.value = PLAIN), view?.adjust(PLAIN))}>
+      <button type="button" disabled={plain} onClick={() => (picture.value = PLAIN)}>
         As scanned
       </button>
-      <svg class="filters" aria-hidden="true" focusable="false">
-        <filter id="gamma" color-interpolation-filters="sRGB">
-          <feComponentTransfer>
-            <feFuncR type="gamma" exponent={1 / gamma} />
-            <feFuncG type="gamma" exponent={1 / gamma} />
-            <feFuncB type="gamma" exponent={1 / gamma} />
-          </feComponentTransfer>
-        </filter>
-      </svg>
     </section>
+  );
+}
+
+/** Shows the picture of a view as it is wanted; holds the curve that the view's filter names. */
+export function PictureFilter({ view }: { view: SlideView | null }) {
+  const { gamma } = picture.value;
+  useEffect(() => view?.adjust(picture.value), [view, picture.value]);
+  return (
+    <svg class="filters" aria-hidden="true" focusable="false">
+      <filter id="gamma" color-interpolation-filters="sRGB">
+        <feComponentTransfer>
+          <feFuncR type="gamma" exponent={1 / gamma} />
+          <feFuncG type="gamma" exponent={1 / gamma} />
+          <feFuncB type="gamma" exponent={1 / gamma} />
+        </feComponentTransfer>
+      </filter>
+    </svg>
   );
 }
 

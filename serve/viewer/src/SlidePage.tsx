@@ -1,11 +1,12 @@
 /** A slide: the picture first, one toolbar above it, one panel beside it. */
 
-import { effect, useSignal } from "@preact/signals";
+import { effect, untracked, useSignal } from "@preact/signals";
 import type { FunctionComponent, RefObject } from "preact";
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import { api, Problem, slidePath } from "./api.ts";
 import type { SlideRow, TileInfo } from "./api.ts";
 import { HelpDialog, useKeys } from "./keys.tsx";
+import { heatLayers, looksNow } from "./layers.ts";
 import { Ruler } from "./measure.ts";
 import { Annotations } from "./panels/Annotations.tsx";
 import { Ask } from "./panels/Ask.tsx";
@@ -16,9 +17,12 @@ import { go, note, remember } from "./route.ts";
 import type { PanelName, SlideRoute } from "./route.ts";
 import { ScaleStrip, useScale } from "./Overlay.tsx";
 import { powerLabel, round } from "./scalebar.ts";
-import { SlideFacts } from "./SlideFacts.tsx";
+import { PictureFilter, SlideFacts } from "./SlideFacts.tsx";
 import { explainLosses, SlideView } from "./slide.ts";
-import { layers, outlines, panel, query, report, session, slide, tell, view as inView } from "./state.ts";
+import {
+  arrivals, layers, like, looks, outlines, panel, picture, query, report, searchOptions, session, slide, tell,
+  view as inView,
+} from "./state.ts";
 import { Account, fullScreen, Home, Tool } from "./ui.tsx";
 
 const POWERS = [1.25, 2.5, 5, 10, 20, 40];
@@ -115,6 +119,7 @@ export function SlidePage({ at }: { at: SlideRoute }) {
         )}
         <Minimap element={minimap} />
         <ScaleStrip view={view} />
+        <PictureFilter view={view} />
         {ruler?.kind.value && <Measuring ruler={ruler} view={view!} />}
       </main>
       {state !== "failed" && <SidePanel view={view} ruler={ruler} row={row} />}
@@ -144,7 +149,12 @@ function Minimap({ element }: { element: RefObject<HTMLDivElement | null> }) {
 /** Make what the address says the state of the page. */
 function takeOver(at: SlideRoute): void {
   query.value = at.q;
+  like.value = at.like;
+  searchOptions.value = at.search;
+  looks.value = Object.fromEntries(at.layers.map((key, i) => [key, at.looks[i] ?? ""]));
   layers.value = at.layers;
+  picture.value = at.picture;
+  arrivals.value++;
   const closed = at.panel === "slide" && matchMedia(NARROW).matches;
   panel.value = at.panel && !closed && mayUse(at.panel) ? at.panel : at.panel && !closed ? "slide" : null;
 }
@@ -157,7 +167,11 @@ function keepAddress(view: SlideView, id: string): () => void {
     id,
     place: view.place(),
     q: query.peek(),
+    like: like.peek(),
+    search: searchOptions.peek(),
     layers: layers.peek(),
+    looks: untracked(looksNow),
+    picture: picture.peek(),
     panel: panel.peek(),
   });
   const soon = () => {
@@ -178,7 +192,7 @@ function keepAddress(view: SlideView, id: string): () => void {
       remember();
     }),
     effect(() => {
-      void [query.value, layers.value, panel.value];
+      for (const part of [query, like, searchOptions, layers, heatLayers, picture, panel]) void part.value;
       soon();
     }),
   ];

@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { area, bounds, classOf, CLASSES, colourOf, newFeature, readCollection, toGeometry, toShape } from "./annotate.ts"; // prettier-ignore
-import type { Feature, Geometry, Point } from "./annotate.ts";
+import type { Feature, Geometry } from "./annotate.ts";
+import type { Point } from "./api.ts";
 
 const SQUARE: Point[] = [[10, 20], [110, 20], [110, 70], [10, 70], [10, 20]]; // prettier-ignore
 const HOLE: Point[] = [[30, 30], [50, 30], [50, 50], [30, 50], [30, 30]]; // prettier-ignore

@@ -4,9 +4,7 @@
  * Everything is in level-0 px, which are the image pixels of the viewer too.
  */
 
-import type { Box } from "./api.ts";
-
-export type Point = [number, number];
+import type { Box, Point } from "./api.ts";
 
 export type Geometry =
   | { type: "Point"; coordinates: Point }
@@ -221,7 +219,6 @@ export function area(geometry: Geometry): number {
     return total + rings;
   }, 0);
 }
-
 
 // -- files -----------------------------------------------------------------------------------------
 

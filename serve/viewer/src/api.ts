@@ -53,7 +53,10 @@ export interface TileInfo {
   version: string;
 }
 
-export type Ring = [number, number][];
+/** A place in level-0 px. */
+export type Point = [number, number];
+
+export type Ring = Point[];
 
 export interface Outlines {
   tissue: { type: "MultiPolygon"; coordinates: Ring[][] } | null;
@@ -169,6 +172,10 @@ export const api = {
   post: <T>(path: string, body: unknown, options?: Options) => json<T>("POST", path, body, options),
   put: <T>(path: string, body: unknown, options?: Options) => json<T>("PUT", path, body, options),
   del: <T = void>(path: string, options?: Options) => json<T>("DELETE", path, undefined, options),
+
+  async picture(path: string, options: Options = {}): Promise<Blob> {
+    return (await send("GET", path, undefined, options)).blob();
+  },
 
   /** Why a picture did not come, asked for once more; null where it comes now. */
   async whyNot(path: string): Promise<Problem | null> {

@@ -1,4 +1,4 @@
-/** Drawing on a slide with Annotorious: areas as shapes that can be selected and edited. */
+/** Drawing and editing areas with Annotorious, one at a time: the others are painted by areas.ts. */
 
 import { createOSDAnnotator, UserSelectAction } from "@annotorious/openseadragon";
 import type { DrawingStyleExpression, ImageAnnotation, OpenSeadragonAnnotator } from "@annotorious/openseadragon";
@@ -12,115 +12,108 @@ export type DrawTool = "rectangle" | "polygon";
 interface Events {
   /** Something was drawn. */
   drawn: (feature: Feature) => void;
-  /** A shape was given other corners. */
+  /** The area was given other corners. */
   moved: (id: string, geometry: Geometry) => void;
-  selected: (id: string | null) => void;
+  /** The pointer left the area for something else. */
+  left: (id: string) => void;
 }
 
-/** The shapes on one view. Points and lines are not among them: they are no areas. */
+/**
+ * The area being drawn or edited on one view. It costs a WebGL context and pictures of all that is in
+ * view, so it is there for as long as something is drawn or edited.
+ */
 export class Drawing {
   private readonly annotator: OpenSeadragonAnnotator;
-  private features = new Map<string, Feature>();
-  /** Geometry of each shape as it was told to this page or by it, to notice one that comes from elsewhere. */
-  private told = new Map<string, string>();
+  /** What is edited, and its geometry as it was told to this page or by it. */
+  private now: { feature: Feature; told: string } | null = null;
   private dragging = false;
+  private gone = false;
   private readonly stops: () => void;
-  private readonly editable: (feature: Feature) => boolean;
 
-  constructor(view: SlideView, editable: (feature: Feature) => boolean, events: Events) {
-    this.editable = editable;
+  constructor(view: SlideView, events: Events) {
     this.annotator = createOSDAnnotator(view.osd, {
       drawingEnabled: false,
       autoSave: true,
       style: this.style(),
-      userSelectAction: (annotation) => {
-        const feature = this.features.get(annotation.id); // none: it is being drawn
-        return !feature || this.editable(feature) ? UserSelectAction.EDIT : UserSelectAction.SELECT;
-      },
+      userSelectAction: UserSelectAction.EDIT,
     });
     // Its undo would take back shapes without the service, which has saved them.
-    view.osd.element.addEventListener("keydown", noUndo, true);
     this.annotator.on("createAnnotation", (made) => {
+      if (this.gone) return;
       this.stop();
       const feature = newFeature(made.id, made.target.selector as unknown as Shape);
-      this.features.set(feature.id, feature);
-      this.told.set(feature.id, JSON.stringify(feature.geometry));
+      this.now = { feature, told: JSON.stringify(feature.geometry) };
       events.drawn(feature);
     });
     // Annotorious tells of changes while a corner is dragged, too: one drag is one change here.
-    const changed = (now: ImageAnnotation | undefined) => {
-      if (!now || this.dragging) return;
-      const geometry = toGeometry(now.target.selector as unknown as Shape);
+    const changed = (edited: ImageAnnotation | undefined) => {
+      if (!edited || this.gone || this.dragging || this.now?.feature.id !== edited.id) return;
+      const geometry = toGeometry(edited.target.selector as unknown as Shape);
       const text = JSON.stringify(geometry);
-      if (!this.features.has(now.id) || text === this.told.get(now.id)) return;
-      this.told.set(now.id, text);
-      events.moved(now.id, geometry);
+      if (text === this.now.told) return;
+      this.now.told = text;
+      events.moved(edited.id, geometry);
     };
     const down = () => (this.dragging = true);
     const up = () => {
       this.dragging = false;
-      setTimeout(() => changed(this.annotator.getSelected()[0]));
+      setTimeout(() => this.gone || changed(this.annotator.getSelected()[0]));
     };
-    view.osd.element.addEventListener("pointerdown", down, true);
+    const { element, canvas } = view.osd;
+    element.addEventListener("keydown", noUndo, true);
+    element.addEventListener("pointerdown", down, true);
     addEventListener("pointerup", up);
     addEventListener("pointercancel", up);
-    const named = new MutationObserver(() => nameHandles(view.osd.canvas));
-    named.observe(view.osd.canvas, { childList: true, subtree: true });
+    const named = new MutationObserver(() => nameHandles(canvas));
+    named.observe(canvas, { childList: true, subtree: true });
     this.stops = () => {
       named.disconnect();
+      element.removeEventListener("keydown", noUndo, true);
+      element.removeEventListener("pointerdown", down, true);
       removeEventListener("pointerup", up);
       removeEventListener("pointercancel", up);
     };
     this.annotator.on("updateAnnotation", changed);
-    this.annotator.on("selectionChanged", ([first]) => events.selected(first?.id ?? null));
+    // It tells a moment later: by then something else may have been selected.
+    this.annotator.on("selectionChanged", () => {
+      if (this.now && !this.gone && !this.annotator.getSelected().length) events.left(this.now.feature.id);
+    });
   }
 
-  /** Show these features and no others. */
-  show(features: readonly Feature[]): void {
-    const before = this.features;
-    this.features = new Map(features.map((one) => [one.id, one]));
-    for (const id of before.keys()) {
-      if (!this.features.has(id) && this.told.delete(id)) this.annotator.removeAnnotation(id);
+  /** Edit an area; null: none. */
+  edit(feature: Feature | null): void {
+    const shape = feature && toShape(feature.geometry);
+    if (!feature || !shape) {
+      if (!this.now) return;
+      const { id } = this.now.feature;
+      this.now = null;
+      this.annotator.cancelSelected();
+      this.annotator.removeAnnotation(id);
+      return;
     }
-    const added: ImageAnnotation[] = [];
-    for (const feature of features) {
-      if (before.get(feature.id)?.geometry === feature.geometry) continue;
-      const shape = toShape(feature.geometry);
-      const text = JSON.stringify(feature.geometry);
+    const text = JSON.stringify(feature.geometry);
+    const before = this.now;
+    this.now = { feature, told: text };
+    if (before?.feature.id !== feature.id) {
+      this.annotator.cancelSelected();
+      this.annotator.setAnnotations([toAnnotation(feature, shape)], true);
+    } else if (before.told !== text && !this.dragging) {
       // While somebody drags a corner, an answer about the corner before must not move it back.
-      if (!shape || this.told.get(feature.id) === text) continue;
-      if (this.told.has(feature.id)) this.annotator.updateAnnotation(toAnnotation(feature, shape));
-      else added.push(toAnnotation(feature, shape));
-      this.told.set(feature.id, text);
-    }
-    if (added.length) this.annotator.setAnnotations(added, false); // all at once: each draws all anew
-    const recoloured = features.some((one) => {
-      const old = before.get(one.id);
-      return old !== undefined && colourOf(old) !== colourOf(one);
-    });
-    if (recoloured) this.annotator.setStyle(this.style()); // it draws all anew
+      this.annotator.updateAnnotation(toAnnotation(feature, shape));
+    } else this.now.told = before.told;
+    if (this.annotator.getSelected()[0]?.id !== feature.id) this.annotator.setSelected(feature.id, true);
+    if (before && colourOf(before.feature) !== colourOf(feature)) this.annotator.setStyle(this.style());
   }
 
   private style(): DrawingStyleExpression<ImageAnnotation> {
-    return (annotation, state) => {
-      const feature = this.features.get(annotation.id);
-      const colour = (feature ? colourOf(feature) : "#ff0000") as `#${string}`;
-      const fillOpacity = state?.hovered && !state.selected ? 0.2 : 0.1;
-      return { fill: colour, fillOpacity, stroke: colour, strokeOpacity: 1, strokeWidth: 2 };
+    return () => {
+      const colour = (this.now ? colourOf(this.now.feature) : "#ff0000") as `#${string}`;
+      return { fill: colour, fillOpacity: 0.1, stroke: colour, strokeOpacity: 1, strokeWidth: 2 };
     };
   }
 
-  select(id: string | null): void {
-    const feature = id === null ? undefined : this.features.get(id);
-    if (!feature || !toShape(feature.geometry)) return this.annotator.cancelSelected();
-    const { selected } = this.annotator.state.selection;
-    const editable = this.editable(feature);
-    if (selected.length !== 1 || selected[0]!.id !== id || Boolean(selected[0]!.editable) !== editable)
-      this.annotator.setSelected(feature.id, editable);
-  }
-
   start(tool: DrawTool): void {
-    this.annotator.cancelSelected();
+    this.edit(null);
     this.annotator.setDrawingTool(tool);
     this.annotator.setDrawingMode(tool === "rectangle" ? "drag" : "click");
     this.annotator.setDrawingEnabled(true);
@@ -132,9 +125,11 @@ export class Drawing {
     this.annotator.setDrawingEnabled(false);
   }
 
-  /** Forget the view, which is going. */
-  leave(): void {
+  /** Leave the view. */
+  destroy(): void {
+    this.gone = true;
     this.stops();
+    this.annotator.destroy();
   }
 }
 

@@ -3,10 +3,10 @@
 import { effect, signal, untracked } from "@preact/signals";
 import { api, Problem } from "./api.ts";
 import type { HotBox } from "./api.ts";
-import { colourMap, LAYER_COLOURS, normalise, paint, smooth, toGrid } from "./heat.ts";
+import { colourMap, LAYER_COLOURS, MAPS, normalise, paint, smooth, toGrid } from "./heat.ts";
 import type { Grid, MapName, Patch } from "./heat.ts";
 import type { SlideView } from "./slide.ts";
-import { layers as wanted, slide } from "./state.ts";
+import { layers as wanted, looks, slide } from "./state.ts";
 
 /** Answer of `/v1/ground` with `patches: true`. */
 export interface Ground {
@@ -67,6 +67,34 @@ export function fromKey(key: string): { text: string; contrast: string | null } 
   return { text, contrast: rest.join(MINUS) || null };
 }
 
+const USUAL: Look = { shown: true, map: "viridis", opacity: 0.7, threshold: 0.1, single: false, boxes: true };
+
+/** A look as a text of the address: map, opacity and threshold in per cent, and what is on. */
+export function lookText({ map, opacity, threshold, shown, single, boxes }: Look): string {
+  const on = [shown && "shown", single && "patches", boxes && "boxes"].filter(Boolean);
+  return [map, Math.round(100 * opacity), Math.round(100 * threshold), ...on].join(" ");
+}
+
+/** The look that a text of the address says; null where it says none. */
+export function toLook(text: string): Look | null {
+  const [name, opacity, threshold, ...on] = text.split(" ");
+  const map = MAPS.find((one) => one.name === name)?.name;
+  const part = (percent: string | undefined) => Math.min(1, Math.max(0, Number(percent) / 100));
+  if (!map || Number.isNaN(part(opacity) + part(threshold))) return null;
+  const [shown, single, boxes] = ["shown", "patches", "boxes"].map((one) => on.includes(one)) as [boolean, boolean, boolean];
+  return { map, opacity: part(opacity), threshold: part(threshold), shown, single, boxes };
+}
+
+/** How the layers wanted are drawn, for the address; nothing where it is as usual. */
+export function looksNow(): string[] {
+  const told = wanted.value.map((key) => {
+    const layer = heatLayers.value.find((one) => one.key === key);
+    return layer ? lookText(layer.look) : (looks.value[key] ?? "");
+  });
+  // Of several layers, what is usual depends on which was first.
+  return told.length === 1 && told[0] === lookText(USUAL) ? [""] : told;
+}
+
 /** Show where a sentence is true. */
 export function showWhere(text: string, contrast: string | null = null): void {
   const key = layerKey(text.trim(), contrast?.trim() || null);
@@ -117,9 +145,10 @@ export function follow(view: SlideView): () => void {
         request.abort();
         asking.delete(id);
       }
-      const kept = heatLayers.value.filter(
-        (layer) => layer.slideId === slideId && keys.includes(layer.key),
-      );
+      const asked = (key: string) => toLook(looks.value[key] ?? "");
+      const kept = heatLayers.value
+        .filter((layer) => layer.slideId === slideId && keys.includes(layer.key))
+        .map((layer) => ({ ...layer, look: asked(layer.key) ?? layer.look }));
       const made = keys
         .filter((key) => slideId !== null && !kept.some((layer) => layer.key === key))
         .map((key) => newLayer(slideId!, key));
@@ -127,8 +156,9 @@ export function follow(view: SlideView): () => void {
       made.forEach((layer, i) => (layer.colour = colours[i % colours.length] ?? layer.colour));
       // Of several layers on each other, one sees which is which by one colour for each.
       if (keys.length > 1) for (const layer of made) layer.look.map = "single";
-      if (made.length || kept.length !== heatLayers.value.length)
-        heatLayers.value = [...kept, ...made];
+      for (const layer of made) layer.look = asked(layer.key) ?? layer.look;
+      if (slideId !== null) looks.value = {}; // they are the layers' own now
+      heatLayers.value = [...kept, ...made];
       for (const layer of heatLayers.value)
         if (!layer.found && !layer.failed) void ask(layer, asking);
     });
@@ -159,11 +189,8 @@ export function follow(view: SlideView): () => void {
 }
 
 function newLayer(slideId: string, key: string): Layer {
-  const look: Look = {
-    shown: true, map: "viridis", opacity: 0.7, threshold: 0.1, single: false, boxes: true,
-  }; // prettier-ignore
   const told = { found: null, grid: null, failed: null };
-  return { slideId, key, ...fromKey(key), colour: LAYER_COLOURS[0]!, look, ...told };
+  return { slideId, key, ...fromKey(key), colour: LAYER_COLOURS[0]!, look: { ...USUAL }, ...told };
 }
 
 async function ask(layer: Layer, asking: Map<string, AbortController>): Promise<void> {

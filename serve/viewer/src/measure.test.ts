@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { areaUm2, crossesItself, lengthUm, measured } from "./measure.ts";
-import type { Point } from "./measure.ts";
+import type { Point } from "./api.ts";
 
 const turned = (points: Point[], degrees: number, far: number): Point[] => {
   const [sin, cos] = [Math.sin((degrees * Math.PI) / 180), Math.cos((degrees * Math.PI) / 180)];

@@ -1,11 +1,9 @@
 /** Lengths and areas on a slide, drawn point by point. */
 
 import { signal } from "@preact/signals";
+import type { Point } from "./api.ts";
 import { areaLabel, lengthLabel, round } from "./scalebar.ts";
 import type { SlideView } from "./slide.ts";
-
-/** A place in level-0 px. */
-export type Point = [number, number];
 
 export type Kind = "length" | "area";
 

@@ -13,6 +13,42 @@ export interface Place {
 export const PANELS = ["slide", "search", "where", "ask", "draw"] as const;
 export type PanelName = (typeof PANELS)[number];
 
+export const LEVELS = ["region", "slide", "patch"] as const;
+export type Level = (typeof LEVELS)[number];
+export const MODES = ["vector", "text", "hybrid"] as const;
+export type Mode = (typeof MODES)[number];
+export const MAX_RESULTS = 100;
+export const MAX_LABELS = 8;
+
+/** Whether a text is `name=value`, both of which are something. */
+export function isLabel(text: string): boolean {
+  return /^\s*[^=\s][^=]*=\s*\S/.test(text);
+}
+
+/** How is searched. A patient is no part of it: patients' ids are not written into addresses. */
+export interface SearchOptions {
+  level: Level;
+  mode: Mode;
+  /** Number of results. */
+  k: number;
+  split: string;
+  /** Each `name=value`; those that are half written do nothing. */
+  labels: string[];
+  /** What is left out of what is like a region or slide: nothing, its slide, or all of its patient's. */
+  without: "" | "slide" | "patient";
+}
+
+export const USUAL_SEARCH: SearchOptions = { level: "region", mode: "vector", k: 12, split: "", labels: [], without: "" };
+
+/** How the slide's own pixels are shown; 1 leaves them as they are. */
+export interface Adjustment {
+  brightness: number;
+  contrast: number;
+  gamma: number;
+}
+
+export const PLAIN: Adjustment = { brightness: 1, contrast: 1, gamma: 1 };
+
 export interface ArchiveRoute {
   page: "archive";
   q: string;
@@ -26,8 +62,14 @@ export interface SlideRoute {
   place: Place | null;
   /** What is searched for. */
   q: string;
+  /** Id of the region or slide whose like was searched for last; empty: none. */
+  like: string;
+  search: SearchOptions;
   /** Sentences whose heat is shown. */
   layers: string[];
+  /** How each of them is drawn, as layers.ts writes it; empty: as usual. */
+  looks: string[];
+  picture: Adjustment;
   /** Null: closed. */
   panel: PanelName | null;
 }
@@ -64,6 +106,36 @@ function writePlace(query: URLSearchParams, place: Place | null, suffix = ""): v
   if (place.rot) query.set(`rot${suffix}`, short(place.rot));
 }
 
+function searchOf(query: URLSearchParams): SearchOptions {
+  const k = Math.round(Number(query.get("k")));
+  const without = query.get("without");
+  return {
+    level: LEVELS.find((one) => one === query.get("find")) ?? USUAL_SEARCH.level,
+    mode: MODES.find((one) => one === query.get("by")) ?? USUAL_SEARCH.mode,
+    k: k >= 1 && k <= MAX_RESULTS ? k : USUAL_SEARCH.k,
+    split: query.get("split") ?? "",
+    labels: query.getAll("label").filter(isLabel).slice(0, MAX_LABELS),
+    without: without === "slide" || without === "patient" ? without : "",
+  };
+}
+
+function writeSearch(query: URLSearchParams, { level, mode, k, split, labels, without }: SearchOptions): void {
+  if (level !== USUAL_SEARCH.level) query.set("find", level);
+  if (mode !== USUAL_SEARCH.mode) query.set("by", mode);
+  if (k !== USUAL_SEARCH.k) query.set("k", String(k));
+  if (split) query.set("split", split);
+  for (const label of labels.filter(isLabel)) query.append("label", label);
+  if (without) query.set("without", without);
+}
+
+/** Brightness, contrast and gamma of an address, within what the page offers. */
+function pictureOf(query: URLSearchParams): Adjustment {
+  const values = (query.get("picture") ?? "").split(",").map(Number);
+  const [brightness, contrast, gamma] = values.map((value) => Math.min(3, Math.max(0.3, value)));
+  if (values.length !== 3 || !values.every(Number.isFinite)) return PLAIN;
+  return { brightness: brightness!, contrast: contrast!, gamma: gamma! };
+}
+
 function decoded(part: string): string {
   try {
     return decodeURIComponent(part);
@@ -79,12 +151,17 @@ export function parse(hash: string): Route {
   const [, kind, first, second] = path.split("/");
   if (kind === "slide" && first) {
     const panel = query.get("panel") ?? "slide";
+    const layers = query.getAll("layers").filter(Boolean).slice(0, 8);
     return {
       page: "slide",
       id: decoded(first),
       place: placeOf(query),
       q: query.get("q") ?? "",
-      layers: query.getAll("layers").filter(Boolean).slice(0, 8),
+      like: query.get("like") ?? "",
+      search: searchOf(query),
+      layers,
+      looks: layers.map((_, i) => query.getAll("looks")[i] ?? ""),
+      picture: pictureOf(query),
       panel: PANELS.find((name) => name === panel) ?? null,
     };
   }
@@ -113,7 +190,12 @@ export function format(route: Route): string {
     path = `/slide/${encodeURIComponent(route.id)}`;
     writePlace(query, route.place);
     if (route.q) query.set("q", route.q);
+    if (route.like) query.set("like", route.like);
+    writeSearch(query, route.search);
     for (const layer of route.layers) query.append("layers", layer);
+    if (route.looks.some(Boolean)) for (const look of route.looks) query.append("looks", look);
+    const { brightness, contrast, gamma } = route.picture;
+    if (brightness !== 1 || contrast !== 1 || gamma !== 1) query.set("picture", [brightness, contrast, gamma].map(short).join());
     if (route.panel !== "slide") query.set("panel", route.panel ?? "none");
   } else if (route.page === "compare") {
     path = `/compare/${encodeURIComponent(route.left)}/${encodeURIComponent(route.right)}`;
@@ -131,7 +213,8 @@ export function format(route: Route): string {
 
 /** A slide's route with nothing else said. */
 export function slideRoute(id: string, more: Partial<SlideRoute> = {}): SlideRoute {
-  return { page: "slide", id, place: null, q: "", layers: [], panel: "slide", ...more };
+  const usual = { q: "", like: "", search: USUAL_SEARCH, layers: [], looks: [], picture: PLAIN, panel: "slide" as const };
+  return { page: "slide", id, place: null, ...usual, ...more };
 }
 
 /** The route shown. It changes by {@link go} and by the browser's back and forward. */

@@ -2,10 +2,9 @@
 
 import OpenSeadragon from "openseadragon";
 import { api, slidePath } from "./api.ts";
-import type { Box, Problem, Ring, TileInfo } from "./api.ts";
-import type { Place } from "./route.ts";
-
-type Point = [number, number];
+import type { Box, Point, Problem, Ring, TileInfo } from "./api.ts";
+import type { Turn } from "./areas.ts";
+import type { Adjustment, Place } from "./route.ts";
 
 /** Outlines to draw: polygons as rings of level-0 px, or boxes. */
 export type Shape = Ring[] | Box;
@@ -19,13 +18,6 @@ export interface OutlineStyle {
   dashed?: boolean;
 }
 
-export interface Adjustment {
-  /** 1 leaves the picture as it is. */
-  brightness: number;
-  contrast: number;
-  gamma: number;
-}
-
 interface Layer {
   canvas: CanvasImageSource;
   box: Box;
@@ -37,6 +29,12 @@ interface Outline extends OutlineStyle {
   path: Path2D;
   from: Point;
   labelAt: Point;
+}
+
+/** What follows a drag of something that lies over the slide. */
+export interface Drag {
+  move: (place: Point) => void;
+  end: () => void;
 }
 
 type Click = (place: Point, event: PointerEvent | MouseEvent) => boolean | void;
@@ -77,12 +75,15 @@ export class SlideView {
   readonly element: HTMLElement;
   readonly info: TileInfo;
   private readonly canvas: HTMLCanvasElement;
+  private readonly hasCard = hasGraphicsCard();
   private readonly navigator: HTMLElement | null;
   private readonly layers = new Map<string, Layer>();
   private readonly outlines = new Map<string, Outline>();
   private readonly painters = new Set<(context: CanvasRenderingContext2D) => void>();
   private readonly clicks: Click[] = [];
   private readonly doubleClicks: Click[] = [];
+  private readonly grips = new Set<(place: Point) => Drag | null>();
+  private drag: Drag | null = null;
   private readonly pointers = new Set<(place: Point) => void>();
   private readonly moves = new Set<() => void>();
   private readonly flights = new Set<() => void>();
@@ -109,7 +110,7 @@ export class SlideView {
       springStiffness: 10,
       blendTime: 0,
       immediateRender: false,
-      drawer: hasGraphicsCard() ? "webgl" : "canvas",
+      drawer: this.hasCard ? "webgl" : "canvas",
       imageLoaderLimit: 8,
       tileRetryMax: 2, // a service with much to do says so, and asks to be asked again
       tileRetryDelay: 1000,
@@ -337,6 +338,11 @@ export class SlideView {
     return listed(this.doubleClicks, then, true);
   }
 
+  /** Drags that begin where `grip` answers with what follows them; others move the slide. */
+  onDrag(grip: (place: Point) => Drag | null): () => void {
+    return kept(this.grips, grip);
+  }
+
   onPointer(then: (place: Point) => void): () => void {
     return kept(this.pointers, then);
   }
@@ -376,6 +382,22 @@ export class SlideView {
       const place = this.fromScreen(event.position.x, event.position.y);
       const taken = this.doubleClicks.some((then) => then(place, event.originalEvent as MouseEvent));
       if (!taken) osd.viewport.zoomBy(2, osd.viewport.pointFromPixel(event.position, true)).applyConstraints();
+    });
+    osd.addHandler("canvas-press", (event) => {
+      const place = this.fromScreen(event.position.x, event.position.y);
+      this.drag = null;
+      for (const grip of this.grips) this.drag ??= grip(place);
+    });
+    osd.addHandler("canvas-drag", (event) => {
+      if (!this.drag) return;
+      event.preventDefaultAction = true;
+      this.drag.move(this.fromScreen(event.position.x, event.position.y));
+    });
+    osd.addHandler("canvas-drag-end", (event) => {
+      if (!this.drag) return;
+      event.preventDefaultAction = true;
+      this.drag.end();
+      this.drag = null;
     });
     // The page has keys of its own, the same on every part of it.
     osd.addHandler("canvas-key", (event) => {
@@ -440,7 +462,8 @@ export class SlideView {
       this.canvas.width = width;
       this.canvas.height = height;
     }
-    const context = this.canvas.getContext("2d");
+    // Without a graphics card, Chromium's processor draws lines itself faster than as one.
+    const context = this.canvas.getContext("2d", { willReadFrequently: !this.hasCard });
     if (!context) return;
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, width, height);
@@ -491,13 +514,19 @@ export class SlideView {
     context.fillText(text, x + 5, y - 11.5);
   }
 
+  /** From level-0 px to the screen: what {@link toScreen} does, for many places. */
+  turn(): Turn {
+    const scale = 1 / this.level0PerPixel();
+    const angle = rad(this.osd.viewport.getRotation(true));
+    const [left, top] = this.toScreen(0, 0);
+    return { a: scale * Math.cos(angle), b: scale * Math.sin(angle), left, top };
+  }
+
   /** From level-0 px less `from` to the screen, `dpr` times CSS px. */
   private matrix(from: Point, dpr: number): DOMMatrix {
-    const scale = dpr / this.level0PerPixel();
-    const turn = rad(this.osd.viewport.getRotation(true));
+    const { a, b } = this.turn();
     const [x, y] = this.toScreen(...from);
-    const [a, b] = [scale * Math.cos(turn), scale * Math.sin(turn)];
-    return new DOMMatrix([a, b, -b, a, x * dpr, y * dpr]);
+    return new DOMMatrix([a * dpr, b * dpr, -b * dpr, a * dpr, x * dpr, y * dpr]);
   }
 }
 

@@ -3,7 +3,8 @@
 import { signal } from "@preact/signals";
 import { api, onSignedOut, Problem } from "./api.ts";
 import type { Box, Outlines, Session, SlideRow, TileInfo } from "./api.ts";
-import type { PanelName } from "./route.ts";
+import { PLAIN, USUAL_SEARCH } from "./route.ts";
+import type { Adjustment, PanelName, SearchOptions } from "./route.ts";
 
 /** Who is signed in; null: nobody; undefined: not asked yet. */
 export const session = signal<Session | null | undefined>(undefined);
@@ -20,8 +21,23 @@ export const panel = signal<PanelName | null>("slide");
 /** What is searched for, as in the address. */
 export const query = signal("");
 
+/** Id of the region or slide whose like is searched for, as in the address; empty: none. */
+export const like = signal("");
+
+/** How often an address was opened: what it asks for is searched, unlike what is typed. */
+export const arrivals = signal(0);
+
+/** How is searched, as in the address. */
+export const searchOptions = signal<SearchOptions>(USUAL_SEARCH);
+
+/** How the picture of the open slide is shown, as in the address. */
+export const picture = signal<Adjustment>(PLAIN);
+
 /** Sentences whose heat is shown, as in the address. Another panel adds one to have it shown. */
 export const layers = signal<string[]>([]);
+
+/** How each of them is drawn, as in the address: see layers.ts. */
+export const looks = signal<Record<string, string>>({});
 
 /** Outlines of the open slide, asked for when first shown. */
 export const outlines = signal<Outlines | null>(null);

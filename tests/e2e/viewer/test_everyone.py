@@ -53,10 +53,11 @@ def visit(viewer: Viewer, world: World, check: Callable[[str], None]) -> None:
     for name in PANELS:
         page.get_by_role("tab", name=name, exact=True).click()
         if name == "Search":
-            page.get_by_text("Options and filters").click()
             page.get_by_role("searchbox", name="Search in words").fill("necrosis")
             page.get_by_role("button", name="Search", exact=True).click()
             page.get_by_role("list", name=re.compile("^Results")).wait_for()
+            page.get_by_role("button", name="Options and filters").click()
+            page.get_by_role("button", name="Add a label").click()
         if name == "Where":
             page.get_by_role("textbox", name="Show where this is true").fill("Mucin pools")
             page.get_by_role("button", name="Show", exact=True).click()

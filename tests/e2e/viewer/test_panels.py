@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import cv2
 import numpy as np
 import pytest
 
@@ -153,3 +154,91 @@ def test_an_annotation_is_drawn_with_keys_alone(viewer: Viewer, world: World) ->
     rows = page.get_by_role("list", name="Annotations").get_by_role("listitem")
     rows.first.wait_for()
     page.get_by_role("status").filter(has_text="1 annotation").wait_for()
+
+
+def test_a_point_is_dragged_and_put_in_the_middle(viewer: Viewer, world: World) -> None:
+    stem = "s00006"
+    page = viewer.open(f"#/slide/{world.id(stem)}?x=1000&y=1000&w=1600&panel=draw").page
+    box = viewer.still().bounding_box()
+    assert box
+    x0, y0, w0, h0 = viewer.view()
+    scale = w0 / box["width"]
+    page.get_by_role("button", name="Point", exact=True).click()
+    page.mouse.click(box["x"] + 200, box["y"] + 300)
+    saved = page.get_by_role("status").filter(has_text="1 annotation, all saved")
+    saved.wait_for()
+
+    def coordinates() -> list[float]:
+        answer = page.request.get(f"{viewer.url}/v1/slides/{world.id(stem)}/annotations")
+        (feature,) = answer.json()["features"]
+        found: list[float] = feature["geometry"]["coordinates"]
+        return found
+
+    assert coordinates() == pytest.approx([x0 + 200 * scale, y0 + 300 * scale], abs=scale)
+    before = coordinates()
+    page.mouse.move(box["x"] + 203, box["y"] + 298)  # where it is gripped makes no difference
+    page.mouse.down()
+    page.mouse.move(box["x"] + 260, box["y"] + 340)
+    page.mouse.move(box["x"] + 323, box["y"] + 358)
+    with page.expect_response(re.compile("/annotations/")) as answer:
+        page.mouse.up()
+    assert answer.value.ok
+    assert viewer.view() == (x0, y0, w0, h0)  # the slide has stayed
+    moved = [before[0] + 120 * scale, before[1] + 60 * scale]
+    assert coordinates() == pytest.approx(moved, abs=0.05)
+    with page.expect_response(re.compile("/annotations/")):
+        page.get_by_role("button", name="Move to the middle of the view").click()
+    saved.wait_for()
+    assert coordinates() == pytest.approx([1000, 1000], abs=0.05)
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.get_by_role("button", name="Delete for good").click()
+    page.get_by_text("Nothing is drawn on this slide yet.").wait_for()
+
+
+SHAPE = [[800, 700], [1300, 800], [1200, 1250], [900, 1100], [800, 700]]
+
+
+@pytest.mark.parametrize("turn", [0, 90, 37])
+def test_an_area_lies_where_it_is_and_is_found_there_whatever_the_turn(
+    viewer: Viewer, world: World, turn: int
+) -> None:
+    slide = world.id("s00003")
+    path = f"{viewer.url}/v1/slides/{slide}/annotations"
+    feature = {
+        "type": "Feature",
+        "id": "7f4c1c7e-0000-4000-8000-000000000001",
+        "geometry": {"type": "Polygon", "coordinates": [SHAPE]},
+        "properties": {
+            "name": "a shape",
+            "classification": {"name": "of blue", "color": [0, 0, 255]},
+        },
+    }
+    document = {"type": "FeatureCollection", "features": [feature]}
+    viewer.page.request.post(f"{path}/import", data=document)
+    page = viewer.open(f"#/slide/{slide}?x=1000&y=1000&w=1600&rot={turn}&panel=slide").page
+    plain = viewer.picture().astype(int)
+    page.get_by_role("tab", name="Draw").click()
+    page.get_by_role("status").filter(has_text="1 annotation").wait_for()
+    shown = viewer.picture().astype(int)
+    changed = np.abs(shown - plain).max(axis=2) > 40  # the line; the area itself is paler
+    angle = np.deg2rad(turn)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    height, width = plain.shape[:2]
+    on_screen = (np.array(SHAPE) - 1000) @ rotation.T * width / 1600 + (width / 2, height / 2)
+    line = np.zeros((height, width), np.uint8)
+    cv2.polylines(line, [np.rint(on_screen).astype(np.int32)], isClosed=True, color=1)
+    near = cv2.dilate(line, np.ones((5, 5), np.uint8)) > 0
+    assert near[changed].mean() > 0.98
+    assert changed[line > 0].mean() > 0.9
+    # A click on it opens it, and one beside it closes it.
+    box = viewer.slide().bounding_box()
+    assert box
+    editor = page.get_by_role("textbox", name="Name")
+    inside = np.array([1050, 950]) - 1000
+    x, y = inside @ rotation.T * width / 1600 + (width / 2, height / 2)
+    page.mouse.click(box["x"] + x, box["y"] + y)
+    editor.wait_for()
+    assert editor.input_value() == "a shape"
+    page.mouse.click(box["x"] + 20, box["y"] + 20)
+    editor.wait_for(state="detached")
+    page.request.delete(f"{path}/{feature['id']}", headers={"Content-Type": "application/json"})

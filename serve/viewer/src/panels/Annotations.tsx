@@ -1,14 +1,19 @@
 /** Draw: areas and points on a slide, named, classed, saved as they change. */
 
 import { signal } from "@preact/signals";
-import { useEffect, useRef, useState } from "preact/hooks";
-import { bounds, area, classOf, CLASSES, colourOf, newFeature, readCollection, toShape } from "../annotate.ts";
-import type { Feature, FeatureCollection, Geometry, Point, Properties } from "../annotate.ts";
-import { api, Problem, slidePath } from "../api.ts";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
+import { bounds, area, CLASSES, colourOf, newFeature, toShape } from "../annotate.ts";
+import type { Feature, Geometry } from "../annotate.ts";
+import {
+  add, begin, classify, edit, editable, exported, failed, features, load, move, outdated, put, remove, saving, selected,
+  take, unsaved,
+} from "../annotations.ts"; // prettier-ignore
+import type { Point } from "../api.ts";
+import { Areas } from "../areas.ts";
 import type { Drawing, DrawTool } from "../draw.ts";
 import { areaLabel } from "../scalebar.ts";
-import type { SlideView } from "../slide.ts";
-import { session, slide, tell } from "../state.ts";
+import type { Drag, SlideView } from "../slide.ts";
+import { session, slide } from "../state.ts";
 import { download, Failed, fileName, Swatch } from "./parts.tsx";
 
 /** Rows of the list that are made at first, and with each press of the button below. */
@@ -16,85 +21,116 @@ const ROWS = 100;
 
 const DOUBLE_MS = 600;
 
-const features = signal<Feature[]>([]);
-const selected = signal<string | null>(null);
+/** How near the pointer must come, CSS px: to points, and to outlines of areas. */
+const REACH = { point: 12, area: 3 };
+
 const tool = signal<DrawTool | "point" | "cross" | null>(null);
 const corners = signal<Point[]>([]);
-const failed = signal<{ text: string; then: "load" | "save" | null } | null>(null);
-const saving = signal(0);
-/** Annotations of other bytes of this slide, which are not shown. */
-const outdated = signal(0);
-/** Annotations with a change that could not be saved. */
-const unsaved = signal<ReadonlySet<string>>(new Set());
-/** Class that was given last: the next annotation has it too. */
-const lastClass = signal("");
+/** What lies under the pointer. */
+const hovered = signal<string | null>(null);
 /** When something was drawn last. */
 let drawnAt = 0;
 
 export function Annotations({ view }: { view: SlideView | null }) {
-  const [drawing, setDrawing] = useState<Drawing | null>(null);
+  /** The part that draws, which is large, so it is fetched when somebody comes to draw. */
+  const [Maker, setMaker] = useState<typeof Drawing | null>(null);
+  const drawing = useRef<Drawing | null>(null);
+  const areas = useMemo(() => new Areas(), [view]);
   const can = session.value?.can.annotate ?? false;
   const id = slide.value?.slide_id;
+  const now = features.value.find((one) => one.id === selected.value) ?? null;
+  /** What Annotorious draws, with handles. */
+  const edited = Maker && now && toShape(now.geometry) && editable(now) ? now : null;
+  const kind = tool.value === "rectangle" || tool.value === "polygon" ? tool.value : null;
+  const busy = edited !== null || kind !== null;
 
   useEffect(() => {
     if (!view || id === undefined) return;
-    features.value = [];
-    selected.value = tool.value = failed.value = null;
-    unsaved.value = new Set();
+    tool.value = hovered.value = null;
     corners.value = [];
-    let made: Drawing | null = null;
-    let ended = false;
-    void load(id);
-    // The part that draws is large, so it is fetched when somebody comes to draw.
-    void import("../draw.ts").then(
-      ({ Drawing: Made }) => {
-        if (ended) return;
-        made = new Made(view, editable, {
-          drawn: (feature) => void drawn(id, feature),
-          moved: (one, geometry) => void edit(id, one, {}, geometry),
-          selected: (one) => (selected.value = one ?? (isMark(selected.value) ? selected.value : null)),
-        });
-        setDrawing(made);
-      },
-      (error: unknown) => {
-        console.error(error);
-        failed.value = { text: "Drawing needs WebGL, which this browser does not offer. Points can be set.", then: null };
-      },
-    );
+    const end = begin(id);
     return () => {
-      ended = true;
-      made?.leave();
-      setDrawing(null);
       tool.value = null;
+      end();
     };
   }, [view, id]);
+  useEffect(() => {
+    if (can) import("../draw.ts").then((part) => setMaker(() => part.Drawing), cannotDraw);
+  }, [can]);
 
-  useEffect(() => drawing?.show(features.value), [drawing, features.value]);
-  useEffect(() => drawing?.select(selected.value), [drawing, selected.value]);
-  useEffect(() => (view ? view.paint((context) => paintMarks(context, view)) : undefined), [view]);
-  useEffect(() => view?.redraw(), [features.value, corners.value, tool.value, selected.value]);
+  // Before the next click, which may already draw.
+  useLayoutEffect(() => {
+    if (!view || !id || !Maker || !busy) return;
+    try {
+      drawing.current = new Maker(view, {
+        drawn: (feature) => drawn(id, feature),
+        moved: (one, geometry) => void edit(id, one, {}, geometry),
+        left: (one) => selected.value === one && (selected.value = null),
+      });
+    } catch (error) {
+      tool.value = null;
+      setMaker(null);
+      cannotDraw(error);
+    }
+    return () => {
+      drawing.current?.destroy();
+      drawing.current = null;
+    };
+  }, [view, id, Maker, busy]);
+  useLayoutEffect(() => drawing.current?.edit(edited), [edited]);
+  useLayoutEffect(() => {
+    if (kind) drawing.current?.start(kind);
+    else drawing.current?.stop();
+  }, [kind]);
+
+  useEffect(() => {
+    areas.show(features.value);
+    view?.redraw();
+  }, [areas, features.value]);
+  useEffect(() => {
+    if (!view) return;
+    return view.paint((context) => {
+      const marked = { edited: edited?.id ?? null, selected: selected.value, hovered: hovered.value };
+      areas.paint(context, view.box(), view.turn(), marked);
+      paintMarks(context, view);
+    });
+  }, [view, areas, edited?.id]);
+  useEffect(() => view?.redraw(), [view, corners.value, tool.value, selected.value, hovered.value, edited?.id]);
   useEffect(() => {
     if (!view || !id) return;
-    const clicks = view.onClick((place) => {
-      if (tool.value === "point") void drawn(id, point(place));
-      else if (tool.value === "cross") corners.value = [...corners.value, place];
-      else if (tool.value === null) return selectMark(view, place);
-      else return false;
-      return true;
-    }, true);
-    // A double click ends a polygon: it does not zoom as well.
-    const doubles = view.onDoubleClick(() => tool.value !== null || performance.now() - drawnAt < DOUBLE_MS);
+    const under = (place: Point) =>
+      markAt(view, place)?.id ?? areas.at(place, REACH.area * view.level0PerPixel());
+    const stops = [
+      view.onClick((place) => {
+        if (tool.value === "point") drawn(id, point(place));
+        else if (tool.value === "cross") corners.value = [...corners.value, place];
+        else if (tool.value === null) {
+          const found = under(place);
+          // Whether an area that is edited is left, Annotorious knows better: its handles stand out.
+          if (found || selected.value !== edited?.id) selected.value = found;
+          return found !== null;
+        } else return false;
+        return true;
+      }, true),
+      // A double click ends a polygon: it does not zoom as well.
+      view.onDoubleClick(() => tool.value !== null || performance.now() - drawnAt < DOUBLE_MS),
+      view.onDrag((place) => (tool.value === null ? dragOf(id, markAt(view, place), place) : null)),
+      view.onPointer((place) => {
+        hovered.value = tool.value === null ? under(place) : null;
+        view.element.classList.toggle("over-mark", hovered.value !== null);
+      }),
+    ];
     return () => {
-      clicks();
-      doubles();
+      for (const stop of stops) stop();
+      view.element.classList.remove("over-mark");
     };
-  }, [view, id]);
+  }, [view, id, areas, edited?.id]);
 
   if (!view || !id) return <p class="hint">Opening the slide…</p>;
   return (
     <div class="panel-part">
       {can ? (
-        <Tools view={view} drawing={drawing} slideId={id} />
+        <Tools view={view} areas={Maker !== null} slideId={id} />
       ) : (
         <p class="hint">
           You can look at annotations here. Drawing needs a token with the scope “annotate”.
@@ -127,6 +163,11 @@ export function Annotations({ view }: { view: SlideView | null }) {
   );
 }
 
+function cannotDraw(error: unknown): void {
+  console.error(error);
+  failed.value = { text: "Areas cannot be drawn by mouse here: this needs WebGL. Points, and “By keys”, work.", then: null };
+}
+
 function status(): string {
   const count = features.value.length;
   if (!count) {
@@ -138,29 +179,20 @@ function status(): string {
   return `${count} ${count === 1 ? "annotation" : "annotations"}, ${told}.`;
 }
 
-/** Whether this client may change a feature: its own, and with the scope `admin` everybody's. */
-function editable(feature: Feature): boolean {
-  const who = session.value;
-  if (!who?.can.annotate) return false;
-  if (who.scopes.includes("admin")) return true;
-  return feature.properties.author === undefined || feature.properties.author === who.name;
-}
-
 // -- drawing ---------------------------------------------------------------------------------------
 
 interface ToolsProps {
   view: SlideView;
-  drawing: Drawing | null;
+  /** Whether areas can be drawn with the pointer. */
+  areas: boolean;
   slideId: string;
 }
 
-function Tools({ view, drawing, slideId }: ToolsProps) {
+function Tools({ view, areas, slideId }: ToolsProps) {
   const choose = (wanted: typeof tool.value) => {
     const next = tool.value === wanted ? null : wanted;
-    drawing?.stop();
     corners.value = [];
     tool.value = next;
-    if (next === "rectangle" || next === "polygon") drawing?.start(next);
     if (next) selected.value = null;
   };
   useEffect(() => {
@@ -169,7 +201,7 @@ function Tools({ view, drawing, slideId }: ToolsProps) {
     };
     addEventListener("keydown", escape);
     return () => removeEventListener("keydown", escape);
-  }, [drawing]);
+  }, []);
   const Tool = ({ name, label, off }: { name: NonNullable<typeof tool.value>; label: string; off?: boolean }) => (
     <button type="button" aria-pressed={tool.value === name} disabled={off} onClick={() => choose(name)}>
       {label}
@@ -178,8 +210,8 @@ function Tools({ view, drawing, slideId }: ToolsProps) {
   return (
     <>
       <div class="tools-of-draw" role="group" aria-label="Draw">
-        <Tool name="rectangle" label="Rectangle" off={!drawing} />
-        <Tool name="polygon" label="Polygon" off={!drawing} />
+        <Tool name="rectangle" label="Rectangle" off={!areas} />
+        <Tool name="polygon" label="Polygon" off={!areas} />
         <Tool name="point" label="Point" />
         <Tool name="cross" label="By keys" />
       </div>
@@ -200,14 +232,11 @@ const HELP = {
 /** Drawing without a pointer: corners are set in the middle of the view. */
 function Cross({ view, slideId, onEnd }: { view: SlideView; slideId: string; onEnd: () => void }) {
   const count = corners.value.length;
-  const set = () => {
-    const { x, y } = view.place();
-    corners.value = [...corners.value, [x, y]];
-  };
+  const set = () => (corners.value = [...corners.value, middle(view)]);
   const finish = () => {
     const points = corners.value;
     onEnd();
-    void drawn(slideId, count === 1 ? point(points[0]!) : polygon(points));
+    drawn(slideId, count === 1 ? point(points[0]!) : polygon(points));
   };
   return (
     <div class="row">
@@ -224,33 +253,56 @@ function Cross({ view, slideId, onEnd }: { view: SlideView; slideId: string; onE
   );
 }
 
+/** Take what was drawn, and put the tool away. */
+function drawn(slideId: string, feature: Feature): void {
+  drawnAt = performance.now();
+  tool.value = null;
+  void add(slideId, feature);
+}
+
 function point([x, y]: Point): Feature {
-  const short = (value: number) => Math.round(value * 100) / 100;
   const geometry: Geometry = { type: "Point", coordinates: [short(x), short(y)] };
   const properties = { objectType: "annotation", name: "", revision: 0 };
   return { type: "Feature", id: crypto.randomUUID(), geometry, properties };
+}
+
+function middle(view: SlideView): Point {
+  const { x, y } = view.place();
+  return [x, y];
+}
+
+/** A coordinate as pathflip writes it. */
+function short(value: number): number {
+  return Math.round(value * 100) / 100;
 }
 
 function polygon(points: Point[]): Feature {
   return newFeature(crypto.randomUUID(), toShape({ type: "Polygon", coordinates: [points] })!);
 }
 
-function isMark(id: string | null): boolean {
-  const feature = features.value.find((one) => one.id === id);
-  return feature !== undefined && toShape(feature.geometry) === null;
-}
-
-/** Select the point that was clicked at; areas are Annotorious's. */
-function selectMark(view: SlideView, place: Point): boolean {
-  const reach = 9 * view.level0PerPixel();
+/** The point under the pointer, the one last drawn first. */
+function markAt(view: SlideView, place: Point): Feature | undefined {
+  const reach = REACH.point * view.level0PerPixel();
   const near = ([x, y]: Point) => Math.hypot(x - place[0], y - place[1]) <= reach;
-  const found = features.value.find(({ geometry }) => {
+  return features.value.findLast(({ geometry }) => {
     if (geometry.type === "Point") return near(geometry.coordinates);
     return geometry.type === "MultiPoint" && geometry.coordinates.some(near);
   });
-  if (found) selected.value = found.id;
-  else if (isMark(selected.value)) selected.value = null;
-  return found !== undefined;
+}
+
+/** Drag a point that one may change: it is saved where it is let go. */
+function dragOf(slideId: string, feature: Feature | undefined, from: Point): Drag | null {
+  if (feature?.geometry.type !== "Point" || !editable(feature)) return null;
+  const { id, geometry } = feature;
+  const [right, down] = [geometry.coordinates[0] - from[0], geometry.coordinates[1] - from[1]];
+  let to: Geometry | null = null;
+  return {
+    move: ([x, y]) => {
+      selected.value = id;
+      move(id, (to = { type: "Point", coordinates: [short(x + right), short(y + down)] }));
+    },
+    end: () => to && void edit(slideId, id, {}, to),
+  };
 }
 
 /** Paint what is no area, and what is being drawn with keys. */
@@ -312,7 +364,7 @@ function List({ view, slideId }: { view: SlideView; slideId: string }) {
         {[...shown, ...(others ? [others] : [])].map((feature) => (
           <li key={feature.id}>
             <Row feature={feature} view={view} />
-            {feature.id === selected.value && <Editor key={feature.id} feature={feature} slideId={slideId} />}
+            {feature.id === selected.value && <Editor key={feature.id} feature={feature} slideId={slideId} view={view} />}
           </li>
         ))}
       </ul>
@@ -370,7 +422,7 @@ function flyTo(view: SlideView, feature: Feature): void {
   view.fly(x0 - margin, y0 - margin, w0 + 2 * margin, h0 + 2 * margin);
 }
 
-function Editor({ feature, slideId }: { feature: Feature; slideId: string }) {
+function Editor({ feature, slideId, view }: { feature: Feature; slideId: string; view: SlideView }) {
   const { name, classification, author, updated } = feature.properties;
   const [sure, setSure] = useState(false);
   if (!editable(feature))
@@ -398,14 +450,19 @@ function Editor({ feature, slideId }: { feature: Feature; slideId: string }) {
         most={200}
         list="draw-classes"
         value={classification?.name ?? ""}
-        set={(value) => {
-          lastClass.value = value;
-          void edit(slideId, feature.id, { classification: classOf(value, features.value) });
-        }}
+        set={(value) => void classify(slideId, feature.id, value)}
       />
       <datalist id="draw-classes">
         {[...names].map((one) => one && <option key={one} value={one} />)}
       </datalist>
+      {feature.geometry.type === "Point" && (
+        <p class="row">
+          <button type="button" onClick={() => void edit(slideId, feature.id, {}, point(middle(view)).geometry)}>
+            Move to the middle of the view
+          </button>
+          <span class="hint">or drag it</span>
+        </p>
+      )}
       <div class="row">
         {sure ? (
           <>
@@ -499,126 +556,7 @@ function Files({ slideId }: { slideId: string }) {
   );
 }
 
-// -- the service -----------------------------------------------------------------------------------
-
-/** Say what went wrong, and offer to load again, or to save again what is not saved. */
-function report(error: unknown, doing: string, then: "load" | "save" | null): void {
-  if (!(error instanceof Problem)) {
-    console.error(error);
-    failed.value = { text: `${doing} failed.`, then };
-  } else if (error.code === "stale") {
-    const text =
-      "This annotation has been changed elsewhere since you loaded it, so your change is not saved. " +
-      "Load the annotations again, then change it anew.";
-    failed.value = { text, then: "load" };
-  } else failed.value = { text: error.message, then };
-}
-
-async function load(slideId: string): Promise<void> {
-  failed.value = null;
-  try {
-    const found = await api.get<FeatureCollection & { outdated?: number }>(slidePath(slideId, "annotations"));
-    if (slide.value?.slide_id !== slideId) return;
-    features.value = found.features;
-    outdated.value = found.outdated ?? 0;
-    unsaved.value = new Set();
-  } catch (error) {
-    report(error, "Loading the annotations", "load");
-  }
-}
-
-async function drawn(slideId: string, feature: Feature): Promise<void> {
-  const classification = classOf(lastClass.value, features.value);
-  const properties = { ...feature.properties, ...(classification && { classification }) };
-  const made = { ...feature, properties };
-  drawnAt = performance.now();
-  features.value = [...features.value, made];
-  tool.value = null;
-  selected.value = made.id;
-  await put(slideId, made.id);
-}
-
-async function edit(slideId: string, id: string, more: Partial<Properties>, geometry?: Geometry): Promise<void> {
-  features.value = features.value.map((one) =>
-    one.id === id
-      ? { ...one, geometry: geometry ?? one.geometry, properties: { ...one.properties, ...more } }
-      : one,
-  );
-  await put(slideId, id);
-}
-
-/** Saves of one annotation, one after the other: each needs the revision that the one before made. */
-const queues = new Map<string, Promise<void>>();
-
-function put(slideId: string, id: string): Promise<void> {
-  const next = (queues.get(id) ?? Promise.resolve()).then(() => putNow(slideId, id));
-  queues.set(id, next);
-  return next;
-}
-
-async function putNow(slideId: string, id: string): Promise<void> {
-  const feature = features.value.find((one) => one.id === id);
-  if (!feature || slide.value?.slide_id !== slideId) return;
-  saving.value++;
-  try {
-    const stored = await api.put<Feature>(slidePath(slideId, "annotations", id), feature);
-    // What was changed meanwhile stays; the next save needs the new revision.
-    features.value = features.value.map((one) => {
-      if (one.id !== id) return one;
-      if (one === feature) return stored;
-      const { author, revision, updated } = stored.properties;
-      const known = { ...(author && { author }), ...(revision !== undefined && { revision }), ...(updated && { updated }) };
-      return { ...one, properties: { ...one.properties, ...known } };
-    });
-    mark(id, false);
-    if (!unsaved.value.size) failed.value = null;
-  } catch (error) {
-    mark(id, true);
-    report(error, "Saving", "save");
-  } finally {
-    saving.value--;
-  }
-}
-
-function mark(id: string, lost: boolean): void {
-  if (unsaved.value.has(id) === lost) return;
-  const others = [...unsaved.value].filter((one) => one !== id);
-  unsaved.value = new Set(lost ? [...others, id] : others);
-}
-
-async function remove(slideId: string, feature: Feature): Promise<void> {
-  await queues.get(feature.id);
-  try {
-    await api.del(slidePath(slideId, "annotations", feature.id));
-    features.value = features.value.filter((one) => one.id !== feature.id);
-    mark(feature.id, false);
-    if (selected.value === feature.id) selected.value = null;
-    tell("The annotation is deleted.");
-  } catch (error) {
-    report(error, "Deleting", null);
-  }
-}
-
 async function save(slideId: string): Promise<void> {
-  try {
-    // QuPath crops slides that state bounds, so its files count from there.
-    const objects = await api.get<object>(`${slidePath(slideId, "annotations")}?qupath=true`);
-    download(`${fileName(slideId, "annotations")}.geojson`, objects);
-  } catch (error) {
-    report(error, "Saving the file", null);
-  }
-}
-
-async function take(slideId: string, file: File): Promise<void> {
-  failed.value = null;
-  try {
-    if (file.size > 9_000_000) throw new Problem("This file is larger than the 9 MB that are taken at once.", "large", 0);
-    const path = `${slidePath(slideId, "annotations", "import")}?qupath=true`;
-    const { imported } = await api.post<{ imported: number }>(path, readCollection(await file.text()));
-    await load(slideId);
-    tell(`${imported} ${imported === 1 ? "annotation was" : "annotations were"} loaded.`);
-  } catch (error) {
-    if (error instanceof Problem) report(error, "Loading the file", null);
-    else failed.value = { text: error instanceof Error ? error.message : "The file could not be read.", then: null };
-  }
+  const objects = await exported(slideId);
+  if (objects) download(`${fileName(slideId, "annotations")}.geojson`, objects);
 }

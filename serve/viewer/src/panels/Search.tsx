@@ -4,18 +4,13 @@ import { signal } from "@preact/signals";
 import { useEffect, useState } from "preact/hooks";
 import { api, Problem, slidePath, viewPath } from "../api.ts";
 import type { Box, Found, Outlines, SearchResponse } from "../api.ts";
-import { format, go, slideRoute } from "../route.ts";
-import type { Place } from "../route.ts";
+import { looksNow } from "../layers.ts";
+import { format, go, isLabel, MAX_LABELS, MAX_RESULTS, slideRoute, USUAL_SEARCH } from "../route.ts";
+import type { Level, Mode, Place, SearchOptions } from "../route.ts";
 import type { SlideView } from "../slide.ts";
-import { layers, outlines, query, session, slide } from "../state.ts";
+import { arrivals, layers, like, outlines, picture, query, searchOptions, session, slide } from "../state.ts";
 import { Failed, Refused, scoreText } from "./parts.tsx";
 
-type Level = "region" | "slide" | "patch";
-type Mode = "vector" | "text" | "hybrid";
-interface Label {
-  name: string;
-  value: string;
-}
 interface Condition {
   field: string;
   op: "=";
@@ -27,19 +22,12 @@ type Sought =
   | { region_id: string }
   | { image: { data: string; mpp: number } };
 
-const MAX_K = 100;
 const PICTURE_PX = 1024;
 const THUMBNAIL_PX = 256;
 
 // What was asked and found stays while other panels and slides are looked at.
-const level = signal<Level>("region");
-const mode = signal<Mode>("vector");
-const k = signal(12);
-const split = signal("");
 const patient = signal("");
-const labels = signal<Label[]>([]);
-const otherSlides = signal(false);
-const otherPatients = signal(false);
+const choosing = signal(false);
 const hasPatches = signal<boolean | null>(null);
 
 const found = signal<{ of: string; about: SearchResponse; level: Level } | null>(null);
@@ -48,16 +36,20 @@ const failed = signal<string | null>(null);
 /** The result that was opened last. */
 const opened = signal<Found | null>(null);
 let running: AbortController | null = null;
-let lastText = "";
+/** What was searched for last, and the last address that was looked at for something to search for. */
+const last = { wish: "", arrival: 0 };
 
 export function Search({ view }: { view: SlideView | null }) {
   const can = session.value?.can;
   useEffect(() => {
-    if (!can?.search) return;
-    if (hasPatches.value === null) void lookForPatches();
-    // An address with a query is a link to its results.
-    if (query.value.trim() && query.value.trim() !== lastText) void searchText(view);
+    if (can?.search && hasPatches.value === null) void lookForPatches();
   }, [can?.search]);
+  // An address with a query is a link to its results.
+  useEffect(() => {
+    if (!can?.search || last.arrival === arrivals.value) return;
+    last.arrival = arrivals.value;
+    if (wish() !== last.wish) void searchWish(view);
+  }, [can?.search, arrivals.value]);
   useEffect(() => {
     if (view) outlineOpened(view);
   }, [view, opened.value, slide.value?.slide_id]);
@@ -106,7 +98,7 @@ export function Search({ view }: { view: SlideView | null }) {
 
 function LikeThis({ view }: { view: SlideView | null }) {
   if (!view || !slide.value) return null;
-  const patches = level.value === "patch";
+  const patches = searchOptions.value.level === "patch";
   return (
     <div class="line" role="group" aria-labelledby="search-like">
       <span id="search-like">Like this</span>
@@ -134,20 +126,63 @@ function LikeThis({ view }: { view: SlideView | null }) {
   );
 }
 
+function choose(more: Partial<SearchOptions>): void {
+  searchOptions.value = { ...searchOptions.value, ...more };
+}
+
+/** Options are folded away as soon as something is searched: results come first. */
 function Options() {
-  const can = session.value?.can;
-  const narrowed = conditions().length > 0 || otherSlides.value || otherPatients.value;
+  const told = optionsText();
   return (
-    <details>
-      <summary>{narrowed ? "Options and filters (in use)" : "Options and filters"}</summary>
+    <>
+      <div class="line">
+        <button
+          type="button"
+          class="small"
+          id="search-choose"
+          aria-expanded={choosing.value}
+          aria-controls="search-options"
+          onClick={() => (choosing.value = !choosing.value)}
+        >
+          Options and filters
+        </button>
+        {told && <span class="hint grow">{told}</span>}
+      </div>
+      <div id="search-options" class="options" hidden={!choosing.value}>
+        {choosing.value && <Fields />}
+      </div>
+    </>
+  );
+}
+
+/** The options that are not as usual, in words. */
+function optionsText(): string {
+  const { level, mode, k, split, labels, without } = searchOptions.value;
+  return [
+    level === "slide" ? "slides" : level === "patch" ? "single patches" : "",
+    level === "slide" && mode !== "vector" ? (mode === "text" ? "by words" : "by meaning and words") : "",
+    k === USUAL_SEARCH.k ? "" : `${k} results`,
+    split.trim() ? `split ${split.trim()}` : "",
+    ...labels.filter(isLabel),
+    session.value?.can.patients && patient.value.trim() ? `patient ${patient.value.trim()}` : "",
+    without === "slide" ? "not this slide" : without === "patient" ? "not this patient" : "",
+  ]
+    .filter(Boolean)
+    .join(", ");
+}
+
+function Fields() {
+  const { level, mode, k, split, without } = searchOptions.value;
+  return (
+    <>
       <div class="fields">
         <label for="search-level">Find</label>
         <select
           id="search-level"
-          value={level.value}
+          value={level}
           onChange={(event) => {
-            level.value = event.currentTarget.value as Level;
-            if (level.value !== "slide") mode.value = "vector";
+            const wanted = event.currentTarget.value as Level;
+            choose(wanted === "slide" ? { level: wanted } : { level: wanted, mode: "vector" });
           }}
         >
           <option value="region">regions</option>
@@ -157,9 +192,9 @@ function Options() {
         <label for="search-mode">Words are compared by</label>
         <select
           id="search-mode"
-          value={mode.value}
-          disabled={level.value !== "slide"}
-          onChange={(event) => (mode.value = event.currentTarget.value as Mode)}
+          value={mode}
+          disabled={level !== "slide"}
+          onChange={(event) => choose({ mode: event.currentTarget.value as Mode })}
         >
           <option value="vector">meaning</option>
           <option value="text">the words of captions</option>
@@ -170,21 +205,17 @@ function Options() {
           id="search-k"
           type="number"
           min={1}
-          max={MAX_K}
-          value={k.value}
+          max={MAX_RESULTS}
+          value={k}
           onChange={(event) => {
-            k.value = Math.min(MAX_K, Math.max(1, Math.round(event.currentTarget.valueAsNumber) || 12));
-            event.currentTarget.value = String(k.value);
+            const wanted = Math.round(event.currentTarget.valueAsNumber) || USUAL_SEARCH.k;
+            choose({ k: Math.min(MAX_RESULTS, Math.max(1, wanted)) });
+            event.currentTarget.value = String(searchOptions.value.k);
           }}
         />
         <label for="search-split">Only of split</label>
-        <input
-          type="text"
-          id="search-split"
-          value={split.value}
-          onInput={(event) => (split.value = event.currentTarget.value)}
-        />
-        {can?.patients && (
+        <input type="text" id="search-split" value={split} onInput={(event) => choose({ split: event.currentTarget.value })} />
+        {session.value?.can.patients && (
           <>
             <label for="search-patient">Only of patient</label>
             <input
@@ -195,66 +226,54 @@ function Options() {
             />
           </>
         )}
+        <label for="search-without">Leave out of “like this”</label>
+        <select
+          id="search-without"
+          value={without}
+          onChange={(event) => choose({ without: event.currentTarget.value as SearchOptions["without"] })}
+        >
+          <option value="">nothing</option>
+          <option value="slide">this slide</option>
+          <option value="patient">all slides of its patient</option>
+        </select>
       </div>
       <Labels />
-      <p class="hint">With “like this region” and “like this slide”:</p>
-      <label class="check">
-        <input
-          type="checkbox"
-          checked={otherSlides.value}
-          onChange={(event) => (otherSlides.value = event.currentTarget.checked)}
-        />
-        leave out this slide
-      </label>
-      <label class="check">
-        <input
-          type="checkbox"
-          checked={otherPatients.value}
-          onChange={(event) => (otherPatients.value = event.currentTarget.checked)}
-        />
-        leave out all slides of its patient
-      </label>
-    </details>
+    </>
   );
 }
 
 function Labels() {
-  const set = (i: number, more: Partial<Label>) =>
-    (labels.value = labels.value.map((one, j) => (i === j ? { ...one, ...more } : one)));
+  const { labels } = searchOptions.value;
+  const rows = labels.map((label) => label.split(/=(.*)/s) as [string, string | undefined]);
+  const set = (i: number, name: string, value: string) =>
+    choose({ labels: labels.map((label, j) => (i === j ? `${name}=${value}` : label)) });
   return (
     <fieldset class="labels">
       <legend>Only slides with these labels</legend>
-      {labels.value.map((one, i) => (
+      {rows.map(([name, value = ""], i) => (
         <div class="line" key={i}>
           <input
             type="text"
             aria-label={`Name of label ${i + 1}`}
             placeholder="name"
-            value={one.name}
-            onInput={(event) => set(i, { name: event.currentTarget.value })}
+            value={name}
+            onInput={(event) => set(i, event.currentTarget.value.replace(/=/g, ""), value)}
           />
           <span aria-hidden="true">=</span>
           <input
             type="text"
             aria-label={`Value of label ${i + 1}`}
             placeholder="value"
-            value={one.value}
-            onInput={(event) => set(i, { value: event.currentTarget.value })}
+            value={value}
+            onInput={(event) => set(i, name, event.currentTarget.value)}
           />
-          <button
-            type="button"
-            aria-label={`Remove label ${i + 1}`}
-            onClick={() => (labels.value = labels.value.filter((_, j) => j !== i))}
-          >
+          <button type="button" aria-label={`Remove label ${i + 1}`} onClick={() => choose({ labels: labels.filter((_, j) => j !== i) })}>
             ×
           </button>
         </div>
       ))}
-      {labels.value.length < 8 && (
-        <button
-          type="button"
-          onClick={() => (labels.value = [...labels.value, { name: "", value: "" }])}
-        >
+      {labels.length < MAX_LABELS && (
+        <button type="button" class="small" onClick={() => choose({ labels: [...labels, "="] })}>
           Add a label
         </button>
       )}
@@ -263,9 +282,8 @@ function Labels() {
 }
 
 function summary(): string {
-  const { of, about, level: of_level } = found.value!;
+  const { of, about, level: what } = found.value!;
   const count = about.results.length;
-  const what = of_level === "region" ? "region" : of_level === "slide" ? "slide" : "patch";
   const plural = what === "patch" ? "patches" : `${what}s`;
   const told = count === 0 ? `No ${plural} found` : `${count} ${count === 1 ? what : plural}`;
   const partly = about.exhaustive === false ? " Only the patches of the best regions were compared." : "";
@@ -354,8 +372,10 @@ function openResult(one: Found, view: SlideView | null): void {
     if (box) view.fly(box.x0, box.y0, box.w0, box.h0);
     return;
   }
-  const shared = { q: query.value, layers: layers.value, panel: "search" as const };
-  go(slideRoute(one.slide_id, { place: placeOf(one, view), ...shared }));
+  last.arrival = arrivals.value + 1; // what is found stays, whatever has been typed since
+  const sought = { q: query.value, like: like.value, search: searchOptions.value };
+  const shown = { layers: layers.value, looks: looksNow(), picture: picture.value, panel: "search" as const };
+  go(slideRoute(one.slide_id, { place: placeOf(one, view), ...sought, ...shown }));
 }
 
 function outlineOpened(view: SlideView): void {
@@ -366,10 +386,22 @@ function outlineOpened(view: SlideView): void {
 
 // -- asking ----------------------------------------------------------------------------------------
 
+/** What the page would search for now, as one text. */
+function wish(): string {
+  const sought = like.value || query.value.trim();
+  return sought && JSON.stringify([sought, searchOptions.value]);
+}
+
+/** Search for what an address asks for. */
+async function searchWish(view: SlideView | null): Promise<void> {
+  if (like.value.includes("/")) return search({ region_id: like.value }, "like the region of the link");
+  if (like.value) return search({ slide_id: like.value }, `like ${like.value}`);
+  return searchText(view);
+}
+
 async function searchText(view: SlideView | null): Promise<void> {
   const text = query.value.trim();
   if (!text) return;
-  lastText = text;
   view?.removeOutline("query");
   await search({ text }, `for “${text}”`);
 }
@@ -411,10 +443,7 @@ async function likeView(view: SlideView): Promise<void> {
       throw new Problem("There is nothing of the slide in view.", "no_view", 0);
     const side = Math.max(box.w0, box.h0);
     const px = Math.max(16, Math.min(PICTURE_PX, Math.round(side)));
-    const answer = await fetch(viewPath(slide_id, box, px), { credentials: "same-origin", signal });
-    if (!answer.ok)
-      throw new Problem("The picture in view could not be read from the slide.", "view", answer.status);
-    const data = await base64(await answer.blob());
+    const data = await base64(await api.picture(viewPath(slide_id, box, px), { signal }));
     view.outline("query", [box], { label: "Like this", dashed: true });
     await ask({ image: { data, mpp: (side * mpp!) / px } }, "like the picture in view", signal);
   });
@@ -430,12 +459,16 @@ function base64(blob: Blob): Promise<string> {
 }
 
 function conditions(): Condition[] {
+  const { split, labels } = searchOptions.value;
   const equal = (field: string, value: string): Condition[] =>
     value.trim() ? [{ field, op: "=", value: value.trim() }] : [];
   return [
-    ...equal("split", split.value),
+    ...equal("split", split),
     ...(session.value?.can.patients ? equal("patient_id", patient.value) : []),
-    ...labels.value.flatMap(({ name, value }) => (name.trim() ? equal(`label.${name.trim()}`, value) : [])),
+    ...labels.filter(isLabel).flatMap((label) => {
+      const [name = "", value = ""] = label.split(/=(.*)/s);
+      return equal(`label.${name.trim()}`, value);
+    }),
   ];
 }
 
@@ -446,22 +479,25 @@ async function search(sought: Sought, of: string): Promise<void> {
 async function ask(sought: Sought, of: string, signal: AbortSignal): Promise<void> {
   const stored = "slide_id" in sought || "region_id" in sought;
   // A slide is compared with slides, a region with what is chosen.
-  const wanted: Level = "slide_id" in sought ? "slide" : level.value;
+  const { level, mode, k, without } = searchOptions.value;
+  const wanted: Level = "slide_id" in sought ? "slide" : level;
   const body = {
     ...sought,
     level: wanted,
-    mode: "text" in sought && wanted === "slide" ? mode.value : "vector",
+    mode: "text" in sought && wanted === "slide" ? mode : "vector",
     // A region is most like itself, which nobody looks for; of a slide, the service leaves it out.
-    k: "region_id" in sought ? k.value + 1 : k.value,
+    k: Math.min(MAX_RESULTS, "region_id" in sought ? k + 1 : k),
     filters: conditions(),
-    exclude_same_slide: stored && (otherSlides.value || wanted === "slide"),
-    exclude_same_patient: stored && otherPatients.value,
+    exclude_same_slide: stored && (without !== "" || wanted === "slide"),
+    exclude_same_patient: stored && without === "patient",
   };
+  like.value = "slide_id" in sought ? sought.slide_id : "region_id" in sought ? sought.region_id : "";
+  last.wish = wish();
   const about = await api.post<SearchResponse>("/v1/search", body, { signal });
   const others = about.results.filter(
     (one) => !("region_id" in sought && one.region_id === sought.region_id),
   );
-  const results = others.slice(0, k.value).map((one, i) => ({ ...one, rank: i + 1 }));
+  const results = others.slice(0, k).map((one, i) => ({ ...one, rank: i + 1 }));
   found.value = { of, about: { ...about, results }, level: wanted };
   opened.value = null;
 }
@@ -473,6 +509,9 @@ async function guarded(work: (signal: AbortSignal) => Promise<void>): Promise<vo
   running = mine;
   busy.value = true;
   failed.value = null;
+  if (choosing.value && document.getElementById("search-options")?.contains(document.activeElement))
+    document.getElementById("search-choose")?.focus();
+  choosing.value = false;
   try {
     await work(mine.signal);
   } catch (error) {
