@@ -3,7 +3,7 @@
 The folder is a cache of the Hugging Face hub, as every library of that hub reads it: pathflip's
 encoders, text towers and language models, ``transformers`` and vLLM find what is in it by the
 names they have on the hub where ``HF_HUB_CACHE`` names the folder, and with ``HF_HUB_OFFLINE=1``
-nothing else. It can be copied as it is. ``pathflip.json`` beside the models says which terms were
+nothing else. It can be copied as it is. ``models.json`` beside the models says which terms were
 accepted, and the digests of the files (the hub's SHA-256, or git's SHA-1 of a small file), so that
 a copy is verified without the hub. Files that others cached bear their digest as their name.
 """
@@ -28,7 +28,7 @@ from pathflip.progress import Progress, Report
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors")
 """Files of a model that are fetched: no pickle, no code, nothing in folders."""
-RECORD = "pathflip.json"
+RECORD = "models.json"
 OPEN = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0")
 """Licences that ask for no promise before use."""
 UNKNOWN = "unknown: see the model's page"
