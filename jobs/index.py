@@ -23,12 +23,12 @@ import pyarrow as pa
 from jobs import cluster
 from jobs.cluster import Place
 from jobs.index_segments import nodes, segmented
-from jobs.ingest.rows import fixed
 from jobs.stages import ended, map_actors, wrong_model
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import indexes_due, refresh_indexes
 from pathflip.archive.model_vectors import ensure_model, indexed_slides
+from pathflip.archive.slide_rows import fixed
 from pathflip.compat import check_fits
 from pathflip.config import check_positive
 from pathflip.errors import ArchiveError, CheckpointError

@@ -17,10 +17,15 @@ from jobs.ingest.config import IngestConfig
 from jobs.ingest.deaths import DeathCount
 from jobs.ingest.decision import Attempts, quarantine
 from jobs.ingest.reading import Request, SlideFile, check_revision, encode, read_ahead
-from jobs.ingest.rows import Chunk, SlideRecord, fixed, from_table, matrix, to_table, unit
+from jobs.ingest.rows import Chunk, SlideRecord, from_table, matrix, to_table
 from jobs.worker import from_ipc, to_ipc
 from pathflip.archive.fragments import write_fragment
-from pathflip.archive.schema import region_id
+from pathflip.archive.slide_rows import (
+    feature_rows,
+    patch_sums,
+    region_embeddings,
+    region_rows,
+)
 from pathflip.encoders import Encoder, load_encoder
 from pathflip.errors import ArchiveError, EncoderError, PathFLIPError, SlideError
 from pathflip.geometry import patch_rects
@@ -41,7 +46,6 @@ class _ChunkFeatures:
         kept: uint8 [n, slots]: patches that were read and have finite features.
         quality: float32 [n, slots, 2]: blur and pen scores.
         features: For each encoder, float16 [n, slots, dim]; zero where not kept.
-        sums: For each encoder, float64 [n, dim]: the sum over a region's patches.
         not_finite: Patches an encoder returned no finite vector for.
     """
 
@@ -51,7 +55,6 @@ class _ChunkFeatures:
         self.kept = np.zeros((n, slots), np.uint8)
         self.quality = np.zeros((n, slots, 2), np.float32)
         self.features = [np.zeros((n, slots, dim), np.float16) for dim in dims]
-        self.sums = [np.zeros((n, dim), np.float64) for dim in dims]
         self.not_finite = 0
 
     @property
@@ -70,9 +73,8 @@ class _ChunkFeatures:
         self.not_finite += int((~finite).sum())
         kept = slots[finite]
         self.kept[region, kept] = 1
-        for features, sums, one in zip(self.features, self.sums, values, strict=True):
+        for features, one in zip(self.features, values, strict=True):
             features[region, kept] = one[finite]
-            sums[region] = one[finite].sum(axis=0, dtype=np.float64)
 
 
 class Embedder:
@@ -208,45 +210,31 @@ class Embedder:
         counts = kept.sum(axis=1, dtype=np.int32)
         alive = np.flatnonzero(counts)
         quality = embedded.quality * kept[..., None]
-        rx, ry = plan["rx"].to_numpy(), plan["ry"].to_numpy()
-        ids = [region_id(record.slide_id, rx=int(rx[i]), ry=int(ry[i])) for i in alive]
         take = plan.take(pa.array(alive))
-        n = len(alive)
-        common = {
-            "slide_id": pa.array([record.slide_id] * n, pa.string()),
-            "x0": take["x0"],
-            "y0": take["y0"],
-            "size0": pa.array(np.full(n, record.size0, np.int32)),
-            "mpp": pa.array(np.full(n, record.mpp, np.float64)),
-            "tissue_fraction": take["tissue_fraction"],
-            "n_patches": pa.array(counts[alive]),
-        }
         tissue = matrix(plan["patch_tissue"], masks.shape[1])[alive] * kept[alive]
-        regions = pa.table(
-            {
-                "region_id": ids,
-                "rx": take["rx"],
-                "ry": take["ry"],
-                "n_bad": pa.array((masks.sum(axis=1) - counts)[alive].astype(np.int32)),
-                "patch_mask": fixed(kept[alive]),
-                "patch_tissue": fixed(tissue.astype(np.float32)),
-                "patch_blur": fixed(quality[alive, :, 0]),
-                "patch_pen": fixed(quality[alive, :, 1]),
-            }
-            | common
+        assert record.mpp is not None
+        regions = region_rows(
+            record.slide_id,
+            rx=take["rx"].to_numpy(),
+            ry=take["ry"].to_numpy(),
+            x0=take["x0"].to_numpy(),
+            y0=take["y0"].to_numpy(),
+            size0=record.size0,
+            mpp=record.mpp,
+            tissue_fraction=take["tissue_fraction"].to_numpy(),
+            n_bad=(masks.sum(axis=1) - counts)[alive].astype(np.int32),
+            patch_mask=kept[alive],
+            patch_tissue=tissue.astype(np.float32),
+            patch_blur=quality[alive, :, 0],
+            patch_pen=quality[alive, :, 1],
         )
         embeddings, sums, fragments = [], [], []
-        for table, features, means in zip(
-            self._tables, embedded.features, embedded.sums, strict=True
-        ):
-            block = features[alive].reshape(n, features[0].size)
-            rows = pa.table(
-                {"region_id": ids, "slide_id": common["slide_id"], "features": fixed(block)}
-            )
-            fragments.append((write_fragment(self._archive, table, rows),) if n else ())
-            embeddings.append(
-                to_ipc(pa.table({"id": ids, "vector": fixed(unit(means[alive]))} | common))
-            )
+        for table, features in zip(self._tables, embedded.features, strict=True):
+            block = features[alive]
+            rows = feature_rows(regions, block)
+            fragments.append((write_fragment(self._archive, table, rows),) if len(alive) else ())
+            means = patch_sums(block)
+            embeddings.append(to_ipc(region_embeddings(regions, means)))
             sums.append(means.sum(axis=0).tobytes())
         return {
             "regions": to_ipc(regions),

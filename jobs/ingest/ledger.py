@@ -21,11 +21,12 @@ from jobs.ingest.copies import may_be_copies
 from jobs.ingest.decision import conclude, is_spared, relocate, stale_slides
 from jobs.ingest.result import IngestProgress, IngestResult
 from jobs.ingest.resume import Archived
-from jobs.ingest.rows import Chunk, Held, SlideRecord, fixed, from_table, unit
+from jobs.ingest.rows import Chunk, Held, SlideRecord, from_table
 from jobs.ingest.side_files import SideFiles
 from jobs.worker import from_ipc
 from pathflip.archive.commit import Committer
 from pathflip.archive.schema import CHECKSUM, slides_schema
+from pathflip.archive.slide_rows import embedding_rows
 from pathflip.encoders import EncoderInfo
 from pathflip.errors import from_dict
 from pathflip.slides.sources import Source, is_there, stat_slide
@@ -346,28 +347,6 @@ def _given_first(group: Sequence[Candidate]) -> list[Candidate]:
 
 def _embeddings(slide: FinishedSlide, chunks: Sequence[Chunk], which: int) -> pa.Table:
     """Region rows and the slide's own, whose vector is the mean over all of its patches."""
-    record = slide.record
     rows = pa.concat_tables(from_ipc(chunk.embeddings[which]) for chunk in chunks)
     total = np.sum([np.frombuffer(chunk.sums[which]) for chunk in chunks], axis=0)
-    own = pa.table(
-        {
-            "id": [record.slide_id],
-            "vector": fixed(unit(total[None])),
-            "slide_id": [record.slide_id],
-            "x0": pa.array([0], pa.int64()),
-            "y0": pa.array([0], pa.int64()),
-            "size0": pa.array([max(record.width or 0, record.height or 0)], pa.int32()),
-            "mpp": [record.mpp],
-            "tissue_fraction": pa.array([_tissue_share(record)], pa.float32()),
-            "n_patches": pa.array([record.tiles_ok], pa.int32()),
-        }
-    )
-    both = pa.concat_tables([own, rows.select(own.column_names)])
-    n = len(both)
-    kinds = pa.array(["slide"] + ["region"] * (n - 1))
-    return both.append_column("kind", kinds)
-
-
-def _tissue_share(record: SlideRecord) -> float:
-    area = (record.width or 0) * (record.height or 0) * (record.mpp or 0.0) ** 2 / 1e6
-    return min(1.0, (record.tissue_mm2 or 0.0) / area) if area else 0.0
+    return embedding_rows(vars(slide.record), rows, total)

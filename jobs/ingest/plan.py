@@ -16,9 +16,10 @@ import pyarrow as pa
 from jobs.ingest.candidates import Candidate
 from jobs.ingest.config import IngestConfig
 from jobs.ingest.decision import Attempts, identify, quarantine
-from jobs.ingest.rows import Chunk, Held, SlideRecord, fixed, to_table
+from jobs.ingest.rows import Chunk, Held, SlideRecord, to_table
 from jobs.worker import to_ipc
 from pathflip.archive import Archive
+from pathflip.archive.slide_rows import fixed
 from pathflip.errors import SlideError
 from pathflip.slides.reader import SlideReader
 from pathflip.slides.sources import Source, changed, stat_source

@@ -186,20 +186,7 @@ def from_table(table: pa.Table) -> list[Chunk]:
     return [Chunk.from_row(row) for row in table.to_pylist()]
 
 
-def fixed(matrix: NDArray[Any]) -> pa.FixedSizeListArray:
-    """Return a matrix [n, d] as an Arrow column of n lists of d."""
-    flat = np.ascontiguousarray(matrix)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), matrix.shape[1])
-
-
 def matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
-    """Return the inverse of :func:`fixed`: an array [n, width]."""
+    """Return a column of n fixed-size lists as an array [n, width]."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return np.asarray(flat).reshape(-1, width)
-
-
-def unit(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Scale rows [n, d] to length 1; zero rows stay zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-    return np.asarray(scaled, np.float32)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,16 +20,9 @@ from jobs.ingest.config import IngestConfig
 from pathflip.archive.slide_names import SlideNames, outline_files
 from pathflip.errors import ConfigError
 from pathflip.interop.captions import CaptionRow, read_captions
-from pathflip.interop.labels import read_patients
+from pathflip.interop.labels import read_patients, read_resolutions
 from pathflip.interop.questions import Question, read_questions
-from pathflip.interop.tables import (
-    SLIDE_COLUMNS,
-    bad_line,
-    is_missing,
-    loosely,
-    needed_column,
-    read_rows,
-)
+from pathflip.interop.tables import loosely
 from pathflip.slides.sources import FOREIGN_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -233,7 +225,7 @@ def read_side_files(
     every = SlideNames.from_paths([*paths, *slide_of])
     mpp = tissue = patients = None
     if config.mpp_csv is not None:
-        mpp = SideFile(config.mpp_csv, read_resolutions(config.mpp_csv), names)
+        mpp = SideFile(config.mpp_csv, list_resolutions(config.mpp_csv), names)
         mpp.require_clear()
     if config.tissue_dir is not None:
         tissue = SideFile(
@@ -279,32 +271,12 @@ def _require_match(folder: str, tissue: SideFile[Outline]) -> None:
         )
 
 
-def read_resolutions(file: str) -> list[Entry[float]]:
-    """Read µm per pixel of slides from a table with the columns slide and mpp.
-
-    Raises:
-        ConfigError: The file is missing or wrong.
-    """
-    rows = read_rows(file)
-    slide = needed_column(file, rows[0][1], SLIDE_COLUMNS)
-    mpp = needed_column(file, rows[0][1], ("mpp",))
-    found = []
-    for line, row in rows:
-        if is_missing(row[slide]):
-            raise bad_line(file, line, "no slide")
-        try:
-            value = float(row[mpp].replace(",", "."))
-        except ValueError:
-            value = math.nan
-        if not 0 < value < math.inf:
-            raise bad_line(
-                file,
-                line,
-                f"{row[slide]} has the mpp {row[mpp]!r}",
-                hint="Write µm per pixel, for example 0.25.",
-            )
-        found.append(Entry(name=row[slide], value=value, where=f"{file}, line {line}"))
-    return found
+def list_resolutions(file: str) -> list[Entry[float]]:
+    """Read µm per pixel of slides; see :func:`pathflip.interop.labels.read_resolutions`."""
+    return [
+        Entry(name=row.slide, value=row.mpp, where=f"{file}, line {row.line}")
+        for row in read_resolutions(file)
+    ]
 
 
 def read_people(file: str) -> list[Entry[dict[str, Any]]]:

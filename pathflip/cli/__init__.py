@@ -19,6 +19,7 @@ from pathflip.cli import (
     archive,
     datasets,
     evaluation,
+    exchange,
     models,
     search,
     serve,
@@ -36,7 +37,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for part in (archive, datasets, models, annotate, trees, search, train, evaluation, answer, serve):
+for part in (
+    archive,
+    exchange,
+    datasets,
+    models,
+    annotate,
+    trees,
+    search,
+    train,
+    evaluation,
+    answer,
+    serve,
+):
     app.add_typer(part.app)
 
 _INTERRUPTED = 130  # what typer makes of KeyboardInterrupt, without a word

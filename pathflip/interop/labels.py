@@ -1,6 +1,7 @@
 """Labels, patients and splits of slides from tables of other tools.
 
 ==============  =================================================================================
+resolutions     CSV or TSV slide, mpp, for ``--mpp-csv``
 patients        CSV or TSV slide, patient_id[, split][, any label…], for ``ingest --patients``
 label tables    CSV or TSV with a column for the slide (slide_id, slide) or the case (case_id,
                 patient_id) and labels: CPTAC splits (slide_id, conch_feature, label), Patho-Bench
@@ -16,6 +17,7 @@ never renames one, which would make two patients of the slides of one.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +114,49 @@ def read_labels(
                 line=line,
             )
         )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """Line of a table of resolutions.
+
+    Attributes:
+        slide: Name of the slide.
+        mpp: µm per level-0 pixel.
+        line: Line of the file.
+    """
+
+    slide: str
+    mpp: float
+    line: int
+
+
+def read_resolutions(file: str | Path) -> list[Resolution]:
+    """Read µm per pixel of slides from a table with the columns slide and mpp.
+
+    Raises:
+        ConfigError: The file is missing or wrong.
+    """
+    rows = read_rows(file)
+    slide = needed_column(file, rows[0][1], SLIDE_COLUMNS)
+    mpp = needed_column(file, rows[0][1], ("mpp",))
+    found = []
+    for line, row in rows:
+        if is_missing(row[slide]):
+            raise bad_line(file, line, "no slide")
+        try:
+            value = float(row[mpp].replace(",", "."))
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise bad_line(
+                file,
+                line,
+                f"{row[slide]} has the mpp {row[mpp]!r}",
+                hint="Write µm per pixel, for example 0.25.",
+            )
+        found.append(Resolution(slide=row[slide], mpp=value, line=line))
     return found
 
 

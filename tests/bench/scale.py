@@ -91,9 +91,10 @@ def slide_id(n: int) -> str:
 
 def make_chunk(uri: str, table: str, n: int, source: Any, pictures: tuple[bytes, bytes]) -> Any:
     """Return what a worker would send of a slide; its features are written."""
-    from jobs.ingest.rows import Chunk, SlideRecord, fixed
+    from jobs.ingest.rows import Chunk, SlideRecord
     from jobs.worker import to_ipc
     from pathflip.archive.fragments import write_fragment
+    from pathflip.archive.slide_rows import fixed
 
     rng, name = np.random.default_rng(n), slide_id(n)
     ids = [f"{name}/{i}_{n % 7}" for i in range(REGIONS)]

@@ -1,0 +1,229 @@
+"""Writes the patch features of an archive's slides as files of other tools."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathflip.archive.archive import Archive, vectors
+from pathflip.archive.slide_names import shortened
+from pathflip.errors import ConfigError
+from pathflip.files import write_file
+from pathflip.geometry import Tiling
+from pathflip.interop.features import hdf5, slidechat
+from pathflip.interop.features.encoders import foreign_name
+from pathflip.interop.features.place import patch_corners
+from pathflip.interop.features.planning import NO_PLACES
+from pathflip.interop.features.record import FeatureFile
+from pathflip.progress import Progress, Report
+
+_COLUMNS = (
+    "slide_id", "uri", "sha256", "mpp", "mpp_source", "width", "height", "tissue_mm2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Folder, names and grid of an export, for the writer of a format.
+
+    Attributes:
+        out: Folder to write into.
+        px: Side of a patch as it was read.
+        tiling: The archive's grid.
+        encoder: Encoder's name, as the tool knows it.
+    """
+
+    out: Path
+    px: int
+    tiling: Tiling
+    encoder: str
+
+
+Writer = Callable[[Layout, FeatureFile], None]
+
+
+def export_features(
+    archive: Archive,
+    to: str,
+    out: str | Path,
+    *,
+    slides: Sequence[str] | None = None,
+    encoder: str | None = None,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Write slides' patch features as files of another tool, one slide at a time.
+
+    Files are named after the slides' files, and after their ids where two have one name. A file
+    that is there already is replaced, whole.
+
+    Args:
+        archive: The archive.
+        to: A format of :data:`WRITERS`.
+        out: Folder to write into; made if it does not exist.
+        slides: Slides; by default all ready ones with this encoder.
+        encoder: The encoder; may be left out where the archive holds one.
+        progress: Progress callback.
+
+    Returns:
+        {"out", "format", "encoder", "slides", "patches", "notes": what the format cannot say}.
+
+    Raises:
+        ConfigError: There is no such format.
+        ArchiveError: There is no such slide or encoder.
+    """
+    if to not in WRITERS:
+        raise ConfigError(f"There is no format {to!r}.", hint=f"Known: {', '.join(WRITERS)}.")
+    name, entry = archive.encoder(encoder)
+    ready = archive.ready_ids(name)
+    chosen = [archive.resolve(one) for one in slides or ()] or sorted(ready)
+    rows = archive.slides(columns=list(_COLUMNS), slide_ids=chosen).to_pylist()
+    tiling = Tiling(**archive.tiling())
+    names = _file_names(rows)
+    layout = Layout(
+        out=Path(out).expanduser().absolute(),
+        px=tiling.patch_px,
+        tiling=tiling,
+        encoder=foreign_name(name),
+    )
+    layout.out.mkdir(parents=True, exist_ok=True)
+    started, patches = time.monotonic(), 0
+    for number, row in enumerate(rows):
+        record = slide_record(
+            archive, row, encoder=name, entry=entry, tiling=tiling, name=names[row["slide_id"]]
+        )
+        WRITERS[to](layout, record)
+        patches += record.n
+        if progress is not None:
+            progress(
+                Progress(
+                    what="exporting",
+                    done=number + 1,
+                    total=len(rows),
+                    seconds=time.monotonic() - started,
+                )
+            )
+    notes = []
+    if to == "slidechat" and entry["dim"] != slidechat.WIDTH:
+        notes.append(f"SlideChat reads the first {slidechat.WIDTH} of {entry['dim']} numbers.")
+    if placeless := [row["slide_id"] for row in rows if row["mpp_source"] == NO_PLACES]:
+        notes.append(f"Patches of {len(placeless)} slides have no true places.")
+    return {
+        "out": str(layout.out),
+        "format": to,
+        "encoder": name,
+        "slides": len(rows),
+        "patches": patches,
+        "notes": notes,
+    }
+
+
+def slide_record(
+    archive: Archive,
+    row: dict[str, Any],
+    *,
+    encoder: str,
+    entry: dict[str, Any],
+    tiling: Tiling,
+    name: str,
+) -> FeatureFile:
+    """Return a slide's patch features row by row of the slide, as other tools have them.
+
+    Args:
+        archive: The archive.
+        row: The slide's row of ``slides``.
+        encoder: The encoder.
+        entry: Its entry in the archive's settings.
+        tiling: The archive's grid.
+        name: The slide's name in files.
+    """
+    features, mask, _ = archive.features_array(row["slide_id"], encoder)
+    regions = archive.regions(row["slide_id"])
+    rx, ry = regions["rx"].to_numpy(), regions["ry"].to_numpy()
+    places, region, slot = patch_corners(tiling, rx=rx, ry=ry, mask=mask, mpp=row["mpp"])
+    scores = np.stack(
+        [
+            vectors(regions[f"patch_{what}"]).reshape(mask.shape)[region, slot]
+            for what in ("tissue", "blur", "pen")
+        ],
+        axis=1,
+    ).astype(np.float32)
+    table = np.stack(
+        [
+            regions[what].to_numpy().astype(np.float64)
+            for what in ("rx", "ry", "tissue_fraction", "n_bad")
+        ],
+        axis=1,
+    )
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        return np.asarray(features[region[start:stop], slot[start:stop]])
+
+    stated = {
+        "name": Path(row["uri"]).name if row["sha256"] else None,
+        "sha256": row["sha256"],
+        "mpp_source": row["mpp_source"],
+        "tissue_mm2": row["tissue_mm2"],
+        "encoder_mpp": entry["mpp"],
+        "region_um": tiling.region_um,
+    }
+    extent = (row["width"], row["height"]) if row["width"] and row["height"] else None
+    return FeatureFile(
+        path=Path(name),
+        format="pathflip",
+        slide=name,
+        n=len(places),
+        dim=int(entry["dim"]),
+        read=read,
+        coordinates=lambda: places.astype(np.float64),
+        size=tiling.patch_um / row["mpp"],
+        size_um=tiling.patch_um,
+        pixel_um=tiling.mpp,
+        mpp=row["mpp"],
+        encoder=foreign_name(encoder),
+        revision=entry["revision"],
+        licence=entry["licence"],
+        extent=extent,
+        notes={key: value for key, value in stated.items() if value is not None},
+        quality=lambda: scores.astype(np.float64),
+        regions=lambda: table,
+    )
+
+
+def _file_names(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return {slide_id: name of its files}, no two of them the same whatever their case."""
+    stems = {}
+    for row in rows:
+        forms = shortened(Path(row["uri"]).name)  # the whole, then without its endings
+        stems[row["slide_id"]] = forms[min(1, len(forms) - 1)]
+    counts = Counter(stem.casefold() for stem in stems.values())
+    return {slide: stem if counts[stem.casefold()] == 1 else slide for slide, stem in stems.items()}
+
+
+def _trident(layout: Layout, record: FeatureFile) -> None:
+    tiling = layout.tiling
+    folder = layout.out / f"{10 / tiling.mpp:g}x_{layout.px}px_0px_overlap"
+    hdf5.write_trident(folder, record, px=layout.px)
+    about = {"patch_encoder": layout.encoder, "patch_size": layout.px, "mag": 10 / tiling.mpp}
+    config = folder / f"_config_feats_{layout.encoder}.json"
+    if not config.exists():
+        write_file(config, json.dumps(about, indent=4) + "\n")
+
+
+def _clam(layout: Layout, record: FeatureFile) -> None:
+    hdf5.write_clam(layout.out, record)
+
+
+def _slidechat(layout: Layout, record: FeatureFile) -> None:
+    slidechat.write_slidechat(layout.out, record)
+
+
+WRITERS: dict[str, Writer] = {"trident": _trident, "clam": _clam, "slidechat": _slidechat}
+"""Formats of patch features that an archive can be exported to."""
