@@ -31,6 +31,7 @@ from pathflip.archive import Archive
 from pathflip.checkpoints import write_whole
 from pathflip.cli import app, main
 from pathflip.config import load_config
+from pathflip.interop.features.exporting import export_features
 from pathflip.models.instruct import PathFLIPInstruct
 from pathflip.models.prompt_encoder import InstructConfig
 from pathflip.synth import make_slide
@@ -141,6 +142,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, text in tables.items():
         (home / name).write_text(text)
+    export_features(Archive(made.archive), "trident", home / "trident_job")
     given = {name: str(home / f"{name}.csv") for name in ("patients", "questions")}
     arguments = ["archive", "import", "--archive", str(made.archive)]
     with pytest.raises(SystemExit, match="0"):
