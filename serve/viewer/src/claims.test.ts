@@ -15,5 +15,8 @@ test("an answer is cut into its sentences and stays itself", () => {
 test("what has no word is no claim", () => {
   assert.deepEqual(toClaims(""), []);
   assert.deepEqual(toClaims("3.\n—\n").map((one) => one.text), ["", ""]);
+  for (const said of ["cannot be told from this slide", "Cannot be told from this slide.", "Yes.", "none"])
+    assert.deepEqual(toClaims(said), [{ shown: said, text: "" }]);
+  assert.equal(toClaims("necrosis")[0]!.text, "necrosis");
   assert.equal(toClaims(`A${"a".repeat(3000)}.`)[0]!.text.length, 2000);
 });

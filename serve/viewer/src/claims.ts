@@ -7,6 +7,10 @@ export interface Claim {
   text: string;
 }
 
+/** What a model says that has learned to abstain (pathflip/text.py). */
+export const CANNOT_TELL = "cannot be told from this slide";
+/** Answers that say nothing which a slide could show. */
+const NO_CLAIMS = new Set([CANNOT_TELL, "yes", "no", "none"]);
 /** Characters of a sentence that the service takes. */
 const MAX_TEXT = 2000;
 
@@ -33,5 +37,6 @@ function sentencesOf(line: string): string[] {
 /** A sentence without the marks of a list or of emphasis; empty without a word. */
 function claimOf(shown: string): string {
   const bare = shown.replace(/^\s*(?:[-*•]|\d+[.)])\s+/u, "").replace(/\*\*|__|`/g, "").trim();
-  return /\p{L}{2}/u.test(bare) ? bare.slice(0, MAX_TEXT) : "";
+  if (!/\p{L}{2}/u.test(bare) || NO_CLAIMS.has(bare.replace(/\.$/, "").toLowerCase())) return "";
+  return bare.slice(0, MAX_TEXT);
 }

@@ -87,6 +87,8 @@ def test_an_answer_is_written_as_it_comes_and_its_claims_are_shown(
     layers = page.get_by_role("list", name="Layers").get_by_role("listitem")
     layers.first.get_by_text("Fit").wait_for()
     page.get_by_role("tab", name="Ask").click()
+    page.get_by_role("button", name="Describe it").click()
+    talk.get_by_role("button", name=SENTENCE).nth(1).wait_for()
     page.get_by_role("checkbox", name="choose among options").check()
     page.get_by_role("textbox", name="Options").fill("colon\nbreast\nlung")
     page.get_by_role("textbox", name="Question").fill("Which organ is shown?")

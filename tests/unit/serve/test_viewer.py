@@ -51,6 +51,15 @@ def test_sources_do_nothing_that_the_pages_policy_refuses(path: Path) -> None:
         assert found is None, f"{path.name} {what}: {found and found[0]}"
 
 
+def test_the_page_says_and_knows_the_words_of_the_models() -> None:
+    from pathflip.models.chat_template import CAPTION_INSTRUCTION
+    from pathflip.text import CANNOT_TELL
+
+    source = "".join(path.read_text() for path in SOURCES)
+    assert f'DESCRIBE = "{CAPTION_INSTRUCTION}"' in source
+    assert f'CANNOT_TELL = "{CANNOT_TELL}"' in source
+
+
 def test_the_page_has_no_inline_script_or_style() -> None:
     page = (VIEWER / "index.html").read_text()
     assert re.findall(r"<script(?![^>]*\bsrc=)", page) == []

@@ -35,6 +35,8 @@ interface Turn {
 /** Turns of a conversation that are sent with the next question: the service takes 64 messages. */
 const REMEMBERED = 31;
 const MAX_CHARACTERS = 20_000;
+/** What models are tuned to answer with a caption (pathflip/models/chat_template.py). */
+const DESCRIBE = "Describe the input pathology whole slide image.";
 const MAX_OPTIONS = 8;
 
 /** Letters by which the service names the options of a question. */
@@ -204,7 +206,8 @@ function Form({ view, busy }: { view: SlideView | null; busy: boolean }) {
   const ready = slide.value !== null && question.value.trim() !== "" && !unfit;
   const send = () => {
     if (!ready || busy) return;
-    void ask(view);
+    void ask(view, question.value.trim(), choosing.value ? optionsOf(choices.value) : null);
+    question.value = "";
   };
   return (
     <form
@@ -229,7 +232,7 @@ function Form({ view, busy }: { view: SlideView | null; busy: boolean }) {
         id="ask-text"
         rows={2}
         maxLength={MAX_CHARACTERS}
-        placeholder="Which organ is shown?"
+        placeholder="Which tissue is shown?"
         value={question.value}
         onInput={(event) => (question.value = event.currentTarget.value)}
         onKeyDown={(event) => {
@@ -276,9 +279,14 @@ function Form({ view, busy }: { view: SlideView | null; busy: boolean }) {
             Stop
           </button>
         ) : (
-          <button type="submit" class="primary" disabled={!ready}>
-            Ask
-          </button>
+          <>
+            <button type="submit" class="primary" disabled={!ready}>
+              Ask
+            </button>
+            <button type="button" disabled={slide.value === null} onClick={() => void ask(view, DESCRIBE, null)}>
+              Describe it
+            </button>
+          </>
         )}
       </div>
     </form>
@@ -312,13 +320,12 @@ function showSquare(view: SlideView | null, square: Square | null): void {
   view?.outline("ask", boxes, { label: "Asked about", dashed: true });
 }
 
-async function ask(view: SlideView | null): Promise<void> {
+async function ask(view: SlideView | null, words: string, options: string[] | null): Promise<void> {
   const of = slide.value!.slide_id;
-  const options = choosing.value ? optionsOf(choices.value) : null;
   const square = inView.value && view ? squareOf(view) : null;
   const before = talks.value[of] ?? [];
   const turn: Turn = {
-    question: question.value.trim(), square, answer: "", options: null, state: "running", told: null,
+    question: words, square, answer: "", options: null, state: "running", told: null,
   }; // prettier-ignore
   let now = turn;
   const tell = (more: Partial<Turn>) => {
@@ -329,8 +336,8 @@ async function ask(view: SlideView | null): Promise<void> {
   showSquare(view, square);
   const stop = new AbortController();
   running.value = { of, stop };
-  question.value = "";
-  const history = options ? [] : before.filter((one) => one.answer && !one.options).slice(-REMEMBERED);
+  const alone = options !== null || words === DESCRIBE; // as models are tuned
+  const history = alone ? [] : before.filter((one) => one.answer && !one.options).slice(-REMEMBERED);
   const body = {
     model: session.value!.can.chat,
     slide_id: of,
