@@ -206,6 +206,14 @@ def _statuses() -> Mapping[str, Any]:
     return serve.status().applications[NAME].deployments
 
 
+def _nodes() -> int:
+    """Return the number of nodes of the cluster that are up."""
+    import ray
+
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return sum(bool(node["Alive"]) for node in found)
+
+
 class DeploymentClient:
     """Asynchronous client of a deployment; maps Ray's errors to :class:`PathFLIPError`.
 
@@ -343,6 +351,7 @@ class Ingress:
         from serve.audit import AuditLog
         from serve.ingress import make_app
         from serve.routing import Parts
+        from serve.sign_in import ended_folder, warn_of_nodes
         from serve.tiles import Tiles
 
         logs.set_up()
@@ -356,6 +365,8 @@ class Ingress:
         tokens = None if token_file is None else read_tokens(token_file)
         proxy.admit(None if tokens is None else {one.name: own for own, one in tokens.digests})
         self._audit, self._drain_s = AuditLog(audit), drain_s
+        if tokens is not None:
+            warn_of_nodes(ended_folder(self._audit.path), nodes=_nodes())
         self._app = make_app(
             Parts(
                 **clients,

@@ -107,7 +107,7 @@ def make_app(
         sessions = SignIn(
             tokens,
             key=key if proofs is None else proofs.sessions.encode(),
-            ended=None if audit is None else audit.path.with_name("ended-sessions"),
+            ended=None if audit is None else sign_in.ended_folder(audit.path),
         )
     app.state.sign_in = sessions
     return Guard(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import time
@@ -37,6 +38,8 @@ from serve.limits import Limits, RequestError
 from serve.routing import Parts, api_router, needs
 from serve.schemas import In, Out
 
+logger = logging.getLogger(__name__)
+
 COOKIE = "pathflip_session"
 """Name of the cookie."""
 SESSION_S = 12 * 3600
@@ -46,6 +49,11 @@ MAX_ENDED = 1_000
 more keeps only others of the same token from ending theirs."""
 _VALUE = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9]{1,12}):([0-9a-f]{32}):([0-9a-f]{64})")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+
+
+def ended_folder(audit: Path) -> Path:
+    """Folder of ended sessions: beside the files of an audit log."""
+    return audit.with_name("ended-sessions")
 
 
 class Empty(In):
@@ -177,6 +185,22 @@ class SignIn:
 def _note(name: str, number: str) -> str:
     """Return the name under which it is noted that a client's session ended."""
     return f"{name}:{number}"
+
+
+def warn_of_nodes(ended: Path, *, nodes: int) -> None:
+    """Say that replicas on several nodes must share the folder of ended sessions.
+
+    Args:
+        ended: Folder of ended sessions.
+        nodes: Nodes of the cluster.
+    """
+    if nodes > 1:
+        logger.warning(
+            "This cluster has %d nodes: a session that was signed out has ended at those ingress "
+            "replicas that share %s. Put it on storage of all nodes (-o audit=DIR); else others "
+            "take a copied cookie of that session until it expires, after %d hours.",
+            nodes, ended, SESSION_S // 3600,
+        )  # fmt: skip
 
 
 def check_site(method: str, headers: Mapping[str, str]) -> None:

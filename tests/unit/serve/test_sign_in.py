@@ -17,7 +17,7 @@ from serve.audit import AuditLog
 from serve.auth import Client, Tokens, read_tokens
 from serve.limits import RequestError
 from serve.proxy import ASKED_BY, Proofs
-from serve.sign_in import COOKIE, SESSION_S, SignIn
+from serve.sign_in import COOKIE, SESSION_S, SignIn, warn_of_nodes
 from tests.unit.serve.service_fixture import TOKENS, bearer
 
 SAME = {"Sec-Fetch-Site": "same-origin"}
@@ -315,3 +315,12 @@ def test_the_fixture_tokens_are_those_of_the_service(world):
     tokens = read_tokens(world.token_file)
     assert {client.name for _, client in tokens.digests} == set(TOKENS)
     assert tokens.client(bearer("reader")["Authorization"]) is not None
+
+
+def test_a_cluster_is_told_that_its_nodes_must_share_who_signed_out(tmp_path, caplog):
+    warn_of_nodes(tmp_path / "ended-sessions", nodes=1)
+    assert caplog.text == ""
+    warn_of_nodes(tmp_path / "ended-sessions", nodes=3)
+    (record,) = caplog.records
+    for word in ("3 nodes", str(tmp_path / "ended-sessions"), "audit=DIR", "12 hours"):
+        assert word in record.getMessage()
