@@ -121,6 +121,7 @@ def annotations_import(
 ) -> None:
     """Add annotations of QuPath, ASAP, ImageScope or HALO; a second time changes nothing."""
     from pathflip.archive.annotations import AnnotationStore, Ground
+    from pathflip.interop.annotation_dicom import SlideFile
     from pathflip.interop.annotation_files import read_annotations
 
     if not _AUTHOR.fullmatch(author):
@@ -132,6 +133,7 @@ def annotations_import(
         raise ConfigError("--slide is of one file.", hint="Give the files one by one.")
     opened, store = open_archive(archive), AnnotationStore(archive)
     read, left_out = [], Counter[str]()
+    uris = dict(zip(*opened.slides(columns=["slide_id", "uri"]).to_pydict().values(), strict=True))
     for file in files:  # all are read before anything is written
         slide_id = opened.resolve(slide or _stem(file))
         ground = Ground.all(opened)[slide_id]
@@ -139,6 +141,7 @@ def annotations_import(
         drawn, passed = read_annotations(
             file, slide_id=slide_id, author=author, width=ground.width, height=ground.height,
             bounds_x0=x0, bounds_y0=y0,
+            slide=SlideFile.of(uris[slide_id], ground.width, ground.height),
         )  # fmt: skip
         read.append((ground, drawn))
         left_out += passed

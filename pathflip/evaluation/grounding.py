@@ -48,6 +48,7 @@ from pathflip.heatmap import (
     slide_rects,
     smooth,
 )
+from pathflip.interop.annotation_dicom import SlideFile
 from pathflip.interop.annotation_files import read_objects
 from pathflip.progress import Report
 from pathflip.slides.outlines import Polygon, inside
@@ -353,10 +354,8 @@ def read_outlines(
     Raises:
         ConfigError: No slide has one, or the name of one is that of several slides.
     """
-    bounds = {
-        row["slide_id"]: (row["bounds_x0"] or 0, row["bounds_y0"] or 0)
-        for row in archive.slides("ready", ["slide_id", "bounds_x0", "bounds_y0"]).to_pylist()
-    }
+    columns = ["slide_id", "uri", "width", "height", "bounds_x0", "bounds_y0"]
+    rows = {row["slide_id"]: row for row in archive.slides("ready", columns).to_pylist()}
     found: dict[str, dict[str, list[Polygon]]] = {}
     wanted = {slide.slide_id for slide in slides}
     if truth is not None and Path(truth).is_file():
@@ -366,8 +365,13 @@ def read_outlines(
     else:
         paths, folders = _outline_paths(archive, wanted, truth)
     for slide_id, path in sorted(paths.items()):
-        x0, y0 = bounds[slide_id]
-        for item in read_objects(path, bounds_x0=x0, bounds_y0=y0):
+        row = rows[slide_id]
+        for item in read_objects(
+            path,
+            bounds_x0=row["bounds_x0"] or 0,
+            bounds_y0=row["bounds_y0"] or 0,
+            slide=SlideFile.of(row["uri"], row["width"], row["height"]),
+        ):
             if item.classification in findings and item.polygons:
                 mine = found.setdefault(slide_id, {})
                 mine.setdefault(item.classification, []).extend(item.polygons)

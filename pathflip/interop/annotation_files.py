@@ -8,6 +8,7 @@ everything after that is the same for all:
 | JSON, or a zip of such files | :func:`pathflip.interop.qupath.geojson_features` |
 | XML | :mod:`pathflip.interop.annotation_xml`: ASAP, Aperio ImageScope, HALO |
 | Parquet | :mod:`pathflip.interop.annotation_parquet`: GeoParquet |
+| DICOM | :mod:`pathflip.interop.annotation_dicom`: bulk microscopy annotations |
 
 :func:`read_annotations` is strict, since what it reads is stored and shown to others; truth and
 tissue (:func:`read_objects`, :func:`read_tissue`) take areas and pass over all else.
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
+from pathflip.interop.annotation_dicom import SlideFile, read_dicom
 from pathflip.interop.annotation_xml import NotAnnotations, read_xml
 from pathflip.interop.annotations import Annotation, read_collection
 from pathflip.interop.qupath import geojson_features, not_geojson
@@ -104,6 +106,7 @@ def read_annotations(
     height: int | None,
     bounds_x0: float = 0,
     bounds_y0: float = 0,
+    slide: SlideFile | None = None,
 ) -> tuple[list[Annotation], Counter[str]]:
     """Read the objects of a file as annotations of a slide; strict about what they hold.
 
@@ -115,6 +118,7 @@ def read_annotations(
         height: Level-0 height.
         bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
         bounds_y0: Top likewise.
+        slide: File of the slide, which annotations of DICOM refer to.
 
     Returns:
         The annotations, and how many objects were left out, by reason.
@@ -136,12 +140,16 @@ def read_annotations(
                 f"{path}: {error.message}", hint=error.hint, code=error.code
             ) from error
 
-    found, annotations = _read(Path(path), read)
+    found, annotations = _read(Path(path), slide, read)
     return annotations, found.left_out
 
 
 def read_objects(
-    path: str | Path, *, bounds_x0: float = 0, bounds_y0: float = 0
+    path: str | Path,
+    *,
+    bounds_x0: float = 0,
+    bounds_y0: float = 0,
+    slide: SlideFile | None = None,
 ) -> list[DrawnObject]:
     """Read the objects of a file, for their areas.
 
@@ -149,6 +157,7 @@ def read_objects(
         path: The file.
         bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
         bounds_y0: Top likewise.
+        slide: File of the slide, which annotations of DICOM refer to.
 
     Returns:
         Its objects in order, coordinates in level-0 px.
@@ -162,13 +171,13 @@ def read_objects(
         corner = (bounds_x0, bounds_y0) if found.from_bounds else (0.0, 0.0)
         return [_object(feature, np.array(corner, np.float64)) for feature in found.features]
 
-    return _read(Path(path), read)[1]
+    return _read(Path(path), slide, read)[1]
 
 
-def _read(path: Path, use: Callable[[Features], T]) -> tuple[Features, T]:
+def _read(path: Path, slide: SlideFile | None, use: Callable[[Features], T]) -> tuple[Features, T]:
     """Read a file's features and use them, naming the file in every error."""
     try:
-        found = _features_of(path)
+        found = _features_of(path, slide)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read: {error.strerror or error}.",
@@ -177,9 +186,9 @@ def _read(path: Path, use: Callable[[Features], T]) -> tuple[Features, T]:
         ) from error
     except NotAnnotations as error:
         raise ConfigError(
-            f"{path} is no file of annotations that pathflip reads: {error}.",
-            hint="It reads GeoJSON of QuPath, XML of ASAP, Aperio ImageScope and HALO, and "
-            "GeoParquet.",
+            f"{path} cannot be read as annotations: {error}.",
+            hint="It reads GeoJSON of QuPath, XML of ASAP, Aperio ImageScope and HALO, GeoParquet, "
+            "and annotations (ANN) of DICOM slides.",
             code="annotations",
         ) from error
     try:
@@ -194,7 +203,7 @@ def _features(read: tuple[str, list[dict[str, Any]], Counter[str]]) -> Features:
     return Features(format=name, features=features, left_out=left_out)
 
 
-def _features_of(path: Path) -> Features:
+def _features_of(path: Path, slide: SlideFile | None) -> Features:
     """Read a file by the reader that its content asks for."""
     with path.open("rb") as file:
         head = file.read(512)
@@ -208,6 +217,8 @@ def _features_of(path: Path) -> Features:
         from pathflip.interop.annotation_parquet import read_parquet
 
         return _features(read_parquet(path))
+    if head[128:132] == b"DICM":
+        return _features(read_dicom(path, slide=slide))
     return Features(format="GeoJSON", features=geojson_features(path), from_bounds=True)
 
 
@@ -221,6 +232,7 @@ def read_tissue(
     bounds_x0: int = 0,
     bounds_y0: int = 0,
     classes: Sequence[str] = (),
+    slide: SlideFile | None = None,
 ) -> TissueMask:
     """Read a user's annotations as a tissue mask.
 
@@ -236,13 +248,14 @@ def read_tissue(
         bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
         bounds_y0: Top likewise.
         classes: Classes that are tissue; all that are not ignored by default.
+        slide: File of the slide, which annotations of DICOM refer to.
 
     Raises:
         ConfigError: The file cannot be read, has no polygon of tissue, or none on the slide.
     """
     from pathflip.slides.tissue import TissueConfig, TissueMask
 
-    objects = read_objects(path, bounds_x0=bounds_x0, bounds_y0=bounds_y0)
+    objects = read_objects(path, bounds_x0=bounds_x0, bounds_y0=bounds_y0, slide=slide)
     objects = [one for one in objects if one.polygons]
     annotations = [one for one in objects if one.object_type == "annotation"]
     outlines = annotations or objects

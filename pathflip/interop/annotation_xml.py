@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from xml.parsers import expat
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pathflip.slides.outlines import overlaps
 
@@ -402,19 +403,33 @@ class _Holes:
 
 
 def _ellipse(corners: Points) -> Points:
-    """Return the ellipse within the bounds of some corners, as a polygon."""
-    (x0, y0), (x1, y1) = np.min(corners, axis=0), np.max(corners, axis=0)
-    across, down = (x1 - x0) / 2, (y1 - y0) / 2
-    longest = max(across, down)
+    """Return the ellipse within the bounds of some corners, as a polygon; none if it is flat."""
+    low, high = np.min(corners, axis=0), np.max(corners, axis=0)
+    across, down = (high - low) / 2
     if min(across, down) <= 0:
         return []
+    ring = ellipse_ring((low + high) / 2, np.array([across, 0.0]), np.array([0.0, down]))
+    return ring.tolist()  # type: ignore[no-any-return]
+
+
+def ellipse_ring(
+    middle: NDArray[np.float64], one: NDArray[np.float64], other: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return an ellipse as a polygon that is nowhere further than a quarter of a pixel from it.
+
+    Args:
+        middle: Its middle (x, y), level-0 px.
+        one: Half of an axis, as a vector.
+        other: Half of the other axis.
+
+    Returns:
+        (x, y) [k, 2], 16 to 1,024 points on it.
+    """
+    longest = max(float(np.hypot(*one)), float(np.hypot(*other)), 1e-9)
     turn = math.acos(max(-1.0, 1 - _SAGITTA_PX / longest))
     count = min(1024, max(16, math.ceil(math.pi / turn)))
-    angles = np.arange(count) * (2 * math.pi / count)
-    ring = np.stack(
-        [(x0 + x1) / 2 + across * np.cos(angles), (y0 + y1) / 2 + down * np.sin(angles)], axis=1
-    )
-    return ring.tolist()  # type: ignore[no-any-return]
+    angles = (np.arange(count) * (2 * math.pi / count))[:, None]
+    return np.asarray(middle + np.cos(angles) * one + np.sin(angles) * other, np.float64)
 
 
 # -- pieces ---------------------------------------------------------------------------------------

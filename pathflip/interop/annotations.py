@@ -31,7 +31,9 @@ MAX_FEATURES = 2_000
 """Annotations that are read at once."""
 MAX_NAME, MAX_CLASS = 500, 200
 """Characters of an annotation's name, and of its class."""
-FILE_ENDINGS = (".geojson", ".json", ".zip", ".xml", ".annotations", ".parquet", ".geoparquet")
+FILE_ENDINGS = (
+    ".geojson", ".json", ".zip", ".xml", ".annotations", ".parquet", ".geoparquet", ".dcm",
+)  # fmt: skip
 """Endings of the names of files that :mod:`pathflip.interop.annotation_files` reads."""
 OBJECT_TYPES = ("annotation", "detection", "tile", "cell", "tmaCore")
 NO_OFFSET = (0.0, 0.0)

@@ -89,6 +89,7 @@ class ReaderChild:
     def plan(self, request: dict[str, Any], _: list[bytes]) -> Answer:
         """Answer ``SlideReader.plan``."""
         from pathflip.geometry import plan_regions
+        from pathflip.interop.annotation_dicom import SlideFile
         from pathflip.interop.annotation_files import read_tissue
         from pathflip.slides.slide import EQUAL_SCALE
         from pathflip.slides.tissue import TissueConfig, find_tissue
@@ -115,6 +116,7 @@ class ReaderChild:
                 bounds_x0=slide.bounds_x0,
                 bounds_y0=slide.bounds_y0,
                 classes=request["classes"],
+                slide=SlideFile(path=slide.path, width=slide.width, height=slide.height),
             )
         else:
             mask = find_tissue(overview, mpp=config.mpp, slide_mpp=slide.mpp, config=config)
