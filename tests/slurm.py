@@ -1,6 +1,8 @@
 """Slurm on one machine, for tests: ``srun`` starts processes, ``scontrol`` notes what it is told.
 
-Options are those that Slurm 22 and later know; an unknown one is an error, as it is there.
+Options are those that Slurm 22 and later know; an unknown one is an error, as it is there. And as
+there, a signal to ``srun`` kills its tasks, ``scancel`` tells them to end, and a job that is queued
+again loses what still runs.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +21,13 @@ OPTIONS = {
     "--relative", "--nodes", "--ntasks", "--ntasks-per-node", "--wait", "--kill-on-bad-exit",
     "--cpus-per-task",
 }  # fmt: skip
+
+
+def _steps() -> Path:
+    """Folder with a file for each step of this run of the job: process ids of its tasks."""
+    folder = Path(os.environ["FAKE_SLURM"], f"steps.{os.environ.get('SLURM_RESTART_COUNT', 0)}")
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def srun(words: list[str]) -> int:
@@ -33,6 +43,7 @@ def srun(words: list[str]) -> int:
     if first + count > int(os.environ["SLURM_JOB_NUM_NODES"]):
         print("srun: Requested node configuration is not available", file=sys.stderr)
         return 1
+    step = _steps() / str(len(list(_steps().iterdir())))
     tasks = [
         subprocess.Popen(
             words,
@@ -43,20 +54,37 @@ def srun(words: list[str]) -> int:
                 "SLURMD_NODENAME": f"node{first + node}",
                 "SLURM_CPUS_PER_TASK": options.get("--cpus-per-task", "1"),
             },
+            start_new_session=True,
         )
         for node in range(count)
     ]
+    step.write_text(" ".join(str(task.pid) for task in tasks))
 
-    def forward(number: int, _: object) -> None:
+    def kill(_: int, __: object) -> None:
+        print("srun: forcing job termination", file=sys.stderr)
         for task in tasks:
-            task.send_signal(number)
+            os.killpg(task.pid, signal.SIGKILL)
 
-    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGTERM, kill)
     return max(task.wait() % 256 for task in tasks)
 
 
+def scancel(words: list[str]) -> int:
+    """Send a signal to the tasks of a step, which goes by the order in which steps began."""
+    option, number, where = words[0].partition("=")[0], words[0].partition("=")[2], words[1]
+    job, _, step = where.partition(".")
+    assert (option, job) == ("--signal", os.environ["SLURM_JOB_ID"])
+    for pid in (_steps() / step).read_text().split():
+        with suppress(ProcessLookupError):
+            os.killpg(int(pid), signal.Signals[f"SIG{number}"])
+    return 0
+
+
 def scontrol(words: list[str]) -> int:
-    """Note a command: the job is not ended, so that a test sees how it ends by itself."""
+    """Note a command; steps must have ended by then, and the job goes on to its own end."""
+    for step in _steps().iterdir():
+        alive = [pid for pid in step.read_text().split() if Path(f"/proc/{pid}").exists()]
+        assert not alive, "Slurm would kill what has not cleaned up"
     with Path(os.environ["FAKE_SLURM"], "scontrol").open("a", encoding="utf-8") as log:
         print(*words, file=log)
     return 0
@@ -74,7 +102,7 @@ class Allocation:
         self.folder = folder
         programs = folder / "bin"
         programs.mkdir()
-        for name in ("srun", "scontrol"):
+        for name in ("srun", "scontrol", "scancel"):
             program = programs / name
             program.write_text(
                 f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"

@@ -438,6 +438,10 @@ def test_service_finds_its_tokens_and_has_time_to_end_answers(case: str) -> None
         drain = float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert settings.drain_s < drain < spec["terminationGracePeriodSeconds"]
     assert resource["spec"]["excludeHeadPodFromServeSvc"]
+    # Without a port of this name KubeRay makes no service.
+    (container,) = head(cluster_of(resource))["containers"]
+    named = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert named["serve"] == config["http_options"]["port"]
     upgrade = resource["spec"]["upgradeStrategy"]
     incremental = case == "service-gpu"
     assert (upgrade["type"] == "NewClusterWithIncrementalUpgrade") == incremental

@@ -87,6 +87,10 @@ spec:
       ports:
         - {containerPort: 6379, name: gcs-server}
         - {containerPort: 8265, name: dashboard}
+        {{- if $tokens }}
+        # KubeRay makes the service of what has this name, of whichever pods are ready.
+        - {containerPort: 8000, name: serve}
+        {{- end }}
       {{- end }}
       resources:
         {{- range list "requests" "limits" }}
