@@ -39,6 +39,7 @@ MIN_TOKEN = 24
 """Characters of a token: they are compared by one fast hash, so they must not be guessable."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TOKEN = re.compile(r"[\x21-\x7e]{1,512}")
+_HOST = re.compile(r"(\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:@\[\]]+))(:[0-9]{0,5})?")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
@@ -152,10 +153,8 @@ def _entry(words: list[str], where: str) -> tuple[bytes, Client]:
 def is_loopback(host: str) -> bool:
     """Return whether a host name or address, with or without a port, is this machine's loopback."""
     bare = host.strip()
-    if bare.startswith("["):
-        bare = bare[1:].partition("]")[0]
-    elif bare.count(":") == 1:
-        bare = bare.partition(":")[0]
+    if found := _HOST.fullmatch(bare):
+        bare = found["six"] or found["name"]
     if bare.lower().rstrip(".") == "localhost":
         return True
     try:

@@ -463,15 +463,41 @@ def slide_id(uri: str, identity: str) -> str:
     return f"{safe}-{identity[:8]}"
 
 
+def _folders(path: Path) -> list[Path]:
+    """Return the folders in which OpenSlide looks for further files of a slide."""
+    suffix = path.suffix.lower()
+    sides = {".mrxs": path.with_suffix(""), ".vms": path.parent, ".vmu": path.parent}
+    found = path if path.is_dir() else sides.get(suffix)
+    return [found] if found is not None and found.is_dir() else []
+
+
+def _check_regular(folder: Path) -> None:
+    """Refuse a folder with a pipe, socket or device: whoever opens it waits for ever."""
+    for entry in os.scandir(folder):
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # a broken link
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise SlideError(
+                f"{folder.name} holds {entry.name}, which is neither a file nor a folder.",
+                hint="Take it out of the folder.",
+                code="not_a_file",
+            )
+
+
 def openable(path: Path) -> Path:
     """Return the file to hand to OpenSlide: the path itself, or one DICOM file of a folder.
 
     Raises:
-        SlideError: ``not_a_file`` for what is missing, unreadable, empty or neither.
+        SlideError: ``not_a_file`` for what is missing, unreadable, empty or neither, and where a
+            pipe or device lies among the files of a slide.
     """
     import openslide
 
     try:
+        for folder in _folders(path):
+            _check_regular(folder)
         if path.is_dir():
             files = dicom_files(path)
             if not files:

@@ -155,6 +155,8 @@ def test_only_healthz_and_the_page_are_open(ask):
         ("0.0.0.0", False), ("10.0.0.1", False), ("localhost.evil.org", False), ("", False),
         ("evil.org", False), ("127.0.0.1.evil.org", False), ("2130706433", False), ("::", False),
         ("[::ffff:10.0.0.1]", False), ("127.0.0.1@evil.org", False),
+        ("[::1]evil.org", False), ("[::1].evil.org:80", False), ("127.0.0.1:evil.org", False),
+        ("127.0.0.1:80@evil.org", False), ("localhost:x", False), ("localhost,evil.org", False),
     ],
 )  # fmt: skip
 def test_what_loopback_is(host, local):

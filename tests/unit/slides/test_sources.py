@@ -13,6 +13,7 @@ from pathflip.slides.sources import (
     digest_source,
     discover,
     is_other_dicom,
+    openable,
     slide_id,
     stat_source,
 )
@@ -185,3 +186,23 @@ def test_a_dicom_file_says_that_it_is_no_slide(tmp_path):
     ):
         (tmp_path / "a.dcm").write_bytes(data)
         assert is_other_dicom(tmp_path / "a.dcm") is other
+
+
+@pytest.mark.parametrize("slide", ["series", "series/pipe.dcm", "m.mrxs", "v.vms", "pipe.svs"])
+def test_a_pipe_among_the_files_of_a_slide_is_not_waited_for(tmp_path, slide):
+    """OpenSlide opens what lies beside a slide, and a pipe would be waited for until the end."""
+    for name in ("series/a.dcm", "m.mrxs", "v.vms"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(128) + b"DICM" + bytes(600))
+    (tmp_path / "m").mkdir()
+    for name in ("series/pipe.dcm", "m/Slidedat.ini", "pipe.svs"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "m/link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SlideError) as error:
+        openable(tmp_path / slide)
+    assert error.value.code == "not_a_file"
+    for name in ("m/Slidedat.ini", "series/pipe.dcm"):
+        (tmp_path / name).unlink()
+    if slide in ("series", "m.mrxs"):
+        openable(tmp_path / slide)
