@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pathflip.cli import patches
+from pathflip.cli import patches, published
 from pathflip.cli.options import (
     AddressOption,
     ArchiveOption,
@@ -35,6 +35,7 @@ from pathflip.cli.options import (
     working,
 )
 from pathflip.cli.process import open_archive
+from pathflip.cli.published import show_recall
 from pathflip.errors import ConfigError
 
 app = typer.Typer()
@@ -44,6 +45,7 @@ evaluate_app = typer.Typer(
 )
 app.add_typer(evaluate_app, name="evaluate")
 evaluate_app.add_typer(patches.app)
+evaluate_app.add_typer(published.app)
 
 TunedOption = Annotated[str, typer.Option("--run", help="Folder that pathflip tune wrote.")]
 LlmOption = Annotated[
@@ -166,57 +168,7 @@ def evaluate_retrieval(
     if as_json:
         print_json(document)
         return
-    _show_recall(document, "slides")
-
-
-@evaluate_app.command("pictures")
-def evaluate_pictures(
-    pairs: Annotated[str, typer.Argument(help="CSV image,caption[,split][,patient][,mpp].")],
-    run: RunOption,
-    split: Annotated[str, typer.Option(help="Pictures of this split; all for every one.")] = "all",
-    mpp: Annotated[
-        float | None,
-        typer.Option(help="µm per pixel; without it, a picture is one patch.", min=0.05, max=10),
-    ] = None,
-    protocol: Annotated[
-        Literal["batch64", "full"],
-        typer.Option(help="Galleries of 64 as in the paper, or one of all pictures."),
-    ] = "batch64",
-    encoder: Annotated[
-        str | None,
-        typer.Option(help="Patch encoder, where its weights are not where its name says."),
-    ] = None,
-    shuffles: Annotated[int, typer.Option(help="Random batch orders.", min=0)] = 20,
-    resamples: ResamplesOption = 1000,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Measure recall between pictures and captions, a picture taken as a slide of its own.
-
-    Pictures that cannot be read are left out and listed (exit code 3).
-    """
-    from pathflip.encoders import load_encoder
-    from pathflip.evaluation.pictures import evaluate_pictures as measure
-    from pathflip.evaluation.pictures import read_pairs
-
-    listed = read_pairs(pairs, split=split)
-    with working() as progress:
-        loaded = open_run(run, device=device)
-        document = measure(
-            listed, loaded,
-            load_encoder(
-                encoder or str(loaded.encoder["name"]), device=device,
-                patch_um=float(loaded.tiling["patch_um"]),
-            ),
-            mpp=mpp, protocol=protocol, shuffles=shuffles, resamples=resamples, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-    if as_json:
-        print_json(document)
-    else:
-        _show_recall(document, "pictures")
-    patches.tell_refused(document["refused"], "picture", as_json=as_json)
+    show_recall(document, "slides")
 
 
 @evaluate_app.command("zeroshot")
@@ -577,18 +529,3 @@ def evaluate_ablations(
         return
     columns, rows = jobs_ablations.table(document)
     show_table(f"ablations in {run}", columns, rows)
-
-
-def _show_recall(document: dict[str, Any], what: str) -> None:
-    rows = []
-    for way in ("itr", "tir"):
-        for key, value in document[way].items():
-            shuffled = document.get("shuffled", {}).get(way, {}).get(key, {})
-            low, high = document.get("ci", {}).get(way, {}).get(key) or (None, None)
-            rows.append(
-                [way, key, value, low, high, shuffled.get("mean"), shuffled.get("sd"),
-                 document["chance"][key]]
-            )  # fmt: skip
-    columns = ("", "k", "recall", "95 % from", "to", "shuffled mean", "sd", "chance")
-    title = f"{document['protocol']}: {document['n']} {what}, galleries of {document['gallery']}"
-    show_table(title, columns, rows)

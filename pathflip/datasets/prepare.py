@@ -34,6 +34,7 @@ READERS: dict[str, Callable[[Path, Options], Prepared]] = {
     "patho-bench": label_sets.patho_bench,
     "quilt-1m": text_sets.quilt_1m,
     "refpath": picture_sets.refpath,
+    "slidechat": text_sets.slidechat,
 }
 
 

@@ -1,4 +1,4 @@
-"""Questions, captions and labels from MultiPathQA, HISTAI-Instruct and Quilt-1M."""
+"""Texts, splits and labels from SlideChat's sets, MultiPathQA, HISTAI-Instruct and Quilt-1M."""
 
 from __future__ import annotations
 
@@ -15,6 +15,50 @@ from pathflip.errors import ConfigError
 from pathflip.interop.tables import bad_line, clean, is_missing
 from pathflip.splits import canonical_split
 from pathflip.text import LETTERS
+
+# -- SlideInstruction and SlideBench --------------------------------------------------------------
+
+
+def slidechat(root: Path, options: Options) -> Prepared:
+    """Read which slides are for training and which for testing, by the files that name them.
+
+    A training slide of a patient who has a test slide is left out of the training: it becomes a
+    test slide without texts.
+    """
+    test = {
+        _stem(row["Slide"])
+        for file in sorted(root.glob("SlideBench-*-TCGA.csv"))
+        for row in entries(file)
+    }
+    if not test:
+        raise ConfigError(
+            f"{root} has no SlideBench-…-TCGA.csv.", hint="Download it into the same folder."
+        )  # fmt: skip
+    train = {
+        _stem(name)
+        for file in sorted(root.glob("SlideInstruct_train_*.json"))
+        for entry in entries(file)
+        for name in ([entry["image"]] if isinstance(entry["image"], str) else entry["image"])
+    } - test
+    patients = {_patient(slide) for slide in test}
+    rows = [
+        {"slide": slide, "split": "test" if _patient(slide) in patients else "train"}
+        for slide in sorted(test | train)
+    ]
+    kept_out = sum(_patient(slide) in patients for slide in train)
+    return Prepared(
+        tables={"splits.csv": Table.of(rows, "slide", "split")},
+        passed=Counter({"training slides of test patients": kept_out}) if kept_out else Counter(),
+    )
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.(csv|pt|h5|svs)$", "", clean(str(name)).rpartition("/")[2])
+
+
+def _patient(slide: str) -> str:
+    return "-".join(slide.split("-")[:3])
+
 
 # -- MultiPathQA ----------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ COMMANDS = [
     ["audit", "verify"], ["annotations", "list"], ["annotations", "export"],
     ["annotations", "import"], ["annotations", "remove"],
     ["datasets", "list"], ["datasets", "show"], ["datasets", "check"],
-    ["datasets", "prepare"],
+    ["datasets", "prepare"], ["evaluate", "pictures"], ["evaluate", "compare"],
 ]  # fmt: skip
 
 

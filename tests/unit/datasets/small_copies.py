@@ -209,3 +209,34 @@ def refpath(folder: Path) -> Path:
         ],
     )  # fmt: skip
     return folder
+
+
+def slidechat(folder: Path, *, train: dict[str, str], test: dict[str, str]) -> Path:
+    """SlideInstruction about some slides and SlideBench about others: {stem: caption}."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def turns(asked: str, answer: str) -> list[dict[str, str]]:
+        return [{"from": "human", "value": f"{asked}\n<image>"}, {"from": "gpt", "value": answer}]
+
+    stages = {
+        "stage1_caption": [turns("Describe the slide.", text) for text in train.values()],
+        "stage2_vqa": [
+            turns(f"Which organ? A) {text.split()[-1]} B) none", "A") for text in train.values()
+        ],
+    }
+    for stage, said in stages.items():
+        entries = [
+            {"id": f"train::{at}", "image": [f"{stem}.csv"], "conversations": told}
+            for at, (stem, told) in enumerate(zip(train, said, strict=True))
+        ]
+        (folder / f"SlideInstruct_train_{stage}.json").write_text(json.dumps(entries))
+    captions, asked = ["ID,Slide,Tumor,Question,Caption"], []
+    for at, (stem, text) in enumerate(test.items()):
+        captions.append(f'{at},{stem},BRCA,"Please, a report.","{text}"')
+        topic = ("Microscopy", "Diagnosis", "Clinical")[at % 3]
+        asked.append(f"{at},{stem},BRCA,{topic},Organ,Which organ?,skin,brain,lung,breast,D")
+    head = "ID,Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer"
+    for name, lines_ in (("Caption", captions), ("VQA", [head, *asked])):
+        path = folder / f"SlideBench-{name}-TCGA.csv"
+        path.write_text("\ufeff" + "\n".join(lines_) + "\n", encoding="utf-8")
+    return folder

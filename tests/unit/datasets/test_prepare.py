@@ -125,6 +125,23 @@ def test_patho_bench_becomes_one_table_of_labels(tmp_path: Path) -> None:
         made("patho-bench", copy, fold=3)
 
 
+def test_slidechat_keeps_patients_apart(tmp_path: Path) -> None:
+    train = {"TCGA-A1-0001-01Z-00-DX1": "Breast.", "TCGA-A1-0002-01Z-00-DX2": "Lung."}
+    test = {"TCGA-A1-0002-01Z-00-DX1": "Lung.", "TCGA-A1-0003-01Z-00-DX1": "Skin."}
+    document = made("slidechat", small_copies.slidechat(tmp_path / "sc", train=train, test=test))
+    assert document["passed"] == {"training slides of test patients": 1}
+    rows = {row.slide: row.split for row in read_labels(tmp_path / "out" / "splits.csv")}
+    assert rows == {
+        "TCGA-A1-0001-01Z-00-DX1": "train", "TCGA-A1-0002-01Z-00-DX2": "test",
+        "TCGA-A1-0002-01Z-00-DX1": "test", "TCGA-A1-0003-01Z-00-DX1": "test",
+    }  # fmt: skip
+    assert [len(read_captions(file)) for file in sorted((tmp_path / "sc").glob("*aption*"))] == [
+        2, 2,
+    ]  # fmt: skip
+    asked = read_questions(tmp_path / "sc" / "SlideInstruct_train_stage2_vqa.json")
+    assert [one.choices for one in asked] == [("Breast.", "none"), ("Lung.", "none")]
+
+
 def test_multipathqa_takes_a_number_for_the_place_of_an_option(tmp_path: Path) -> None:
     document = made("multipathqa", small_copies.multipathqa(tmp_path / "mpq"))
     assert document["passed"] == {"not valid by the set's own mark": 1}
