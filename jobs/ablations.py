@@ -153,10 +153,10 @@ class AblationConfig:
             raise ConfigError(
                 f"There is no file {self.truth}.", hint="Give the cohort's trees.csv in --truth."
             )
-        if not patches and not Path(self.truth).is_dir():
+        if not patches and not Path(self.truth).exists():
             raise ConfigError(
                 f"There is no folder {self.truth}.",
-                hint="Give a folder of <slide>.geojson in --truth.",
+                hint="Give a folder of <slide>.geojson, or a table of boxes, in --truth.",
             )
 
 
@@ -378,7 +378,11 @@ def _stamps(archive: Archive, truth: str | None) -> str:
     uris = archive.slides("ready", ["uri"])["uri"].to_pylist()
     near = {Path(uri).parent.parent / "lesions" for uri in uris}
     folders = [Path(truth)] if truth is not None else sorted(near)
-    files = [path for folder in folders for path in outline_files(folder)]
+    files = [
+        path
+        for folder in folders
+        for path in ([folder] if folder.is_file() else outline_files(folder))
+    ]
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stamps).encode()).hexdigest()
 

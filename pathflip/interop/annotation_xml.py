@@ -26,7 +26,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.slides.outlines import overlaps
+from pathflip.slides.outlines import OVERLAP_WORK, inside, overlaps
 
 MAX_XML_BYTES = 256 << 20
 """Largest XML file read."""
@@ -39,8 +39,11 @@ MAX_XML_OBJECTS = 100_000
 """Annotations, regions and groups of one XML file."""
 
 _NUMBER = 40  # characters of a number
+_MAX_TESTS, _MAX_TEST_WORK = 50_000, 1 << 32
+"""Pairs of an area and a negative region that are compared in a file, and pairs of their points."""
 _SAGITTA_PX = 0.25  # distance of an ellipse from the polygon that is made of it
 _NO_AREA = "areas with fewer than three points"
+_TOO_NEAR = "too many of its negative regions lie near too many areas"
 _NO_HOLE = "negative regions outside the others of their layer"
 
 Points = list[list[float]]
@@ -142,6 +145,8 @@ class _Budget:
     points: int = 0
     objects: int = 0
     holes: int = 0
+    tests: int = 0
+    work: int = 0
 
     def point(self, attributes: Mapping[str, str]) -> list[float]:
         self.points += 1
@@ -153,6 +158,18 @@ class _Budget:
         self.objects += 1
         if self.objects > MAX_XML_OBJECTS:
             raise NotAnnotations(f"it has more than {MAX_XML_OBJECTS:,} annotations")
+
+    def one_more_test(self, points: int, others: int) -> None:
+        self.tests += 1
+        if self.tests > _MAX_TESTS:
+            raise NotAnnotations(_TOO_NEAR)
+        if points * others <= OVERLAP_WORK:  # else they are not compared
+            self.spend(points * others)
+
+    def spend(self, pairs: int) -> None:
+        self.work += pairs
+        if self.work > _MAX_TEST_WORK:
+            raise NotAnnotations(_TOO_NEAR)
 
     def one_more_hole(self) -> None:
         self.holes += 1
@@ -396,10 +413,19 @@ class _Holes:
         low, high = outer.min(axis=0), outer.max(axis=0)
         near = ((self._low < high) & (self._high > low)).all(axis=1)
         for number in np.flatnonzero(near):
-            if overlaps(outer, self._rings[number]):
-                self._budget.one_more_hole()
-                self.used[number] = True
-                rings.append(self._points[number])
+            hole = self._rings[number]
+            if not self._begins_in(outer, hole):
+                self._budget.one_more_test(len(outer), len(hole))
+                if not overlaps(outer, hole):
+                    continue
+            self._budget.one_more_hole()
+            self.used[number] = True
+            rings.append(self._points[number])
+
+    def _begins_in(self, outer: NDArray[np.float64], hole: NDArray[np.float64]) -> bool:
+        """Return whether the first point of a hole is in an area, as it mostly is."""
+        self._budget.spend(len(outer))
+        return bool(inside(hole[:1], [(outer, [])]).all())
 
 
 def _ellipse(corners: Points) -> Points:

@@ -12,7 +12,8 @@ Polygon = tuple[NDArray[np.float64], list[NDArray[np.float64]]]
 """Outer ring and hole rings, (x, y) [k, 2] each, first point not repeated."""
 
 _AT_ONCE = 1 << 21  # pairs of points and edges that are compared at once
-_OVERLAP_WORK = 1 << 26  # pairs above which an overlap of boxes counts as one of rings
+OVERLAP_WORK = 1 << 26
+"""Pairs of points and edges above which rings overlap as soon as their boxes do."""
 
 
 def trace(mask: NDArray[np.bool_]) -> list[Polygon]:
@@ -199,7 +200,7 @@ def overlaps(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
     """
     if (one.max(axis=0) <= other.min(axis=0)).any() or (other.max(axis=0) <= one.min(axis=0)).any():
         return False
-    if len(one) * len(other) > _OVERLAP_WORK:
+    if len(one) * len(other) > OVERLAP_WORK:
         return True
     return bool(_in_ring(other, one).any() or _in_ring(one, other).any() or _cross(one, other))
 

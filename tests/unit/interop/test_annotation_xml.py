@@ -311,3 +311,28 @@ def test_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotation_xml, "MAX_XML_BYTES", 100)
     with pytest.raises(ConfigError, match="larger than"):
         read_objects(write(tmp_path, HALO))
+
+
+def test_work_for_holes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares in the corner of angles: their boxes overlap, they do not."""
+    angle = [(0, 0), (100, 0), (100, 1), (1, 1), (1, 100), (0, 100)]
+    square = [(50, 50), (90, 50), (90, 90), (50, 90)]
+
+    def region(ring: list[tuple[int, int]], negative: int) -> str:
+        points = "".join(f'<V X="{x}" Y="{y}"/>' for x, y in ring)
+        return f'<Region NegativeROA="{negative}"><Vertices>{points}</Vertices></Region>'
+
+    regions = (region(angle, 0) + region(square, 1)) * 20
+    text = f"<Annotations><Annotation><Regions>{regions}</Regions></Annotation></Annotations>"
+    path = write(tmp_path, text)
+    assert [len(one.polygons[0][1]) for one in read_objects(path)] == [0] * 20
+    for name, value in (("_MAX_TESTS", 399), ("_MAX_TEST_WORK", 5000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(annotation_xml, name, value)
+            with pytest.raises(ConfigError, match="too many of its negative regions"):
+                read_objects(path)
+    inner = path.read_text().replace('"50"', '"0"').replace('"90"', '"1"')
+    with monkeypatch.context() as patch:
+        patch.setattr(annotation_xml, "MAX_XML_HOLES", 399)
+        with pytest.raises(ConfigError, match="more than 399 holes"):
+            read_objects(write(tmp_path, inner))
