@@ -411,8 +411,10 @@ class Slide:
             downsample *= shrink
         x_scale, y_scale = w0 / out_w / downsample, h0 / out_h / downsample
         step = max(1, int(_STRIP_PX / max(1.0, y_scale)))
-        # Strips that end nearly on a whole pixel, so that the next begins where it should.
-        step = min(range(step // 2 + 1, step + 1), key=lambda n: abs(n * y_scale % 1 - 0.5) * -1)
+        if step < out_h:
+            # Strips that end nearly on a whole pixel, so that the next begins where it should.
+            ends = range(step // 2 + 1, step + 1)
+            step = min(ends, key=lambda n: abs(n * y_scale % 1 - 0.5) * -1)
         out = np.empty((out_h, out_w, 3), np.uint8)
         left, width = round(x0 / downsample), max(1, math.ceil(out_w * x_scale - 1e-6))
         for row in range(0, out_h, step):

@@ -200,9 +200,13 @@ def _portable(stream: bytes, width: int, height: int) -> bytes | None:
         if marker in _USED:
             kept.append(stream[at:end])
         at = end
-    last = stream.find(b"\xff\xd9", end)
-    # Of most streams counting says it, ten times as fast: each 0xFF but the last is a stuffed byte.
-    if last < 0 or stream.count(b"\xff", end, last) != stream.count(b"\xff\0", end, last):
+    # Most streams are nothing but stuffed bytes up to their end: seen ten times as fast as searched.
+    scan = np.frombuffer(stream, np.uint8)[end:]
+    marks = np.flatnonzero(scan[:-1] == 0xFF)
+    others = marks[scan[marks + 1] != 0]
+    if len(others) and scan[others[0] + 1] == _EOI:
+        last = end + int(others[0])
+    else:
         after = _AFTER_SCAN.search(stream, end)
         if after is None:
             raise ValueError("it is cut off")
