@@ -200,7 +200,7 @@ def _portable(stream: bytes, width: int, height: int) -> bytes | None:
         if marker in _USED:
             kept.append(stream[at:end])
         at = end
-    # Most streams are nothing but stuffed bytes up to their end: seen ten times as fast as searched.
+    # Most streams are nothing but stuffed bytes up to their end: seen faster than searched.
     scan = np.frombuffer(stream, np.uint8)[end:]
     marks = np.flatnonzero(scan[:-1] == 0xFF)
     others = marks[scan[marks + 1] != 0]
