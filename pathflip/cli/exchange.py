@@ -192,7 +192,7 @@ def archive_export(
         str,
         typer.Option(
             help="parquet (all tables), qupath (tissue, regions), or features for trident, clam, "
-            "slidechat."
+            "stamp, slidechat, h5ad."
         ),
     ] = "parquet",
     slide: Annotated[

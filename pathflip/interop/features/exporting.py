@@ -18,7 +18,7 @@ from pathflip.archive.slide_names import shortened
 from pathflip.errors import ConfigError
 from pathflip.files import write_file
 from pathflip.geometry import Tiling
-from pathflip.interop.features import hdf5, slidechat
+from pathflip.interop.features import hdf5, slidechat, tables
 from pathflip.interop.features.encoders import foreign_name
 from pathflip.interop.features.place import patch_corners
 from pathflip.interop.features.planning import NO_PLACES
@@ -225,5 +225,19 @@ def _slidechat(layout: Layout, record: FeatureFile) -> None:
     slidechat.write_slidechat(layout.out, record)
 
 
-WRITERS: dict[str, Writer] = {"trident": _trident, "clam": _clam, "slidechat": _slidechat}
+def _stamp(layout: Layout, record: FeatureFile) -> None:
+    hdf5.write_stamp(layout.out / layout.encoder, record, px=layout.px)
+
+
+def _h5ad(layout: Layout, record: FeatureFile) -> None:
+    tables.write_h5ad(layout.out, record)
+
+
+WRITERS: dict[str, Writer] = {
+    "trident": _trident,
+    "clam": _clam,
+    "stamp": _stamp,
+    "slidechat": _slidechat,
+    "h5ad": _h5ad,
+}
 """Formats of patch features that an archive can be exported to."""

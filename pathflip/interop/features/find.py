@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError, SlideError
-from pathflip.interop.features import hdf5, slidechat, tensors
+from pathflip.interop.features import hdf5, slidechat, tables, tensors
 from pathflip.interop.features.record import FeatureFile, reading
 from pathflip.progress import Progress, Report
 
-FORMATS = ("trident", "clam", "stamp", "atlaspatch", "slide2vec", "slidechat", "pt")
-_HDF5 = (".h5", ".hdf5")
+FORMATS = ("trident", "clam", "stamp", "atlaspatch", "slide2vec", "slidechat", "h5ad", "pt")
+_HDF5 = (".h5", ".hdf5", ".h5ad")
 _TENSORS = (".pt", ".pth")
 _CONTAINERS = (
     "patches", "h5_files", "pt_files", "tile_embeddings", "hierarchical_embeddings", "features",
@@ -103,7 +103,7 @@ def find_features(
         raise ConfigError(
             f"{folder} holds no patch features"
             + ("." if only == "auto" else f" in the format {only}."),
-            hint=f"pathflip reads .h5, .pt and .csv of {', '.join(FORMATS)} at any depth.",
+            hint=f"pathflip reads .h5, .h5ad, .pt and .csv of {', '.join(FORMATS)} at any depth.",
             code="no_features",
         )
     return Found(files=files, problems=problems, others=others)
@@ -145,7 +145,7 @@ def _read(path: Path, slide: str) -> list[FeatureFile]:
         head = file.read(8)
     ending = path.suffix.lower()
     if head == hdf5.MAGIC:
-        return hdf5.read_hdf5(path, slide)
+        return tables.read_h5ad(path, slide) if _is_h5ad(path) else hdf5.read_hdf5(path, slide)
     if head[:4] == tensors.MAGIC or ending in _TENSORS:
         return [_with_meta(record) for record in tensors.read_tensors(path, slide)]
     if ending == ".csv":
@@ -156,6 +156,13 @@ def _read(path: Path, slide: str) -> list[FeatureFile]:
                 return []  # a list of slides, labels
             raise
     raise SlideError(f"{path.name} is no HDF5 file.", hint="Copy the file again, or leave it out.")
+
+
+def _is_h5ad(path: Path) -> bool:
+    import h5py
+
+    with reading(path), h5py.File(path, "r") as file:
+        return tables.is_h5ad(file)
 
 
 def _joined(records: list[FeatureFile], places: dict[str, FeatureFile]) -> list[FeatureFile]:

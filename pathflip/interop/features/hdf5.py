@@ -30,6 +30,9 @@ from pathflip.interop.features.record import FeatureFile, check_shape, reading, 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 ROWS_PER_CHUNK = 1024
 """Rows of a chunk that is written: one row, as TRIDENT writes them, costs 15 times the reading."""
+STAMP_VERSION = "2.4.0"
+"""Version of STAMP whose layout is written; it refuses files of a newer one than itself."""
+_FILE = "/"
 _SMALL_CHUNK = 32
 _TEXT = 4096  # characters of an attribute
 NOTES = ("sha256", "name", "mpp_source", "tissue_mm2", "encoder_mpp", "region_um")
@@ -49,14 +52,14 @@ def read_hdf5(path: Path, slide: str) -> list[FeatureFile]:
 
     with reading(path), h5py.File(path, "r") as file:
         about = _attributes(file)
-        coords = _dataset(path, file, "coords")
+        coords = dataset(path, file, "coords")
         places = {} if coords is None else _attributes(coords)
         if coords is not None and coords.shape[-1:] == (5,):
             return _atlaspatch(path, slide, file, coords, about)
         for key in _STAMP_KEYS:
-            if (found := _dataset(path, file, key)) is not None:
+            if (found := dataset(path, file, key)) is not None:
                 return _stamp(path, slide, found, coords, about)
-        features = _dataset(path, file, "features")
+        features = dataset(path, file, "features")
         if features is None:
             return [] if coords is None else [_places(path, slide, coords, places)]
         if _is_of_slide(features, coords):
@@ -69,22 +72,22 @@ def _trident_or_clam(
 ) -> FeatureFile:
     n, dim = _shape(features)
     check_shape(path, n=n, dim=dim, coordinates=None if coords is None else len(coords))
-    quality = _dataset(path, file, "patch_quality")
-    regions = _dataset(path, file, "regions")
-    named = _text(_attributes(features).get("encoder")) or _encoder_of(path)
+    quality = dataset(path, file, "patch_quality")
+    regions = dataset(path, file, "regions")
+    named = text(_attributes(features).get("encoder")) or _encoder_of(path)
     record = FeatureFile(
         path=path,
         format="trident" if "patch_size_level0" in places else "clam",
         slide=slide,
         n=n,
         dim=dim,
-        read=partial(_rows, path, "features"),
-        coordinates=None if coords is None else partial(_matrix, path, "coords", 2),
+        read=partial(rows, path, "features"),
+        coordinates=None if coords is None else partial(matrix, path, "coords", 2),
         encoder=named,
-        revision=_text(places.get("encoder_revision")),
-        licence=_text(places.get("encoder_licence")),
-        quality=None if quality is None else partial(_matrix, path, "patch_quality", 3),
-        regions=None if regions is None else partial(_matrix, path, "regions", 4),
+        revision=text(places.get("encoder_revision")),
+        licence=text(places.get("encoder_licence")),
+        quality=None if quality is None else partial(matrix, path, "patch_quality", 3),
+        regions=None if regions is None else partial(matrix, path, "regions", 4),
     )
     return with_places(record, places)
 
@@ -97,8 +100,8 @@ def _places(path: Path, slide: str, coords: Any, places: dict[str, Any]) -> Feat
             slide=slide.removesuffix("_patches"),
             n=len(coords),
             dim=0,
-            read=partial(_rows, path, "coords"),
-            coordinates=partial(_matrix, path, "coords", 2),
+            read=partial(rows, path, "coords"),
+            coordinates=partial(matrix, path, "coords", 2),
         ),
         places,
     )
@@ -108,21 +111,21 @@ def with_places(record: FeatureFile, places: Mapping[str, Any]) -> FeatureFile:
     """Add to a record what the attributes of its coordinates say."""
     from dataclasses import replace
 
-    px, size0 = _number(places.get("patch_size")), _number(places.get("patch_size_level0"))
+    px, size0 = number(places.get("patch_size")), number(places.get("patch_size_level0"))
     if size0 is None and px is not None and (down := places.get("downsample")) is not None:
         # CLAM: pixels of patch_level, which are whole multiples of those of level 0.
-        scale = _number(np.ravel(down)[0]) or 0.0
-        size0 = px * int(scale) * (_number(places.get("custom_downsample")) or 1.0) or None
-    magnification = _number(places.get("target_magnification"))
+        scale = number(np.ravel(down)[0]) or 0.0
+        size0 = px * int(scale) * (number(places.get("custom_downsample")) or 1.0) or None
+    magnification = number(places.get("target_magnification"))
     pixel_um = 10 / magnification if magnification else None
-    width = _number(places.get("level0_width"))
-    height = _number(places.get("level0_height"))
+    width = number(places.get("level0_width"))
+    height = number(places.get("level0_height"))
     return replace(
         record,
         size=size0,
         pixel_um=pixel_um,
         size_um=px * pixel_um if px and pixel_um else None,
-        mpp=_number(places.get("mpp")),
+        mpp=number(places.get("mpp")),
         extent=(int(width), int(height)) if width and height else None,
         notes={key: places[key] for key in NOTES if places.get(key) not in (None, "", "None")},
     )
@@ -142,7 +145,7 @@ def _stamp(
             hint="STAMP writes the attribute unit since version 2: extract the features again.",
             code="unsupported",
         )
-    size_um, px = _number(about.get("tile_size_um")), _number(about.get("tile_size_px"))
+    size_um, px = number(about.get("tile_size_um")), number(about.get("tile_size_px"))
     return [
         FeatureFile(
             path=path,
@@ -150,16 +153,16 @@ def _stamp(
             slide=slide,
             n=n,
             dim=dim,
-            read=partial(_rows, path, features.name.lstrip("/")),
-            coordinates=None if coords is None else partial(_matrix, path, "coords", 2),
+            read=partial(rows, path, features.name.lstrip("/")),
+            coordinates=None if coords is None else partial(matrix, path, "coords", 2),
             unit="um",
             size=size_um,
             size_um=size_um,
             pixel_um=size_um / px if size_um and px else None,
-            mpp=_number(about.get("mpp")),
-            encoder=_text(about.get("extractor")),
-            revision=_text(about.get("encoder_revision")),
-            licence=_text(about.get("encoder_licence")),
+            mpp=number(about.get("mpp")),
+            encoder=text(about.get("extractor")),
+            revision=text(about.get("encoder_revision")),
+            licence=text(about.get("encoder_licence")),
         )
     ]
 
@@ -167,12 +170,12 @@ def _stamp(
 def _atlaspatch(
     path: Path, slide: str, file: Any, coords: Any, about: dict[str, Any]
 ) -> list[FeatureFile]:
-    group = _item(path, file, "features")
+    group = item(path, file, "features")
     if group is None or not hasattr(group, "keys"):
         return []
     found = []
     for name in sorted(group):
-        features = _dataset(path, group, name)
+        features = dataset(path, group, name)
         if features is None or features.ndim != 2:
             continue
         n, dim = _shape(features)
@@ -184,10 +187,10 @@ def _atlaspatch(
                 slide=slide,
                 n=n,
                 dim=dim,
-                read=partial(_rows, path, f"features/{name}"),
-                coordinates=partial(_matrix, path, "coords", 2),
-                size=_number(about.get("patch_size_level0")),
-                mpp=_number(about.get("mpp")),
+                read=partial(rows, path, f"features/{name}"),
+                coordinates=partial(matrix, path, "coords", 2),
+                size=number(about.get("patch_size_level0")),
+                mpp=number(about.get("mpp")),
                 encoder=name,
             )
         )
@@ -245,6 +248,32 @@ def write_clam(folder: Path, record: FeatureFile) -> Path:
     return target
 
 
+def write_stamp(folder: Path, record: FeatureFile, *, px: int) -> Path:
+    """Write ``S.h5`` as STAMP does: fp16 features, coordinates in µm."""
+    if record.mpp is None or record.size_um is None:
+        raise unusable(record.path, "has no resolution", code="unsupported")
+    target = folder / f"{record.slide}.h5"
+    arrays: dict[str, NDArray[Any]] = {
+        "feats": record.read(0, record.n).astype(np.float16),
+        "coords": _xy(record) * record.mpp,
+    }
+    about = {
+        "stamp_version": STAMP_VERSION,
+        "extractor": record.encoder,
+        "unit": "um",
+        "tile_size_um": float(record.size_um),
+        "tile_size_px": px,
+        "code_hash": "pathflip",
+        "feat_type": "tile",
+        "mpp": record.mpp,
+        "encoder_revision": record.revision,
+        "encoder_licence": record.licence,
+    }
+    stated = {key: value for key, value in about.items() if value is not None}
+    _write(target, arrays, {_FILE: stated})
+    return target
+
+
 def _trident_attributes(record: FeatureFile, *, px: int) -> dict[str, Any]:
     width, height = record.extent or (0, 0)
     magnification = 10 / record.pixel_um if record.pixel_um else 0
@@ -280,11 +309,16 @@ def _write(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part, h5py.File(part, "w") as file:
+        for name, value in attributes.get(_FILE, {}).items():
+            file.attrs[name] = value
         for key, values in arrays.items():
-            rows = min(ROWS_PER_CHUNK, max(1, len(values)))
+            at_once = min(ROWS_PER_CHUNK, max(1, len(values)))
             # TRIDENT appends to its own files: they can grow.
             made = file.create_dataset(
-                key, data=values, chunks=(rows, values.shape[1]), maxshape=(None, values.shape[1])
+                key,
+                data=values,
+                chunks=(at_once, values.shape[1]),
+                maxshape=(None, values.shape[1]),
             )
             for name, value in attributes.get(key, {}).items():
                 made.attrs[name] = "None" if value is None else value
@@ -300,7 +334,7 @@ def _xy(record: FeatureFile) -> NDArray[np.float64]:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def _item(path: Path, group: Any, key: str) -> Any:
+def item(path: Path, group: Any, key: str) -> Any:
     """Return a member that lies in the file itself; None where there is none."""
     import h5py
 
@@ -311,10 +345,11 @@ def _item(path: Path, group: Any, key: str) -> Any:
     return group[key]
 
 
-def _dataset(path: Path, group: Any, key: str) -> Any:
+def dataset(path: Path, group: Any, key: str) -> Any:
+    """Return a table of numbers that lies in the file itself; None where there is none."""
     import h5py
 
-    found = _item(path, group, key)
+    found = item(path, group, key)
     if not isinstance(found, h5py.Dataset):
         return None
     if found.external or found.is_virtual:
@@ -356,16 +391,17 @@ def _attributes(item: Any) -> dict[str, Any]:
     return found
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """Return a positive number an attribute states; None of what is none, such as ``'None'``."""
     try:
-        number = float(value)
+        found = float(value)
     except (TypeError, ValueError):
         return None
-    return number if math.isfinite(number) and number > 0 else None
+    return found if math.isfinite(found) and found > 0 else None
 
 
-def _text(value: Any) -> str | None:
+def text(value: Any) -> str | None:
+    """Return the text an attribute states; None of none, also where it is spelled ``'None'``."""
     return value if isinstance(value, str) and value not in ("", "None") else None
 
 
@@ -377,7 +413,7 @@ def _encoder_of(path: Path) -> str | None:
     return None
 
 
-def _matrix(path: Path, key: str, width: int) -> NDArray[np.float64]:
+def matrix(path: Path, key: str, width: int) -> NDArray[np.float64]:
     """Read a small table, such as coordinates [n, 2]."""
     import h5py
 
@@ -388,7 +424,7 @@ def _matrix(path: Path, key: str, width: int) -> NDArray[np.float64]:
         return values
 
 
-def _rows(path: Path, key: str, start: int, stop: int) -> NDArray[Any]:
+def rows(path: Path, key: str, start: int, stop: int) -> NDArray[Any]:
     """Read features [stop - start, d]."""
     import h5py
 
@@ -410,17 +446,17 @@ def _is_cut_small(data: Any) -> bool:
 
 def _row_offsets(data: Any) -> NDArray[np.int64] | None:
     """Return where in the file each row begins; None where some row is not stored."""
-    rows, size = data.chunks[0], data.dtype.itemsize * data.shape[1]
-    offsets = np.full(-(-data.shape[0] // rows), -1, np.int64)
+    high, size = data.chunks[0], data.dtype.itemsize * data.shape[1]
+    offsets = np.full(-(-data.shape[0] // high), -1, np.int64)
 
     def note(chunk: Any) -> None:
-        offsets[chunk.chunk_offset[0] // rows] = chunk.byte_offset
+        offsets[chunk.chunk_offset[0] // high] = chunk.byte_offset
 
     data.id.chunk_iter(note)
     if (offsets < 0).any():
         return None
     base = data.file.userblock_size
-    every = base + offsets[:, None] + size * np.arange(rows)
+    every = base + offsets[:, None] + size * np.arange(high)
     return np.asarray(every.reshape(-1)[: data.shape[0]])
 
 

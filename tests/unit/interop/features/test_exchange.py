@@ -17,6 +17,7 @@ import tifffile
 from jobs import ingest as jobs_ingest
 from jobs.ingest.config import IngestConfig
 from pathflip.archive import Archive
+from pathflip.archive.captions import Caption, write_captions
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
 from pathflip.archive.verify import verify
@@ -26,6 +27,11 @@ from pathflip.geometry import Tiling, patch_rects
 from pathflip.interop.features import importing, writing
 from pathflip.interop.features.exporting import export_features
 from pathflip.interop.features.importing import FeatureImport, import_features
+from pathflip.training import run_dir
+from pathflip.training.config import resolve
+from pathflip.training.contrastive import Contrastive
+from pathflip.training.trainer import train
+from tests.archives import TINY
 from tests.in_threads import in_threads
 from tests.unit.interop.features.test_files import COORDS, FEATURES, clam, trident
 
@@ -91,7 +97,7 @@ def test_a_round_trip_through_trident_is_the_same_to_the_bit(own: Path, tmp_path
     assert not verify(tmp_path / "copy").damaged
 
 
-@pytest.mark.parametrize("to", ["clam", "slidechat"])
+@pytest.mark.parametrize("to", ["clam", "slidechat", "stamp", "h5ad"])
 def test_formats_that_say_less_keep_features_and_places(own: Path, tmp_path: Path, to: str) -> None:
     export_features(Archive(own / "archive"), to, tmp_path / "out")
     (tmp_path / "mpp.csv").write_text("slide,mpp\na.tif,0.5\nb.tif,0.2738\n")
@@ -100,7 +106,10 @@ def test_formats_that_say_less_keep_features_and_places(own: Path, tmp_path: Pat
     result = import_features(str(tmp_path / "copy"), tmp_path / "out", settings)
     assert result.slides["imported"] == 2
     assert result.aligned == 1.0
-    assert result.encoder["revision"] == "unstated"
+    if to in ("stamp", "h5ad"):
+        assert result.encoder == import_features(str(tmp_path / "copy"), tmp_path / "out").encoder
+    else:
+        assert result.encoder["revision"] == "unstated"
     for name in ("a.tif", "b.tif"):
         stored, mask, _ = Archive(own / "archive").features_array(name)
         found, kept, _ = Archive(tmp_path / "copy").features_array(name.removesuffix(".tif"))
@@ -412,3 +421,84 @@ def test_commands(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "--features" in document["error"]["message"] + document["error"]["hint"]
     code, document = run("archive", "export", "--archive", copy, "--to", "png", "--out", job)
     assert code == 2
+
+
+@pytest.mark.parametrize("to", ["trident", "clam", "stamp", "h5ad"])
+def test_other_readers_find_what_they_look_for(own: Path, tmp_path: Path, to: str) -> None:
+    """The keys, shapes and attributes that each tool's loader takes from a file."""
+    opened = Archive(own / "archive")
+    export_features(opened, to, tmp_path, slides=["a.tif"])
+    features, mask, _ = opened.features_array("a.tif")
+    slide = opened.slide("a.tif")
+    (name,) = {
+        "trident": ["20x_128px_0px_overlap/features_texture/a.h5"],
+        "clam": ["h5_files/a.h5"],
+        "stamp": ["texture/a.h5"],
+        "h5ad": ["a.h5ad"],
+    }[to]
+    key = {"stamp": "feats", "h5ad": "X"}.get(to, "features")
+    with h5py.File(tmp_path / name) as file:
+        values = file[key][:]
+        coords = (file["obsm/spatial"] if to == "h5ad" else file["coords"])[:]
+        assert values.dtype == (np.float16 if to == "stamp" else np.float32)
+        assert sorted(map(tuple, values.astype(np.float16))) == sorted(map(tuple, features[mask]))
+        assert coords.shape == (len(values), 2)
+        if to == "trident":
+            about = dict(file["coords"].attrs)
+            assert about["patch_size_level0"] == 128
+            assert (about["target_magnification"], about["level0_magnification"]) == (20, 20)
+            assert (about["level0_width"], about["level0_height"]) == (1536, 1280)
+            # As TRIDENT's loader of all of a file has it: every key is a table.
+            assert all(len(file[one][:]) for one in file)
+        if to == "clam":
+            assert not dict(file["coords"].attrs)
+            assert file["coords"].dtype == np.int32
+            with h5py.File(tmp_path / "patches" / "a.h5") as places:
+                assert places["coords"].attrs["patch_size"] == 128
+        if to == "stamp":
+            assert file.attrs["unit"] == "um"
+            assert file.attrs["tile_size_um"] == 64
+            assert coords.max() <= 1536 * slide["mpp"]
+
+
+def test_anndata_opens_what_is_written(own: Path, tmp_path: Path) -> None:
+    anndata = pytest.importorskip("anndata", reason="anndata is not installed")
+    opened = Archive(own / "archive")
+    export_features(opened, "h5ad", tmp_path, slides=["b.tif"])
+    table = anndata.read_h5ad(tmp_path / "b.h5ad")
+    features, mask, _ = opened.features_array("b.tif")
+    assert table.shape == (int(mask.sum()), features.shape[-1])
+    assert table.uns["pathflip"]["mpp"] == opened.slide("b.tif")["mpp"]
+    assert list(table.obs.columns) == ["tile_id", "x", "y"]
+    assert table.obsm["spatial"].shape == (len(table), 2)
+    # And a table that AnnData wrote comes in.
+    table.write_h5ad(tmp_path / "again.h5ad")
+    (tmp_path / "b.h5ad").unlink()
+    result = import_features(str(tmp_path / "copy"), tmp_path)
+    assert result.slides["imported"] == 1
+    assert result.aligned == 1.0
+
+
+def test_training_sees_no_difference(own: Path, tmp_path: Path) -> None:
+    export_features(Archive(own / "archive"), "trident", tmp_path / "job")
+    import_features(str(tmp_path / "imported"), tmp_path / "job")
+    shutil.copytree(own / "archive", tmp_path / "ingested")
+    losses = []
+    for name in ("ingested", "imported"):
+        with Committer(tmp_path / name) as committer:
+            texts = [
+                Caption(slide_id=slide, text=f"Sections show {what}. There is {what} necrosis.")
+                for slide, what in zip(sorted(committer.archive.ledger()), "ab", strict=True)
+            ]
+            write_captions(committer, texts, source="report")
+        config = resolve(
+            "pathflip/mini",
+            overrides=[*TINY, "steps=3", "batch_size=2", "log_every=1", "save_every=3"],
+        )
+        run = tmp_path / f"run_{name}"
+        objective, _ = run_dir.prepare(Contrastive(config), str(tmp_path / name), run)
+        train(run, objective)
+        losses.append([line["loss"] for line in run_dir.read_metrics(run) if "loss" in line])
+    assert len(losses[0]) == 3
+    assert np.isfinite(losses[0]).all()
+    assert losses[0] == losses[1]
