@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from pathflip.archive import Archive
 
 _COLUMNS = ["slide_id", "uri", "bytes", "mtime_ns", "sha256", "mpp", "mpp_source"]
+_MOST_KEPT = 8  # slides whose outlines are kept, up to some MB each
 _MOST_POINTS = 20_000
 """Points of a slide's outlines from which on they are simplified by a pixel of the mask."""
 
@@ -67,8 +71,8 @@ class SlideFiles(Protocol):
             ArchiveError: ``unknown_slide``.
         """
 
-    async def outlines(self, slide_id: str) -> dict[str, Any]:
-        """Return {"tissue": GeoJSON MultiPolygon or None, "regions": [...]}, in level-0 px.
+    async def outlines(self, slide_id: str) -> bytes:
+        """Return JSON of {"tissue": MultiPolygon or None, "regions": [...]}, in level-0 px.
 
         Raises:
             ArchiveError: ``unknown_slide``.
@@ -87,6 +91,8 @@ class ArchiveSlides:
         self.archive, self.refresh_s = archive, refresh_s
         self._snapshot: ArchiveSnapshot | None = None
         self._opening = asyncio.Lock()
+        # One, of its own: outlines of a ragged tissue take two seconds of Python.
+        self._drawing = ThreadPoolExecutor(1, thread_name_prefix="outlines")
 
     async def check(self) -> None:
         """Raise an error if the archive cannot be read."""
@@ -103,11 +109,22 @@ class ArchiveSlides:
             known[slide_id] = _file_of(row)
         return known[slide_id]
 
-    async def outlines(self, slide_id: str) -> dict[str, Any]:
+    async def outlines(self, slide_id: str) -> bytes:
         """Return the outlines of a slide's tissue and its regions, as they were ingested."""
         archive = await self._newest()
-        await asyncio.to_thread(ready_row, archive, slide_id)
-        return await asyncio.to_thread(_outlines, archive, slide_id)
+        kept: OrderedDict[str, bytes] = archive.cached(
+            "serve/outlines", OrderedDict, of=("slides", "regions")
+        )
+        if slide_id not in kept:
+            await asyncio.to_thread(ready_row, archive, slide_id)
+            loop = asyncio.get_running_loop()
+            made = await loop.run_in_executor(self._drawing, _outlines, archive, slide_id)
+            kept[slide_id] = made
+            while len(kept) > _MOST_KEPT:
+                kept.popitem(last=False)
+            return made
+        kept.move_to_end(slide_id)
+        return kept[slide_id]
 
     async def _newest(self) -> Archive:
         async with self._opening:
@@ -158,10 +175,10 @@ class FileSlides:
             )  # fmt: skip
         return self._known[slide_id]
 
-    async def outlines(self, slide_id: str) -> dict[str, Any]:
+    async def outlines(self, slide_id: str) -> bytes:
         """Return nothing: a file has no outlines."""
         await self.find(slide_id)
-        return {"tissue": None, "regions": []}
+        return b'{"tissue":null,"regions":[]}'
 
 
 def _file_of(row: Mapping[str, Any]) -> SlideFile:
@@ -182,7 +199,7 @@ def _digest(source: Source) -> str:
     return hashlib.sha256(repr(source).encode(errors="surrogateescape")).hexdigest()
 
 
-def _outlines(archive: Archive, slide_id: str) -> dict[str, Any]:
+def _outlines(archive: Archive, slide_id: str) -> bytes:
     from pathflip.slides.tissue import TissueMask
 
     row = archive.slide(slide_id)
@@ -191,7 +208,7 @@ def _outlines(archive: Archive, slide_id: str) -> dict[str, Any]:
     if row["tissue_png"] and row["tissue_mpp"]:
         mask = TissueMask.from_png(row["tissue_png"], mpp=row["tissue_mpp"], slide_mpp=row["mpp"])
         tissue = _multi_polygon(mask.polygons(), mask.mpp / mask.slide_mpp)
-    return {"tissue": tissue, "regions": regions}
+    return json.dumps({"tissue": tissue, "regions": regions}, separators=(",", ":")).encode()
 
 
 def _multi_polygon(polygons: list[Any], px0: float) -> dict[str, Any]:

@@ -151,8 +151,8 @@ def routes(parts: Parts, limits: Limits) -> APIRouter:
     @api.get("/v1/slides/{slide_id}/outlines", dependencies=read, response_model=SlideOutlines)
     async def outlines(request: Request, slide_id: SlidePath) -> Any:
         """Outlines of a slide's tissue, and the squares of its regions."""
-        found = await parts.need("tiles").outlines(slide_id)
+        found = await parts.need("tiles").outlines(slide_id, client=request.state.client.name)
         request.state.audit["slides"] = [slide_id]
-        return JSONResponse(found)
+        return Response(found, media_type="application/json")
 
     return api

@@ -109,6 +109,7 @@ class Tiles:
         self.cache = TileCache(self.config.cache_mb << 20)
         self._seen: OrderedDict[str, float] = OrderedDict()
         self._pyramids: OrderedDict[str, tuple[Pyramid, float | None, str]] = OrderedDict()
+        self._drawing: dict[str, asyncio.Lock] = {}  # held by a client whose outlines are made
         self._making: dict[str, asyncio.Task[Any]] = {}
         self._waiting: Counter[str] = Counter()
 
@@ -238,13 +239,20 @@ class Tiles:
             )),
         )  # fmt: skip
 
-    async def outlines(self, slide_id: str) -> dict[str, Any]:
+    async def outlines(self, slide_id: str, *, client: str = "") -> bytes:
         """Outlines of a slide's tissue and its regions; see :class:`serve.slide_files.SlideFiles`.
+
+        They are made once for all who ask at the same time, and one slide at a time for a client.
 
         Raises:
             ArchiveError: ``unknown_slide``.
         """
-        return await self._slides.outlines(slide_id)
+
+        async def make() -> bytes:
+            async with self._drawing.setdefault(client, asyncio.Lock()):
+                return await self._slides.outlines(slide_id)
+
+        return await self._shared(f"outlines {slide_id}", make)
 
     async def _make(
         self, file: SlideFile, key: str, place: tuple[int, int, int], client: str

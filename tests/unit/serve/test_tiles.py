@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from pathflip.slides.slide import Slide
 from pathflip.slides.sources import digest_source, stat_source
 from pathflip.slides.tissue import TissueMask
 from pathflip.synth import make_slide
+from serve import slide_files
 from serve.audit import AuditLog
 from serve.auth import read_tokens
 from serve.ingress import make_app
@@ -232,6 +234,44 @@ def test_outlines_are_the_archives(get: Get, folder: Path) -> None:
     mask = tissue_of(folder)
     again = TissueMask.from_polygons(drawn, width=1200, height=800, slide_mpp=0.5, mpp=10.0)
     assert np.array_equal(again.mask, mask.mask)
+
+
+def test_outlines_are_drawn_once_and_one_at_a_time(
+    folder: Path, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged tissue takes seconds: whoever asks for it all the time keeps nobody from tiles."""
+    began: list[str] = []
+    draw, go = slide_files._outlines, threading.Event()
+
+    def slow(archive: Any, slide: str) -> bytes:
+        began.append(slide)
+        assert go.wait(60)
+        return draw(archive, slide)
+
+    monkeypatch.setattr(slide_files, "_outlines", slow)
+    tiles = Tiles(str(folder / "archive"), config=CONFIG)
+
+    async def ask() -> None:
+        asked = [
+            asyncio.create_task(tiles.outlines("ab"[number % 2], client="greedy"))
+            for number in range(40)
+        ]
+        assert (await tiles.tile("a", 11, 1, 1))[1]  # whatever waits for the other thing
+        async with asyncio.timeout(60):
+            while not began:
+                await asyncio.sleep(0.01)
+        assert began == ["a"]
+        go.set()
+        found = await asyncio.gather(*asked)
+        assert len(set(found)) == 2
+        assert json.loads(found[0])["regions"][0]["region_id"] == "a/0_0"
+        assert await tiles.outlines("b", client="other") == found[1]
+        assert sorted(began) == ["a", "b"]
+
+    try:
+        loop.run_until_complete(ask())
+    finally:
+        loop.run_until_complete(tiles.close())
 
 
 def test_many_points_are_fewer_and_nearly_the_same() -> None:
