@@ -259,7 +259,7 @@ function Magnification({ view }: { view: SlideView | null }) {
   return (
     <select class="magnification" aria-label="Magnification" disabled={!view} value="" onChange={choose}>
       <option value="">{now}</option>
-      {(mpp === null ? PERCENTS : POWERS).map((power) => (
+      {(view && mpp === null ? PERCENTS : POWERS).map((power) => (
         <option key={power} value={power}>
           {power}
           {mpp === null ? " %" : "×"}
