@@ -58,7 +58,14 @@ def datasets_show(name: NameArgument, as_json: JsonOption = False) -> None:
         "files",
         ("path", "holds", "files", "rows", "needed", "known from"),
         [
-            [f.path, f.holds, f.files, f.rows, "" if f.optional else "yes", f.source]
+            [
+                f.path,
+                f.holds,
+                f.files,
+                f.rows or f.stated_rows,
+                "" if f.optional else "yes",
+                f.source,
+            ]
             for f in card.files
         ],
     )

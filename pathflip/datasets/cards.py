@@ -12,8 +12,8 @@ A card is a YAML file in ``pathflip/datasets/cards``::
     - path: SlideBench-VQA-TCGA.csv       # below the folder; * and ** as in a shell
       holds: questions with four options
       columns: [Slide, Question, A, B, C, D, Answer]
-      rows: 1489
-      source: counted in a public copy
+      stated_rows: 1494
+      source: as a user counts them
     steps:
     - {what: questions into the archive, run: pathflip archive import …}
     measures:

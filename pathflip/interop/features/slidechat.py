@@ -37,12 +37,14 @@ def read_slidechat(path: Path, slide: str) -> list[FeatureFile]:
             n, last = n + block.count(b"\n"), block[-1:]
         n += last != b"\n"
     width = next((at for at, name in enumerate(names) if name in PLACE_COLUMNS), len(names))
-    numeric = all(_is_number(cell) for cell in first[:width]) and len(first) == len(names)
+    numeric = all(_is_number(cell) for cell in first[: min(width, WIDTH)])
+    numeric = numeric and len(first) == len(names)
     if width < 2 or not (numeric or n == 0):
         raise unusable(path, "is no table of features", code="unsupported")
     check_shape(path, n=n, dim=width)
     placed = names[width:] == list(PLACE_COLUMNS)
     width = width if placed else min(width, WIDTH)
+    numbers = len(names) if placed else width  # what stands behind may be text
     extra = dict(zip(names[width:], first[width:], strict=True)) if placed and n else {}
     return [
         FeatureFile(
@@ -51,7 +53,7 @@ def read_slidechat(path: Path, slide: str) -> list[FeatureFile]:
             slide=slide,
             n=n,
             dim=width,
-            read=partial(_rows, path, width, n),
+            read=partial(_rows, path, width, numbers, n),
             coordinates=partial(_places, path, width, n) if placed else None,
             size=float(extra["size0"]) if extra else None,
             mpp=float(extra["mpp"]) if extra else None,
@@ -92,8 +94,8 @@ def _is_number(cell: str) -> bool:
 
 
 @lru_cache(maxsize=2)
-def _table(path: Path, columns: int, stamp: tuple[int, int]) -> NDArray[np.float64]:
-    """Read all numbers of a table; its text is a multiple of them, so it is read once."""
+def _table(path: Path, columns: int, numbers: int, stamp: tuple[int, int]) -> NDArray[np.float64]:
+    """Read the first columns of a table, which are numbers, once: their text is a multiple."""
     import pyarrow as pa
     from pyarrow import csv
 
@@ -103,26 +105,29 @@ def _table(path: Path, columns: int, stamp: tuple[int, int]) -> NDArray[np.float
             str(path),
             read_options=csv.ReadOptions(column_names=names, skip_rows=1, use_threads=False),
             convert_options=csv.ConvertOptions(
-                column_types={name: pa.float64() for name in names}, null_values=["nan", "NaN"]
+                column_types={name: pa.float64() for name in names[:numbers]},
+                include_columns=names[:numbers],
+                null_values=["nan", "NaN"],
             ),
         )
-        return np.stack([table[name].to_numpy() for name in names], axis=1)
+        return np.stack([table[name].to_numpy() for name in names[:numbers]], axis=1)
 
 
-def _all(path: Path, columns: int, n: int) -> NDArray[np.float64]:
+def _all(path: Path, columns: int, numbers: int, n: int) -> NDArray[np.float64]:
     with reading(path):
         about = path.stat()
-    found = _table(path, columns, (about.st_size, about.st_mtime_ns))
+    found = _table(path, columns, numbers, (about.st_size, about.st_mtime_ns))
     if len(found) != n:
         raise unusable(path, f"has {len(found):,} lines and not {n:,}")
     return found
 
 
-def _rows(path: Path, width: int, n: int, start: int, stop: int) -> NDArray[Any]:
+def _rows(path: Path, width: int, numbers: int, n: int, start: int, stop: int) -> NDArray[Any]:
     with path.open("rb") as file:
         columns = file.readline(_HEAD).count(b",") + 1
-    return _all(path, columns, n)[start:stop, :width]
+    return _all(path, columns, numbers, n)[start:stop, :width]
 
 
 def _places(path: Path, width: int, n: int) -> NDArray[np.float64]:
-    return _all(path, width + len(PLACE_COLUMNS), n)[:, width : width + 2]
+    columns = width + len(PLACE_COLUMNS)
+    return _all(path, columns, columns, n)[:, width : width + 2]

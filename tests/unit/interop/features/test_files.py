@@ -152,6 +152,16 @@ def test_slidechat_is_a_table_of_numbers(tmp_path: Path) -> None:
     assert found.others == 1
 
 
+def test_what_stands_behind_slidechats_numbers_may_be_text(tmp_path: Path) -> None:
+    wide = RNG.standard_normal((3, 512)).astype(np.float32)
+    lines = [",".join([*map(str, range(512)), "patch"])]
+    lines += [",".join([*map(repr, row.tolist()), f"{at}_7.png"]) for at, row in enumerate(wide)]
+    (tmp_path / "s1.csv").write_text("\n".join(lines) + "\n")
+    record = only(tmp_path)
+    assert (record.format, record.n, record.dim, record.encoder) == ("slidechat", 3, 512, "conch")
+    assert (record.read(0, 3).astype(np.float32) == wide).all()
+
+
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [
