@@ -212,8 +212,8 @@ class ReaderPool:
             RequestError: ``busy``.
         """
         busy = RequestError("Too many concurrent requests.", code="busy")
-        greediest = max(self._waiting, key=lambda one: len(self._waiting[one]))
-        if len(self._waiting[greediest]) <= len(self._waiting.get(client, ())) + 1:
+        greediest = max(self._waiting, key=lambda one: len(self._waiting[one]), default=client)
+        if len(self._waiting.get(greediest, ())) <= len(self._waiting.get(client, ())) + 1:
             raise busy
         latest = self._waiting[greediest][-1]
         self._forget(greediest, latest)

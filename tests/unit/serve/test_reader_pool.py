@@ -106,6 +106,22 @@ def test_who_has_most_in_a_full_queue_is_refused(loop: asyncio.AbstractEventLoop
     assert [one for one in modest if isinstance(one, str)] == [f"modest {n}" for n in range(3)]
 
 
+def test_a_queue_of_nothing_refuses_all_that_would_wait(loop: asyncio.AbstractEventLoop) -> None:
+    pool, slow = ReaderPool(ReadingConfig(readers=1, queued=0)), Slow()
+
+    async def ask() -> None:
+        first = asyncio.create_task(pool.run("s", slow.named("first"), client="a"))
+        await settled()
+        with pytest.raises(RequestError) as error:
+            await pool.run("s", slow.named("second"), client="b")
+        assert error.value.code == "busy"
+        slow.go.set()
+        assert await first == "first"
+
+    loop.run_until_complete(ask())
+    pool.close()
+
+
 def test_long_requests_have_half_of_the_readers_and_one_a_client(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
