@@ -69,7 +69,7 @@ def test_job_whose_time_is_up_goes_on_and_ends_as_one_that_had_it(
         os.kill(first.pid, signal.SIGUSR1)  # which Slurm sends some minutes before the end
         _, errors = first.communicate(timeout=START_S)
     finally:
-        first.kill()
+        end(first)
     assert first.returncode == 130, errors
     assert nodes.queued_again() == ["requeue 4711"]
     assert "Ray has 2 nodes" in errors
@@ -78,6 +78,14 @@ def test_job_whose_time_is_up_goes_on_and_ends_as_one_that_had_it(
     # Which the queue starts again: the same command, on whatever nodes there are.
     job_here(slides, archive)
     assert content(archive) == expected
+
+
+def end(job: subprocess.Popen[str]) -> None:
+    """End a job with all that it started, if it still runs."""
+    below = [job.pid, *descendants(job.pid)] if job.poll() is None else []
+    for pid in below:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def ready(archive: Path) -> int:
