@@ -74,6 +74,9 @@ def _trident_or_clam(
     check_shape(path, n=n, dim=dim, coordinates=None if coords is None else len(coords))
     quality = dataset(path, file, "patch_quality")
     regions = dataset(path, file, "regions")
+    for extra in (quality, regions):
+        if extra is not None and (extra.ndim != 2 or len(extra) > n or extra.shape[1] > 4):
+            raise unusable(path, f"has a table {extra.name} of another size than its patches")
     named = text(_attributes(features).get("encoder")) or _encoder_of(path)
     record = FeatureFile(
         path=path,
@@ -93,6 +96,7 @@ def _trident_or_clam(
 
 
 def _places(path: Path, slide: str, coords: Any, places: dict[str, Any]) -> FeatureFile:
+    check_shape(path, n=len(coords), dim=1)
     return with_places(
         FeatureFile(
             path=path,

@@ -19,6 +19,8 @@ from pathflip.interop.features.record import FeatureFile, check_shape, reading, 
 
 PLACE_COLUMNS = ("x0", "y0", "size0", "mpp")
 WIDTH = 512
+MAX_NUMBERS = 1 << 28
+"""Numbers of a table, 8 bytes each: 400,000 patches of CONCH take 1.6 GB."""
 _HEAD = 1 << 20  # bytes of a first line
 
 
@@ -42,6 +44,13 @@ def read_slidechat(path: Path, slide: str) -> list[FeatureFile]:
     if width < 2 or not (numeric or n == 0):
         raise unusable(path, "is no table of features", code="unsupported")
     check_shape(path, n=n, dim=width)
+    if n * len(names) > MAX_NUMBERS:
+        raise unusable(
+            path,
+            f"holds {n:,} lines of {len(names):,} numbers",
+            hint=f"A table is read at once: {MAX_NUMBERS:,} numbers at most.",
+            code="too_large",
+        )
     placed = names[width:] == list(PLACE_COLUMNS)
     width = width if placed else min(width, WIDTH)
     numbers = len(names) if placed else width  # what stands behind may be text

@@ -276,9 +276,13 @@ def test_damaged_files_are_told_and_the_others_found(tmp_path: Path) -> None:
     with h5py.File(words, "a") as file:
         del file["features"]
         file["features"] = ["a", "b"]
+    vast = trident(tmp_path, "vast")
+    with h5py.File(vast, "a") as file:
+        # A kilobyte that would be 8 GB in memory.
+        file.create_dataset("regions", (1 << 28, 4), "f8", chunks=(1024, 4), compression="gzip")
     found = find_features(tmp_path)
     assert [one.slide for one in found.files] == ["good"]
-    assert set(found.problems) == {str(one) for one in (cut, no, uneven, words)}
+    assert set(found.problems) == {str(one) for one in (cut, no, uneven, words, vast)}
 
 
 def test_a_folder_without_features_is_refused(tmp_path: Path) -> None:
