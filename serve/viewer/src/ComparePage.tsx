@@ -19,7 +19,7 @@ export function ComparePage({ at }: { at: CompareRoute }) {
   const stages: Pair<{ current: HTMLDivElement | null }> = [useRef<HTMLDivElement>(null), useRef<HTMLDivElement>(null)];
   const [views, setViews] = useState<Pair<SlideView> | null>(null);
   const [sync, setSync] = useState(at.sync);
-  const [turn, setTurn] = useState((at.places[1]?.rot ?? 0) - (at.places[0]?.rot ?? 0));
+  const [turn, setTurn] = useState(0); // of the right one against the left
   const leader = useRef<0 | 1>(0); // the side that leads: the one last touched
   const [help, setHelp] = useState(false);
   const [pick, setPick] = useState<0 | 1 | null>(null);
@@ -56,15 +56,20 @@ export function ComparePage({ at }: { at: CompareRoute }) {
     if (!at.places[1]) match(views);
   }, [at, views]);
 
+  useEffect(() => {
+    if (!views) return;
+    const update = () => setTurn(between(views[1].place().rot, views[0].place().rot));
+    update();
+    const stops = views.map((view) => view.onMove(update));
+    return () => stops.forEach((stop) => stop());
+  }, [views]);
   useEffect(() => (views && sync ? join(views, leader) : undefined), [views, sync, turn]);
   useEffect(() => (views ? keepAddress(views, at, sync) : undefined), [views, at, sync]);
 
   const rotate = (degrees: number) => {
     if (!views) return;
     leader.current = 0;
-    setTurn(degrees);
-    const left = views[0].place();
-    views[1].turnTo(left.rot + degrees);
+    views[1].turnTo(views[0].place().rot + degrees);
   };
   useKeys({
     view: () => views?.[leader.current] ?? null,
@@ -87,7 +92,7 @@ export function ComparePage({ at }: { at: CompareRoute }) {
           <span class="tool-group">
             <Tool icon="minus" label="Zoom out" disabled={!views} onPress={() => both((view) => view.zoomBy(0.5))} />
             <Tool icon="plus" label="Zoom in" disabled={!views} onPress={() => both((view) => view.zoomBy(2))} />
-            <Tool icon="fit" label="Whole slides" disabled={!views} onPress={() => both((view) => view.moveTo({ ...view.whole(), rot: view.place().rot }, false))} />
+            <Tool icon="fit" label="Whole slides" disabled={!views} onPress={() => both((view) => view.moveTo(view.whole(view.place().rot), false))} />
             <Tool icon="rotate" label="Rotate by 90 degrees" disabled={!views} onPress={() => both((view) => view.turnTo(view.place().rot + 90))} />
           </span>
           <span class="tool-group">
@@ -102,7 +107,7 @@ export function ComparePage({ at }: { at: CompareRoute }) {
                 min={-180}
                 max={180}
                 step={1}
-                value={Math.round(((turn + 540) % 360) - 180)}
+                value={Math.round(turn)}
                 disabled={!views}
                 onChange={(event) => rotate(Number(event.currentTarget.value) || 0)}
               />
@@ -156,11 +161,16 @@ export function ComparePage({ at }: { at: CompareRoute }) {
   );
 }
 
+/** Degrees from one angle to another, -180 to 180, to a hundredth. */
+function between(to: number, from: number): number {
+  return Math.round(100 * (((to - from + 900) % 360) - 180)) / 100;
+}
+
 /** Give the right view the left one's µm per pixel, about the middle of its slide. */
 function match([left, right]: Pair<SlideView>): void {
   const [fromMpp, toMpp] = scales(left, right);
   const width = (left.place().w * fromMpp * right.element.clientWidth) / left.element.clientWidth / toMpp;
-  right.moveTo({ ...right.whole(), w: width, rot: left.place().rot });
+  right.moveTo({ ...right.whole(left.place().rot), w: width });
 }
 
 /** µm per level-0 px of two views; where one is unknown, their pixels count as equal. */

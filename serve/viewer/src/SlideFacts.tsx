@@ -73,7 +73,10 @@ function Overlays({ view }: { view: SlideView | null }) {
   const wanted = tissue.value || regions.value;
   useEffect(() => {
     if (!view || !wanted || outlines.peek()) return;
-    api.get<Outlines>(slidePath(view.info.slide_id, "outlines")).then((found) => (outlines.value = found), report);
+    const call = new AbortController();
+    const path = slidePath(view.info.slide_id, "outlines");
+    api.get<Outlines>(path, { signal: call.signal }).then((found) => (outlines.value = found), report);
+    return () => call.abort();
   }, [view, wanted]);
   const found = outlines.value;
   useEffect(() => {

@@ -37,6 +37,7 @@ export function SlidePage({ at }: { at: SlideRoute }) {
   const [failure, setFailure] = useState("");
   const [help, setHelp] = useState(false);
   const [pick, setPick] = useState(false);
+  const shown = useRef(at);
 
   // One viewer for as long as this slide is shown; another slide is another SlidePage.
   useEffect(() => {
@@ -58,13 +59,14 @@ export function SlidePage({ at }: { at: SlideRoute }) {
       const info = await asked;
       const view = (made = new SlideView(stage.current!, info, minimap.current));
       explainLosses(view, (problem) => {
+        if (calls.signal.aborted) return;
         if (problem.code !== "source_changed") return report(problem);
         // Another file under the same name: its places would not be true.
         setView(null);
         stop();
         fail(problem);
       });
-      await view.open(at.place);
+      await view.open(shown.current.place); // "back" may have been faster
       if (calls.signal.aborted) return;
       slide.value = { ...info, row };
       inView.value = view.box();
@@ -81,7 +83,6 @@ export function SlidePage({ at }: { at: SlideRoute }) {
   }, []);
 
   // The browser's back and forward, and typed addresses.
-  const shown = useRef(at);
   useEffect(() => {
     if (shown.current === at) return;
     shown.current = at;
@@ -225,7 +226,7 @@ function Toolbar({ view, ruler, onTurn, onCompare, onHelp }: ToolbarProps) {
         <Tool icon="minus" label="Zoom out" hotkey="-" disabled={off} onPress={() => view?.zoomBy(0.5)} />
         <Magnification view={view} />
         <Tool icon="plus" label="Zoom in" hotkey="+" disabled={off} onPress={() => view?.zoomBy(2)} />
-        <Tool icon="fit" label="Whole slide" hotkey="0" disabled={off} onPress={() => view?.moveTo(view.whole(), false)} />
+        <Tool icon="fit" label="Whole slide" hotkey="0" disabled={off} onPress={() => view?.moveTo(view.whole(view.place().rot), false)} />
         <Tool icon="rotate" label="Rotate by 90 degrees" hotkey="r" disabled={off} onPress={onTurn} />
       </span>
       <span class="tool-group">

@@ -5,6 +5,7 @@
  */
 
 import type { Box, Point } from "./api.ts";
+import { areaUm2 } from "./measure.ts";
 
 export type Geometry =
   | { type: "Point"; coordinates: Point }
@@ -206,14 +207,7 @@ export function bounds(geometry: Geometry): Box {
 export function area(geometry: Geometry): number {
   if (geometry.type !== "Polygon" && geometry.type !== "MultiPolygon") return 0;
   const polygons = geometry.type === "Polygon" ? [geometry.coordinates] : geometry.coordinates;
-  const size = (points: readonly Point[]) => {
-    let sum = 0;
-    points.forEach(([x, y], i) => {
-      const [nextX, nextY] = points[(i + 1) % points.length]!;
-      sum += x * nextY - nextX * y;
-    });
-    return Math.abs(sum) / 2;
-  };
+  const size = (points: readonly Point[]) => areaUm2(points, 1);
   return polygons.reduce((total, [outer, ...holes]) => {
     const rings = holes.reduce((sum, hole) => sum - size(hole), size(outer ?? []));
     return total + rings;

@@ -53,7 +53,7 @@ export function useKeys(keys: Keys): void {
         case "_":
           return done(view.zoomBy(1 / 1.5));
         case "0":
-          return done(view.moveTo(view.whole(), false));
+          return done(view.moveTo(view.whole(view.place().rot), false));
         case "f":
           return done(fullScreen());
         case "r":

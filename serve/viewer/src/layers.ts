@@ -122,7 +122,9 @@ export function solo(key: string): void {
 
 /** Ask again for a layer that failed. */
 export function retry(key: string): void {
-  heatLayers.value = heatLayers.value.filter((layer) => layer.key !== key);
+  const failed = heatLayers.value.find((layer) => layer.key === key);
+  if (failed) looks.value = { [key]: lookText(failed.look) };
+  heatLayers.value = heatLayers.value.filter((layer) => layer !== failed);
   wanted.value = [...wanted.value];
 }
 

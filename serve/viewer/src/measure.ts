@@ -26,7 +26,7 @@ export function lengthUm(points: Point[], mpp: number): number {
 }
 
 /** Area of a polygon that does not cross itself, µm² (the shoelace formula). */
-export function areaUm2(points: Point[], mpp: number): number {
+export function areaUm2(points: readonly Point[], mpp: number): number {
   const [ox, oy] = points[0] ?? [0, 0]; // from the first point: no loss of digits far from the origin
   let twice = 0;
   for (let i = 0; i < points.length; i++) {
@@ -152,7 +152,7 @@ export class Ruler {
     if (!this.kind.value) return;
     const points = this.hover ? [...this.points.value, this.hover] : this.points.value;
     this.line(context, points, this.kind.value === "area" && points.length > 2);
-    this.cross(context);
+    this.view.cross(context);
   }
 
   private line(context: CanvasRenderingContext2D, points: Point[], closed: boolean): void {
@@ -182,22 +182,6 @@ export class Ruler {
       context.fill();
       context.lineWidth = 1;
       context.strokeStyle = "#000";
-      context.stroke();
-    }
-  }
-
-  /** The cross in the middle, where the keyboard sets points. */
-  private cross(context: CanvasRenderingContext2D): void {
-    const { clientWidth, clientHeight } = this.view.element;
-    const [x, y] = [clientWidth / 2, clientHeight / 2];
-    for (const [width, colour] of [[4, "rgb(0 0 0 / 60%)"], [1.5, "#fff"]] as const) {
-      context.lineWidth = width;
-      context.strokeStyle = colour;
-      context.beginPath();
-      context.moveTo(x - 9, y);
-      context.lineTo(x + 9, y);
-      context.moveTo(x, y - 9);
-      context.lineTo(x, y + 9);
       context.stroke();
     }
   }

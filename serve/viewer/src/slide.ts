@@ -177,12 +177,18 @@ export class SlideView {
     navigator.update(this.osd.viewport);
   }
 
-  /** The place that shows the whole slide. */
-  whole(): Place {
+  /** The place that shows the whole slide, turned by `rot` degrees. */
+  whole(rot = 0): Place {
     const { width, height } = this.info;
+    return { x: width / 2, y: height / 2, w: this.widthFor(width, height, rot) * 1.04, rot };
+  }
+
+  /** Width of the view, level-0 px, in which a rectangle is seen as a whole. */
+  private widthFor(w0: number, h0: number, rot: number): number {
     const { clientWidth, clientHeight } = this.element;
-    const aspect = clientWidth / Math.max(1, clientHeight);
-    return { x: width / 2, y: height / 2, w: Math.max(width, height * aspect) * 1.04, rot: 0 };
+    const [sin, cos] = [Math.abs(Math.sin(rad(rot))), Math.abs(Math.cos(rad(rot)))];
+    const [w, h] = [w0 * cos + h0 * sin, w0 * sin + h0 * cos];
+    return Math.max(w, (h * clientWidth) / Math.max(1, clientHeight));
   }
 
   /** Where the view is: a permalink's numbers. */
@@ -214,12 +220,9 @@ export class SlideView {
   /** Fly to a rectangle of level-0 px; all of it will be in view. */
   fly(x0: number, y0: number, w0: number, h0: number): void {
     for (const then of this.flights) then();
-    const { clientWidth, clientHeight } = this.element;
-    const turned = this.place().rot;
-    const [sin, cos] = [Math.abs(Math.sin(rad(turned))), Math.abs(Math.cos(rad(turned)))];
-    const [w, h] = [w0 * cos + h0 * sin, w0 * sin + h0 * cos];
-    const width = Math.max(w, (h * clientWidth) / Math.max(1, clientHeight), clientWidth / MOST_ZOOM);
-    this.moveTo({ x: x0 + w0 / 2, y: y0 + h0 / 2, w: width * 1.1, rot: turned }, false);
+    const { rot } = this.place();
+    const width = Math.max(this.widthFor(w0, h0, rot), this.element.clientWidth / MOST_ZOOM);
+    this.moveTo({ x: x0 + w0 / 2, y: y0 + h0 / 2, w: width * 1.1, rot }, false);
   }
 
   /** Multiply the zoom about the middle. */
@@ -469,6 +472,7 @@ export class SlideView {
     context.clearRect(0, 0, width, height);
     if (!this.osd.world.getItemCount()) return;
     for (const layer of this.layers.values()) {
+      if (!layer.opacity) continue;
       const { x0, y0, w0, h0 } = layer.box;
       context.globalAlpha = layer.opacity;
       context.setTransform(this.matrix([x0, y0], dpr));
@@ -512,6 +516,21 @@ export class SlideView {
     context.fillStyle = colour;
     context.textBaseline = "middle";
     context.fillText(text, x + 5, y - 11.5);
+  }
+
+  /** Paint the cross in the middle, where the keyboard sets points, in {@link paint}. */
+  cross(context: CanvasRenderingContext2D): void {
+    const [x, y] = [this.element.clientWidth / 2, this.element.clientHeight / 2];
+    for (const [width, colour] of [[4, "rgb(0 0 0 / 60%)"], [1.5, "#fff"]] as const) {
+      context.lineWidth = width;
+      context.strokeStyle = colour;
+      context.beginPath();
+      context.moveTo(x - 9, y);
+      context.lineTo(x + 9, y);
+      context.moveTo(x, y - 9);
+      context.lineTo(x, y + 9);
+      context.stroke();
+    }
   }
 
   /** From level-0 px to the screen: what {@link toScreen} does, for many places. */

@@ -66,10 +66,16 @@ export function tell(text: string): void {
   notice.value = { text, kind: "info" };
 }
 
-/** Ask who is signed in. */
+/** Who was signed in before. */
+let before: string | null = null;
+
+/** Ask who is signed in. Somebody else finds a page that has forgotten everything. */
 export async function loadSession(): Promise<void> {
   try {
-    session.value = await api.get<Session>("/v1/session", { quiet: true });
+    const now = await api.get<Session>("/v1/session", { quiet: true });
+    if (before !== null && before !== now.name) return location.reload();
+    before = now.name;
+    session.value = now;
   } catch (error) {
     session.value = null;
     if (!(error instanceof Problem && error.status === 401)) report(error);

@@ -191,8 +191,7 @@ export function fullScreen(): void {
 async function signOut(): Promise<void> {
   try {
     await api.del("/v1/session");
-    session.value = null;
-    tell("You are signed out.");
+    location.reload(); // what was asked and found is nobody else's
   } catch (error) {
     report(error);
   }

@@ -89,9 +89,28 @@ def test_two_slides_move_in_step_in_um(viewer: Viewer, world: World) -> None:
         assert step == pytest.approx([0.2 * after[0][2], 0], abs=1)
     assert_true(viewer, world.path(left), number=0)
     assert_true(viewer, world.path(right), number=1)
+    # Turned as one, too, and a step to the right is one on both.
+    page.get_by_role("button", name="Rotate by 90 degrees").click()
+    page.wait_for_url(re.compile(r"rot=90.*rot2=90"))
+    middles = [[now[i] + now[i + 2] / 2 for i in (0, 1)] for now in um()]
+    viewer.still(0).focus()
+    viewer.moved(lambda: page.keyboard.press("ArrowRight"), 1)
+    for now, then in zip(um(), middles, strict=True):
+        step = [now[i] + now[i + 2] / 2 - then[i] for i in (0, 1)]
+        assert step == pytest.approx([0, -0.2 * now[3]], abs=1)
+    assert_true(viewer, world.path(left), number=0, quarters=1)
+    assert_true(viewer, world.path(right), number=1, quarters=1)
+    page.get_by_role("spinbutton", name="Turn the right by").fill("-30")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(r"rot=90.*rot2=60"))
+    page.get_by_role("button", name="Rotate by 90 degrees").click()
+    page.wait_for_url(re.compile(r"rot=180.*rot2=150"))
     # Led by the right one, and apart.
     viewer.still(1).focus()
     viewer.moved(lambda: page.keyboard.press("-"), 0)
+    page.get_by_role("spinbutton", name="Turn the right by").fill("0")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(r"rot=180.*rot2=180"))
     assert um()[0][2] == pytest.approx(um()[1][2], rel=0.005)
     page.get_by_role("checkbox", name="In step").uncheck()
     kept = viewer.view(0)

@@ -82,3 +82,59 @@ def test_a_focused_element_is_seen(tab: Callable[..., Viewer], world: World) -> 
     for _ in range(12):
         page.keyboard.press("Tab")
         assert page.evaluate(RING_OF_FOCUSED), page.evaluate(NAME_OF_FOCUSED)
+
+
+def test_every_panel_is_used_with_the_keyboard_alone(viewer: Viewer, world: World) -> None:
+    page = viewer.open(f"#/slide/{world.id('s00002')}?panel=where").page
+    viewer.still()
+
+    def tab_to(name: str, *, back: bool = False) -> None:
+        for _ in range(60):
+            if re.search(name, str(page.evaluate(NAME_OF_FOCUSED))):
+                return
+            page.keyboard.press("Shift+Tab" if back else "Tab")
+        pytest.fail(f"the tab key does not reach {name}")
+
+    tab_to("Show where this is true")
+    page.keyboard.type("Necrosis is present.")
+    page.keyboard.press("Enter")
+    page.get_by_text("Fit", exact=False).first.wait_for()
+    tab_to("Colours and export")
+    page.keyboard.press("Enter")
+    tab_to("^Opacity")
+    page.keyboard.press("ArrowLeft")
+    assert page.get_by_role("slider", name="Opacity").input_value() == "0.65"
+    tab_to("^Remove", back=True)
+    page.keyboard.press("Enter")
+    page.get_by_role("list", name="Layers").wait_for(state="detached")
+    tab_to("Show where this is true")  # one is where one goes on
+    tab_to("^Where$", back=True)
+    page.keyboard.press("ArrowRight")
+    tab_to("^Question")
+    page.keyboard.type("What is seen?")
+    page.keyboard.press("Enter")
+    claim = page.get_by_role("button", name="Mucin pools are present.")
+    claim.wait_for()
+    tab_to("^Mucin pools", back=True)
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("layers=Mucin"))
+    assert claim.get_attribute("aria-pressed") == "true"
+    tab_to("^Ask$", back=True)
+    page.keyboard.press("ArrowRight")
+    tab_to("^By keys")
+    page.keyboard.press("Enter")
+    assert page.evaluate(NAME_OF_FOCUSED) == "By keys"
+    tab_to("^Set corner 1")
+    page.keyboard.press("Enter")
+    tab_to("^Save as a point")
+    page.keyboard.press("Enter")
+    page.get_by_role("textbox", name="Name").wait_for()
+    tab_to("^Name")
+    page.keyboard.type("here")
+    page.keyboard.press("Enter")
+    page.get_by_role("status").filter(has_text="1 annotation, all saved").wait_for()
+    tab_to("^Delete$")
+    page.keyboard.press("Enter")
+    tab_to("^Delete for good", back=True)
+    page.keyboard.press("Enter")
+    page.get_by_text("Nothing is drawn on this slide yet.").wait_for()

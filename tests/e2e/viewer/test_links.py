@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 
+import cv2
 import numpy as np
 import pytest
 
@@ -131,3 +132,28 @@ def test_layers_and_the_picture_look_the_same_to_who_opens_the_link(
     without = second.picture().astype(int)
     assert np.abs(without - pictures[1]).max() > 60
     second.page.wait_for_url(re.compile(r"looks=turbo\+90\+50\+boxes"))  # hidden, and kept
+
+
+def test_heat_and_outlines_turn_with_the_slide(viewer: Viewer, world: World) -> None:
+    heat = f"layers={TEXT.replace(' ', '+')}&looks=turbo+100+50+shown"
+    seen = []
+    for turn in (0, 90):
+        viewer.open(f"#/slide/{world.id(STEM)}?x=1024&y=1024&w=2800&rot={turn}&{heat}")
+        viewer.still()
+        plain = viewer.picture()
+        viewer.page.get_by_role("tab", name="Where").click()
+        viewer.page.get_by_text("Fit").first.wait_for()
+        viewer.page.get_by_role("tab", name="Slide").click()
+        viewer.page.get_by_role("checkbox", name="Regions").check()
+        viewer.page.get_by_role("checkbox", name="Tissue").check()
+        viewer.page.wait_for_load_state("networkidle")
+        picture = viewer.picture()
+        assert np.abs(picture.astype(int) - plain).max() > 100
+        middle = [int(side // 2) for side in picture.shape[:2]]
+        rows, columns = (slice(at - 250, at + 250) for at in middle)
+        seen.append(picture[rows, columns].astype(int))
+    upright, turned = seen
+    # Lines between two pixels fall on either, so a pixel's mean over its neighbours is compared.
+    means = [cv2.blur(one.astype(np.float32), (5, 5)) for one in (np.rot90(upright, -1), turned)]
+    assert np.abs(means[0] - means[1]).mean() < 4
+    assert (np.abs(means[0] - means[1]).max(axis=2) > 60).mean() < 0.002

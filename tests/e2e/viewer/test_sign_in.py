@@ -121,3 +121,54 @@ def test_another_site_cannot_use_the_cookie(tab: Callable[..., Viewer], services
     assert httpx.post(path, content=body, headers=own).status_code == 200
     assert httpx.post(path, content=body, headers=alien).status_code == 403
     assert httpx.post(path, content=body, headers=simple).status_code in (403, 415)
+
+
+def test_patients_are_sought_where_the_service_shows_them_and_in_no_address(
+    tab: Callable[..., Viewer], services: Services
+) -> None:
+    world = services.world
+    patient = world.rows["s00001"]["patient_id"]
+    own = {row["slide_id"] for row in world.rows.values() if row["patient_id"] == patient}
+    viewer = tab(guarded=True)
+    viewer.open(f"#/slide/{world.id('s00001')}?panel=search&k=30")
+    sign_in(viewer, "finder")
+    page = viewer.page
+    viewer.still()
+    page.get_by_role("button", name="Options and filters").click()
+    page.get_by_role("textbox", name="Only of patient").fill(patient)
+    page.get_by_role("searchbox", name="Search in words").fill("necrosis")
+    page.keyboard.press("Enter")
+    found = page.get_by_role("list", name=re.compile("^Results")).get_by_role("listitem")
+    found.first.wait_for()
+    texts = found.all_inner_texts()
+    assert all(any(slide in text for slide in own) for text in texts)
+    page.wait_for_url(re.compile("q=necrosis"))
+    assert patient not in page.url
+    # The other service does not show them: there is no such field, and asking is refused.
+    viewer = tab().open(f"#/slide/{world.id('s00001')}?panel=search")
+    viewer.still()
+    page = viewer.page
+    page.get_by_role("button", name="Options and filters").click()
+    page.get_by_role("textbox", name="Only of split").wait_for()
+    assert page.get_by_role("textbox", name="Only of patient").count() == 0
+    condition = {"field": "patient_id", "op": "=", "value": patient}
+    asked = {"text": "necrosis", "filters": [condition]}
+    assert page.request.post(f"{services.url}/v1/search", data=asked).json()["code"] == "patients"
+
+
+def test_an_answer_that_is_cut_says_so_and_the_next_user_finds_nothing_of_it(
+    tab: Callable[..., Viewer], services: Services
+) -> None:
+    viewer = tab(guarded=True)
+    viewer.open(f"#/slide/{services.world.id('s00001')}?panel=ask")
+    sign_in(viewer, "all")
+    page = viewer.page
+    viewer.still()
+    page.get_by_role("textbox", name="Question").fill("What is seen on this slide?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text("The answer was cut off at the longest the service gives.").wait_for()
+    page.get_by_role("button", name="Sign out all").click()
+    sign_in(viewer, "all")
+    viewer.still()
+    page.get_by_role("textbox", name="Question").wait_for()
+    assert "What is seen on this slide?" not in page.content()

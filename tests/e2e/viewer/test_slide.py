@@ -30,13 +30,19 @@ def world(services: Services) -> World:
     return services.world
 
 
-def truth(path: Path, view: tuple[float, ...], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Read the middle of a view by the SDK, at the scale of the screen, RGB [CROP, CROP, 3]."""
+def truth(
+    path: Path, view: tuple[float, ...], shape: tuple[int, ...], *, quarters: int = 0
+) -> NDArray[np.uint8]:
+    """Read the middle of a view by the SDK, at the scale of the screen, RGB [CROP, CROP, 3].
+
+    The view is turned by so many ``quarters`` clockwise.
+    """
     x0, y0, w0, h0 = view
-    scale = w0 / shape[1]
+    scale = (h0 if quarters % 2 else w0) / shape[1]
     left, top = x0 + w0 / 2 - CROP / 2 * scale, y0 + h0 / 2 - CROP / 2 * scale
     with Slide(path) as slide:
-        return slide.read(round(left), round(top), CROP, mpp=slide.mpp * scale)
+        read = slide.read(round(left), round(top), CROP, mpp=slide.mpp * scale)
+    return np.ascontiguousarray(np.rot90(read, -quarters))
 
 
 Picture = NDArray[np.uint8]
@@ -58,10 +64,10 @@ def offset(picture: Picture, expected: Picture) -> tuple[tuple[int, int], float]
     return (int(column) - SLACK, int(row) - SLACK), unlike(there, expected)
 
 
-def assert_true(viewer: Viewer, path: Path, *, number: int = 0) -> None:
+def assert_true(viewer: Viewer, path: Path, *, number: int = 0, quarters: int = 0) -> None:
     """The middle of the screen shows what the SDK reads there."""
     view, picture = viewer.view(number), viewer.picture(number)
-    (right, down), grey = offset(picture, truth(path, view, picture.shape))
+    (right, down), grey = offset(picture, truth(path, view, picture.shape, quarters=quarters))
     assert (abs(right), abs(down)) <= (1, 1), f"{right}, {down} px off"
     assert grey < GREY, f"{grey:.1f} grey levels"
 
@@ -209,11 +215,14 @@ def test_brightness_changes_the_picture_and_back(viewer: Viewer, world: World) -
     assert np.abs(viewer.picture().astype(int) - before).mean() < 1
 
 
-def test_a_length_and_an_area_are_measured_in_um(viewer: Viewer, world: World) -> None:
-    page = viewer.open(f"#/slide/{world.id('s00005')}?x=2000&y=2000&w=1600").page
+@pytest.mark.parametrize(("width", "turn"), [(1600, 0), (333, 90), (3000, 37)])
+def test_a_length_and_an_area_are_measured_in_um(
+    viewer: Viewer, world: World, width: int, turn: int
+) -> None:
+    page = viewer.open(f"#/slide/{world.id('s00005')}?x=2000&y=2000&w={width}&rot={turn}").page
     box = viewer.still().bounding_box()
     assert box
-    um = world.rows["s00005"]["mpp"] * viewer.view()[2] / box["width"]
+    um = world.rows["s00005"]["mpp"] * width / box["width"]
     x, y = box["x"] + 200, box["y"] + 200
     corners = [(x, y), (x + 300, y), (x + 300, y + 200), (x, y + 200)]
     page.get_by_role("button", name="Measure a length").click()

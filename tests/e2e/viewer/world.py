@@ -1,8 +1,8 @@
 """World of the browser tests: slides with planted lesions, their archive, runs, and two services.
 
 The services are the real routes over the real parts, in this process and without Ray, by real HTTP:
-one without tokens, as ``pathflip serve`` on one's own machine, and one with. The language model
-alone is scripted.
+one without tokens, as ``pathflip serve`` on one's own machine, and one with, which also shows
+patients' ids and whose answers never end. The language model alone is scripted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,10 @@ from tests.serving import make_base, make_run
 
 COHORT = 7
 """Slides with planted lesions; s00005 has 0.25 µm/px, the others 0.5."""
-COLUMNS = ("slide_id", "uri", "status", "reason", "width", "height", "mpp", "split", "labels")
+COLUMNS = (
+    "slide_id", "uri", "status", "reason", "width", "height", "mpp", "split", "labels",
+    "patient_id",
+)  # fmt: skip
 ANSWER = "Mucin pools are present. Coagulative necrosis is present."
 TOKENS = {
     "all": ("read,search,chat,annotate,admin", "all-" + "a" * 40),
@@ -161,7 +164,7 @@ def serving(world: World) -> Iterator[Services]:
     parts = _parts(world)
     audit = AuditLog(str(world.folder / "audit"))
     tokens = read_tokens(write_tokens(world.folder / "tokens"))
-    apps = [make_app(parts), make_app(parts, tokens=tokens, audit=audit)]
+    apps = [make_app(parts), make_app(_others(world, parts), tokens=tokens, audit=audit)]
     servers = [
         uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
         for app in apps
@@ -193,12 +196,30 @@ def serving(world: World) -> Iterator[Services]:
         audit.close()
 
 
-def _parts(world: World) -> Any:
-    from serve.annotations import Annotations
+def _others(world: World, parts: Any) -> Any:
+    """The same with patients' ids, and with answers that are cut off."""
+    from serve.search import Search
+
+    if world.run is None or world.tuned is None:
+        return parts
+    model = {"model": world.loaded.name, "fingerprint": world.loaded.fingerprint}
+    search = Search(str(world.archive), patients=True, **model)
+    return replace(parts, search=search, instructor=_chat(world, repeat=True))
+
+
+def _chat(world: World, **script: Any) -> Any:
     from serve.chat_engine import ChatEngine
     from serve.config import ChatConfig
-    from serve.embedder import Embedder
     from serve.fake_engine import FakeEngineConfig
+
+    fake = FakeEngineConfig(text=ANSWER, hold=str(world.hold), **script)
+    config = ChatConfig(backend="fake", fake=fake)
+    return ChatEngine(str(world.archive), str(world.tuned), config=config)
+
+
+def _parts(world: World) -> Any:
+    from serve.annotations import Annotations
+    from serve.embedder import Embedder
     from serve.grounding import Grounding
     from serve.routing import Parts
     from serve.search import Search
@@ -210,14 +231,11 @@ def _parts(world: World) -> Any:
     if world.run is None or world.tuned is None:
         return Parts(search=Search(archive), redactions=redactions, **shared)
     run = str(world.run)
-    fake = FakeEngineConfig(text=ANSWER, hold=str(world.hold))
     return Parts(
         search=Search(archive, model=world.loaded.name, fingerprint=world.loaded.fingerprint),
         embedder=Embedder(archive, run),
         grounding=Grounding(archive, run),
-        instructor=ChatEngine(
-            archive, str(world.tuned), config=ChatConfig(backend="fake", fake=fake)
-        ),
+        instructor=_chat(world),
         redactions=redactions | {run: "the run"},
         **shared,
     )

@@ -14,7 +14,7 @@ import type { Drawing, DrawTool } from "../draw.ts";
 import { areaLabel } from "../scalebar.ts";
 import type { Drag, SlideView } from "../slide.ts";
 import { session, slide } from "../state.ts";
-import { download, Failed, fileName, Swatch } from "./parts.tsx";
+import { download, Failed, fileName, focusSoon, Swatch } from "./parts.tsx";
 
 /** Rows of the list that are made at first, and with each press of the button below. */
 const ROWS = 100;
@@ -202,24 +202,34 @@ function Tools({ view, areas, slideId }: ToolsProps) {
     addEventListener("keydown", escape);
     return () => removeEventListener("keydown", escape);
   }, []);
-  const Tool = ({ name, label, off }: { name: NonNullable<typeof tool.value>; label: string; off?: boolean }) => (
-    <button type="button" aria-pressed={tool.value === name} disabled={off} onClick={() => choose(name)}>
-      {label}
-    </button>
-  );
   return (
     <>
       <div class="tools-of-draw" role="group" aria-label="Draw">
-        <Tool name="rectangle" label="Rectangle" off={!areas} />
-        <Tool name="polygon" label="Polygon" off={!areas} />
-        <Tool name="point" label="Point" />
-        <Tool name="cross" label="By keys" />
+        {TOOLS.map(({ name, label, area: isArea }) => (
+          <button
+            key={name}
+            type="button"
+            aria-pressed={tool.value === name}
+            disabled={isArea && !areas}
+            onClick={() => choose(name)}
+          >
+            {label}
+          </button>
+        ))}
       </div>
       <p class="hint">{HELP[tool.value ?? "none"]}</p>
       {tool.value === "cross" && <Cross view={view} slideId={slideId} onEnd={() => choose(null)} />}
     </>
   );
 }
+
+/** The tools; those of areas need Annotorious. */
+const TOOLS = [
+  { name: "rectangle", label: "Rectangle", area: true },
+  { name: "polygon", label: "Polygon", area: true },
+  { name: "point", label: "Point", area: false },
+  { name: "cross", label: "By keys", area: false },
+] as const;
 
 const HELP = {
   none: "Choose what to draw, or click an annotation to change it.",
@@ -237,6 +247,7 @@ function Cross({ view, slideId, onEnd }: { view: SlideView; slideId: string; onE
     const points = corners.value;
     onEnd();
     drawn(slideId, count === 1 ? point(points[0]!) : polygon(points));
+    focusSoon("draw-name");
   };
   return (
     <div class="row">
@@ -335,20 +346,9 @@ function paintMarks(context: CanvasRenderingContext2D, view: SlideView): void {
     if (geometry.type === "MultiLineString") geometry.coordinates.forEach((one) => line(one, colour));
   }
   if (tool.value !== "cross") return;
-  const { x, y } = view.place();
-  if (corners.value.length) line([...corners.value, [x, y], corners.value[0]!], "#1a5fd0");
+  if (corners.value.length) line([...corners.value, middle(view), corners.value[0]!], "#1a5fd0");
   for (const at of corners.value) dot(at, "#1a5fd0", 4);
-  const [left, top] = view.toScreen(x, y);
-  for (const [width, stroke] of [[4, "rgb(0 0 0 / 60%)"], [1.5, "#fff"]] as const) {
-    context.beginPath();
-    context.moveTo(left - 10, top);
-    context.lineTo(left + 10, top);
-    context.moveTo(left, top - 10);
-    context.lineTo(left, top + 10);
-    context.lineWidth = width;
-    context.strokeStyle = stroke;
-    context.stroke();
-  }
+  view.cross(context);
 }
 
 // -- the list --------------------------------------------------------------------------------------
@@ -466,15 +466,15 @@ function Editor({ feature, slideId, view }: { feature: Feature; slideId: string;
       <div class="row">
         {sure ? (
           <>
-            <button type="button" onClick={() => void remove(slideId, feature)}>
+            <button type="button" onClick={() => void remove(slideId, feature).then(() => focusSoon("tab-draw"))}>
               Delete for good
             </button>
-            <button type="button" onClick={() => setSure(false)}>
+            <button type="button" id="draw-keep" onClick={() => (setSure(false), focusSoon("draw-delete"))}>
               Keep it
             </button>
           </>
         ) : (
-          <button type="button" onClick={() => setSure(true)}>
+          <button type="button" id="draw-delete" onClick={() => (setSure(true), focusSoon("draw-keep"))}>
             Delete
           </button>
         )}

@@ -11,7 +11,7 @@ import type { Layer } from "../layers.ts";
 import { lengthLabel } from "../scalebar.ts";
 import type { SlideView } from "../slide.ts";
 import { layers, report, session } from "../state.ts";
-import { download, Failed, fileName, Refused, scoreText, Swatch } from "./parts.tsx";
+import { download, Failed, fileName, focusSoon, Refused, scoreText, Swatch } from "./parts.tsx";
 
 /** Colours of the ramp. */
 const STEPS = 64;
@@ -133,7 +133,7 @@ function LayerItem({ layer, view }: { layer: Layer; view: SlideView | null }) {
         <button type="button" aria-label={`Show only “${text}”`} onClick={() => solo(key)}>
           Only
         </button>
-        <button type="button" aria-label={`Remove “${text}”`} onClick={() => removeLayer(key)}>
+        <button type="button" aria-label={`Remove “${text}”`} onClick={() => (removeLayer(key), focusSoon("where-text"))}>
           ×
         </button>
       </div>

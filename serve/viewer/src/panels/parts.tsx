@@ -25,6 +25,11 @@ export function Failed({ text, children }: { text: string | null; children?: Com
   );
 }
 
+/** Give the keyboard another place, once it is there: what had it is gone. */
+export function focusSoon(id: string): void {
+  setTimeout(() => document.getElementById(id)?.focus());
+}
+
 /** A score with a minus that is one. */
 export function scoreText(score: number): string {
   return score.toFixed(3).replace("-", "\u2212");
