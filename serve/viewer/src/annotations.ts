@@ -19,6 +19,8 @@ export const unsaved = signal<ReadonlySet<string>>(new Set());
 /** Class that was given last: the next annotation has it too. */
 let lastClass = "";
 let loads = 0;
+/** What was drawn, changed or deleted since the annotations were asked for last: it is newer than the answer. */
+const touched = new Set<string>();
 
 /** Whether this client may change a feature: its own, and with the scope `admin` everybody's. */
 export function editable({ properties: { author } }: Feature): boolean {
@@ -64,12 +66,14 @@ function fail(slideId: string, error: unknown, doing: string, then: "load" | "sa
 export async function load(slideId: string): Promise<void> {
   const mine = ++loads;
   failed.value = null;
+  touched.clear();
   try {
     const found = await api.get<FeatureCollection & { outdated?: number }>(slidePath(slideId, "annotations"));
     if (mine !== loads) return;
-    features.value = found.features;
+    const kept = features.value.filter((one) => touched.has(one.id));
+    features.value = [...found.features.filter((one) => !touched.has(one.id)), ...kept];
     outdated.value = found.outdated ?? 0;
-    unsaved.value = new Set();
+    unsaved.value = new Set([...unsaved.value].filter((one) => touched.has(one)));
   } catch (error) {
     if (mine === loads) fail(slideId, error, "Loading the annotations", "load");
   }
@@ -79,6 +83,7 @@ export async function load(slideId: string): Promise<void> {
 export async function add(slideId: string, feature: Feature): Promise<void> {
   const classification = classOf(lastClass, features.value);
   const properties = { ...feature.properties, ...(classification && { classification }) };
+  touched.add(feature.id);
   features.value = [...features.value, { ...feature, properties }];
   selected.value = feature.id;
   await put(slideId, feature.id);
@@ -86,10 +91,12 @@ export async function add(slideId: string, feature: Feature): Promise<void> {
 
 /** Give an annotation another shape, which is not saved yet. */
 export function move(id: string, geometry: Geometry): void {
+  touched.add(id);
   features.value = features.value.map((one) => (one.id === id ? { ...one, geometry } : one));
 }
 
 export async function edit(slideId: string, id: string, more: Partial<Properties>, geometry?: Geometry): Promise<void> {
+  touched.add(id);
   features.value = features.value.map((one) =>
     one.id === id
       ? { ...one, geometry: geometry ?? one.geometry, properties: { ...one.properties, ...more } }
@@ -148,6 +155,7 @@ function mark(id: string, lost: boolean): void {
 }
 
 export async function remove(slideId: string, feature: Feature): Promise<void> {
+  touched.add(feature.id);
   await queues.get(feature.id);
   try {
     await api.del(slidePath(slideId, "annotations", feature.id));

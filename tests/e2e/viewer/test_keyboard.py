@@ -85,6 +85,8 @@ def test_a_focused_element_is_seen(tab: Callable[..., Viewer], world: World) -> 
 
 
 def test_every_panel_is_used_with_the_keyboard_alone(viewer: Viewer, world: World) -> None:
+    from playwright.sync_api import expect
+
     page = viewer.open(f"#/slide/{world.id('s00002')}?panel=where").page
     viewer.still()
 
@@ -95,11 +97,11 @@ def test_every_panel_is_used_with_the_keyboard_alone(viewer: Viewer, world: Worl
             page.keyboard.press("Shift+Tab" if back else "Tab")
         pytest.fail(f"the tab key does not reach {name}")
 
-    tab_to("Show where this is true")
+    tab_to("^Show where this is true")
     page.keyboard.type("Necrosis is present.")
     page.keyboard.press("Enter")
     page.get_by_text("Fit", exact=False).first.wait_for()
-    tab_to("Colours and export")
+    tab_to("^Colours and export")
     page.keyboard.press("Enter")
     tab_to("^Opacity")
     page.keyboard.press("ArrowLeft")
@@ -107,7 +109,7 @@ def test_every_panel_is_used_with_the_keyboard_alone(viewer: Viewer, world: Worl
     tab_to("^Remove", back=True)
     page.keyboard.press("Enter")
     page.get_by_role("list", name="Layers").wait_for(state="detached")
-    tab_to("Show where this is true")  # one is where one goes on
+    tab_to("^Show where this is true")  # one is where one goes on
     tab_to("^Where$", back=True)
     page.keyboard.press("ArrowRight")
     tab_to("^Question")
@@ -135,6 +137,7 @@ def test_every_panel_is_used_with_the_keyboard_alone(viewer: Viewer, world: Worl
     page.get_by_role("status").filter(has_text="1 annotation, all saved").wait_for()
     tab_to("^Delete$")
     page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Keep it")).to_be_focused()
     tab_to("^Delete for good", back=True)
     page.keyboard.press("Enter")
     page.get_by_text("Nothing is drawn on this slide yet.").wait_for()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import cv2
 import numpy as np
@@ -244,3 +245,26 @@ def test_an_area_lies_where_it_is_and_is_found_there_whatever_the_turn(
     page.mouse.click(box["x"] + 20, box["y"] + 20)
     editor.wait_for(state="detached")
     page.request.delete(f"{path}/{feature['id']}", headers={"Content-Type": "application/json"})
+
+
+def test_what_is_drawn_while_the_list_is_loaded_stays(viewer: Viewer, world: World) -> None:
+    page = viewer.open(f"#/slide/{world.id('s00001')}?panel=slide").page
+    box = viewer.still().bounding_box()
+    assert box
+    waiting: list[Any] = []
+    page.route(
+        re.compile("/annotations$"),
+        lambda route: waiting.append(route) if route.request.method == "GET" else route.continue_(),
+    )
+    page.get_by_role("tab", name="Draw").click()
+    page.get_by_role("button", name="Point", exact=True).click()
+    page.mouse.click(box["x"] + 300, box["y"] + 300)
+    page.get_by_role("textbox", name="Name").fill("early")
+    (held,) = waiting
+    held.fulfill(json={"type": "FeatureCollection", "features": []})  # as it was before
+    page.get_by_role("textbox", name="Name").press("Enter")
+    page.get_by_role("status").filter(has_text="1 annotation, all saved").wait_for()
+    page.get_by_role("list", name="Annotations").get_by_text("early").wait_for()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.get_by_role("button", name="Delete for good").click()
+    page.get_by_text("Nothing is drawn on this slide yet.").wait_for()

@@ -46,11 +46,10 @@ export function Annotations({ view }: { view: SlideView | null }) {
 
   useEffect(() => {
     if (!view || id === undefined) return;
-    tool.value = hovered.value = null;
-    corners.value = [];
     const end = begin(id);
     return () => {
-      tool.value = null;
+      tool.value = hovered.value = null;
+      corners.value = [];
       end();
     };
   }, [view, id]);
