@@ -10,7 +10,7 @@ from typing import Any
 
 from pathflip.errors import PathFLIPError
 from serve.limits import Limits
-from serve.middleware import Metrics
+from serve.metrics import Metrics
 from serve.schemas import ChatRequest
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from fastapi import APIRouter, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from pathflip import __version__
@@ -29,7 +29,8 @@ from serve.auth import Tokens
 from serve.chat import ChatChunks, count_tokens, events, to_engine_request
 from serve.limits import Limits, RequestError
 from serve.mcp import Endpoint
-from serve.middleware import Guard, Metrics, problem, status_of
+from serve.metrics import Metrics
+from serve.middleware import Guard, problem, status_of
 from serve.proxy import Proofs
 from serve.routing import Parts, api_router, needs
 from serve.schemas import (
@@ -149,8 +150,9 @@ def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     @api.get("/metrics", dependencies=[needs("admin")], response_class=Response, responses={
         200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})  # fmt: skip
     async def metrics_text() -> Response:
-        """Counts and times of this replica, for Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        """Counts and times of this replica, parts that are up and slides, for Prometheus."""
+        text = await metrics.scraped(parts, await ready())
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/openapi.json", dependencies=[needs(None)], include_in_schema=False)
     async def openapi(request: Request) -> Any:
@@ -270,6 +272,7 @@ def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
     )  # fmt: skip
     async def chat(request: Request, asked: ChatRequest) -> Any:
         """Answer a question about a slide, whole or streamed (server-sent events)."""
+        begun = time.perf_counter()
         if asked.model != (await about("instructor"))["id"]:
             raise RequestError(
                 "There is no chat model of this id; GET /v1/models lists them.",
@@ -284,6 +287,8 @@ def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         )
         # The first chunk is awaited here, so that an error still has a status of its own.
         first = await anext(stream)
+        if not asked.choices:  # one of those is chosen, not written
+            metrics.first_token.observe(time.perf_counter() - begun)
         if asked.stream:
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
             body = events(chunks, first, stream, usage=usage, metrics=metrics, public=parts.public)

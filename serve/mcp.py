@@ -26,7 +26,8 @@ from serve import mcp_model_tools, mcp_tools
 from serve.auth import LOCAL, Client
 from serve.limits import Limits, RequestError, strict_json
 from serve.mcp_tools import Answered, Call, Tool
-from serve.middleware import Message, Metrics, Receive, Scope, Send, on_one_line, status_of
+from serve.metrics import Metrics
+from serve.middleware import Message, Receive, Scope, Send, on_one_line, status_of
 from serve.sign_in import check_site
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from serve.schemas import MAX_ID
 from serve.slide_routes import SlideInfo
 
 if TYPE_CHECKING:
-    from serve.middleware import Metrics
+    from serve.metrics import Metrics
     from serve.routing import Parts
 
 MAX_LISTED = 100

@@ -1,4 +1,4 @@
-"""Middleware: authentication, limits, audit log, response headers and metrics of every request.
+"""Middleware: authentication, limits, audit log, response headers and counts of every request.
 
 :class:`Guard` is the outermost layer of the ingress: it checks that the service's own
 proxy asks (:mod:`serve.proxy`), the token (:mod:`serve.auth`), the number of running requests and
@@ -21,7 +21,6 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
@@ -29,6 +28,7 @@ from pathflip.errors import ArchiveError, PathFLIPError
 from serve.audit import AuditError, AuditLog
 from serve.auth import LOCAL, Client, Tokens, is_local
 from serve.limits import Limits, RequestError, read_body
+from serve.metrics import Metrics
 from serve.pages import POLICY, is_page
 from serve.proxy import ANSWERED_BY, ASKED_BY, Proofs
 from serve.sign_in import SignIn, check_site
@@ -124,35 +124,6 @@ _FRAMED_HEADERS = (
     *_ALL_HEADERS,
     (_POLICY, POLICY.format("http://127.0.0.1:* http://localhost:*").encode()),
 )
-_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-
-
-class Metrics:
-    """Prometheus metrics of an ingress replica; none names a slide or a client."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "pathflip_requests", "Requests answered.", ("route", "method", "status"),
-            registry=self.registry,
-        )  # fmt: skip
-        self.seconds = Histogram(
-            "pathflip_request_seconds", "Time until the answer was complete.", ("route",),
-            buckets=_BUCKETS, registry=self.registry,
-        )  # fmt: skip
-        self.first = Histogram(
-            "pathflip_first_byte_seconds", "Time until the answer began.", ("route",),
-            buckets=_BUCKETS, registry=self.registry,
-        )  # fmt: skip
-        self.in_flight = Gauge(
-            "pathflip_requests_in_flight", "Running requests.", registry=self.registry
-        )
-        self.tokens = Counter(
-            "pathflip_tokens",
-            "Tokens of chat prompts and completions.",
-            ("kind",),
-            registry=self.registry,
-        )
 
 
 def _is_counted(scope: Scope) -> bool:

@@ -84,6 +84,23 @@ class Search:
         archive = await self.snapshot.newest_async()
         return {"indexed": self.model in archive.models(), "patients": self.patients}
 
+    async def counts(self) -> dict[str, int]:
+        """Count ready slides ("slides"), for operators.
+
+        Where there are vectors of its model, count the slides that have one ("indexed") and the
+        vectors that no vector index has ("unindexed_rows").
+        """
+        archive = await self.snapshot.newest_async()
+        return await self._run(self._count, archive)
+
+    def _count(self, archive: Archive) -> dict[str, int]:
+        found = {"slides": len(_ready(archive))}
+        if self.model in archive.models():
+            table = archive.models()[self.model]["embeddings_table"]
+            lag = archive.cached("serve/lag", lambda: _lag(archive.dataset(table)), of=(table,))
+            found |= lag
+        return found
+
     # -- slides -----------------------------------------------------------------------------------
 
     async def slides(self, *, limit: int, label: str = "", **filters: Any) -> Page:
@@ -263,6 +280,19 @@ def _segment(
     if request["format"] == "geojson":
         return found.geojson()
     return found.as_json() | {"model": classes["model"]}
+
+
+def _lag(dataset: Any) -> dict[str, int]:
+    """Count slides with a vector, and the vectors that no vector index has."""
+    has = sum(
+        index.num_rows_indexed
+        for index in dataset.describe_indices()
+        if "vector" in index.field_names
+    )
+    return {
+        "indexed": dataset.count_rows("kind = 'slide'"),
+        "unindexed_rows": max(0, dataset.count_rows() - has),
+    }
 
 
 def _ready(archive: Archive) -> list[str]:

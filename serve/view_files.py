@@ -70,6 +70,8 @@ class FileList:
         """Say how many files there are."""
         return {"slides": len(self._rows)}
 
+    counts = describe
+
     async def offers(self) -> dict[str, bool]:
         """Tell that nothing can be searched."""
         return {"indexed": False, "patients": False}

@@ -525,13 +525,10 @@ def test_sigterm_lets_answers_finish_and_exits_0(served: Process, http: httpx.Cl
     body = json.dumps({"slide_id": "slide001", "k": 1}).encode()
     with raw(served, f"Content-Length: {len(body)}", "Connection: close") as connection:
         connection.sendall(body[:5])
-        at_work = "pathflip_requests_in_flight 1.0"
+        at_work = re.compile(r"^pathflip_requests_in_flight\{.*\} 1\.0$", re.MULTILINE)
         deadline = time.monotonic() + 30
-        while (
-            at_work
-            not in httpx.get(
-                served.ready["url"] + "/metrics", headers=bearer("all"), timeout=30
-            ).text
+        while not at_work.search(
+            httpx.get(served.ready["url"] + "/metrics", headers=bearer("all"), timeout=30).text
         ):
             assert time.monotonic() < deadline
         children = descendants(served.process.pid)

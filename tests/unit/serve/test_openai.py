@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from serve.auth import read_tokens
 from serve.chat_engine import ChatEngine
@@ -91,6 +93,24 @@ def test_what_changes_nothing_is_accepted(talk, said):
     said.clear()
     talk(use)
     assert said[0] == said[1] == said[2]
+
+
+def test_an_answer_is_counted_by_its_tokens_and_its_first_one(talk):
+    async def use(client, http, model):
+        begun = time.perf_counter()
+        usage = (await http.post("/v1/chat/completions", json=asked(model))).json()["usage"]
+        took = time.perf_counter() - begun
+        found = {
+            (sample.name, sample.labels.get("kind")): sample.value
+            for family in text_string_to_metric_families((await http.get("/metrics")).text)
+            for sample in family.samples
+        }
+        for kind in ("prompt", "completion"):
+            assert found["pathflip_tokens_total", kind] == usage[f"{kind}_tokens"] > 0
+        assert found["pathflip_first_token_seconds_count", None] == 1
+        assert 0 < found["pathflip_first_token_seconds_sum", None] < took
+
+    talk(use)
 
 
 @pytest.mark.parametrize("more", [
