@@ -112,7 +112,7 @@ export class SlideView {
       immediateRender: false,
       drawer: this.hasCard ? "webgl" : "canvas",
       imageLoaderLimit: 8,
-      tileRetryMax: 2, // a service with much to do says so, and asks to be asked again
+      tileRetryMax: 8, // a service with much to do refuses, and asks to be asked again
       tileRetryDelay: 1000,
       maxTilesPerFrame: 8, // one, as is usual, makes a slow machine slower still
       maxImageCacheCount: Math.ceil(MOST_CACHE / (4 * info.tile_w * info.tile_h)),
