@@ -289,3 +289,12 @@ def cpu_s(pid: int) -> float:
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether documents are equal, numbers nearly: batches and threads round otherwise."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return abs(one - other) < 1e-3 if isinstance(one, float) else bool(one == other)

@@ -23,7 +23,6 @@ from pathflip.archive.storage import (
     find_table,
     guarded,
     is_local,
-    local_tables,
     normalise,
     open_table,
     table_uri,
@@ -206,7 +205,9 @@ def _left_behind(uri: str, table: str) -> Any:
     import lance
 
     if is_local(uri):
-        return lance.dataset(table_uri(uri, table)) if table in local_tables(uri) else None
+        # Of one that was killed before its first version there are data files at most.
+        begun = any((Path(table_uri(uri, table)) / "_versions").glob("*.manifest"))
+        return lance.dataset(table_uri(uri, table)) if begun else None
     return find_table(uri, table)
 
 

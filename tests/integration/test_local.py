@@ -131,7 +131,7 @@ def test_command_struck_while_it_works(
         if blow == signal.SIGINT:
             os.killpg(run.pid, signal.SIGINT)  # as a terminal does
             os.kill(run.pid, signal.SIGCONT)
-            _, err = run.communicate(timeout=60)
+            _, err = run.communicate(timeout=150)
             assert run.returncode == 130
             assert "Traceback" not in err
             said = "pathflip: interrupted; the same command continues where it stopped.\n"

@@ -43,7 +43,7 @@ def test_job_whose_time_is_up_goes_on_and_ends_as_one_that_had_it(
 
     slides, archive = tmp_path / "slides", tmp_path / "archive"
     slides.mkdir()
-    for seed in range(4):
+    for seed in range(16):  # enough to be interrupted among
         make_slide(slides / f"{seed}.svs", width=1024, height=1024, mpp=0.5, seed=seed)
     job_here(slides, tmp_path / "expected")
     expected = content(tmp_path / "expected")

@@ -485,7 +485,11 @@ def test_a_browser_draws_it(archive: Archive, tmp_path: Path) -> None:
         "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,2200",
         f"--screenshot={picture}",
     ]  # fmt: skip
-    subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True, timeout=60)
+    # No pipe: a process that the browser leaves behind would keep it open.
+    silent = subprocess.DEVNULL
+    subprocess.run(
+        [browser, *flags, page.as_uri()], check=True, stdout=silent, stderr=silent, timeout=120
+    )
     shot = cv2.imread(str(picture)).astype(int)
     blue, green, red = shot[..., 0], shot[..., 1], shot[..., 2]
     # The style applies (its policy lets it) and grid, outline and thumbnail are all painted.

@@ -28,10 +28,17 @@ def archive(tmp_path_factory: pytest.TempPathFactory, job_here: Callable[..., An
     return Archive(folder / "archive")
 
 
-@pytest.fixture(scope="module")
-def viewer(archive: Archive) -> Iterator[Viewer]:
-    yield archive.view("one")
+@pytest.fixture(scope="module", autouse=True)
+def closed() -> Iterator[None]:
+    """Whatever was started ends with this file."""
+    yield
     close_viewers()
+
+
+@pytest.fixture
+def viewer(archive: Archive) -> Viewer:
+    """One server for all tests, started again where one of them has closed it."""
+    return archive.view("one")
 
 
 def base(viewer: Viewer) -> str:

@@ -14,8 +14,10 @@ from pathflip.archive import Archive, schema, tables, transactions
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
 from pathflip.archive.export import export_parquet
+from pathflip.archive.fragments import create_table
 from pathflip.archive.maintain import maintain
 from pathflip.archive.repair import repair
+from pathflip.archive.storage import open_table
 from pathflip.archive.tables import TableSpec
 from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError
@@ -330,3 +332,16 @@ def test_the_list_is_sound():
         assert (same.key, same.wide, dict(same.indexes)) == (
             spec.key, spec.wide, dict(spec.indexes),
         )  # fmt: skip
+
+
+def test_a_table_whose_creation_was_killed_before_its_first_version_is_made(tmp_path):
+    """Lance writes the data first: a folder is there, and nothing in it is a table yet."""
+    left = tmp_path / "left.lance" / "data"
+    left.mkdir(parents=True)
+    (left / "half.lance").write_bytes(b"half of a file")
+    schema = pa.schema([pa.field("n", pa.int64())])
+    create_table(str(tmp_path), "left", schema)
+    assert open_table(str(tmp_path), "left").schema.equals(schema)
+    create_table(str(tmp_path), "left", schema, pa.table({"n": [1]}))
+    with pytest.raises(ArchiveError, match="not empty"):
+        create_table(str(tmp_path), "left", schema)

@@ -73,7 +73,7 @@ def test_wrong_usage_ends_with_2(words: list[str]) -> None:
 
 
 def test_who_stops_it_stops_the_command_and_all_further_attempts(tmp_path: Path) -> None:
-    script = f"echo $$; trap 'echo stopped > {tmp_path}/end; exit 1' TERM; sleep 60 >&- 2>&- & wait"
+    script = f"trap 'echo stopped > {tmp_path}/end; exit 1' TERM; echo $$; sleep 60 >&- 2>&- & wait"
     words = [sys.executable, "-m", "jobs.attempts", "--waits", "0,0", "--", "/bin/sh", "-c", script]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     with process:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pyarrow as pa
 import pytest
@@ -109,6 +110,7 @@ def test_a_job_that_finds_ray_connected_runs_where_the_first_did(
     address: str | None, named: str, here: bool, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ablations train one run after the other in one process."""
+    monkeypatch.setitem(sys.modules, "ray", ray)  # as a job has it that imported it
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setenv("RAY_ADDRESS", named)
     assert cluster.connect(address) == place

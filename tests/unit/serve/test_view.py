@@ -27,6 +27,7 @@ from serve.tiles import Tiles
 from serve.view import _parts
 from serve.view_files import FileList, ids_of
 from tests.faults import until
+from tests.serving import same
 from tests.unit.serve.service_fixture import SLIDES, World, slide_id
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -171,15 +172,6 @@ def test_an_archive(world: World) -> None:
             assert http.get("/readyz").status_code == 200
 
 
-def same(one: Any, other: Any) -> bool:
-    """Return whether documents are equal, numbers nearly: batches of texts round otherwise."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == (pytest.approx(other, abs=1e-3) if isinstance(one, float) else other))
-
-
 def test_with_a_run_words_are_searched_and_located(world: World, loop: Any, ask: Any) -> None:
     parts, shown, slides = _parts(
         None, archive=str(world.archive), run=str(world.run), device="auto"
@@ -198,7 +190,7 @@ def test_with_a_run_words_are_searched_and_located(world: World, loop: Any, ask:
         ("/v1/search", {"text": "areas of mucin", "k": 4}),
         ("/v1/ground", {"slide_id": slide_id(1), "text": "necrosis"}),
     ):
-        assert loop.run_until_complete(asked(path, body)) == ask("POST", path, json=body).json()
+        assert same(loop.run_until_complete(asked(path, body)), ask("POST", path, json=body).json())
     # Both parts have one model between them, and take turns at it.
     assert parts.embedder._part.run is parts.grounding._part.run
     texts = [f"mucin and necrosis, {number} of them" for number in range(6)]
