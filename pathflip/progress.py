@@ -2,16 +2,23 @@
 
 Whoever works calls back with something that has a line and a fraction (:class:`HasLine`):
 :class:`Progress` where counting is all there is to say, a class of its own where a job has more.
+What has ``samples()``, too, gives its figures to :mod:`pathflip.job_metrics`.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
+
+from pathflip import job_metrics, json_logs
+from pathflip.job_metrics import Sample
+
+logger = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
 
@@ -66,6 +73,14 @@ class Progress:
             parts.append(f"{rate:,.1f}/s · {duration((self.total - self.done) / rate)} left")
         return " · ".join(part for part in parts if part)
 
+    def samples(self) -> list[Sample]:
+        """Return the counts, for Prometheus."""
+        labels = {"what": self.what, "unit": self.unit}
+        return [
+            Sample("pathflip_job_items", self.done, labels),
+            Sample("pathflip_job_items_expected", self.total, labels),
+        ]
+
 
 def duration(seconds: float) -> str:
     """Format seconds for people: 42 s, 3 min 10 s, 2 h 05 min."""
@@ -79,15 +94,30 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def show_progress() -> Iterator[Report]:
-    """Yield the callback to give to long work as ``progress``."""
-    if not sys.stderr.isatty():
+    """Yield the callback to give to long work as ``progress``: it is shown and measured."""
+    with job_metrics.reported() as measure, _shown() as show:
+
+        def report(progress: HasLine) -> None:
+            show(progress)
+            measure(progress)
+
+        yield report
+
+
+@contextmanager
+def _shown() -> Iterator[Report]:
+    as_json = json_logs.is_set_up()
+    if as_json or not sys.stderr.isatty():
         last = [0.0]
 
         def plain(progress: HasLine) -> None:
             now = time.monotonic()
             if now - last[0] >= LINE_EVERY_S or progress.fraction >= 1:
                 last[0] = now
-                print(progress.line(), file=sys.stderr, flush=True)
+                if as_json:
+                    logger.info("%s", progress.line(), extra={"fraction": progress.fraction})
+                else:
+                    print(progress.line(), file=sys.stderr, flush=True)
 
         yield plain
         return

@@ -13,6 +13,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from pathflip import json_logs
+
 FILE = "PATHFLIP_LOG"
 """Environment variable with the file of one service."""
 _MAX_BYTES = 16 << 20
@@ -24,7 +26,8 @@ def set_up() -> None:
     file = os.environ.get(FILE)
     # Opened for every process to append: lines of several do not mix.
     handler = logging.FileHandler(file) if file else logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    as_json = json_logs.is_on()
+    handler.setFormatter(json_logs.JSONFormatter() if as_json else logging.Formatter(_FORMAT))
     handler.setLevel(logging.WARNING)
     for name in ("pathflip", "serve"):
         own = logging.getLogger(name)

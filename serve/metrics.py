@@ -30,6 +30,10 @@ _COUNTS = {
         "pathflip_unindexed_rows",
         "Vectors of the service's model that no vector index has.",
     ),
+    "index_recall": (
+        "pathflip_index_recall",
+        "Share of the nearest vectors that the vector index finds, when it was last changed.",
+    ),
 }
 """{count of :meth:`serve.search.Search.counts`: name and text of its gauge}."""
 
@@ -77,7 +81,7 @@ class Metrics:
         """
         for part, answers in up.items():
             self._up.labels(part).set(answers)
-        counts: Mapping[str, int] = {}
+        counts: Mapping[str, float] = {}
         if up.get("search"):
             try:
                 counts = await asyncio.wait_for(parts.search.counts(), COUNTS_S)

@@ -273,7 +273,8 @@ class Guard:
         except Exception as error:  # the outermost line of a request
             ours = error if isinstance(error, PathFLIPError) else RequestError("", code="internal")
             if status_of(ours) == 500:
-                logger.error("request %s: %s", answer.request_id, on_one_line(error))
+                told = {"request_id": answer.request_id, "code": ours.code}
+                logger.error("request %s: %s", answer.request_id, on_one_line(error), extra=told)
             if not answer.complete:
                 await answer.refuse(ours, retry_s=self.limits.retry_s)
 
@@ -374,7 +375,8 @@ class _Answer:
         try:
             await response(self.scope, _nothing, self)
         except AuditError as broken:
-            logger.error("request %s: %s", self.request_id, broken.message)
+            told = {"request_id": self.request_id, "code": broken.code}
+            logger.error("request %s: %s", self.request_id, broken.message, extra=told)
             self.client = None  # nothing is shown, so nothing is audited
             response = problem(
                 503, "The audit log cannot be written.", code="audit",

@@ -84,17 +84,18 @@ class Search:
         archive = await self.snapshot.newest_async()
         return {"indexed": self.model in archive.models(), "patients": self.patients}
 
-    async def counts(self) -> dict[str, int]:
+    async def counts(self) -> dict[str, float]:
         """Count ready slides ("slides"), for operators.
 
         Where there are vectors of its model, count the slides that have one ("indexed") and the
-        vectors that no vector index has ("unindexed_rows").
+        vectors that no vector index has ("unindexed_rows"); of a vector index, the recall when it
+        was last changed ("index_recall").
         """
         archive = await self.snapshot.newest_async()
         return await self._run(self._count, archive)
 
-    def _count(self, archive: Archive) -> dict[str, int]:
-        found = {"slides": len(_ready(archive))}
+    def _count(self, archive: Archive) -> dict[str, float]:
+        found: dict[str, float] = {"slides": len(_ready(archive))}
         if self.model in archive.models():
             table = archive.models()[self.model]["embeddings_table"]
             lag = archive.cached("serve/lag", lambda: _lag(archive.dataset(table)), of=(table,))
@@ -282,16 +283,20 @@ def _segment(
     return found.as_json() | {"model": classes["model"]}
 
 
-def _lag(dataset: Any) -> dict[str, int]:
-    """Count slides with a vector, and the vectors that no vector index has."""
+def _lag(dataset: Any) -> dict[str, float]:
+    """Count slides with a vector and vectors without an index; read the recall of the index."""
+    from pathflip.archive.indexes import noted_recall
+
     has = sum(
         index.num_rows_indexed
         for index in dataset.describe_indices()
         if "vector" in index.field_names
     )
+    recall = noted_recall(dataset)
     return {
         "indexed": dataset.count_rows("kind = 'slide'"),
         "unindexed_rows": max(0, dataset.count_rows() - has),
+        **({} if recall is None else {"index_recall": recall}),
     }
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -122,7 +123,9 @@ class Ledger:
         self._batch: list[FinishedSlide] = []
         self._committed_at = time.monotonic()
         self._counts = {"ready": 0, "quarantined": 0, "empty": 0, "skipped": 0}
+        self._reasons = Counter[str]()
         self._regions = self._patches = self._commits = 0
+        self._commit_s = 0.0
         self._bytes_done = self._bytes_total = 0
 
     def outstanding(self) -> list[dict[str, str]]:
@@ -211,16 +214,28 @@ class Ledger:
             record = slide.record
             self._counts[record.status] += 1
             self._counts["skipped"] += len(record.aliases)
+            if record.status == "quarantined":
+                self._reasons[record.reason or "unknown"] += 1
             self._regions += slide.n_regions
+            told = {
+                "run_id": self._run_id,
+                "slide_id": record.slide_id,
+                "status": record.status,
+                "reason": record.reason,
+            }
             if is_spared(record, self._archived.rows.get(record.slide_id)):
-                logger.warning("%s stays as it was: %s", record.slide_id, record.message)
+                logger.warning(
+                    "%s stays as it was: %s", record.slide_id, record.message, extra=told
+                )
                 continue
+            logger.info("%s is %s", record.slide_id, record.status, extra=told)
             kept.append(slide)
             if record.status != "quarantined":
                 self._confirm(record)
         if not kept:
             return
         good = [slide for slide in kept if slide.regions is not None]
+        began = time.monotonic()
         self._committer.commit(
             slides=self._slides_table(kept),
             regions=pa.concat_tables([slide.regions for slide in good]) if good else None,
@@ -235,6 +250,10 @@ class Ledger:
                 if good
             },
         )
+        seconds = time.monotonic() - began
+        sums = {"run_id": self._run_id, "slides": len(kept), "seconds": round(seconds, 3)}
+        logger.info("committed", extra=sums)
+        self._commit_s += seconds
         self._commits += 1
         if self._commits % TIDY_AFTER_COMMITS == 0:
             self._committer.tidy()
@@ -323,19 +342,26 @@ class Ledger:
     def _report(self, stage: str) -> None:
         if self._progress is None:
             return
-        pending = [slide.record.status for slide in self._batch]
-        done = sum(self._counts.values()) + len(pending)
+        pending = [slide.record for slide in self._batch]
+        slides = Counter(self._counts) + Counter(record.status for record in pending)
+        lost = Counter(
+            record.reason or "unknown" for record in pending if record.status == "quarantined"
+        )
         self._progress(
             IngestProgress(
-                slides_done=done,
+                slides_done=slides.total(),
                 slides_total=len(self._candidates),
-                quarantined=self._counts["quarantined"] + pending.count("quarantined"),
+                quarantined=slides["quarantined"],
                 regions=self._regions,
                 patches=self._patches,
                 bytes_done=self._bytes_done,
                 bytes_total=self._bytes_total,
                 seconds=time.monotonic() - self._started,
                 stage=stage,
+                slides={status: slides[status] for status in self._counts},
+                reasons=self._reasons + lost,
+                commits=self._commits,
+                commit_s=self._commit_s,
             )
         )
 

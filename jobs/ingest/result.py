@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pathflip.job_metrics import Sample
 from pathflip.progress import duration
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestProgress:
-    """State of a running ingest; given to the progress callback."""
+    """State of a running ingest; given to the progress callback.
+
+    Attributes:
+        slides_done: Slides whose fate is known, those that wait for a commit included.
+        slides_total: Slides found.
+        quarantined: Those of them that are quarantined.
+        regions: Regions committed.
+        patches: Patches embedded.
+        bytes_done: Bytes of slides done.
+        bytes_total: Bytes of slides to do.
+        seconds: Wall time.
+        stage: Name of the stage.
+        slides: Slides done, by status.
+        reasons: Quarantined slides, by reason.
+        commits: Commits to the archive.
+        commit_s: Seconds they took together.
+    """
 
     slides_done: int
     slides_total: int
@@ -21,6 +39,29 @@ class IngestProgress:
     bytes_total: int
     seconds: float
     stage: str
+    slides: Mapping[str, int] = field(default_factory=dict)
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    commits: int = 0
+    commit_s: float = 0.0
+
+    def samples(self) -> list[Sample]:
+        """Return its figures, for Prometheus."""
+        return [
+            Sample("pathflip_ingest_slides_expected", self.slides_total),
+            Sample("pathflip_ingest_regions_total", self.regions),
+            Sample("pathflip_ingest_patches_total", self.patches),
+            Sample("pathflip_ingest_bytes_total", self.bytes_done),
+            Sample("pathflip_ingest_commit_seconds_sum", self.commit_s),
+            Sample("pathflip_ingest_commit_seconds_count", self.commits),
+            *(
+                Sample("pathflip_ingest_slides_total", count, {"status": status})
+                for status, count in self.slides.items()
+            ),
+            *(
+                Sample("pathflip_ingest_quarantined_total", count, {"reason": reason})
+                for reason, count in self.reasons.items()
+            ),
+        ]
 
     @property
     def eta_seconds(self) -> float | None:

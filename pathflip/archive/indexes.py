@@ -32,6 +32,9 @@ in a hundred is not, and eight cost twice the time to make (docs/notes/performan
 _MEASURED = "pathflip.vector_index"
 """Key in a table's configuration: segments of the vector index whose recall was measured."""
 
+RECALL = "pathflip.vector_index_recall"
+"""Key in a table's configuration: recall of the vector index when it was last changed."""
+
 Build = Callable[[Any, int], None]
 """Makes the vector index of a Lance dataset of so many rows."""
 
@@ -131,14 +134,14 @@ def _refresh_vectors(
         return
     before = index_recall(dataset) if segments else 0.0
     if before >= MIN_RECALL and not rebuild:
-        _note_measured(lock.open(table))
+        _note_measured(lock.open(table), before)
         return
     version = dataset.version
     build(dataset, dataset.count_rows())
     recall = index_recall(dataset)
     if recall >= MIN_RECALL:
         done.made.append(name)
-        _note_measured(lock.open(table))
+        _note_measured(lock.open(table), recall)
         return
     # Between the two commits a search may have met it: for seconds, and with fewer of the nearest.
     done.refused[name] = recall
@@ -147,7 +150,7 @@ def _refresh_vectors(
         dataset.checkout_version(version).restore()
     if not kept:
         _drop_vector_index(lock.open(table))
-    _note_measured(lock.open(table))
+    _note_measured(lock.open(table), before if kept else None)
     logger.warning(
         "A new vector index of %s in %s finds %.0f %% of the nearest rows, fewer than %.0f %%, and "
         "is not used: %s.",
@@ -177,8 +180,15 @@ def _measured(dataset: Any) -> list[str] | None:
     return None if noted is None else list(json.loads(noted))
 
 
-def _note_measured(dataset: Any) -> None:
-    dataset.update_config({_MEASURED: json.dumps(_segment_ids(dataset))})
+def _note_measured(dataset: Any, recall: float | None) -> None:
+    found = "" if recall is None else f"{recall:.4f}"
+    dataset.update_config({_MEASURED: json.dumps(_segment_ids(dataset)), RECALL: found})
+
+
+def noted_recall(dataset: Any) -> float | None:
+    """Return the recall of a table's vector index when it was last changed, None without one."""
+    noted = dataset.config().get(RECALL)
+    return float(noted) if noted else None
 
 
 def vector_index(dataset: Any, rows: int) -> dict[str, Any]:

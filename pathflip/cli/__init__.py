@@ -7,12 +7,14 @@ With ``--json`` a command prints one JSON document on stdout and nothing else th
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
 
+from pathflip import json_logs
 from pathflip.cli import (
     annotate,
     answer,
@@ -66,20 +68,30 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        json_logs.set_up()
         app(arguments, prog_name="pathflip")
     except PathFLIPError as error:
         if "--json" in arguments:
             print(json.dumps({"error": error.as_json()}))
-        print(f"pathflip: {error}", file=sys.stderr)
+        _say(str(error), level=logging.ERROR, code=error.code)
         usage = isinstance(error, ConfigError | EncoderError) or (
             isinstance(error, ArchiveError) and error.code not in _FATAL_ARCHIVE_CODES
         )
         raise SystemExit(2 if usage else 1) from None
     except SystemExit as end:
         if end.code == _INTERRUPTED:
-            print(
-                "pathflip: interrupted; the same command continues where it stopped.",
-                file=sys.stderr,
+            _say(
+                "interrupted; the same command continues where it stopped.",
+                level=logging.WARNING,
+                code="interrupted",
             )
         raise
     raise SystemExit(0)
+
+
+def _say(text: str, *, level: int, code: str) -> None:
+    """Write a last word to standard error: a line for people, or one of JSON."""
+    if json_logs.is_set_up():
+        logging.getLogger("pathflip").log(level, "%s", text, extra={"code": code})
+    else:
+        print(f"pathflip: {text}", file=sys.stderr)

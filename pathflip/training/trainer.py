@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pathflip.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint, verify_whole
 from pathflip.errors import TrainingError
+from pathflip.job_metrics import Sample
 from pathflip.training.loader import stream
 from pathflip.training.objective import Batch, Objective, Stage, Worker
 from pathflip.training.optim import learning_rate, parameter_groups
@@ -45,7 +46,18 @@ MIN_STEPS_FOR_SHARE = 100
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingProgress:
-    """Progress of a run."""
+    """Progress of a run.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps of the run.
+        epoch: Epochs done.
+        loss: Loss of the step; None if it was not finite.
+        items_per_s: Items trained on in a second.
+        unit: Name of the items.
+        seconds_left: Seconds to the last step.
+        val: The last validation, {} before the first.
+    """
 
     step: int
     steps: int
@@ -54,6 +66,25 @@ class TrainingProgress:
     items_per_s: float
     unit: str
     seconds_left: float
+    val: Mapping[str, Any] = field(default_factory=dict)
+
+    def samples(self) -> list[Sample]:
+        """Return its figures, for Prometheus."""
+        found = [
+            Sample("pathflip_train_step", self.step),
+            Sample("pathflip_train_steps_expected", self.steps),
+            Sample("pathflip_train_items_per_second", self.items_per_s, {"unit": self.unit}),
+        ]
+        if self.loss is not None:
+            found.append(Sample("pathflip_train_loss", self.loss))
+        for name, value in self.val.items():
+            nested = value if isinstance(value, Mapping) else {"": value}
+            found += [
+                Sample("pathflip_train_validation", one, {"name": f"{name} {key}".strip()})
+                for key, one in nested.items()
+                if isinstance(one, float)
+            ]
+        return found
 
     @property
     def fraction(self) -> float:
@@ -250,6 +281,7 @@ class Trainer:
                             items_per_s=self.config.batch_size / max(pace, 1e-9),
                             unit=self.dataset.unit,
                             seconds_left=pace * (self.steps - done),
+                            val=counters.val,
                         )
                     )
                 self._maybe_save(log)

@@ -375,6 +375,7 @@ def test_recall_is_that_of_numpy_and_survives_every_update(grown):
         assert not grow(1).refused
         dataset = Archive(uri).dataset(TABLE)
         assert index_recall(dataset) >= 0.97
+        assert indexes.noted_recall(dataset) == pytest.approx(index_recall(dataset), abs=1e-3)
         found = [len(ids(uri, query) & exact(uri, query)) for query in QUERIES[:4]]
         assert np.mean(found) >= 9.5
 
