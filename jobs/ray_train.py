@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -346,18 +346,18 @@ def _note_progress(run: Path) -> Callable[[TrainingProgress], None]:
 @contextmanager
 def _watching(run: Path, progress: Callable[[TrainingProgress], None] | None) -> Iterator[None]:
     """Report the progress that rank 0 writes down."""
-    over = threading.Event()
+    over, seen = threading.Event(), [""]
+
+    def look() -> None:
+        with suppress(FileNotFoundError):
+            text = (run / run_dir.PROGRESS).read_text()
+            if text != seen[0] and progress is not None:
+                seen[0] = text
+                progress(TrainingProgress(**json.loads(text)))
 
     def watch() -> None:
-        seen = ""
         while not over.wait(PROGRESS_EVERY_S / 2):
-            try:
-                text = (run / run_dir.PROGRESS).read_text()
-            except FileNotFoundError:
-                continue
-            if text != seen and progress is not None:
-                seen = text
-                progress(TrainingProgress(**json.loads(text)))
+            look()
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
@@ -366,3 +366,4 @@ def _watching(run: Path, progress: Callable[[TrainingProgress], None] | None) ->
     finally:
         over.set()
         thread.join()
+        look()

@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,7 @@ class Trainer:
             began = last = time.monotonic()
             first = last_step = self.counters.step
             before = self.counters.seconds
+            told: TrainingProgress | None = None
             for micro_batches in batches:
                 if (stage := self._stage_at(self.counters.step)) != self.stage:
                     del model  # what it hung on the gradients must be gone before the next
@@ -272,20 +273,21 @@ class Trainer:
                     )
                 if progress is not None:
                     pace = (now - began) / (done - first)
-                    progress(
-                        TrainingProgress(
-                            step=done,
-                            steps=self.steps,
-                            epoch=done / self.per_epoch,
-                            loss=found["loss"],
-                            items_per_s=self.config.batch_size / max(pace, 1e-9),
-                            unit=self.dataset.unit,
-                            seconds_left=pace * (self.steps - done),
-                            val=counters.val,
-                        )
+                    told = TrainingProgress(
+                        step=done,
+                        steps=self.steps,
+                        epoch=done / self.per_epoch,
+                        loss=found["loss"],
+                        items_per_s=self.config.batch_size / max(pace, 1e-9),
+                        unit=self.dataset.unit,
+                        seconds_left=pace * (self.steps - done),
+                        val=counters.val,
                     )
+                    progress(told)
                 self._maybe_save(log)
                 self._stop_if_hopeless()
+            if progress is not None and told is not None:  # the last validation came after it
+                progress(replace(told, val=self.counters.val))
 
     # -- stages -----------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class Seen:
     """Slides of each step a run did, as it did them."""
 
     steps: list[tuple[int, list[int]]] = field(default_factory=list)
+    told: list[trainer.TrainingProgress] = field(default_factory=list)
 
 
 def go(
@@ -74,6 +75,8 @@ def go(
         return real(trainer, model, micro_batches)
 
     def progress(at: trainer.TrainingProgress) -> None:
+        if seen is not None:
+            seen.told.append(at)
         if at.step == until:
             raise Cut
 
@@ -116,6 +119,20 @@ def assert_same_end(run: Path, other: Path) -> None:
 
 
 # -- learning -------------------------------------------------------------------------------------
+
+
+def test_metrics_for_prometheus_are_those_of_the_log(whole: tuple[Path, Seen]) -> None:
+    """The last step, its loss, and the last validation."""
+    step, val = lines(whole[0])[-2:]
+    found = {
+        (sample.metric, *sample.labels.values()): sample.value
+        for sample in whole[1].told[-1].samples()
+    }
+    assert found["pathflip_train_step",] == found["pathflip_train_steps_expected",] == STEPS
+    assert found["pathflip_train_loss",] == step["loss"]
+    for way in ("itr", "tir"):
+        assert found["pathflip_train_validation", f"{way} r@1"] == val["val"][way]["r@1"]
+    assert found["pathflip_train_validation", "mean_recall"] == val["val"]["mean_recall"]
 
 
 def test_loss_goes_down(whole: tuple[Path, Seen]) -> None:
