@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ settings.register_profile("nightly", max_examples=600)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Ray reads what it serves with when it is first imported."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A shell's background job ignores it, and so would all commands that are interrupted here.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.TemporaryDirectory(prefix="pathflip-", ignore_cleanup_errors=True)
     os.environ.update(proxy.environment(folder.name))
     config.add_cleanup(folder.cleanup)
