@@ -167,14 +167,14 @@ def pull(
     """
     import huggingface_hub
 
+    there = {one.hub: one.revision for one in held(folder)}
     made = []
     for one in names:
         with hub_errors(one.name, one.hub):
-            made.append((one, *_look_up(one, folder)))
+            # A cached one stays where no revision is asked for: nothing is updated silently.
+            made.append(_look_up(one, folder, revision=one.revision or there.get(one.hub)))
     closed = [
-        f"{one.name} ({about['licence']})"
-        for one, about, _ in made
-        if not _is_open(about["licence"])
+        f"{about['name']} ({about['licence']})" for about in made if not _is_open(about["licence"])
     ]
     if closed and not accept and not dry_run:
         raise EncoderError(
@@ -185,21 +185,22 @@ def pull(
     if not dry_run:
         folder.mkdir(parents=True, exist_ok=True)
         began, done = time.monotonic(), 0
-        total = sum(about["fetched"] for _, about, _ in made)
-        for one, about, revision in made:
-            report(_progress("fetch", done, total, began, one.name))
+        total = sum(about["fetched"] for about in made)
+        for about in made:
+            report(_progress("fetch", done, total, began, about["name"]))
             _write_down(folder, about)
-            with hub_errors(one.name, one.hub):
+            with hub_errors(about["name"], about["hub"]):
+                # By the commit that was looked up, whose digests are written down.
                 huggingface_hub.snapshot_download(
-                    one.hub, revision=revision, cache_dir=folder,
+                    about["hub"], revision=about["revision"], cache_dir=folder,
                     allow_patterns=list(PATTERNS), ignore_patterns=["*/*"],
                 )  # fmt: skip
             # Whoever names no revision gets this one.
-            main = folder / _cached_name(one.hub) / "refs" / "main"
+            main = folder / _cached_name(about["hub"]) / "refs" / "main"
             main.parent.mkdir(exist_ok=True)
             write_file(main, about["revision"])
             done += about["fetched"]
-    return [about | {"files": len(about["files"])} for _, about, _ in made]
+    return [about | {"files": len(about["files"])} for about in made]
 
 
 def verify(folder: Path, names: Sequence[Name] = (), *, report: Report) -> list[Fault]:
@@ -235,15 +236,10 @@ def verify(folder: Path, names: Sequence[Name] = (), *, report: Report) -> list[
 # -- the hub --------------------------------------------------------------------------------------
 
 
-def _look_up(one: Name, folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Describe a model, and say by which revision it is fetched.
-
-    A cached one that is not asked for by revision stays: nothing is updated silently.
-    """
+def _look_up(one: Name, folder: Path, *, revision: str | None) -> dict[str, Any]:
+    """Describe a model: its commit, licence, digests of files, and bytes to fetch."""
     import huggingface_hub
 
-    there = [found for found in held(folder) if found.hub == one.hub]
-    revision = one.revision or (there[-1].revision if there else None)
     api = huggingface_hub.HfApi()
     info = api.model_info(one.hub, revision=revision, files_metadata=True)
     files = [file for file in info.siblings or () if "/" not in file.rfilename]
@@ -253,7 +249,7 @@ def _look_up(one: Name, folder: Path) -> tuple[dict[str, Any], str | None]:
     wanted = [file for file in files if any(fnmatch(file.rfilename, p) for p in PATTERNS)]
     digests = {f.rfilename: f.lfs.sha256 if f.lfs else str(f.blob_id) for f in wanted}
     blobs = folder / _cached_name(one.hub) / "blobs"
-    about = {
+    return {
         "name": one.name,
         "hub": one.hub,
         "revision": str(info.sha),
@@ -264,7 +260,6 @@ def _look_up(one: Name, folder: Path) -> tuple[dict[str, Any], str | None]:
             file.size or 0 for file in wanted if not (blobs / digests[file.rfilename]).exists()
         ),
     }
-    return about, revision
 
 
 def _licence(info: Any) -> str:
