@@ -27,7 +27,7 @@ from pathflip.interop.tables import clean, column, is_missing, known, needed_col
 from pathflip.interop.tile_sets import Tile, read_tile
 from pathflip.models.slide_batch import pad_slides
 from pathflip.progress import Progress, Report
-from pathflip.splits import canonical_split, requested_split
+from pathflip.splits import canonical_split, of_split
 
 if TYPE_CHECKING:
     from pathflip.checkpoints import Run
@@ -68,7 +68,7 @@ def read_pairs(file: str | Path, *, split: str = "all") -> list[CaptionedPicture
     first = rows[0][1]
     image = needed_column(file, first, ("image", "image_path", "picture"))
     caption = needed_column(file, first, ("caption", "text"))
-    of_split = column(file, first, ("split",))
+    part = column(file, first, ("split",))
     group = column(file, first, ("patient", "patient_id", "group", "video"))
     scale = column(file, first, ("mpp",))
     found = []
@@ -82,21 +82,12 @@ def read_pairs(file: str | Path, *, split: str = "all") -> list[CaptionedPicture
             CaptionedPicture(
                 path=file.parent / Path(row[image]).expanduser(),
                 caption=clean(row[caption]),
-                split=canonical_split(row[of_split]) if of_split else None,
+                split=canonical_split(row[part]) if part else None,
                 group=known(row[group]) if group else None,
                 mpp=_scale(file, line, row[scale]) if scale else None,
             )
         )
-    wanted = requested_split(split)
-    chosen = [pair for pair in found if wanted in ("all", pair.split)]
-    if not chosen:
-        there = sorted({str(pair.split) for pair in found})
-        raise ConfigError(
-            f"{file} has no picture of split {split}.",
-            hint=f"Its pictures are of: {', '.join(there)}; see --split.",
-            code="no_pairs",
-        )
-    return chosen
+    return of_split(found, split, source=file, what="picture", code="no_pairs")
 
 
 def evaluate_pictures(

@@ -38,7 +38,7 @@ from pathflip.geometry import level_name
 from pathflip.heatmap import write_png
 from pathflip.interop.tile_sets import Tile, read_tile, read_tiles
 from pathflip.progress import Progress, Report
-from pathflip.splits import requested_split
+from pathflip.splits import of_split
 
 BATCH_BYTES = 64 << 20
 """Pixels of nodes that are encoded at a time; one picture may need more."""
@@ -87,16 +87,7 @@ def list_tiles(source: str | Path, task: TileTask, *, split: str = "all") -> lis
             hint="Give every class its prompts, or name those to pass over in leave_out.",
             code="classes",
         )
-    wanted = requested_split(split)
-    chosen = [tile for tile in tiles if wanted in ("all", tile.split)]
-    if not chosen:
-        there = sorted({str(tile.split) for tile in tiles})
-        raise ConfigError(
-            f"{source} has no tile of split {split}.",
-            hint=f"Its tiles are of: {', '.join(there) or '(no tiles)'}; see --split.",
-            code="no_tiles",
-        )
-    return chosen
+    return of_split(tiles, split, source=source, what="tile", code="no_tiles")
 
 
 def encode_tiles(

@@ -85,7 +85,7 @@ def test_an_ingest_names_run_and_slides(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As the archive does."""
+    """Its lines have the slides' status and reason as the archive has them."""
     slides = tmp_path / "slides"
     slides.mkdir()
     make_slide(slides / "good.svs", width=1024, height=1024, mpp=0.5, layout="aperio", seed=1)

@@ -47,7 +47,7 @@ def test_overlaps_are_those_of_counted_pixels() -> None:
 
 
 def test_scores_in_closed_form() -> None:
-    """Of two true boxes the first is hit by a third, the second by the colder box exactly."""
+    """The first of two true boxes is hit by a third, the second by the colder box exactly."""
     truth = [[0, 0, 2, 2], [6, 6, 8, 8]]
     boxes = [box(1, 0, 3, 2), box(6, 6, 8, 8)]
     score = score_boxes(boxes, truth, centres=GRID, thresholds=(0.1, 0.5, 1.0))

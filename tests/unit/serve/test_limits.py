@@ -100,6 +100,13 @@ def reading(limits, headers, *parts, pause=0.0):
     return asyncio.run(run())
 
 
+async def held(blocked):
+    """Yield a body that does not end before an event is set: it keeps its request at work."""
+    yield b"{"
+    await blocked.wait()
+    yield b'"text": "a"}'
+
+
 def test_a_body_is_counted_while_it_is_read():
     limits = Limits(body_bytes=1000)
     assert reading(limits, {}, b"x" * 500, b"y" * 500)[0] == b"x" * 500 + b"y" * 500
@@ -151,11 +158,6 @@ def test_one_request_too_many_is_told_to_come_back(serving, loop):
     app = serving(limits=Limits(concurrent=2, retry_s=7)).app
     blocked = asyncio.Event()
 
-    async def held():  # a body that does not end keeps a request at work
-        yield b"{"
-        await blocked.wait()
-        yield b'"text": "a"}'
-
     async def run():
         transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
         options = {"headers": bearer("all") | {"Content-Type": "application/json"}}
@@ -163,7 +165,7 @@ def test_one_request_too_many_is_told_to_come_back(serving, loop):
             transport=transport, base_url="http://127.0.0.1", timeout=60
         ) as http:
             busy = [
-                asyncio.create_task(http.post("/v1/search", content=held(), **options))
+                asyncio.create_task(http.post("/v1/search", content=held(blocked), **options))
                 for _ in range(2)
             ]
             while app.running < 2:
@@ -189,11 +191,6 @@ def test_one_token_leaves_places_to_the_others(serving, loop):
     app = serving(limits=Limits(concurrent=8)).app
     blocked = asyncio.Event()
 
-    async def held():
-        yield b"{"
-        await blocked.wait()
-        yield b'"text": "a"}'
-
     async def run():
         transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
         async with httpx.AsyncClient(
@@ -204,7 +201,7 @@ def test_one_token_leaves_places_to_the_others(serving, loop):
                 headers = bearer(who) | {"Content-Type": "application/json"}
                 return http.post("/v1/search", content=content, headers=headers)
 
-            greedy = [asyncio.create_task(ask("all", held())) for _ in range(6)]
+            greedy = [asyncio.create_task(ask("all", held(blocked))) for _ in range(6)]
             while app.running < 6:
                 await asyncio.sleep(0)
             refused = await ask("all", b'{"text": "a"}')
@@ -226,18 +223,13 @@ def test_draining_waits_for_what_is_at_work_and_takes_nothing_more(serving, loop
     app = serving().app
     blocked = asyncio.Event()
 
-    async def held():
-        yield b"{"
-        await blocked.wait()
-        yield b'"text": "a"}'
-
     async def run():
         transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
         options = {"headers": bearer("all") | {"Content-Type": "application/json"}}
         async with httpx.AsyncClient(
             transport=transport, base_url="http://127.0.0.1", timeout=60
         ) as http:
-            busy = asyncio.create_task(http.post("/v1/search", content=held(), **options))
+            busy = asyncio.create_task(http.post("/v1/search", content=held(blocked), **options))
             while not app.running:
                 await asyncio.sleep(0.01)
             draining = asyncio.create_task(app.drain(60))

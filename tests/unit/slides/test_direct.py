@@ -68,7 +68,7 @@ def test_a_tile_is_decoded_into_the_given_buffer(ycbcr: tuple[int, TiledLevel]) 
 def test_pixels_may_differ_from_openslides_by_a_step_between_pixels_where_it_takes_one(
     ycbcr: tuple[int, TiledLevel], downsample: float, change: int, differs: bool
 ) -> None:
-    """Of 15000 px 937 are 16.0085 times fewer: corners of tiles are on no pixel of the slide."""
+    """15000 px are 16.0085 times 937: corners of tiles are on no pixel of the slide."""
     tiles = Tiles(*ycbcr)
     asked = []
 
