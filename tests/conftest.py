@@ -251,9 +251,10 @@ def deployed(
     """The service over it, whichever a test wants."""
     from ray import serve
 
-    from tests.serving import Deployed
+    from tests.serving import Deployed, indexed
 
-    yield Deployed(tuned, tmp_path_factory.mktemp("deployed"))
+    folder = tmp_path_factory.mktemp("deployed")
+    yield Deployed(indexed(tuned, folder / "archive"), folder)
     serve.shutdown()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,17 @@ def make_tuned(folder: Path, *, slides: int = 8, width: int = 64, layers: int = 
     texts = Archive(archive).captions()["text"].to_pylist()
     base = make_base(folder / "base", texts, width=width, layers=layers)
     return Tuned(archive=archive, run=make_run(folder / "run", archive, base), base=base)
+
+
+def indexed(tuned: Tuned, archive: Path) -> Tuned:
+    """The same over a copy of the archive that ``pathflip index`` has gone over."""
+    from jobs.index import index
+    from tests.in_threads import in_threads
+
+    shutil.copytree(tuned.archive, archive)
+    with in_threads():
+        index(str(archive), str(tuned.run))
+    return replace(tuned, archive=archive)
 
 
 def make_base(folder: Path, texts: Sequence[str], *, width: int = 64, layers: int = 2) -> Path:
