@@ -108,8 +108,8 @@ def annotations_import(
     files: Annotated[
         list[str],
         typer.Argument(
-            help="Files of QuPath, ASAP, Aperio ImageScope or HALO, GeoParquet or DICOM ANN, named "
-            "after their slides."
+            help="Files of QuPath, ASAP, Aperio ImageScope or HALO, GeoParquet, DICOM ANN or SR, "
+            "named after their slides."
         ),
     ],
     author: Annotated[str, typer.Option(help="Their author: the name of a token.")],

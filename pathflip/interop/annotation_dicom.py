@@ -1,23 +1,26 @@
-"""DICOM bulk microscopy annotations (ANN), as GeoJSON features.
+"""DICOM annotations of slides, bulk (ANN) and in structured reports (SR), as GeoJSON features.
 
-Read by PS3.3 C.37.1: groups of points, polylines, polygons, ellipses or rectangles, with a label,
-which becomes the class, and the meaning of a code, which becomes the name. Coordinates are of an
-image (``2D``) or of the slide in mm (``3D``). Neither says by itself where on a slide in an archive
-something lies, so the slide has to be at hand, as DICOM, and the annotations have to refer to it:
+Bulk annotations are read by PS3.3 C.37.1: groups of points, polylines, polygons, ellipses or
+rectangles, with a label, which becomes the class, and the meaning of a code, which becomes the
+name. Reports are read by :mod:`pathflip.interop.annotation_dicom_sr`. Coordinates are of an image
+(2D) or of the slide in mm (3D). Neither says by itself where on a slide in an archive something
+lies, so the slide has to be at hand, as DICOM, and the annotations have to refer to it:
 
 * 2D: to one of its images by UID. Those of a coarser image are scaled by the images' pixel spacing.
 * 3D: by its frame of reference. Origin, directions and spacing of the finest image place them; the
   origin is the middle of its first pixel, and (0, 0) in level-0 px is that pixel's corner.
 
-Whatever else is refused with a reason: other slides, coordinates of single frames, images whose
-size and spacing contradict each other, structured reports. Needs pydicom (``pathflip[dicom]``).
+Whatever else is refused with a reason: other slides, coordinates of one of many frames, images
+whose size and spacing contradict each other. A report may be about several slides: regions of the
+others are counted, and it is refused where none is of this one. Needs pydicom
+(``pathflip[dicom]``).
 """
 
 from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
+from pathflip.interop.annotation_dicom_sr import report_regions
 from pathflip.interop.annotation_xml import NotAnnotations, ellipse_ring
 from pathflip.slides.objects import is_remote
 from pathflip.slides.sources import dicom_files, is_dicom
@@ -41,11 +45,14 @@ _REPORTS = "1.2.840.10008.5.1.4.1.1.88."
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _LITTLE_ENDIAN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
 _MAX_IMAGES = 1000
+_NO_AREA = "areas with fewer than three points"
 _SIZES = {"POINT": 1, "RECTANGLE": 4, "ELLIPSE": 4}
 """{kind: points of each annotation} of the kinds that have as many each."""
 _AT_LEAST = {"POLYLINE": 2, "POLYGON": 3}
 
 Matrix = NDArray[np.float64]
+Transform = Callable[[Matrix], Matrix]
+"""A function of points [k, 2 or 3] that gives level-0 px [k, 2]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,7 @@ class _Image:
         frame: UID of its frame of reference.
         origin: Middle of its first pixel (x, y), mm; None where it says none.
         along: Directions (x, y) of its rows and of its columns [2, 2]; None likewise.
+        one_frame: Whether it is a single frame, so that pixels of that are its own.
     """
 
     width: int
@@ -87,12 +95,17 @@ class _Image:
     frame: str
     origin: Matrix | None
     along: Matrix | None
+    one_frame: bool
+
+
+class _OtherSlide(NotAnnotations):
+    """Annotations that refer to another slide."""
 
 
 def read_dicom(
     path: Path, *, slide: SlideFile | None
 ) -> tuple[str, list[dict[str, Any]], Counter[str]]:
-    """Read the objects of a file of bulk annotations.
+    """Read the objects of a file of annotations.
 
     Args:
         path: The file.
@@ -130,29 +143,70 @@ def read_dicom(
 def _read(path: Path, slide: SlideFile | None) -> tuple[str, list[dict[str, Any]], Counter[str]]:
     dataset = _open(path)
     kind = str(dataset.get("SOPClassUID", ""))
+    if kind == _BULK_ANNOTATIONS:
+        return "DICOM ANN", *_bulk(dataset, slide)
     if kind.startswith(_REPORTS):
-        raise NotAnnotations(
-            "it is a structured report; what is read is bulk microscopy annotations (ANN)"
-        )
-    if kind != _BULK_ANNOTATIONS:
-        raise NotAnnotations("it is DICOM, but no bulk microscopy annotations (ANN)")
+        return "DICOM SR", *_report(dataset, slide)
+    raise NotAnnotations(
+        "it is DICOM, but neither bulk microscopy annotations (ANN) nor a structured report (SR)"
+    )
+
+
+def _bulk(dataset: Any, slide: SlideFile | None) -> tuple[list[dict[str, Any]], Counter[str]]:
     groups = dataset.get("AnnotationGroupSequence") or []
     if sum(int(group.get("NumberOfAnnotations") or 0) for group in groups) > MAX_ANNOTATIONS:
         raise NotAnnotations(f"it has more than {MAX_ANNOTATIONS:,} annotations")
-    if slide is None:
-        raise NotAnnotations("its coordinates are of a DICOM slide, which is not at hand here")
-    place = _Place(dataset, _images(slide), slide)
+    place, kind = _Place(slide), str(dataset.get("AnnotationCoordinateType", ""))
+    if kind == "2D":
+        images = tuple(
+            str(item.get("ReferencedSOPInstanceUID", ""))
+            for item in dataset.get("ReferencedImageSequence") or ()
+        )
+        origin = str(dataset.get("PixelOriginInterpretation", "VOLUME"))
+        to_px = place.of_images(images, origin=origin)
+    elif kind == "3D":
+        to_px = place.of_frame(str(dataset.get("FrameOfReferenceUID", "")))
+    else:
+        raise NotAnnotations(f"its coordinates are of the unknown type {kind[:20]!r}")
     features, left_out = list[dict[str, Any]](), Counter[str]()
     for group in groups:
-        for points in _annotations(group, dimensions=place.dimensions):
-            shape = _shape(str(group.get("GraphicType", "")), place.to_px(points))
+        codes = group.get("AnnotationPropertyTypeCodeSequence") or []
+        meaning = str(codes[0].get("CodeMeaning", "")) if codes else ""
+        label = str(group.get("AnnotationGroupLabel", "")) or meaning
+        for points in _annotations(group, dimensions=2 if kind == "2D" else 3):
+            shape = _shape(str(group.get("GraphicType", "")), to_px(points))
             if shape is None:
-                left_out["areas with fewer than three points"] += 1
+                left_out[_NO_AREA] += 1
                 continue
-            features.append(_feature(shape, group))
+            features.append(_feature(shape, name=meaning, classification=label))
             if len(features) > MAX_ANNOTATIONS:
                 raise NotAnnotations(f"it has more than {MAX_ANNOTATIONS:,} annotations")
-    return "DICOM ANN", features, left_out
+    return features, left_out
+
+
+def _report(dataset: Any, slide: SlideFile | None) -> tuple[list[dict[str, Any]], Counter[str]]:
+    regions, left_out = report_regions(dataset, most=MAX_ANNOTATIONS)
+    place = _Place(slide)
+    features = list[dict[str, Any]]()
+    elsewhere: _OtherSlide | None = None
+    for region in regions:
+        try:
+            if region.points.shape[1] == 3:
+                to_px = place.of_frame(region.frame)
+            else:
+                to_px = place.of_images(region.images, origin=region.origin)
+        except _OtherSlide as error:
+            elsewhere = error
+            left_out["regions of other slides"] += 1
+            continue
+        shape = _shape(region.kind, to_px(region.points))
+        if shape is None:
+            left_out[_NO_AREA] += 1
+            continue
+        features.append(_feature(shape, name=region.name, classification=region.classification))
+    if elsewhere is not None and not features:
+        raise elsewhere
+    return features, left_out
 
 
 def _open(path: Path, **options: Any) -> Any:
@@ -208,77 +262,64 @@ def _image(dataset: Any) -> _Image | None:
             origin = along = None  # no picture of the slide from above
     except (AttributeError, IndexError, TypeError, ValueError):
         pass
-    frame = str(dataset.get("FrameOfReferenceUID", ""))
     return _Image(
-        width=width, height=height, spacing=(columns, rows), frame=frame, origin=origin, along=along
-    )
+        width=width, height=height, spacing=(columns, rows), origin=origin, along=along,
+        frame=str(dataset.get("FrameOfReferenceUID", "")),
+        one_frame=(dataset.get("Columns"), dataset.get("Rows")) == (width, height),
+    )  # fmt: skip
 
 
 class _Place:
-    """Turns coordinates of a file of annotations into level-0 px of a slide.
+    """Finds how coordinates of annotations become level-0 px of a slide.
 
     Args:
-        dataset: The annotations.
-        images: The slide's images.
-        slide: The slide.
+        slide: The slide; None where it is not at hand.
+
+    Raises:
+        NotAnnotations: It is not at hand or is no DICOM that can be read here.
     """
 
-    def __init__(self, dataset: Any, images: dict[str, _Image], slide: SlideFile) -> None:
+    def __init__(self, slide: SlideFile | None) -> None:
+        if slide is None:
+            raise NotAnnotations("its coordinates are of a DICOM slide, which is not at hand here")
+        self._images = _images(slide)
         size = (slide.width, slide.height)
-        finest = [image for image in images.values() if (image.width, image.height) == size]
+        finest = [image for image in self._images.values() if (image.width, image.height) == size]
         if not finest:
             raise NotAnnotations(
                 f"it refers to a DICOM slide, and {slide.path.name} is none that can be read here"
             )
         self._base = finest[0]
-        self._image = self._base
-        kind = str(dataset.get("AnnotationCoordinateType", ""))
-        if kind not in ("2D", "3D"):
-            raise NotAnnotations(f"its coordinates are of the unknown type {kind[:20]!r}")
-        self.dimensions = 2 if kind == "2D" else 3
-        if kind == "2D":
-            self._image = self._referenced(dataset, images)
-            if str(dataset.get("PixelOriginInterpretation", "VOLUME")) != "VOLUME":
-                raise NotAnnotations("its coordinates are of single frames, not of the whole image")
-        elif (
-            str(dataset.get("FrameOfReferenceUID", "")) != self._base.frame or not self._base.frame
-        ):
-            raise NotAnnotations("its frame of reference is that of another slide")
-        elif self._base.origin is None:
-            raise NotAnnotations("the slide does not say where it lies in its frame of reference")
 
-    def _referenced(self, dataset: Any, images: dict[str, _Image]) -> _Image:
-        """Return the one image that 2D coordinates count in."""
-        uids = [
-            str(item.get("ReferencedSOPInstanceUID", ""))
-            for item in dataset.get("ReferencedImageSequence") or ()
-        ]
-        found = [images[uid] for uid in uids if uid in images]
-        if not uids or any(uid not in images for uid in uids):
-            raise NotAnnotations("it refers to an image that is none of this slide's")
+    def of_images(self, uids: tuple[str, ...], *, origin: str) -> Transform:
+        """Return how pixels of the one image that UIDs name become level-0 px."""
+        found = [self._images[uid] for uid in uids if uid in self._images]
+        if not uids or len(found) < len(uids):
+            raise _OtherSlide("it refers to an image that is none of this slide's")
         if len({(image.width, image.height) for image in found}) > 1:
             raise NotAnnotations("it refers to several images of different size")
         image = found[0]
+        if origin != "VOLUME" and not image.one_frame:
+            raise NotAnnotations("its coordinates are of single frames, not of the whole image")
         for axis, (own, whole) in enumerate(
             [(image.width, self._base.width), (image.height, self._base.height)]
         ):
             ratio = image.spacing[axis] / self._base.spacing[axis]
             if abs(own * ratio - whole) > max(1.0, ratio):
                 raise NotAnnotations("size and pixel spacing of the image it refers to contradict")
-        return image
+        scale = np.array(image.spacing) / np.array(self._base.spacing)
+        return lambda points: points[:, :2] * scale
 
-    def to_px(self, points: Matrix) -> Matrix:
-        """Return points [k, 2 or 3] as level-0 px [k, 2]."""
+    def of_frame(self, uid: str) -> Transform:
+        """Return how mm of a frame of reference become level-0 px."""
         base = self._base
-        spacing = np.array(base.spacing)
-        if self.dimensions == 2:
-            scaled: Matrix = points[:, :2] * (np.array(self._image.spacing) / spacing)
-            return scaled
-        assert base.origin is not None
-        assert base.along is not None
+        if not uid or uid != base.frame:
+            raise _OtherSlide("its frame of reference is that of another slide")
+        if base.origin is None or base.along is None:
+            raise NotAnnotations("the slide does not say where it lies in its frame of reference")
         # The directions are of length 1 and at right angles, so the inverse is the transpose.
-        placed: Matrix = (points[:, :2] - base.origin) @ base.along.T / spacing + 0.5
-        return placed
+        origin, back, spacing = base.origin, base.along.T, np.array(base.spacing)
+        return lambda points: (points[:, :2] - origin) @ back / spacing + 0.5
 
 
 def _annotations(group: Any, *, dimensions: int) -> Sequence[Matrix]:
@@ -319,23 +360,21 @@ def _shape(kind: str, points: Matrix) -> dict[str, Any] | None:
     """Return a geometry of level-0 px; None for an area without any."""
     if kind == "POINT":
         return {"type": "Point", "coordinates": points[0].tolist()}
+    if kind == "MULTIPOINT":
+        return {"type": "MultiPoint", "coordinates": points.tolist()}
     if kind == "POLYLINE":
         return {"type": "LineString", "coordinates": points.tolist()}
     if kind == "ELLIPSE":  # the ends of its longer axis, then those of the shorter
         first, last, left, right = points
         points = ellipse_ring(points.mean(axis=0), (last - first) / 2, (right - left) / 2)
     ring = points.tolist()
+    if len(ring) > 1 and ring[0] == ring[-1]:
+        ring.pop()
     if len({tuple(point) for point in ring}) < 3:
         return None
     return {"type": "Polygon", "coordinates": [[*ring, list(ring[0])]]}
 
 
-def _feature(shape: dict[str, Any], group: Any) -> dict[str, Any]:
-    codes = group.get("AnnotationPropertyTypeCodeSequence") or []
-    meaning = str(codes[0].get("CodeMeaning", "")) if codes else ""
-    properties = {
-        "objectType": "annotation",
-        "name": meaning,
-        "classification": str(group.get("AnnotationGroupLabel", "")) or meaning,
-    }
+def _feature(shape: dict[str, Any], *, name: str, classification: str) -> dict[str, Any]:
+    properties = {"objectType": "annotation", "name": name, "classification": classification}
     return {"type": "Feature", "geometry": shape, "properties": properties}

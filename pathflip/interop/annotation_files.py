@@ -8,7 +8,7 @@ everything after that is the same for all:
 | JSON, or a zip of such files | :func:`pathflip.interop.qupath.geojson_features` |
 | XML | :mod:`pathflip.interop.annotation_xml`: ASAP, Aperio ImageScope, HALO |
 | Parquet | :mod:`pathflip.interop.annotation_parquet`: GeoParquet |
-| DICOM | :mod:`pathflip.interop.annotation_dicom`: bulk microscopy annotations |
+| DICOM | :mod:`pathflip.interop.annotation_dicom`: bulk annotations, structured reports |
 
 :func:`read_annotations` is strict, since what it reads is stored and shown to others; truth and
 tissue (:func:`read_objects`, :func:`read_tissue`) take areas and pass over all else.
@@ -188,7 +188,7 @@ def _read(path: Path, slide: SlideFile | None, use: Callable[[Features], T]) -> 
         raise ConfigError(
             f"{path} cannot be read as annotations: {error}.",
             hint="It reads GeoJSON of QuPath, XML of ASAP, Aperio ImageScope and HALO, GeoParquet, "
-            "and annotations (ANN) of DICOM slides.",
+            "and annotations (ANN, SR) of DICOM slides.",
             code="annotations",
         ) from error
     try:
