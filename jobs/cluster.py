@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,6 +86,7 @@ def connect(address: str | None = None) -> Place:
                 "run on this machine.",
                 code="no_cluster",
             ) from error
+        atexit.register(_leave)
         return "cluster"
     if address is None:
         return "local"
@@ -92,6 +94,14 @@ def connect(address: str | None = None) -> Place:
     atexit.register(_end, folder)
     private_ray.start(ray, folder.path)
     return "ray"
+
+
+def _leave() -> None:
+    """Leave a cluster: what Ray has not said yet of lost nodes, it would say after the document."""
+    import ray
+
+    with redirect_stdout(sys.stderr):
+        ray.shutdown()
 
 
 def _end(folder: PrivateFolder) -> None:

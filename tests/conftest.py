@@ -31,7 +31,7 @@ WITHOUT_CLUSTER = (
     "tests/integration/test_serve.py", "tests/integration/test_serve_life.py",
     "tests/integration/test_ledger.py", "tests/integration/test_staged_slides.py",
     "tests/integration/test_interruptions.py", "tests/integration/test_slurm.py",
-    "tests/integration/test_sky.py",
+    "tests/integration/test_sky.py", "tests/chaos/test_hosts.py",
     "tests/e2e/viewer/", "tests/e2e/test_recipes",
 )  # fmt: skip
 """Where no test uses the session's Ray: the process that hands out tests knows no fixtures."""

@@ -35,13 +35,24 @@ def failing(folder: Path, plan: dict[str, tuple[str, str]], *, times: int = 99) 
         plan: {name of a slide: (request: ``plan``, ``read`` or ``tile``, a function below)}.
         times: Failures of each slide, after which it is read as any other.
     """
-    folder.mkdir()
-    (folder / PLAN).write_text(json.dumps({"slides": plan, "times": times}))
+    write_plan(folder, plan, times=times)
     with (
         mock.patch.dict(os.environ, {FOLDER: str(folder)}),
         mock.patch.object(SlideReader, "program", __name__),
     ):
         yield
+
+
+def write_plan(folder: Path, plan: dict[str, tuple[str, str]], *, times: int) -> None:
+    """Make the folder of :func:`failing`, for processes that have it named otherwise."""
+    folder.mkdir()
+    (folder / PLAN).write_text(json.dumps({"slides": plan, "times": times}))
+    held(folder).mkdir()
+
+
+def held(folder: Path) -> Path:
+    """Folder of the files of :func:`hold`."""
+    return folder.with_suffix(".held")
 
 
 def failed(folder: Path) -> dict[str, list[int]]:
@@ -96,6 +107,16 @@ def unmount(path: Path) -> None:
     """Leave an empty folder in the place of the slide's."""
     path.parent.rename(path.parent.with_name("away"))
     path.parent.mkdir()
+
+
+def hold(path: Path) -> None:
+    """Note the host in a file, and wait until that is removed."""
+    note = held(Path(os.environ[FOLDER])) / path.name
+    made = note.with_suffix(".new")
+    made.write_text(os.uname().nodename)
+    made.rename(note)
+    while note.exists():
+        time.sleep(0.05)
 
 
 def kill_actor(_: Path) -> None:

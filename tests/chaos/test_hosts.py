@@ -1,0 +1,137 @@
+"""Jobs and the service over several hosts: one is lost, cut off for a while, or slow.
+
+Hosts are namespaces of this machine (:mod:`tests.hosts`) on a network of their own, over which
+Ray's processes talk as between machines. Slides, archive and runs lie where all of them see them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import failing_reader, faults, hosts
+from tests.conftest import SETTINGS, content
+from tests.failing_ingest import FAILURES
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
+
+SLIDES = 10
+HELD = ("3.svs", "4.svs")
+"""Slides at which the workers of both hosts are stopped: each host works on one of them."""
+PARTITION_S = 30
+JOB_S = 400.0
+"""Deadline for a job, which has to notice that a host is gone."""
+
+_INGEST = """
+from jobs import ingest
+from pathflip.cli import main
+from tests.failing_ingest import FailingEmbedder
+
+ingest.Embedder = FailingEmbedder
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster_of_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Cluster]:
+    """A Ray over a head and whatever workers tests want."""
+    if (reason := hosts.refusal()) is not None:
+        pytest.skip(reason)
+    with hosts.World(tmp_path_factory.getbasetemp()) as world:
+        yield hosts.Cluster(world, tmp_path_factory.mktemp("hosts"))
+
+
+@pytest.fixture
+def cluster(cluster_of_hosts: hosts.Cluster) -> hosts.Cluster:
+    """The same with two hosts that work."""
+    cluster_of_hosts.grow(2)
+    return cluster_of_hosts
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of small slides of two chunks each."""
+    from pathflip.synth import make_slide
+
+    folder = tmp_path_factory.mktemp("sources")
+    for seed in range(SLIDES):
+        make_slide(folder / f"{seed}.svs", width=2048, height=1024, mpp=0.5, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(
+    sources: Path, job_here: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Content of an archive of these slides that one machine made."""
+    archive = tmp_path_factory.mktemp("expected") / "archive"
+    job_here(sources, archive, "chunk_regions=1")
+    found = content(archive)
+    assert len(found) == SLIDES
+    return found
+
+
+class Ingest:
+    """An ingest over hosts, which stops where two of them are at work.
+
+    Args:
+        cluster: Cluster it runs on.
+        sources: Folder of its slides.
+        folder: A new folder for the archive.
+    """
+
+    def __init__(self, cluster: hosts.Cluster, sources: Path, folder: Path) -> None:
+        self.archive, self._failures = folder / "archive", folder / FAILURES
+        failing_reader.write_plan(self._failures, dict.fromkeys(HELD, ("read", "hold")), times=1)
+        settings = [*SETTINGS[:1], "chunk_regions=1", "commit_s=0"]
+        words = [word for each in settings for word in ("-o", each)]
+        self._run = cluster.run(
+            "-c", _INGEST, "ingest", str(sources), "--archive", str(self.archive), "--json", *words
+        )
+        self._cluster = cluster
+
+    def at_work(self) -> list[hosts.Host]:
+        """Wait until both hosts are stopped in a slide; return them."""
+        held = failing_reader.held(self._failures)
+        faults.until(
+            lambda: self._run.poll() is not None or len(list(held.glob("*.svs"))) == len(HELD),
+            seconds=JOB_S,
+            what="two hosts at work",
+        )
+        assert self._run.poll() is None, self._run.communicate()
+        names = {(held / name).read_text() for name in HELD}
+        assert len(names) == 2
+        return [self._cluster.workers[name] for name in sorted(names)]
+
+    def go_on(self) -> None:
+        """Let the readers go on."""
+        for note in failing_reader.held(self._failures).glob("*"):
+            note.unlink()
+
+    def ended(self) -> None:
+        """Wait for the end, and check that every slide is ready."""
+        try:
+            out, errors = self._run.communicate(timeout=JOB_S)
+        except subprocess.TimeoutExpired:
+            self._run.kill()
+            raise
+        assert self._run.returncode == 0, errors
+        counts = json.loads(out)["slides"]
+        assert counts == {"ready": SLIDES, "quarantined": 0, "empty": 0, "skipped": 0}
+
+
+def test_a_host_lost_in_mid_ingest(
+    cluster: hosts.Cluster, sources: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """The one that is left does all of its work; the archive is that of one machine."""
+    ingest = Ingest(cluster, sources, tmp_path)
+    _, lost = ingest.at_work()
+    lost.lose()
+    ingest.go_on()
+    ingest.ended()
+    assert content(ingest.archive) == expected
