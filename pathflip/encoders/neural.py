@@ -201,14 +201,15 @@ def build(card: zoo.Card, path: Path) -> tuple[nn.Module, Forward]:
     if card.loader == "torchscript":
         model = load_torchscript(path)
         return model, lambda images: pool(model(images), "model", prefix=0)
-    if card.loader in ("transformers", "clip"):
+    if card.loader in ("transformers", "dinov2_registers", "clip"):
         model = _transformers(card, path)
         return model, _transformers_forward(card, model)
     if card.loader == "timm":
         model = _timm_filled(card, _read(path, card.name))
         prefix = int(getattr(model, "num_prefix_tokens", 1))
         return model, lambda images: pool(model(images), card.pooling, prefix=prefix)
-    tower = _conch(path, card.name) if card.loader == "conch" else _conch_v1_5(path, card.name)
+    towers = {"conch": _conch, "conch_v1_5": _conch_v1_5, "keep": _keep}
+    tower = towers[card.loader](path, card.name)
     return tower, tower
 
 
@@ -290,9 +291,13 @@ def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
     log.set_verbosity_error()  # it reports the text tower of a CLIP as unexpected
     try:
         kind: Any = transformers.AutoModel
-        config = transformers.AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        if card.loader == "dinov2_registers":  # config.json names code of the hub
+            kind = transformers.Dinov2WithRegistersModel
+            config: Any = transformers.Dinov2WithRegistersConfig(**card.arguments)
+        else:
+            config = transformers.AutoConfig.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         if card.loader == "clip":
             kind = transformers.CLIPVisionModelWithProjection
             if hasattr(config, "vision_config"):  # of a whole CLIP, which alone knows the length
@@ -322,6 +327,10 @@ def _transformers(card: zoo.Card, folder: Path) -> nn.Module:
     if absent:
         raise bad_weights(
             card.name, f"{len(absent)} tensors are missing or misshapen, first {absent[0]}"
+        )
+    if card.loader == "dinov2_registers" and report["unexpected_keys"]:
+        raise bad_weights(
+            card.name, f"they hold tensors of another model, as {min(report['unexpected_keys'])}"
         )
     network: nn.Module = model
     return network
@@ -413,6 +422,30 @@ def _conch_v1_5(folder: Path, name: str) -> nn.Module:
     if "trunk.pos_embed" in state:
         state["trunk.pos_embed"] = stretch_positions(state["trunk.pos_embed"], grid=28)
     _fill(tower, state, name)
+    return tower
+
+
+class _KeepTower(nn.Module):
+    """Image tower of KEEP: a ViT and two linear layers, scaled to length 1."""
+
+    def __init__(self, visual: Any, dim: int) -> None:
+        super().__init__()
+        self.visual = visual
+        self.visual_head = nn.Sequential(
+            nn.Linear(visual.num_features, dim), nn.GELU(), nn.Linear(dim, dim)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.visual_head(self.visual(images)), dim=-1)
+
+
+def _keep(folder: Path, name: str) -> nn.Module:
+    arguments = {"img_size": 224, "init_values": 1e-5, "num_classes": 0, "dynamic_img_size": True}
+    tower = _KeepTower(_timm("vit_large_patch16_224", arguments, name), 768)
+    state = _read(folder, name)
+    # The checkpoint holds a text tower as well.
+    wanted = ("visual.", "visual_head.")
+    _fill(tower, {k: v for k, v in state.items() if k.startswith(wanted)}, name)
     return tower
 
 

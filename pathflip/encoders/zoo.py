@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Loader = Literal["timm", "transformers", "clip", "conch", "conch_v1_5", "torchscript"]
+Loader = Literal[
+    "timm", "transformers", "dinov2_registers", "clip", "conch", "conch_v1_5", "keep", "torchscript"
+]
 Pooling = Literal["model", "cls", "cls+mean"]
 Colour = tuple[float, float, float]
 
@@ -22,7 +24,10 @@ BIOPTIMUS: tuple[Colour, Colour] = (
     (0.707223, 0.578729, 0.703617),
     (0.211883, 0.230117, 0.177517),
 )
+HIBOU: tuple[Colour, Colour] = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
+HALF: tuple[Colour, Colour] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _NO_DERIVATIVES = "CC-BY-NC-ND-4.0"
+_OWKIN = "Owkin non-commercial licence"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,8 @@ class Card:
         name: Name in specs.
         title: Its authors' name for it.
         hub: Repository on the Hugging Face hub.
-        loader: Library that builds it; ``conch`` and ``conch_v1_5`` are image towers built here.
+        loader: Library that builds it; ``conch``, ``conch_v1_5`` and ``keep`` are image towers
+            built here, ``dinov2_registers`` a class of transformers that the card shapes.
         dim: Length of a feature.
         input_px: Side of the square the network sees.
         resize_px: Side patches are resampled to before the centre crop to ``input_px``; None means
@@ -47,7 +53,7 @@ class Card:
         gated: Whether the hub asks to accept terms first.
         interpolation: Interpolation of the resampling (always antialiased).
         architecture, arguments: For timm: model name and its keyword arguments; SwiGLUPacked and
-            SiLU are given by name.
+            SiLU are given by name. For ``dinov2_registers``: the arguments of its configuration.
     """
 
     name: str
@@ -181,6 +187,32 @@ CARDS: tuple[Card, ...] = (
         },
     ),
     Card(
+        name="virchow",
+        title="Virchow",
+        hub="paige-ai/Virchow",
+        loader="timm",
+        dim=2560,
+        input_px=224,
+        resize_px=224,
+        mean=IMAGENET[0],
+        std=IMAGENET[1],
+        mpp=0.5,
+        patch_um=112,
+        pooling="cls+mean",
+        licence="Apache-2.0",
+        gated=True,
+        architecture="vit_huge_patch14_224",
+        arguments={
+            "img_size": 224,
+            "init_values": 1e-5,
+            "mlp_ratio": 5.3375,
+            "global_pool": "",
+            "dynamic_img_size": True,
+            "mlp_layer": "SwiGLUPacked",
+            "act_layer": "SiLU",
+        },
+    ),
+    Card(
         name="virchow2",
         title="Virchow2",
         hub="paige-ai/Virchow2",
@@ -244,6 +276,116 @@ CARDS: tuple[Card, ...] = (
         arguments={"img_size": 224, "init_values": 1e-5, "global_pool": "token"},
     ),
     Card(
+        name="h0_mini",
+        title="H0-mini",
+        hub="bioptimus/H0-mini",
+        loader="timm",
+        dim=1536,
+        input_px=224,
+        resize_px=224,
+        mean=BIOPTIMUS[0],
+        std=BIOPTIMUS[1],
+        mpp=0.5,
+        patch_um=112,
+        pooling="cls+mean",
+        licence=_NO_DERIVATIVES,
+        gated=True,
+        architecture="vit_base_patch14_reg4_dinov2",
+        arguments={
+            "img_size": 224,
+            "init_values": 1e-5,
+            "mlp_ratio": 5.33334,
+            "global_pool": "",
+            "dynamic_img_size": True,
+            "mlp_layer": "SwiGLUPacked",
+            "act_layer": "SiLU",
+        },
+    ),
+    Card(
+        name="midnight",
+        title="Midnight-12k",
+        hub="kaiko-ai/midnight",
+        loader="transformers",
+        dim=3072,
+        input_px=224,
+        resize_px=224,
+        mean=HALF[0],
+        std=HALF[1],
+        mpp=0.5,
+        patch_um=112,
+        pooling="cls+mean",
+        licence="MIT",
+        gated=False,
+        interpolation="bilinear",
+    ),
+    Card(
+        name="hibou_b",
+        title="Hibou-B",
+        hub="histai/hibou-b",
+        loader="dinov2_registers",
+        dim=768,
+        input_px=224,
+        resize_px=224,
+        mean=HIBOU[0],
+        std=HIBOU[1],
+        mpp=0.5,
+        patch_um=112,
+        pooling="cls",
+        licence="Apache-2.0",
+        gated=True,
+        arguments={
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_register_tokens": 4,
+            "image_size": 224,
+            "patch_size": 14,
+            "use_swiglu_ffn": True,
+        },
+    ),
+    Card(
+        name="hibou_l",
+        title="Hibou-L",
+        hub="histai/hibou-L",
+        loader="dinov2_registers",
+        dim=1024,
+        input_px=224,
+        resize_px=224,
+        mean=HIBOU[0],
+        std=HIBOU[1],
+        mpp=0.5,
+        patch_um=112,
+        pooling="cls",
+        licence="Apache-2.0",
+        gated=True,
+        arguments={
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_register_tokens": 4,
+            "image_size": 224,
+            "patch_size": 14,
+            "use_swiglu_ffn": True,
+        },
+    ),
+    Card(
+        name="phikon",
+        title="Phikon",
+        hub="owkin/phikon",
+        loader="transformers",
+        dim=768,
+        input_px=224,
+        resize_px=224,
+        mean=IMAGENET[0],
+        std=IMAGENET[1],
+        mpp=0.5,
+        patch_um=112,
+        pooling="cls",
+        licence=_OWKIN,
+        gated=False,
+        interpolation="bilinear",
+    ),
+    Card(
         name="phikon_v2",
         title="Phikon-v2",
         hub="owkin/phikon-v2",
@@ -256,7 +398,23 @@ CARDS: tuple[Card, ...] = (
         mpp=0.5,
         patch_um=112,
         pooling="cls",
-        licence="Owkin non-commercial licence",
+        licence=_OWKIN,
+        gated=False,
+    ),
+    Card(
+        name="keep",
+        title="KEEP",
+        hub="Astaxanthin/KEEP",
+        loader="keep",
+        dim=768,
+        input_px=224,
+        resize_px=224,
+        mean=IMAGENET[0],
+        std=IMAGENET[1],
+        mpp=None,
+        patch_um=None,
+        pooling="model",
+        licence="MIT",
         gated=False,
     ),
     Card(

@@ -17,8 +17,15 @@ ALIASES = {
     "hoptimus1": "h_optimus_1",
     "h_optimus0": "h_optimus_0",
     "h_optimus1": "h_optimus_1",
-    "phikon_v2": "phikon_v2",
+    "phikon_v1": "phikon",
     "phikon2": "phikon_v2",
+    "phikonv2": "phikon_v2",
+    "midnight12k": "midnight",
+    "midnight_12k": "midnight",
+    "kaiko_midnight": "midnight",
+    "h0mini": "h0_mini",
+    "virchow_v1": "virchow",
+    "virchow_v2": "virchow2",
 }
 """Names of TRIDENT, CLAM, STAMP and AtlasPatch for encoders of the table
 (docs/reference/encoders.md), reduced as :func:`pathflip.encoders.table_name` does."""
@@ -47,5 +54,7 @@ def foreign_name(name: str) -> str:
         "conch_v1_5": "conch_v15",
         "h_optimus_0": "hoptimus0",
         "h_optimus_1": "hoptimus1",
+        "h0_mini": "h0-mini",
+        "midnight": "midnight12k",
     }
     return back.get(name, name)

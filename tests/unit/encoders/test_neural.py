@@ -97,6 +97,23 @@ def test_vit_of_transformers(vit):
     np.testing.assert_allclose(encoder(PATCHES), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_phikon_is_the_class_token(vit, tmp_path):
+    """A ViT saved with the pooler that the published one is loaded without."""
+    from transformers import ViTModel
+
+    _, model = vit
+    whole = ViTModel(model.config, add_pooling_layer=True)
+    whole.load_state_dict(model.state_dict(), strict=False)
+    whole.save_pretrained(tmp_path)
+    card = zoo.card("phikon")
+    network, forward = neural.build(dataclasses.replace(card, dim=32, input_px=32), tmp_path)
+    x = images(PATCHES, card.mean, card.std)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            network.eval() and forward(x), model(x).last_hidden_state[:, 0], rtol=1e-5, atol=1e-5
+        )
+
+
 def test_clip_of_transformers(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 

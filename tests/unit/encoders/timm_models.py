@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from pathflip.encoders import encoder_info, load_encoder, neural, zoo
 from pathflip.errors import EncoderError
 
+# Millions of parameters, as lazyslide-models states them for the published weights.
+PARAMETERS = {"virchow": 631.2, "virchow2": 631.2, "h0_mini": 85.7}
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PATCHES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
 
@@ -132,6 +134,9 @@ def test_architecture_of_the_table(card):
             prefix=model.num_prefix_tokens,
         )
     assert out.shape == (1, card.dim)
+    millions = PARAMETERS.get(card.name)
+    if millions:
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
 @pytest.mark.usefixtures("shallow")
@@ -211,3 +216,37 @@ def test_conch_towers(name, tmp_path):
             mixed, (d,), state["ln_contrast.weight"], state["ln_contrast.bias"]
         )
     np.testing.assert_allclose(encoder(patches), expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("shallow")
+def test_keep_tower(tmp_path):
+    """The checkpoint holds both towers; the reference is timm's ViT and two matrices by hand."""
+    import timm
+
+    torch.manual_seed(1)
+    model = timm.create_model("vit_large_patch16_224", num_classes=0, init_values=1e-5).eval()
+    state = {f"visual.{k}": torch.randn_like(v) * 0.05 for k, v in model.state_dict().items()}
+    shapes = {"0.weight": (768, 1024), "0.bias": (768,), "2.weight": (768, 768), "2.bias": (768,)}
+    head = {k: torch.randn(shape) * 0.05 for k, shape in shapes.items()}
+    saved = {**state, **{f"visual_head.{k}": v for k, v in head.items()}}
+    saved |= {"text.embeddings.word_embeddings.weight": torch.zeros(3, 2)}
+    saved |= {"logit_scale": torch.tensor(3.2)}
+    save_file(saved, tmp_path / "model.safetensors")
+    encoder = load_encoder(f"keep={tmp_path}", device="cpu")
+
+    model.load_state_dict({k.removeprefix("visual."): v for k, v in state.items()})
+    patches = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    x = torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in zoo.IMAGENET)
+    with torch.inference_mode():
+        hidden = model((x - mean) / std) @ head["0.weight"].T + head["0.bias"]
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        expected = (hidden @ head["2.weight"].T + head["2.bias"]).numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder(patches), expected, rtol=1e-3, atol=1e-5)
+
+    del saved["visual_head.2.bias"]
+    save_file(saved, tmp_path / "model.safetensors")
+    with pytest.raises(EncoderError, match=r"visual_head\.2\.bias") as refused:
+        load_encoder(f"keep={tmp_path}", device="cpu")
+    assert refused.value.code == "bad_weights"
