@@ -94,9 +94,10 @@ class _Pool:
 
     def __init__(self, stage: ActorPool, *, cpus: int, gpus: int) -> None:
         self._stage = stage
-        room = gpus if stage.num_gpus else int(cpus // max(stage.num_cpus, 0.1))
+        sharing = int(1 // stage.num_gpus) if stage.num_gpus else 0  # actors of a GPU
+        room = gpus * sharing if sharing else int(cpus // max(stage.num_cpus, 0.1))
         self._most = max(1, min(stage.most or room, room))
-        self._gpus = list(range(gpus)) if stage.num_gpus else []
+        self._gpus = [*range(gpus)] * sharing
         self._actors: list[_Actor] = []
         self._shared = None if stage.shared is None else stage.shared()
         self.waiting: deque[_Rows] = deque()

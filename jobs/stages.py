@@ -40,7 +40,7 @@ class ActorPool:
         first: Actors to begin with.
         most: Actors at most; None means as many as a cluster grows to.
         num_cpus: CPUs of an actor.
-        num_gpus: GPUs of an actor.
+        num_gpus: GPUs of an actor: 1, or 1 / n where n actors share one.
         waits: Whether an actor only waits for processes of its own, so that on this machine a
             thread is enough for it.
         deaths: Processes that may die on the same rows before the job is given up.

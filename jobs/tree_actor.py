@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from jobs.ingest.decision import Attempts
-from jobs.ingest.reading import Request, SlideFile, check_revision, encode, read_ahead
+from jobs.ingest.reading import Request, SlideFile, check_revision, encode_ahead, read_ahead
 from jobs.worker import to_ipc
 from pathflip.archive import Archive, vectors
 from pathflip.archive.schema import trees_table
@@ -32,7 +32,7 @@ from pathflip.geometry import (
     tree_levels,
     tree_tissue,
 )
-from pathflip.slides.reader import SlideReader
+from pathflip.slides.reader import Patches, SlideReader
 from pathflip.slides.staging import Stage, opened
 from pathflip.slides.tissue import TissueMask
 
@@ -299,12 +299,16 @@ class TreeActor:
             attempts=attempts,
             timeout_s=self._timeout_s,
         )
-        for (at, node), patches in zip(places, read, strict=True):
-            good = np.flatnonzero(patches.ok)
-            if not len(good):
-                continue
-            pixels = patches.pixels if len(good) == len(at) else patches.pixels[good]
-            values = [encode(encoder, pixels) for encoder in encoders]
+
+        def batches() -> Iterator[tuple[tuple[Any, Any, Patches, Any], NDArray[np.uint8]]]:
+            for (at, node), patches in zip(places, read, strict=True):
+                good = np.flatnonzero(patches.ok)
+                if len(good):
+                    whole = len(good) == len(at)
+                    pixels = patches.pixels if whole else patches.pixels[good]
+                    yield (at, node, patches, good), pixels
+
+        for (at, node, patches, good), values in encode_ahead(encoders, batches()):
             finite = np.logical_and.reduce([np.isfinite(one).all(axis=1) for one in values])
             ok[at[good], node[good]] = True
             at, node = at[good][finite], node[good][finite]

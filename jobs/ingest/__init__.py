@@ -63,7 +63,8 @@ from pathflip.slides.objects import is_remote
 from pathflip.slides.reader import SlidePlan, SlideReader
 from pathflip.slides.staging import Stage
 
-GPU_READERS = 4  # reading overlaps encoding where the CPU is free meanwhile
+ACTORS_OF_A_GPU = 2  # one computes while another writes its chunk and begins the next
+GPU_READERS = 2  # of each: reading overlaps encoding where the CPU is free meanwhile
 STAGED_GROUPS = 8  # groups of slides of object stores that a planner gets at once
 PICTURE_BYTES = 256 << 10  # estimate of a thumbnail and a tissue mask
 
@@ -311,7 +312,8 @@ def _pipeline(
 ) -> Iterator[pa.Table]:
     """Run both stages; yield chunks as they come back."""
     use_gpu = there.use_gpu and config.specs != ["texture"]
-    workers = config.actors or (there.gpus if use_gpu else there.cpus) or 1
+    room = there.gpus * ACTORS_OF_A_GPU if use_gpu else there.cpus
+    workers = config.actors or room or 1
     readers = config.readers or (GPU_READERS if use_gpu else 1)
     revisions = [info.revision for info in encoders]
     planners = max(1, workers // 4)
@@ -335,8 +337,8 @@ def _pipeline(
         first=1 if place == "cluster" else min(workers, len(groups)),
         # A cluster may grow: what it is given to do is what makes it grow.
         most=config.actors or (None if place == "cluster" else workers),
-        num_cpus=float(readers) if use_gpu else 0.9,
-        num_gpus=1.0 if use_gpu else 0.0,
+        num_cpus=readers - 0.1 if use_gpu else 0.9,
+        num_gpus=1 / ACTORS_OF_A_GPU if use_gpu else 0.0,
         deaths=config.attempts + 1,  # Deaths sees to it that there are fewer
     )
     yield from run_stages(groups, [plan, embed], place=place, block_bytes=4096)

@@ -36,9 +36,9 @@ class IngestConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     actors: int | None = None
-    """Embedding actors at most; None means one per CPU, or per GPU where the encoder uses one."""
+    """Embedding actors at most; None means one per CPU, or two per GPU that the encoder uses."""
     readers: int | None = None
-    """Reader processes per actor; None means 1 on CPU, 4 on GPU (reading overlaps encoding)."""
+    """Reader processes per actor; None means 1 on CPU, 2 on GPU (reading overlaps encoding)."""
     chunk_regions: int = 32
     """Regions per unit of work."""
     attempts: int = 3

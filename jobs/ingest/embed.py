@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from jobs.ingest.config import IngestConfig
 from jobs.ingest.deaths import DeathCount
 from jobs.ingest.decision import Attempts, quarantine
-from jobs.ingest.reading import Request, SlideFile, check_revision, encode, read_ahead
+from jobs.ingest.reading import Request, SlideFile, check_revision, encode_ahead, read_ahead
 from jobs.ingest.rows import Chunk, SlideRecord, from_table, matrix, to_table
 from jobs.worker import from_ipc, to_ipc
 from pathflip.archive.fragments import write_fragment
@@ -195,13 +195,18 @@ class Embedder:
             attempts=attempts,
             timeout_s=self._config.read_timeout_s,
         )
-        for i, patches in enumerate(read):
-            slot = np.flatnonzero(masks[i])
-            out.quality[i, slot] = patches.quality
-            good = np.flatnonzero(patches.ok)
-            pixels = patches.pixels if len(good) == len(slot) else patches.pixels[good]
-            if len(good):
-                out.add(i, slot[good], [encode(encoder, pixels) for encoder in self._encoders])
+
+        def batches() -> Iterator[tuple[tuple[int, NDArray[np.int64]], NDArray[np.uint8]]]:
+            for i, patches in enumerate(read):
+                slot = np.flatnonzero(masks[i])
+                out.quality[i, slot] = patches.quality
+                good = np.flatnonzero(patches.ok)
+                if len(good):
+                    whole = len(good) == len(slot)
+                    yield (i, slot[good]), patches.pixels if whole else patches.pixels[good]
+
+        for (i, slots), values in encode_ahead(self._encoders, batches()):
+            out.add(i, slots, values)
         return out
 
     def _write(self, record: SlideRecord, embedded: _ChunkFeatures) -> dict[str, Any]:

@@ -9,9 +9,10 @@ after the last one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from pathflip.encoders import Encoder
 from pathflip.errors import EncoderError, SlideError
 from pathflip.slides.reader import Patches, SlideReader
 from pathflip.slides.sources import changed, stat_source
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +123,50 @@ def check_revision(encoder: Encoder, revision: str) -> None:
         )
 
 
-def encode(encoder: Encoder, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return features [n, dim] of patches; NaN where they do not fit the stored fp16.
+def begin_encoding(
+    encoder: Encoder, pixels: NDArray[np.uint8]
+) -> Callable[[], NDArray[np.float32]]:
+    """Begin to encode patches; return what waits for their features [n, dim].
+
+    NaN stands where features do not fit the stored fp16. The pixels may be overwritten once this
+    returns; an encoder that computes on a GPU goes on meanwhile.
 
     Raises:
         SlideError: One patch does not fit the memory (``out_of_memory``).
     """
+    begin = getattr(encoder, "begin", None)
     try:
-        values = encoder(pixels)
+        wait = begin(pixels) if begin else _known(encoder(pixels))
     except EncoderError as error:
         if error.code == "out_of_memory":
             raise SlideError(error.message, hint=error.hint, code="out_of_memory") from error
         raise
-    # What does not fit fp16 is as lost as a NaN.
-    return np.where(np.abs(values) <= np.finfo(np.float16).max, values, np.nan)
+
+    def features() -> NDArray[np.float32]:
+        values: NDArray[np.float32] = wait()
+        # What does not fit fp16 is as lost as a NaN.
+        return np.where(np.abs(values) <= np.finfo(np.float16).max, values, np.nan)
+
+    return features
+
+
+def _known(values: NDArray[np.float32]) -> Callable[[], NDArray[np.float32]]:
+    return lambda: values
+
+
+def encode_ahead(
+    encoders: Sequence[Encoder], batches: Iterable[tuple[K, NDArray[np.uint8]]]
+) -> Iterator[tuple[K, list[NDArray[np.float32]]]]:
+    """Yield each batch's key and features, one array an encoder, in the order of the batches.
+
+    A GPU computes one batch while the next is read, copied and given to it. The pixels of a batch
+    are used only until the next is asked for.
+    """
+    begun: tuple[K, list[Callable[[], NDArray[np.float32]]]] | None = None
+    for key, pixels in batches:
+        waits = [begin_encoding(encoder, pixels) for encoder in encoders]
+        if begun is not None:
+            yield begun[0], [wait() for wait in begun[1]]
+        begun = key, waits
+    if begun is not None:
+        yield begun[0], [wait() for wait in begun[1]]

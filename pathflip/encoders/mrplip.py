@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,12 +144,30 @@ class MRPLIPEncoder:
 
     def __call__(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode RGB patches [n, px, px, 3] -> [n, d], of length 1."""
+        return self._vectors(self._base(patches))
+
+    def begin(self, patches: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+        """Begin to encode patches; return what waits for their vectors."""
+        begin = getattr(self._base, "begin", None)
+        if begin is None:
+            vectors = self(patches)
+            return lambda: vectors
+        features = begin(patches)
+        return lambda: self._vectors(features())
+
+    def _vectors(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map features of the base encoder to vectors, on a stream of its own.
+
+        Elsewhere it would wait for whatever the base encoder has begun since.
+        """
         import torch
 
-        features = torch.from_numpy(self._base(patches))
-        level = torch.full((len(features),), self._model.level)
-        vectors = self._model.run.model.encode_patches(features, level)
-        return np.ascontiguousarray(vectors.float().cpu().numpy())
+        model, cuda = self._model.run.model, cast(Any, torch.cuda)
+        aside = cuda.stream(cuda.Stream(model.device)) if model.device.type == "cuda" else None
+        with aside or nullcontext():
+            level = torch.full((len(features),), self._model.level)
+            vectors = model.encode_patches(torch.from_numpy(features), level)
+            return np.ascontiguousarray(vectors.float().cpu().numpy())
 
 
 def _level(

@@ -30,6 +30,9 @@ CPU_BATCH, CUDA_BATCH = 32, 256
 class NeuralEncoder:
     """Network on patches: resampling, normalisation, bf16 on CUDA, smaller batches if short.
 
+    On a GPU pixels come through page-locked memory on a stream of their own: they are copied while
+    the network runs on those before (:meth:`begin`).
+
     Args:
         info: Description of the encoder.
         card: Preprocessing of patches.
@@ -37,6 +40,9 @@ class NeuralEncoder:
         forward: Function from normalised images [n, 3, px, px] to features [n, dim].
         device: Device it runs on.
         batch: Number of patches at a time; halved for good when the device runs out of memory.
+
+    Raises:
+        EncoderError: ``out_of_memory`` when the network does not fit the device.
     """
 
     def __init__(
@@ -58,7 +64,17 @@ class NeuralEncoder:
         self.device = device
         self.batch = batch or (CUDA_BATCH if device.type == "cuda" else CPU_BATCH)
         self._card = card
-        self._model = model.eval().to(device)
+        try:
+            self._model = model.eval().to(device)
+        except torch.OutOfMemoryError as error:
+            raise EncoderError(
+                f"Encoder {info.name} does not fit the free memory of {device}.",
+                hint="Free memory on the device, begin fewer actors on it (ingest: -o actors=1), "
+                "or use a smaller encoder.",
+                code="out_of_memory",
+            ) from error
+        cuda: Any = torch.cuda  # its streams and events have no types
+        self._copies = cuda.Stream(device) if device.type == "cuda" else None
         self._forward = forward
         self._mean = torch.tensor(card.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(card.std, device=device).view(1, 3, 1, 1)
@@ -70,6 +86,17 @@ class NeuralEncoder:
         """Encode RGB patches [n, px, px, 3] -> [n, dim]; values may be non-finite in bf16.
 
         Raises:
+            As :meth:`begin`.
+        """
+        return self.begin(patches)()
+
+    def begin(self, patches: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+        """Begin to encode RGB patches [n, px, px, 3]; return what waits for their features.
+
+        On a GPU the work goes on after this returns, and ``patches`` may be overwritten meanwhile;
+        on a CPU it is done by then.
+
+        Raises:
             EncoderError: ``out_of_memory`` when not even one patch fits; ``bad_weights`` when the
                 network's output is not [n, dim].
             ValueError: The array is not uint8 of that shape.
@@ -78,42 +105,78 @@ class NeuralEncoder:
             raise ValueError(
                 f"patches must be uint8 [n, px, px, 3], not {patches.dtype} {patches.shape}"
             )
-        out = np.empty((len(patches), self.dim), np.float32)
+        parts: list[Callable[[], Tensor]] = []
         done = 0
         while done < len(patches):
             part = patches[done : done + self.batch]
             try:
-                features = self._encode(part)
+                parts.append(self._begin(part))
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._shrink(error)
                 continue
-            if features.shape != (len(part), self.dim):
+            done += len(part)
+
+        def features() -> NDArray[np.float32]:
+            out = np.empty((len(patches), self.dim), np.float32)
+            at = 0
+            for finish in parts:
+                values = finish().numpy()
+                out[at : at + len(values)] = values
+                at += len(values)
+            return out
+
+        return features
+
+    def _begin(self, patches: NDArray[np.uint8]) -> Callable[[], Tensor]:
+        """Begin one batch; the function returned waits for its features, float32 on the CPU."""
+        with torch.inference_mode():
+            images = self._prepare(self._to_device(torch.from_numpy(np.ascontiguousarray(patches))))
+            with self._precision():
+                features = self._forward(images).float()
+            if features.shape != (len(patches), self.dim):
                 raise EncoderError(
                     f"Encoder {self.name} returns {list(features.shape[1:])} per patch where "
                     f"[{self.dim}] was expected.",
                     hint="Check that these are the weights of this model.",
                     code="bad_weights",
                 )
-            out[done : done + len(part)] = features
-            done += len(part)
-        return out
+            if self._copies is None:
+                found = features.cpu()
+                return lambda: found
+            host = torch.empty(features.shape, pin_memory=True)
+            host.copy_(features, non_blocking=True)
+            done = torch.cuda.current_stream(self.device).record_event()
 
-    def _encode(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            images = self._prepare(torch.from_numpy(np.ascontiguousarray(patches)))
-            with self._precision():
-                features = self._forward(images)
-            result: NDArray[np.float32] = features.float().cpu().numpy()
-        return result
+        def wait() -> Tensor:
+            done.synchronize()
+            return host
+
+        return wait
+
+    def _to_device(self, patches: Tensor) -> Tensor:
+        """Copy patches to the device; on a GPU while what was begun before still computes.
+
+        Pinning copies them, so the caller's memory is free at once. PyTorch gives neither the
+        pinned block nor the GPU's to anyone else before the copy and the network have done with
+        it: the first is its host allocator's work, the second ``record_stream``'s.
+        """
+        if self._copies is None:
+            return patches.to(self.device)
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            images = patches.pin_memory().to(self.device, non_blocking=True)
+        computing.wait_stream(self._copies)
+        images.record_stream(computing)
+        return images
 
     def _prepare(self, patches: Tensor) -> Tensor:
-        """uint8 [n, px, px, 3] -> normalised float32 [n, 3, input_px, input_px].
+        """uint8 [n, px, px, 3] on the device -> normalised float32 [n, 3, input_px, input_px].
 
         Images are resized in whole levels, 0 to 255. A GPU has no such kernel: floats are rounded
         there, and may be a level off the CPU's.
         """
         card = self._card
-        images = patches.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        images = patches.permute(0, 3, 1, 2)
         side = min(images.shape[2:])
         resize_px = card.resize_px or max(side, card.input_px)
         if side != resize_px:

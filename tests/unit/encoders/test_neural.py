@@ -41,7 +41,7 @@ def images(patches, mean, std):
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def probe(forward, *, batch=None, **changes):
+def probe(forward, *, batch=None, device="cpu", **changes):
     card = dataclasses.replace(CARD, **changes)
     info = EncoderInfo(
         name=card.name,
@@ -58,7 +58,7 @@ def probe(forward, *, batch=None, **changes):
         card=card,
         model=nn.Identity(),
         forward=forward,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         batch=batch,
     )
 
@@ -362,3 +362,22 @@ def test_cuda_matches_cpu(vit):
     a, b = here(PATCHES), there(PATCHES)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosine.min() > 0.999
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_begun_batches_keep_their_features_whatever_becomes_of_their_pixels(device):
+    """Of pixels in one memory that each overwrites, collected in another order."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    encoder = probe(mean_colour, batch=4, device=device)
+    rng = np.random.default_rng(1)
+    memory = np.empty((6, 8, 8, 3), np.uint8)
+    given, waits = [], []
+    for count in (6, 1, 4, 5):
+        given.append(rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8))
+        memory[:count] = given[-1]
+        waits.append(encoder.begin(memory[:count]))
+        memory[:] = 0
+    for at in (2, 0, 3, 1):
+        expected = given[at].mean((1, 2)) / 255
+        np.testing.assert_allclose(waits[at](), expected, rtol=2e-2 if device == "cuda" else 1e-5)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from jobs.ingest.decision import Attempts
-from jobs.ingest.reading import Request, SlideFile, read_ahead
+from jobs.ingest.reading import Request, SlideFile, encode_ahead, read_ahead
 from pathflip.errors import SlideError
 from pathflip.slides.reader import Patches, SlideReader
 from pathflip.slides.slide import Slide
@@ -126,3 +127,39 @@ def test_two_buffers_hold_two_reads(file: SlideFile) -> None:
         assert (read[1] == first).all()
         assert np.shares_memory(read[0], read[2])
         assert not np.shares_memory(read[1], read[2])
+
+
+class Mean:
+    """An encoder of two numbers, the mean colour and a constant, that notes when it computes."""
+
+    name, revision, dim, input_px, mpp, licence = "mean", "1", 2, PX, None, "none"
+
+    def __init__(self, constant: float, events: list[str]) -> None:
+        self._constant, self._events = constant, events
+
+    def __call__(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self._events.append(f"encode {patches[0, 0, 0, 0]}")
+        means = patches.mean((1, 2, 3))
+        return np.stack([means, np.full(len(means), self._constant)], 1).astype(np.float32)
+
+
+def test_features_come_in_order_while_the_next_batch_is_begun() -> None:
+    events: list[str] = []
+    memory = np.zeros((3, PX, PX, 3), np.uint8)  # shared with a reader, which overwrites it
+
+    def batches() -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        for value in (5, 6, 7):
+            memory[:] = value
+            yield f"region {value}", memory[: value - 4]
+            memory[:] = 0
+
+    found = []
+    for key, values in encode_ahead([Mean(1.0, events), Mean(1e6, events)], batches()):
+        events.append(f"take {key}")
+        found.append((key, values))
+    assert [key for key, _ in found] == ["region 5", "region 6", "region 7"]
+    for count, (_, (one, other)) in enumerate(found, start=1):
+        np.testing.assert_array_equal(one, [[count + 4, 1]] * count)
+        np.testing.assert_array_equal(other[:, 0], [count + 4] * count)
+        assert np.isnan(other[:, 1]).all(), "fp16 cannot hold it"
+    assert events.index("encode 6") < events.index("take region 5") < events.index("encode 7")

@@ -98,6 +98,16 @@ def test_every_actor_has_a_gpu_of_its_own(
     assert {row["gpu"] for row in rows} <= seen
 
 
+def test_two_actors_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    pool = ActorPool(actor=Doubler, arguments=(tmp_path,), num_gpus=0.5, first=4)
+    rows = made([*numbers(*range(7)), {"n": "7", "fault": "die1"}], pool, gpus=2)
+    assert [row["n"] for row in rows] == [0, 2, 4, 6, 8, 10, 12, 14]
+    gpus = {row["pid"]: row["gpu"] for row in rows}
+    assert set(gpus.values()) <= {"0", "1"}
+    assert len(gpus) > 2, "more actors than GPUs"
+
+
 def test_processes_end_with_whoever_reads(tmp_path: Path) -> None:
     """The reader is interrupted; its traceback, which a notebook keeps, keeps no process."""
     pool = ActorPool(actor=Doubler, arguments=(tmp_path,), most=1)
