@@ -86,7 +86,9 @@ class FileCard:
             in brackets behind them.
         distinct: {column: number of different values}.
         values: {column: all values it may have}.
-        refers: {column: pattern with ``{}``}: files that must be there, one for each value.
+        refers: {column: pattern with ``{}``}: files that must be there, one for each value; after
+            ``|`` another pattern that will do.
+        beside: File that must be there for each of these, as a path from the folder it lies in.
         sha256: {path of a file: its digest, in hexadecimal}.
         source: Origin of the facts.
     """
@@ -101,6 +103,7 @@ class FileCard:
     distinct: Mapping[str, int] = dataclasses.field(default_factory=dict)
     values: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     refers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: str = ""
     sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
     source: str = ""
 

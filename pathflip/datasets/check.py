@@ -1,6 +1,6 @@
 """Checks whether a copy of a public data set is whole: files, counts, columns, digests.
 
-Codes of problems: ``missing`` (a file), ``files`` (their number), ``rows``, ``columns``,
+Codes of problems: ``missing`` (a file), ``empty``, ``files`` (their number), ``rows``, ``columns``,
 ``distinct``, ``values``, ``refers`` (files that a table names), ``size``, ``sha256`` (or the digest
 of a published list), ``unreadable``. A note is no problem: a count that its authors state and this
 copy does not have.
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from pathflip.datasets.cards import Card, FileCard
 from pathflip.errors import ConfigError
 from pathflip.interop.spreadsheet import read_sheet
-from pathflip.interop.tables import clean, column, json_entries, read_rows
+from pathflip.interop.tables import clean, column, json_entries, read_rows, read_text
 
 SHOWN = 20
 """Names in a problem, of as many as there may be."""
@@ -81,6 +82,10 @@ def check(card: Card, folder: str | Path, *, checksums: str | Path | None = None
         for one, state in zip(card.files, states, strict=True)
         if state.files or not one.optional
     ]
+    if not any(state.files or state.problems for state in states):
+        nothing = Found(path="*")
+        nothing.say("missing", f"none of the files of {card.name} is there")
+        states.append(nothing)
     if checksums is not None:
         states.append(_listed(Path(checksums).expanduser(), asked))
     problems = sum(len(state.problems) for state in states)
@@ -103,51 +108,119 @@ def root_of(card: Card, folder: Path) -> Path:
     return max([folder, *below], key=there)  # the first among equals
 
 
-def entries(file: Path) -> Iterator[Mapping[str, Any]]:
+def entries(file: Path, *needed: str) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a table, or the entries of a JSON list or of lines of JSON.
 
+    Args:
+        file: The file.
+        needed: Columns, or keys of the first entry, that have to be there.
+
     Raises:
-        ConfigError: The file is no table and no JSON.
+        ConfigError: The file is no table and no JSON, has no rows, or lacks a column.
     """
     suffix = file.suffix.lower()
+    number = 0
     if suffix == ".xlsx":
-        yield from (row for _, row in read_sheet(file))
+        rows: Iterator[Any] = (row for _, row in read_sheet(file))
     elif suffix == ".json":
-        yield from (entry for _, entry in json_entries(file) if isinstance(entry, Mapping))
+        rows = (entry for _, entry in json_entries(file))
     elif suffix == ".jsonl":
-        yield from _lines(file)
+        rows = _lines(file)
     else:
-        yield from _table(file)
+        rows = _table(file)
+    try:
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, Mapping):
+                raise ConfigError(
+                    f"{file}: entry {number} is no object.", hint="Download it again."
+                )  # fmt: skip
+            absent = [name for name in needed if name not in row] if number == 1 else []
+            if absent:
+                raise ConfigError(
+                    f"{file} has no {', '.join(absent)}; it has {', '.join(map(str, row))}.",
+                    hint="Is it the file of another set or release?",
+                )
+            yield row
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8.", hint="Save it as UTF-8.") from error
+    if not number:
+        raise ConfigError(f"{file} has no rows.", hint="Download it again.")
 
 
-def _lines(file: Path) -> Iterator[Mapping[str, Any]]:
+def read_splits(
+    files: Mapping[str, Path], *, named: Callable[[str], Iterable[str]]
+) -> dict[str, str]:
+    """Return {name: split} of lists of names, a file a split.
+
+    Args:
+        files: {split: file}.
+        named: Gives the names of a line.
+
+    Raises:
+        ConfigError: A name is in two splits, or a file cannot be read.
+    """
+    found: dict[str, str] = {}
+    for split, file in files.items():
+        for line in read_text(file).splitlines():
+            for name in named(line):
+                if found.setdefault(name, split) != split:
+                    raise ConfigError(
+                        f"{file}: {name} is in the split {found[name]}, too.",
+                        hint="Leave it in one of them.",
+                    )
+    return found
+
+
+def _lines(file: Path) -> Iterator[Any]:
     with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ConfigError(f"{file}, line {number}: not JSON ({error.msg}).") from error
-                if isinstance(entry, Mapping):
-                    yield entry
+                    yield json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    why = getattr(error, "msg", "nested too deep")
+                    raise ConfigError(f"{file}, line {number}: not JSON ({why}).") from error
 
 
 def _table(file: Path) -> Iterator[Mapping[str, Any]]:
+    # Tables of cBioPortal (.txt) have lines about them before the headings, and no quoting.
+    plain = file.suffix.lower() == ".txt"
     with open(file, encoding="utf-8-sig", newline="") as text:
-        first = text.readline()
-        text.seek(0)
+        number = 0  # of the line read last
+        first = ""
+
+        def lines() -> Iterator[str]:
+            nonlocal number, first
+            for number, line in enumerate(text, start=1):
+                if "\0" in line:
+                    raise ConfigError(
+                        f"{file}, line {number}: a zero byte.", hint="Download it again."
+                    )  # fmt: skip
+                if first or not (plain and line.startswith("#")):
+                    first = first or line
+                    yield line
+
+        given = lines()
+        if (head := next(given, None)) is None:
+            return
         limit = csv.field_size_limit(min(sys.maxsize, 1 << 24))
         try:
-            rows = csv.DictReader(text, delimiter="\t" if "\t" in first else ",", strict=True)
-            for row in rows:
-                if None in row or None in row.values():
+            rows = csv.reader(
+                itertools.chain([head], given), delimiter="\t" if "\t" in head else ",",
+                quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL, strict=True,
+            )  # fmt: skip
+            names = [clean(name) for name in next(rows, [])]
+            for cells in rows:
+                if len(cells) != len(names) and cells:
                     raise ConfigError(
-                        f"{file}, line {rows.line_num}: {len(row)} cells where the first line has "
-                        f"{len(rows.fieldnames or ())}."
+                        f"{file}, line {number}: {len(cells)} cells where the first line has "
+                        f"{len(names)}.",
+                        hint="Is the file cut off? Download it again.",
                     )
-                yield row
+                if cells:
+                    yield dict(zip(names, cells, strict=True))
         except csv.Error as error:
-            raise ConfigError(f"{file}, line {rows.line_num}: {error}.") from error
+            raise ConfigError(f"{file}, line {number}: {error}.") from error
         finally:
             csv.field_size_limit(limit)
 
@@ -163,13 +236,20 @@ def _files(card: FileCard, root: Path) -> Found:
         if not card.optional:
             state.say("missing", f"{card.path} is not there ({card.holds})")
         return state
+    empty = [path.relative_to(root).as_posix() for path in files if not path.stat().st_size]
+    if empty:
+        state.say("empty", f"{len(empty)} of {len(files)} files are empty: {_few(empty)}")
+    for one in files if card.beside else ():
+        if not (one.parent / card.beside).is_file():
+            where = one.relative_to(root).as_posix()
+            state.say("missing", f"{where} has no {card.beside} beside it")
     if card.files is not None and len(files) != card.files:
         state.say("files", f"{len(files)} files {card.path}; the set has {card.files}")
     if _is_table(card):
-        for file in files:
+        for file in (path for path in files if path.stat().st_size):
             try:
                 state.rows = (state.rows or 0) + _contents(card, file, root, state)
-            except (ConfigError, OSError, UnicodeDecodeError) as error:
+            except (ConfigError, OSError) as error:
                 state.say("unreadable", str(error))
     for name, digest in card.sha256.items():
         if (root / name).is_file() and _digest(root / name, "sha256") != digest:
@@ -216,15 +296,21 @@ def _contents(card: FileCard, file: Path, root: Path, state: Found) -> int:
             state.say("values", f"{where}: {name} is {_few(sorted(others))}")
     for name, pattern in card.refers.items():
         if name not in absent:
-            _referred(where, name, [pattern.format(value) for value in seen[name]], root, state)
+            _referred(where, name, pattern.split("|"), seen[name], root, state)
     return count
 
 
-def _referred(where: str, name: str, wanted: Sequence[str], root: Path, state: Found) -> None:
-    missing = sorted(path for path in wanted if not (root / path).is_file())
+def _referred(
+    where: str, name: str, patterns: Sequence[str], values: set[str], root: Path, state: Found
+) -> None:
+    missing = sorted(
+        patterns[0].format(value)
+        for value in values
+        if not any((root / pattern.format(value)).is_file() for pattern in patterns)
+    )
     if missing:
         state.say(
-            "refers", f"{len(missing)} of {len(wanted)} files that {name} of {where} names are not "
+            "refers", f"{len(missing)} of {len(values)} files that {name} of {where} names are not "
             f"there: {_few(missing)}"
         )  # fmt: skip
 

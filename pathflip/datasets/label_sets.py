@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from pathflip.datasets.check import entries
+from pathflip.datasets.check import entries, read_splits
 from pathflip.datasets.prepared import Options, Prepared, Table, binary, multiclass, mutation
 from pathflip.errors import ConfigError
 from pathflip.interop.spreadsheet import read_sheet
-from pathflip.interop.tables import bad_line, clean, is_missing, is_unknown, json_entries
+from pathflip.interop.tables import bad_line, clean, is_missing, is_unknown, json_entries, read_text
 
 # -- BCNB -----------------------------------------------------------------------------------------
 
@@ -51,12 +51,20 @@ def bcnb(root: Path, options: Options) -> Prepared:
     split_of = _bcnb_splits(root)
     passed: Counter[str] = Counter()
     labels: list[dict[str, Any]] = []
+    seen: set[str] = set()
     for line, row in rows:
         named = {names[heading]: clean(value) for heading, value in row.items()}
         patient = re.sub(r"\.0$", "", named.pop("patient_id", ""))
         if is_missing(patient):
             raise bad_line(root / "patient-clinical-data.xlsx", line, "no patient")
+        if patient in seen:
+            raise bad_line(
+                root / "patient-clinical-data.xlsx", line, f"patient {patient} is there twice"
+            )  # fmt: skip
+        seen.add(patient)
         split = split_of.get(patient)
+        if split is None:
+            passed["patients in no split"] += 1
         if options.split is not None and split != options.split:
             passed["of another split"] += 1
             continue
@@ -102,20 +110,32 @@ def _column(heading: str) -> str:
 
 def _bcnb_splits(root: Path) -> dict[str, str]:
     """Return {patient: split} of the lists in ``dataset-splitting``."""
-    return {
-        number: path.name.partition("_")[0]
+    files = {
+        path.name.partition("_")[0]: path
         for path in sorted(root.glob("dataset-splitting/*_id.txt"))
-        for number in path.read_text(encoding="utf-8").split()
     }
+    return read_splits(files, named=str.split)
 
 
 def _vertices(file: Path) -> Iterator[tuple[str, list[list[tuple[float, float]]]]]:
     """Yield the polygons of an annotation file, each one closed ring."""
-    for _, document in json_entries(file):
-        for item in document.get("positive", []) if isinstance(document, Mapping) else []:
+    documents = [document for _, document in json_entries(file)]
+    drawn = documents[0].get("positive") if _is_one_object(documents) else None
+    if not isinstance(drawn, list):
+        raise ConfigError(f"{file} has no list of outlines.", hint="Download it again.")
+    for at, item in enumerate(drawn, start=1):
+        try:
             ring = [(float(x), float(y)) for x, y in item["vertices"]]
-            if len(ring) > 2:
-                yield TUMOUR, [[*ring, ring[0]]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{file}: outline {at} has no list of vertices.", hint="Download it again."
+            ) from error
+        if len(ring) > 2:
+            yield TUMOUR, [[*ring, ring[0]]]
+
+
+def _is_one_object(documents: list[Any]) -> bool:
+    return len(documents) == 1 and isinstance(documents[0], Mapping)
 
 
 # -- CPTAC ----------------------------------------------------------------------------------------
@@ -128,6 +148,7 @@ GENES = {
 }
 """The twelve tasks of PathFLIP (arXiv 2512.17621), by cohort."""
 _STUDIES = {"lusc": "lscc"}  # cBioPortal's name of the cohort
+_STATES = {"0": "WT", "0.0": "WT", "1": "MUT", "1.0": "MUT"}
 SILENT = frozenset(
     {"Silent", "Intron", "3'UTR", "5'UTR", "3'Flank", "5'Flank", "IGR", "RNA", "lincRNA"}
 )
@@ -149,12 +170,16 @@ def cptac(root: Path, options: Options) -> Prepared:
     for file in sorted(root.glob("cptac_*/*/k=all.tsv")):
         cohort, task = file.parts[-3].removeprefix("cptac_"), file.parts[-2]
         gene = task.removesuffix("_mutation")
-        for row in entries(file):
+        asked = gene != task and gene in GENES.get(cohort, ())
+        needed = ("case_id", "slide_id", task) if asked else ("case_id", "slide_id")
+        for number, row in enumerate(entries(file, *needed), start=2):
             case = clean(str(row["case_id"]))
             slides.setdefault(cohort, {}).setdefault(case, set()).add(clean(str(row["slide_id"])))
-            if gene == task or gene not in GENES.get(cohort, ()):
+            if not asked:
                 continue
-            label = "MUT" if float(row[task]) == 1 else "WT"
+            if (value := clean(row[task])) not in _STATES:
+                raise bad_line(file, number, f"{task} is {value!r}, not 0 or 1")
+            label = _STATES[value]
             of_case = states.setdefault(cohort, {}).setdefault(case, {})
             if of_case.setdefault(gene, label) != label:
                 passed["Patho-Bench says otherwise than cBioPortal"] += 1
@@ -190,7 +215,7 @@ def _mutations(study: Path) -> dict[str, dict[str, str]]:
     ids = next(
         (
             line.partition(":")[2].split()
-            for line in listed.read_text(encoding="utf-8").splitlines()
+            for line in read_text(listed).splitlines()
             if line.startswith("case_list_ids:")
         ),
         None,
@@ -198,30 +223,13 @@ def _mutations(study: Path) -> dict[str, dict[str, str]]:
     if ids is None:
         raise ConfigError(f"{listed} has no case_list_ids.", hint="Take it from the same study.")
     found = {_case(name): dict.fromkeys(sorted(genes), "WT") for name in ids}
-    for row in _maf(study / "data_mutations.txt"):
-        gene, case = row["Hugo_Symbol"], _case(row["Tumor_Sample_Barcode"])
-        if gene in genes and case in found and row["Variant_Classification"] not in SILENT:
+    columns = ("Hugo_Symbol", "Variant_Classification", "Tumor_Sample_Barcode")
+    for row in entries(study / "data_mutations.txt", *columns):
+        gene, variant, sample = (row[name] for name in columns)
+        case = _case(sample)
+        if gene in genes and case in found and variant not in SILENT:
             found[case][gene] = "MUT"
     return found
-
-
-def _maf(file: Path) -> Iterator[dict[str, str]]:
-    """Yield the lines of a mutation annotation file; lines before the headings begin with #."""
-    with open(file, encoding="utf-8") as lines:
-        header: list[str] = []
-        for number, line in enumerate(lines, start=1):
-            if line.startswith("#"):
-                continue
-            cells = line.rstrip("\n").split("\t")
-            if not header:
-                header = cells
-                absent = {"Hugo_Symbol", "Variant_Classification", "Tumor_Sample_Barcode"} - {
-                    *cells
-                }
-                if absent:
-                    raise bad_line(file, number, f"no column {', '.join(sorted(absent))}")
-                continue
-            yield dict(zip(header, cells, strict=False))
 
 
 def _case(name: str) -> str:
@@ -242,17 +250,20 @@ def patho_bench(root: Path, options: Options) -> Prepared:
     tasks: list[dict[str, Any]] = []
     passed: Counter[str] = Counter()
     for file in sorted(root.glob("*/*/k=all.tsv")):
-        about = yaml.safe_load(file.with_name("config.yaml").read_text(encoding="utf-8"))
-        if about.get("task_type") != "classification":
+        kind, column, words = _patho_config(file.with_name("config.yaml"))
+        if kind != "classification":
             passed["survival tasks"] += 1
             continue
-        column, words = about["task_col"], about["label_dict"]
         name = f"{file.parts[-3]}/{file.parts[-2]}"
-        tasks.append(_task(name, file.parts[-2], {str(word) for word in words.values()}))
-        for row in entries(file):
+        tasks.append(_task(name, file.parts[-2], set(words.values())))
+        for number, row in enumerate(entries(file, "slide_id", "case_id", column), start=2):
             key = clean(str(row["slide_id"])), clean(str(row["case_id"]))
             mine = rows.setdefault(key, {"slide_id": key[0], "case_id": key[1]})
-            mine[name] = str(words[int(float(row[column]))])
+            value = re.sub(r"\.0$", "", clean(row[column]))
+            if value not in words:
+                raise bad_line(file, number, f"{column} is {value!r}, none of config.yaml")
+            if mine.setdefault(name, words[value]) != words[value]:
+                raise bad_line(file, number, f"slide {key[0]} has another label before")
             part = row.get(f"fold_{options.fold}")
             if part is None:
                 raise ConfigError(
@@ -268,6 +279,20 @@ def patho_bench(root: Path, options: Options) -> Prepared:
         tasks=tasks,
         passed=+passed,
     )
+
+
+def _patho_config(file: Path) -> tuple[str, str, dict[str, str]]:
+    """Return kind and column of a task, and {label: word}."""
+    about = yaml.safe_load(read_text(file))
+    found = about if isinstance(about, Mapping) else {}
+    kind, column, words = (found.get(key) for key in ("task_type", "task_col", "label_dict"))
+    if kind and kind != "classification":
+        return str(kind), "", {}
+    if not kind or not column or not isinstance(words, Mapping):
+        raise ConfigError(
+            f"{file} has no task_type, task_col and label_dict.", hint="Download it again."
+        )  # fmt: skip
+    return str(kind), str(column), {str(key): str(word) for key, word in words.items()}
 
 
 def _task(name: str, task: str, words: set[str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def refpath(root: Path, options: Options) -> Prepared:
     said: dict[str, None] = {}
     passed: Counter[str] = Counter()
     for split, file in files.items():
-        for number, entry in enumerate(entries(file), start=1):
+        for number, entry in enumerate(entries(file, "image_id", "bbox", "expression"), start=1):
             text, box = _said(entry), entry.get("bbox")
             picture = root / "images" / Path(str(entry["image_id"])).name
             if not text:
@@ -44,12 +44,18 @@ def refpath(root: Path, options: Options) -> Prepared:
             if not isinstance(box, list) or len(box) != 4:
                 raise bad_line(file, number, f"bbox is {box!r}")
             x0, y0, x1, y1 = (float(value) for value in box)
+            if pictures.get(picture.stem, picture) != picture:
+                raise bad_line(file, number, f"{picture.name} has the name of another picture")
             if not (x0 < x1 and y0 < y1):
                 raise bad_line(file, number, f"bbox {box} is empty")
             ring = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]
             outlines.setdefault(picture.stem, []).append((text, [ring]))
             pictures[picture.stem] = picture
-            splits[picture.stem] = split
+            if splits.setdefault(picture.stem, split) != split:
+                raise bad_line(
+                    file, number, f"{picture.name} is a picture of {splits[picture.stem]}, too",
+                    hint="Leave it in one split, or take one with --split.",
+                )  # fmt: skip
             said[text] = None
     rows = [
         {"slide": stem, "patient_id": stem, "split": split} for stem, split in splits.items()

@@ -86,6 +86,12 @@ def prepare(
             f"{folder} cannot be read as {card.name}: {_why(error)}.",
             hint=f"Run pathflip datasets check {card.name} {folder}.",
         ) from error
+    if not any(table.rows for table in made.tables.values()):
+        passed = ", ".join(f"{reason}: {number}" for reason, number in made.passed.items())
+        raise ConfigError(
+            f"{folder} has nothing that {card.name} is made of{f' ({passed})' if passed else ''}.",
+            hint=f"Run pathflip datasets check {card.name} {folder}.",
+        )
     wanted = made.pictures if options.mpp is not None else {}
     files: dict[str, int] = {name: len(table.rows) for name, table in made.tables.items()}
     if made.tasks:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pathflip.datasets.check import entries
+from pathflip.datasets.check import entries, read_splits
 from pathflip.datasets.prepared import Options, Prepared, Table, multiclass
 from pathflip.errors import ConfigError
 from pathflip.interop.tables import bad_line, clean, is_missing
@@ -28,7 +28,7 @@ def slidechat(root: Path, options: Options) -> Prepared:
     test = {
         _stem(row["Slide"])
         for file in sorted(root.glob("SlideBench-*-TCGA.csv"))
-        for row in entries(file)
+        for row in entries(file, "Slide")
     }
     if not test:
         raise ConfigError(
@@ -37,7 +37,7 @@ def slidechat(root: Path, options: Options) -> Prepared:
     train = {
         _stem(name)
         for file in sorted(root.glob("SlideInstruct_train_*.json"))
-        for entry in entries(file)
+        for entry in entries(file, "image")
         for name in ([entry["image"]] if isinstance(entry["image"], str) else entry["image"])
     } - test
     patients = {_patient(slide) for slide in test}
@@ -84,7 +84,8 @@ def multipathqa(root: Path, options: Options) -> Prepared:
     labels: dict[str, dict[str, Any]] = {}
     classes: dict[str, dict[str, list[str]]] = {}
     passed: Counter[str] = Counter()
-    for number, row in enumerate(entries(file), start=1):
+    needed = ("benchmark_name", "image_path", "answer", "options", "is_valid", "prompt")
+    for number, row in enumerate(entries(file, *needed), start=1):
         if str(row["is_valid"]).lower() != "true":
             passed["not valid by the set's own mark"] += 1
             continue
@@ -93,13 +94,13 @@ def multipathqa(root: Path, options: Options) -> Prepared:
         if kind == "panda":
             name = _LABELS[kind]
             classes[name] = _GRADES
-            labels.setdefault(row["image_path"], {})[name] = answer
+            _label(labels, file, number, row["image_path"], name, answer)
             continue
         text = answer if answer in given and kind == "gtex" else _nth(file, number, given, answer)
         if kind in _LABELS:
             name = _LABELS[kind]
             classes[name] = {option: [option] for option in given}
-            labels.setdefault(row["image_path"], {})[name] = text
+            _label(labels, file, number, row["image_path"], name, text)
             continue
         asked.append(
             {
@@ -118,6 +119,14 @@ def multipathqa(root: Path, options: Options) -> Prepared:
         tasks=[multiclass(name, found) for name, found in classes.items()],
         passed=passed,
     )
+
+
+def _label(
+    labels: dict[str, dict[str, Any]], file: Path, number: int, slide: str, name: str, value: str
+) -> None:
+    """Note the label of a slide, which may be there once."""
+    if labels.setdefault(slide, {}).setdefault(name, value) != value:
+        raise bad_line(file, number + 1, f"{name} of {slide} is {labels[slide][name]!r} before")
 
 
 def _options(file: Path, number: int, cell: str) -> list[str]:
@@ -147,19 +156,21 @@ def histai_instruct(root: Path, options: Options) -> Prepared:
     A case is the patient ``HISTAI-breast/case_0001``. The answer of ``clean_report`` is the caption
     of its slides; every other list of turns are questions about them.
     """
-    split_of = {
-        _case(line): path.stem
-        for path in sorted(root.glob("splits/*.txt"))
-        if path.stem in ("train", "val", "test")
-        for line in path.read_text(encoding="utf-8").split("\n")
-        if line.strip()
-    }
+    split_of = read_splits(
+        {
+            path.stem: path
+            for path in sorted(root.glob("splits/*.txt"))
+            if path.stem in ("train", "val", "test")
+        },
+        named=lambda line: [_case(line)] if clean(line) else [],
+    )
     captions: list[dict[str, Any]] = []
     questions: list[dict[str, Any]] = []
     passed: Counter[str] = Counter()
     told: set[str] = set()
-    for entry in entries(root / "histai-instruct.jsonl"):
+    for entry in entries(root / "histai-instruct.jsonl", "case_mapping"):
         case = _case(str(entry["case_mapping"]))
+        passed["instructions of cases in no split"] += case not in split_of
         if options.split is not None and split_of.get(case) != options.split:
             passed["of another split"] += 1
             continue
@@ -249,7 +260,7 @@ def quilt_1m(root: Path, options: Options) -> Prepared:
         )
     rows: dict[str, dict[str, Any]] = {}
     passed: Counter[str] = Counter()
-    for row in entries(root / "quilt_1M_lookup.csv"):
+    for row in entries(root / "quilt_1M_lookup.csv", "caption", "image_path"):
         split = canonical_split(row.get("split"))
         if options.split is not None and split != canonical_split(options.split):
             passed["of another split"] += 1

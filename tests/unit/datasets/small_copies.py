@@ -165,15 +165,14 @@ def histai(folder: Path) -> Path:
             },
         ],
     )  # fmt: skip
-    splits = {"train": "HISTAI-breast", "test": "HISTAI-skin-b1", "val": ""}
+    splits = {"train": "HISTAI-breast", "test": "HISTAI-skin-b1", "val": "HISTAI-lung"}
     for split, subset in splits.items():
         (folder / "splits").mkdir(exist_ok=True)
-        text = f"histai/{subset}/case_0001\n" if subset else ""
-        (folder / "splits" / f"{split}.txt").write_text(text)
+        (folder / "splits" / f"{split}.txt").write_text(f"histai/{subset}/case_0001\n")
     for name in ("slide_H&E_0.tiff", "slide_H&E_1_x40.tiff"):
         path = folder / "HISTAI-breast" / "case_0001" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
+        path.write_bytes(b"II*\0")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from pathflip.cli import main
+from pathflip.datasets import cards
 from pathflip.datasets.cards import Card, FileCard, Place
-from pathflip.datasets.check import check
+from pathflip.datasets.check import check, entries
 from pathflip.errors import ConfigError
 
 TABLE = "ID,Slide,Size(cm),Answer\n1,a,2.5,A\n2,b,1.0,B\n3,a,0.5,A\n"
@@ -75,7 +77,14 @@ def test_a_copy_in_a_folder_of_its_own_is_found(copy: Path, tmp_path: Path) -> N
         ("table.csv", TABLE + "4,b\n", {("table.csv", "unreadable"), ("table.csv", "sha256")}),
         ("lines.jsonl", '{"image": "c.jpg", "box": []}\n', {("lines.jsonl", "refers")}),
         ("lines.jsonl", '{"image": "a.jpg"', {("lines.jsonl", "unreadable")}),
+        ("lines.jsonl", "[1, 2]\n", {("lines.jsonl", "unreadable")}),
+        ("lines.jsonl", "", {("lines.jsonl", "empty")}),
+        ("table.csv", TABLE.split("\n")[0] + "\n",
+         {("table.csv", "unreadable"), ("table.csv", "sha256")}),
+        ("table.csv", TABLE.replace("b", "\0"),
+         {("table.csv", "unreadable"), ("table.csv", "sha256")}),
         ("p/b.jpg", None, {("p/*.jpg", "files"), ("lines.jsonl", "refers")}),
+        ("p/b.jpg", "", {("p/*.jpg", "empty")}),
     ],
 )  # fmt: skip
 def test_a_planted_fault_is_found_and_nothing_else(
@@ -89,6 +98,49 @@ def test_a_planted_fault_is_found_and_nothing_else(
     assert codes(document) == found
     assert document["problems"] == len(found)
     assert not document["whole"]
+
+
+def test_a_line_that_is_cut_off_is_told_with_its_cells(copy: Path) -> None:
+    (copy / "table.csv").write_text(TABLE + "4,b\n")
+    (said, _) = check(CARD, copy)["files"][0]["problems"]
+    assert "line 5: 2 cells where the first line has 4" in said["message"]
+
+
+def test_headings_may_have_space_around_them(copy: Path) -> None:
+    (copy / "table.csv").write_text(TABLE.replace("ID,Slide,", "ID , Slide , "))
+    assert codes(check(CARD, copy)) == {("table.csv", "sha256")}
+    assert next(entries(copy / "table.csv", "Slide"))["Slide"] == "a"
+
+
+def test_a_text_of_another_encoding_is_named(copy: Path) -> None:
+    (copy / "table.csv").write_bytes(TABLE.encode("utf-16"))
+    (said, _) = check(CARD, copy)["files"][0]["problems"]
+    assert "table.csv is not UTF-8" in said["message"]
+
+
+@pytest.mark.parametrize("name", cards.names())
+def test_an_empty_folder_is_no_whole_copy(tmp_path: Path, name: str) -> None:
+    document = check(cards.read_card(name), tmp_path)
+    assert not document["whole"]
+    assert {code for _, code in codes(document)} == {"missing"}
+
+
+def test_a_file_is_looked_for_beside_another_and_in_one_of_two_places(tmp_path: Path) -> None:
+    table = FileCard(
+        path="*/table.csv", holds="a table", columns=("image",), beside="about.yaml",
+        refers={"image": "p/{}|q/{}"},
+    )  # fmt: skip
+    card = dataclasses.replace(CARD, files=(table,))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "table.csv").write_text("image\na.jpg\n")
+    document = check(card, tmp_path)
+    said = [problem["message"] for problem in document["files"][0]["problems"]]
+    assert said[0] == "one/table.csv has no about.yaml beside it"
+    assert "'p/a.jpg'" in said[1]
+    (tmp_path / "one" / "about.yaml").write_text("x: 1\n")
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "a.jpg").write_bytes(b"a")
+    assert check(card, tmp_path)["whole"]
 
 
 def test_a_stated_count_that_differs_is_a_note_and_no_problem(copy: Path) -> None:

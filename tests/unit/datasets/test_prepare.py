@@ -256,6 +256,76 @@ def test_a_copy_that_lacks_files_is_told_to_be_checked(tmp_path: Path) -> None:
         prepare(read_card("cptac"), tmp_path, tmp_path)
 
 
+def test_whole_copies_pass_their_cards(tmp_path: Path) -> None:
+    """The lines that cBioPortal writes above the headings among them."""
+    assert check(read_card("cptac"), small_copies.cptac(tmp_path / "cptac"))["whole"]
+    assert check(read_card("histai-instruct"), small_copies.histai(tmp_path / "histai"))["whole"]
+    assert check(read_card("refpath"), small_copies.refpath(tmp_path / "refpath"))["whole"]
+    (tmp_path / "cptac" / "brca_cptac_2020" / "data_mutations.txt").unlink()
+    assert not check(read_card("cptac"), tmp_path / "cptac")["whole"]
+
+
+def refused(name: str, copy: Path, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        made(name, copy)
+    assert not (copy.parent / "out").exists()
+    assert str(copy) in error.value.message
+
+
+def test_nobody_is_in_two_splits(tmp_path: Path) -> None:
+    copy = small_copies.bcnb(tmp_path / "BCNB")
+    (copy / "dataset-splitting" / "val_id.txt").write_text("2\n3\n")
+    refused("bcnb", copy, "val_id.txt: 3 is in the split test")
+    copy = small_copies.histai(tmp_path / "histai")
+    (copy / "splits" / "val.txt").write_text("histai/HISTAI-breast/case_0001/\n")
+    refused("histai-instruct", copy, "HISTAI-breast/case_0001 is in the split train")
+    copy = small_copies.refpath(tmp_path / "refpath")
+    line = (copy / "train.jsonl").read_text()
+    (copy / "testA.jsonl").write_text(line)
+    refused("refpath", copy, r"train.jsonl, line 1: 8006.jpg is a picture of testA")
+
+
+def test_what_is_there_twice_has_to_agree(tmp_path: Path) -> None:
+    copy = small_copies.multipathqa(tmp_path / "multipathqa")
+    file = copy / "MultiPathQA.csv"
+    first = file.read_text().split("\n", 1)
+    again = "panda,p,dbf7.tiff,3,,True,True,True,balanced_accuracy,f,Grade it."
+    file.write_text(f"{first[0]}\n{again}\n{first[1]}")
+    refused("multipathqa", copy, "panda_isup of dbf7.tiff is '3' before")
+    copy = tmp_path / "patho"
+    rows = [("1", "s1", 0), ("1", "s1", 1)]
+    small_copies.patho_task(copy / "bracs" / "coarse", rows, {0: "benign", 1: "malignant"})
+    refused("patho-bench", copy, "line 3: slide s1 has another label before")
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    copy = small_copies.bcnb(tmp_path / "BCNB")
+    for text in ("null", "[1]", '{"negative": []}', '{"positive": [{}]}'):
+        (copy / "WSIs" / "1.json").write_text(text)
+        refused("bcnb", copy, r"1.json(:| has)")
+    copy = tmp_path / "patho"
+    small_copies.patho_task(copy / "bracs" / "coarse", [("1", "s1", 0)], {0: "benign"})
+    table, config = (copy / "bracs" / "coarse" / name for name in ("k=all.tsv", "config.yaml"))
+    table.write_text(table.read_text().replace("\t0\t", "\t7\t"))
+    refused("patho-bench", copy, "line 2: coarse is '7'")
+    for text in ("", "null", "[1]", "task_col: coarse\n"):
+        config.write_text(text)
+        refused("patho-bench", copy, "config.yaml has no task_type")
+    table.write_text(table.read_text().split("\n")[0] + "\n")
+    config.write_text("task_type: classification\ntask_col: coarse\nlabel_dict: {0: a}\n")
+    refused("patho-bench", copy, "has no rows")
+    copy = small_copies.cptac(tmp_path / "cptac")
+    mutations = copy / "brca_cptac_2020" / "data_mutations.txt"
+    mutations.write_text(mutations.read_text().split("PIK3CA")[0])
+    refused("cptac", copy, "data_mutations.txt has no rows")
+
+
+def test_a_copy_of_nothing_is_not_prepared(tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    for name in ("cptac", "patho-bench"):
+        refused(name, tmp_path / "copy", "has nothing that")
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy, out = small_copies.bcnb(tmp_path / "BCNB"), tmp_path / "out"
     words = ["datasets", "prepare", "bcnb", str(copy), "--out", str(out), "--json"]
