@@ -83,7 +83,7 @@ UV = $(or $(shell command -v uv),$(wildcard .venv/bin/uv),$(error make lock need
 TARGET = --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 compile = $(UV) pip compile -q pyproject.toml requirements/build.in \
-	--extra serve --extra encoders --extra dev --extra $(1) $(TARGET)
+	--extra serve --extra encoders --extra dicom --extra spatialdata --extra dev --extra $(1) $(TARGET)
 
 # The CPU lock takes the versions of the other wherever both have a package.
 lock:  ## re-make both locks (ARGS=--upgrade takes newer versions)

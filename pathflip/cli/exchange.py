@@ -42,7 +42,9 @@ def archive_import(
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help="Folder of patch features: TRIDENT, CLAM, … (docs/howto/interop.md)."),
+        typer.Option(
+            help="Folder of patch features: TRIDENT, CLAM, LazySlide, … (docs/howto/interop.md)."
+        ),
     ] = None,
     features_format: Annotated[
         str, typer.Option("--format", help="Format of --features; auto tells it by its files.")
@@ -192,7 +194,7 @@ def archive_export(
         str,
         typer.Option(
             help="parquet (all tables), qupath (tissue, regions), or features for trident, clam, "
-            "stamp, slidechat, h5ad."
+            "stamp, slidechat, h5ad, spatialdata."
         ),
     ] = "parquet",
     slide: Annotated[

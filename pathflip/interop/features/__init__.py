@@ -9,6 +9,7 @@ archives; the rest knows no file format::
     tensors.py      .pt files of PyTorch, read without executing them: CLAM, slide2vec, plain
     slidechat.py    CSV tables of SlideChat
     tables.py       .h5ad files of AnnData
+    spatialdata.py  .zarr stores of SpatialData and LazySlide
     find.py         a folder's files, told by their content and joined with their coordinates
     place.py        patches to regions and slots of the archive's grid, pure
     encoders.py     which encoder other tools mean by a name

@@ -26,8 +26,9 @@ ALIASES = {
     "h0mini": "h0_mini",
     "virchow_v1": "virchow",
     "virchow_v2": "virchow2",
+    "quiltnet_b32": "quiltnet",
 }
-"""Names of TRIDENT, CLAM, STAMP and AtlasPatch for encoders of the table
+"""Names of TRIDENT, CLAM, STAMP, AtlasPatch and LazySlide for encoders of the table
 (docs/reference/encoders.md), reduced as :func:`pathflip.encoders.table_name` does."""
 UNSTATED = "unstated"
 """Revision and licence of features whose files do not say them."""

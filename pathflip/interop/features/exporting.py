@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from pathflip.archive.slide_names import shortened
 from pathflip.errors import ConfigError
 from pathflip.files import write_file
 from pathflip.geometry import Tiling
-from pathflip.interop.features import hdf5, slidechat, tables
-from pathflip.interop.features.encoders import foreign_name
+from pathflip.interop.features import hdf5, slidechat, spatialdata, tables
+from pathflip.interop.features.encoders import encoder_name, foreign_name
 from pathflip.interop.features.place import patch_corners
 from pathflip.interop.features.planning import NO_PLACES
 from pathflip.interop.features.record import FeatureFile
@@ -233,11 +233,18 @@ def _h5ad(layout: Layout, record: FeatureFile) -> None:
     tables.write_h5ad(layout.out, record)
 
 
+def _spatialdata(layout: Layout, record: FeatureFile) -> None:
+    # LazySlide and the archive name encoders alike.
+    named = replace(record, encoder=encoder_name(layout.encoder))
+    spatialdata.write_spatialdata(layout.out, named, px=layout.px)
+
+
 WRITERS: dict[str, Writer] = {
     "trident": _trident,
     "clam": _clam,
     "stamp": _stamp,
     "slidechat": _slidechat,
     "h5ad": _h5ad,
+    "spatialdata": _spatialdata,
 }
 """Formats of patch features that an archive can be exported to."""

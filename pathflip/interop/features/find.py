@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError, SlideError
-from pathflip.interop.features import hdf5, slidechat, tables, tensors
+from pathflip.interop.features import hdf5, slidechat, spatialdata, tables, tensors
 from pathflip.interop.features.record import FeatureFile, reading
 from pathflip.progress import Progress, Report
 
-FORMATS = ("trident", "clam", "stamp", "atlaspatch", "slide2vec", "slidechat", "h5ad", "pt")
+FORMATS = (
+    "trident", "clam", "stamp", "atlaspatch", "slide2vec", "slidechat", "h5ad", "spatialdata", "pt",
+)  # fmt: skip
 _HDF5 = (".h5", ".hdf5", ".h5ad")
 _TENSORS = (".pt", ".pth")
 _CONTAINERS = (
@@ -103,7 +105,8 @@ def find_features(
         raise ConfigError(
             f"{folder} holds no patch features"
             + ("." if only == "auto" else f" in the format {only}."),
-            hint=f"pathflip reads .h5, .h5ad, .pt and .csv of {', '.join(FORMATS)} at any depth.",
+            hint="pathflip reads .h5, .h5ad, .zarr, .pt and .csv at any depth, of "
+            f"{', '.join(FORMATS)}.",
             code="no_features",
         )
     return Found(files=files, problems=problems, others=others)
@@ -125,6 +128,10 @@ def _files(root: Path) -> Iterator[Path]:
         return
     count = 0
     for folder, folders, names in os.walk(root):
+        if spatialdata.is_zarr(names):
+            folders.clear()
+            yield Path(folder)
+            continue
         folders.sort()
         for name in sorted(names):
             if name.startswith("."):
@@ -141,6 +148,8 @@ def _files(root: Path) -> Iterator[Path]:
 
 def _read(path: Path, slide: str) -> list[FeatureFile]:
     """Return the records of one file; none where it is of another kind."""
+    if path.is_dir():
+        return spatialdata.read_spatialdata(path, slide)
     with reading(path), path.open("rb") as file:
         head = file.read(8)
     ending = path.suffix.lower()

@@ -138,6 +138,14 @@ def import_features(
     config = config or FeatureImport()
     started = time.monotonic()
     found = find_features(folder, only=config.format, progress=progress)
+    if not found.files:
+        path, error = next(iter(found.problems.items()))
+        raise ConfigError(
+            f"No file of features in {folder} can be used ({len(found.problems):,} are refused), "
+            f"beginning with {path}: {error}",
+            hint=error.hint,
+            code="no_features",
+        )
     files, encoder = _of_one_encoder(found.files, config)
     opened = _existing(archive)
     tiling = _tiling(opened, files, config, card_um=encoder.pop("patch_um"))
