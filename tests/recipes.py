@@ -68,17 +68,28 @@ def run(recipe: str, folder: Path, variables: Mapping[str, str]) -> list[Command
         AssertionError: One did not.
     """
     found = commands(recipe, folder, **variables)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        for command in found:
-            _run(command)
-    finally:
-        os.chdir(before)
+    for command in found:
+        said = run_words(command.words, folder)
+        if command.out is not None:
+            command.out.write_text(said)
     return found
 
 
-def _run(command: Command) -> None:
+def run_words(words: list[str], folder: Path) -> str:
+    """Run a command in a folder, and return what it says; it has to end well.
+
+    Raises:
+        AssertionError: It did not.
+    """
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return _run(words)
+    finally:
+        os.chdir(before)
+
+
+def _run(words: list[str]) -> str:
     said = io.StringIO()
     code: object = None
     try:
@@ -87,10 +98,9 @@ def _run(command: Command) -> None:
             mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}),  # as a worker's process has
             redirect_stdout(said),
         ):
-            main(command.words)
+            main(words)
     except SystemExit as end:
         code = end.code
-    unmatched = 3 if "--tree-captions" in command.words else 0  # squares that have no tree
-    assert code in (0, unmatched), f"{' '.join(command.words)} ended with {code}\n{said.getvalue()}"
-    if command.out is not None:
-        command.out.write_text(said.getvalue())
+    unmatched = 3 if "--tree-captions" in words else 0  # squares that have no tree
+    assert code in (0, unmatched), f"{' '.join(words)} ended with {code}\n{said.getvalue()}"
+    return said.getvalue()

@@ -164,7 +164,7 @@ class Grounder:
         self._model = run.model
         self._queries = dict(queries)
         self._outlines = outlines
-        self._tiling = tiling
+        self.tiling = tiling
         self._variants = tuple(variants)
         self._contrast = contrast
         self._thresholds = check_thresholds(thresholds)
@@ -190,7 +190,7 @@ class Grounder:
                 found = self._outlines.get(slide.slide_id, {})
                 num = len(batch.region_xy[i])
                 here = mask[i, :num]
-                rects = slide_rects(batch.region_xy[i], self._tiling, mpp=slide.mpp)[here]
+                rects = slide_rects(batch.region_xy[i], self.tiling, mpp=slide.mpp)[here]
                 centres = rects[:, :2] + rects[:, 2:] / 2
                 for k, finding in enumerate(self._queries):
                     if finding not in found:
@@ -200,10 +200,10 @@ class Grounder:
                         self.skipped += nth == 0
                         continue
                     grid = heatmap_grid(
-                        heat[i, k, :num], here, batch.region_xy[i], self._tiling, mpp=slide.mpp
+                        heat[i, k, :num], here, batch.region_xy[i], self.tiling, mpp=slide.mpp
                     )
                     smoothed = smooth(grid)
-                    drawn = patch_heat(smoothed, here, batch.region_xy[i], self._tiling)
+                    drawn = patch_heat(smoothed, here, batch.region_xy[i], self.tiling)
                     boxes = score_boxes(
                         find_boxes(normalise(smoothed), heat=grid),
                         bounding_boxes(found[finding]),
@@ -311,7 +311,8 @@ def grounding(
         "skipped" (outlines without a patch) and, for several, "variants".
 
     Raises:
-        ConfigError: No outline of a finding asked for was found.
+        ConfigError: No outline of a finding asked for was found, or none of them holds the centre
+            of a patch (``no_truth``).
     """
     known = [check_variant(variant) for variant in variants]
     name = check_fits(archive, run)
@@ -331,6 +332,14 @@ def grounding(
         archive, slides, encoder=name, device=run.model.device, what="ground", progress=progress
     ):
         grounder.add(batch)
+    if not any(grounder.pairs.values()):
+        raise ConfigError(
+            f"None of the {grounder.skipped} outlines and boxes holds the centre of a patch of "
+            f"{grounder.tiling.patch_um:g} µm.",
+            hint="Take a model of smaller patches, or larger outlines; see that their pixels are "
+            "those of the slide at full resolution.",
+            code="no_truth",
+        )
     return grounder.result(resamples=resamples, seed=seed)
 
 

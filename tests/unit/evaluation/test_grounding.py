@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 from pathlib import Path
 
@@ -151,6 +152,24 @@ def test_outlines_are_looked_for_beside_the_slides(archive, run, tmp_path) -> No
         read_outlines(archive, slides, findings={"tumour"}, truth=tmp_path)
     with pytest.raises(ConfigError, match="no grounding variant"):
         grounding(archive, run, QUERIES, variants=("saliency",))
+
+
+def test_outlines_without_a_patch_are_no_measurement(
+    archive, run, planted_slides, tmp_path
+) -> None:  # type: ignore[no-untyped-def]
+    """A sliver between the corner of a slide and the middle of its first patch."""
+    finding = next(iter(QUERIES))
+    for slide in planted_slides:
+        ring = [[0, 0], [3, 0], [3, 3], [0, 0]]
+        feature = {
+            "type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "properties": {"objectType": "annotation", "classification": {"name": finding}},
+        }  # fmt: skip
+        (tmp_path / f"{slide.name}.geojson").write_text(json.dumps([feature]))
+    number = len(planted_slides)
+    with pytest.raises(ConfigError, match=f"None of the {number} outlines") as error:
+        grounding(archive, run, QUERIES, truth=tmp_path, split="all")
+    assert error.value.code == "no_truth"
 
 
 def test_patches_of_regions_lie_on_their_lines() -> None:
