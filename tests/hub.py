@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 @dataclass(kw_only=True)
@@ -139,3 +141,12 @@ def _lfs(name: str, body: bytes, key: str) -> dict[str, object]:
     if not name.endswith(".safetensors"):
         return {}
     return {"lfs": {key: digest_of(name, body), "size": len(body), "pointerSize": 130}}
+
+
+def put_in_cache(cache: Path, name: str, folder: Path) -> Path:
+    """Copy a model's folder into a cache as the hub's client keeps it, and return the copy."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    commit = "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return Path(shutil.copytree(folder, repository / "snapshots" / commit))

@@ -221,7 +221,9 @@ def ask(
 @app.command()
 def decompose(
     archive: ArchiveOption,
-    llm: Annotated[str, typer.Option(help="Folder of a chat model, such as a Qwen3.")],
+    llm: Annotated[
+        str, typer.Option(help="Chat model, such as a Qwen3: a folder, or owner/name on the hub.")
+    ],
     device: DeviceOption = None,
     address: AddressOption = None,
     local: LocalOption = None,

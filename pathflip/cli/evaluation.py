@@ -374,7 +374,10 @@ def evaluate_caption(
     ] = None,
     embedder: Annotated[
         str | None,
-        typer.Option(help="Sentence-embedding model; without one, similarity is TF-IDF."),
+        typer.Option(
+            help="Sentence-embedding model: minilm, a folder, or owner/name on the hub; without "
+            "one, similarity is TF-IDF."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption, tokens.", min=1)] = 512,
     llm: LlmOption = None,

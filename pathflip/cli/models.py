@@ -27,8 +27,8 @@ FolderOption = Annotated[
 
 @models_app.command("list")
 def models_list(folder: FolderOption = None, as_json: JsonOption = False) -> None:
-    """List the encoders that are known by name, and whatever weights are in the folder."""
-    from pathflip import hub_cache
+    """List the models that are known by name, and whatever weights are in the folder."""
+    from pathflip import hub_cache, packaged
     from pathflip.encoders.zoo import CARDS
 
     where = hub_cache.folder_of(folder)
@@ -39,8 +39,14 @@ def models_list(folder: FolderOption = None, as_json: JsonOption = False) -> Non
          "here": card.name in names}
         for card in CARDS
     ]  # fmt: skip
+    texts = [
+        {"name": name, "title": one.title, "licence": one.licence, "package": one.package,
+         "here": one.folder() is not None}
+        for name, one in packaged.TEXT_MODELS.items()
+    ]  # fmt: skip
     if as_json:
-        print_json({"folder": str(where), "held": hub_cache.as_json(there), "encoders": known})
+        held = hub_cache.as_json(there)
+        print_json({"folder": str(where), "held": held, "encoders": known, "text_models": texts})
         return
     show_table(
         f"in {where}",
@@ -54,6 +60,20 @@ def models_list(folder: FolderOption = None, as_json: JsonOption = False) -> Non
             [row["name"], row["hub"], row["licence"]]
             + ["yes" if row[key] else "" for key in ("gated", "here")]
             for row in known
+        ],
+    )
+    show_table(
+        "text models by name, from packages",
+        ("name", "model", "licence", "package", "here"),
+        [
+            [
+                row["name"],
+                row["title"],
+                row["licence"],
+                row["package"],
+                "yes" if row["here"] else "",
+            ]
+            for row in texts
         ],
     )
 

@@ -162,7 +162,7 @@ def keywords(
 def caption(
     archive: ArchiveOption,
     vlm: Annotated[
-        str, typer.Option(help="Folder of a vision-language model, such as a LLaVA or BLIP-2.")
+        str, typer.Option(help="Vision-language model (LLaVA, BLIP-2): a folder, or owner/name.")
     ],
     device: Annotated[
         str | None, typer.Option(help="auto, cpu or cuda; default: auto.", show_default=False)

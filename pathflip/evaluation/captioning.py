@@ -31,10 +31,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip import groundable
+from pathflip import groundable, hub_cache
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.evaluation.bootstrap import interval, patient_weights, support
 from pathflip.evaluation.encode import SlideRow, captions_of, list_slides
+from pathflip.packaged import text_model
 from pathflip.progress import Progress, Report
 from pathflip.slide_qa import tuned_name
 from pathflip.text import denies, split_sentences
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pathflip.slide_qa import SlideQA
 
 SLIDES_AT_ONCE = 16
+_MOST_TOKENS = 512
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 """Texts to vectors [n, d] of length 1."""
 
@@ -292,10 +294,14 @@ def read_predictions(path: str | Path) -> dict[str, str]:
 
 
 def sentence_embedder(model: str | Path, *, device: str = "cpu") -> Embed:
-    """Load a sentence-embedding model: a hub id or a folder, also one of sentence-transformers.
+    """Load a sentence-embedding model (safetensors only), also one of sentence-transformers.
 
     Pooling is what its ``1_Pooling/config.json`` says (mean, first or last token), else the last
-    token, as Qwen3-Embedding wants it.
+    token, as Qwen3-Embedding wants it. Texts are cut at its ``max_seq_length``, 512 tokens at most.
+
+    Args:
+        model: ``minilm``, where its package is installed, ``owner/name`` on the hub, or a folder.
+        device: Device it runs on.
 
     Raises:
         CheckpointError: The model cannot be loaded, or pools in another way.
@@ -303,23 +309,27 @@ def sentence_embedder(model: str | Path, *, device: str = "cpu") -> Embed:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    source = text_model(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), padding_side="right")
-        network = AutoModel.from_pretrained(str(model)).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, padding_side="right", trust_remote_code=False
+        )
+        network = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"The embedding model {model} cannot be loaded: {str(error).splitlines()[0]}",
-            hint="Give a folder or hub id of a text model, or leave --embedder out.",
+            hint="Give minilm, a folder or hub id of a text model, or leave --embedder out.",
             code="missing",
         ) from error
-    how = _pooling(Path(model))
+    network = network.to(device).eval()
+    how, most = _pooling(source), _longest(source)
 
     def embed(texts: Sequence[str]) -> NDArray[np.float32]:
         vectors = []
         for at in range(0, len(texts), SLIDES_AT_ONCE):
             batch = tokenizer(
                 list(texts[at : at + SLIDES_AT_ONCE]), padding=True, truncation=True,
-                max_length=512, return_tensors="pt",
+                max_length=most, return_tensors="pt",
             ).to(device)  # fmt: skip
             with torch.no_grad():
                 states = network(**batch).last_hidden_state.float()
@@ -336,18 +346,41 @@ def sentence_embedder(model: str | Path, *, device: str = "cpu") -> Embed:
     return embed
 
 
-def _pooling(folder: Path) -> str:
-    path = folder / "1_Pooling" / "config.json"
-    if not path.is_file():
+def _settings(source: str, name: str) -> dict[str, Any] | None:
+    """Return a file of settings of a model in a folder or on the hub; None where it has none."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(
+        source, name, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    found: dict[str, Any] | None = None if path is None else json.loads(Path(path).read_bytes())
+    return found
+
+
+def _longest(source: str) -> int:
+    """Return the number of tokens a model's texts are cut at."""
+    settings = _settings(source, "sentence_bert_config.json") or {}
+    return min(settings.get("max_seq_length") or _MOST_TOKENS, _MOST_TOKENS)
+
+
+def _pooling(source: str) -> str:
+    settings = _settings(source, hub_cache.POOLING)
+    if settings is None:
+        if _settings(source, "modules.json") is not None:
+            raise CheckpointError(
+                f"The embedding model {source} lacks {hub_cache.POOLING}, which says how it pools.",
+                hint="Copy the whole model, or pull it again: pathflip models pull.",
+                code="pooling",
+            )
         return "lasttoken"
-    settings = json.loads(path.read_bytes())
     on = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
     known = {f"pooling_mode_{name}": name for name in ("lasttoken", "cls")}
     known["pooling_mode_mean_tokens"] = "mean"
     known["pooling_mode_cls_token"] = "cls"
     if len(on) != 1 or on[0] not in known:
         raise CheckpointError(
-            f"The pooling in {path} is not supported: {', '.join(on) or 'none'}.",
+            f"The pooling of {source} is not supported: {', '.join(on) or 'none'}.",
             hint="Use a model that pools by the mean, the first or the last token.",
             code="pooling",
         )

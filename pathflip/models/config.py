@@ -26,8 +26,9 @@ class TextConfig:
     """Settings of a text tower, part of every model's.
 
     Attributes:
-        text_model: BERT-family model on the hub, or a folder, to begin from; None for a small BERT
-            from scratch with a tokenizer trained on the captions.
+        text_model: BERT-family model to begin from: ``minilm``, where its package is installed,
+            ``owner/name`` on the hub, or a folder; None for a small BERT from scratch with a
+            tokenizer trained on the captions.
         text_hidden: Width of the small BERT.
         text_layers: Number of its layers.
         text_heads: Number of its attention heads.

@@ -130,6 +130,14 @@ def find(source: str | Path) -> Path:
         ) from error
 
 
+def folder_name(folder: Path) -> str:
+    """Return the name of a model's folder; of one in a cache of the hub, its repository's."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
+
+
 def read_config(folder: Path, kind: type[C]) -> tuple[C, dict[str, Any] | None]:
     """Return a model's configuration and that of its text tower.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import accumulate, islice, pairwise
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,12 @@ from torch import Tensor, nn
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models.bert import Bert, runs_packed
 from pathflip.models.config import TextConfig
-from pathflip.models.packing import Packed
+from pathflip.models.packing import Packed, pack
 from pathflip.models.qformer import feed_forward
+from pathflip.packaged import text_model
+
+REMEMBERED = 65_536
+"""Texts whose vector a frozen tower keeps: 200 MB at a width of 768."""
 
 
 class TextTower(nn.Module):
@@ -33,6 +38,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.bert = bert
         self.recompute = recompute
+        self._known: dict[tuple[int, ...], Tensor] | None = None
         if getattr(bert, "pooler", None) is not None:
             bert.pooler = None  # not used: it would be a parameter without a gradient
         self._packs = bert.config.model_type == "bert" and bert.config.hidden_act == "gelu"
@@ -58,6 +64,16 @@ class TextTower(nn.Module):
         kept.pop("_name_or_path", None)
         return kept | {"model_type": self.bert.config.model_type}
 
+    def freeze(self) -> None:
+        """Keep the weights as they are: no gradient, no dropout, and a text is encoded once."""
+        self.requires_grad_(False)
+        self._known = {}
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as of any module; a frozen tower stays in that of evaluation."""
+        return super().train(mode and self._known is None)
+
     def forward(self, packed: Packed, *, pooling: str) -> Tensor:
         """Encode packed texts.
 
@@ -68,11 +84,33 @@ class TextTower(nn.Module):
         Returns:
             One state for each distinct text [n, H].
         """
+        if self._known is None:
+            return self._pooled(packed, pooling)
+        return self._recalled(packed, pooling, self._known)
+
+    def _pooled(self, packed: Packed, pooling: str) -> Tensor:
         if pooling == "mean":
             return packed.mean(self.states(packed))
         return (
             self._packed(packed, first=True) if self._packs else self.states(packed)[packed.first]
         )
+
+    @torch.no_grad()
+    def _recalled(
+        self, packed: Packed, pooling: str, known: dict[tuple[int, ...], Tensor]
+    ) -> Tensor:
+        """Return the vectors of texts, computing those not met before; in fp32 on any device."""
+        ids, ends = packed.ids.tolist(), [0, *accumulate(packed.lengths.tolist())]
+        texts = [tuple(ids[start:end]) for start, end in pairwise(ends)]
+        found = {text: known[text] for text in texts if text in known}
+        if new := [text for text in texts if text not in known]:
+            device = packed.ids.device
+            again = pack(new, device=device)
+            with torch.autocast(device.type, enabled=False):
+                made = self._pooled(again, pooling)[again.inverse]
+            found |= dict(zip(new, made, strict=True))
+            known.update(islice(((text, found[text]) for text in new), REMEMBERED - len(known)))
+        return torch.stack([found[text] for text in texts])
 
     def states(self, packed: Packed) -> Tensor:
         """Encode packed texts and return the states of all their tokens [T, H]."""
@@ -169,30 +207,36 @@ def _classes() -> tuple[Any, Any]:
 
 
 def load_text_model(source: str) -> Any:
-    """Load a ``transformers`` encoder from the hub or a folder (safetensors only).
+    """Load a ``transformers`` encoder by its name, or from a folder (safetensors only).
+
+    Args:
+        source: Name of a packaged model (:mod:`pathflip.packaged`), ``owner/name`` on the hub, or a
+            folder.
 
     Raises:
         CheckpointError: It cannot be had.
     """
     auto, _ = _classes()
+    folder = text_model(source)
     try:
         return auto.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+            folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise _no_text_model(source, error) from error
 
 
 def load_tokenizer(source: str) -> Any:
-    """Load the tokenizer of a model on the hub or of a folder.
+    """Load the tokenizer of a text model; see :func:`load_text_model`.
 
     Raises:
         CheckpointError: It cannot be had.
     """
     from transformers import AutoTokenizer
 
+    folder = text_model(source)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _no_text_model(source, error) from error
 

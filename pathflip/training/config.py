@@ -105,6 +105,8 @@ class PretrainConfig(TrainConfig):
     Attributes:
         preset: The preset these settings started from, for the record.
         model: The model, see :class:`pathflip.models.PathFLIPConfig`.
+        text_rate: Learning rate of the text tower, times ``lr``; 0 leaves its weights as they are
+            and trains the projection of its vectors alone.
         steps: Number of optimisation steps; overrides ``epochs`` where given.
         best: Criterion for the exported weights: the mean of R@1/5/10 both ways on the
             validation slides (``recall``), their loss (``loss``), or the last (``last``).
@@ -114,12 +116,24 @@ class PretrainConfig(TrainConfig):
     family: Literal["pathflip"] = "pathflip"
     preset: str = DEFAULT_PRESET
     model: PathFLIPConfig = field(default_factory=PathFLIPConfig)
+    text_rate: float = 1.0
     steps: int | None = None
     best: Literal["recall", "loss", "last"] = "recall"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps")
+        self._check_within(text_rate=math.inf)
+        if self.text_rate != 1.0 and self.model.text_encoder == "shared_qformer":
+            raise ConfigError(
+                f"text_rate is {self.text_rate}, and this model has no text tower of its own.",
+                hint="Choose model.text_encoder=separate, or leave text_rate at 1.",
+            )
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Learning rate of the text tower."""
+        return {"text_tower": self.text_rate}
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return how many optimisation steps the run has."""

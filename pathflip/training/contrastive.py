@@ -83,9 +83,8 @@ class Contrastive(Objective[SlideDataset, PretrainConfig]):
         return PathFLIP.from_preset(self.config.preset, texts=texts, **overrides)
 
     def parameters(self, dataset: SlideDataset) -> tuple[int, int]:
-        """Return how many parameters train; none is frozen."""
-        model = self._drawn(dataset.corpus)
-        return sum(p.numel() for p in model.parameters() if p.requires_grad), 0
+        """Return how many parameters train, and how many never do."""
+        return self.counted(self._drawn(dataset.corpus))
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -153,7 +152,7 @@ class Contrastive(Objective[SlideDataset, PretrainConfig]):
     ) -> str:
         """Write RUN/model."""
         model = PathFLIP.from_pretrained(str(run / "init"))
-        load_tensors(model, best.tensors("model"))
+        load_tensors(model, best.tensors("model"), self.saved(model))
         corpus = dataset.corpus
         card = pretrained_card(run.name, self.config, corpus, result)
         about = about_model(

@@ -105,6 +105,11 @@ class LoopConfig:
                 hint="Give --min-workers a number up to --max-workers.",
             )
 
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Learning rates of parts of the model, as multiples of ``lr``; 0 freezes a part."""
+        return {}
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return how many optimisation steps the run has."""
         return self.epochs * steps_per_epoch

@@ -104,9 +104,7 @@ class MultiResolution(Objective[TreeDataset, MRPretrainConfig]):
 
     def parameters(self, dataset: TreeDataset) -> tuple[int, int]:
         """Return how many parameters train, and how many never do."""
-        parameters = list(self._drawn(dataset).parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        return trained, sum(p.numel() for p in parameters) - trained
+        return self.counted(self._drawn(dataset))
 
     def check(self, dataset: TreeDataset) -> None:
         """Refuse an archive whose trees or captions have changed since the run began."""
@@ -190,7 +188,7 @@ class MultiResolution(Objective[TreeDataset, MRPretrainConfig]):
     ) -> str:
         """Write RUN/model."""
         model = MRPLIP.from_pretrained(str(run / "init"))
-        load_tensors(model, best.tensors("model"))
+        load_tensors(model, best.tensors("model"), self.saved(model))
         corpus = dataset.corpus
         card = patch_card(run.name, self.config, corpus, result)
         about = about_patch_model(

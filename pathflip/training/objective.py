@@ -218,15 +218,31 @@ class Objective(ABC, Generic[D, C]):
                 steps=config.total_steps(steps_per_epoch),
                 lr=config.lr,
                 weight_decay=config.weight_decay,
+                rates=config.rates,
             )
         ]
 
-    def trainable(self, model: Any, stage: Stage) -> None:  # most have one stage
-        """Choose the parameters that train in a stage."""
+    def trainable(self, model: Any, stage: Stage) -> None:
+        """Choose the parameters that train in a stage; parts whose rate is 0 are frozen."""
+        for part in self._frozen:
+            getattr(model, part).freeze()
 
     def saved(self, model: Any) -> Collection[str] | None:
         """Return the tensors that checkpoints hold: those that ever train; None for all."""
-        return None
+        if not self._frozen:
+            return None
+        return [name for name in model.state_dict() if name.partition(".")[0] not in self._frozen]
+
+    def counted(self, model: Any) -> tuple[int, int]:
+        """Return the number of parameters of a model that train, and of those that never do."""
+        self.trainable(model, self.stages(1)[-1])
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        return trained, sum(size for size, _ in sizes) - trained
+
+    @property
+    def _frozen(self) -> list[str]:
+        return [part for part, rate in self.config.rates.items() if rate == 0]
 
     def counts(self, model: Any, batch: Any) -> dict[str, float]:
         """Return the counts of a micro-batch's losses, known before its forward pass."""

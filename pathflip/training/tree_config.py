@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ class MRPretrainConfig(LoopConfig):
         pairs: Patch-caption pairs of a tree in a step, spread over its levels; fewer where a tree
             has fewer captions.
         trees_per_patient: Largest number of a patient's trees in a step.
+        text_rate: Learning rate of the text tower, times ``lr``; 0 leaves its weights as they are.
         steps: Number of optimisation steps; overrides ``epochs`` where given.
         best: Criterion for the exported weights: the mean of R@1/5/10 both ways on validation
             pairs (``recall``), their loss (``loss``), or the last (``last``).
@@ -41,12 +43,14 @@ class MRPretrainConfig(LoopConfig):
     weight_decay: float = 0.02
     pairs: int = 16
     trees_per_patient: int = 1
+    text_rate: float = 1.0
     steps: int | None = None
     best: Literal["recall", "loss", "last"] = "recall"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "pairs", "trees_per_patient", "steps")
+        self._check_within(text_rate=math.inf)
         share = self.batch_size // self.accumulate
         if share < 2 and self.model.has("mrtva"):
             raise ConfigError(
@@ -61,6 +65,11 @@ class MRPretrainConfig(LoopConfig):
                 hint="Use more pairs or a larger batch_size.",
                 code="one_tree",
             )
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Learning rate of the text tower."""
+        return {"text_tower": self.text_rate}
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return how many optimisation steps the run has."""

@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from pathflip.archive import Archive
 from pathflip.checkpoints import latest_checkpoint, load_run
 from pathflip.errors import CheckpointError, ConfigError, TrainingError
+from pathflip.models import PathFLIP
 from pathflip.training import run_dir, trainer
 from pathflip.training.config import resolve
 from pathflip.training.contrastive import Contrastive
 from pathflip.training.objective import Loss, Worker
 from pathflip.training.trainer import train
 from tests.archives import TINY, make_archive
+from tests.packaged import make_package
 
 STEPS = 20
 SETTINGS = (
@@ -351,6 +355,57 @@ def test_without_validation_the_last_weights_are_exported(archive: str, tmp_path
     result = run_dir.finish(*run_dir.prepare(objective, str(folder), run), run)
     assert (result["best_step"], result["val"]) == (3, {})
     assert "No slide was held out" in (run / "README.md").read_text()
+
+
+def test_a_text_tower_at_rate_0_stays_as_it_is(
+    archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in no checkpoint, and the finished run opens without the package it came from."""
+    monkeypatch.syspath_prepend(tmp_path)
+    captions = Archive(archive).captions()["text"].to_pylist()
+    package = make_package(tmp_path, captions)
+    theirs = load_file(package / "model.safetensors")
+    settings = ("steps=6", "save_every=2", "model.text_model=minilm", "text_rate=0")
+    run, cut = tmp_path / "run", tmp_path / "cut"
+    objective = go(archive, run, *settings)
+    go(archive, cut, *settings, until=3)
+    shutil.rmtree(package)
+    go(archive, cut, *settings)
+    model, again = (latest_checkpoint(path / "checkpoints").tensors("model") for path in (run, cut))
+    assert model.keys() == again.keys()
+    assert not [name for name in model if name.startswith("text_tower.")]
+    for name, value in model.items():
+        assert torch.allclose(value, again[name], atol=1e-5), name
+    init = load_file(run / "init" / "model.safetensors")
+    assert not torch.equal(init["text_out.weight"], model["text_out.weight"])
+    run_dir.finish(*run_dir.prepare(objective, archive, run), run)
+    loaded = load_run(run)
+    tower = {
+        name.removeprefix("text_tower.bert."): value
+        for name, value in loaded.model.state_dict().items()
+        if name.startswith("text_tower.")
+    }
+    assert tower
+    for name, value in tower.items():
+        assert torch.equal(value, theirs[name]), name
+    frozen = sum(value.numel() for value in tower.values())
+    dataset = objective.load(run / "data.parquet")
+    monkeypatch.setattr(Contrastive, "_drawn", lambda *_: PathFLIP.from_pretrained(run / "model"))
+    assert objective.parameters(dataset)[1] == frozen
+
+
+def test_a_lower_rate_of_the_text_tower_is_that_of_its_weights_alone(
+    archive: str, tmp_path: Path
+) -> None:
+    config = resolve("pathflip/mini", overrides=[*SETTINGS, "text_rate=0.1"])
+    objective, _ = run_dir.prepare(Contrastive(config), archive, tmp_path / "run")
+    found = trainer.Trainer(tmp_path / "run", objective, Worker())
+    slow = {id(p) for p in found.model.text_tower.parameters()}
+    for group in found.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["rate"] == (0.1 if id(parameter) in slow else 1.0)
+    with pytest.raises(ConfigError, match="no text tower of its own"):
+        resolve("pathflip/official_v1", overrides=["text_rate=0"])
 
 
 def test_accumulated_gradients_are_the_mean(archive: str, tmp_path: Path) -> None:

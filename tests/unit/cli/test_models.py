@@ -29,6 +29,15 @@ def hub() -> Iterator[Hub]:
             files=config | {"tokenizer.json": b"{}", "model.safetensors": b"small", "run.py": b"1"},
             licence="mit",
         ),
+        "q/sentences": Repository(
+            files=config
+            | {
+                "model.safetensors": b"weights",
+                "1_Pooling/config.json": b'{"a": 1}',
+                "onnx/config.json": b"{}",
+                "README.md": b"about",
+            }
+        ),
         "q/gated": Repository(files=config | {"model.safetensors": b"x"}, gated=True),
         "q/pickles": Repository(files=config | {"pytorch_model.bin": b"a pickle"}),
     }
@@ -118,6 +127,19 @@ def test_one_that_cannot_be_had_keeps_all_out(
     status, document = models("pull", "q/llm", name, "--accept-licences")
     assert (status, document["error"]["code"]) == (2, code)
     assert (hub.sent, models.folder.exists()) == ([], False)
+
+
+def test_a_sentence_encoder_comes_with_how_it_pools(hub: Hub, models: Models) -> None:
+    assert models("pull", "q/sentences")[0] == 0
+    assert {name.partition("/resolve/")[0].rpartition("q/sentences/")[2] for name in hub.sent} == {
+        "config.json", "model.safetensors", "1_Pooling/config.json",
+    }  # fmt: skip
+    (models.folder / "models.json").unlink()  # then the files' own names are their digests
+    assert models("verify") == (0, {"folder": str(models.folder), "faults": []})
+    (pooling,) = models.folder.glob("*/snapshots/*/1_Pooling/config.json")
+    pooling.resolve().write_bytes(b"{}")
+    (fault,) = models("verify", "q/sentences")[1]["faults"]
+    assert (fault["file"], fault["code"]) == ("config.json", "damaged")
 
 
 def test_a_revision_that_is_named_is_the_folders(hub: Hub, models: Models) -> None:

@@ -24,6 +24,7 @@ from pathflip.evaluation.encode import SlideRow
 from pathflip.groundable import VERSION
 from pathflip.synth import text
 from pathflip.synth.cohort import sample_scenes
+from tests.hub import put_in_cache
 
 SCENES = sample_scenes(slides=60, seed=5)
 REFERENCE = [" ".join(s.text for s in text.sentences(scene)) for scene in SCENES[:30]]
@@ -273,6 +274,26 @@ def test_embeddings_of_a_batch_are_those_of_each_text(embedder: Path, pooling: s
         pooled = {"mean_tokens": states.mean(0), "cls_token": states[0]}.get(pooling, states[-1])
         expected = (pooled / pooled.norm()).numpy()
         assert vector == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_of_the_hubs_cache_pools_as_it_says(
+    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under its name as from its folder; without the file that says how, it is refused."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    file = embedder / "1_Pooling" / "config.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"pooling_mode_mean_tokens": true}')
+    cached = put_in_cache(tmp_path, "owner/embedder", embedder)
+    (cached / "modules.json").write_text("[]")
+    texts = ["Sections show lung.", REFERENCE[0]]
+    found = sentence_embedder("owner/embedder")(texts)
+    assert found == pytest.approx(sentence_embedder(embedder)(texts), abs=1e-6)
+    (cached / "1_Pooling" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="lacks 1_Pooling") as error:
+        sentence_embedder("owner/embedder")
+    assert "pull it again" in error.value.hint
 
 
 def test_a_model_that_pools_otherwise_or_is_not_there(embedder: Path, tmp_path: Path) -> None:

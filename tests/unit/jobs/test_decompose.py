@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.decompose import grounded
+from jobs.decompose import decompose, grounded
+from pathflip.errors import CheckpointError
+from tests.archives import make_archive
+from tests.hub import put_in_cache
 
 SENTENCES = [
     "Sections show colonic mucosa.",
@@ -82,3 +86,21 @@ def test_the_same_statement_twice_is_there_once() -> None:
 def test_a_caption_that_did_not_fit_the_model() -> None:
     assert grounded(None, SENTENCES) == ([], {"too_long": 1})
     assert grounded("", SENTENCES) == ([], {})
+
+
+def test_a_model_of_the_hubs_cache_goes_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    chat = tmp_path / "chat"
+    chat.mkdir()
+    (chat / "config.json").write_text('{"model_type": "qwen3", "max_position_embeddings": 64}')
+    (chat / "model.safetensors").write_bytes(b"weights")
+    put_in_cache(tmp_path / "cache", "owner/chat", chat)
+    uri = str(make_archive(tmp_path / "archive", slides=3))
+    found = [decompose(uri, one, dry_run=True) for one in ("owner/chat", str(chat))]
+    assert found[0].model == found[1].model
+    assert found[0].model.startswith("chat_")
+    with pytest.raises(CheckpointError, match="hub lookup failed"):
+        decompose(uri, "owner/other", dry_run=True)

@@ -15,6 +15,7 @@ from pathflip.archive import Archive
 from pathflip.archive.verify import verify
 from pathflip.errors import ArchiveError, CheckpointError, ConfigError
 from tests.archives import make_archive
+from tests.hub import put_in_cache
 from tests.trees import make_bare_trees
 
 Answer = Callable[[str, int], "str | None"]
@@ -125,10 +126,23 @@ def test_what_cannot_be_described(uri: str, vlm: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError) as bare:
         job.describe(str(make_archive(tmp_path / "bare", slides=1)), str(vlm), dry_run=True)
     assert bare.value.code == "no_trees"
-    with pytest.raises(CheckpointError, match="no vision-language model"):
+    with pytest.raises(CheckpointError, match="no model folder"):
         job.describe(uri, str(tmp_path / "none"), dry_run=True)
     with pytest.raises(ConfigError, match="nodes_a_second"):
         job.DescribeConfig(nodes_a_second=0)
     (vlm / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 512}')
     with pytest.raises(ConfigError, match="no prompt is known"):
         job.describe(uri, str(vlm), dry_run=True)
+
+
+def test_a_model_of_the_hubs_cache_goes_by_its_name(
+    uri: str, vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    put_in_cache(tmp_path / "cache", "owner/tiny", vlm)
+    by_name, by_folder = (job.describe(uri, one, dry_run=True) for one in ("owner/tiny", str(vlm)))
+    assert by_name.model == by_folder.model
+    assert by_name.model.startswith("tiny_")
+    with pytest.raises(CheckpointError, match="hub lookup failed"):
+        job.describe(uri, "owner/other", dry_run=True)
