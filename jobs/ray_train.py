@@ -8,9 +8,12 @@ there are then. The same command does the same after the driver died.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -38,6 +41,7 @@ from pathflip.training.objective import Objective
 from pathflip.training.trainer import TrainingProgress, shareable, train
 
 PROGRESS_EVERY_S = 1.0
+_SIOCGIFADDR = 0x8915
 
 
 def fit(
@@ -153,7 +157,7 @@ def _fit(
             if place == "local":
                 _train_here(objective, run, workers)
             else:
-                _train_on_ray(objective, run, workers)
+                _train_on_ray(objective, run, workers, place=place)
     except _WorkersDied as error:
         if (noted := run_dir.stopped(run)) is not None:
             raise noted from error
@@ -217,7 +221,9 @@ class LoneWorker:
         return rows
 
 
-def _train_on_ray(objective: Objective[Any, Any], run: Path, workers: Workers) -> None:
+def _train_on_ray(
+    objective: Objective[Any, Any], run: Path, workers: Workers, *, place: Place
+) -> None:
     # Ray looks after its workers every 2 s otherwise: half of that is lost at each start and end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     import ray.train
@@ -228,7 +234,9 @@ def _train_on_ray(objective: Objective[Any, Any], run: Path, workers: Workers) -
     trainer = TorchTrainer(
         _work,
         train_loop_config={"run": str(run), "objective": objective, "threads": workers.cpus},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=(TorchConfig if place == "ray" else _over_hosts())(
+            backend="nccl" if use_gpu else "gloo"
+        ),
         scaling_config=train_api.ScalingConfig(
             num_workers=many if few == many else (few, many),
             use_gpu=use_gpu,
@@ -249,6 +257,42 @@ def _train_on_ray(objective: Objective[Any, Any], run: Path, workers: Workers) -
             trainer.fit()
     except train_api.TrainingFailedError as error:
         raise _WorkersDied(_last_line(error)) from error
+
+
+def _over_hosts() -> Any:
+    """Make the class of Ray's settings for torch whose workers find each other between hosts."""
+    import ray.train.torch
+
+    backend: Any = ray.train.torch.TorchConfig().backend_cls
+
+    class OverHosts(backend):  # type: ignore[misc]
+        def on_start(self, group: Any, config: Any) -> None:
+            group.execute(_name_interface)
+            super().on_start(group, config)
+
+    class Config(ray.train.torch.TorchConfig):
+        backend_cls = property(lambda _: OverHosts)
+
+    return Config
+
+
+def _name_interface() -> None:
+    """Tell gloo the interface of the address by which Ray knows this host, unless the user did.
+
+    By itself it takes that of the host's name, which Debian gives to loopback: workers of other
+    hosts are refused there.
+    """
+    import ray.util
+
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    wanted = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_one:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                about = fcntl.ioctl(any_one, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(about[20:24]) == wanted:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class WaitingContrastive(_Counting, Contrastive):
         return super().losses(model, batch, group=group)
 
 
-_COMMAND = """
+WAITING_PRETRAIN = """
 import jobs.pretrain
 from pathflip.cli import main
 from tests.failpoints import WaitingContrastive
@@ -74,12 +74,13 @@ from tests.failpoints import WaitingContrastive
 jobs.pretrain.Contrastive = WaitingContrastive
 main()
 """
+"""Program of ``pathflip`` whose pretraining waits after FAIL_AT steps."""
 
 
 def waiting_pretrain(*words: str) -> subprocess.Popen[str]:
     """Start ``pathflip pretrain`` that waits after FAIL_AT steps, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", _COMMAND, "pretrain", *words],
+        [sys.executable, "-c", WAITING_PRETRAIN, "pretrain", *words],
         cwd=faults.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.faults import ROOT, until
+from tests.faults import ROOT, parent, until
 
 NEEDED = ("unshare", "nsenter", "ip", "tc", "mount")
 _SPACES = ("--net", "--uts", "--ipc", "--pid", "--mount")
@@ -110,7 +110,7 @@ class _Spaces:
         own = self.processes()
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        self._holder.communicate()
+        self._holder.communicate(timeout=60)
         until(
             lambda: not any(Path(f"/proc/{pid}").exists() for pid in own),
             seconds=60,
@@ -145,7 +145,6 @@ class Host(_Spaces):
     def __init__(self, name: str, address: str, switch: _Spaces, kept: Sequence[Path]) -> None:
         super().__init__(name, kept)
         self.address, self._switch = address, switch
-        self.lost = False
         switch.ip(f"link add name {name} type veth peer name eth0 netns {self.pid}")
         switch.ip(f"link set dev {name} master br0 up")
         self.ip("link set lo up")
@@ -187,7 +186,6 @@ class Host(_Spaces):
         """Lose it as by a power cut: nobody hears of it."""
         self.cut()
         self.end()
-        self.lost = True
 
     @contextmanager
     def slow(self, *, share: float, mbit: int) -> Iterator[None]:
@@ -204,7 +202,9 @@ class Host(_Spaces):
 
         def brake() -> None:
             while not over.is_set():
-                own = [pid for pid in self.processes() if pid != self.pid]
+                # But what was started from outside: nsenter would stop itself with it, for ever.
+                there = self.processes()
+                own = [pid for pid in there if parent(pid) in there]
                 for number, seconds in ((signal.SIGSTOP, 1 - share), (signal.SIGCONT, share)):
                     for pid in own:
                         with suppress(ProcessLookupError):
@@ -241,8 +241,7 @@ class World:
 
     def __exit__(self, *_: object) -> None:
         for host in self._hosts.values():
-            if not host.lost:
-                host.end()
+            host.end()
         self._switch.end()
 
     def host(self, name: str) -> Host:
@@ -278,6 +277,7 @@ class Cluster:
             "RAY_worker_niceness": "0",
             "LANCE_LOG": "error",
         }
+        self._nodes: dict[str, subprocess.Popen[str]] = {}
         self.head = world.host("head")
         self.address = f"{self.head.address}:6379"
         self._ray(self.head, "--head", "--port=6379", "--include-dashboard=false", "--num-cpus=0")
@@ -285,11 +285,14 @@ class Cluster:
 
     def grow(self, count: int) -> None:
         """Let hosts join until so many are there."""
-        alive = sum(not host.lost for host in self.workers.values())
-        for _ in range(alive, count):
+        for _ in range(len(self.up()), count):
             name = f"worker{len(self.workers)}"
             self.workers[name] = self._world.host(name)
             self._ray(self.workers[name], f"--address={self.address}", "--num-cpus=1")
+
+    def up(self) -> list[Host]:
+        """Hosts that work."""
+        return [host for name, host in self.workers.items() if self._nodes[name].poll() is None]
 
     def run(self, *words: str) -> subprocess.Popen[str]:
         """Start a Python with arguments on the head, which finds the cluster by its address."""
@@ -298,7 +301,7 @@ class Cluster:
 
     def _ray(self, host: Host, *words: str) -> None:
         log = self.folder / f"{host.name}.log"
-        begun = host.start(
+        begun = self._nodes[host.name] = host.start(
             sys.executable, "-m", "ray.scripts.scripts", "start", *words, "--block",
             f"--node-ip-address={host.address}", f"--object-store-memory={_STORE_BYTES}",
             "--temp-dir=/tmp/ray", environment=self.environment, output=log,

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import failing_reader, faults, hosts
+from pathflip import Archive
+from tests import failing_reader, faults, hosts, pretraining
 from tests.conftest import SETTINGS, content
 from tests.failing_ingest import FAILURES
+from tests.failpoints import FAIL_AT, WAITING_PRETRAIN
+from tests.pretraining import SAVE_EVERY, STEPS, assert_close, curve, logged_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
@@ -76,6 +80,17 @@ def expected(
     return found
 
 
+def ended(run: subprocess.Popen[str]) -> Any:
+    """Wait for the end of a job; return its document, all that there is on its standard output."""
+    try:
+        out, errors = run.communicate(timeout=JOB_S)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        raise
+    assert run.returncode == 0, errors
+    return json.loads(out)
+
+
 class Ingest:
     """An ingest over hosts, which stops where two of them are at work.
 
@@ -115,13 +130,7 @@ class Ingest:
 
     def ended(self) -> None:
         """Wait for the end, and check that every slide is ready."""
-        try:
-            out, errors = self._run.communicate(timeout=JOB_S)
-        except subprocess.TimeoutExpired:
-            self._run.kill()
-            raise
-        assert self._run.returncode == 0, errors
-        counts = json.loads(out)["slides"]
+        counts = ended(self._run)["slides"]
         assert counts == {"ready": SLIDES, "quarantined": 0, "empty": 0, "skipped": 0}
 
 
@@ -135,3 +144,69 @@ def test_a_host_lost_in_mid_ingest(
     ingest.go_on()
     ingest.ended()
     assert content(ingest.archive) == expected
+
+
+def test_a_partition_in_mid_ingest(
+    cluster: hosts.Cluster, sources: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """A host goes on alone for 30 s; nothing that both did is there twice, or as a part."""
+    from datetime import UTC, datetime
+
+    from pathflip.archive.compaction import free_files
+    from pathflip.archive.lock import ArchiveLock
+    from pathflip.archive.verify import verify
+
+    ingest = Ingest(cluster, sources, tmp_path)
+    _, alone = ingest.at_work()
+    alone.cut()
+    ingest.go_on()
+    time.sleep(PARTITION_S)
+    alone.heal()
+    ingest.ended()
+    assert content(ingest.archive) == expected
+    with ArchiveLock(ingest.archive) as lock:  # as `archive maintain` does after a day
+        free_files(lock, Archive(ingest.archive).tables(), before=datetime.now(UTC))
+    assert content(ingest.archive) == expected
+    assert not verify(ingest.archive).damaged
+
+
+def test_a_slow_host_in_an_ingest(
+    cluster: hosts.Cluster, sources: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """A host with a fifth of its CPU and 10 Mbit/s delays the end and changes nothing."""
+    ingest = Ingest(cluster, sources, tmp_path)
+    _, slow = ingest.at_work()
+    with slow.slow(share=0.2, mbit=10):
+        ingest.go_on()
+        ingest.ended()
+    assert content(ingest.archive) == expected
+
+
+def test_a_host_lost_in_mid_pretraining(cluster: hosts.Cluster, tmp_path: Path) -> None:
+    """A new host takes its place, and the weights are those of a run to which nothing happened."""
+    archive = pretraining.make_cohort(tmp_path)
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+
+    def words(run: Path) -> list[str]:
+        return ["pretrain", *pretraining.words(archive, run, "max_workers=2")]
+
+    def attempt(run: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((run / "attempt.json").read_text())
+        return found
+
+    assert ended(cluster.run("-m", "pathflip.cli", *words(undisturbed)))["trained"] == STEPS
+    assert attempt(undisturbed)["workers"] == 2
+
+    job = cluster.run("-c", WAITING_PRETRAIN, *words(run))
+    faults.until(
+        lambda: logged_step(run) >= FAIL_AT or job.poll() is not None,
+        seconds=JOB_S,
+        what=f"step {FAIL_AT} is logged",
+    )
+    assert job.poll() is None, job.communicate()
+    cluster.up()[-1].lose()
+    cluster.grow(2)
+    assert ended(job)["steps"] == STEPS
+    assert (attempt(run)["workers"], attempt(run)["from_step"]) == (2, SAVE_EVERY)
+    assert_close(run, undisturbed, within=1e-6)
+    assert curve(run) == pytest.approx(curve(undisturbed), abs=1e-6)

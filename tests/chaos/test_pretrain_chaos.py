@@ -15,29 +15,27 @@ import torch
 
 from jobs import ray_train
 from jobs.pretrain import pretrain, resolve
-from pathflip.checkpoints import latest_checkpoint
 from pathflip.errors import TrainingError
 from pathflip.training import run_dir
 from tests import faults
-from tests.archives import TINY, make_archive
 from tests.failpoints import FAIL_AT, DyingContrastive, waiting_pretrain
+from tests.pretraining import (
+    SAVE_EVERY,
+    SETTINGS,
+    STEPS,
+    assert_close,
+    curve,
+    logged_step,
+    make_cohort,
+    words,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
-
-STEPS, SAVE_EVERY = 12, 5  # who goes on from step 5 has too few steps left to fail again
-SETTINGS = (
-    *TINY, f"steps={STEPS}", f"save_every={SAVE_EVERY}", "val_every=1", "batch_size=8",
-    "log_every=1", "lr=0.003", "model.negatives=gathered", "num_subcaptions=4",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """40 slides of 20 patients, 8 of them for validation."""
-    folder = tmp_path_factory.mktemp("pretrain")
-    return str(
-        make_archive(folder / "a", slides=40, split=lambda n: "val" if n % 10 > 7 else "train")
-    )
+    return make_cohort(tmp_path_factory.mktemp("pretrain"))
 
 
 def settings(*more: str) -> Any:
@@ -67,33 +65,6 @@ def alone(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(threads)
     run_dir.finish(objective, dataset, run)
     return run
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    found = latest_checkpoint(run / "checkpoints")
-    assert found is not None
-    assert found.step == STEPS
-    return {
-        f"{name}/{key}": value
-        for name in ("model", "optimizer")
-        for key, value in found.tensors(name).items()
-    }
-
-
-def assert_close(run: Path, other: Path, *, within: float) -> None:
-    mine, theirs = weights(run), weights(other)
-    assert mine.keys() == theirs.keys()
-    gaps = {key: float((mine[key] - theirs[key]).abs().max()) for key in mine}
-    worst = max(gaps, key=lambda key: gaps[key])
-    assert gaps[worst] <= within, f"{worst} differs by {gaps[worst]:.2e}"
-
-
-def curve(run: Path) -> list[float]:
-    return [line["loss"] for line in run_dir.read_metrics(run) if "loss" in line]
-
-
-def logged_step(run: Path) -> int:
-    return max((line["step"] for line in run_dir.read_metrics(run)), default=0)
 
 
 def test_two_workers_are_one(pair: Path, alone: Path) -> None:
@@ -155,9 +126,7 @@ def test_driver_killed_then_another_number_of_workers(
 ) -> None:
     """SIGKILL of ``pathflip pretrain`` on one worker; the same command goes on, on two."""
     run = tmp_path / "run"
-    words = ["--archive", archive, "--run", str(run), "--preset", "pathflip/mini"]
-    words += [word for setting in SETTINGS for word in ("-o", setting)]
-    driver = waiting_pretrain(*words, "--json", "--address", cluster)
+    driver = waiting_pretrain(*words(archive, run), "--address", cluster)
     try:
         faults.until(
             lambda: logged_step(run) >= FAIL_AT or driver.poll() is not None,
