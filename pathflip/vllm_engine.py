@@ -24,6 +24,8 @@ from pathflip.errors import CheckpointError, ConfigError
 DEFAULT_CONTEXT = 2048
 """Tokens of prompt and answer together, where the model was made for as many: the paper's 200
 visual tokens, a long question and 512 tokens of answer fit more than twice."""
+CPU_SEQUENCES = 32
+"""Requests that are decoded together on a CPU."""
 BLOCK = 128
 """Tokens of a block of keys and values; the CPU engine's own default."""
 
@@ -44,8 +46,8 @@ class EngineConfig:
     max_model_len: int | None = None
     """Tokens of a prompt and its answer together; None means 2048, or the model's own limit where
     that is less."""
-    max_num_seqs: int = 32
-    """Requests that are decoded together."""
+    max_num_seqs: int | None = None
+    """Requests that are decoded together; None means 32 on a CPU, vLLM's own number on a GPU."""
     threads: int = 1
     """Threads of the engine on a CPU."""
     kv_gib: int = 1
@@ -137,7 +139,6 @@ def engine_arguments(
         "model": str(folder),
         "dtype": ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype,
         "max_model_len": context,
-        "max_num_seqs": config.max_num_seqs,
         "enable_prefix_caching": config.prefix_caching,
         "seed": config.seed,
         "disable_log_stats": True,
@@ -147,6 +148,8 @@ def engine_arguments(
         arguments |= {"limit_mm_per_prompt": {"image": 1}, "mm_processor_cache_gb": 0}
     else:
         arguments["enable_prompt_embeds"] = True
+    if config.max_num_seqs or not cuda:
+        arguments["max_num_seqs"] = config.max_num_seqs or CPU_SEQUENCES
     if cuda:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
     else:

@@ -84,6 +84,20 @@ def shown_if_long(size: int) -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+def compile_layers(causal: Any) -> None:
+    """Compile a language model's layers when they first run (``torch.compile``), in place.
+
+    They are alike, so that they compile as one; names of weights stay.
+    """
+    for layer in causal.model.layers:
+        layer.compile()
+
+
+def recompute_layers(causal: Any) -> None:
+    """Make a language model's layers compute their activations again in the backward pass."""
+    causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def with_adapter(llm: Any, config: InstructConfig) -> Any:
     """Add a new LoRA adapter (B = 0, so without effect yet) to a language model's layers.
 

@@ -38,6 +38,7 @@ def test_arguments_on_a_cpu(tmp_path: Path) -> None:
     assert found["max_num_seqs"] == 3
     assert found["max_model_len"] == 2048
     assert "gpu_memory_utilization" not in found
+    assert engine_arguments(tmp_path / "llm", EngineConfig(device="cpu"))["max_num_seqs"] == 32
 
 
 def test_no_more_blocks_on_a_cpu_than_can_be_filled(tmp_path: Path) -> None:
