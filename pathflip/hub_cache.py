@@ -14,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -34,6 +35,8 @@ pools."""
 RECORD = "models.json"
 OPEN = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0")
 """Licences that ask for no promise before use."""
+_LEFTOVER_S = 3600.0
+"""Age from which on a part of a file belongs to no pull at work, seconds since its last byte."""
 UNKNOWN = "unknown: see the model's page"
 
 
@@ -155,10 +158,11 @@ def held(folder: Path) -> list[Held]:
 def pull(
     names: Sequence[Name], folder: Path, *, accept: bool, dry_run: bool, report: Report
 ) -> list[dict[str, Any]]:
-    """Fetch models into a folder; what is there already is not fetched again.
+    """Fetch models into a folder; whole files that are there already are not fetched again.
 
     Every model is looked up before the first byte of one is fetched, and refused together with all
-    the others where one cannot be had.
+    the others where one cannot be had. Files are hashed, those that were there as those that came:
+    the hub's client compares sizes alone, and would take a damaged file for a fetched one.
 
     Args:
         names: Models.
@@ -172,7 +176,8 @@ def pull(
 
     Raises:
         EncoderError: ``missing_weights``, ``gated_weights``, ``pickle_weights`` (it has weights as
-            pickles alone); ``licence``: there is one to accept.
+            pickles alone); ``licence``: there is one to accept; ``damaged_weights``: a file came
+            with another digest than the hub says.
     """
     import huggingface_hub
 
@@ -198,12 +203,20 @@ def pull(
         for about in made:
             report(_progress("fetch", done, total, began, about["name"]))
             _write_down(folder, about)
+            _drop_damaged(folder, about["hub"])
+            _drop_leftovers(folder / _cached_name(about["hub"]) / "blobs")
             with hub_errors(about["name"], about["hub"]):
                 # By the commit that was looked up, whose digests are written down.
                 huggingface_hub.snapshot_download(
                     about["hub"], revision=about["revision"], cache_dir=folder,
                     allow_patterns=list(about["files"]),
                 )  # fmt: skip
+            if about["fetched"] and (damaged := _drop_damaged(folder, about["hub"])):
+                raise EncoderError(
+                    f"{damaged[0]} of {about['hub']} came damaged.",
+                    hint="Run the same command again; what came whole is not fetched again.",
+                    code="damaged_weights",
+                )
             # Whoever names no revision gets this one.
             main = folder / _cached_name(about["hub"]) / "refs" / "main"
             main.parent.mkdir(exist_ok=True)
@@ -267,7 +280,9 @@ def _look_up(one: Name, folder: Path, *, revision: str | None) -> dict[str, Any]
         "files": digests,
         "bytes": sum(file.size or 0 for file in wanted),
         "fetched": sum(
-            file.size or 0 for file in wanted if not (blobs / digests[file.rfilename]).exists()
+            file.size or 0
+            for file in wanted
+            if not _is_whole(blobs / digests[file.rfilename], digests[file.rfilename])
         ),
     }
 
@@ -313,6 +328,29 @@ def _files_of(folder: Path, hub: str) -> dict[Path, str]:
     files = {own / recorded["revision"] / n: d for n, d in recorded.get("files", {}).items()}
     cached = (path for path in sorted(own.glob("*/**/*")) if not path.is_dir())
     return files or {path: path.resolve().name for path in cached}
+
+
+def _drop_damaged(folder: Path, hub: str) -> list[str]:
+    """Remove the damaged files of a model, and return their names."""
+    names = []
+    for path, digest in _files_of(folder, hub).items():
+        if path.is_file() and not _has_digest(path, digest):
+            path.resolve().unlink()  # the blob that a link names
+            path.unlink(missing_ok=True)
+            names.append(path.name)
+    return names
+
+
+def _drop_leftovers(blobs: Path) -> None:
+    """Remove what a killed pull left: the hub's client never goes on with a part of a file."""
+    for part in blobs.glob("*.incomplete"):
+        with suppress(FileNotFoundError):  # another pull has ended
+            if time.time() - part.stat().st_mtime > _LEFTOVER_S:
+                part.unlink()
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    return path.is_file() and _has_digest(path, digest)
 
 
 def _has_digest(path: Path, wanted: str) -> bool:

@@ -30,11 +30,20 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Repositories by ``owner/name``, and the files that were sent."""
+    """Repositories by ``owner/name``, and the files that were sent.
+
+    Attributes:
+        altered: ``owner/name/file`` whose next transfer has another first byte.
+        stuck: {``owner/name/file``: bytes after which the next transfer of it waits}.
+        go_on: Ends that waiting, and with it the transfer.
+    """
 
     url: str
     repositories: dict[str, Repository]
     sent: list[str] = field(default_factory=list)
+    altered: set[str] = field(default_factory=set)
+    stuck: dict[str, int] = field(default_factory=dict)
+    go_on: threading.Event = field(default_factory=threading.Event)
 
 
 def digest_of(name: str, body: bytes) -> str:
@@ -98,20 +107,36 @@ def serving(repositories: dict[str, Repository]) -> Iterator[Hub]:
             if file.endswith(".safetensors"):
                 headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(body))}
             if self.command == "GET":
-                hub.sent.append(f"{name}/{file}")
+                return self._send(f"{name}/{file}", headers, body)
             return self._answer(200, headers, body)
+
+        def _send(self, path: str, headers: dict[str, str], body: bytes) -> None:
+            hub.sent.append(path)
+            if path in hub.altered:
+                hub.altered.remove(path)
+                body = bytes([body[0] ^ 1]) + body[1:]
+            if path not in hub.stuck:
+                return self._answer(200, headers, body)
+            self._head(200, headers, len(body))
+            self.wfile.write(body[: hub.stuck.pop(path)])
+            self.wfile.flush()
+            self.close_connection = True
+            hub.go_on.wait(60)
 
         def _answer(
             self, status: int, headers: dict[str, str] | None = None, body: object = b""
         ) -> None:
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self._head(status, headers, len(data))
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        def _head(self, status: int, headers: dict[str, str] | None, length: int) -> None:
             self.send_response(status)
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(length))
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

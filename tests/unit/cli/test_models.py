@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def hub() -> Iterator[Hub]:
                 "README.md": b"about",
             }
         ),
+        "q/large": Repository(files=config | {"model.safetensors": BIG * 12}),
         "q/gated": Repository(files=config | {"model.safetensors": b"x"}, gated=True),
         "q/pickles": Repository(files=config | {"pytorch_model.bin": b"a pickle"}),
     }
@@ -55,10 +57,17 @@ class Models:
         }  # fmt: skip
 
     def __call__(self, *arguments: str) -> tuple[int, dict[str, Any]]:
+        process = self.start(*arguments)
+        said, _ = process.communicate()
+        return process.returncode, json.loads(said)
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a command that nobody waits for yet."""
         command = [sys.executable, "-m", "pathflip.cli", "models", *arguments]
         command += ["--folder", str(self.folder), "--json"]
-        done = subprocess.run(command, env=self._environment, capture_output=True, check=False)
-        return done.returncode, json.loads(done.stdout)
+        return subprocess.Popen(
+            command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
 
 
 @pytest.fixture
@@ -109,6 +118,53 @@ def test_weights_come_with_their_licences_and_are_found_without_the_hub(
         ("tokenizer.json", "missing"), ("model.safetensors", "damaged"),
     }  # fmt: skip
     assert models("verify", "phikon_v2")[0] == 0
+
+    hub.sent.clear()  # pulled again they are whole, and nothing else is fetched
+    assert models("pull", "q/llm", "phikon_v2", "--accept-licences")[0] == 0
+    assert hub.sent == ["q/llm/model.safetensors"]
+    assert models("verify")[0] == 0
+
+
+def test_a_file_that_comes_damaged_is_not_kept(hub: Hub, models: Models) -> None:
+    """As long as the right one, which is all that the hub's client looks at."""
+    hub.altered.add("q/llm/model.safetensors")
+    status, document = models("pull", "q/llm")
+    assert (status, document["error"]["code"]) == (2, "damaged_weights")
+    assert "model.safetensors of q/llm" in document["error"]["message"]
+    assert models("verify")[1]["faults"] == [
+        {"hub": "q/llm", "file": "model.safetensors", "code": "missing"}
+    ]
+    hub.sent.clear()
+    assert models("pull", "q/llm")[0] == 0
+    assert hub.sent == ["q/llm/model.safetensors"]
+    assert models("verify")[0] == 0
+
+
+def test_a_pull_that_is_killed_at_half_is_made_whole_by_the_next(hub: Hub, models: Models) -> None:
+    """The hub's client writes pieces of 10 MB, so it is killed with one of them on disk."""
+    hub.stuck["q/large/model.safetensors"] = 11 << 20
+    blobs = models.folder / "models--q--large" / "blobs"
+    process = models.start("pull", "q/large")
+    try:
+        while not any(part.stat().st_size for part in blobs.glob("*.incomplete")):
+            assert process.poll() is None, "the transfer was whole"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.communicate()
+        hub.go_on.set()
+    assert models("verify")[1]["faults"] == [
+        {"hub": "q/large", "file": "model.safetensors", "code": "missing"}
+    ]
+    (left,) = blobs.glob("*.incomplete")
+    hub.sent.clear()
+    assert models("pull", "q/large")[0] == 0
+    assert hub.sent == ["q/large/model.safetensors"], "what had come whole was not fetched again"
+    assert left.exists(), "it might be that of another pull at work"
+    os.utime(left, (0, 0))
+    assert models("pull", "q/large")[0] == 0
+    assert not left.exists()
+    assert models("verify")[0] == 0
 
 
 @pytest.mark.parametrize(
