@@ -387,6 +387,23 @@ def test_command_of_every_job_is_one_the_command_line_accepts(path: Path) -> Non
         assert any(word == at or word.startswith(at + "/") for at in mounted), word
 
 
+def test_every_command_that_runs_on_a_cluster_is_a_job_of_the_chart() -> None:
+    def on_clusters(command: Any, *words: str) -> Iterator[str]:
+        for name, one in getattr(command, "commands", {}).items():
+            yield from on_clusters(one, *words, name)
+        if any("--address" in parameter.opts for parameter in command.params):
+            yield " ".join(words)
+
+    given = set()
+    for path in JOBS:
+        _, _, module, *rest = yaml.safe_load(path.read_text("utf-8"))["job"]["command"]
+        words = [*words_of(module), *rest]
+        first = next(at for at, word in enumerate(words) if word.startswith(("-", "/")))
+        given.add(" ".join(words[:first]))
+    again = {"slides retry"}  # an ingest of slides that the archive knows
+    assert given == set(on_clusters(typer.main.get_command(app))) - again
+
+
 def words_after_both_shells(entrypoint: str) -> list[str]:
     """Command of a job as it arrives, by way of KubeRay's shell, ``ray job submit`` and Ray's."""
     words = subprocess.run(
