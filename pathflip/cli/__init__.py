@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -53,6 +53,30 @@ for part in (
     serve,
 ):
     app.add_typer(part.app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from pathflip import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_version,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
 
 _INTERRUPTED = 130  # what typer makes of KeyboardInterrupt, without a word
 _FATAL_ARCHIVE_CODES = ("damaged", "disk_full", "io", "commit", "missing_table")

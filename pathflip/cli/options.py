@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,24 +58,36 @@ SeedOption = Annotated[int, typer.Option(help="Seed of shuffles and resamples.")
 ResamplesOption = Annotated[int, typer.Option(help="Bootstrap resamples, over patients.", min=0)]
 
 
+_NEEDED = {"serve": ("prometheus_client", "fastapi", "mcp", "ray")}
+"""{extra: packages that are imported later, by other processes}."""
+
+
 def job(name: str) -> Any:
     """Import a module of jobs/, whose packages may not be installed."""
-    return _imported(f"jobs.{name}")
+    return _imported(f"jobs.{name}", extra="ray")
 
 
-def service(name: str) -> Any:
-    """Import a module of serve/, whose packages may not be installed."""
-    return _imported(f"serve.{name}")
+def service(name: str, *, extra: Literal["viewer", "mcp", "serve"]) -> Any:
+    """Import a module of serve/, whose packages may not be installed.
+
+    Args:
+        name: The module.
+        extra: Packages of pathflip that the command as a whole needs.
+    """
+    return _imported(f"serve.{name}", extra=extra)
 
 
-def _imported(module: str) -> Any:
+def _imported(module: str, *, extra: str) -> Any:
     import importlib
+    from importlib.util import find_spec
 
     try:
+        for package in _NEEDED.get(extra, ()):
+            if find_spec(package) is None:
+                raise ModuleNotFoundError(name=package)
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        extra = {"ray": "ray", "mcp": "mcp"}.get(missing, "viewer")
         hint = f"Install it: pip install 'pathflip[{extra}]'."
         raise ConfigError(
             f"This command needs {missing}, which is not installed here.", hint=hint

@@ -55,7 +55,7 @@ def serve(
     """Serve search, grounding, classification and chat (OpenAI's API) over HTTP until stopped."""
     from pathflip.config import load_config
 
-    settings_module, local = service("config"), service("local")
+    settings_module, local = service("config", extra="serve"), service("local", extra="serve")
     settings = load_config(
         settings_module.ServeConfig,
         given=were_set(archive=archive, run=run, llm=llm, token_file=token_file, patches=patches),
@@ -103,7 +103,7 @@ def mcp(
     from pathflip.config import load_config
 
     import_arrow()
-    agents, local = service("mcp"), service("local_parts")
+    agents, local = service("mcp", extra="mcp"), service("local_parts", extra="mcp")
     with redirect_stdout(sys.stderr):
         settings = load_config(
             local.AgentConfig,
@@ -158,7 +158,7 @@ def view(
     with redirect_stdout(sys.stderr):
         if archive is not None:
             open_archive(archive)  # imports what opens archives, and nothing that it can do without
-        service("view").view(
+        service("view", extra="viewer").view(
             slide, archive=archive, run=run, device=device, port=port, embed=embed, ready=ready
         )
 
@@ -187,7 +187,7 @@ def audit_verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check that no line was changed, removed, inserted or cut off; print the heads."""
-    heads = service("audit").verify(path, kept=kept or ())
+    heads = service("audit", extra="viewer").verify(path, kept=kept or ())
     rows = [
         {"file": name, "lines": head.lines, "torn": head.torn, "head": head.hash}
         for name, head in heads.items()

@@ -73,7 +73,7 @@ def test_without_the_extras_a_command_says_which_it_needs(tmp_path: Path) -> Non
         "import sys\n"
         "class Missing:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in ('ray', 'fastapi', 'mcp'):\n"
+        "        if name.partition('.')[0] in ('ray', 'fastapi', 'mcp', 'pydicom', 'timm'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Missing())\n"
         "from pathflip.cli import main\n"
@@ -91,3 +91,5 @@ def test_without_the_extras_a_command_says_which_it_needs(tmp_path: Path) -> Non
 
     assert "pip install 'pathflip[viewer]'" in says("view", "slides")
     assert "pip install 'pathflip[ray]'" in says("ingest", "slides", "--archive", "a", "--ray")
+    assert "pip install 'pathflip[mcp]'" in says("mcp", "--archive", "a")
+    assert "pip install 'pathflip[serve]'" in says("serve", "--archive", "a", "--run", "r")

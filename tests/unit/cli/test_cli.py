@@ -161,3 +161,11 @@ def test_slides_check_says_what_would_be_refused(capsys, tmp_path):
     code, out, _ = run(capsys, "slides", "check", str(tmp_path / "fine.tif"))
     assert code == 0
     assert "fine.tif" in out
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    from pathflip import __version__
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{__version__}\n"
