@@ -146,7 +146,8 @@ def resolve_encoder(archive: Archive, spec: str | None) -> tuple[str, str]:
             (``uni2=/folder``); None for the only one.
 
     Returns:
-        Its name in the archive, and the spec to load it by.
+        Its name in the archive, and the spec to load it by. A slide encoder, whose vectors were
+        imported, has a name alone: nothing loads it.
 
     Raises:
         ArchiveError: The archive has no features of it, or of several and none is named
@@ -155,6 +156,8 @@ def resolve_encoder(archive: Archive, spec: str | None) -> tuple[str, str]:
     """
     from pathflip.encoders import encoder_info
 
+    if spec in archive.slide_encoders():
+        return str(spec), str(spec)
     if spec is None or spec in archive.encoders():
         name = archive.encoder(spec)[0]
         return name, spec or name

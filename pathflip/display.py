@@ -120,7 +120,12 @@ def archive_page(archive: Archive) -> str:
         if small:
             pictures.append(Picture(uri=data_uri(small), alt=row["slide_id"]))
     rows = [(name, f"{count:,}") for name, count in counts.items()]
-    for kind, held in (("encoder", archive.encoders()), ("model", archive.models())):
+    vectors = {
+        "encoder": archive.encoders(),
+        "model": archive.models(),
+        "slide encoder": archive.slide_encoders(),
+    }
+    for kind, held in vectors.items():
         rows += [(kind, f"{name}, {entry['dim']} numbers") for name, entry in held.items()]
     return page(
         "Archive", note=archive.uri, pictures=pictures, columns=("of the archive", ""), rows=rows

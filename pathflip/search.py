@@ -125,8 +125,8 @@ class Query:
         exclude_same_slide: Leave out the slide that ``slide`` or ``region`` names.
         exclude_same_patient: Leave out its patient.
         exclude_patient: Leave out this patient; slides without a patient stay.
-        encoder: Patch encoder whose embeddings are compared; may be left out when the archive holds
-            one.
+        encoder: Patch encoder whose embeddings are compared, may be left out when the archive holds
+            one; or a slide encoder whose vectors were imported, which finds slides only.
         model: Trained model whose embeddings are compared, instead.
         fingerprint: The model's, compared with that of the stored embeddings.
 

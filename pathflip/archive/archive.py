@@ -196,6 +196,10 @@ class Archive:
         """
         return entries_of(self._meta, "model")
 
+    def slide_encoders(self) -> dict[str, dict[str, Any]]:
+        """Return {name: {dim, revision, licence, created_at, embeddings_table}} of imports."""
+        return entries_of(self._meta, "slide_encoder")
+
     def model(self, name: str | None = None) -> tuple[str, dict[str, Any]]:
         """Return a model's name and entry; without a name, those of the only one.
 
@@ -389,10 +393,13 @@ class Archive:
         """Return the embeddings of ready slides and their regions, sorted by ``id``.
 
         Args:
-            encoder: Means of this encoder's features; may be left out when there is one encoder.
+            encoder: Means of this encoder's features, or the imported vectors of this slide
+                encoder; may be left out when there is one patch encoder.
             model: The vectors of this trained model instead.
         """
-        _, entry = self.encoder(encoder) if model is None else self.model(model)
+        entry = self.slide_encoders().get(encoder or "") if model is None else None
+        if entry is None:
+            _, entry = self.encoder(encoder) if model is None else self.model(model)
         return self._with_patients(self._ready_rows(entry["embeddings_table"], None))
 
     def slide_embeddings(self, slide_id: str, encoder: str | None = None) -> pa.Table:
@@ -458,6 +465,10 @@ class Archive:
             "patches": int(pc.sum(ready["n_patches"]).as_py() or 0),
             "encoders": encoders,
             "models": {name: entry["encoder"] for name, entry in self.models().items()},
+            "slide_encoders": {
+                name: {key: entry[key] for key in ("dim", "revision", "licence")}
+                for name, entry in self.slide_encoders().items()
+            },
             "captions": self.captions().filter(pc.field("text") != "").num_rows,
             "annotations": AnnotationStore(self.uri).count(),
             "bytes": size,

@@ -137,12 +137,7 @@ class Committer:
             ArchiveError: If the archive holds the encoder in another revision or size, or another
                 encoder whose name maps to the same table (``settings``).
         """
-        entry: dict[str, Any] = {
-            "dim": dim,
-            "revision": revision,
-            "mpp": mpp,
-            "licence": licence,
-        }
+        entry: dict[str, Any] = dict(dim=dim, revision=revision, mpp=mpp, licence=licence)
         entry |= names_of("encoder", name)
         known = self._archive.encoders()
         for other, made in known.items():
@@ -162,6 +157,13 @@ class Committer:
                         code="settings",
                     )
             return str(entry["features_table"])
+        if entry["embeddings_table"] in self._archive.tables():
+            raise ArchiveError(
+                f"The table {entry['embeddings_table']} of {self.uri} holds vectors of a model or "
+                "of a slide encoder.",
+                hint="Use another archive for one of them.",
+                code="settings",
+            )
         self.add_tables(f"encoder:{name}", entry)
         return str(entry["features_table"])
 

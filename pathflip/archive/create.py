@@ -12,7 +12,7 @@ from pathflip.archive.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.fragments import create_table, not_empty
 from pathflip.archive.lock import ArchiveLock
-from pathflip.archive.schema import SCHEMA_VERSION
+from pathflip.archive.schema import NEW_LAYOUT
 from pathflip.archive.settings import meta_rows
 from pathflip.archive.storage import find_table, guarded, is_local, local_tables, normalise
 from pathflip.archive.tables import META, PICTURES, tables_of
@@ -54,7 +54,7 @@ def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
     except PackageNotFoundError:
         package = "unknown"
     settings = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": NEW_LAYOUT,
         "tiling": wanted,
         PICTURES: {},
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -91,6 +91,12 @@ def search_patches(
         ConfigError: The vector is zero or not finite, or ``k`` is out of range.
     """
     space = vector_space(archive, encoder=encoder)
+    if space.encoder is None:
+        raise ConfigError(
+            f"The vectors of {space.name} are of slides, not of patches.",
+            hint="Search for slides: --level slide.",
+            code="no_regions",
+        )
     query = normalised(archive, space, vector)[0]
     if not 1 <= k <= 10_000:
         raise ConfigError(f"Cannot search patches for {k} results.")

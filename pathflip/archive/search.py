@@ -70,7 +70,8 @@ def search(
     Args:
         archive: The archive; only ready slides are found.
         vector: Query embedding [dim], not zero.
-        encoder: Patch encoder that made it; may be left out when the archive holds one.
+        encoder: Patch encoder that made it, may be left out when the archive holds one; or a slide
+            encoder whose vectors were imported.
         model: Trained model that made it, instead.
         fingerprint: The model's, compared with that of the stored embeddings.
         level: ``region`` or ``slide``.
@@ -125,6 +126,12 @@ def search_many(
     """
     space = vector_space(archive, encoder=encoder, model=model, fingerprint=fingerprint)
     unit = normalised(archive, space, queries)
+    if level == "region" and space.slides_only:
+        raise ConfigError(
+            f"The vectors of {space.name} are of slides, not of regions.",
+            hint="Search for slides: --level slide.",
+            code="no_regions",
+        )
     if level not in ("region", "slide") or not 1 <= k <= 10_000:
         raise ConfigError(f"Cannot search level {level!r} for {k} results.")
     conditions = all_conditions(filters, exclude_slide, exclude_patient)
@@ -153,16 +160,18 @@ class VectorSpace:
     Attributes:
         table: Table of embeddings.
         dim: Dimension of the vectors.
-        encoder: Patch encoder of the features they were made from.
+        encoder: Patch encoder of the features they were made from; None of imported vectors.
         name: The encoder or model, for messages.
         code: Error code for a query vector of another dimension.
+        slides_only: Whether there are vectors of slides alone, none of regions.
     """
 
     table: str
     dim: int
-    encoder: str
+    encoder: str | None
     name: str
     code: str
+    slides_only: bool = False
 
 
 def vector_space(
@@ -172,12 +181,23 @@ def vector_space(
     model: str | None = None,
     fingerprint: str | None = None,
 ) -> VectorSpace:
-    """Return the embeddings of an encoder or of a trained model.
+    """Return the embeddings of a patch encoder, a slide encoder, or a trained model.
 
     Raises:
         ArchiveError: There are none (``unknown_encoder``, ``not_indexed``), or they are of a model
             with another fingerprint (``wrong_model``).
     """
+    imported = archive.slide_encoders()
+    if model is None and fingerprint is None and encoder in imported:
+        entry = imported[str(encoder)]
+        return VectorSpace(
+            table=entry["embeddings_table"],
+            dim=entry["dim"],
+            encoder=None,
+            name=f"slide encoder {encoder} ({entry['revision']})",
+            code="wrong_encoder",
+            slides_only=True,
+        )
     if model is None and fingerprint is None:
         name, entry = archive.encoder(encoder)
         return VectorSpace(
@@ -212,7 +232,7 @@ def stored_vector(
     Args:
         archive: The archive.
         name: A region's id, or a slide's id or unique file name.
-        encoder: Patch encoder; may be left out when the archive holds one.
+        encoder: Patch encoder, may be left out when the archive holds one; or a slide encoder.
         model: Trained model, instead.
 
     Raises:
@@ -233,11 +253,14 @@ def stored_vector(
         there = slide in archive.ready_ids() and (
             slide == row_id or row_id in archive.regions(slide)["region_id"].to_pylist()
         )
+        hint = "See: pathflip slides list"
+        if space.slides_only:
+            hint = "Import its vector: pathflip archive import --slide-features PATH"
+        elif model is not None:
+            hint = f"Run: pathflip index --archive {archive.uri} --run RUN"
         raise ArchiveError(
             f"The archive {archive.uri} has no embedding of {row_id} by {space.name}.",
-            hint="See: pathflip slides list"
-            if model is None
-            else f"Run: pathflip index --archive {archive.uri} --run RUN",
+            hint=hint,
             code="not_indexed" if there else "unknown_slide",
         )
     vector: NDArray[np.float32] = vectors(rows["vector"])[0]
@@ -249,8 +272,14 @@ _KEPT_ANSWERS = 16
 """Sets of conditions on slides whose answer is kept in a snapshot."""
 
 
-def allowed_slides(archive: Archive, encoder: str, conditions: Sequence[Filter]) -> pa.Array:
-    """Return the ids of ready slides that meet the conditions on slides, sorted."""
+def allowed_slides(archive: Archive, encoder: str | None, conditions: Sequence[Filter]) -> pa.Array:
+    """Return the ids of ready slides that meet the conditions on slides, sorted.
+
+    Args:
+        archive: The archive.
+        encoder: Only slides with features of this patch encoder; None for all.
+        conditions: The conditions; those on regions do not count here.
+    """
     ready: pa.Array = archive.cached(
         f"ready/{encoder}",
         lambda: pa.array(sorted(archive.ready_ids(encoder)), pa.string()),

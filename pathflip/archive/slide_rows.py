@@ -6,7 +6,7 @@ patches give the same rows, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pathflip.archive.schema import region_id
+
+SLIDE_FACTS = ("slide_id", "width", "height", "mpp", "tiles_ok", "tissue_mm2")
+"""Columns of ``slides`` that the row of a slide among embeddings is made of."""
 
 
 def fixed(matrix: NDArray[Any]) -> pa.FixedSizeListArray:
@@ -108,26 +111,38 @@ def embedding_rows(
     """Return the rows of ``embeddings_<encoder>`` of a slide: its own, then those of its regions.
 
     Args:
-        slide: The slide's slide_id, width, height, mpp, tiles_ok and tissue_mm2.
+        slide: The slide's :data:`SLIDE_FACTS`.
         regions: Rows of :func:`region_embeddings`.
         total: Sum over all patches of the slide [dim].
     """
-    own = pa.table(
+    own = slide_embeddings([slide], unit(total[None]))
+    regions = regions.append_column("kind", pa.array(["region"] * len(regions), pa.string()))
+    return pa.concat_tables([own, regions.select(own.column_names)])
+
+
+def slide_embeddings(slides: Sequence[Mapping[str, Any]], vectors: NDArray[np.float32]) -> pa.Table:
+    """Return rows of a table of embeddings for n slides themselves.
+
+    Args:
+        slides: Their :data:`SLIDE_FACTS`.
+        vectors: Their vectors [n, dim].
+    """
+    ids = [slide["slide_id"] for slide in slides]
+    sides = [max(slide["width"] or 0, slide["height"] or 0) for slide in slides]
+    return pa.table(
         {
-            "id": [slide["slide_id"]],
-            "vector": fixed(unit(total[None])),
-            "slide_id": [slide["slide_id"]],
-            "x0": pa.array([0], pa.int64()),
-            "y0": pa.array([0], pa.int64()),
-            "size0": pa.array([max(slide["width"] or 0, slide["height"] or 0)], pa.int32()),
-            "mpp": pa.array([slide["mpp"]], pa.float64()),
-            "tissue_fraction": pa.array([_tissue_share(slide)], pa.float32()),
-            "n_patches": pa.array([slide["tiles_ok"]], pa.int32()),
+            "id": pa.array(ids, pa.string()),
+            "vector": fixed(vectors),
+            "slide_id": pa.array(ids, pa.string()),
+            "x0": pa.array([0] * len(ids), pa.int64()),
+            "y0": pa.array([0] * len(ids), pa.int64()),
+            "size0": pa.array(sides, pa.int32()),
+            "mpp": pa.array([slide["mpp"] for slide in slides], pa.float64()),
+            "tissue_fraction": pa.array([_tissue_share(slide) for slide in slides], pa.float32()),
+            "n_patches": pa.array([slide["tiles_ok"] for slide in slides], pa.int32()),
+            "kind": pa.array(["slide"] * len(ids), pa.string()),
         }
     )
-    both = pa.concat_tables([own, regions.select(own.column_names)])
-    kinds = pa.array(["slide"] + ["region"] * (len(both) - 1))
-    return both.append_column("kind", kinds)
 
 
 def _tissue_share(slide: Mapping[str, Any]) -> float:

@@ -171,6 +171,12 @@ TABLES: tuple[TableSpec, ...] = (
         setting="model", entry_field="embeddings_table", indexes={"vector": "VECTOR"}, since=2,
     ),
     TableSpec(
+        name="embeddings_<slide_encoder>", key="id",
+        schema=lambda settings, entry, noted: embeddings_schema(entry["dim"], noted),
+        made_by="archive import", setting="slide_encoder", entry_field="embeddings_table",
+        indexes={"vector": "VECTOR"}, since=5,
+    ),
+    TableSpec(
         name="captions", key="caption_id",
         schema=lambda settings, entry, noted: captions_schema(),
         made_by="archive import", setting="captions", indexes={"text": "INVERTED"}, since=2,

@@ -46,11 +46,16 @@ def archive_import(
             help="Folder of patch features: TRIDENT, CLAM, LazySlide, … (docs/howto/interop.md)."
         ),
     ] = None,
+    slide_features: Annotated[
+        str | None,
+        typer.Option(help="Vectors of slides: file or folder of TITAN, PRISM, … of the archive."),
+    ] = None,
     features_format: Annotated[
         str, typer.Option("--format", help="Format of --features; auto tells it by its files.")
     ] = "auto",
     encoder: Annotated[
-        str | None, typer.Option(help="Encoder of --features, where there are several or none.")
+        str | None,
+        typer.Option(help="Encoder of (slide) features, where there are several or none."),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Revision of the encoder, where files do not say it.")
@@ -78,7 +83,11 @@ def archive_import(
         str | None, typer.Option(help="Name of the texts' source; default: the file's.")
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Remove captions the file no longer has.")
+        bool,
+        typer.Option(
+            "--replace",
+            help="Remove captions the file no longer has; replace vectors of slides that differ.",
+        ),
     ] = False,
     slide_col: Annotated[str | None, typer.Option(help="Column of the slide in --labels.")] = None,
     case_col: Annotated[str | None, typer.Option(help="Column of the case in --labels.")] = None,
@@ -97,22 +106,31 @@ def archive_import(
     from pathflip.interop.tree_captions import import_tree_captions, read_tree_captions
     from pathflip.keywords import load_lexicon
 
-    files = (captions, questions, labels, manifest, tree_captions, features)
+    files = (captions, questions, labels, manifest, tree_captions, features, slide_features)
     if all(file is None for file in files):
         raise ConfigError(
             "There is nothing to import.",
-            hint="Give --features, --captions, --questions, --labels, --manifest or "
-            "--tree-captions.",
+            hint="Give --features, --slide-features, --captions, --questions, --labels, "
+            "--manifest or --tree-captions.",
         )
     about_features = were_set(
         encoder=encoder, revision=revision, licence=licence, slides=slides, mpp_csv=mpp_csv,
         patch_um=patch_um, pack_consecutive=pack_consecutive,
     )  # fmt: skip
-    if about_features and features is None:
-        flag = next(iter(about_features)).replace("_", "-")
+    if features is not None and slide_features is not None:
+        raise ConfigError(
+            "--features and --slide-features are of two encoders.",
+            hint="Import one, then the other.",
+        )
+    of_both = {"encoder", "revision", "licence"} if slide_features is not None else set()
+    if features is None and (only := [name for name in about_features if name not in of_both]):
+        flag = only[0].replace("_", "-")
         raise ConfigError(f"--{flag} is of features.", hint="Give --features as well.")
-    if replace and captions is None:
-        raise ConfigError("--replace is of captions.", hint="Give --captions as well.")
+    if replace and captions is None and slide_features is None:
+        raise ConfigError(
+            "--replace is of captions and of vectors of slides.",
+            hint="Give --captions or --slide-features as well.",
+        )
     columns = {"slide_col": slide_col, "case_col": case_col, "label_cols": label_col or ()}
     # All files are read before anything is written.
     tables = {}
@@ -134,10 +152,26 @@ def archive_import(
             imported = import_features(
                 archive, features, settings, dry_run=dry_run, progress=progress
             )
+    of_slides = None
+    if slide_features is not None:
+        from pathflip.interop.features.slide_importing import (
+            SlideFeatureImport,
+            import_slide_features,
+        )
+
+        wanted = SlideFeatureImport(
+            encoder=encoder, revision=revision, licence=licence, replace=replace
+        )
+        with working() as progress:
+            of_slides = import_slide_features(
+                archive, slide_features, wanted, dry_run=dry_run, progress=progress
+            )
     nodes = None
     if tree_captions is not None:
         nodes = read_tree_captions(Archive(archive), tree_captions)
     document: dict[str, Any] = {} if imported is None else {"features": imported.as_json()}
+    if of_slides is not None:
+        document["slide_features"] = of_slides.as_json()
     document |= {
         what: import_labels(archive, file, rows, dry_run=dry_run)
         for what, (file, rows) in tables.items()
@@ -159,8 +193,9 @@ def archive_import(
         shown = [(key, _few(value)) for key, value in flat(document)]
         title = "dry run: nothing was written" if dry_run else f"imported into {archive}"
         show_table(title, ("what", "value"), shown)
-    if imported is not None and imported.exit_code:
-        raise typer.Exit(imported.exit_code)
+    for made in (imported, of_slides):
+        if made is not None and made.exit_code:
+            raise typer.Exit(made.exit_code)
 
 
 def _few(value: Any) -> Any:

@@ -53,7 +53,10 @@ def search(
     ] = None,
     encoder: Annotated[
         str | None,
-        typer.Option(help="Which encoder's features; as for ingest where weights are local."),
+        typer.Option(
+            help="Which encoder's features, or slide encoder's vectors; as for ingest where "
+            "weights are local."
+        ),
     ] = None,
     exclude_same_slide: Annotated[
         bool, typer.Option("--exclude-same-slide", help="Leave the query's own slide out.")
@@ -71,6 +74,8 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find slides, regions or patches by words, or by a picture, slide or region like them."""
+    if encoder is not None and run is None and (image is not None or text is not None):
+        _refuse_imported(open_archive(archive), encoder, what="a picture" if image else "words")
     _check_usage(
         {"text": text, "image": image, "slide": slide, "region": region},
         mode=mode,
@@ -182,6 +187,16 @@ def _encoder(opened: Any, encoder: str | None, loaded: Any) -> tuple[str, str]:
     from pathflip.compat import resolve_encoder
 
     return resolve_encoder(opened, encoder or (loaded.encoder["name"] if loaded else None))
+
+
+def _refuse_imported(opened: Any, encoder: str, *, what: str) -> None:
+    """Refuse to embed a query by a slide encoder of which there are only vectors."""
+    if encoder in opened.slide_encoders():
+        raise ConfigError(
+            f"The vectors of {encoder} were imported, and nothing here embeds {what} by it.",
+            hint="Search by a slide: --slide SLIDE --level slide.",
+            code="no_model",
+        )
 
 
 def _is_patch_model(encoder: str | None) -> bool:

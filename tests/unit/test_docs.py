@@ -20,6 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 import typer
@@ -143,11 +145,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in tables.items():
         (home / name).write_text(text)
     export_features(Archive(made.archive), "trident", home / "trident_job")
+    _add_slide_features(home / "trident_job", sorted(Archive(made.archive).ready_ids()))
     given = {name: str(home / f"{name}.csv") for name in ("patients", "questions")}
     arguments = ["archive", "import", "--archive", str(made.archive)]
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--labels", given["patients"], "--questions", given["questions"]])
     return home
+
+
+def _add_slide_features(job: Path, slides: Sequence[str]) -> None:
+    """Vectors of slides as TRIDENT writes them, beside its features of patches."""
+    folder = job / "20x_256px_0px_overlap" / "slide_features_titan"
+    folder.mkdir(parents=True)
+    for number, slide in enumerate(slides):
+        with h5py.File(folder / f"{slide}.h5", "w") as file:
+            file.create_dataset("features", data=np.sin(np.arange(1.0, 9.0) * (number + 1)))
 
 
 def _make_tuned(folder: Path, loaded: Any, base: Path) -> None:

@@ -306,5 +306,11 @@ def _rows(path: Path, tensor: Tensor, start: int, stop: int) -> NDArray[Any]:
     return rows
 
 
+def read_vector(path: Path, tensor: Tensor) -> NDArray[Any]:
+    """Read a tensor [d], or one whose other sizes are 1."""
+    flat = Tensor(dtype=tensor.dtype, offset=tensor.offset, shape=(1, tensor.shape[-1]))
+    return _rows(path, flat, 0, 1).reshape(-1)
+
+
 def _places(path: Path, tensor: Tensor) -> NDArray[np.float64]:
     return np.asarray(_rows(path, tensor, 0, tensor.shape[0])[:, :2], np.float64)

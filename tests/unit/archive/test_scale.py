@@ -244,7 +244,7 @@ def test_an_archive_of_layout_3_takes_slides_and_patients_as_before(
 
     with monkeypatch.context() as patch:
         patch.setattr("pathflip.archive.create.PICTURES", "unused")
-        patch.setattr("pathflip.archive.create.SCHEMA_VERSION", 3)
+        patch.setattr("pathflip.archive.create.NEW_LAYOUT", 3)
         patch.setattr("pathflip.archive.tables.embeddings_schema", before)
         create_archive(uri, tiling=cohort.TILING)
         with Committer(uri) as committer:
