@@ -25,8 +25,8 @@ from pathflip.geometry import TREE_NODES
 SCHEMA_VERSION = 5
 """Version of the table layout; an archive with a higher one is refused. 2 added captions and
 models, 3 patch trees, 4 a table of pictures apart from ``slides`` and embeddings that do not repeat
-the patient, 5 slide encoders. An archive of an older version opens as it is; captions, models, trees
-and slide encoders are added to it, the rest stays as it was made."""
+the patient, 5 slide encoders. An archive of an older version opens as it is; captions, models,
+trees and slide encoders are added to it, the rest stays as it was made."""
 NEW_LAYOUT = 4
 """Layout of a new archive: tables that came later are added with the first of their rows."""
 

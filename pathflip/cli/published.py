@@ -1,4 +1,4 @@
-"""Commands that measure on published sets and against published figures: pictures, compare."""
+"""Commands of evaluate that need no archive's texts: pictures, neighbours, compare."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pathflip.cli.options import (
+    ArchiveOption,
     DeviceOption,
     JsonOption,
     ResamplesOption,
@@ -70,6 +71,39 @@ def evaluate_pictures(
     else:
         show_recall(document, "pictures")
     tell_refused(document["refused"], "picture", as_json=as_json)
+
+
+@app.command("neighbours")
+def evaluate_neighbours(
+    archive: ArchiveOption,
+    label: Annotated[str, typer.Option(help="Label that near slides should share.")],
+    space: Annotated[
+        list[str] | None,
+        typer.Option(help="Encoder, model or slide encoder; repeat to compare. Default: all."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only slides of this split.")] = None,
+    resamples: ResamplesOption = 1000,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare vectors of slides: whether the nearest of other patients have the same label."""
+    from pathflip.cli.process import open_archive
+    from pathflip.evaluation.neighbours import neighbours
+
+    document = neighbours(
+        open_archive(archive), label, space or (), split=split, resamples=resamples, seed=seed
+    )
+    if as_json:
+        print_json(document)
+        return
+    rows = [
+        [name, key, share, *(found["ci"][key] or (None, None)), document["chance"]]
+        for name, found in document["spaces"].items()
+        for key, share in found.items()
+        if key != "ci"
+    ]
+    title = f"{label}: {document['n']} slides, {document['alone']} without another of their label"
+    show_table(title, ("vectors", "k", "same label", "95 % from", "to", "chance"), rows)
 
 
 @app.command("compare")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pathflip.encoders import sources, zoo
+from pathflip.encoders import musk, sources, zoo
 from pathflip.encoders.base import EncoderInfo, Spec
 from pathflip.encoders.torchscript import load_torchscript
 from pathflip.encoders.weights import bad_weights, safetensors_of
@@ -271,7 +271,7 @@ def build(card: zoo.Card, path: Path) -> tuple[nn.Module, Forward]:
         model = _timm_filled(card, _read(path, card.name))
         prefix = int(getattr(model, "num_prefix_tokens", 1))
         return model, lambda images: pool(model(images), card.pooling, prefix=prefix)
-    towers = {"conch": _conch, "conch_v1_5": _conch_v1_5, "keep": _keep}
+    towers = {"conch": _conch, "conch_v1_5": _conch_v1_5, "keep": _keep, "musk": _musk}
     tower = towers[card.loader](path, card.name)
     return tower, tower
 
@@ -509,6 +509,12 @@ def _keep(folder: Path, name: str) -> nn.Module:
     # The checkpoint holds a text tower as well.
     wanted = ("visual.", "visual_head.")
     _fill(tower, {k: v for k, v in state.items() if k.startswith(wanted)}, name)
+    return tower
+
+
+def _musk(folder: Path, name: str) -> nn.Module:
+    tower = musk.MuskTower()
+    _fill(tower, musk.image_tower(_read(folder, name)), name)
     return tower
 
 

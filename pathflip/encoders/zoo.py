@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Loader = Literal[
-    "timm", "transformers", "dinov2_registers", "clip", "conch", "conch_v1_5", "keep", "torchscript"
-]
+    "timm", "transformers", "dinov2_registers", "clip", "conch", "conch_v1_5", "keep", "musk",
+    "torchscript",
+]  # fmt: skip
 Pooling = Literal["model", "cls", "cls+mean"]
 Colour = tuple[float, float, float]
 
@@ -38,8 +39,8 @@ class Card:
         name: Name in specs.
         title: Its authors' name for it.
         hub: Repository on the Hugging Face hub.
-        loader: Library that builds it; ``conch``, ``conch_v1_5`` and ``keep`` are image towers
-            built here, ``dinov2_registers`` a class of transformers that the card shapes.
+        loader: Library that builds it; ``conch``, ``conch_v1_5``, ``keep`` and ``musk`` are image
+            towers built here, ``dinov2_registers`` a class of transformers that the card shapes.
         dim: Length of a feature.
         input_px: Side of the square the network sees.
         resize_px: Side patches are resampled to before the centre crop to ``input_px``; None means
@@ -416,6 +417,22 @@ CARDS: tuple[Card, ...] = (
         pooling="model",
         licence="MIT",
         gated=False,
+    ),
+    Card(
+        name="musk",
+        title="MUSK",
+        hub="xiangjx/musk",
+        loader="musk",
+        dim=1024,
+        input_px=384,
+        resize_px=384,
+        mean=HALF[0],
+        std=HALF[1],
+        mpp=0.5,
+        patch_um=192,
+        pooling="model",
+        licence=_NO_DERIVATIVES,
+        gated=True,
     ),
     Card(
         name="plip",

@@ -27,6 +27,7 @@ TRIDENT = {
     "hibou_l": (112, 1024),
     "phikon": (112, 768),
     "phikon_v2": (112, 1024),
+    "musk": (192, 1024),
     "keep": (None, 768),  # 256 px there; its authors state no resolution
     "gigapath": (128, 1536),
     "h_optimus_0": (112, 1536),
@@ -41,7 +42,8 @@ def test_cards(card):
     assert card.licence
     assert card.title
     assert (
-        card.input_px % {"conch": 16, "conch_v1_5": 16, "keep": 16, "clip": 32}.get(card.loader, 14)
+        card.input_px
+        % {"conch": 16, "conch_v1_5": 16, "keep": 16, "musk": 16, "clip": 32}.get(card.loader, 14)
         == 0
     )
     assert card.resize_px is None or card.resize_px >= card.input_px
