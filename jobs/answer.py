@@ -33,6 +33,7 @@ from jobs.batch_vllm import (
     map_engines,
 )
 from jobs.stages import ended, wrong_model
+from pathflip import tracing
 from pathflip.archive import Archive
 from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames, listed
 from pathflip.errors import ConfigError
@@ -73,6 +74,7 @@ class AnswerResult:
         return asdict(self) | {"seconds": round(self.seconds, 3)}
 
 
+@tracing.job
 def caption_all(
     archive: str,
     run: str,
@@ -108,6 +110,7 @@ def caption_all(
     return _answer(opened, loaded, wanted, out, config, address, progress, dry_run, asking=False)
 
 
+@tracing.job
 def ask_all(
     archive: str,
     run: str,

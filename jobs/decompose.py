@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from jobs.batch_vllm import check_settings, map_engines
 from jobs.stages import ended
+from pathflip import tracing
 from pathflip.archive import CAPTIONS, Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import refresh_indexes
@@ -107,6 +108,7 @@ class DecomposeResult:
         return asdict(self) | {"seconds": round(self.seconds, 3)}
 
 
+@tracing.job
 def decompose(
     archive: str,
     llm: str,

@@ -29,6 +29,7 @@ import pyarrow as pa
 from jobs import cluster
 from jobs.batch_vllm import check_settings, map_engines
 from jobs.stages import ended, wrong_model
+from pathflip import tracing
 from pathflip.archive import Archive, vectors
 from pathflip.archive.commit import Committer
 from pathflip.archive.schema import CHECKSUM
@@ -122,6 +123,7 @@ class DescribeResult:
         return {key: value for key, value in document.items() if value is not None}
 
 
+@tracing.job
 def describe(
     archive: str,
     vlm: str,

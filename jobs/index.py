@@ -24,6 +24,7 @@ from jobs import cluster
 from jobs.cluster import Place
 from jobs.index_segments import nodes, segmented
 from jobs.stages import ended, map_actors, wrong_model
+from pathflip import tracing
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.indexes import indexes_due, refresh_indexes
@@ -95,6 +96,7 @@ class IndexResult:
         return asdict(self) | {"seconds": round(self.seconds, 3)}
 
 
+@tracing.job
 def index(
     archive: str,
     run: str,

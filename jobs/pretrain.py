@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import ray_train
+from pathflip import tracing
 from pathflip.config import read_yaml
 from pathflip.models import MR_PRESETS, PRESETS
 from pathflip.training import config as slides
@@ -90,6 +91,7 @@ def objective(config: AnyPretrainConfig) -> Contrastive | MultiResolution:
     return Contrastive(config)
 
 
+@tracing.job
 def pretrain(
     archive: str,
     run: str | Path,

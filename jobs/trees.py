@@ -28,6 +28,7 @@ from jobs.stages import ended, map_actors
 from jobs.tree_actor import SlideOutcome, SlideTask, TreeActor
 from jobs.tree_plan import Choice, Plan, make_plan, plan_versions, roots_by_slide
 from jobs.worker import from_ipc
+from pathflip import tracing
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.trees import (
@@ -144,6 +145,7 @@ class TreesResult:
         return 3 if self.slides["failed"] or self.quarantined else 0
 
 
+@tracing.job
 def trees(
     archive: str,
     config: TreesConfig | None = None,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import ray_train
+from pathflip import tracing
 from pathflip.training.config import TuneConfig
 from pathflip.training.config import resolve_tuning as resolve
 from pathflip.training.instruct import Instruct
@@ -22,6 +23,7 @@ from pathflip.training.trainer import TrainingProgress
 __all__ = ["TuneConfig", "plan", "resolve", "tune"]
 
 
+@tracing.job
 def tune(
     archive: str,
     out: str | Path,

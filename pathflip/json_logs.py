@@ -1,7 +1,8 @@
 """Logs as lines of JSON, for whoever collects them: ``PATHFLIP_LOG_FORMAT=json``.
 
 One variable for jobs and the service. Each line has ``time``, ``level``, ``logger`` and
-``message``, and those of :data:`FIELDS` that whoever logs gives as ``extra``. Without the variable
+``message``, those of :data:`FIELDS` that whoever logs gives as ``extra``, and ``trace_id`` where
+it is a part of a trace (:mod:`pathflip.tracing`). Without the variable
 people read plain lines, and nothing here changes what they see.
 """
 
@@ -13,6 +14,7 @@ import os
 from datetime import UTC, datetime
 from typing import Any
 
+from pathflip import tracing
 from pathflip.errors import ConfigError
 
 FORMAT = "PATHFLIP_LOG_FORMAT"
@@ -38,6 +40,8 @@ class JSONFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         line |= {name: vars(record)[name] for name in FIELDS if name in vars(record)}
+        if (trace := tracing.trace_id()) is not None:
+            line["trace_id"] = trace
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

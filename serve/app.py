@@ -26,6 +26,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+from pathflip import tracing
 from pathflip.errors import PathFLIPError
 from serve import proxy
 from serve.auth import read_tokens
@@ -119,6 +120,7 @@ def bind_ingress(config: ServeConfig, inputs: ServiceInputs, parts: Mapping[str,
         redactions=redactions(config, inputs),
         drain_s=config.drain_s,
         session_key=os.urandom(32),
+        traced=tracing.endpoint() is not None,
     )
 
 
@@ -137,6 +139,8 @@ def redactions(config: ServeConfig, inputs: ServiceInputs) -> dict[str, str]:
 def _deployment(part: Any, name: str, config: ServeConfig) -> Any:
     from ray import serve
 
+    if name != "ingress" and tracing.endpoint() is not None:
+        part = tracing.traced(part, name=name)
     replicas: Replicas = getattr(config, name)
     options = replicas.options(config.drain_s)
     # Paths contain slide ids, which belong in the audit log and in no other. Errors of a part name
@@ -226,6 +230,7 @@ class DeploymentClient:
         streams: Names of methods that are asynchronous generators.
         retried: Whether a call is repeated once if its replica died under it.
         failures: Deployments without a replica; None refuses no call.
+        traced: Whether its methods take the span that a call is a part of.
     """
 
     def __init__(
@@ -235,9 +240,10 @@ class DeploymentClient:
         streams: tuple[str, ...] = (),
         retried: bool = True,
         failures: Failures | None = None,
+        traced: bool = False,
     ) -> None:
         self._handle, self._streams, self._tries = handle, streams, 2 if retried else 1
-        self._failures = failures
+        self._failures, self._traced = failures, traced
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
@@ -250,7 +256,7 @@ class DeploymentClient:
             for left in reversed(range(self._tries)):
                 try:
                     await self._check(ask=False)
-                    response = handle.remote(*args, **kwargs)
+                    response = handle.remote(*args, **kwargs, **self._parent())
                     return await self._answer(response, response)
                 except Exception as error:
                     mapped = _map_error(error)
@@ -261,7 +267,7 @@ class DeploymentClient:
 
         async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             await self._check(ask=False)
-            found = handle.remote(*args, **kwargs)
+            found = handle.remote(*args, **kwargs, **self._parent())
             try:
                 items = aiter(found)
                 first = await self._answer(anext(items, _NOTHING), found)
@@ -277,6 +283,10 @@ class DeploymentClient:
         made = stream if streams else call
         setattr(self, method, made)
         return made
+
+    def _parent(self) -> dict[str, str]:
+        parent = tracing.traceparent() if self._traced else None
+        return {} if parent is None else {"traceparent": parent}
 
     async def _check(self, *, ask: bool) -> None:
         if self._failures and await self._failures.has(self._handle.deployment_name, ask=ask):
@@ -331,6 +341,7 @@ class Ingress:
         redactions: {path or URI of the server: what to show instead} in messages.
         drain_s: Seconds that running answers have when the replica is stopped.
         session_key: Secret of sessions, the same in all replicas; with HAProxy it has another.
+        traced: Whether the parts take the span that a call is a part of.
     """
 
     def __init__(
@@ -346,6 +357,7 @@ class Ingress:
         redactions: Mapping[str, str],
         drain_s: float,
         session_key: bytes,
+        traced: bool,
     ) -> None:
         from serve import logs
         from serve.audit import AuditLog
@@ -355,10 +367,15 @@ class Ingress:
         from serve.tiles import Tiles
 
         logs.set_up()
+        tracing.check()
         failures = Failures(_statuses)
         clients = {
             name: DeploymentClient(
-                handle, streams=("chat",), retried=name != "instructor", failures=failures
+                handle,
+                streams=("chat",),
+                retried=name != "instructor",
+                failures=failures,
+                traced=traced,
             )
             for name, handle in parts.items()
         }
@@ -367,10 +384,11 @@ class Ingress:
         self._audit, self._drain_s = AuditLog(audit), drain_s
         if tokens is not None:
             warn_of_nodes(ended_folder(self._audit.path), nodes=_nodes())
+        tiles = tracing.traced(Tiles, name="tiles") if traced else Tiles
         self._app = make_app(
             Parts(
                 **clients,
-                tiles=Tiles(archive, config=reading, refresh_s=refresh_s),
+                tiles=tiles(archive, config=reading, refresh_s=refresh_s),
                 redactions=redactions,
             ),
             limits=limits,

@@ -16,13 +16,14 @@ import math
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pathflip import tracing
 from pathflip.errors import ConfigError, PathFLIPError
 from pathflip.vllm_engine import context_length, set_environment, uses_gpu
 from serve.config import ChatConfig, find_model
@@ -168,10 +169,13 @@ class ChatEngine:
         if request.get("choices"):
             yield await self._choose(request)
             return
-        prompt = await loop.run_in_executor(self._thread, self._reader.prompt, request)
+        with tracing.span("prompt"):  # reads the slide and encodes it, where it is not kept
+            prompt = await loop.run_in_executor(self._thread, self._reader.prompt, request)
         sampling = self._sampling(request, len(prompt))
         held, tokens, sent, reason = "", 0, -math.inf, None
-        stream = self.engine.generate(prompt, sampling, request_id=uuid.uuid4().hex)
+        stream = tracing.stream(
+            "engine", self.engine.generate(prompt, sampling, request_id=uuid.uuid4().hex)
+        )
         with self._engine_errors():
             async with aclosing(stream):  # leaving it early aborts the request
                 async for output in stream:
@@ -196,21 +200,12 @@ class ChatEngine:
         from pathflip.slide_qa import chosen
 
         loop = asyncio.get_running_loop()
-        asked, prompts = await loop.run_in_executor(self._thread, self._reader.choices, request)
+        with tracing.span("prompt"):
+            asked, prompts = await loop.run_in_executor(self._thread, self._reader.choices, request)
         lengths = [len(one.prompt) for one in prompts]
         self._sampling(request, max(lengths))  # refuses a prompt that is too long
-        tasks = [
-            asyncio.ensure_future(
-                self.engine.next_log_probs(one.prompt, one.tokens, request_id=uuid.uuid4().hex)
-            )
-            for one in prompts
-        ]
-        try:
-            with self._engine_errors():
-                found = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:  # one has failed: the others are for nobody
-                task.cancel()
+        with tracing.span("engine", prompts=len(prompts)):
+            found = await self._score(prompts)
         scores = scores_of(self._reader.front, asked, list(zip(prompts, found, strict=True)))
         answer = chosen(request["slide_id"], asked.choices, scores)
         return {
@@ -221,6 +216,21 @@ class ChatEngine:
                 "choice": answer.choice, "scores": answer.scores, "abstain": answer.abstain,
             },
         }  # fmt: skip
+
+    async def _score(self, prompts: Sequence[ScoredPrompt]) -> list[dict[int, float]]:
+        """Return the log-probabilities of the tokens that each prompt asks about."""
+        tasks = [
+            asyncio.ensure_future(
+                self.engine.next_log_probs(one.prompt, one.tokens, request_id=uuid.uuid4().hex)
+            )
+            for one in prompts
+        ]
+        try:
+            with self._engine_errors():
+                return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # one has failed: the others are for nobody
+                task.cancel()
 
     @contextmanager
     def _engine_errors(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pathflip import tracing
 from pathflip.config import load_config
 from pathflip.errors import CheckpointError, ConfigError, PathFLIPError, from_dict
 from pathflip.vllm_engine import EngineConfig, context_length
@@ -217,6 +218,7 @@ def check_inputs(config: ServeConfig) -> ServiceInputs:
     from pathflip.compat import check_fits
 
     _check_numbers(config)
+    tracing.check()
     token_file, llm = _absolute(config.token_file), _absolute(config.llm)
     run = str(_absolute(config.run))
     if token_file is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathflip import tracing
 from pathflip.errors import ConfigError, EncoderError
 from serve.limits import RequestError
 
@@ -125,7 +126,8 @@ class Embedder:
             {"model", "fingerprint", "vectors": float32 [n, d] of length 1, "tokens"}.
         """
         async with self.lock:
-            return await asyncio.to_thread(self._texts, list(texts))
+            with tracing.span("text tower", texts=len(texts)):
+                return await asyncio.to_thread(self._texts, list(texts))
 
     async def patch_text(self, text: str) -> dict[str, Any]:
         """Embed a text by the patch model.
@@ -137,7 +139,8 @@ class Embedder:
             RequestError: ``no_patches``: there is none.
         """
         async with self.patch_lock:
-            return await asyncio.to_thread(self._patch_text, text)
+            with tracing.span("text tower", texts=1):
+                return await asyncio.to_thread(self._patch_text, text)
 
     async def patch_image(self, pixels: NDArray[np.uint8], *, mpp: float) -> dict[str, Any]:
         """Embed a picture by the patch model: the mean of its patches; see :meth:`patch_text`.
@@ -151,7 +154,8 @@ class Embedder:
         if self.patch_encoder is None:
             raise RequestError("This service has no encoder for pictures.", code="no_encoder")
         async with self.patch_lock:
-            return await asyncio.to_thread(self._patch_image, pixels, mpp)
+            with tracing.span("patch encoder"):
+                return await asyncio.to_thread(self._patch_image, pixels, mpp)
 
     async def classes(self, classes: Mapping[str, list[str]], *, templates: str) -> dict[str, Any]:
         """Embed classes by the patch model: the means of their prompts.
@@ -200,7 +204,8 @@ class Embedder:
                 part = part[:PROMPTS_AT_ONCE]
                 if not part:
                     continue
-                vectors = await asyncio.to_thread(self._patch_texts, part)
+                with tracing.span("text tower", texts=len(part)):
+                    vectors = await asyncio.to_thread(self._patch_texts, part)
             for prompt, vector in zip(part, vectors, strict=True):
                 found[prompt] = self._prompts[prompt] = vector.copy()  # not a view of all
             while len(self._prompts) > MAX_PROMPTS:
@@ -225,7 +230,8 @@ class Embedder:
             raise RequestError("This service has no encoder for pictures.", code="no_encoder")
         self._check_size(pixels, mpp)
         async with self.lock:
-            return await asyncio.to_thread(self._image, pixels, mpp)
+            with tracing.span("slide model"):
+                return await asyncio.to_thread(self._image, pixels, mpp)
 
     def _check_size(self, pixels: NDArray[np.uint8], mpp: float) -> None:
         scaled = pixels.shape[0] * pixels.shape[1] * (mpp / self.tiling.mpp) ** 2

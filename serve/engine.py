@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pathflip import tracing
 from pathflip.vllm_engine import EngineConfig, engine_arguments, import_vllm
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ class VLLMEngine:
     """
 
     def __init__(self, folder: str | Path, config: EngineConfig) -> None:
-        self._llm = start_vllm(engine_arguments(folder, config))
+        self._llm = start_vllm(engine_arguments(folder, config) | _traces())
 
     @property
     def errored(self) -> bool:
@@ -130,7 +132,9 @@ class VLLMEngine:
             stop_token_ids=list(sampling.stop_token_ids),
             output_kind=kind,
         )
-        stream = self._llm.generate({"prompt_embeds": prompt}, params, request_id)
+        stream = self._llm.generate(
+            {"prompt_embeds": prompt}, params, request_id, trace_headers=_trace_headers()
+        )
         async with aclosing(stream):  # leaving it early aborts the request
             async for output in stream:
                 part = output.outputs[0]
@@ -154,7 +158,9 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         found: dict[int, float] = {}
-        stream = self._llm.generate({"prompt_embeds": prompt}, params, request_id)
+        stream = self._llm.generate(
+            {"prompt_embeds": prompt}, params, request_id, trace_headers=_trace_headers()
+        )
         async with aclosing(stream):
             async for output in stream:
                 logs = output.outputs[0].logprobs[0]
@@ -172,6 +178,22 @@ class VLLMEngine:
     def shutdown(self) -> None:
         """Stop the engine and its child process."""
         self._llm.shutdown()
+
+
+def _traces() -> dict[str, Any]:
+    """Return the arguments with which the engine sends spans of its own, where any are sent."""
+    where = tracing.endpoint()
+    if where is None:
+        return {}
+    tracing.check()  # names the service before vLLM looks for that
+    os.environ[tracing.TRACES_PROTOCOL] = "http/protobuf"  # its default is another
+    # Times of a request are statistics.
+    return {"otlp_traces_endpoint": where, "disable_log_stats": False}
+
+
+def _trace_headers() -> dict[str, str] | None:
+    parent = tracing.traceparent()
+    return None if parent is None else {"traceparent": parent}
 
 
 def start_vllm(arguments: dict[str, Any]) -> Any:

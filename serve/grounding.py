@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pathflip import tracing
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
 from pathflip.heatmap import encode_png
 
@@ -160,7 +161,8 @@ class Grounding:
         self._waiting.append(question)
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._answer_all(loop))
-        return await question.answer
+        with tracing.span("slide model", slides=len(slides), texts=len(texts)):
+            return await question.answer
 
     async def _answer_all(self, loop: asyncio.AbstractEventLoop) -> None:
         """Answer whatever waits, a batch at a time, until nobody does."""

@@ -16,14 +16,15 @@ import logging
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from pathflip import tracing
 from pathflip.errors import ArchiveError, PathFLIPError
 from serve.audit import AuditError, AuditLog
 from serve.auth import LOCAL, Client, Tokens, is_local
@@ -231,7 +232,8 @@ class Guard:
         self.running += counted
         self.metrics.in_flight.inc(counted)
         try:
-            await self._answer(answer, scope, receive)
+            with answer.traced():
+                await self._answer(answer, scope, receive)
         finally:
             if answer.place is not None:
                 self.of_client[answer.place] -= 1
@@ -360,6 +362,32 @@ class _Answer:
         """Template of the path, never the path itself."""
         return str(getattr(self.scope.get("route"), "path", "none"))
 
+    @contextmanager
+    def traced(self) -> Iterator[None]:
+        """Begin a trace, or go on with the client's; what only asks how the service is has none."""
+        if self.scope["path"] in UNCOUNTED:
+            yield
+            return
+        # Of what a client may say of its trace only ids are taken: the rest is free text.
+        given = Headers(scope=self.scope).get("traceparent")
+        with tracing.span("request", traceparent=given, begins=True) as span:
+            try:
+                yield
+            finally:
+                if span is not None:
+                    span.update_name(f"{self.method} {self.route}")
+                    span.set_attribute("http.request.method", self.method)
+                    span.set_attribute("http.route", self.route)
+                    span.set_attribute("http.response.status_code", self.status)
+                    span.set_attribute("pathflip.request_id", self.request_id)
+                    if self.status >= 500:
+                        tracing.fail(span, str(self.status))
+
+    @property
+    def method(self) -> str:
+        """Method of the request, where a route has it: others are the client's words."""
+        return str(self.scope["method"]) if self.route != "none" else "none"
+
     async def refuse(self, error: PathFLIPError, *, retry_s: int) -> None:
         """Answer with an error, if no answer has begun."""
         if self.status:
@@ -404,8 +432,7 @@ class _Answer:
 
     def count(self) -> None:
         metrics, status = self.guard.metrics, str(self.status or "gone")
-        method = self.scope["method"] if self.route != "none" else "none"
-        metrics.requests.labels(self.route, method, status).inc()
+        metrics.requests.labels(self.route, self.method, status).inc()
         metrics.seconds.labels(self.route).observe(time.perf_counter() - self.begun)
 
 

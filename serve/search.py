@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pathflip import tracing
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
 from pathflip.display import shrunk
 from pathflip.errors import ConfigError, PathFLIPError
@@ -174,7 +175,8 @@ class Search:
         patches = request["level"] == "patch"
         pool = self._scans if patches else self._threads
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(pool, self._search, archive, request, embedded)
+        with tracing.span("query", level=request["level"], mode=request["mode"]):
+            found = await loop.run_in_executor(pool, self._search, archive, request, embedded)
         if not patches:  # one reads all features whatever came before
             self._remember(request, embedded)
         return found
@@ -261,7 +263,8 @@ class Search:
         """
         archive = await self.snapshot.newest_async()
         ready_row(archive, request["slide_id"])
-        return await self._run(_segment, archive, request, classes)
+        with tracing.span("segment", classes=len(request["classes"])):
+            return await self._run(_segment, archive, request, classes)
 
     async def _run(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)

@@ -50,6 +50,7 @@ from jobs.ingest.result import IngestResult as IngestResult
 from jobs.ingest.resume import Archived
 from jobs.ingest.rows import Held
 from jobs.stages import ActorPool, ended, run_stages
+from pathflip import tracing
 from pathflip.archive import Archive
 from pathflip.archive.commit import Committer
 from pathflip.archive.create import create_archive
@@ -69,6 +70,7 @@ STAGED_GROUPS = 8  # groups of slides of object stores that a planner gets at on
 PICTURE_BYTES = 256 << 10  # estimate of a thumbnail and a tissue mask
 
 
+@tracing.job
 def ingest(
     sources: Sequence[str],
     archive: str,

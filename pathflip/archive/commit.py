@@ -27,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pathflip import tracing
 from pathflip.archive import transactions
 from pathflip.archive.archive import READY, Archive, ledger_of
 from pathflip.archive.compaction import (
@@ -249,7 +250,8 @@ class Committer:
                 for texts in (fragments or {}).values()
                 for text in dict.fromkeys(texts)
             ]
-            return self._commit(slides, rows | dict(others or {}), shards)
+            with tracing.span("commit", slides=len(slides)):
+                return self._commit(slides, rows | dict(others or {}), shards)
         except BaseException:
             self._failed = True  # part of it may have happened
             raise
