@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,7 @@ class ChatEngine:
         self._limit = context_length(llm_folder, settings)
         self.engine = engine or VLLMEngine(llm_folder, settings)
         self._begun = 0
+        self._name = uuid.uuid4().hex[:8]
         self._reader = reading.result()
         self._warm: asyncio.Task[None] | None = None
         logger.info("Engine started after %.1f s.", time.perf_counter() - began)
@@ -132,6 +133,10 @@ class ChatEngine:
             "running": self.engine.unfinished(),
             "prefix_bytes": self._reader.prefix_bytes,
         }
+
+    async def engine_load(self) -> dict[str, Any]:
+        """Return the load of the engine (:class:`serve.engine.EngineLoad`), and its ``name``."""
+        return {"name": self._name} | asdict(self.engine.load())
 
     async def check_health(self) -> None:
         """Raise if the engine is dead: Serve then replaces the replica. The first call warms up."""

@@ -57,6 +57,21 @@ class EngineOutput:
     finish_reason: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """Load of an engine.
+
+    Attributes:
+        running: Answers that are being decoded.
+        waiting: Answers that wait for room.
+        kv_cache: Share of the memory for keys and values that is taken, 0 to 1.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache: float = 0.0
+
+
 class Engine(Protocol):
     """Interface between the chat engine and what decodes its prompts."""
 
@@ -86,6 +101,9 @@ class Engine(Protocol):
     def unfinished(self) -> int:
         """Number of answers being decoded or waiting."""
 
+    def load(self) -> EngineLoad:
+        """Return its load, as of its last step."""
+
     async def check_health(self) -> None:
         """Raise if the engine is dead."""
 
@@ -108,7 +126,8 @@ class VLLMEngine:
     """
 
     def __init__(self, folder: str | Path, config: EngineConfig) -> None:
-        self._llm = start_vllm(engine_arguments(folder, config) | _traces())
+        self._last = _LastStep()
+        self._llm = start_vllm(engine_arguments(folder, config) | _traces(), steps=self._last)
 
     @property
     def errored(self) -> bool:
@@ -171,6 +190,10 @@ class VLLMEngine:
         """Number of answers being decoded or waiting."""
         return int(self._llm.get_num_unfinished_requests())
 
+    def load(self) -> EngineLoad:
+        """Return its load, as of its last step."""
+        return self._last.load if self.unfinished() else EngineLoad()
+
     async def check_health(self) -> None:
         """Raise if the engine is dead."""
         await self._llm.check_health()
@@ -196,11 +219,33 @@ def _trace_headers() -> dict[str, str] | None:
     return None if parent is None else {"traceparent": parent}
 
 
-def start_vllm(arguments: dict[str, Any]) -> Any:
+class _LastStep:
+    """Keeps the load that vLLM's scheduler tells of a step; stands where its loggers do."""
+
+    def __init__(self) -> None:
+        self.load = EngineLoad()
+
+    def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+        """Keep what a step tells."""
+        if scheduler_stats is not None:
+            self.load = EngineLoad(
+                running=scheduler_stats.num_running_reqs,
+                waiting=scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+                kv_cache=float(scheduler_stats.kv_cache_usage),
+            )
+
+    def log(self, *_: Any) -> None:
+        """Do nothing: a scrape asks."""
+
+    log_engine_initialized = record_sleep_state = log
+
+
+def start_vllm(arguments: dict[str, Any], *, steps: _LastStep | None = None) -> Any:
     """Start vLLM's asynchronous engine.
 
     Args:
         arguments: Result of :func:`pathflip.vllm_engine.engine_arguments`.
+        steps: Takes what the engine tells of each step; None for nobody.
 
     Raises:
         ConfigError: vLLM is not installed (``no_vllm``).
@@ -209,4 +254,5 @@ def start_vllm(arguments: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    told: Any = None if steps is None else [lambda *_: steps]
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=told)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.engine import EngineOutput, Sampling
+from serve.engine import EngineLoad, EngineOutput, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +130,10 @@ class FakeEngine:
     def unfinished(self) -> int:
         """Number of answers being said."""
         return self._running
+
+    def load(self) -> EngineLoad:
+        """Return its load: nothing waits, and there are no keys and values."""
+        return EngineLoad(running=self._running)
 
     async def check_health(self) -> None:
         """Raise if a script let the engine die."""

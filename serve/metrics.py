@@ -70,6 +70,14 @@ class Metrics:
         self._up = Gauge(
             "pathflip_part_up", "Whether a part answers.", ("part",), registry=registry
         )
+        self._engine_answers = Gauge(
+            "pathflip_engine_answers", "Answers in the engine, decoded or waiting.",
+            ("engine", "state"), registry=registry,
+        )  # fmt: skip
+        self._engine_cache = Gauge(
+            "pathflip_engine_kv_cache_ratio", "Share of the memory for keys and values in use.",
+            ("engine",), registry=registry,
+        )  # fmt: skip
         self._counts: dict[str, Gauge] = {}
 
     async def scraped(self, parts: Parts, up: Mapping[str, bool]) -> bytes:
@@ -94,7 +102,22 @@ class Metrics:
                 self._counts[name].set(counts[name])
             elif name in self._counts:  # an old figure would look like a new one
                 self.registry.unregister(self._counts.pop(name))
+        await self._ask_engine(parts, up)
         return generate_latest(_Labelled(self.registry, self._labels))
+
+    async def _ask_engine(self, parts: Parts, up: Mapping[str, bool]) -> None:
+        """Tell the load of one replica's engine, whichever answers; the others' is an old one."""
+        self._engine_answers.clear()
+        self._engine_cache.clear()
+        if not up.get("instructor"):
+            return
+        try:
+            found = await asyncio.wait_for(parts.instructor.engine_load(), COUNTS_S)
+        except (PathFLIPError, TimeoutError):
+            return
+        for state in ("running", "waiting"):
+            self._engine_answers.labels(found["name"], state).set(found[state])
+        self._engine_cache.labels(found["name"]).set(found["kv_cache"])
 
 
 class _Labelled(CollectorRegistry):

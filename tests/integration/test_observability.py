@@ -72,6 +72,8 @@ def of_service(service: Service) -> set[str]:
         assert client.get("/v1/slides/no-such-slide").status_code == 404
         found = samples(client.get("/metrics").text)
     assert found["pathflip_part_up"] == {"part", "replica"}
+    assert found["pathflip_engine_answers"] == {"engine", "state", "replica"}
+    assert found["pathflip_engine_kv_cache_ratio"] == {"engine", "replica"}
     return set(found)
 
 

@@ -1,4 +1,4 @@
-"""Traces of ``pathflip serve`` with a real engine, as a collector gets them."""
+"""Traces and engine metrics of ``pathflip serve`` with a real engine, as collectors get them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.collector import Collector, collecting
 from tests.faults import descendants, until
@@ -175,6 +177,35 @@ def test_without_a_trace_of_the_client_one_begins_and_probes_have_none(traced: T
     named = {one.name for one in traced.collector.spans}
     assert "search.describe" not in named
     assert not named & {"request", "GET /healthz", "GET /readyz", "GET /metrics", "search.counts"}
+
+
+def test_a_scrape_tells_the_load_of_the_engine(traced: Traced) -> None:
+    """Six answers are begun where four are decoded at once; then they are left."""
+
+    def load() -> dict[str, float]:
+        return {
+            sample.labels.get("state", "kv_cache"): sample.value
+            for family in text_string_to_metric_families(traced.http.get("/metrics").text)
+            for sample in family.samples
+            if sample.name.startswith("pathflip_engine_")
+        }
+
+    assert load() == {"running": 0, "waiting": 0, "kv_cache": 0}
+    model = traced.http.get("/v1/models").json()["data"][0]["id"]
+    body = {"model": model, "slide_id": "slide000", "max_tokens": 900, "stream": True,
+            "messages": [{"role": "user", "content": QUESTION}]}  # fmt: skip
+    with contextlib.ExitStack() as streams, ThreadPoolExecutor(6) as threads:
+        for _ in range(6):
+            stream = traced.http.stream("POST", "/v1/chat/completions", json=body)
+            threads.submit(streams.enter_context, stream)
+
+        def full() -> bool:
+            found = load()
+            return (found["running"], found["waiting"]) == (4, 2) and 0 < found["kv_cache"] <= 1
+
+        until(full, seconds=60, what="four answers and two that wait")
+        # Those that wait begin, and are left, when the others have ended.
+    until(lambda: load()["running"] == 0, seconds=60, what="the engine to rest")
 
 
 def test_nothing_that_was_sent_is_about_anybody(traced: Traced) -> None:

@@ -125,6 +125,9 @@ def known(exported: dict[str, set[str]], of_jobs: dict[str, set[str]]) -> dict[s
     there |= {name: {"GpuIndex"} | SCRAPED for name in OF_RAY}
     # Only an index of 50,000 vectors has it: see tests/unit/archive/test_indexed.py.
     there["pathflip_index_recall"] = {"replica"} | SCRAPED
+    # A chat engine is in tests/integration/test_observability.py, and a real one in test_traces.py.
+    there["pathflip_engine_answers"] = {"engine", "state", "replica"} | SCRAPED
+    there["pathflip_engine_kv_cache_ratio"] = {"engine", "replica"} | SCRAPED
     for group in RULES["groups"]:
         for rule in group["rules"]:
             if "record" in rule:
