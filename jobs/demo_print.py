@@ -75,8 +75,21 @@ def print_summary(
     console.print(faults)
 
 
-def print_results(document: dict[str, Any], vqa: dict[str, Any], captions: dict[str, Any]) -> None:
-    """Print what was measured on the test slides beside chance."""
+def print_results(
+    document: dict[str, Any],
+    vqa: dict[str, Any],
+    captions: dict[str, Any],
+    *,
+    everyday: dict[str, Any] | None,
+) -> None:
+    """Print what was measured on the test slides beside chance.
+
+    Args:
+        document: Evaluation of the slide model.
+        vqa: Evaluation of its answers.
+        captions: Evaluation of its captions.
+        everyday: Evaluation of the slide model in words that no caption has, where it was made.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -86,6 +99,10 @@ def print_results(document: dict[str, Any], vqa: dict[str, Any], captions: dict[
     for heading in ("measured", "found", "chance"):
         table.add_column(heading, justify="left" if heading == "measured" else "right")
     rows = dict(headline(document))
+    if everyday is not None:
+        for name, found in headline(everyday).items():
+            if name in ("presence auc", "pointing", "patch ap"):
+                rows[f"{name}, in words no caption has"] = found
     rows["questions"] = (vqa["accuracy"], vqa["majority_baseline"])
     if vqa.get("swapped"):
         rows["questions, another slide shown"] = (vqa["swapped"]["accuracy"], None)

@@ -311,6 +311,14 @@ def tasks() -> dict[str, Any]:
     return {"version": 1, "templates": ["CLASSNAME"], "neutral": "tissue", "tasks": found}
 
 
+def everyday_tasks() -> dict[str, Any]:
+    """Return the tasks of presence, asked in words that no caption has."""
+    found = tasks()
+    present = [task for task in found["tasks"] if task["kind"] == "presence"]
+    asked = [task | {"prompts": [text.EVERYDAY[task["name"]]]} for task in present]
+    return found | {"tasks": asked}
+
+
 LABEL_COLUMNS = (
     "slide",
     "patient_id",

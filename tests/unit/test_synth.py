@@ -26,6 +26,7 @@ from pathflip.synth.scene import CELL_UM, FINDINGS, lay_out, polygons, render, s
 from pathflip.synth.text import (
     ABSENT_NAMES,
     DETAILS,
+    EVERYDAY,
     FORMS,
     QUERIES,
     abstain_questions,
@@ -253,6 +254,9 @@ def test_held_out_words_are_known_words(scenes) -> None:  # type: ignore[no-unty
     for group in QUERIES.values():
         for query in group.values():
             assert {w.lower() for w in query.split()} <= known, query
+    assert list(EVERYDAY) == list(FINDINGS)
+    for query in EVERYDAY.values():
+        assert not set(query.split()) & known, query
 
 
 def test_answers_stand_anywhere(scenes) -> None:  # type: ignore[no-untyped-def]
