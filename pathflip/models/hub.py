@@ -20,7 +20,7 @@ from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models.config import PathFLIPConfig, TextConfig
 from pathflip.models.mrplip_config import MRPLIPConfig
 from pathflip.models.text_tower import load_text_model
-from pathflip.models.tokenizer import PLAIN, SETTINGS, TOKENIZER, TextTokenizer
+from pathflip.models.tokenizer import BERTS, PLAIN, SETTINGS, TOKENIZER, TextTokenizer
 
 if TYPE_CHECKING:
     from pathflip.models.mrplip import MRPLIP
@@ -185,8 +185,9 @@ def read_tokenizer(folder: Path, *, texts: bool = False) -> Any:
         _present(folder, TOKENIZER)
     settings = _present(folder, SETTINGS)
     try:
-        plain = json.loads(settings.read_text()).get("tokenizer_class", "") in PLAIN
-        if plain and texts:
+        kind = json.loads(settings.read_text()).get("tokenizer_class", "")
+        plain = kind in PLAIN
+        if texts and (plain or (kind in BERTS and (folder / TOKENIZER).exists())):
             return TextTokenizer(folder)
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -1,8 +1,8 @@
 """The tokenizer of a model's texts as the ``tokenizers`` library runs it.
 
 A model folder's ``tokenizer.json`` holds all of it, so a model that is loaded needs no
-``transformers`` to cut texts. Language models' tokenizers, which have chat templates, and classes
-of their own (BioBERT's) are those of ``transformers``: :func:`pathflip.models.hub.read_tokenizer`.
+``transformers`` to cut texts. Language models' tokenizers, which have chat templates, and other
+classes are those of ``transformers``: :func:`pathflip.models.hub.read_tokenizer`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of ``transformers`` that add nothing to ``tokenizer.json``, in tokenizer_config.json."""
+BERTS = ("BertTokenizer", "BertTokenizerFast")
+"""Classes whose ``tokenizer.json`` holds all that cuts texts, where there is one."""
 
 
 class TextTokenizer:

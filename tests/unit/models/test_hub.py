@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PathFLIP, hub
+from pathflip.models.tokenizer import TextTokenizer
 from tests.unit.models.tiny import CAPTIONS, SIZES, TOKENIZER, batch, tiny
 
 
@@ -189,8 +190,22 @@ def test_a_bert_in_a_folder_is_the_tower_and_starts_the_qformer(bert: Path, tmp_
     # What was saved needs the folder no more.
     about = json.loads((tmp_path / "m" / "config.json").read_text())
     assert about["text_config"]["model_type"] == "bert"
-    monkey = PathFLIP.from_pretrained(tmp_path / "m")
-    assert monkey.fingerprint() == model.fingerprint()
+    again = PathFLIP.from_pretrained(tmp_path / "m")
+    assert again.fingerprint() == model.fingerprint()
+
+
+def test_a_bert_of_the_hub_is_cut_into_the_same_words_without_transformers(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "necrosis", "naive", "##s", "a", ","]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    theirs = BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=True)
+    theirs.save_pretrained(tmp_path)
+    ours = hub.read_tokenizer(tmp_path, texts=True)
+    assert isinstance(ours, TextTokenizer)
+    texts = ["Naïve, NECROSIS", "", "[MASK] necrosiss a", "中文 a"]
+    for most in (3, 64):
+        cut = {"truncation": True, "max_length": most}
+        assert ours(texts, **cut)["input_ids"] == theirs(texts, **cut)["input_ids"]
+    assert ours.get_vocab() == theirs.get_vocab()
 
 
 def test_the_shared_branch_starts_from_the_bert_too(bert: Path) -> None:
