@@ -465,7 +465,7 @@ def _sized(value: str | bytes | None) -> bytes:
 
 def _is_nan(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     if values.dtype != np.float16:
-        return np.isnan(values)
+        return np.asarray(np.isnan(values))
     # numpy widens each number first; by its bits it takes a fifth of the time.
     return np.asarray((values.view(np.uint16) & np.uint16(0x7FFF)) > np.uint16(0x7C00))
 

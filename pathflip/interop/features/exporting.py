@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,10 @@ from pathflip.progress import Progress, Report
 
 _COLUMNS = (
     "slide_id", "uri", "sha256", "mpp", "mpp_source", "width", "height", "tissue_mm2",
+    "fingerprint", "run_id",
 )  # fmt: skip
+DONE = ".pathflip-export.jsonl"
+"""File in the folder of an export: a line for each slide whose files are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +44,18 @@ class Layout:
         px: Side of a patch as it was read.
         tiling: The archive's grid.
         encoder: Encoder's name, as the tool knows it.
+        origin: Digest of what a slide's files are made from.
     """
 
     out: Path
     px: int
     tiling: Tiling
     encoder: str
+    origin: str = ""
 
 
-Writer = Callable[[Layout, FeatureFile], None]
+Writer = Callable[[Layout, FeatureFile], Sequence[Path]]
+"""Writes the files of a slide, each whole or not at all, and returns them."""
 
 
 def export_features(
@@ -61,8 +69,9 @@ def export_features(
 ) -> dict[str, Any]:
     """Write slides' patch features as files of another tool, one slide at a time.
 
-    Files are named after the slides' files, and after their ids where two have one name. A file
-    that is there already is replaced, whole.
+    Files are named after the slides' files, and after their ids where two have one name. The same
+    call again writes what is missing, and what the archive has made anew since; other files that
+    are there already are replaced, whole.
 
     Args:
         archive: The archive.
@@ -73,7 +82,8 @@ def export_features(
         progress: Progress callback.
 
     Returns:
-        {"out", "format", "encoder", "slides", "patches", "notes": what the format cannot say}.
+        {"out", "format", "encoder", "slides" and "patches" that were written, "skipped": slides
+        whose files are there, "notes": what the format cannot say}.
 
     Raises:
         ConfigError: There is no such format.
@@ -94,13 +104,18 @@ def export_features(
         encoder=foreign_name(name),
     )
     layout.out.mkdir(parents=True, exist_ok=True)
-    started, patches = time.monotonic(), 0
+    started, patches, skipped = time.monotonic(), 0, 0
+    done = _done(layout.out)
     for number, row in enumerate(rows):
-        record = slide_record(
-            archive, row, encoder=name, entry=entry, tiling=tiling, name=names[row["slide_id"]]
-        )
-        WRITERS[to](layout, record)
-        patches += record.n
+        stem = names[row["slide_id"]]
+        origin = _origin(row, to=to, name=name, entry=entry, tiling=tiling, stem=stem)
+        if origin in done:
+            skipped += 1
+        else:
+            record = slide_record(archive, row, encoder=name, entry=entry, tiling=tiling, name=stem)
+            files = WRITERS[to](replace(layout, origin=origin), record)
+            _note(layout.out, origin, files)
+            patches += record.n
         if progress is not None:
             progress(
                 Progress(
@@ -119,10 +134,40 @@ def export_features(
         "out": str(layout.out),
         "format": to,
         "encoder": name,
-        "slides": len(rows),
+        "slides": len(rows) - skipped,
+        "skipped": skipped,
         "patches": patches,
         "notes": notes,
     }
+
+
+def _origin(
+    row: dict[str, Any], *, to: str, name: str, entry: dict[str, Any], tiling: Tiling, stem: str
+) -> str:
+    """Return a digest of what a slide's files are made from, without reading its features."""
+    # Features of a slide that was ingested or imported again are of another run.
+    made_from = [to, stem, name, entry["revision"], tiling.fingerprint(), row["slide_id"],
+                 row["fingerprint"], row["run_id"]]  # fmt: skip
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+
+
+def _done(out: Path) -> set[str]:
+    """Return the origins of slides whose files are all there."""
+    found = set()
+    with suppress(FileNotFoundError):
+        for line in (out / DONE).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+                noted = json.loads(line)
+                if all((out / file).exists() for file in noted["files"]):
+                    found.add(noted["origin"])
+    return found
+
+
+def _note(out: Path, origin: str, files: Sequence[Path]) -> None:
+    """Note that the files of a slide are written."""
+    line = json.dumps({"origin": origin, "files": [str(file.relative_to(out)) for file in files]})
+    with (out / DONE).open("a", encoding="utf-8") as notes:
+        notes.write(f"\n{line}\n")  # apart from a line that was cut off
 
 
 def slide_record(
@@ -207,36 +252,37 @@ def _file_names(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {slide: stem if counts[stem.casefold()] == 1 else slide for slide, stem in stems.items()}
 
 
-def _trident(layout: Layout, record: FeatureFile) -> None:
+def _trident(layout: Layout, record: FeatureFile) -> list[Path]:
     tiling = layout.tiling
     folder = layout.out / f"{10 / tiling.mpp:g}x_{layout.px}px_0px_overlap"
-    hdf5.write_trident(folder, record, px=layout.px)
+    files = hdf5.write_trident(folder, record, px=layout.px)
     about = {"patch_encoder": layout.encoder, "patch_size": layout.px, "mag": 10 / tiling.mpp}
     config = folder / f"_config_feats_{layout.encoder}.json"
     if not config.exists():
         write_file(config, json.dumps(about, indent=4) + "\n")
+    return files
 
 
-def _clam(layout: Layout, record: FeatureFile) -> None:
-    hdf5.write_clam(layout.out, record)
+def _clam(layout: Layout, record: FeatureFile) -> list[Path]:
+    return hdf5.write_clam(layout.out, record)
 
 
-def _slidechat(layout: Layout, record: FeatureFile) -> None:
-    slidechat.write_slidechat(layout.out, record)
+def _slidechat(layout: Layout, record: FeatureFile) -> list[Path]:
+    return [slidechat.write_slidechat(layout.out, record)]
 
 
-def _stamp(layout: Layout, record: FeatureFile) -> None:
-    hdf5.write_stamp(layout.out / layout.encoder, record, px=layout.px)
+def _stamp(layout: Layout, record: FeatureFile) -> list[Path]:
+    return [hdf5.write_stamp(layout.out / layout.encoder, record, px=layout.px)]
 
 
-def _h5ad(layout: Layout, record: FeatureFile) -> None:
-    tables.write_h5ad(layout.out, record)
+def _h5ad(layout: Layout, record: FeatureFile) -> list[Path]:
+    return [tables.write_h5ad(layout.out, record)]
 
 
-def _spatialdata(layout: Layout, record: FeatureFile) -> None:
+def _spatialdata(layout: Layout, record: FeatureFile) -> list[Path]:
     # LazySlide and the archive name encoders alike.
     named = replace(record, encoder=encoder_name(layout.encoder))
-    spatialdata.write_spatialdata(layout.out, named, px=layout.px)
+    return [spatialdata.write_spatialdata(layout.out, named, px=layout.px, origin=layout.origin)]
 
 
 WRITERS: dict[str, Writer] = {

@@ -229,8 +229,11 @@ def write_trident(folder: Path, record: FeatureFile, *, px: int) -> list[Path]:
     return [places, made]
 
 
-def write_clam(folder: Path, record: FeatureFile) -> Path:
-    """Write ``h5_files/S.h5`` as CLAM does: float32 features, int32 coordinates, no attributes."""
+def write_clam(folder: Path, record: FeatureFile) -> list[Path]:
+    """Write ``h5_files/S.h5`` as CLAM does: float32 features, int32 coordinates, no attributes.
+
+    And ``patches/S.h5``, which has the size of patches.
+    """
     target = folder / "h5_files" / f"{record.slide}.h5"
     arrays: dict[str, NDArray[Any]] = {
         "features": record.read(0, record.n).astype(np.float32),
@@ -249,7 +252,7 @@ def write_clam(folder: Path, record: FeatureFile) -> Path:
     if record.extent is not None:
         about |= {"level_dim": record.extent, "downsampled_level_dim": record.extent}
     _write(places, {"coords": arrays["coords"]}, {"coords": about})
-    return target
+    return [target, places]
 
 
 def write_stamp(folder: Path, record: FeatureFile, *, px: int) -> Path:
@@ -312,7 +315,7 @@ def _write(
     import h5py
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, h5py.File(part, "w") as file:
+    with replacing(path, one_writer=True) as part, h5py.File(part, "w") as file:
         for name, value in attributes.get(_FILE, {}).items():
             file.attrs[name] = value
         for key, values in arrays.items():

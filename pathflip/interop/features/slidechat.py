@@ -88,7 +88,7 @@ def write_slidechat(folder: Path, record: FeatureFile) -> Path:
             "size0": np.full(record.n, round(record.size or 0), np.int64),
             "mpp": np.full(record.n, record.mpp or np.nan),
         }
-    with replacing(target) as part:
+    with replacing(target, one_writer=True) as part:
         options = csv.WriteOptions(quoting_style="none")
         csv.write_csv(pa.table(columns), str(part), write_options=options)
     return target

@@ -292,7 +292,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 # -- writing --------------------------------------------------------------------------------------
 
 
-def write_spatialdata(folder: Path, record: FeatureFile, *, px: int) -> Path:
+def write_spatialdata(folder: Path, record: FeatureFile, *, px: int, origin: str) -> Path:
     """Write ``S.zarr``: its tiles, and the features of them.
 
     A store that is there already is left alone: it may hold the work of others.
@@ -301,14 +301,18 @@ def write_spatialdata(folder: Path, record: FeatureFile, *, px: int) -> Path:
         folder: Folder to write into.
         record: The slide.
         px: Side of a patch as it was read.
+        origin: Digest of what the store is made from: one with the same is the one to write.
 
     Raises:
-        SlideError: There is such a store (``exists``), or zarr is not installed
+        SlideError: There is another store (``exists``), or zarr is not installed
             (``missing_package``).
     """
     target = folder / f"{record.slide}{SUFFIX}"
     zarr = _zarr(target)
     if target.exists():
+        with reading(target):
+            if _mapping(_group(target, "").attrs.get("pathflip")).get("origin") == origin:
+                return target
         raise unusable(
             target,
             f"is in {folder} already, and may hold more than these features",
@@ -318,7 +322,9 @@ def write_spatialdata(folder: Path, record: FeatureFile, *, px: int) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = partial_path(target, one_writer=True)
     shutil.rmtree(part, ignore_errors=True)
-    root = zarr.create_group(str(part), zarr_format=3, attributes=_attributes(record, px=px))
+    root = zarr.create_group(
+        str(part), zarr_format=3, attributes=_attributes(record, px=px, origin=origin)
+    )
     found = record.coordinates() if record.coordinates is not None else None
     places = np.zeros((record.n, 2)) if found is None else found
     shapes = root.create_group("shapes")
@@ -334,7 +340,7 @@ def _size(record: FeatureFile) -> int:
     return round(record.size or 0)
 
 
-def _attributes(record: FeatureFile, *, px: int) -> dict[str, Any]:
+def _attributes(record: FeatureFile, *, px: int, origin: str) -> dict[str, Any]:
     """Return the attributes of a store."""
     size = _size(record)
     scale = size / px
@@ -353,6 +359,7 @@ def _attributes(record: FeatureFile, *, px: int) -> dict[str, Any]:
         "tissue_name": None,
     }
     own = {
+        "origin": origin,
         "mpp": record.mpp,
         "encoder_revision": record.revision,
         "encoder_licence": record.licence,

@@ -102,7 +102,7 @@ def write_h5ad(folder: Path, record: FeatureFile) -> Path:
         "slide": record.slide,
         **record.notes,
     }
-    with replacing(target) as part, h5py.File(part, "w") as file:
+    with replacing(target, one_writer=True) as part, h5py.File(part, "w") as file:
         _encode(file, "anndata", "0.1.0")
         chunk = (min(ROWS_PER_CHUNK, max(1, record.n)), record.dim)
         values = record.read(0, record.n).astype(np.float32)

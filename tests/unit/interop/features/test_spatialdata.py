@@ -25,7 +25,7 @@ import zarr
 from pathflip.archive import Archive
 from pathflip.errors import SlideError
 from pathflip.interop.features import spatialdata
-from pathflip.interop.features.exporting import export_features
+from pathflip.interop.features.exporting import DONE, export_features
 from pathflip.interop.features.find import find_features
 from pathflip.interop.features.importing import import_features
 from tests.unit.interop.features.test_exchange import scaled
@@ -246,9 +246,13 @@ def test_anndata_reads_what_is_written(tmp_path: Path) -> None:
     assert made.uns["spatialdata_attrs"] == {
         "region": "tiles", "region_key": "library_id", "instance_key": "tile_id",
     }  # fmt: skip
-    # A store may hold what others added: it is not replaced.
+    # Killed before it noted the store: it is known by itself.
+    (tmp_path / "out" / DONE).unlink()
+    assert export_features(opened, "spatialdata", tmp_path / "out")["slides"] == 1
+    # Another store may hold what others added: it is not replaced.
+    import_features(str(tmp_path / "other"), tmp_path / "job", scaled(tmp_path, s1=0.25))
     with pytest.raises(SlideError, match="already") as error:
-        export_features(opened, "spatialdata", tmp_path / "out")
+        export_features(Archive(tmp_path / "other"), "spatialdata", tmp_path / "out")
     assert error.value.code == "exists"
 
 
