@@ -230,10 +230,13 @@ def write_trident(folder: Path, record: FeatureFile, *, px: int) -> list[Path]:
 
 
 def write_clam(folder: Path, record: FeatureFile) -> list[Path]:
-    """Write ``h5_files/S.h5`` as CLAM does: float32 features, int32 coordinates, no attributes.
+    """Write a slide as CLAM does; its training reads the tensor alone.
 
-    And ``patches/S.h5``, which has the size of patches.
+    ``h5_files/S.h5`` has float32 features and int32 coordinates without attributes,
+    ``pt_files/S.pt`` the features as a tensor, and ``patches/S.h5`` the size of patches.
     """
+    import torch
+
     target = folder / "h5_files" / f"{record.slide}.h5"
     arrays: dict[str, NDArray[Any]] = {
         "features": record.read(0, record.n).astype(np.float32),
@@ -252,7 +255,11 @@ def write_clam(folder: Path, record: FeatureFile) -> list[Path]:
     if record.extent is not None:
         about |= {"level_dim": record.extent, "downsampled_level_dim": record.extent}
     _write(places, {"coords": arrays["coords"]}, {"coords": about})
-    return [target, places]
+    tensor = folder / "pt_files" / f"{record.slide}.pt"
+    tensor.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(tensor, one_writer=True) as part:
+        torch.save(torch.from_numpy(arrays["features"]), part)
+    return [target, places, tensor]
 
 
 def write_stamp(folder: Path, record: FeatureFile, *, px: int) -> Path:

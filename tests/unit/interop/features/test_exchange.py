@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import torch
 
 from jobs import ingest as jobs_ingest
 from jobs.ingest.config import IngestConfig
@@ -466,6 +467,9 @@ def test_other_readers_find_what_they_look_for(own: Path, tmp_path: Path, to: st
         if to == "clam":
             assert not dict(file["coords"].attrs)
             assert file["coords"].dtype == np.int32
+            # CLAM's training opens the tensor alone, unless it is told otherwise.
+            tensor = torch.load(tmp_path / "pt_files" / "a.pt", weights_only=True)
+            assert (tensor.numpy() == values).all()
             with h5py.File(tmp_path / "patches" / "a.h5") as places:
                 assert places["coords"].attrs["patch_size"] == 128
         if to == "stamp":
