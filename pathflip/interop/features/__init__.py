@@ -12,6 +12,7 @@ archives; the rest knows no file format::
     spatialdata.py  .zarr stores of SpatialData and LazySlide
     find.py         a folder's files, told by their content and joined with their coordinates
     place.py        patches to regions and slots of the archive's grid, pure
+    halves.py       32-bit numbers rounded to 16 bits
     encoders.py     which encoder other tools mean by a name
     importing.py    files into the archive, by its one writer
     exporting.py    slides of an archive as files

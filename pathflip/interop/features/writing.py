@@ -12,7 +12,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pathflip.archive.fragments import write_fragment
-from pathflip.archive.halves import convert
 from pathflip.archive.slide_rows import (
     embedding_rows,
     feature_rows,
@@ -21,6 +20,7 @@ from pathflip.archive.slide_rows import (
     region_rows,
 )
 from pathflip.geometry import Tiling
+from pathflip.interop.features.halves import convert
 from pathflip.interop.features.place import corners
 from pathflip.interop.features.planning import Planned
 from pathflip.interop.features.record import FeatureFile, unusable

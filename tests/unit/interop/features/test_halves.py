@@ -1,0 +1,26 @@
+"""Floats of 16 bits, against numpy's own conversion."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pathflip.interop.features.halves import convert
+
+
+@pytest.mark.parametrize("size", [0, 1, 32_766, 32_767, 32_768, 100_003])
+def test_numbers_are_rounded_as_numpy_does(size: int) -> None:
+    bits = np.random.default_rng(size).integers(0, 1 << 32, size, dtype=np.uint32)
+    wide = bits.view(np.float32)
+    wide[np.isnan(wide)] = 65_520  # the first that is infinite in 16 bits
+    half = np.empty(size, np.float16)
+    convert(wide, half)
+    with np.errstate(over="ignore"):
+        assert (half.view(np.uint16) == wide.astype(np.float16).view(np.uint16)).all()
+
+
+def test_numbers_that_may_not_be_written_to_are_rounded_too() -> None:
+    wide = np.frombuffer(np.linspace(-9, 9, 1000, dtype=np.float32).tobytes(), np.float32)
+    half = np.empty(1000, np.float16)
+    convert(wide, half)
+    assert (half == wide.astype(np.float16)).all()
