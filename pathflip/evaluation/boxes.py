@@ -17,6 +17,7 @@ Shapes: P patches of a slide, T true boxes of a finding on it, B predicted boxes
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from pathflip.evaluation import bootstrap
 from pathflip.heatmap import Box
 from pathflip.interop.tables import bad_line, clean, column, is_missing, needed_column, read_rows
 from pathflip.slides.outlines import Polygon
+
+logger = logging.getLogger(__name__)
 
 THRESHOLDS = (0.1, 0.3, 0.5)
 """Overlaps from which on a box counts as found."""
@@ -196,7 +199,7 @@ def summarise_boxes(
 def read_boxes(
     file: str | Path, *, names: SlideNames, slides: set[str], findings: set[str]
 ) -> dict[str, dict[str, list[Polygon]]]:
-    """Read {slide_id: {finding: boxes as polygons}} from a table.
+    """Read {slide_id: {finding: boxes as polygons}} from a table; warns of slides nobody knows.
 
     Args:
         file: CSV or TSV with the columns ``slide``, ``finding`` (or ``class``, ``label``), ``x0``,
@@ -226,6 +229,11 @@ def read_boxes(
                 f"{row[slide]} is the name of several slides, {several[0]} and {several[1]}",
                 hint="Write the slide_id.",
             )  # fmt: skip
+    if matches.unmatched:
+        logger.warning(
+            "%d slides of %s are not in the archive, %s for one: their boxes are not measured.",
+            len(matches.unmatched), file, matches.unmatched[0],
+        )  # fmt: skip
     for (line, row), (slide_id,) in matches.found:
         name = clean(row[finding])
         if slide_id not in slides or name not in findings:

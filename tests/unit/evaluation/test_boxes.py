@@ -169,6 +169,17 @@ def test_both_ways_to_write_a_box(tmp_path: Path) -> None:
         assert bounding_boxes(found["a"]["t"]).tolist() == [[1, 2, 4, 6]]
 
 
+def test_a_slide_that_nobody_knows_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "boxes.csv"
+    file.write_text("slide,finding,x0,y0,x1,y1\na,t,1,2,3,4\nmisspelt,t,1,2,3,4\n")
+    with caplog.at_level("WARNING"):
+        assert list(read_boxes(file, names=names(), slides={"a", "b"}, findings={"t"})) == ["a"]
+    assert "1 slides of" in caplog.text
+    assert "misspelt for one" in caplog.text
+
+
 def test_thresholds_are_shares() -> None:
     assert check_thresholds([0.5, 0.1, 0.5]) == (0.1, 0.5)
     for wrong in (0, -1, 1.5):
