@@ -109,6 +109,8 @@ class Embedder:
             for spec, revision in zip(config.specs, revisions, strict=True):
                 encoder = load_encoder(spec, device=config.device, patch_um=config.tiling.patch_um)
                 check_revision(encoder, revision)
+                if config.compile and (compiled := getattr(encoder, "compile", None)):
+                    compiled()
                 self._encoders.append(encoder)
         except EncoderError as error:  # raised here, Ray would start the actor again and again
             self._fatal = error

@@ -155,6 +155,11 @@ class MRPLIPEncoder:
         features = begin(patches)
         return lambda: self._vectors(features())
 
+    def compile(self) -> None:
+        """Compile the base encoder's network, if it is one, when it first runs."""
+        if compile_base := getattr(self._base, "compile", None):
+            compile_base()
+
     def _vectors(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """Map features of the base encoder to vectors, on a stream of its own.
 

@@ -127,6 +127,10 @@ class NeuralEncoder:
 
         return features
 
+    def compile(self) -> None:
+        """Compile the network at its first run (``torch.compile``): features differ by rounding."""
+        self._model.compile()
+
     def _begin(self, patches: NDArray[np.uint8]) -> Callable[[], Tensor]:
         """Begin one batch; the function returned waits for its features, float32 on the CPU."""
         with torch.inference_mode():

@@ -95,6 +95,10 @@ class PathFLIPInstruct(PromptEncoder):
         tokenizer: Its tokenizer.
         config: Settings of the model.
         base: The language model before tuning: ``name``, and ``fingerprint`` of its folder.
+
+    Attributes:
+        one_pass: Run a batch through the language model at once, not by groups of similar length:
+            where its layers are cut over several processes, each must run them equally often.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class PathFLIPInstruct(PromptEncoder):
         super().__init__(vision, tokenizer, llm.get_input_embeddings(), config)
         self.llm = llm
         self.base = base
+        self.one_pass = False
 
     # -- making and keeping -----------------------------------------------------------------------
 
@@ -389,7 +394,8 @@ class PathFLIPInstruct(PromptEncoder):
             answers: Token ids of each answer.
         """
         found: list[Tensor] = [rows[0]] * len(rows)
-        for members in _by_length([len(row) for row in rows]):
+        groups = [list(range(len(rows)))] if self.one_pass else _by_length(list(map(len, rows)))
+        for members in groups:
             states = self._states([rows[i] for i in members], left=False)
             at, wanted = [], []
             for place, i in enumerate(members):

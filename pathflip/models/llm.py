@@ -87,10 +87,10 @@ def shown_if_long(size: int) -> Iterator[None]:
 def compile_layers(causal: Any) -> None:
     """Compile a language model's layers when they first run (``torch.compile``), in place.
 
-    They are alike, so that they compile as one; names of weights stay.
+    They are alike, so that they compile as one; names of weights stay, and hooks run outside.
     """
     for layer in causal.model.layers:
-        layer.compile()
+        layer.forward = torch.compile(layer.forward)
 
 
 def recompute_layers(causal: Any) -> None:

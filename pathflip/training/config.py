@@ -172,6 +172,11 @@ class TuneConfig(TrainConfig):
             a random order, for reports whose order means nothing; ``affirmed``, what they affirm,
             in the order of the alphabet.
         align: Weight of the vision model's own losses, which train along in the second stage.
+        shard: Whether the language model's layers are cut over the workers (FSDP): ``auto``, on
+            GPUs where its weights would take more than a quarter of one's memory.
+        recompute: Whether its layers compute their activations again in the backward pass: less
+            memory for a third more computing.
+        compile: Whether its layers are compiled (``torch.compile``) when they first run.
         best: Criterion for the exported weights: the loss of the answers about the
             validation slides (``loss``), or the last (``last``).
     """
@@ -195,6 +200,9 @@ class TuneConfig(TrainConfig):
     groundable: bool = True
     captions: Literal["whole", "shuffled", "affirmed"] = "whole"
     align: float = 0.0
+    shard: Literal["auto", "always", "never"] = "auto"
+    recompute: bool = False
+    compile: bool = False
     best: Literal["loss", "last"] = "loss"
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from pathflip.errors import CheckpointError, ConfigError
 from pathflip.models import PathFLIP, PathFLIPInstruct, hub
 from pathflip.models.data_init import start_projector
 from pathflip.models.instruct import InstructOutput, fingerprint_of
+from pathflip.models.llm import compile_layers, recompute_layers
 from pathflip.models.small_llm import made_to_read
 from pathflip.slide_qa import ChoiceQuestion, mode_of, offers_abstention, score_choices
 from pathflip.text import CANNOT_TELL
@@ -37,11 +38,14 @@ from pathflip.training.dataset import Corpus, make_corpus
 from pathflip.training.model_card import about_model, tuned_card
 from pathflip.training.objective import Loss, Objective, Stage, Worker
 from pathflip.training.run_dir import load_tensors, write_model
+from pathflip.training.sharding import shard_layers
 from pathflip.training.slide_batches import VAL_SLIDES, SlideBatch, SlideDataset, named_means
 from pathflip.training.targets import with_targets
 
 logger = logging.getLogger(__name__)
 
+SHARE_OF_A_CARD = 0.25
+"""Share of a GPU's memory above which a language model's weights are cut over several."""
 CALIBRATE_ON = 500
 """Validation questions that a temperature is fitted on, at most."""
 
@@ -153,7 +157,27 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
             train = corpus.members("train").tolist()
             sentences = sorted({text for i in train for text in corpus.pieces[i]})
             start_projector(model, batch.features, batch.patch_mask, sentences)
+        if self.config.recompute:
+            recompute_layers(model.causal)
+        if self.config.compile:
+            compile_layers(model.causal)
         return model
+
+    def shard(self, model: PathFLIPInstruct, worker: Worker) -> bool:
+        """Cut the language model's layers over the workers, by the settings or its size."""
+        if self.config.shard == "auto":
+            large = 0.0
+            if worker.device.type == "cuda":
+                memory = torch.cuda.get_device_properties(worker.device).total_memory
+                weights = sum(own.nbytes for own in model.llm.parameters())
+                large = float(weights > SHARE_OF_A_CARD * memory)
+            if not float(worker.summed(torch.tensor(large))):  # all agree, whatever their cards
+                return False
+        elif self.config.shard == "never":
+            return False
+        shard_layers(model.causal, worker)
+        model.one_pass = True
+        return True
 
     def _built(self, vision: PathFLIP, dataset: SlideDataset) -> PathFLIPInstruct:
         """Return the model before anything is fitted to slides."""
@@ -234,10 +258,18 @@ class Instruct(Objective[SlideDataset, TuneConfig]):
         names = ("loss", *self.weights)
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)
         most = min(VAL_SLIDES, config.batch_size // config.accumulate)
-        for chunk in dataset.validation_batches(most_slides=most)[worker.rank :: worker.world]:
-            batch = dataset.batch(chunk, epoch=0, validating=True)
+        chunks = dataset.validation_batches(most_slides=most)
+        for turn in range(-(-len(chunks) // worker.world)):
+            place = turn * worker.world + worker.rank
+            counts = place < len(chunks)
+            if not counts and not model.one_pass:
+                break
+            # Layers that are cut over the workers run equally often in each of them.
+            batch = dataset.batch(chunks[place if counts else 0], epoch=0, validating=True)
             with worker.autocast():
                 output = self._output(model, batch.to(worker.device), worker.alone)
+            if not counts:
+                continue
             parts = [getattr(output, name) for name in names]
             sums[:-1] += torch.stack([part.double().cpu() for part in parts]) * output.tokens
             sums[-1] += output.tokens

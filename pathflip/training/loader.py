@@ -6,6 +6,8 @@ import queue
 import threading
 from collections.abc import Iterator
 
+import torch
+
 from pathflip.training.objective import Batch, Dataset
 
 AHEAD = 2
@@ -19,7 +21,7 @@ def stream(
     *,
     rank: int = 0,
     world: int = 1,
-    pin: bool = False,
+    pin: torch.device | None = None,
 ) -> Iterator[list[Batch]]:
     """Yield a worker's micro-batches of steps ``start`` to ``stop``, read ahead by a thread.
 
@@ -29,7 +31,7 @@ def stream(
         stop: Step after the last.
         rank: This worker.
         world: Number of workers.
-        pin: Put them into page-locked memory, for copies to a GPU.
+        pin: GPU for whose copies they are put into page-locked memory; None for a CPU.
     """
     ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(AHEAD)
     over = threading.Event()
@@ -44,11 +46,13 @@ def stream(
 
     def produce() -> None:
         try:
+            if pin is not None and pin.index is not None:
+                torch.cuda.set_device(pin)  # a thread's own; it would take memory of the first
             for step in range(start, stop):
                 if over.is_set():
                     return
                 made = dataset.micro_batches(step, rank=rank, world=world)
-                offer([batch.pin_memory() for batch in made] if pin else list(made))
+                offer([batch.pin_memory() for batch in made] if pin is not None else list(made))
             offer(None)
         except BaseException as error:  # raised again where it is waited for
             offer(error)

@@ -20,7 +20,7 @@ from pathflip.errors import CheckpointError, ConfigError
 
 MAY_CHANGE = (
     "min_workers", "max_workers", "cpus_per_worker", "cache_mb", "log_every", "save_every",
-    "max_failures",
+    "max_failures", "shard", "recompute", "compile",
 )  # fmt: skip
 """Settings a resumed run may be given anew: they change how it runs, not what comes out."""
 

@@ -208,6 +208,13 @@ class Objective(ABC, Generic[D, C]):
             init: The folder with the model of :meth:`initial`.
         """
 
+    def shard(self, model: Any, worker: Worker) -> bool:
+        """Cut parts of a built model over several workers, in place; return whether any was.
+
+        Called on all of them, with the model on the CPU.
+        """
+        return False
+
     def stages(self, steps_per_epoch: int) -> list[Stage]:
         """Return the stages, in their order, without gaps; most have one."""
         config = self.config

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from pathflip.training.sharding import is_cut
+
 
 def learning_rate(step: int, *, steps: int, peak: float, floor: float, warmup: float) -> float:
     """Return the learning rate of a step (from 0): linear to the peak, then cosine to the floor.
@@ -40,14 +42,15 @@ def parameter_groups(
         rates: Learning rates of parts of the model, by their name in it, as a multiple of that of
             the rest; each group has its own as ``rate``.
     """
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tokens = "query_tokens" in name or "queries" in name or "latent" in name
             plain = parameter.ndim < 2 or tokens
             rate = (rates or {}).get(name.partition(".")[0], 1.0)
+            cut = is_cut(parameter)  # one step updates tensors of one kind
             group = groups.setdefault(
-                (rate, plain),
+                (rate, plain, cut),
                 {"params": [], "weight_decay": 0.0 if plain else weight_decay, "rate": rate},
             )
             group["params"].append(parameter)

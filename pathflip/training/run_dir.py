@@ -37,6 +37,7 @@ from pathflip.errors import (
 from pathflip.files import FileLock, replacing, write_file
 from pathflip.training.loop_config import LoopConfig, differing, read_settings, save_settings
 from pathflip.training.objective import Dataset, Objective
+from pathflip.training.sharding import like, whole
 
 DATA = "data.parquet"
 """The items of a run."""
@@ -431,6 +432,8 @@ def model_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return parameters and buffers of a model by name, shared ones once.
 
+    Those that are cut over several workers are made whole, for which every worker must ask.
+
     Args:
         model: The model.
         names: Only the tensors of these names.
@@ -438,11 +441,7 @@ def model_tensors(
     Raises:
         TrainingError: If one of them is not finite: such weights are never written.
     """
-    named: dict[str, torch.Tensor] = dict(model.named_parameters())
-    persistent = model.state_dict()
-    named |= {name: value for name, value in model.named_buffers() if name in persistent}
-    if names is not None:
-        named = {name: named[name] for name in names}
+    named = {name: whole(value) for name, value in _named(model, names).items()}
     for name, value in named.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise TrainingError(
@@ -453,6 +452,13 @@ def model_tensors(
     return {name: value.detach() for name, value in named.items()}
 
 
+def _named(model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    named: dict[str, torch.Tensor] = dict(model.named_parameters())
+    persistent = model.state_dict()
+    named |= {name: value for name, value in model.named_buffers() if name in persistent}
+    return named if names is None else {name: named[name] for name in names}
+
+
 @torch.no_grad()
 def load_tensors(
     model: torch.nn.Module,
@@ -460,5 +466,5 @@ def load_tensors(
     names: Collection[str] | None = None,
 ) -> None:
     """Put the tensors of :func:`model_tensors` into a model of the same shape."""
-    for name, value in model_tensors(model, names).items():
-        value.copy_(tensors[name])
+    for name, value in _named(model, names).items():
+        value.copy_(like(value, tensors[name]))

@@ -35,6 +35,7 @@ from pathflip.training.loader import stream
 from pathflip.training.objective import Batch, Objective, Stage, Worker
 from pathflip.training.optim import learning_rate, parameter_groups
 from pathflip.training.run_dir import DATA, RunLog, checkpoint_at, load_tensors, model_tensors
+from pathflip.training.sharding import clip_gradients, is_cut, like, whole
 
 RECENT = 50
 """Steps whose mean is "the loss" of a run."""
@@ -161,6 +162,8 @@ def train(
         alone = [dist.new_group([other]) for other in range(world)][rank]
     if rank < used:
         place = torch.device(device)
+        if place.type == "cuda" and place.index is not None:
+            torch.cuda.set_device(place)  # Ray lets a worker see the cards of its machine's others
         worker = Worker(
             rank=rank,
             world=used,
@@ -215,7 +218,9 @@ class Trainer:
         self.per_epoch: int = self.dataset.steps_per_epoch
         self.steps: int = self.config.total_steps(self.per_epoch)
         self.stages = objective.stages(self.per_epoch)
-        self.model: Any = objective.build(self.dataset, run / "init").to(worker.device)
+        model: Any = objective.build(self.dataset, run / "init")
+        self.sharded = worker.world > 1 and objective.shard(model, worker)
+        self.model = model.to(worker.device)
         self.saved = objective.saved(self.model)
         self._enter(self.stages[0])
         self.counters = Counters()
@@ -235,7 +240,7 @@ class Trainer:
                 self.steps,
                 rank=self.worker.rank,
                 world=self.worker.world,
-                pin=self.worker.device.type == "cuda",
+                pin=self.worker.device if self.worker.device.type == "cuda" else None,
             )
             stack.enter_context(closing(batches))  # type: ignore[type-var]
             self.model.train()
@@ -304,12 +309,13 @@ class Trainer:
         )
 
     def _shared_model(self) -> Any:
-        """Return the model, wrapped where several GPUs train it.
+        """Return the model, wrapped where several GPUs train it and each holds all of it.
 
-        On CPUs gradients are averaged after the backward pass: gloo's threads would take the cores
+        On CPUs, and where a part of the model is cut over the GPUs, gradients of what is whole
+        are averaged after the backward pass. On CPUs gloo's threads would take the cores
         that compute it (docs/notes/performance-log.md, two workers).
         """
-        if self.worker.world == 1 or self.worker.device.type == "cpu":
+        if self.worker.world == 1 or self.worker.device.type == "cpu" or self.sharded:
             return self.model
         return DistributedDataParallel(
             self.model,
@@ -354,9 +360,7 @@ class Trainer:
             sums[:-1] += torch.stack([part.detach().float() for part in (loss, *parts.values())])
         if worker.world > 1 and model is self.model:
             average_gradients(self.model, worker)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), config.clip if config.clip else math.inf
-        )
+        norm = clip_gradients(self.model, config.clip if config.clip else math.inf)
         sums[-1] = float(not torch.isfinite(sums[:-1]).all())
         if worker.world > 1:
             dist.all_reduce(sums, group=worker.group)
@@ -434,14 +438,18 @@ class Trainer:
             if log is not None:
                 epoch = round(done / self.per_epoch, 4)
                 log.validation({"step": done, "epoch": epoch, "val": self.counters.val})
-        if self.worker.rank == 0 and (ended or validated or done % config.save_every == 0):
+        if not (ended or validated or done % config.save_every == 0):
+            return
+        if self.worker.rank == 0 or self.sharded:  # what is cut is gathered from all
+            tensors = {
+                "model": model_tensors(self.model, self.saved),
+                "optimizer": self._optimizer(),
+            }
+        if self.worker.rank == 0:
             save_checkpoint(
                 self.run / "checkpoints",
                 step=done,
-                tensors={
-                    "model": model_tensors(self.model, self.saved),
-                    "optimizer": self._optimizer(),
-                },
+                tensors=tensors,
                 state=asdict(self.counters),
                 metric=config.metric(self.counters.val) if validated else None,
             )
@@ -449,7 +457,7 @@ class Trainer:
     def _optimizer(self) -> dict[str, torch.Tensor]:
         """Return the optimiser's tensors, as ``<state>/<parameter>``."""
         return {
-            f"{what}/{name}": value
+            f"{what}/{name}": whole(value)
             for name, parameter in self.model.named_parameters()
             for what, value in self.optimizer.state.get(parameter, {}).items()
         }
@@ -473,7 +481,9 @@ class Trainer:
         tensors = found.tensors("optimizer") if self.stage.start < found.step else {}
         for name, parameter in self.model.named_parameters():
             state = {
-                key.partition("/")[0]: value.to(parameter.device)
+                key.partition("/")[0]: like(parameter, value)
+                if value.shape == parameter.shape
+                else value.to(parameter.device)
                 for key, value in tensors.items()
                 if key.partition("/")[2] == name
             }
@@ -502,11 +512,12 @@ class Trainer:
 def average_gradients(model: torch.nn.Module, worker: Worker) -> None:
     """Put the mean over all workers in the place of each gradient, some megabytes at a time.
 
-    Every parameter that trains has a gradient in every worker, as DDP demands it, too.
+    Every parameter that trains has a gradient in every worker, as DDP demands it, too. Those of
+    parameters that are cut over the workers are averaged already.
     """
     left: list[torch.Tensor] = []
     for name, own in model.named_parameters():
-        if own.requires_grad:
+        if own.requires_grad and not is_cut(own):
             if own.grad is None:
                 raise RuntimeError(f"{name} has no gradient, so workers cannot average it")
             left.append(own.grad)

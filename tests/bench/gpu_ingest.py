@@ -109,7 +109,7 @@ def _from_memory(bench: Bench, encoder: Any) -> Report:
             "busy": busy.share, "peak_gib": bench.peak(),
         }  # fmt: skip
     if bench.device == "cuda" and bench.left > 120:
-        encoder._model.compile()
+        encoder.compile()
         compiled = bench.timed(bare)
         report["floor, compiled"] = {"patches_per_s": slots / compiled["ms"] * 1e3}
     return report

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import cv2
 import numpy as np
@@ -41,7 +42,7 @@ def images(patches, mean, std):
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def probe(forward, *, batch=None, device="cpu", **changes):
+def probe(forward, *, batch=None, device="cpu", model=None, **changes):
     card = dataclasses.replace(CARD, **changes)
     info = EncoderInfo(
         name=card.name,
@@ -56,7 +57,7 @@ def probe(forward, *, batch=None, device="cpu", **changes):
     return neural.NeuralEncoder(
         info=info,
         card=card,
-        model=nn.Identity(),
+        model=model or nn.Identity(),
         forward=forward,
         device=torch.device(device),
         batch=batch,
@@ -362,6 +363,29 @@ def test_cuda_matches_cpu(vit):
     a, b = here(PATCHES), there(PATCHES)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosine.min() > 0.999
+
+
+class Linear(nn.Module):
+    """Three sums of all pixels, as a network."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3, 192))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T
+
+
+@pytest.mark.skipif(which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_gives_the_same(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    network = Linear()
+    encoder = probe(network, model=network)
+    expected = encoder(PATCHES)
+    encoder.compile()
+    np.testing.assert_allclose(encoder(PATCHES), expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
