@@ -28,6 +28,22 @@ _SPACES = ("--net", "--uts", "--ipc", "--pid", "--mount")
 START_S = 180.0
 """Deadline for a node of Ray, which takes seconds on a machine with nothing else to do."""
 _STORE_BYTES = 80 << 20
+LOST = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Variables of a head that takes a host for lost after 18 s of silence: by itself after a minute,
+and one that is cut off for half a minute would not be."""
+
+_NODE = """
+umask 077
+mkdir /tmp/proxy && cp "$1" /tmp/proxy/secret
+eval "$("$0" -m serve.proxy /tmp/proxy)"
+shift
+exec "$0" -m ray.scripts.scripts "$@"
+"""
+"""Program of a node, as docs/howto/serve.md starts one that is to serve."""
 
 _FIRST = """
 import os, signal, socket, subprocess, sys
@@ -263,8 +279,9 @@ class Cluster:
     def __init__(self, world: World, folder: Path) -> None:
         self._world, self.folder = world, folder
         token = folder / "token"
-        token.touch(mode=0o600)
-        token.write_text(os.urandom(32).hex())
+        for secret in (token, folder / "secret"):  # the second is of the service's proxies
+            secret.touch(mode=0o600)
+            secret.write_text(os.urandom(32).hex())
         dropped = ("RAY_", "PATHFLIP_", "PYTEST")
         self.environment = {
             **{name: at for name, at in os.environ.items() if not name.startswith(dropped)},
@@ -275,6 +292,7 @@ class Cluster:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
+            **LOST,
             "LANCE_LOG": "error",
         }
         self._nodes: dict[str, subprocess.Popen[str]] = {}
@@ -294,6 +312,13 @@ class Cluster:
         """Hosts that work."""
         return [host for name, host in self.workers.items() if self._nodes[name].poll() is None]
 
+    def cut_off(self, host: Host, *, seconds: float) -> None:
+        """Cut a host off for longer than Ray waits for it, and see its Ray end when it is back."""
+        host.cut()
+        time.sleep(seconds)
+        host.heal()
+        until(lambda: host not in self.up(), seconds=START_S, what=f"{host.name} is told")
+
     def run(self, *words: str) -> subprocess.Popen[str]:
         """Start a Python with arguments on the head, which finds the cluster by its address."""
         environment = self.environment | {"RAY_ADDRESS": self.address}
@@ -302,7 +327,8 @@ class Cluster:
     def _ray(self, host: Host, *words: str) -> None:
         log = self.folder / f"{host.name}.log"
         begun = self._nodes[host.name] = host.start(
-            sys.executable, "-m", "ray.scripts.scripts", "start", *words, "--block",
+            "/bin/sh", "-c", _NODE, sys.executable, str(self.folder / "secret"), "start", *words,
+            "--block",
             f"--node-ip-address={host.address}", f"--object-store-memory={_STORE_BYTES}",
             "--temp-dir=/tmp/ray", environment=self.environment, output=log,
         )  # fmt: skip

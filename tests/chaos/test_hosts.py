@@ -7,6 +7,8 @@ Ray's processes talk as between machines. Slides, archive and runs lie where all
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pathflip import Archive
 from tests import failing_reader, faults, hosts, pretraining
@@ -21,6 +24,7 @@ from tests.conftest import SETTINGS, content
 from tests.failing_ingest import FAILURES
 from tests.failpoints import FAIL_AT, WAITING_PRETRAIN
 from tests.pretraining import SAVE_EVERY, STEPS, assert_close, curve, logged_step
+from tests.unit.serve.service_fixture import TOKENS, make_world
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
@@ -28,7 +32,7 @@ SLIDES = 10
 HELD = ("3.svs", "4.svs")
 """Slides at which the workers of both hosts are stopped: each host works on one of them."""
 PARTITION_S = 30
-JOB_S = 400.0
+JOB_S = 300.0
 """Deadline for a job, which has to notice that a host is gone."""
 
 _INGEST = """
@@ -39,6 +43,49 @@ from tests.failing_ingest import FailingEmbedder
 ingest.Embedder = FailingEmbedder
 main()
 """
+
+_ASK = """
+import asyncio, json, sys, time
+import httpx
+
+url, token, log = sys.argv[1:]
+questions = {
+    "search": ("GET", "/v1/slides", None),
+    "embedder": ("POST", "/v1/embeddings", {"input": "necrosis"}),
+    "grounding": ("POST", "/v1/ground", {"slide_id": "slide000", "text": "necrosis"}),
+}
+options = {
+    "base_url": url,
+    "headers": {"Authorization": f"Bearer {token}"},
+    "timeout": 20,
+    "limits": httpx.Limits(max_connections=None, max_keepalive_connections=0),
+}
+
+async def ask(http, part, out):
+    method, path, body = questions[part]
+    at = time.time()
+    try:
+        answer = await http.request(method, path, json=body)
+        status, text = answer.status_code, answer.text
+    except httpx.TransportError as error:
+        status, text = 0, repr(error)
+    line = {"part": part, "at": at, "took": time.time() - at, "status": status, "text": text}
+    print(json.dumps(line), file=out, flush=True)
+
+async def main():
+    tasks = set()
+    with open(log, "w") as out:
+        async with httpx.AsyncClient(**options) as http:
+            while True:
+                for part in questions:
+                    tasks.add(task := asyncio.create_task(ask(http, part, out)))
+                    task.add_done_callback(tasks.discard)
+                await asyncio.sleep(1)
+
+asyncio.run(main())
+"""
+"""Asks each part of a service every second; status 0 is an answer that did not come in 20 s."""
+PARTS = ("search", "embedder", "grounding")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +150,7 @@ class Ingest:
     def __init__(self, cluster: hosts.Cluster, sources: Path, folder: Path) -> None:
         self.archive, self._failures = folder / "archive", folder / FAILURES
         failing_reader.write_plan(self._failures, dict.fromkeys(HELD, ("read", "hold")), times=1)
-        settings = [*SETTINGS[:1], "chunk_regions=1", "commit_s=0"]
+        settings = [*SETTINGS[:1], "chunk_regions=1", "commit_s=0", "read_timeout_s=600"]
         words = [word for each in settings for word in ("-o", each)]
         self._run = cluster.run(
             "-c", _INGEST, "ingest", str(sources), "--archive", str(self.archive), "--json", *words
@@ -149,7 +196,10 @@ def test_a_host_lost_in_mid_ingest(
 def test_a_partition_in_mid_ingest(
     cluster: hosts.Cluster, sources: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A host goes on alone for 30 s; nothing that both did is there twice, or as a part."""
+    """A host goes on alone for 30 s while Ray gives it up and its work is done elsewhere.
+
+    Nothing that both did is there twice, or in part.
+    """
     from datetime import UTC, datetime
 
     from pathflip.archive.compaction import free_files
@@ -160,8 +210,7 @@ def test_a_partition_in_mid_ingest(
     _, alone = ingest.at_work()
     alone.cut()
     ingest.go_on()
-    time.sleep(PARTITION_S)
-    alone.heal()
+    cluster.cut_off(alone, seconds=PARTITION_S)
     ingest.ended()
     assert content(ingest.archive) == expected
     with ArchiveLock(ingest.archive) as lock:  # as `archive maintain` does after a day
@@ -210,3 +259,78 @@ def test_a_host_lost_in_mid_pretraining(cluster: hosts.Cluster, tmp_path: Path) 
     assert (attempt(run)["workers"], attempt(run)["from_step"]) == (2, SAVE_EVERY)
     assert_close(run, undisturbed, within=1e-6)
     assert curve(run) == pytest.approx(curve(undisturbed), abs=1e-6)
+
+
+@pytest.fixture
+def answers(cluster: hosts.Cluster, tmp_path: Path) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Function that returns what a service over the hosts has answered, on the head, so far."""
+    served = make_world(tmp_path)
+    config = yaml.safe_load((faults.ROOT / "platform" / "serve" / "cpu.yaml").read_text())
+    replicas = {"search": 2, "ingress": 2, "embedder": 1, "grounding": 1, "annotations": 1}
+    config["applications"][0]["args"] = {
+        "archive": str(served.archive),
+        "run": str(served.run),
+        "audit": str(tmp_path / "audit"),
+        "token_file": str(served.token_file),
+        **{
+            name: {"min_replicas": count, "max_replicas": count, "cpus": 0.1}
+            for name, count in replicas.items()
+        },
+    }
+    settings, log = tmp_path / "service.yaml", tmp_path / "answers"
+    settings.write_text(yaml.safe_dump(config))
+    service = cluster.run("-m", "ray.serve.scripts", "run", str(settings))
+    url = f"http://{cluster.head.address}:{config['http_options']['port']}"
+    asking = cluster.run("-c", _ASK, url, TOKENS["all"][1], str(log))
+
+    def so_far() -> list[dict[str, Any]]:
+        assert service.poll() is None, service.communicate()
+        assert asking.poll() is None, asking.communicate()
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    yield so_far
+    for run, number in ((asking, signal.SIGKILL), (service, signal.SIGINT)):
+        for pid in faults.descendants(run.pid):
+            os.kill(pid, number)
+        run.communicate(timeout=JOB_S)
+
+
+def test_the_service_over_hosts_that_are_cut_off_and_lost(
+    cluster: hosts.Cluster, answers: Callable[[], list[dict[str, Any]]]
+) -> None:
+    """What is answered is right at any moment, and every part is answered again after each blow."""
+
+    def answered(since: float) -> bool:
+        parts = {one["part"] for one in answers() if one["at"] > since and one["status"] == 200}
+        return parts == set(PARTS)
+
+    def wait(since: float) -> None:
+        faults.until(lambda: answered(since), seconds=JOB_S, what="every part answers")
+
+    wait(0)
+    right = {one["part"]: one["text"] for one in answers() if one["status"] == 200}
+    cut = next(host for host in cluster.up() if has(host, "embedder"))
+    cluster.cut_off(cut, seconds=PARTITION_S)
+    wait(time.time())
+
+    cluster.grow(2)
+    lost = next(host for host in cluster.up() if has(host, "embedder"))
+    lost.lose()
+    wait(time.time())
+    faults.until(
+        lambda: {one["status"] for one in answers()[-10:]} == {200},
+        seconds=JOB_S,
+        what="all is well",
+    )
+    for one in answers():
+        assert one["status"] in (0, 200, 503)
+        if one["status"] == 200:
+            assert one["text"] == right[one["part"]]
+        elif one["status"] == 503:
+            assert json.loads(one["text"])["code"] == "unavailable"
+
+
+def has(host: hosts.Host, part: str) -> bool:
+    """Return whether a replica of a part is on a host."""
+    words = f"ServeReplica:pathflip:{part}"
+    return any(words in faults.command_line(pid) for pid in host.processes())
