@@ -298,7 +298,7 @@ def answers(cluster: hosts.Cluster, tmp_path: Path) -> Iterator[Callable[[], lis
 def test_the_service_over_hosts_that_are_cut_off_and_lost(
     cluster: hosts.Cluster, answers: Callable[[], list[dict[str, Any]]]
 ) -> None:
-    """What is answered is right at any moment, and every part is answered again after each blow."""
+    """No answer is wrong at any moment, and every part is answered again after each blow."""
 
     def answered(since: float) -> bool:
         parts = {one["part"] for one in answers() if one["at"] > since and one["status"] == 200}
