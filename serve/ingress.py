@@ -238,7 +238,7 @@ def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
         response_model_exclude_none=True,
     )  # fmt: skip
     async def models() -> Any:
-        """List the models: for chat first, then for embeddings, then for patches."""
+        """List the models: for chat, for embeddings, for patches; then slide encoders."""
         return {"data": await listed()}
 
     @api.get(
@@ -264,7 +264,9 @@ def _routes(parts: Parts, limits: Limits, metrics: Metrics) -> APIRouter:
             found.append({"capability": "embeddings"} | embedder)
             if patches is not None:
                 found.append({"capability": "patches"} | patches)
-        return found
+        # Vectors come in while an ingress runs.
+        imported = await parts.search.slide_encoders()
+        return found + [{"capability": "slides"} | encoder for encoder in imported]
 
     @api.post(
         "/v1/chat/completions", dependencies=[needs("chat")], response_model=ChatResponse,

@@ -67,6 +67,11 @@ class Search(Arguments):
     )
     level: Literal["region", "slide"] = Field("region", description="What is found.")
     k: int = Field(10, ge=1, le=MAX_FOUND, description="Most results.")
+    encoder: Annotated[str, Field(min_length=1, max_length=MAX_ID)] | None = Field(
+        None,
+        description="With slide, and level 'slide': compare by the imported vectors of this slide "
+        "encoder, as 'titan'. Another name is answered with those there are.",
+    )
     filters: list[Annotated[str, Field(min_length=3, max_length=2 * MAX_ID)]] = Field(
         [], max_length=16,
         description="Conditions that all hold, as 'split=test', 'slide_id=…', 'label.organ=colon'.",
@@ -99,7 +104,7 @@ async def _search(asked: Search, call: Call) -> Answered:
     conditions = [Filter.parse(text) for text in asked.filters]
     filters = [{"field": one.field, "op": one.op, "value": one.value} for one in conditions]
     request = SearchRequest.model_validate(
-        asked.model_dump(include={"text", "level", "k", "exclude_same_slide"})
+        asked.model_dump(include={"text", "level", "k", "encoder", "exclude_same_slide"})
         | {"slide_id": asked.slide, "region_id": asked.region, "filters": filters}
     )
     if asked.pictures and "read" not in call.scopes:

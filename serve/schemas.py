@@ -148,6 +148,11 @@ class SearchRequest(In):
         "region", description="patch: by the patch model, where the service has one."
     )
     k: int = Field(10, ge=1, le=MAX_RESULTS)
+    encoder: Id | None = Field(
+        None,
+        description="Slide encoder whose imported vectors are compared, as /v1/models names it; "
+        "with slide_id and level slide.",
+    )
     filters: list[Condition] = Field([], max_length=16)
     exclude_same_slide: bool = False
     exclude_same_patient: bool = False
@@ -169,6 +174,13 @@ class SearchRequest(In):
         for fault, message in _QUERY_FAULTS.items():
             if fault in found:
                 raise ValueError(message)
+        if self.encoder is not None and self.slide_id is None:
+            raise ValueError(
+                "nothing here embeds texts or pictures by a slide encoder, which has no regions "
+                "either: encoder goes with slide_id"
+            )
+        if self.encoder is not None and self.level != "slide":
+            raise ValueError("the vectors of a slide encoder are of slides: give level slide")
         return self
 
 
@@ -551,14 +563,17 @@ class ChatResponse(Out):
 
 
 class ModelInfo(Out):
-    """A model that answers here."""
+    """A model that answers here, or a slide encoder whose imported vectors are searched."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["pathflip"] = "pathflip"
-    capability: Literal["chat", "embeddings", "patches"]
-    fingerprint: str
+    capability: Literal["chat", "embeddings", "patches", "slides"] = Field(
+        description="slides: the encoder of a search by a slide."
+    )
+    fingerprint: str | None = None
+    revision: str | None = Field(None, description="Of a slide encoder, as it was imported.")
     max_model_len: int | None = None
 
 

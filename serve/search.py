@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pathflip import tracing
@@ -84,6 +85,18 @@ class Search:
         """Tell whether there are vectors of its model, and whether patients' ids are shown."""
         archive = await self.snapshot.newest_async()
         return {"indexed": self.model in archive.models(), "patients": self.patients}
+
+    async def slide_encoders(self) -> list[dict[str, Any]]:
+        """List the slide encoders whose vectors were imported: id, created (Unix s), revision."""
+        archive = await self.snapshot.newest_async()
+        return [
+            {
+                "id": name,
+                "created": int(datetime.fromisoformat(entry["created_at"]).timestamp()),
+                "revision": entry["revision"],
+            }
+            for name, entry in sorted(archive.slide_encoders().items())
+        ]
 
     async def counts(self) -> dict[str, float]:
         """Count ready slides ("slides"), for operators.
@@ -168,7 +181,8 @@ class Search:
         Raises:
             ArchiveError: ``unknown_slide``; ``wrong_model``: the embedding is of another model;
                 ``not_indexed``; ``no_captions``.
-            RequestError: ``patients``, ``labels``, ``unknown_label``, ``no_patient``.
+            RequestError: ``patients``, ``labels``, ``unknown_label``, ``no_patient``,
+                ``unknown_slide_encoder``.
             ConfigError: A filter is wrong.
         """
         archive = await self.snapshot.newest_async()
@@ -183,7 +197,7 @@ class Search:
 
     def _remember(self, request: Mapping[str, Any], embedded: Mapping[str, Any] | None) -> None:
         fields = tuple(sorted({condition["field"] for condition in request["filters"]}))
-        kind = request["level"], request["mode"], embedded is None, fields
+        kind = request["level"], request["mode"], request["encoder"], embedded is None, fields
         self._recent[kind] = request, embedded
         self._recent.move_to_end(kind)
         while len(self._recent) > RECENT:
@@ -211,17 +225,25 @@ class Search:
         slide, region = request["slide_id"], request["region_id"]
         if slide is not None or region is not None:
             ready_row(archive, slide or region.rpartition("/")[0])
+        imported = request["encoder"]
+        if imported is not None and imported not in (known := archive.slide_encoders()):
+            raise RequestError(
+                "The archive has no vectors of slides by this encoder.",
+                hint=f"It has those of: {', '.join(sorted(known))}." if known else "It has none.",
+                code="unknown_slide_encoder",
+            )
         space = embedded or {"model": self.model, "fingerprint": self.fingerprint}
         patches = request["level"] == "patch"
+        by_encoder = patches or imported is not None
         shared = ("text", "mode", "level", "k", "exclude_same_slide", "exclude_same_patient")
         query = Query(
             vector=None if embedded is None else embedded["vectors"][0],
             slide=slide,
             region=region,
             filters=filters,
-            encoder=space["model"] if patches else None,
-            model=None if patches else space["model"],
-            fingerprint=None if patches else space["fingerprint"],
+            encoder=imported or (space["model"] if patches else None),
+            model=None if by_encoder else space["model"],
+            fingerprint=None if by_encoder else space["fingerprint"],
             **{name: request[name] for name in shared},
         )
         try:
@@ -240,7 +262,7 @@ class Search:
             exhaustive = found.schema.metadata[b"exhaustive"] == b"true"
             told = {"model": query.encoder, "exhaustive": exhaustive}
             return told | {"results": found.to_pylist()}
-        model = "captions" if query.mode == "text" else query.model
+        model = "captions" if query.mode == "text" else imported or query.model
         return {"model": model, "results": found.to_pylist()}
 
     async def segment(

@@ -76,6 +76,10 @@ class FileList:
         """Tell that nothing can be searched."""
         return {"indexed": False, "patients": False}
 
+    async def slide_encoders(self) -> list[dict[str, Any]]:
+        """List none: there are no vectors."""
+        return []
+
     async def slides(self, **asked: Any) -> Page:
         """A page of slides by id; see :meth:`serve.slide_list.SlideList.page`."""
         opening = [self._open(slide) for slide in self._rows]

@@ -238,6 +238,7 @@ class Deployed:
         settings = {"limits.concurrent": 128, "limits.max_tokens": 900, "ingress.max_replicas": 1}
         settings |= {f"instructor.max_{name}": 128 for name in ("ongoing", "queued")}
         settings |= {"instructor.max_replicas": 1, "drain_s": 50}  # serve.delete waits for 60
+        settings |= {"refresh_s": 2}  # a test waits for what it commits
         settings |= {"engine": {
             "backend": kind,
             "fake": {"text": FAKE_TEXT, "repeat": True, "hold": str(self.hold)},
@@ -259,6 +260,10 @@ class Embeddings:
     async def describe(self) -> dict[str, Any]:
         """Answer as the embedder does."""
         return {"id": "none", "fingerprint": "none", "created": 0}
+
+    async def slide_encoders(self) -> list[dict[str, Any]]:
+        """Answer as the search does."""
+        return []
 
 
 def start_service(

@@ -297,6 +297,8 @@ def test_errors_say_cause_and_hint(agent):
             ("filter", "search", {"text": "a", "filters": ["uri=x"]}),
             ("patient", "search", {"text": "a", "filters": ["patient_id=x"]}),
             ("label", "search", {"text": "a", "filters": ["label.nothing=x"]}),
+            ("embed", "search", {"text": "a", "level": "slide", "encoder": "titan"}),
+            ("encoder", "search", {"slide": "slide001", "level": "slide", "encoder": "titan"}),
             ("many", "list_slides", {"limit": 101}),
             ("unknown", "list_slides", {"path": "/etc"}),
             ("blank", "ground", {"slide": "slide001", "text": "a", "contrast": " "}),
@@ -311,6 +313,7 @@ def test_errors_say_cause_and_hint(agent):
         "slide": "unknown_slide", "quarantined": "unknown_slide", "outside": "outside_slide",
         "two": "outline", "bow": "outline", "nothing": "invalid", "both": "invalid",
         "filter": "config", "patient": "patients", "label": "unknown_label", "many": "invalid",
+        "embed": "invalid", "encoder": "unknown_slide_encoder",
         "unknown": "invalid", "blank": "invalid", "one": "invalid",
     }  # fmt: skip
     assert "384 x 128" in found["outside"][1]
