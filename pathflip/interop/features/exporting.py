@@ -152,20 +152,30 @@ def _origin(
 
 
 def _done(out: Path) -> set[str]:
-    """Return the origins of slides whose files are all there."""
+    """Return the origins of slides whose files are as they were written."""
     found = set()
     with suppress(FileNotFoundError):
         for line in (out / DONE).read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # a line cut off
                 noted = json.loads(line)
-                if all((out / file).exists() for file in noted["files"]):
+                if all(_state(out / file) == was for file, was in noted["files"].items()):
                     found.add(noted["origin"])
     return found
 
 
+def _state(file: Path) -> list[int]:
+    """Return size and time of a file: one that was replaced, by another encoder's say, differs."""
+    try:
+        about = file.stat()
+    except FileNotFoundError:
+        return []
+    return [about.st_size, about.st_mtime_ns]
+
+
 def _note(out: Path, origin: str, files: Sequence[Path]) -> None:
     """Note that the files of a slide are written."""
-    line = json.dumps({"origin": origin, "files": [str(file.relative_to(out)) for file in files]})
+    states = {str(file.relative_to(out)): _state(file) for file in files}
+    line = json.dumps({"origin": origin, "files": states})
     with (out / DONE).open("a", encoding="utf-8") as notes:
         notes.write(f"\n{line}\n")  # apart from a line that was cut off
 

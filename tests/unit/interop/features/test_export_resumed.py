@@ -81,3 +81,15 @@ def test_what_is_missing_or_made_anew_is_written(archive: Archive, tmp_path: Pat
     settings = scaled(tmp_path, **dict.fromkeys(NAMES, 0.25))
     import_features(str(tmp_path / "archive"), tmp_path / "job", settings)
     assert export_features(Archive(tmp_path / "archive"), "clam", out)["slides"] == 3
+
+
+def test_files_of_another_encoder_are_not_taken_for_those_asked_for(tmp_path: Path) -> None:
+    for encoder in ("uni_v1", "conch_v15"):
+        for name in NAMES:
+            trident(tmp_path / encoder, name, encoder=encoder)
+        settings = scaled(tmp_path, **dict.fromkeys(NAMES, 0.25))
+        import_features(str(tmp_path / "archive"), tmp_path / encoder, settings)
+    archive, out = Archive(tmp_path / "archive"), tmp_path / "out"
+    for encoder in ("uni", "conch_v1_5", "uni"):
+        assert export_features(archive, "clam", out, encoder=encoder)["slides"] == 3
+    assert export_features(archive, "clam", out, encoder="uni")["skipped"] == 3
