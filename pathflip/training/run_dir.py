@@ -428,7 +428,7 @@ def clear(run: Path) -> None:
 
 
 def model_tensors(
-    model: torch.nn.Module, names: Collection[str] | None = None
+    model: torch.nn.Module, names: Collection[str] | None = None, *, keep: bool = True
 ) -> dict[str, torch.Tensor]:
     """Return parameters and buffers of a model by name, shared ones once.
 
@@ -437,11 +437,12 @@ def model_tensors(
     Args:
         model: The model.
         names: Only the tensors of these names.
+        keep: Whether this worker wants those that are cut; see :func:`whole`.
 
     Raises:
         TrainingError: If one of them is not finite: such weights are never written.
     """
-    named = {name: whole(value) for name, value in _named(model, names).items()}
+    named = {name: whole(value, keep=keep) for name, value in _named(model, names).items()}
     for name, value in named.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise TrainingError(

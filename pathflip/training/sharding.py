@@ -54,12 +54,18 @@ def is_cut(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Any) -> Tensor:
-    """Return a tensor that may be cut as a whole one, on the CPU then; every worker must ask."""
+def whole(tensor: Any, *, keep: bool = True) -> Tensor:
+    """Return a tensor that may be cut as a whole one, on the CPU then; every worker must ask.
+
+    Args:
+        tensor: The tensor.
+        keep: Whether this worker wants it; one that does not gets an empty one of what is cut.
+    """
     found: Tensor = tensor
     if is_cut(tensor):
         with torch.no_grad():
-            found = tensor.full_tensor().cpu()
+            gathered = tensor.full_tensor()
+            found = gathered.cpu() if keep else gathered.new_empty(0)
     return found
 
 

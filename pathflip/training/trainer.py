@@ -440,12 +440,13 @@ class Trainer:
                 log.validation({"step": done, "epoch": epoch, "val": self.counters.val})
         if not (ended or validated or done % config.save_every == 0):
             return
-        if self.worker.rank == 0 or self.sharded:  # what is cut is gathered from all
+        writes = self.worker.rank == 0
+        if writes or self.sharded:  # what is cut is gathered from all, and kept by one
             tensors = {
-                "model": model_tensors(self.model, self.saved),
-                "optimizer": self._optimizer(),
+                "model": model_tensors(self.model, self.saved, keep=writes),
+                "optimizer": self._optimizer(keep=writes),
             }
-        if self.worker.rank == 0:
+        if writes:
             save_checkpoint(
                 self.run / "checkpoints",
                 step=done,
@@ -454,10 +455,10 @@ class Trainer:
                 metric=config.metric(self.counters.val) if validated else None,
             )
 
-    def _optimizer(self) -> dict[str, torch.Tensor]:
-        """Return the optimiser's tensors, as ``<state>/<parameter>``."""
+    def _optimizer(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """Return the optimiser's tensors, as ``<state>/<parameter>``; see :func:`whole`."""
         return {
-            f"{what}/{name}": whole(value)
+            f"{what}/{name}": whole(value, keep=keep)
             for name, parameter in self.model.named_parameters()
             for what, value in self.optimizer.state.get(parameter, {}).items()
         }
