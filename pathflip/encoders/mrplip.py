@@ -141,6 +141,7 @@ class MRPLIPEncoder:
         self.name, self.revision, self.dim = info.name, info.revision, info.dim
         self.input_px, self.mpp, self.licence = info.input_px, info.mpp, info.licence
         self._model, self._base = model, base
+        self._stream: Any = None
 
     def __call__(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode RGB patches [n, px, px, 3] -> [n, d], of length 1."""
@@ -168,8 +169,9 @@ class MRPLIPEncoder:
         import torch
 
         model, cuda = self._model.run.model, cast(Any, torch.cuda)
-        aside = cuda.stream(cuda.Stream(model.device)) if model.device.type == "cuda" else None
-        with aside or nullcontext():
+        if model.device.type == "cuda" and self._stream is None:
+            self._stream = cuda.Stream(model.device)  # one: the memory of each is kept apart
+        with nullcontext() if self._stream is None else cuda.stream(self._stream):
             level = torch.full((len(features),), self._model.level)
             vectors = model.encode_patches(torch.from_numpy(features), level)
             return np.ascontiguousarray(vectors.float().cpu().numpy())
