@@ -29,9 +29,9 @@ from pathflip.packaged import TEXT_MODELS
 from pathflip.progress import Progress, Report
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors")
+"""Files of a model that are fetched: no pickle, no code, and nothing in folders but POOLING."""
 POOLING = "1_Pooling/config.json"
-"""Files of a model that are fetched: no pickle, no code; of folders only how a sentence encoder
-pools."""
+"""File that says how a sentence encoder pools its tokens."""
 RECORD = "models.json"
 OPEN = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0")
 """Licences that ask for no promise before use."""

@@ -58,7 +58,7 @@ def precision_at(
         same = kind[others] == kind[at]
         if not same.any():
             continue
-        order = np.argsort(-(unit[others] @ vector), kind="stable")
+        order = np.argsort(-(unit @ vector)[others], kind="stable")
         chance[at] = same.mean()
         found[at] = [same[order[:k]].mean() for k in ks]
     return found, chance
