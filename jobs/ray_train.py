@@ -8,12 +8,10 @@ there are then. The same command does the same after the driver died.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -23,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from pathflip.training.objective import Objective
 from pathflip.training.trainer import TrainingProgress, shareable, train
 
 PROGRESS_EVERY_S = 1.0
-_SIOCGIFADDR = 0x8915
+_IP = (socket.AF_INET, socket.AF_INET6)
 
 
 def fit(
@@ -286,13 +285,21 @@ def _name_interface() -> None:
 
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    wanted = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_one:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has no address
-                about = fcntl.ioctl(any_one, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                if socket.inet_ntoa(about[20:24]) == wanted:
-                    os.environ["GLOO_SOCKET_IFNAME"] = name
+    if name := interface_of(ray.util.get_node_ip_address()):  # type: ignore[no-untyped-call]
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of this host's network interface that has an IPv4 or IPv6 address."""
+    import psutil
+
+    wanted = ip_address(address)
+    for name, addresses in psutil.net_if_addrs().items():
+        for one in addresses:
+            # An IPv6 address of one link names its interface after a per cent sign.
+            if one.family in _IP and ip_address(one.address.partition("%")[0]) == wanted:
+                return name
+    return None
 
 
 @contextmanager

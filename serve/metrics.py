@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -107,13 +108,14 @@ class Metrics:
 
     async def _ask_engine(self, parts: Parts, up: Mapping[str, bool]) -> None:
         """Tell the load of one replica's engine, whichever answers; the others' is an old one."""
+        found = None
+        if up.get("instructor"):
+            with suppress(PathFLIPError, TimeoutError):
+                found = await asyncio.wait_for(parts.instructor.engine_load(), COUNTS_S)
+        # Nothing is awaited from here on, so that no other scrape meets half of it.
         self._engine_answers.clear()
         self._engine_cache.clear()
-        if not up.get("instructor"):
-            return
-        try:
-            found = await asyncio.wait_for(parts.instructor.engine_load(), COUNTS_S)
-        except (PathFLIPError, TimeoutError):
+        if found is None:
             return
         for state in ("running", "waiting"):
             self._engine_answers.labels(found["name"], state).set(found[state])

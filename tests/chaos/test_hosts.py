@@ -286,7 +286,8 @@ def answers(cluster: hosts.Cluster, tmp_path: Path) -> Iterator[Callable[[], lis
     def so_far() -> list[dict[str, Any]]:
         assert service.poll() is None, service.communicate()
         assert asking.poll() is None, asking.communicate()
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be begun
 
     yield so_far
     for run, number in ((asking, signal.SIGKILL), (service, signal.SIGINT)):
