@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pathflip.encoders.mrplip import is_patch_model
-from pathflip.errors import ArchiveError, ConfigError
+from pathflip.errors import ArchiveError, ConfigError, EncoderError
 
 if TYPE_CHECKING:
     from pathflip.archive import Archive
@@ -161,7 +161,17 @@ def resolve_encoder(archive: Archive, spec: str | None) -> tuple[str, str]:
     if spec is None or spec in archive.encoders():
         name = archive.encoder(spec)[0]
         return name, spec or name
-    info = encoder_info(spec, patch_um=float(archive.tiling()["patch_um"]))
+    try:
+        info = encoder_info(spec, patch_um=float(archive.tiling()["patch_um"]))
+    except EncoderError as error:
+        if error.code != "unknown_encoder":
+            raise
+        held = [*archive.encoders(), *archive.slide_encoders()]
+        raise ArchiveError(
+            f"The archive {archive.uri} has no vectors of {spec}.",
+            hint=f"It has those of {', '.join(held) or 'none'}.",
+            code="unknown_encoder",
+        ) from error
     name, _ = archive.encoder(info.name)
     check_weights(archive, name, encoder=info)
     return name, spec

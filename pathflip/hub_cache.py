@@ -229,11 +229,17 @@ def verify(folder: Path, names: Sequence[Name] = (), *, report: Report) -> list[
     """Hash the cached files of models, all of them where none is named; return what is wrong.
 
     Raises:
-        EncoderError: A model that is named is not there (``missing_weights``).
+        EncoderError: A model that is named is not there, or none is (``missing_weights``).
     """
     hubs = [one.hub for one in names] or sorted(
         {one.hub for one in held(folder)} | set(_record(folder))
     )
+    if not hubs:
+        raise EncoderError(
+            f"{folder} holds no models." if folder.is_dir() else f"There is no folder {folder}.",
+            hint="Say where they are: --folder DIR. pathflip models pull fetches some.",
+            code="missing_weights",
+        )
     files = [(hub, path, digest) for hub in hubs for path, digest in _files_of(folder, hub).items()]
     if absent := set(hubs) - {hub for hub, *_ in files}:
         raise EncoderError(

@@ -6,6 +6,7 @@ its code runs, and what is read of it is a folder of safetensors and tokenizer f
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -63,10 +64,18 @@ def text_model(source: str | Path) -> str:
             has such a name is given as ``./minilm``.
 
     Raises:
-        CheckpointError: The package of that name is not installed (``missing_package``).
+        CheckpointError: The package of that name is not installed (``missing_package``), or the
+            source is one of them misspelt (``text_model``).
     """
     name = str(source)
     if name not in TEXT_MODELS:
+        near = difflib.get_close_matches(name, TEXT_MODELS, n=1)
+        if near and not Path(name).exists():
+            raise CheckpointError(
+                f"There is no text model {name!r}.",
+                hint=f"Did you mean {near[0]}?",
+                code="text_model",
+            )
         return name
     known = TEXT_MODELS[name]
     folder = known.folder()

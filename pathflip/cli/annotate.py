@@ -119,7 +119,7 @@ def annotations_import(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add annotations of QuPath, ASAP, ImageScope or HALO; a second time changes nothing."""
+    """Add annotations that other tools wrote; a second time changes nothing."""
     from pathflip.archive.annotations import AnnotationStore, Ground
     from pathflip.interop.annotation_dicom import SlideFile
     from pathflip.interop.annotation_files import read_annotations
@@ -135,6 +135,12 @@ def annotations_import(
     read, left_out = [], Counter[str]()
     uris = dict(zip(*opened.slides(columns=["slide_id", "uri"]).to_pydict().values(), strict=True))
     for file in files:  # all are read before anything is written
+        if not Path(file).is_file():
+            is_folder = Path(file).is_dir()
+            raise ConfigError(
+                f"{file} is a folder." if is_folder else f"There is no file {file}.",
+                hint=f"Name its files: {file.rstrip('/')}/*" if is_folder else "Check its name.",
+            )
         slide_id = opened.resolve(slide or _stem(file))
         ground = Ground.all(opened)[slide_id]
         x0, y0 = ground.offset

@@ -253,7 +253,7 @@ def archive_export(
             f"There is no format {to!r}.", hint=f"Known: parquet, qupath, {', '.join(WRITERS)}."
         )
     opened = Archive(archive)
-    if dry_run:
+    if dry_run and to not in WRITERS:
         names = [opened.resolve(name) for name in slide or ()] or sorted(opened.ready_ids())
         tables = opened.tables() if to == "parquet" else []
         plan = {"out": out, "format": to, "slides": len(names), "tables": tables}
@@ -262,11 +262,11 @@ def archive_export(
     if to in WRITERS:
         with working() as progress:
             document = export_features(
-                opened, to, out, slides=slide, encoder=encoder, progress=progress
-            )
+                opened, to, out, slides=slide, encoder=encoder, dry_run=dry_run, progress=progress
+            ) | ({"dry_run": True} if dry_run else {})
     elif to == "qupath":
         paths = export_archive(opened, out, slides=slide)
         document = {"out": out, "files": [str(path) for path in paths]}
     else:
         document = {"out": out, "rows": export_parquet(opened, out)}
-    show_document(document, "exported", as_json=as_json)
+    show_document(document, "exported", as_json=as_json, dry_run=dry_run)

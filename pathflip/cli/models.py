@@ -89,10 +89,11 @@ def models_pull(
     ],
     folder: FolderOption = None,
     accept_licences: Annotated[
-        bool, typer.Option(help="Accept their terms, which are shown without it.")
+        bool,
+        typer.Option("--accept-licences", help="Accept their terms, which are shown without it."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option(help="Look up sizes and licences; fetch nothing.")
+        bool, typer.Option("--dry-run", help="Look up sizes and licences; fetch nothing.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -111,7 +111,12 @@ def hub_errors(name: str, repository: str) -> Iterator[None]:
     """
     from huggingface_hub import errors
 
-    elsewhere = f"or download them elsewhere and name the folder: {name}=/path/to/folder."
+    elsewhere = (
+        f"or fetch them on a machine that may ('pathflip models pull {repository} --folder DIR') "
+        "and set HF_HUB_CACHE to a copy of that folder here."
+    )
+    if own := _in_a_folder(name):
+        elsewhere += f" Weights in a folder of their own: {own}."
     try:
         yield
     except errors.GatedRepoError as error:
@@ -147,11 +152,21 @@ def safetensors_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def _in_a_folder(name: str) -> str:
+    """Write how an encoder is named whose weights are in a folder; empty for other models."""
+    scheme, colon, _ = name.partition(":")
+    if colon:
+        return f"{scheme}:/path/to/folder"
+    return "" if "/" in name else f"{name.partition('@')[0]}=/path/to/folder"
+
+
 def _unreachable(name: str, repository: str, elsewhere: str) -> EncoderError:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
     return EncoderError(
         f"The weights of {name} ({repository}) are not on this machine and the hub cannot be "
         "reached.",
-        hint="Connect once, " + elsewhere,
+        hint=f"{'Unset HF_HUB_OFFLINE' if HF_HUB_OFFLINE else 'Connect'} once, " + elsewhere,
         code="missing_weights",
     )
 
@@ -161,7 +176,7 @@ def pickled(name: str, what: str) -> EncoderError:
     return EncoderError(
         f"Encoder {name}: {what}, and pathflip loads no pickles.",
         hint="Convert the weights to safetensors (docs/reference/encoders.md shows how) and name "
-        f"their folder: {name}=/path/to/folder.",
+        f"their folder: {_in_a_folder(name)}.",
         code="pickle_weights",
     )
 

@@ -113,8 +113,11 @@ def neighbours(
     slides: list[str] = []
     labels: list[str] = []
     patients: list[str | None] = []
+    labelled: set[str] = set()
     for row in rows.to_pylist():
-        value = json.loads(row["labels"] or "{}").get(label)
+        of_slide = json.loads(row["labels"] or "{}")
+        labelled |= of_slide.keys()
+        value = of_slide.get(label)
         in_all = all(row["slide_id"] in space for space in of.values())
         if value and in_all and split in (None, row["split"]):
             slides.append(row["slide_id"])
@@ -128,12 +131,7 @@ def neighbours(
     chance = next(iter(measured.values()), (None, np.array([])))[1]
     counted = np.isfinite(chance)
     if not counted.any():
-        raise ConfigError(
-            f"No two slides of two patients have the same label {label} and vectors of "
-            f"{', '.join(chosen)}.",
-            hint="Import labels: pathflip archive import --labels FILE.",
-            code="no_labels",
-        )
+        raise _nothing(label, chosen, labelled, splits=set(rows["split"].to_pylist()), split=split)
     who = [patient for patient, use in zip(patients, counted, strict=True) if use]
     weights = patient_weights(who, resamples=resamples, seed=seed)
     weights = weights / weights.sum(axis=1, keepdims=True)
@@ -155,6 +153,32 @@ def neighbours(
         "chance": float(chance[counted].mean()),
         "spaces": document,
     }
+
+
+def _nothing(
+    label: str,
+    spaces: Sequence[str],
+    labelled: set[str],
+    *,
+    splits: set[str | None],
+    split: str | None,
+) -> ConfigError:
+    """Return the error for slides of which no two compare; its hint names what is wrong."""
+    within = "" if split is None else f" of split {split}"
+    hint = "Take more slides, or fewer vectors: --space NAME."
+    if not labelled:
+        hint = "Import labels: pathflip archive import --labels FILE."
+    elif label not in labelled:
+        hint = f"The archive has the labels {', '.join(sorted(labelled))}."
+    elif split is not None and split not in splits:
+        known = sorted(one for one in splits if one)
+        hint = f"The archive has the splits {', '.join(known)}." if known else "It has no splits."
+    return ConfigError(
+        f"No two slides{within} of two patients have the same label {label} and vectors of "
+        f"{', '.join(spaces)}.",
+        hint=hint,
+        code="no_labels",
+    )
 
 
 def _of_slides(archive: Archive, name: str, *, kind: str) -> dict[str, NDArray[np.float32]]:

@@ -96,6 +96,10 @@ def test_weights_are_those_of_the_archive(uri: Path, monkeypatch: pytest.MonkeyP
         assert error.value.code == "other_encoder"
     assert resolve_encoder(archive, None) == ("tex", "tex")
     assert resolve_encoder(archive, "tex") == ("tex", "tex")
+    with pytest.raises(ArchiveError) as misspelt:
+        resolve_encoder(archive, "texx")
+    assert misspelt.value.code == "unknown_encoder"
+    assert "those of tex" in misspelt.value.hint
     known = encoder("tex", "1")
     monkeypatch.setattr("pathflip.encoders.encoder_info", lambda _, **__: known)
     assert resolve_encoder(archive, "tex=/weights") == ("tex", "tex=/weights")

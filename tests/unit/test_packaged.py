@@ -36,6 +36,9 @@ def test_a_package_is_found_and_not_imported(package: Path) -> None:
     assert TEXT_MODELS["minilm"].folder() == package
     for source in ("owner/name", "some/folder", str(package)):
         assert text_model(source) == source
+    with pytest.raises(CheckpointError, match="no text model 'minilmm'") as misspelt:
+        text_model("minilmm")
+    assert misspelt.value.hint == "Did you mean minilm?"
     with pytest.raises(RuntimeError, match="was imported"):
         __import__(MODULE)
 

@@ -29,7 +29,7 @@ from pathflip.progress import Progress, Report
 
 _COLUMNS = (
     "slide_id", "uri", "sha256", "mpp", "mpp_source", "width", "height", "tissue_mm2",
-    "fingerprint", "run_id",
+    "fingerprint", "run_id", "n_patches",
 )  # fmt: skip
 DONE = ".pathflip-export.jsonl"
 """File in the folder of an export: a line for each slide whose files are written."""
@@ -65,6 +65,7 @@ def export_features(
     *,
     slides: Sequence[str] | None = None,
     encoder: str | None = None,
+    dry_run: bool = False,
     progress: Report | None = None,
 ) -> dict[str, Any]:
     """Write slides' patch features as files of another tool, one slide at a time.
@@ -79,6 +80,7 @@ def export_features(
         out: Folder to write into; made if it does not exist.
         slides: Slides; by default all ready ones with this encoder.
         encoder: The encoder; may be left out where the archive holds one.
+        dry_run: Write nothing, and return what would be written.
         progress: Progress callback.
 
     Returns:
@@ -103,7 +105,8 @@ def export_features(
         tiling=tiling,
         encoder=foreign_name(name),
     )
-    layout.out.mkdir(parents=True, exist_ok=True)
+    if not dry_run:
+        layout.out.mkdir(parents=True, exist_ok=True)
     started, patches, skipped = time.monotonic(), 0, 0
     done = _done(layout.out)
     for number, row in enumerate(rows):
@@ -111,6 +114,8 @@ def export_features(
         origin = _origin(row, to=to, name=name, entry=entry, tiling=tiling, stem=stem)
         if origin in done:
             skipped += 1
+        elif dry_run:
+            patches += row["n_patches"]
         else:
             record = slide_record(archive, row, encoder=name, entry=entry, tiling=tiling, name=stem)
             files = WRITERS[to](replace(layout, origin=origin), record)

@@ -56,6 +56,14 @@ def write(file: Path, *places: tuple[float, float]) -> list[str]:
     return ids
 
 
+def test_a_folder_is_not_taken_for_a_slide(uri, tmp_path, capsys):
+    command = ["annotations", "import", "--archive", uri, "--author", "ann"]
+    code, refused, _ = shell(capsys, *command, tmp_path)
+    assert (code, refused["error"]["message"]) == (2, f"{tmp_path} is a folder.")
+    code, refused, _ = shell(capsys, *command, tmp_path / "slide000.xml")
+    assert (code, refused["error"]["message"][:16]) == (2, "There is no file")
+
+
 def test_files_go_in_and_come_out_as_they_were(uri, tmp_path, capsys):
     files = [tmp_path / f"slide00{n}.geojson" for n in (0, 1)]
     ids = [*write(files[0], (1, 2), (3, 4)), *write(files[1], (5, 6))]

@@ -125,6 +125,13 @@ def test_weights_come_with_their_licences_and_are_found_without_the_hub(
     assert models("verify")[0] == 0
 
 
+def test_a_folder_without_models_is_not_whole(models: Models) -> None:
+    code, refused = models("verify")
+    assert (code, refused["error"]["code"]) == (2, "missing_weights")
+    models.folder.mkdir()
+    assert models("verify")[0] == 2
+
+
 def test_a_file_that_comes_damaged_is_not_kept(hub: Hub, models: Models) -> None:
     """As long as the right one, which is all that the hub's client looks at."""
     hub.altered.add("q/llm/model.safetensors")

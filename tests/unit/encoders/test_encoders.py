@@ -159,6 +159,8 @@ def test_no_such_repository(monkeypatch):
     with pytest.raises(EncoderError, match="no model someone/thing") as refused:
         encoder_info("hf:someone/thing")
     assert refused.value.code == "missing_weights"
+    assert "models pull someone/thing" in refused.value.hint
+    assert "own: hf:/path/to/folder." in refused.value.hint  # a hub's name takes no folder
 
 
 def test_hub_with_pickles_only(monkeypatch):

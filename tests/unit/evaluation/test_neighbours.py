@@ -85,8 +85,12 @@ def test_what_cannot_be_measured(uri, capsys):
     with pytest.raises(ArchiveError, match="no vectors of titan") as refused:
         neighbours(Archive(uri), "site", ["titan"])
     assert "apart" in refused.value.hint
-    with pytest.raises(ConfigError, match="same label grade"):
+    with pytest.raises(ConfigError, match="same label grade") as refused:
         neighbours(Archive(uri), "grade")
+    assert refused.value.hint == "The archive has the labels site."
+    with pytest.raises(ConfigError, match="of split trian") as refused:
+        neighbours(Archive(uri), "site", split="trian")
+    assert "train" in refused.value.hint
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "neighbours", "--archive", uri, "--label", "site", "--space", "apart"])
     assert ended.value.code in (0, None)

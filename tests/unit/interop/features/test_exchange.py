@@ -420,7 +420,9 @@ def test_commands(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     code, document = run(*export, "--slide", "a.tif")
     assert code == 0
     assert document["slides"] == 1
-    run(*export)
+    assert run(*export, "--dry-run")[1]["skipped"] == 1  # a plan tells what is there
+    plan = run(*export, "--dry-run")[1]
+    assert run(*export)[1] | {"dry_run": True} == plan
     bring = ("archive", "import", "--archive", copy, "--features", job)
     code, plan = run(*bring, "--dry-run")
     assert code == 0
