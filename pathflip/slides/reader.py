@@ -9,27 +9,17 @@ pixels lie in memory shared with the child and are never copied. Nothing is pick
 
 from __future__ import annotations
 
-import mmap
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.errors import SlideError
 from pathflip.geometry import Regions, Tiling
 from pathflip.slides.pyramid import Pyramid, picture_size
-from pathflip.slides.reader_messages import read_message, unpack_regions, write_message
+from pathflip.slides.reader_messages import unpack_regions
+from pathflip.slides.reader_process import ReaderProcess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +57,6 @@ class Patches:
     quality: NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    header: dict[str, Any]
-    blobs: tuple[bytes, ...]
-    timeout_s: float
-    deadline: float
-
-    @property
-    def name(self) -> str:
-        return Path(self.header["path"]).name
-
-
 class SlideReader:
     """Owns one reader process; starts it on first use and again after it was lost.
 
@@ -110,18 +88,10 @@ class SlideReader:
         buffers: int = 1,
         slides: int = 2,
     ) -> None:
-        self._halving, self._slides = halving, slides
+        self._halving = halving
         self._capacity = patches * px * px * 3
         self._buffers, self._buffer = buffers, 0  # the last one that a read was given
-        self._memory = os.memfd_create("pathflip-patches", os.MFD_CLOEXEC)
-        size = buffers * self._capacity + 1  # the last byte: the process has begun on its request
-        os.ftruncate(self._memory, size)
-        self._map = mmap.mmap(self._memory, size)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the reader
-        self._pending: _Request | None = None
-        self._served = 0  # answers of the process there is now
+        self._process = ReaderProcess(self.program, slides, memory_bytes=buffers * self._capacity)
 
     def __enter__(self) -> SlideReader:
         return self
@@ -131,7 +101,7 @@ class SlideReader:
 
     def digest(self, path: str, *, timeout_s: float) -> str:
         """sha256 of the slide's bytes (see ``sources.digest_source``)."""
-        answer, _ = self._ask({"op": "digest", "path": path}, timeout_s)
+        answer, _ = self._process.ask({"op": "digest", "path": path}, timeout_s)
         return str(answer["sha256"])
 
     def check(self, path: str, *, mpp: float | None = None, timeout_s: float) -> dict[str, Any]:
@@ -141,7 +111,7 @@ class SlideReader:
             Its vendor, width, height, levels (those used), mpp, mpp_source, reader, reader_note.
         """
         request = {"op": "check", "path": path, "mpp": mpp, "halving": self._halving}
-        answer, _ = self._ask(request, timeout_s)
+        answer, _ = self._process.ask(request, timeout_s)
         info: dict[str, Any] = answer["info"]
         return info
 
@@ -156,7 +126,7 @@ class SlideReader:
         timeout_s: float,
     ) -> SlidePlan:
         """Open a slide, find its tissue and cut it."""
-        answer, blobs = self._ask(
+        answer, blobs = self._process.ask(
             {
                 "op": "plan",
                 "path": path,
@@ -187,7 +157,7 @@ class SlideReader:
         if len(rects) * px * px * 3 > self._capacity:
             raise ValueError(f"{len(rects)} patches of {px} px do not fit the shared memory")
         self._buffer = (self._buffer + 1) % self._buffers
-        self._send(
+        self._process.send(
             {
                 "op": "read",
                 "path": path,
@@ -204,10 +174,12 @@ class SlideReader:
 
     def finish_read(self, *, px: int) -> Patches:
         """Wait for the read begun by ``start_read``."""
-        answer, blobs = self._receive()
+        answer, blobs = self._process.receive()
         n = int(answer["n"])
         offset = self._buffer * self._capacity
-        pixels = np.frombuffer(self._map, np.uint8, n * px * px * 3, offset).reshape(n, px, px, 3)
+        pixels = np.frombuffer(self._process.memory, np.uint8, n * px * px * 3, offset).reshape(
+            n, px, px, 3
+        )
         return Patches(
             pixels=pixels,
             ok=np.frombuffer(blobs[0], np.uint8).astype(bool),
@@ -244,7 +216,7 @@ class SlideReader:
         request = self._about(path, slide_mpp, expected)
         request |= {"op": "view", "box": [x0, y0, w0, h0], "size_px": picture_size(w0, h0, px)}
         request["most_px"] = most_px
-        _, blobs = self._ask(request, timeout_s)
+        _, blobs = self._process.ask(request, timeout_s)
         return blobs[0]
 
     def pyramid(
@@ -264,7 +236,7 @@ class SlideReader:
             timeout_s: Deadline.
         """
         request = self._about(path, slide_mpp, expected) | {"op": "pyramid"}
-        answer, _ = self._ask(request, timeout_s)
+        answer, _ = self._process.ask(request, timeout_s)
         sizes = {name: answer[name] for name in ("width", "height", "tile_w", "tile_h")}
         return Pyramid(**sizes), answer["mpp"], answer["mpp_source"]
 
@@ -297,7 +269,7 @@ class SlideReader:
         """
         request = self._about(path, slide_mpp, expected)
         request |= {"op": "tile", "tile": [level, column, row], "most_px": most_px}
-        answer, blobs = self._ask(request, timeout_s)
+        answer, blobs = self._process.ask(request, timeout_s)
         return blobs[0], bool(answer["stored"])
 
     def check_unchanged(
@@ -305,7 +277,7 @@ class SlideReader:
     ) -> None:
         """Refuse a slide whose bytes and mtime_ns are not these (``source_changed``)."""
         request = self._about(path, None, expected) | {"op": "unchanged"}
-        self._ask(request, timeout_s)
+        self._process.ask(request, timeout_s)
 
     def _about(
         self, path: str, slide_mpp: float | None, expected: tuple[int, int] | None
@@ -314,105 +286,4 @@ class SlideReader:
 
     def close(self) -> None:
         """Stop the process and release the shared memory."""
-        self._stop()
-        self._stderr.close()
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
-
-    # -- the process -----------------------------------------------------------------------------
-
-    def _start(self) -> socket.socket:
-        if self._socket is not None:
-            return self._socket
-        ours, theirs = socket.socketpair()
-        self._stderr.seek(0)
-        self._stderr.truncate()
-        threads = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
-        root = str(Path(__file__).resolve().parents[2])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", self.program]
-            + [
-                str(number)
-                for number in (theirs.fileno(), self._memory, len(self._map), self._slides)
-            ],
-            pass_fds=(theirs.fileno(), self._memory),
-            env={**os.environ, **threads, "PYTHONPATH": root, "MALLOC_ARENA_MAX": "2"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._stderr,
-        )
-        theirs.close()
-        self._socket = ours
-        self._served = 0
-        return ours
-
-    def _stop(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._process is not None:
-            self._process.kill()
-            with suppress(subprocess.TimeoutExpired):  # stuck in the kernel on a dead mount
-                self._process.wait(timeout=5)
-            self._process = None
-        self._pending = None
-
-    def _ask(
-        self, header: dict[str, Any], timeout_s: float, *blobs: bytes
-    ) -> tuple[dict[str, Any], list[bytes]]:
-        self._send(header, timeout_s, *blobs)
-        return self._receive()
-
-    def _send(self, header: dict[str, Any], timeout_s: float, *blobs: bytes) -> None:
-        if self._pending is not None:
-            self._stop()  # an answer nobody came for: never mistake it for this one's
-        connection = self._start()
-        deadline = time.monotonic() + timeout_s
-        self._pending = _Request(header=header, blobs=blobs, timeout_s=timeout_s, deadline=deadline)
-        self._map[-1] = 0
-        with suppress(OSError):  # a process that is gone is noticed when its answer is waited for
-            write_message(connection, header, blobs)
-
-    def _receive(self) -> tuple[dict[str, Any], list[bytes]]:
-        request = self._pending
-        if request is None or self._socket is None:
-            raise ValueError("nothing was asked")
-        try:
-            answer, blobs = read_message(self._socket, deadline=request.deadline)
-        except TimeoutError:
-            self._stop()
-            raise SlideError(
-                f"{request.name} gave no answer within {request.timeout_s:g} s.",
-                hint="The storage is too slow or the file makes the reader hang.",
-                code="timeout",
-            ) from None
-        except (EOFError, OSError):
-            # A new process that dies at once would be replaced for ever: that one counts.
-            if not self._map[-1] and self._served:
-                self._stop()
-                return self._ask(request.header, request.timeout_s, *request.blobs)
-            raise self._crashed(request) from None
-        self._pending = None
-        self._served += 1
-        if "error" in answer:
-            error = answer["error"]
-            raise SlideError(error["message"], hint=error["hint"], code=error["code"])
-        return answer, blobs
-
-    def _crashed(self, request: _Request) -> SlideError:
-        code = None
-        if self._process is not None:
-            with suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(timeout=5)
-        self._stderr.seek(0)
-        words = self._stderr.read().decode(errors="replace").strip().splitlines()
-        self._stop()
-        died = signal.Signals(-code).name if code is not None and code < 0 else f"exit {code}"
-        said = f": {words[-1][:200]}" if words else ""
-        return SlideError(
-            f"The reader process died on {request.name} ({died}{said}).",
-            hint="The file is damaged in a way that crashes the C library, or needs more memory "
-            "than a reader may use.",
-            code="reader_crash",
-        )
+        self._process.close()

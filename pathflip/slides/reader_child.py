@@ -48,6 +48,7 @@ DARK, PALE = 40, 215
 
 Answer = tuple[dict[str, Any], list[bytes]]
 """Header and blobs of a message."""
+Operations = dict[str, Callable[[dict[str, Any], list[bytes]], Answer]]
 
 
 class ReaderChild:
@@ -341,7 +342,14 @@ def _jpeg(rgb: NDArray[np.uint8], *, quality: int = 85) -> bytes:
     return data
 
 
-def _serve(connection: socket.socket, child: ReaderChild) -> None:
+def serve(connection: socket.socket, memory: memoryview, operations: Operations) -> None:
+    """Answer the requests of a ``ReaderProcess`` until it is gone.
+
+    Args:
+        connection: Socket to the owner.
+        memory: The memory shared with it; its last byte is 1 from when a request is begun.
+        operations: {op: function of a request and its blobs}.
+    """
     owner = select.poll()
     owner.register(connection, select.POLLHUP)
 
@@ -350,22 +358,12 @@ def _serve(connection: socket.socket, child: ReaderChild) -> None:
         os._exit(0)  # the owner is gone, whatever C code the main thread is in
 
     threading.Thread(target=watch, daemon=True).start()
-    operations: dict[str, Callable[[dict[str, Any], list[bytes]], Answer]] = {
-        "digest": child.digest,
-        "plan": child.plan,
-        "check": child.check,
-        "read": child.read,
-        "view": child.view,
-        "pyramid": child.pyramid,
-        "tile": child.tile,
-        "unchanged": child.unchanged,
-    }
     while True:
         try:
             request, blobs = read_message(connection)
         except (EOFError, OSError):
             os._exit(0)
-        child.memory[-1] = 1
+        memory[-1] = 1
         try:
             answer, out = operations[request["op"]](request, blobs)
         except SlideError as error:
@@ -391,19 +389,34 @@ def _failure(code: str, message: str, hint: str) -> dict[str, Any]:
     return {"error": {"code": code, "message": message, "hint": hint}}
 
 
-def main(arguments: list[str]) -> None:
-    """Run the child: arguments are the socket, the shared memory, its size, slides kept open."""
+def confine(address_space: int) -> None:
+    """Limit this process: bytes of address space, and no core dump."""
     import resource
 
-    connection_fd, memory_fd, capacity, slides = (int(argument) for argument in arguments)
-    limit = MEMORY_LIMIT_BYTES + capacity
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main(arguments: list[str]) -> None:
+    """Run the child: arguments are the socket, the shared memory, its size, slides kept open."""
+    connection_fd, memory_fd, capacity, slides = (int(argument) for argument in arguments)
+    confine(MEMORY_LIMIT_BYTES + capacity)
     import cv2
 
     cv2.setNumThreads(1)
-    memory = mmap.mmap(memory_fd, capacity)
-    _serve(socket.socket(fileno=connection_fd), ReaderChild(memoryview(memory), slides))
+    memory = memoryview(mmap.mmap(memory_fd, capacity))
+    child = ReaderChild(memory, slides)
+    operations: Operations = {
+        "digest": child.digest,
+        "plan": child.plan,
+        "check": child.check,
+        "read": child.read,
+        "view": child.view,
+        "pyramid": child.pyramid,
+        "tile": child.tile,
+        "unchanged": child.unchanged,
+    }
+    serve(socket.socket(fileno=connection_fd), memory, operations)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError, SlideError
-from pathflip.interop.features import hdf5, slidechat, spatialdata, tables, tensors
+from pathflip.interop.features import apart, hdf5, slidechat, spatialdata, tables, tensors
 from pathflip.interop.features.record import FeatureFile, reading
 from pathflip.progress import Progress, Report
 
@@ -78,16 +78,16 @@ def find_features(
     for number, path in enumerate(paths):
         name = slide_name(root, path)
         try:
-            made = _read(path, name)
+            made = apart.read_features(path, name)
         except SlideError as error:
             problems[str(path)] = error
             continue
-        for record in made or ():
+        for record in made:
             if record.dim:
                 records.append(record)
             else:
                 places[record.slide] = record
-        others += not any(record.dim for record in made or ())
+        others += not any(record.dim for record in made)
         if progress is not None:
             progress(
                 Progress(
@@ -146,8 +146,12 @@ def _files(root: Path) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
-def _read(path: Path, slide: str) -> list[FeatureFile]:
-    """Return the records of one file; none where it is of another kind."""
+def read_file(path: Path, slide: str) -> list[FeatureFile]:
+    """Return the records of one file, read in this process; none where it is of another kind.
+
+    Raises:
+        SlideError: The file cannot be used.
+    """
     if path.is_dir():
         return spatialdata.read_spatialdata(path, slide)
     with reading(path), path.open("rb") as file:

@@ -30,6 +30,7 @@ from pathflip.archive.slide_names import SlideNames
 from pathflip.cpus import cpus_here
 from pathflip.errors import ArchiveError, ConfigError, SlideError
 from pathflip.geometry import Tiling
+from pathflip.interop.features import apart
 from pathflip.interop.features.encoders import UNSTATED, encoder_name, known_card
 from pathflip.interop.features.find import find_features
 from pathflip.interop.features.planning import Planned, Scales, plan_slide
@@ -138,6 +139,7 @@ def import_features(
     config = config or FeatureImport()
     started = time.monotonic()
     found = find_features(folder, only=config.format, progress=progress)
+    apart.close()  # other threads read the features
     if not found.files:
         path, error = next(iter(found.problems.items()))
         raise ConfigError(

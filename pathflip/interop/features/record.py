@@ -31,7 +31,8 @@ class FeatureFile:
         slide: Name of the slide, without endings; folders below the one of the features are kept.
         n: Number of patches.
         dim: Width of a feature.
-        read: Function of (start, stop) that returns these features [stop - start, dim].
+        read: Function of (start, stop) that returns these features [stop - start, dim]. They may
+            lie in memory that the thread's next reading overwrites.
         coordinates: Function that returns the top left corners (x, y) of the patches [n, 2], in
             ``unit``; None where the file has no places.
         unit: Unit of the coordinates: level-0 px, or µm.

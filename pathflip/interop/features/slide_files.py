@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError, SlideError
-from pathflip.interop.features import hdf5, tensors
+from pathflip.interop.features import apart, hdf5, tensors
 from pathflip.interop.features.record import MAX_DIM, reading, unusable
 from pathflip.interop.features.tables import is_h5ad
 from pathflip.progress import Progress, Report
@@ -95,7 +95,7 @@ def read_slide_vectors(path: str | Path, *, progress: Report | None = None) -> S
     others: list[Path] = []
     for number, file in enumerate(paths):
         try:
-            made = _read(file, _slide_name(root, file))
+            made = apart.read_vectors(file, _slide_name(root, file))
         except SlideError as error:
             problems[str(file)] = error
             continue
@@ -164,8 +164,13 @@ def _encoder_of(path: Path) -> str | None:
     return None
 
 
-def _read(path: Path, slide: str) -> list[SlideVector]:
-    """Return the vectors of one file; none where it holds something else."""
+def read_file(path: Path, slide: str) -> list[SlideVector]:
+    """Return the vectors of one file, read in this process; none where it holds something else.
+
+    Raises:
+        SlideError: The file cannot be used.
+        ConfigError: Its vectors are of patients.
+    """
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv", ".parquet"):
         return _of_table(path)

@@ -27,6 +27,7 @@ from pathflip.archive.tables import names_of
 from pathflip.encoders import table_name
 from pathflip.encoders.zoo import card
 from pathflip.errors import ArchiveError, ConfigError
+from pathflip.interop.features import apart
 from pathflip.interop.features.encoders import UNSTATED, encoder_name
 from pathflip.interop.features.slide_files import SlideVector, read_slide_vectors
 from pathflip.progress import Report
@@ -117,6 +118,7 @@ def import_slide_features(
     """
     config = config or SlideFeatureImport()
     read = read_slide_vectors(path, progress=progress)
+    apart.close()
     refused = {file: f"{error.code}: {error}" for file, error in read.problems.items()}
     if not read.found:
         raise ConfigError(

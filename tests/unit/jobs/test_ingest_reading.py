@@ -104,7 +104,7 @@ def test_pixels_are_those_of_the_slide_whatever_becomes_of_the_reader(
         found = []
         for at, patches in enumerate(ahead([reader], file, 6, attempts, 10.0)):
             if at == 1 and how is not None:
-                assert reader._process is not None
+                assert reader._process.pid is not None
                 os.kill(reader._process.pid, how)
             found.append(patches.pixels.copy())
     for request, pixels in zip(requests(6), found, strict=True):

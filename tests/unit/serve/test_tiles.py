@@ -409,7 +409,7 @@ def test_more_than_may_wait_are_refused(folder: Path, loop: asyncio.AbstractEven
 
 
 def pids(pool: ReaderPool) -> list[int]:
-    return [w.reader._process.pid for w in pool._workers if w.reader._process is not None]
+    return [pid for w in pool._workers if (pid := w.reader._process.pid) is not None]
 
 
 def test_200_tiles_of_bad_slides_cost_an_error_each(
