@@ -3,7 +3,8 @@
 ======================= ========================================================================
 a file for each slide   TRIDENT's ``slide_features_<encoder>/S.h5`` (``features`` [d]); STAMP's
                         ``feats``, by its attribute ``feat_type``; AtlasPatch's group
-                        ``slide_features``; ``.pt``, ``.npy`` and ``.npz`` with one vector
+                        ``slide_features``; ``.pt``, ``.npy`` and ``.npz`` with one vector;
+                        LazySlide's stores, where it aggregated features over the slide
 a table of many slides  CSV, TSV and Parquet with a column ``slide`` and numbered columns, Parquet
                         also with a column of lists; ``.npz`` of names and a matrix; AnnData whose
                         ``obs`` are slides
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from pathflip.errors import ConfigError, SlideError
 from pathflip.interop.features import apart, hdf5, tensors
 from pathflip.interop.features.record import MAX_DIM, reading, unusable
+from pathflip.interop.features.spatialdata import is_zarr, read_aggregates
 from pathflip.interop.features.tables import is_h5ad
 from pathflip.progress import Progress, Report
 
@@ -136,6 +138,10 @@ def _files(root: Path) -> Iterator[Path]:
     count = 0
     for folder, folders, names in os.walk(root):
         folders.sort()
+        if is_zarr(names):
+            folders.clear()
+            yield Path(folder)
+            continue
         for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix.lower() in ENDINGS:
                 count += 1
@@ -171,6 +177,12 @@ def read_file(path: Path, slide: str) -> list[SlideVector]:
         SlideError: The file cannot be used.
         ConfigError: Its vectors are of patients.
     """
+    if path.is_dir():
+        return [
+            one
+            for encoder, vector in read_aggregates(path)
+            for one in _one(path, slide, vector.reshape(-1), encoder)
+        ]
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv", ".parquet"):
         return _of_table(path)

@@ -37,6 +37,7 @@ from pathflip.files import partial as partial_path
 from pathflip.files import sync
 from pathflip.interop.features.hdf5 import NOTES, ROWS_PER_CHUNK, number, text
 from pathflip.interop.features.record import (
+    MAX_DIM,
     MAX_PATCHES,
     FeatureFile,
     check_shape,
@@ -50,6 +51,8 @@ SUFFIX = ".zarr"
 MAX_CHUNK_BYTES = 1 << 30
 """Bytes of a chunk, all of which are unpacked to read a row of it."""
 _MARKS = ("zarr.json", ".zgroup")
+_AGGREGATE = "uns/agg_ops/agg_slide"
+"""Where a table has the vector of its slide, and what made it."""
 _BATCH = 1 << 14
 _RECTANGLE = np.dtype([("head", "u1", 13), ("corners", "<f8", (5, 2))])
 _HEAD = np.frombuffer(b"\1" + np.array([3, 1, 5], "<u4").tobytes(), np.uint8)
@@ -148,6 +151,32 @@ def _record(
     )
 
 
+def read_aggregates(path: Path) -> list[tuple[str, NDArray[Any]]]:
+    """Return the vectors of the slide in a store, as LazySlide aggregates features of tiles.
+
+    Returns:
+        (slide encoder, [1, d]) for each table that has one; a statistic of the tiles is called
+        after it and their model: ``mean_uni2``.
+    """
+    found = []
+    with reading(path):
+        folders = sorted((path / "tables").glob(f"*/{_AGGREGATE}"))
+        for name in (str(folder.relative_to(path)) for folder in folders):
+            encoder = _word(path, f"{name}/encoder")
+            vector = _array(path, f"{name}/features")
+            if encoder is None or vector is None:
+                continue
+            if vector.shape[-1:] != (vector.size,) or vector.size > MAX_DIM:
+                raise unusable(
+                    path, f"has no one vector in {name}: {vector.shape}", code="unsupported"
+                )
+            if callable(getattr(np, encoder, None)):
+                tiles = _word(path, f"{name}/tile_key") or TILES
+                encoder = f"{encoder}_{Path(name).parts[1].removesuffix(f'_{tiles}')}"
+            found.append((encoder.removesuffix("-slide-encoder"), np.asarray(vector[...])))
+    return found
+
+
 def _agreed(stated: float | None, pixel_um: float | None, scale: float) -> float | None:
     """Return the slide's resolution, unless its tiles were cut by another one."""
     if stated is None or pixel_um is None:
@@ -194,6 +223,24 @@ def _array(path: Path, name: str) -> Any:
             code="too_large",
         )
     return found
+
+
+def _word(path: Path, name: str) -> str | None:
+    """Return a word that lies in the store itself; None where there is none.
+
+    Zarr 2 packs texts by any codec that a store names, Python's pickle among them.
+    """
+    _check_links(path, name, deep=True)
+    if (path / name / ".zarray").is_file():
+        about = json.loads((path / name / ".zarray").read_text())
+        packed = [one.get("id") for one in (about.get("filters") or ())]
+        if about.get("dtype") != "|O" or packed != ["vlen-utf8"]:
+            return None
+    elif not (path / name / "zarr.json").is_file():
+        return None
+    found = _zarr(path).open(str(path / name), mode="r")
+    value = found[()] if getattr(found, "shape", None) == () else None
+    return str(value) if value is not None and found.dtype.kind in "OT" else None
 
 
 def _check_links(path: Path, name: str, *, deep: bool) -> None:

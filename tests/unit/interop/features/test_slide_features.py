@@ -384,3 +384,51 @@ def test_they_outlast_an_ingest_and_damage_is_told(uri: str, tmp_path: Path) -> 
     assert done.slides["written"] + done.slides["unchanged"] == 7
     assert done.unmatched == ["it's 1"]
     assert len(stored(uri)) == 7
+
+
+def lazyslide(path: Path, slide_vectors: dict[str, tuple[str, np.ndarray]], version: int) -> None:
+    """A store of LazySlide: {model of the tiles: (slide encoder, vector [1, d])}."""
+    import anndata
+    import pandas as pd
+    import zarr
+
+    index = pd.Index(["0", "1", "2"], dtype=object)  # AnnData writes no strings of pandas 3
+    zarr.open_group(str(path), mode="w", zarr_format=version).create_group("tables")
+    for model, (encoder, vector) in slide_vectors.items():
+        made = {"encoder": encoder, "tile_key": "tiles", "features": vector}
+        with (
+            pd.option_context("future.infer_string", False),
+            anndata.settings.override(zarr_write_format=version),
+        ):
+            anndata.AnnData(
+                np.ones((3, 4), np.float32),
+                obs=pd.DataFrame(index=index),
+                uns={"agg_ops": {"agg_slide": made}},
+            ).write_zarr(path / "tables" / f"{model}_tiles")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_what_lazyslide_aggregated(tmp_path: Path, version: int) -> None:
+    for n in range(2):
+        both = {"titan": ("titan", VECTORS[n : n + 1]), "uni2": ("mean", VECTORS[n + 2 : n + 3])}
+        lazyslide(tmp_path / f"it's {n}.zarr", both, version)
+    read = read_slide_vectors(tmp_path)
+    assert read.problems == {}
+    assert [(one.slide, one.encoder) for one in read.found] == [
+        (f"it's {n}", encoder) for n in range(2) for encoder in ("titan", "mean_uni2")
+    ]
+    held = [one.vector for one in read.found]
+    assert np.array_equal(held, VECTORS[[0, 2, 1, 3]])
+    assert len(read_slide_vectors(tmp_path / "it's 1.zarr").found) == 2
+    lazyslide(tmp_path / "two.zarr", {"titan": ("titan", VECTORS[:2])}, version)
+    (refused,) = read_slide_vectors(tmp_path).problems.values()
+    assert refused.code == "unsupported"
+
+
+def test_a_word_that_is_packed_by_pickle_is_not_read(tmp_path: Path) -> None:
+    lazyslide(tmp_path / "s.zarr", {"titan": ("titan", VECTORS[:1])}, 2)
+    about = tmp_path / "s.zarr/tables/titan_tiles/uns/agg_ops/agg_slide/encoder/.zarray"
+    packed = json.loads(about.read_text())
+    about.write_text(json.dumps(packed | {"filters": [{"id": "pickle", "protocol": 5}]}))
+    with pytest.raises(ConfigError, match="no vectors of slides"):
+        read_slide_vectors(tmp_path)
