@@ -298,7 +298,7 @@ def interface_of(address: str) -> str | None:
         for one in addresses:
             # An IPv6 address of one link names its interface after a per cent sign.
             if one.family in _IP and ip_address(one.address.partition("%")[0]) == wanted:
-                return name
+                return str(name)
     return None
 
 

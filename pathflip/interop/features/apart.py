@@ -96,12 +96,8 @@ def _record(about: Mapping[str, Any], answer: dict[str, Any]) -> FeatureFile:
     if facts["extent"] is not None:
         facts["extent"] = tuple(facts["extent"])
     asked = {**about, "n": facts["n"], "dim": facts["dim"]}
-    return FeatureFile(
-        path=Path(about["path"]),
-        **facts,
-        **{what: partial(_table, asked, what) for what in answer["tables"]},
-        read=partial(_rows, asked),
-    )
+    tables: dict[str, Any] = {what: partial(_table, asked, what) for what in answer["tables"]}
+    return FeatureFile(path=Path(about["path"]), **facts, **tables, read=partial(_rows, asked))
 
 
 def _rows(asked: Mapping[str, Any], start: int, stop: int) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from pathflip.errors import ConfigError
 from pathflip.interop.features import find, slide_files
 from pathflip.interop.features.apart import TABLES
 from pathflip.interop.features.record import FeatureFile, unusable
-from pathflip.slides.reader_child import Answer, confine, serve
+from pathflip.slides.reader_child import Answer, Operations, confine, serve
 
 MEMORY_LIMIT_BYTES = 6 << 30
 """Address space beside the shared memory. A table of SlideChat's, which is read at once, takes
@@ -80,18 +80,19 @@ class FeatureChild:
     def _all(self, request: dict[str, Any]) -> list[FeatureFile]:
         """Return the records of a request's file, from the last one if it is the same still."""
         path = Path(request["path"])
+        key: tuple[Any, ...] = ()
         try:
             found = path.stat()
             key = (path, request["slide"], found.st_size, found.st_mtime_ns, found.st_ino)
         except OSError:
-            key = ()
+            pass
         if not key or key != self._key:
             self._key, self._records = (), []
             self._records, self._key = find.read_file(path, request["slide"]), key
         return self._records
 
     def _one(self, request: dict[str, Any]) -> FeatureFile:
-        records, at = self._all(request), request["record"]
+        records, at = self._all(request), int(request["record"])
         if at < len(records) and (records[at].n, records[at].dim) == (request["n"], request["dim"]):
             return records[at]
         raise unusable(Path(request["path"]), "has changed since it was looked at")
@@ -110,7 +111,7 @@ def main(arguments: list[str]) -> None:
     confine(MEMORY_LIMIT_BYTES + size)
     shared = memoryview(mmap.mmap(memory, size))
     child = FeatureChild(shared)
-    operations = {
+    operations: Operations = {
         "features": child.features,
         "rows": child.rows,
         "table": child.table,
