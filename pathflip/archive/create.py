@@ -14,7 +14,7 @@ from pathflip.archive.fragments import create_table, not_empty
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.schema import NEW_LAYOUT
 from pathflip.archive.settings import meta_rows
-from pathflip.archive.storage import find_table, guarded, is_local, local_tables, normalise
+from pathflip.archive.storage import find_table, guarded, has_version, is_local, normalise
 from pathflip.archive.tables import META, PICTURES, tables_of
 from pathflip.errors import ArchiveError
 
@@ -39,9 +39,7 @@ def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
     try:
         return _with_tiling(Archive(where), wanted)
     except ArchiveError as error:
-        # Without meta.lance, slides and regions are what a creation that was killed left.
-        unfinished = error.code == "damaged" and "meta" not in local_tables(where)
-        if error.code not in ("missing_archive", "missing_table") and not unfinished:
+        if error.code != "missing_archive":
             raise
     if is_local(where) and Path(where).exists():
         if not Path(where).is_dir():
@@ -73,7 +71,7 @@ def create_archive(uri: str | Path, *, tiling: Mapping[str, Any]) -> Archive:
 
 def _made(uri: str) -> bool:
     if is_local(uri):
-        return META in local_tables(uri)
+        return has_version(uri, META)
     return find_table(uri, META) is not None
 
 

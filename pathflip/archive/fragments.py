@@ -22,6 +22,7 @@ from pathflip.archive.storage import (
     filesystem,
     find_table,
     guarded,
+    has_version,
     is_local,
     normalise,
     open_table,
@@ -205,9 +206,7 @@ def _left_behind(uri: str, table: str) -> Any:
     import lance
 
     if is_local(uri):
-        # Of one that was killed before its first version there are data files at most.
-        begun = any((Path(table_uri(uri, table)) / "_versions").glob("*.manifest"))
-        return lance.dataset(table_uri(uri, table)) if begun else None
+        return lance.dataset(table_uri(uri, table)) if has_version(uri, table) else None
     return find_table(uri, table)
 
 

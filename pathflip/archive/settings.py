@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pathflip.archive.storage import (
     damaged_error,
     guarded,
+    has_version,
     is_local,
     local_tables,
     open_table,
@@ -38,9 +39,9 @@ def read_meta(uri: str) -> dict[str, Any]:
                 hint=f"Make one: pathflip ingest SLIDES --archive {uri}",
                 code="missing_archive",
             )
-        tables = local_tables(uri)
-        if "meta" not in tables:
-            if {"slides", "regions"} <= set(tables):
+        if not has_version(uri, "meta"):  # which is made last
+            tables = local_tables(uri)
+            if {"slides", "regions"} <= set(tables) and open_table(uri, "slides").count_rows():
                 raise damaged_error(uri, "its table meta is missing")
             raise ArchiveError(
                 f"{uri} is not a pathflip archive.",

@@ -121,6 +121,14 @@ def newest_known_version(uri: str, table: str) -> int:
         return 0
 
 
+def has_version(uri: str, table: str) -> bool:
+    """Return whether a table of a local archive has a version.
+
+    Of a creation that was killed before the first there are folders and data files at most.
+    """
+    return any(Path(table_uri(uri, table), "_versions").glob("*.manifest"))
+
+
 def local_tables(uri: str) -> list[str]:
     """Return the names of the table folders of a local archive, sorted."""
     return sorted(path.stem for path in Path(uri).glob("*.lance") if path.is_dir())

@@ -14,17 +14,14 @@ import weakref
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError
-from pathflip.interop.features.record import FeatureFile
+from pathflip.interop.features.record import FeatureFile, SlideVector
 from pathflip.slides.reader_process import ReaderProcess
-
-if TYPE_CHECKING:
-    from pathflip.interop.features.slide_files import SlideVector
 
 PROGRAM = "pathflip.interop.features.apart_child"
 """Module that the process runs."""
@@ -65,8 +62,6 @@ def read_vectors(path: Path, slide: str) -> list[SlideVector]:
         SlideError: The file cannot be used, or broke the process (``reader_crash``, ``timeout``).
         ConfigError: Its vectors are of patients.
     """
-    from pathflip.interop.features.slide_files import SlideVector
-
     asked = {"op": "vectors", "path": str(path), "slide": slide}
     answer, blobs = _process().ask(asked, TIMEOUT_S)
     if (wrong := answer.get("wrong")) is not None:

@@ -1,4 +1,4 @@
-"""The record of one slide's patch features, between other tools' files and the archive."""
+"""Records of a slide's patch features and of its vector, between tools' files and the archive."""
 
 from __future__ import annotations
 
@@ -69,6 +69,25 @@ class FeatureFile:
     notes: Mapping[str, Any] = field(default_factory=dict)
     quality: Coordinates | None = field(default=None, repr=False)
     regions: Coordinates | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlideVector:
+    """Vector of a slide as a tool stored it.
+
+    Attributes:
+        path: The file.
+        slide: Name of the slide, without endings; folders below that of the features are kept.
+        vector: The vector [d].
+        encoder: Name of the slide encoder, as the tool spells it.
+        one_row: Whether it was stored as a matrix of one row, as the features of one patch are.
+    """
+
+    path: Path
+    slide: str
+    vector: NDArray[Any]
+    encoder: str | None = None
+    one_row: bool = False
 
 
 @contextmanager

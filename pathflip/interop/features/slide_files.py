@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError, SlideError
 from pathflip.interop.features import apart, hdf5, tensors
-from pathflip.interop.features.record import MAX_DIM, reading, unusable
+from pathflip.interop.features.record import MAX_DIM, SlideVector, reading, unusable
 from pathflip.interop.features.spatialdata import is_zarr, read_aggregates
 from pathflip.interop.features.tables import is_h5ad
 from pathflip.progress import Progress, Report
@@ -40,25 +40,6 @@ _NAME_KEYS = ("slide", "slide_id", "slides", "slide_ids", "filename", "filenames
 _PATIENT_KEYS = ("patient", "patient_id", "case", "case_id")
 _NUMBERED = re.compile(r"^(.*?)(\d+)$")
 _MAX_FILES = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SlideVector:
-    """Vector of a slide as a tool stored it.
-
-    Attributes:
-        path: The file.
-        slide: Name of the slide, without endings; folders below that of the features are kept.
-        vector: The vector [d].
-        encoder: Name of the slide encoder, as the tool spells it.
-        one_row: Whether it was stored as a matrix of one row, as the features of one patch are.
-    """
-
-    path: Path
-    slide: str
-    vector: NDArray[Any]
-    encoder: str | None = None
-    one_row: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

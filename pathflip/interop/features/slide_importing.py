@@ -29,7 +29,8 @@ from pathflip.encoders.zoo import card
 from pathflip.errors import ArchiveError, ConfigError
 from pathflip.interop.features import apart
 from pathflip.interop.features.encoders import UNSTATED, encoder_name
-from pathflip.interop.features.slide_files import SlideVector, read_slide_vectors
+from pathflip.interop.features.record import SlideVector
+from pathflip.interop.features.slide_files import read_slide_vectors
 from pathflip.progress import Report
 
 SETTING = "slide_encoder"

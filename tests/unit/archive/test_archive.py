@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import lancedb
@@ -144,8 +145,9 @@ def test_create_again_and_with_other_settings(tmp_path):
     assert error.value.code == "settings"
 
 
-@pytest.mark.parametrize("survives", range(4))
-def test_a_creation_that_was_killed_is_completed(tmp_path, monkeypatch, survives):
+@pytest.mark.parametrize("begun", [False, True], ids=["", "a folder of the next"])
+@pytest.mark.parametrize("survives", range(5))
+def test_a_creation_that_was_killed_is_completed(tmp_path, monkeypatch, survives, begun):
     import lance
 
     calls = []
@@ -154,6 +156,8 @@ def test_a_creation_that_was_killed_is_completed(tmp_path, monkeypatch, survives
     def killed(*args, **kwargs):
         calls.append(args)
         if len(calls) > survives:
+            if begun:
+                Path(args[1], "_versions").mkdir(parents=True)
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
@@ -161,10 +165,20 @@ def test_a_creation_that_was_killed_is_completed(tmp_path, monkeypatch, survives
         patch.setattr(lance, "write_dataset", killed)
         with pytest.raises(KeyboardInterrupt):
             create_archive(tmp_path / "a", tiling=cohort.TILING)
-    with pytest.raises(ArchiveError):
+    with pytest.raises(ArchiveError) as caught:
         Archive(tmp_path / "a")
+    assert caught.value.code == "missing_archive"  # as an ingest asks first
     cohort.build(tmp_path / "a", 0)
     assert Archive(tmp_path / "a").stats()["slides"] == 1
+
+
+def test_an_archive_with_slides_that_lost_its_settings_is_damaged(tmp_path):
+    cohort.build(tmp_path / "a", 0)
+    (tmp_path / "a" / "meta.lance").rename(tmp_path / "meta.lance")
+    for attempt in (Archive, partial(create_archive, tiling=cohort.TILING)):
+        with pytest.raises(ArchiveError, match="meta is missing") as caught:
+            attempt(tmp_path / "a")
+        assert caught.value.code == "damaged"
 
 
 def test_importing_the_package_does_not_import_lance():

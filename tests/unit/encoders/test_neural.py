@@ -16,6 +16,7 @@ from torch import nn
 
 from pathflip.encoders import EncoderInfo, encoder_info, load_encoder, neural, zoo
 from pathflip.errors import EncoderError
+from tests.faults import ROOT
 
 HERE = Path(__file__).parent
 PATCHES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
@@ -378,14 +379,24 @@ class Linear(nn.Module):
 
 
 @pytest.mark.skipif(which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_network_gives_the_same(monkeypatch):
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    network = Linear()
-    encoder = probe(network, model=network)
-    expected = encoder(PATCHES)
-    encoder.compile()
-    np.testing.assert_allclose(encoder(PATCHES), expected, rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+def test_a_compiled_network_gives_the_same():
+    """In a process of its own: the compiler wants setuptools' distutils, tests import Python's."""
+    code = """
+import numpy as np, torch
+from tests.unit.encoders.test_neural import PATCHES, Linear, probe
+
+network = Linear()
+encoder = probe(network, model=network)
+expected = encoder(PATCHES)
+encoder.compile()
+np.testing.assert_allclose(encoder(PATCHES), expected, rtol=1e-4, atol=1e-5)
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHDYNAMO_DISABLE"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -26,7 +26,7 @@ from pathflip.archive import Archive
 from pathflip.errors import SlideError
 from pathflip.interop.features import spatialdata
 from pathflip.interop.features.exporting import DONE, export_features
-from pathflip.interop.features.find import find_features
+from pathflip.interop.features.find import find_features, read_file
 from pathflip.interop.features.importing import import_features
 from tests.unit.interop.features.test_exchange import scaled
 from tests.unit.interop.features.test_files import COORDS, FEATURES, only, trident
@@ -221,17 +221,13 @@ def test_damaged_stores_are_refused_or_read(tmp_path: Path, seed: int) -> None:
             record.coordinates()
 
 
-def test_without_zarr_stores_are_refused_and_other_files_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_zarr_a_store_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(tmp_path / "s1.zarr")
-    trident(tmp_path / "job", "s2")
     monkeypatch.setitem(sys.modules, "zarr", None)
-    found = find_features(tmp_path)
-    assert [one.slide for one in found.files] == ["s2"]
-    (problem,) = found.problems.values()
-    assert problem.code == "missing_package"
-    assert "pathflip[spatialdata]" in problem.hint
+    with pytest.raises(SlideError) as raised:
+        read_file(tmp_path / "s1.zarr", "s1")
+    assert raised.value.code == "missing_package"
+    assert "pathflip[spatialdata]" in raised.value.hint
 
 
 def test_anndata_reads_what_is_written(tmp_path: Path) -> None:
