@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -97,11 +96,9 @@ def connect(address: str | None = None) -> Place:
 
 
 def _leave() -> None:
-    """Leave a cluster: what Ray has not said yet of lost nodes, it would say after the document."""
-    import ray
-
-    with redirect_stdout(sys.stderr):
-        ray.shutdown()
+    """Send what Ray still says of lost nodes while it ends, after the document, to stderr."""
+    sys.stdout.flush()
+    sys.stdout = sys.stderr
 
 
 def _end(folder: PrivateFolder) -> None:
