@@ -47,19 +47,32 @@ def export_parquet(archive: Archive, folder: str | Path) -> dict[str, int]:
     written: dict[str, int] = {}
     try:
         with guarded(str(target), "export"):
-            for table in archive.tables():
-                if archive.table(table).spec.per_slide and table != PICTURES:
-                    (draft / table).mkdir(parents=True)
-                    written[table] = _export_table(archive, table, draft / table)
-            if (drawn := find_annotations(archive.uri)) is not None:
-                (draft / ANNOTATIONS).mkdir(parents=True)
-                written[ANNOTATIONS] = _export_annotations(archive, drawn, draft / ANNOTATIONS)
+            drawn = find_annotations(archive.uri)
+            for table in _tables(archive, drawn):
+                (draft / table).mkdir(parents=True)
+                written[table] = (
+                    _export_annotations(archive, drawn, draft / table)
+                    if table == ANNOTATIONS
+                    else _export_table(archive, table, draft / table)
+                )
             if target.exists():
                 target.rmdir()
             draft.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return written
+
+
+def exported_tables(archive: Archive) -> list[str]:
+    """Return the tables that :func:`export_parquet` writes."""
+    return _tables(archive, find_annotations(archive.uri))
+
+
+def _tables(archive: Archive, drawn: Any) -> list[str]:
+    names = [
+        name for name in archive.tables() if archive.table(name).spec.per_slide and name != PICTURES
+    ]
+    return names if drawn is None else [*names, ANNOTATIONS]
 
 
 def _export_table(archive: Archive, table: str, folder: Path) -> int:

@@ -243,7 +243,7 @@ def archive_export(
 ) -> None:
     """Export tables to Parquet, outlines to QuPath, or patch features to other tools' files."""
     from pathflip import Archive
-    from pathflip.archive.export import export_parquet
+    from pathflip.archive.export import export_parquet, exported_tables
     from pathflip.errors import ConfigError
     from pathflip.interop.features.exporting import WRITERS, export_features
     from pathflip.interop.qupath import export_archive
@@ -255,7 +255,7 @@ def archive_export(
     opened = Archive(archive)
     if dry_run and to not in WRITERS:
         names = [opened.resolve(name) for name in slide or ()] or sorted(opened.ready_ids())
-        tables = opened.tables() if to == "parquet" else []
+        tables = exported_tables(opened) if to == "parquet" else []
         plan = {"out": out, "format": to, "slides": len(names), "tables": tables}
         show_document(plan, as_json=as_json, dry_run=True)
         return

@@ -51,6 +51,7 @@ def export_slide(
     regions: Iterable[Mapping[str, Any]],
     bounds_x0: int = 0,
     bounds_y0: int = 0,
+    extent: tuple[int, int] | None = None,
 ) -> int:
     """Write one slide's tissue (annotations) and regions (tiles) for QuPath.
 
@@ -65,6 +66,7 @@ def export_slide(
             archive's regions table will do.
         bounds_x0: Left of the slide's bounds, level-0 px, 0 without; see the module.
         bounds_y0: Top likewise.
+        extent: Width and height of the slide, level-0 px: regions at its edges are cut off there.
 
     Returns:
         Number of objects written.
@@ -90,6 +92,8 @@ def export_slide(
         rx, ry = int(row["rx"]), int(row["ry"])
         x = edge(np.array([rx, rx + 1]) * tiling.side, unit_um=tiling.patch_um, mpp=mpp)
         y = edge(np.array([ry, ry + 1]) * tiling.side, unit_um=tiling.patch_um, mpp=mpp)
+        if extent is not None:
+            x, y = np.minimum(x, extent[0]), np.minimum(y, extent[1])
         corners = np.array([[x[0], y[0]], [x[1], y[0]], [x[1], y[1]], [x[0], y[1]]], np.float64)
         features.append(
             _feature(
@@ -134,6 +138,7 @@ def export_archive(
         regions = archive.regions(slide_id, columns=columns).to_pylist()
         slide = archive.slide(slide_id)
         png, mpp = slide["tissue_png"], slide["mpp"]
+        known = slide["width"] and slide["height"]  # not of features that came without their slide
         path = folder / f"{slide_id}.geojson"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,6 +153,7 @@ def export_archive(
                 regions=regions,
                 bounds_x0=slide["bounds_x0"] or 0,
                 bounds_y0=slide["bounds_y0"] or 0,
+                extent=(slide["width"], slide["height"]) if known else None,
             )
         except OSError as error:
             raise _unwritten(path, error) from error

@@ -95,6 +95,23 @@ def test_files_go_in_and_come_out_as_they_were(uri, tmp_path, capsys):
         assert given == made
 
 
+def test_outlines_that_the_archive_writes_can_be_imported(uri, tmp_path, capsys):
+    out = tmp_path / "outlines"
+    shell(capsys, "archive", "export", "--archive", uri, "--to", "qupath", "--out", out)
+    files = sorted(out.iterdir())
+    command = ["annotations", "import", *files, "--archive", uri, "--author", "ann"]
+    code, done, _ = shell(capsys, *command)
+    assert (code, done["files"]) == (0, len(files))
+    assert done["new"] > 0
+
+
+def test_a_dry_run_of_an_export_names_the_tables_that_are_written(uri, tmp_path, capsys):
+    export = ["archive", "export", "--archive", uri, "--out", tmp_path / "tables"]
+    planned = shell(capsys, *export, "--dry-run")[1]["tables"]
+    assert not (tmp_path / "tables").exists()
+    assert set(shell(capsys, *export)[1]["rows"]) == set(planned)
+
+
 def test_files_of_other_tools_count_from_the_corner_of_the_slide(uri, tmp_path, capsys):
     file = tmp_path / "slide001.tif.annotations"
     pin = '<Region Type="Pin"><Vertices><V X="5" Y="6"/></Vertices></Region>'

@@ -122,6 +122,24 @@ def test_the_export_read_back_is_the_same_tissue(tmp_path: Path, bounds: tuple[i
     assert np.array_equal(back.mask, tissue.mask)  # the tiles are not taken for tissue
 
 
+def test_regions_end_where_the_slide_does(tmp_path: Path) -> None:
+    """As they did not, QuPath drew them beyond the image and an import refused the file."""
+    path = tmp_path / "s.geojson"
+    side = round(Tiling().side * Tiling().patch_um / MPP)
+    export_slide(
+        path, slide_id="s", mpp=MPP, tiling=Tiling(), tissue=None,
+        regions=[{"rx": 0, "ry": 0}, {"rx": 1, "ry": 0}], extent=(side + 100, side - 50),
+    )  # fmt: skip
+    rings = [
+        np.array(one["geometry"]["coordinates"][0])
+        for one in json.loads(path.read_text())["features"]
+    ]
+    assert [ring.min(axis=0).tolist() for ring in rings] == [[0, 0], [side, 0]]
+    assert [ring.max(axis=0).tolist() for ring in rings] == [
+        [side, side - 50], [side + 100, side - 50],
+    ]  # fmt: skip
+
+
 def test_export_is_deterministic_and_replaces_the_file_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +183,8 @@ class StubArchive:
             "mpp": MPP,
             "tissue_mpp": 8.0,
             "tissue_png": self.tissue.to_png(),
+            "width": 8180,
+            "height": 8760,
             "bounds_x0": None,
             "bounds_y0": None,
         } | bounds
