@@ -142,6 +142,17 @@ def test_a_script_without_a_command_says_so(nodes: Allocation) -> None:
     assert "Say which command" in errors
 
 
+def test_a_script_that_is_no_job_says_how_to_make_it_one() -> None:
+    outside = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    ended = subprocess.run(
+        ["bash", SCRIPT, "python", "-m", "jobs.ingest"], env=outside, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        f"pathflip: There is no Slurm job here: sbatch {SCRIPT} python -m jobs.ingest\n"
+    )
+
+
 @pytest.mark.parametrize(("tries", "queued"), [("0", ["requeue 4711"]), ("10", [])])
 def test_a_head_that_does_not_start_is_tried_again_so_many_times(
     nodes: Allocation, tries: str, queued: list[str]
