@@ -24,6 +24,7 @@ from pathflip.errors import EncoderError
 __all__ = ["Encoder", "EncoderInfo", "encoder_info", "load_encoder", "patch_model", "table_name"]
 
 _SCHEMES = ("timm", "hf", "torchscript")
+_OF_SLIDES = ("titan", "prism", "chief", "madeleine")
 
 
 def load_encoder(spec: str, *, device: str = "auto", patch_um: float | None = None) -> Encoder:
@@ -122,6 +123,13 @@ def _parse(spec: str) -> Spec:
             raise EncoderError(
                 f"There is no encoder {spec!r} without the run of its patch model.",
                 hint="Write mrplip:RUN, as for ingest.",
+                code="unknown_encoder",
+            )
+        if table_name(name) in _OF_SLIDES:
+            raise EncoderError(
+                f"{name} is an encoder of slides, not of patches.",
+                hint="Vectors that it made elsewhere come in by: pathflip archive import "
+                "--slide-features PATH.",
                 code="unknown_encoder",
             )
         near = difflib.get_close_matches(table_name(name), names, n=3, cutoff=0.5)

@@ -78,6 +78,12 @@ def test_unknown_name(typo, meant):
         assert refused.value.code == "unknown_encoder"
 
 
+def test_an_encoder_of_slides_is_sent_to_the_import() -> None:
+    with pytest.raises(EncoderError, match="an encoder of slides") as refused:
+        encoder_info("TITAN")
+    assert "--slide-features" in refused.value.hint
+
+
 def test_pickles_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"not even read")
     for call in (encoder_info, load_encoder):
