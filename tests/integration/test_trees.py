@@ -435,16 +435,17 @@ def test_roots_are_chosen_once_unless_another_job_was_faster(
 
     monkeypatch.setattr(tree_plan, "choose_parents", counted)
     uri = Path(shutil.copytree(clean.archive, tmp_path / "a"))
-    with in_threads():
+    # Undone before the other patches are, else it would put one of theirs back after they ended.
+    with in_threads(), monkeypatch.context() as patch:
         make(uri, *SMALL, "per_slide=1")
         assert len(chosen) == len(set(chosen)) == 7
 
         def faster(_: Any) -> str:
-            monkeypatch.setattr("jobs.cluster.connect", lambda _: "local")
+            patch.setattr("jobs.cluster.connect", lambda _: "local")
             assert make(uri, "per_slide=2").trees == 7
             return "local"
 
-        monkeypatch.setattr("jobs.cluster.connect", faster)
+        patch.setattr("jobs.cluster.connect", faster)
         late = make(uri, "per_slide=3")
     assert late.trees == 7, "those that the other job made are not made again"
     archive = Archive(uri)

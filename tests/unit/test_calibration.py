@@ -18,6 +18,12 @@ from pathflip.calibration import (
 )
 
 RNG = np.random.default_rng(0)
+_SEEDED = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order() -> None:
+    RNG.bit_generator.state = _SEEDED
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
