@@ -132,7 +132,7 @@ def stream(
     Args:
         name: Name of the span.
         items: The generator; it sees the span as the one around it.
-        traceparent: As of :func:`span`.
+        traceparent: W3C trace context of the caller, see :func:`span`.
     """
     return items if _tracer() is None else _stream(name, items, traceparent)
 

@@ -36,7 +36,7 @@ class IngestConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     compile: bool = False
-    """Whether neural encoders are compiled (torch.compile) when they first run: a minute for each
+    """Compilation of neural encoders (torch.compile) when they first run: a minute for each
     actor, which pays over many slides on a GPU if at all."""
     actors: int | None = None
     """Embedding actors at most; None means one per CPU, or two per GPU that the encoder uses."""

@@ -26,6 +26,7 @@ from pathflip.archive.search import (
     all_conditions,
     allowed_slides,
     normalised,
+    patch_encoder,
     search,
     vector_space,
 )
@@ -91,25 +92,20 @@ def search_patches(
         ConfigError: The vector is zero or not finite, or ``k`` is out of range.
     """
     space = vector_space(archive, encoder=encoder)
-    if space.encoder is None:
-        raise ConfigError(
-            f"The vectors of {space.name} are of slides, not of patches.",
-            hint="Search for slides: --level slide.",
-            code="no_regions",
-        )
+    of = patch_encoder(space, of="patches")
     query = normalised(archive, space, vector)[0]
     if not 1 <= k <= 10_000:
         raise ConfigError(f"Cannot search patches for {k} results.")
-    regions = _regions(archive, space.encoder, filters, exclude_patient)
+    regions = _regions(archive, of, filters, exclude_patient)
     counts = regions["n_patches"].fill_null(archive.slots)
     everything = int(pc.sum(counts).as_py() or 0) <= exhaustive
     if not everything:
         near = search(
-            archive, query, encoder=space.encoder, level="region", k=best_regions,
+            archive, query, encoder=of, level="region", k=best_regions,
             filters=filters, exclude_patient=exclude_patient,
         )  # fmt: skip
         regions = regions.filter(pc.is_in(regions["id"], near["region_id"].combine_chunks()))
-    best = _scan(archive, space.encoder, regions, query, k=k, everything=everything)
+    best = _scan(archive, of, regions, query, k=k, everything=everything)
     return FoundPatches(_result(archive, regions, best), everything)
 
 

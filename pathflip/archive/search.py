@@ -126,12 +126,8 @@ def search_many(
     """
     space = vector_space(archive, encoder=encoder, model=model, fingerprint=fingerprint)
     unit = normalised(archive, space, queries)
-    if level == "region" and space.slides_only:
-        raise ConfigError(
-            f"The vectors of {space.name} are of slides, not of regions.",
-            hint="Search for slides: --level slide.",
-            code="no_regions",
-        )
+    if level == "region":
+        patch_encoder(space, of="regions")
     if level not in ("region", "slide") or not 1 <= k <= 10_000:
         raise ConfigError(f"Cannot search level {level!r} for {k} results.")
     conditions = all_conditions(filters, exclude_slide, exclude_patient)
@@ -160,10 +156,10 @@ class VectorSpace:
     Attributes:
         table: Table of embeddings.
         dim: Dimension of the vectors.
-        encoder: Patch encoder of the features they were made from; None of imported vectors.
+        encoder: Patch encoder of the features they were made from; None of imported vectors, which
+            are of slides alone.
         name: The encoder or model, for messages.
         code: Error code for a query vector of another dimension.
-        slides_only: Whether there are vectors of slides alone, none of regions.
     """
 
     table: str
@@ -171,7 +167,25 @@ class VectorSpace:
     encoder: str | None
     name: str
     code: str
-    slides_only: bool = False
+
+
+def patch_encoder(space: VectorSpace, *, of: str) -> str:
+    """Return the patch encoder of embeddings that are to be searched below the slide.
+
+    Args:
+        space: The embeddings.
+        of: Name of what is searched, for the message.
+
+    Raises:
+        ConfigError: They are of slides alone (``no_regions``).
+    """
+    if space.encoder is None:
+        raise ConfigError(
+            f"The vectors of {space.name} are of slides, not of {of}.",
+            hint="Search for slides: --level slide.",
+            code="no_regions",
+        )
+    return space.encoder
 
 
 def vector_space(
@@ -196,7 +210,6 @@ def vector_space(
             encoder=None,
             name=f"slide encoder {encoder} ({entry['revision']})",
             code="wrong_encoder",
-            slides_only=True,
         )
     if model is None and fingerprint is None:
         name, entry = archive.encoder(encoder)
@@ -254,7 +267,7 @@ def stored_vector(
             slide == row_id or row_id in archive.regions(slide)["region_id"].to_pylist()
         )
         hint = "See: pathflip slides list"
-        if space.slides_only:
+        if space.encoder is None:
             hint = "Import its vector: pathflip archive import --slide-features PATH"
         elif model is not None:
             hint = f"Run: pathflip index --archive {archive.uri} --run RUN"

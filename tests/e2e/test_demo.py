@@ -127,7 +127,7 @@ def test_the_reports_show_it(made: Path) -> None:
 
 
 def test_findings_are_asked_for_in_words_that_no_caption_has(made: Path, tmp_path: Path) -> None:
-    """As it is done where a text model knows more words than the captions have."""
+    """The stage runs where a text model knows more words than the captions have."""
     run = load_run(made / "run")
     document = measured_everyday(Archive(made / "archive"), run, tmp_path, Stages())
     assert document["grounding"]["queries"]["haemorrhage"] == "bleeding"

@@ -10,18 +10,22 @@ it: nothing is pickled.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathflip.errors import ConfigError
+from pathflip.errors import ConfigError, SlideError
 from pathflip.interop.features.record import FeatureFile, SlideVector
+from pathflip.progress import Progress, Report
 from pathflip.slides.reader_process import ReaderProcess
+
+T = TypeVar("T")
 
 PROGRAM = "pathflip.interop.features.apart_child"
 """Module that the process runs."""
@@ -70,6 +74,43 @@ def read_vectors(path: Path, slide: str) -> list[SlideVector]:
         SlideVector(path=path, vector=np.frombuffer(blob, dtype), **facts)
         for (facts, dtype), blob in zip(answer["vectors"], blobs, strict=True)
     ]
+
+
+def read_each(
+    paths: Sequence[Path],
+    read: Callable[[Path], list[T]],
+    *,
+    what: str,
+    problems: dict[str, SlideError],
+    progress: Report | None,
+) -> Iterator[tuple[Path, list[T]]]:
+    """Yield files with what is read of each; those that cannot be used go to ``problems``.
+
+    Args:
+        paths: The files.
+        read: :func:`read_features` or :func:`read_vectors`, of a path.
+        what: Name of the work, for its progress.
+        problems: Takes {path: reason}.
+        progress: Progress callback.
+    """
+    started = time.monotonic()
+    for number, path in enumerate(paths):
+        try:
+            made = read(path)
+        except SlideError as error:
+            problems[str(path)] = error
+            continue
+        yield path, made
+        if progress is not None:
+            progress(
+                Progress(
+                    what=what,
+                    done=number + 1,
+                    total=len(paths),
+                    seconds=time.monotonic() - started,
+                    unit="files",
+                )
+            )
 
 
 def close() -> None:

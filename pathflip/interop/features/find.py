@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,14 @@ from numpy.typing import NDArray
 from pathflip.errors import ConfigError, SlideError
 from pathflip.interop.features import apart, hdf5, slidechat, spatialdata, tables, tensors
 from pathflip.interop.features.record import FeatureFile, reading
-from pathflip.progress import Progress, Report
+from pathflip.progress import Report
 
 FORMATS = (
     "trident", "clam", "stamp", "atlaspatch", "slide2vec", "slidechat", "h5ad", "spatialdata", "pt",
 )  # fmt: skip
 _HDF5 = (".h5", ".hdf5", ".h5ad")
 _TENSORS = (".pt", ".pth")
+_ENDINGS = (*_HDF5, *_TENSORS, ".csv")
 _CONTAINERS = (
     "patches", "h5_files", "pt_files", "tile_embeddings", "hierarchical_embeddings", "features",
     "tiles", "bags",
@@ -69,35 +69,24 @@ def find_features(
         )
     if not root.exists():
         raise ConfigError(f"{folder} does not exist.", hint="Check --features.")
-    started = time.monotonic()
-    paths = list(_files(root))
     records: list[FeatureFile] = []
     places: dict[str, FeatureFile] = {}
     problems: dict[str, SlideError] = {}
     others = 0
-    for number, path in enumerate(paths):
-        name = slide_name(root, path)
-        try:
-            made = apart.read_features(path, name)
-        except SlideError as error:
-            problems[str(path)] = error
-            continue
+    read = apart.read_each(
+        list(files_below(root, _ENDINGS)),
+        lambda path: apart.read_features(path, slide_name(root, path)),
+        what="looking at",
+        problems=problems,
+        progress=progress,
+    )
+    for _, made in read:
         for record in made:
             if record.dim:
                 records.append(record)
             else:
                 places[record.slide] = record
         others += not any(record.dim for record in made)
-        if progress is not None:
-            progress(
-                Progress(
-                    what="looking at",
-                    done=number + 1,
-                    total=len(paths),
-                    seconds=time.monotonic() - started,
-                    unit="files",
-                )
-            )
     files = _joined(records, places)
     if only != "auto":
         files = [record for record in files if record.format == only]
@@ -122,7 +111,12 @@ def slide_name(root: Path, path: Path) -> str:
     return str(Path(*parts).with_suffix(""))
 
 
-def _files(root: Path) -> Iterator[Path]:
+def files_below(root: Path, endings: Collection[str]) -> Iterator[Path]:
+    """Yield the files with such endings in a folder, and its Zarr stores; a file is itself.
+
+    Raises:
+        ConfigError: There are too many.
+    """
     if root.is_file():
         yield root
         return
@@ -136,7 +130,7 @@ def _files(root: Path) -> Iterator[Path]:
         for name in sorted(names):
             if name.startswith("."):
                 continue
-            if Path(name).suffix.lower() in (*_HDF5, *_TENSORS, ".csv"):
+            if Path(name).suffix.lower() in endings:
                 count += 1
                 if count > _MAX_FILES:
                     raise ConfigError(

@@ -15,10 +15,8 @@ Files of patch features, of places and of other tables are counted and left alon
 
 from __future__ import annotations
 
-import os
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,11 @@ from numpy.typing import NDArray
 
 from pathflip.errors import ConfigError, SlideError
 from pathflip.interop.features import apart, hdf5, tensors
+from pathflip.interop.features.find import files_below
 from pathflip.interop.features.record import MAX_DIM, SlideVector, reading, unusable
-from pathflip.interop.features.spatialdata import is_zarr, read_aggregates
+from pathflip.interop.features.spatialdata import read_aggregates
 from pathflip.interop.features.tables import is_h5ad
-from pathflip.progress import Progress, Report
+from pathflip.progress import Report
 
 ENDINGS = (".h5", ".hdf5", ".h5ad", ".pt", ".pth", ".npy", ".npz", ".csv", ".tsv", ".parquet")
 PREFIX = "slide_features_"
@@ -39,7 +38,6 @@ _VECTOR_KEYS = ("features", "feats", "embeddings", "embedding", "vectors", "vect
 _NAME_KEYS = ("slide", "slide_id", "slides", "slide_ids", "filename", "filenames", "names", "wsi")
 _PATIENT_KEYS = ("patient", "patient_id", "case", "case_id")
 _NUMBERED = re.compile(r"^(.*?)(\d+)$")
-_MAX_FILES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,29 +69,19 @@ def read_slide_vectors(path: str | Path, *, progress: Report | None = None) -> S
     root = Path(path).expanduser().absolute()
     if not root.exists():
         raise ConfigError(f"{path} does not exist.", hint="Check --slide-features.")
-    started = time.monotonic()
-    paths = [root] if root.is_file() else list(_files(root))
     found: list[SlideVector] = []
     problems: dict[str, SlideError] = {}
     others: list[Path] = []
-    for number, file in enumerate(paths):
-        try:
-            made = apart.read_vectors(file, _slide_name(root, file))
-        except SlideError as error:
-            problems[str(file)] = error
-            continue
+    read = apart.read_each(
+        list(files_below(root, ENDINGS)),
+        lambda file: apart.read_vectors(file, _slide_name(root, file)),
+        what="reading",
+        problems=problems,
+        progress=progress,
+    )
+    for file, made in read:
         found += made
         others += [] if made else [file]
-        if progress is not None:
-            progress(
-                Progress(
-                    what="reading",
-                    done=number + 1,
-                    total=len(paths),
-                    seconds=time.monotonic() - started,
-                    unit="files",
-                )
-            )
     mixed = {(file.parent, file.suffix) for file in others}
     for one in [
         one for one in found if one.one_row and (one.path.parent, one.path.suffix) in mixed
@@ -113,25 +101,6 @@ def read_slide_vectors(path: str | Path, *, progress: Report | None = None) -> S
             code="no_features",
         )
     return SlideVectors(found=found, problems=problems, others=len(others))
-
-
-def _files(root: Path) -> Iterator[Path]:
-    count = 0
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        if is_zarr(names):
-            folders.clear()
-            yield Path(folder)
-            continue
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in ENDINGS:
-                count += 1
-                if count > _MAX_FILES:
-                    raise ConfigError(
-                        f"{root} holds more than {_MAX_FILES:,} files.",
-                        hint="Import it folder by folder.",
-                    )
-                yield Path(folder) / name
 
 
 def _slide_name(root: Path, path: Path) -> str:

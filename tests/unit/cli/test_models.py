@@ -133,7 +133,7 @@ def test_a_folder_without_models_is_not_whole(models: Models) -> None:
 
 
 def test_a_file_that_comes_damaged_is_not_kept(hub: Hub, models: Models) -> None:
-    """As long as the right one, which is all that the hub's client looks at."""
+    """The file has the right length, which is all that the hub's client looks at."""
     hub.altered.add("q/llm/model.safetensors")
     status, document = models("pull", "q/llm")
     assert (status, document["error"]["code"]) == (2, "damaged_weights")

@@ -401,7 +401,7 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_begun_batches_keep_their_features_whatever_becomes_of_their_pixels(device):
-    """Of pixels in one memory that each overwrites, collected in another order."""
+    """Batches share one memory for pixels and are collected in another order."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
     encoder = probe(mean_colour, batch=4, device=device)

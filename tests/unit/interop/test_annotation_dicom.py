@@ -262,19 +262,25 @@ def test_damaged_files_are_refused(
         read_objects(path, slide=slide)
 
 
-def test_a_file_is_imported_on_the_slide_of_an_archive(slide: SlideFile, tmp_path: Path) -> None:
-    uri = make_archive(tmp_path / "archive", slides=2, captions=False)
+def imported(slide: SlideFile, path: Path) -> tuple[Path, list[str]]:
+    """Import a file by the command; return the archive and the classes it holds, sorted."""
+    uri = make_archive(path.parent / "archive", slides=2, captions=False)
     size = {"width": WIDTH, "height": HEIGHT, "sha256": "a" * 64}
     with Committer(uri) as committer:
         committer.update_slides({"slide001": size | {"uri": str(slide.path)}})
-    path = tmp_path / "slide001.dcm"
-    path.write_bytes(unpacked(TWO))
     command = ["annotations", "import", str(path), "--archive", str(uri), "--author", "ann"]
     with pytest.raises(SystemExit) as ended:
         main([*command, "--json"])
     assert not ended.value.code
-    stored = AnnotationStore(uri).all()
-    assert sorted(one.classification for one in stored)[-2:] == ["Tumor", "Tumor"]
+    return uri, sorted(str(one.classification) for one in AnnotationStore(uri).all())
+
+
+def test_a_file_is_imported_on_the_slide_of_an_archive(slide: SlideFile, tmp_path: Path) -> None:
+    path = tmp_path / "slide001.dcm"
+    path.write_bytes(unpacked(TWO))
+    uri, classes = imported(slide, path)
+    assert classes[-2:] == ["Tumor", "Tumor"]
+    command = ["annotations", "import", str(path), "--archive", str(uri), "--author", "ann"]
     with pytest.raises(SystemExit) as ended:
         main([*command, "--slide", "slide000", "--json"])
     assert ended.value.code == 2, "no such slide is slide000"

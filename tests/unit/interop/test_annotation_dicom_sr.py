@@ -10,21 +10,18 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 
-from pathflip.archive.annotations import AnnotationStore
-from pathflip.archive.commit import Committer
-from pathflip.cli import main
 from pathflip.errors import ConfigError
 from pathflip.interop import annotation_dicom
 from pathflip.interop.annotation_dicom import SlideFile
 from pathflip.interop.annotation_files import read_annotations, read_objects
 from pathflip.interop.annotations import Annotation
-from tests.archives import make_archive
 from tests.unit.interop.test_annotation_dicom import (
     HEIGHT,
     IMAGE,
     MM,
     POLYGONS,
     WIDTH,
+    imported,
     item,
     save,
     unpacked,
@@ -333,15 +330,7 @@ def test_damaged_files_are_refused(slide: SlideFile, tmp_path: Path) -> None:
 
 
 def test_a_report_is_imported_on_the_slide_of_an_archive(slide: SlideFile, tmp_path: Path) -> None:
-    uri = make_archive(tmp_path / "archive", slides=2, captions=False)
-    size = {"width": WIDTH, "height": HEIGHT, "sha256": "a" * 64}
-    with Committer(uri) as committer:
-        committer.update_slides({"slide001": size | {"uri": str(slide.path)}})
     path = tmp_path / "slide001.dcm"
     path.write_bytes(unpacked(TWO))
-    command = ["annotations", "import", str(path), "--archive", str(uri), "--author", "ann"]
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--json"])
-    assert not ended.value.code
-    stored = AnnotationStore(uri).all()
-    assert sorted(one.classification for one in stored) == ["Mitosis"] + ["Neoplasm"] * 5
+    _, classes = imported(slide, path)
+    assert classes == ["Mitosis"] + ["Neoplasm"] * 5

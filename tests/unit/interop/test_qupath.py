@@ -123,7 +123,7 @@ def test_the_export_read_back_is_the_same_tissue(tmp_path: Path, bounds: tuple[i
 
 
 def test_regions_end_where_the_slide_does(tmp_path: Path) -> None:
-    """As they did not, QuPath drew them beyond the image and an import refused the file."""
+    """QuPath drew longer ones beyond the image, and an import refused the file."""
     path = tmp_path / "s.geojson"
     side = round(Tiling().side * Tiling().patch_um / MPP)
     export_slide(
