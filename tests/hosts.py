@@ -28,6 +28,8 @@ _SPACES = ("--net", "--uts", "--ipc", "--pid", "--mount")
 START_S = 180.0
 """Deadline for a node of Ray, which takes seconds on a machine with nothing else to do."""
 _STORE_BYTES = 80 << 20
+_OWN = ("PATH", "HOME", "LANG", "LC_ALL", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+"""Variables that hosts have of this process: a machine of its own knows nothing of the others."""
 LOST = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "5000",
@@ -282,9 +284,8 @@ class Cluster:
         for secret in (token, folder / "secret"):  # the second is of the service's proxies
             secret.touch(mode=0o600)
             secret.write_text(os.urandom(32).hex())
-        dropped = ("RAY_", "PATHFLIP_", "PYTEST")
         self.environment = {
-            **{name: at for name, at in os.environ.items() if not name.startswith(dropped)},
+            **{name: at for name, at in os.environ.items() if name in _OWN},
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": "/tmp",

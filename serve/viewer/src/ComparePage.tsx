@@ -1,6 +1,6 @@
 /** Two slides side by side, in step or each by itself. */
 
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { api, slidePath } from "./api.ts";
 import type { TileInfo } from "./api.ts";
 import { HelpDialog, useKeys } from "./keys.tsx";
@@ -63,7 +63,8 @@ export function ComparePage({ at }: { at: CompareRoute }) {
     const stops = views.map((view) => view.onMove(update));
     return () => stops.forEach((stop) => stop());
   }, [views]);
-  useEffect(() => (views && sync ? join(views, leader) : undefined), [views, sync, turn]);
+  // Before the next key: after the next frame, as other effects are, one slide would still move the other.
+  useLayoutEffect(() => (views && sync ? join(views, leader) : undefined), [views, sync, turn]);
   useEffect(() => (views ? keepAddress(views, at, sync) : undefined), [views, at, sync]);
 
   const rotate = (degrees: number) => {

@@ -61,7 +61,7 @@ def visit(viewer: Viewer, world: World, check: Callable[[str], None]) -> None:
         if name == "Where":
             page.get_by_role("textbox", name="Show where this is true").fill("Mucin pools")
             page.get_by_role("button", name="Show", exact=True).click()
-            page.get_by_text("Fit", exact=False).first.wait_for()
+            page.get_by_text(re.compile("^Fit ")).first.wait_for()
             page.get_by_text("Colours and export").click()
         if name == "Ask":
             page.get_by_role("textbox", name="Question").fill("What is seen?")

@@ -142,7 +142,7 @@ def test_heat_and_outlines_turn_with_the_slide(viewer: Viewer, world: World) -> 
         viewer.still()
         plain = viewer.picture()
         viewer.page.get_by_role("tab", name="Where").click()
-        viewer.page.get_by_text("Fit").first.wait_for()
+        viewer.page.get_by_text(re.compile("^Fit ")).first.wait_for()
         viewer.page.get_by_role("tab", name="Slide").click()
         viewer.page.get_by_role("checkbox", name="Regions").check()
         viewer.page.get_by_role("checkbox", name="Tissue").check()

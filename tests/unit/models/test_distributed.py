@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -84,8 +85,8 @@ def work(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("two")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(work, args=(2, str(folder)), nprocs=2)
+    with mock.patch.dict(os.environ, {"GLOO_SOCKET_IFNAME": "lo"}):
+        mp.spawn(work, args=(2, str(folder)), nprocs=2)
     return load_file(folder / "found.safetensors")
 
 
