@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from pathflip.archive.settings import CAPTIONS, entries_of, read_meta, slots_of
+from pathflip.archive.settings import CAPTIONS, entries_of, open_meta, settings_in, slots_of
 from pathflip.archive.slide_names import NAME_COLUMNS, SlideNames
 from pathflip.archive.storage import (
     damaged_error,
@@ -103,7 +103,8 @@ class Archive:
         """Move to the newest committed state, with what is known of tables that did not change."""
         from pathflip.archive.tables import META, tables_of
 
-        self._meta = read_meta(self.uri)
+        self._settings = open_meta(self.uri)
+        self._meta = settings_in(self.uri, self._settings)
         self._tables = tables_of(self._meta)
         before, self._datasets = self._datasets, {}
         for name in self._tables:
@@ -138,12 +139,10 @@ class Archive:
         return found
 
     def is_newest(self) -> bool:
-        """Return whether nothing was committed since this state was read.
-
-        Every commit, that of a new table too, registers its files in the table ``files``.
-        """
+        """Return whether nothing was committed since this state was read."""
+        opened = (self._settings, *self._datasets.values())
         with guarded(self.uri, "look for new commits"):
-            return all(item.version == item.latest_version for item in self._datasets.values())
+            return all(item.version == item.latest_version for item in opened)
 
     def cached(self, key: str, make: Callable[[], T], *, of: Collection[str] | None = None) -> T:
         """Return the value of ``make()``, computed once for each snapshot.

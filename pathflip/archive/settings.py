@@ -29,8 +29,16 @@ def read_meta(uri: str) -> dict[str, Any]:
     Raises:
         ArchiveError: See :class:`Archive`.
     """
-    from pathflip.archive.schema import SCHEMA_VERSION, intact_rows
+    return settings_in(uri, open_meta(uri))
 
+
+def open_meta(uri: str) -> Any:
+    """Open the archive's table of settings, as a ``lance.LanceDataset``.
+
+    Raises:
+        ArchiveError: There is no archive (``missing_archive``), or its settings are gone
+            (``damaged``).
+    """
     if is_local(uri):
         path = Path(uri)
         if not path.is_dir():
@@ -49,7 +57,7 @@ def read_meta(uri: str) -> dict[str, Any]:
                 code="missing_archive",
             )
     try:
-        dataset = open_table(uri, "meta")
+        return open_table(uri, "meta")
     except ArchiveError as error:
         if is_local(uri) or error.code != "missing_table":
             raise
@@ -58,6 +66,16 @@ def read_meta(uri: str) -> dict[str, Any]:
             hint=f"Make one: pathflip ingest SLIDES --archive {uri}",
             code="missing_archive",
         ) from error
+
+
+def settings_in(uri: str, dataset: Any) -> dict[str, Any]:
+    """Return the settings in a table that :func:`open_meta` opened, checked as :func:`read_meta`.
+
+    Raises:
+        ArchiveError: They are damaged (``damaged``), or of a newer layout (``schema_version``).
+    """
+    from pathflip.archive.schema import SCHEMA_VERSION, intact_rows
+
     with guarded(uri, "read the table meta", damaged=True):
         rows = dataset.to_table()
         intact = bool(intact_rows(rows).all())

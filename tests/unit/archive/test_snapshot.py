@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pathflip.archive import Archive
+from pathflip.archive import Archive, transactions
 from pathflip.archive.commit import Committer
+from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.snapshot import ArchiveSnapshot, ready_row
 from pathflip.errors import ArchiveError
 from tests.unit.archive import cohort, models
@@ -49,6 +51,25 @@ def test_a_model_that_is_indexed_later_is_seen(uri: Path) -> None:
     with Committer(uri) as committer:
         models.add(committer, 0)
     assert list(snapshot.newest().models()) == [models.MODEL]
+
+
+def test_a_state_from_the_midst_of_a_commit_knows_that_it_is_old(
+    uri: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests of new files come first: a state that has them may lack what they are of."""
+    register, states = transactions.register, []
+
+    def look(lock: ArchiveLock, files: Mapping[str, tuple[str, int]]) -> None:
+        register(lock, files)
+        states.append(Archive(uri))
+
+    with Committer(uri) as committer, monkeypatch.context() as watched:
+        watched.setattr(transactions, "register", look)
+        committer.ensure_encoder_table("later", revision="1", dim=4, mpp=0.5, licence="MIT")
+    assert states
+    assert "later" not in states[-1].encoders()
+    assert not states[-1].is_newest()
+    assert "later" in states[-1].successor().encoders()
 
 
 def test_one_looks_and_the_others_go_on(uri: Path, monkeypatch: pytest.MonkeyPatch) -> None:
