@@ -133,19 +133,23 @@ def merge_below(dataset: Any, size: int, chosen: Callable[[list[int], float], bo
     from lance.optimize import Compaction
 
     row_bytes = _row_bytes(dataset)
-    options: CompactionOptions = {
-        "target_rows_per_fragment": max(1, int(size / row_bytes)),
-        "batch_size": rows_per_batch(dataset.schema),
-        "num_threads": 1,
-    }
     tasks = []
-    for task in Compaction.plan(dataset, options).tasks:
+    for task in Compaction.plan(dataset, _options(dataset, size)).tasks:
         rows = [item.physical_rows for item in task.fragments]
         if chosen(rows, row_bytes * sum(rows)):
             tasks.append(task)
     if tasks:
         Compaction.commit(dataset, [task.execute(dataset) for task in tasks])
     return bool(tasks)
+
+
+def _options(dataset: Any, size: int) -> CompactionOptions:
+    """Options for a merge of the fragments of a table that are smaller than a size in bytes."""
+    return {
+        "target_rows_per_fragment": max(1, int(size / _row_bytes(dataset))),
+        "batch_size": rows_per_batch(dataset.schema),
+        "num_threads": 1,
+    }
 
 
 def _small_fragments(dataset: Any) -> int:
@@ -215,19 +219,42 @@ def free_files(lock: ArchiveLock, tables: Sequence[str], *, before: datetime) ->
         Bytes removed.
     """
     removed = 0
+    system, root = filesystem(lock.uri)
     for table in tables:
         with guarded(lock.uri, f"clean the table {table}"):
-            removed += sum(_remove_orphans(lock, table, before))
+            for path, size in _orphans(lock.open(table), before):
+                system.delete_file(f"{root}/{table}.lance/{path}")
+                removed += size
     return removed
 
 
-def _remove_orphans(lock: ArchiveLock, table: str, before: datetime) -> Iterator[int]:
-    dataset = lock.open(table)
+def _orphans(dataset: Any, before: datetime) -> Iterator[tuple[str, int]]:
+    """Yield path and bytes of each data file of a table that :func:`free_files` deletes."""
     named = {path for batch in dataset.tracked_files() for path in batch["path"].to_pylist()}
-    system, root = filesystem(lock.uri)
     for batch in dataset.all_files():
         for row in batch.to_pylist():
             path = row["path"]
             if path.startswith("data/") and path not in named and row["last_modified"] < before:
-                system.delete_file(f"{root}/{table}.lance/{path}")
-                yield row["size_bytes"]
+                yield path, row["size_bytes"]
+
+
+def due(uri: str, tables: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Say what :func:`merge_all`, :func:`free_versions` and :func:`free_files` would find to do.
+
+    Returns:
+        Of the tables with any of it: {"fragments": {table: fragments that would be merged or
+        rewritten}, "versions": {table: versions that would be deleted}, "unused_bytes": {table:
+        bytes of files of no version that would be deleted}}.
+    """
+    from lance.optimize import Compaction
+
+    before = day_ago()
+    found: dict[str, dict[str, int]] = {"fragments": {}, "versions": {}, "unused_bytes": {}}
+    for table in tables:
+        with guarded(uri, f"look at the table {table}"):
+            dataset = open_table(uri, table)
+            tasks = Compaction.plan(dataset, _options(dataset, FRAGMENT_BYTES)).tasks
+            found["fragments"][table] = sum(len(task.fragments) for task in tasks)
+            found["versions"][table] = len(_replaced(dataset, before))
+            found["unused_bytes"][table] = sum(size for _, size in _orphans(dataset, before))
+    return {key: {name: n for name, n in of.items() if n} for key, of in found.items()}

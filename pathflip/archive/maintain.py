@@ -8,8 +8,8 @@ from typing import Any
 from pathflip.archive.annotation_table import maintain_annotations
 from pathflip.archive.archive import Archive
 from pathflip.archive.commit import Committer
-from pathflip.archive.compaction import day_ago, free_files, free_versions
-from pathflip.archive.indexes import refresh_indexes
+from pathflip.archive.compaction import day_ago, due, free_files, free_versions
+from pathflip.archive.indexes import indexes_due, refresh_indexes
 from pathflip.archive.lock import ArchiveLock
 from pathflip.archive.storage import filesystem, known_digests, normalise
 from pathflip.archive.tables import META
@@ -54,3 +54,19 @@ def maintain(uri: str | Path) -> dict[str, Any]:
     return {
         "fragments": fragments, "indexed": indexed, "refused": refused, "bytes_removed": removed,
     }  # fmt: skip
+
+
+def plan_maintenance(uri: str | Path) -> dict[str, Any]:
+    """Say what :func:`maintain` would find to do, annotations left out; write nothing.
+
+    Returns:
+        The counts of :func:`pathflip.archive.compaction.due`, and {"indexes": [table whose indexes
+        would be made or updated]}.
+
+    Raises:
+        ArchiveError: If the archive is missing or damaged.
+    """
+    archive = Archive(uri)
+    tables = archive.tables()
+    indexes = [table for table in tables if indexes_due(archive.dataset(table), table)]
+    return {**due(archive.uri, [META, *tables]), "indexes": indexes}

@@ -175,6 +175,7 @@ def annotations_regions(
     ] = 0.5,
     slide: SlideOption = None,
     author: AuthorOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Label regions by what was drawn on them: the share of their area under each class."""
@@ -183,7 +184,8 @@ def annotations_regions(
     opened = open_archive(archive)
     drawn = [one for one, state in _chosen(opened, slide, author) if state == "ok"]
     labels = label_regions(opened, drawn, classes=of_class or (), min_share=min_share)
-    write_labels(out, labels)
+    if not dry_run:
+        write_labels(out, labels)
     document: dict[str, Any] = {
         "out": out,
         "slides": len({one.slide_id for one in labels}),
@@ -191,8 +193,8 @@ def annotations_regions(
         "min_share": min_share,
         "labels": dict(sorted(Counter(one.label for one in labels if one.label).items())),
         "without_label": sum(not one.label for one in labels),
-    }
-    show_document(document, "labelled", as_json=as_json)
+    } | ({"dry_run": True} if dry_run else {})
+    show_document(document, "labelled", as_json=as_json, dry_run=dry_run)
 
 
 @annotations_app.command("remove")

@@ -403,12 +403,16 @@ def archive_repair(
 
 
 @archive_app.command("maintain")
-def archive_maintain(archive: ArchiveOption, as_json: JsonOption = False) -> None:
+def archive_maintain(
+    archive: ArchiveOption,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Merge small files, refresh indexes, remove versions older than a day."""
-    from pathflip.archive.maintain import maintain
+    from pathflip.archive.maintain import maintain, plan_maintenance
 
-    document = maintain(archive)
-    show_document(document, "maintained", as_json=as_json)
+    document = plan_maintenance(archive) | {"dry_run": True} if dry_run else maintain(archive)
+    show_document(document, "maintained", as_json=as_json, dry_run=dry_run)
 
 
 @app.command()

@@ -7,11 +7,13 @@ import pytest
 from pathflip.archive import Archive, commit, compaction
 from pathflip.archive.commit import Committer
 from pathflip.archive.fragments import write_fragment
-from pathflip.archive.maintain import maintain
+from pathflip.archive.maintain import maintain, plan_maintenance
 from pathflip.archive.verify import verify
 from tests.unit.archive import cohort
 from tests.unit.archive.harm import assert_like_clean
 from tests.unit.archive.test_commit import assert_whole
+
+TEX = ("features_tex", "embeddings_tex")
 
 
 def test_maintain_compacts_cleans_and_keeps_all_rows(uri, monkeypatch):
@@ -21,7 +23,16 @@ def test_maintain_compacts_cleans_and_keeps_all_rows(uri, monkeypatch):
     young = uri / "regions.lance/data/young.lance"
     young.write_bytes(b"y")
     kept = len(list(uri.glob("features_tex.lance/data/*")))
+    before = sorted(uri.rglob("*"))
+    planned = plan_maintenance(uri)
+    assert sorted(uri.rglob("*")) == before
+    assert planned["unused_bytes"] == {"regions": 1000}
+    assert planned["versions"] == {}
+    small = {table: len(Archive(uri).dataset(table).get_fragments()) for table in ("slides", *TEX)}
+    assert planned["fragments"].items() >= small.items()
     done = maintain(uri)
+    left = plan_maintenance(uri)
+    assert not any(left[key] for key in ("fragments", "unused_bytes", "indexes"))
     assert done["bytes_removed"] == 1000
     assert young.exists()
     assert set(done["fragments"].values()) == {1}

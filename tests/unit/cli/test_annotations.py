@@ -137,7 +137,10 @@ def test_regions_are_labelled_by_the_share_drawn_on_them(uri, tmp_path, capsys):
     (tmp_path / "slide000.geojson").write_text(json.dumps(feature))
     file = tmp_path / "slide000.geojson"
     shell(capsys, "annotations", "import", file, "--archive", uri, "--author", "ann")
+    planned = shell(capsys, *command, "--dry-run")[1]
+    assert not out.exists()
     done = shell(capsys, *command)[1]
+    assert planned == done | {"dry_run": True}
     regions = Archive(uri).regions("slide000").num_rows
     assert (done["slides"], done["labels"]) == (1, {"=Tumor": regions})
     heading, first, *_ = out.read_text().splitlines()
