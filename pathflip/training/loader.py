@@ -51,8 +51,8 @@ def stream(
             for step in range(start, stop):
                 if over.is_set():
                     return
-                made = dataset.micro_batches(step, rank=rank, world=world)
-                offer([batch.pin_memory() for batch in made] if pin is not None else list(made))
+                made = dataset.micro_batches(step, rank=rank, world=world, pin=pin is not None)
+                offer(list(made))
             offer(None)
         except BaseException as error:  # raised again where it is waited for
             offer(error)

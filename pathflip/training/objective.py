@@ -31,10 +31,6 @@ class Batch(Protocol):
         """Return the batch on a device."""
         ...
 
-    def pin_memory(self) -> Self:
-        """Return the batch in page-locked memory."""
-        ...
-
 
 class Dataset(Protocol):
     """Items of a run, their order and how a batch of them is drawn.
@@ -52,8 +48,10 @@ class Dataset(Protocol):
         """Optimisation steps of an epoch."""
         ...
 
-    def micro_batches(self, step: int, *, rank: int = 0, world: int = 1) -> Sequence[Batch]:
-        """Return a worker's share of a step, a micro-batch each."""
+    def micro_batches(
+        self, step: int, *, rank: int = 0, world: int = 1, pin: bool = False
+    ) -> Sequence[Batch]:
+        """Return a worker's share of a step, a micro-batch each; in page-locked memory if asked."""
         ...
 
     @property

@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 
 from pathflip.models.chat_template import Example
-from pathflip.models.slide_batch import pad_slides
 from pathflip.training.dataset import Corpus, rng_for
 from pathflip.training.examples import Examples, all_examples, draw_examples
 from pathflip.training.features import FeatureReader
@@ -80,15 +79,6 @@ class SlideBatch:
         if negatives == "gathered":
             return self.negative_choice
         return self.negative_choice[:, self.first : self.first + len(self.slides)]
-
-    def pin_memory(self) -> SlideBatch:
-        """Return the batch in page-locked memory, from where copies to a GPU do not block."""
-        return replace(
-            self,
-            features=self.features.pin_memory(),
-            patch_mask=self.patch_mask.pin_memory(),
-            negative_choice=self.negative_choice.pin_memory(),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,20 +188,23 @@ class SlideDataset:
         """Return the slides of a global step, of all workers: int64 [accumulate, B]."""
         return self._order.step(step)
 
-    def micro_batches(self, step: int, *, rank: int = 0, world: int = 1) -> list[SlideBatch]:
+    def micro_batches(
+        self, step: int, *, rank: int = 0, world: int = 1, pin: bool = False
+    ) -> list[SlideBatch]:
         """Return a worker's share of a step, a micro-batch each.
 
         Args:
             step: The global step.
             rank: The worker.
             world: Number of workers; batch_size / accumulate is a multiple of it.
+            pin: Whether tensors are to be in page-locked memory, which copies to a GPU start from.
         """
         epoch = step // self.steps_per_epoch
         found = []
         for slides in self.step_slides(step):
             share = len(slides) // world
             mine = slides[rank * share : (rank + 1) * share]
-            batch = self.batch(mine.tolist(), others=slides.tolist(), epoch=epoch)
+            batch = self.batch(mine.tolist(), others=slides.tolist(), epoch=epoch, pin=pin)
             found.append(replace(batch, first=rank * share))
         return found
 
@@ -249,6 +242,7 @@ class SlideDataset:
         epoch: int,
         validating: bool = False,
         sampling: Sampling | None = None,
+        pin: bool = False,
     ) -> SlideBatch:
         """Return a micro-batch of given slides, as drawn for an epoch.
 
@@ -259,6 +253,7 @@ class SlideDataset:
             validating: Show all regions; in tuning as many as in training, and the same examples
                 each time.
             sampling: Settings of the draws; None for those of the run.
+            pin: See :meth:`micro_batches`.
         """
         sampling, corpus = sampling or self.sampling, self.corpus
         ids = corpus.slide_ids
@@ -272,15 +267,13 @@ class SlideDataset:
             )
             for i in slides
         ]
-        blocks, masks = self.reader.read_many(list(zip(slides, numbers, strict=True)))
         if sampling.examples is not None and not validating:
             # A language model reads regions one after the other; what it says of a slide must
             # not hang on which comes first.
             for row, i in enumerate(slides):
                 rng = rng_for("order", sampling.seed, epoch, ids[i])
-                order = rng.permutation(len(blocks[row]))
-                blocks[row], masks[row] = blocks[row][order], masks[row][order]
-        features, mask = pad_slides(blocks, masks, dtype=torch.float16)
+                numbers[row] = numbers[row][rng.permutation(len(numbers[row]))]
+        features, mask = self.reader.read_padded(list(zip(slides, numbers, strict=True)), pin=pin)
         subcaptions = [
             draw_subcaptions(
                 corpus.pieces[i],
@@ -294,12 +287,14 @@ class SlideDataset:
             )
             for i in slides
         ]
-        choice = negative_choice(
-            [ids[i] for i in slides],
-            [ids[i] for i in (slides if others is None else others)],
-            num=sampling.num_subcaptions,
-            seed=sampling.seed,
-            epoch=epoch,
+        choice = torch.from_numpy(
+            negative_choice(
+                [ids[i] for i in slides],
+                [ids[i] for i in (slides if others is None else others)],
+                num=sampling.num_subcaptions,
+                seed=sampling.seed,
+                epoch=epoch,
+            )
         )
         examples: list[list[Example]] = []
         if sampling.examples is not None:
@@ -310,7 +305,7 @@ class SlideDataset:
             patch_mask=mask,
             captions=[corpus.captions[i] for i in slides],
             subcaptions=subcaptions,
-            negative_choice=torch.from_numpy(choice),
+            negative_choice=choice.pin_memory() if pin else choice,
             examples=examples,
         )
 

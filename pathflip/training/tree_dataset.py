@@ -234,13 +234,16 @@ class TreeDataset:
         """Return the trees of a global step, of all workers: int64 [accumulate, B]."""
         return self._order.step(step)
 
-    def micro_batches(self, step: int, *, rank: int = 0, world: int = 1) -> list[TreeBatch]:
+    def micro_batches(
+        self, step: int, *, rank: int = 0, world: int = 1, pin: bool = False
+    ) -> list[TreeBatch]:
         """Return a worker's share of a step, a micro-batch each.
 
         Args:
             step: The global step.
             rank: The worker.
             world: Number of workers; batch_size / accumulate is a multiple of it.
+            pin: Whether tensors are to be in page-locked memory, which copies to a GPU start from.
         """
         epoch = step // self.steps_per_epoch
         done = step / (self.sampling.steps or self.sampling.epochs * self.steps_per_epoch)
@@ -248,7 +251,8 @@ class TreeDataset:
         for trees in self.step_trees(step):
             share = len(trees) // world
             mine = trees[rank * share : (rank + 1) * share]
-            found.append(replace(self.batch(mine, epoch=epoch), progress=done))
+            batch = replace(self.batch(mine, epoch=epoch), progress=done)
+            found.append(batch.pin_memory() if pin else batch)
         return found
 
     def validation_batches(self) -> list[NDArray[np.int64]]:

@@ -165,7 +165,8 @@ def step(bench: Bench) -> Report:
     size = bench.sizes["batch"]
     objective, dataset, run = paper_run(bench, "step")
     report: Report = {}
-    for name, bf16, tf32, recompute in (
+    pin = bench.device == "cuda"
+    for name, bf16, tf32, again in (
         ("bf16", True, False, True),
         ("fp32", False, False, True),
         ("bf16, nothing made again", True, False, False),
@@ -177,10 +178,8 @@ def step(bench: Bench) -> Report:
         worker = Worker(device=torch.device(bench.device), bf16=bf16)
         loop = trainer.Trainer(run, objective, worker)
         loop.model.train()
-        recompute(loop.model, recompute)
-        batches = dataset.micro_batches(0)
-        if bench.device == "cuda":
-            batches = [batch.pin_memory() for batch in batches]
+        recompute(loop.model, again)
+        batches = dataset.micro_batches(0, pin=pin)
 
         def once(loop: Any = loop, batches: Any = batches) -> Report:
             found: Report = loop._step(loop.model, batches)
@@ -196,7 +195,7 @@ def step(bench: Bench) -> Report:
         report[name] = found
         del loop, batches, once
     torch.set_float32_matmul_precision("highest")
-    report["batch_ms"] = bench.timed(lambda: dataset.micro_batches(0))["ms"]
+    report["batch_ms"] = bench.timed(lambda: dataset.micro_batches(0, pin=pin))["ms"]
     report["trainer_slides_per_s"] = pace(objective, run, bench, size)
     report["trainer_peak_gib"] = bench.peak()
     bf16, fp32 = report["bf16"], report["fp32"]

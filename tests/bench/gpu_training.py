@@ -22,9 +22,7 @@ def pretrain(bench: Bench) -> Report:
     objective, dataset, run = paper_run(bench, "pretrain")
     loop = trainer.Trainer(run, objective, Worker(device=torch.device(bench.device), bf16=True))
     loop.model.train()
-    batches = dataset.micro_batches(0)
-    if bench.device == "cuda":
-        batches = [batch.pin_memory() for batch in batches]
+    batches = dataset.micro_batches(0, pin=bench.device == "cuda")
     once = partial(loop._step, loop.model, batches)
     recompute(loop.model, False)
     size, peak = bench.sizes["batch"], peak_flops(bench)

@@ -34,6 +34,7 @@ class Regions(FeatureReader):
         self, features: NDArray[np.float16], mask: NDArray[np.bool_], num_regions: list[int]
     ) -> None:
         self._kept, self._mask = features, mask
+        _, self.slots, self.dim = features.shape
         self._starts = np.concatenate([[0], np.cumsum(num_regions)])
 
 

@@ -112,10 +112,12 @@ def test_read_is_what_the_archive_holds(archive: Path, corpus: Corpus, cache_byt
     for slide in (0, 7, len(corpus) - 1):
         features, mask, _ = opened.features_array(corpus.slide_ids[slide])
         numbers = np.arange(len(features))[::-1].copy()  # any order
-        got, own = reader.read(slide, numbers)
-        assert got.dtype == np.float16
-        assert np.array_equal(got, features[::-1])
-        assert np.array_equal(own, mask[::-1])
+        got, own = reader.read_padded([(slide, numbers), (0, np.array([0]))])
+        assert got.dtype == torch.float16
+        assert np.array_equal(got[0, : len(numbers)].numpy(), features[::-1])
+        assert np.array_equal(own[0, : len(numbers)].numpy(), mask[::-1])
+        assert not own[1, 1:].any()
+        assert not got[1, 1:].any()
 
 
 def test_a_batch_pads_with_masked_regions(corpus: Corpus) -> None:
@@ -131,6 +133,15 @@ def test_a_batch_pads_with_masked_regions(corpus: Corpus) -> None:
     assert [len(texts) for texts in batch.subcaptions] == [4] * 8
     assert batch.captions == [corpus.captions[i] for i in batch.slides]
     assert batch.negative_choice.shape == (8, 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_for_a_gpu_is_in_page_locked_memory(corpus: Corpus) -> None:
+    made = SlideDataset(corpus, SAMPLING)
+    [plain], [pinned] = made.micro_batches(0), made.micro_batches(0, pin=True)
+    for name in ("features", "patch_mask", "negative_choice"):
+        assert torch.equal(getattr(pinned, name), getattr(plain, name))
+        assert getattr(pinned, name).is_pinned()
 
 
 def test_regions_stand_in_another_order_each_epoch_of_tuning_alone(corpus: Corpus) -> None:
@@ -261,7 +272,7 @@ def test_features_that_changed_are_refused(corpus: Corpus, monkeypatch: pytest.M
 
     monkeypatch.setitem(reader._archive._datasets, reader._features.table, Rotten())
     with pytest.raises(ArchiveError, match="not what was written") as caught:
-        reader.read(0, np.array([0]))
+        reader.read_padded([(0, np.array([0]))])
     assert "archive repair" in caught.value.hint
 
 
