@@ -20,9 +20,9 @@ from jobs.ingest.reading import Request, SlideFile, check_revision, encode_ahead
 from jobs.ingest.rows import Chunk, SlideRecord, from_table, matrix, to_table
 from jobs.worker import from_ipc, to_ipc
 from pathflip.archive.fragments import write_fragment
+from pathflip.archive.halves import patch_sums
 from pathflip.archive.slide_rows import (
     feature_rows,
-    patch_sums,
     region_embeddings,
     region_rows,
 )

@@ -32,14 +32,6 @@ def unit(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
     return np.asarray(scaled, np.float32)
 
 
-def patch_sums(features: NDArray[np.float16]) -> NDArray[np.float64]:
-    """Return the sum over the patches [n, slots, dim] of each region, as stored [n, dim].
-
-    Of what is stored, not of what the encoder returned: whoever has the rows can make the vectors.
-    """
-    return np.asarray(features.sum(axis=1, dtype=np.float64))
-
-
 def region_rows(
     slide_id: str,
     *,

@@ -13,7 +13,6 @@ archives; the rest knows no file format::
     find.py         a folder's files, told by their content and joined with their coordinates
     apart.py        the reading of a file in a process of its own (apart_child.py)
     place.py        patches to regions and slots of the archive's grid, pure
-    halves.py       32-bit numbers rounded to 16 bits
     encoders.py     which encoder other tools mean by a name
     importing.py    files into the archive, by its one writer
     exporting.py    slides of an archive as files

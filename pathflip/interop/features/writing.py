@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,22 +14,24 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pathflip.archive.fragments import write_fragment
+from pathflip.archive.halves import convert, patch_sums
 from pathflip.archive.slide_rows import (
     embedding_rows,
     feature_rows,
-    patch_sums,
     region_embeddings,
     region_rows,
 )
 from pathflip.geometry import Tiling
-from pathflip.interop.features.halves import convert
 from pathflip.interop.features.place import corners
 from pathflip.interop.features.planning import Planned
 from pathflip.interop.features.record import FeatureFile, unusable
 from pathflip.slides.tissue import TissueMask
 
 BLOCK_BYTES = 64 << 20
-"""Bytes of a slide's features that are read, and written, at once."""
+"""Bytes of a slide's features that are written at once."""
+READ_BYTES = 24 << 20
+"""Bytes of features that are read at once. For more than 32 MB the C library takes fresh memory
+from the kernel each time, whose pages cost as much as the reading."""
 PIECE_BYTES = 1 << 20
 """Bytes of features that are rounded and placed at once: they stay in the CPU's cache."""
 MIN_BAD = 4
@@ -35,6 +39,7 @@ MAX_BAD = 0.01
 """Patches of a slide that may be not finite, as an ingest has it for damaged ones."""
 _MASK_CELLS = 1 << 26
 _EXPONENT = np.uint16(0x7C00)
+_here = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +178,11 @@ def _gather(
     """Read the features of some slots.
 
     Returns:
-        fp16 [n, slots, dim], zero where there are none; bool [n, slots], False where they are not
-        finite numbers of 16 bits; the bytes that were read.
+        fp16 [n, slots, dim], zero where there are none, which is good until this thread calls
+        again; bool [n, slots], False where they are not finite numbers of 16 bits; the bytes that
+        were read.
     """
-    out = np.zeros((*source.shape, record.dim), np.float16)
+    out = _zeros((*source.shape, record.dim))
     finite = np.ones(source.shape, np.bool_)
     region, slot = np.nonzero(source >= 0)
     number = source[region, slot]
@@ -205,6 +211,17 @@ def _gather(
     return out, finite, count
 
 
+def _zeros(shape: tuple[int, ...]) -> NDArray[np.float16]:
+    """Return zeros, in memory that this thread used before: fresh pages cost as much as filling."""
+    size = math.prod(shape)
+    block: NDArray[np.float16] | None = getattr(_here, "block", None)
+    if block is None or block.size < size:
+        block = _here.block = np.empty(size, np.float16)
+    zeros = block[:size].reshape(shape)
+    zeros.fill(0)
+    return zeros
+
+
 def _halves(rows: NDArray[Any], out: NDArray[np.float16]) -> NDArray[np.float16]:
     """Round features [n, d] to 16 bits, into ``out``."""
     if rows.dtype == np.float32:
@@ -217,7 +234,7 @@ def _halves(rows: NDArray[Any], out: NDArray[np.float16]) -> NDArray[np.float16]
 
 def _blocks(record: FeatureFile, number: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Yield runs of rows to read: all that are needed, without long stretches that are not."""
-    size = max(1, BLOCK_BYTES // (4 * record.dim))
+    size = max(1, READ_BYTES // (4 * record.dim))
     at = 0
     while at < len(number):
         start = int(number[at])
