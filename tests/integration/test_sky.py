@@ -68,16 +68,21 @@ def test_machines_join_with_the_token_and_end_with_the_command(tmp_path: Path) -
 
 
 def unused_ports() -> tuple[str, int]:
-    """Address of this machine, and a port of two that nobody has."""
+    """Address of this machine, and a port of two that nobody has.
+
+    Between those of Ray's workers and those that the kernel gives to whoever asks for any.
+    """
     from ray.util import get_node_ip_address
 
     address = get_node_ip_address()
     for _ in range(100):
-        with socket.create_server((address, 0)) as first:
-            port = int(first.getsockname()[1])
-            try:
-                with socket.create_server((address, port + 1)):
-                    return address, port
-            except OSError:
-                continue
+        port = 20_000 + 2 * secrets.randbelow(6_000)
+        try:
+            with (
+                socket.create_server((address, port)),
+                socket.create_server((address, port + 1)),
+            ):
+                return address, port
+        except OSError:
+            continue
     raise AssertionError("no two ports side by side")

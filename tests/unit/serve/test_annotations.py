@@ -285,6 +285,7 @@ def test_a_full_archive_is_said_so(ask, monkeypatch):
     assert "Remove some of them" in answer.json()["message"]
 
 
+@pytest.mark.usefixtures("clean")
 def test_who_saves_all_the_time_is_slowed_down_alone(ask, parts, monkeypatch):
     """Old versions stay on disk for a day, so bounds of what is there are not enough."""
     monkeypatch.setattr(parts.annotations, "_written", {})
