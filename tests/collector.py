@@ -11,7 +11,7 @@ from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from pathflip.tracing import ENDPOINT
+from pathflip.tracing import DELAY, ENDPOINT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Collector:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of a process that is to send here, soon after a span has ended."""
-        return {ENDPOINT: self.url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+        return {ENDPOINT: self.url, DELAY: "50"}
 
     def of(self, trace: str) -> list[Span]:
         """Spans of a trace, in the order in which they began."""

@@ -103,8 +103,8 @@ class Archive:
         """Move to the newest committed state, with what is known of tables that did not change."""
         from pathflip.archive.tables import META, tables_of
 
-        self._settings = open_meta(self.uri)
-        self._meta = settings_in(self.uri, self._settings)
+        self._meta_dataset = open_meta(self.uri)
+        self._meta = settings_in(self.uri, self._meta_dataset)
         self._tables = tables_of(self._meta)
         before, self._datasets = self._datasets, {}
         for name in self._tables:
@@ -140,7 +140,7 @@ class Archive:
 
     def is_newest(self) -> bool:
         """Return whether nothing was committed since this state was read."""
-        opened = (self._settings, *self._datasets.values())
+        opened = (self._meta_dataset, *self._datasets.values())
         with guarded(self.uri, "look for new commits"):
             return all(item.version == item.latest_version for item in opened)
 

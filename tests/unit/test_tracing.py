@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -211,3 +212,19 @@ def test_a_job_is_a_trace_with_its_commits(
     commits = [one.attributes["pathflip.slides"] for one in collector.spans if one.name == "commit"]
     assert sum(commits) == 1
     assert b"xylophone" not in b"".join(collector.sent)
+
+
+def test_a_process_that_is_killed_has_sent_what_ended_seconds_before(collector: Collector) -> None:
+    program = """
+import os, time
+from pathflip import tracing
+
+with tracing.span("last", begins=True):
+    pass
+time.sleep(4)
+os._exit(1)
+"""
+    environment = {name: at for name, at in os.environ.items() if name != tracing.DELAY}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment)
+    assert ended.returncode == 1
+    received(collector, "last")
