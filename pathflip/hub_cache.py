@@ -338,12 +338,15 @@ def _files_of(folder: Path, hub: str) -> dict[Path, str]:
 
 def _drop_damaged(folder: Path, hub: str) -> list[str]:
     """Remove the damaged files of a model, and return their names."""
+    blobs = folder.resolve() / _cached_name(hub) / "blobs"
     names = []
     for path, digest in _files_of(folder, hub).items():
-        if path.is_file() and not _has_digest(path, digest):
-            path.resolve().unlink()  # the blob that a link names
-            path.unlink(missing_ok=True)
-            names.append(path.name)
+        # Without a link to it, a blob is of another revision: the hub's client would link to it.
+        for file in {path.resolve(), blobs / digest}:
+            if file.is_file() and not _has_digest(file, digest):
+                file.unlink()
+                path.unlink(missing_ok=True)
+                names.append(path.name)
     return names
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ def test_a_file_that_comes_damaged_is_not_kept(hub: Hub, models: Models) -> None
     hub.sent.clear()
     assert models("pull", "q/llm")[0] == 0
     assert hub.sent == ["q/llm/model.safetensors"]
+    assert models("verify")[0] == 0
+
+
+def test_a_file_that_an_older_revision_has_damaged_is_fetched_again(
+    hub: Hub, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = hub.repositories["q/llm"]
+    assert models("pull", "q/llm")[0] == 0
+    for blob in (models.folder / "models--q--llm" / "blobs").iterdir():
+        if blob.read_bytes() == b"small":
+            blob.write_bytes(b"smell")
+    new = replace(old, files=old.files | {"tokenizer.json": b'{"new": 1}'})
+    monkeypatch.setitem(hub.repositories, "q/llm", new)
+    assert new.commit != old.commit
+    hub.sent.clear()
+    assert models("pull", f"q/llm@{new.commit}")[0] == 0
+    assert sorted(hub.sent) == ["q/llm/model.safetensors", "q/llm/tokenizer.json"]
     assert models("verify")[0] == 0
 
 
