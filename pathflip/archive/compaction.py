@@ -10,7 +10,7 @@ again as often as its fragment doubles before it has that size, and no oftener.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,7 @@ def merge_below(dataset: Any, size: int, chosen: Callable[[list[int], float], bo
 
     row_bytes = _row_bytes(dataset)
     tasks = []
-    for task in Compaction.plan(dataset, _options(dataset, size)).tasks:
+    for task in Compaction.plan(dataset, _options(dataset, size, row_bytes)).tasks:
         rows = [item.physical_rows for item in task.fragments]
         if chosen(rows, row_bytes * sum(rows)):
             tasks.append(task)
@@ -143,10 +143,10 @@ def merge_below(dataset: Any, size: int, chosen: Callable[[list[int], float], bo
     return bool(tasks)
 
 
-def _options(dataset: Any, size: int) -> CompactionOptions:
+def _options(dataset: Any, size: int, row_bytes: float) -> CompactionOptions:
     """Options for a merge of the fragments of a table that are smaller than a size in bytes."""
     return {
-        "target_rows_per_fragment": max(1, int(size / _row_bytes(dataset))),
+        "target_rows_per_fragment": max(1, int(size / row_bytes)),
         "batch_size": rows_per_batch(dataset.schema),
         "num_threads": 1,
     }
@@ -238,8 +238,12 @@ def _orphans(dataset: Any, before: datetime) -> Iterator[tuple[str, int]]:
                 yield path, row["size_bytes"]
 
 
-def due(uri: str, tables: Sequence[str]) -> dict[str, dict[str, int]]:
+def due(uri: str, tables: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Say what :func:`merge_all`, :func:`free_versions` and :func:`free_files` would find to do.
+
+    Args:
+        uri: The archive.
+        tables: {table: its ``lance.LanceDataset``}.
 
     Returns:
         Of the tables with any of it: {"fragments": {table: fragments that would be merged or
@@ -250,10 +254,10 @@ def due(uri: str, tables: Sequence[str]) -> dict[str, dict[str, int]]:
 
     before = day_ago()
     found: dict[str, dict[str, int]] = {"fragments": {}, "versions": {}, "unused_bytes": {}}
-    for table in tables:
+    for table, dataset in tables.items():
         with guarded(uri, f"look at the table {table}"):
-            dataset = open_table(uri, table)
-            tasks = Compaction.plan(dataset, _options(dataset, FRAGMENT_BYTES)).tasks
+            options = _options(dataset, FRAGMENT_BYTES, _row_bytes(dataset))
+            tasks = Compaction.plan(dataset, options).tasks
             found["fragments"][table] = sum(len(task.fragments) for task in tasks)
             found["versions"][table] = len(_replaced(dataset, before))
             found["unused_bytes"][table] = sum(size for _, size in _orphans(dataset, before))

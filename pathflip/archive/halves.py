@@ -7,11 +7,15 @@ its own: callers have theirs.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
 _PIECE = 32_767
 """Numbers of a piece; from 32,768 on torch takes several threads."""
+_TORCH: Final = ("C", "W")
+"""Arrays as torch wants them: contiguous and writeable; others are copied."""
 
 
 def convert(source: NDArray[np.float32], target: NDArray[np.float16]) -> None:
@@ -21,9 +25,7 @@ def convert(source: NDArray[np.float32], target: NDArray[np.float16]) -> None:
     """
     import torch
 
-    size = source.size
-    if not (source.flags.writeable and source.flags.c_contiguous):
-        source = source.copy()  # as torch wants them
+    size, source = source.size, np.require(source, requirements=_TORCH)
     flat, out = torch.from_numpy(source.reshape(size)), torch.from_numpy(target.reshape(size))
     for at in range(0, size, _PIECE):
         out[at : at + _PIECE].copy_(flat[at : at + _PIECE])
@@ -38,8 +40,7 @@ def patch_sums(features: NDArray[np.float16]) -> NDArray[np.float64]:
     import torch
 
     n, slots, dim = features.shape
-    if not (features.flags.writeable and features.flags.c_contiguous):
-        features = features.copy()
+    features = np.require(features, requirements=_TORCH)
     sums = torch.zeros(n, dim, dtype=torch.float64)
     at_once = max(1, _PIECE // dim)
     wide = torch.empty(min(at_once, slots), dim)

@@ -11,6 +11,7 @@ from pathflip.archive.commit import Committer
 from pathflip.archive.compaction import day_ago, due, free_files, free_versions
 from pathflip.archive.indexes import indexes_due, refresh_indexes
 from pathflip.archive.lock import ArchiveLock
+from pathflip.archive.settings import open_meta
 from pathflip.archive.storage import filesystem, known_digests, normalise
 from pathflip.archive.tables import META
 
@@ -67,6 +68,6 @@ def plan_maintenance(uri: str | Path) -> dict[str, Any]:
         ArchiveError: If the archive is missing or damaged.
     """
     archive = Archive(uri)
-    tables = archive.tables()
-    indexes = [table for table in tables if indexes_due(archive.dataset(table), table)]
-    return {**due(archive.uri, [META, *tables]), "indexes": indexes}
+    tables = {table: archive.dataset(table) for table in archive.tables()}
+    indexes = [table for table, dataset in tables.items() if indexes_due(dataset, table)]
+    return {**due(archive.uri, {META: open_meta(archive.uri), **tables}), "indexes": indexes}
